@@ -1,0 +1,162 @@
+"""Downloads one small file over http(s) so that a URL written by a stranger cannot reach the inside of the network."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from urllib.parse import SplitResult, quote, urljoin, urlsplit
+
+from vlpack.errors import InputError
+
+MAX_DOWNLOAD_BYTES = 64 * 2**20
+"""Most bytes that are downloaded: 64 MiB."""
+
+_MAX_REDIRECTS = 5
+_REDIRECTS = (301, 302, 303, 307, 308)
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def fetch(
+    url: str, *, allow_private: bool = False, timeout: float = 30.0, max_bytes: int = MAX_DOWNLOAD_BYTES
+) -> bytes:
+    """The body behind an http(s) URL.
+
+    Every address that the host name has must be public, and the connection goes to one of the addresses that were
+    checked, so a name cannot point elsewhere between the check and the connection. Redirects are checked alike.
+    Proxies from the environment are not used: they would connect where this could not check.
+
+    Args:
+        url: http or https, without user name and password.
+        allow_private: also connect to loopback, private, link-local and other reserved addresses.
+        timeout: seconds for everything after the name look-up, redirects included.
+        max_bytes: longest body.
+
+    Raises:
+        InputError: refused, unreachable, too slow, too large, or answered with an error.
+    """
+    deadline = time.monotonic() + timeout
+    current = url
+    for _ in range(_MAX_REDIRECTS + 1):
+        parts = _split(current)
+        try:
+            body, location = _get(parts, allow_private, deadline, max_bytes)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reason = f"no complete answer within {timeout:g} s" if time.monotonic() >= deadline else f"{error}"
+            raise InputError(f"{_name(parts)} cannot be fetched: {reason}.") from error
+        if location is None:
+            return body
+        current = urljoin(current, location)
+    raise InputError(f"{_name(_split(url))} redirects more than {_MAX_REDIRECTS} times.")
+
+
+def _split(url: str) -> SplitResult:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise InputError(f"{url[:200]!r} is not a usable http or https URL.")
+    if parts.username is not None or parts.password is not None:
+        raise InputError("A URL with a user name or password is not fetched.", hint="Download the image yourself.")
+    return parts
+
+
+def _name(parts: SplitResult) -> str:
+    # Without the query, which often carries a signature or key.
+    return f"{parts.scheme}://{parts.netloc}{parts.path}"[:200]
+
+
+def _get(parts: SplitResult, allow_private: bool, deadline: float, max_bytes: int) -> tuple[bytes, str | None]:
+    """One request: (body, None), or (nothing, the address it redirects to)."""
+    host = parts.hostname or ""
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    sock = _connect(host, port, allow_private, deadline)
+    connection = http.client.HTTPConnection(host, port)
+    try:
+        with _closed_at(sock, deadline):
+            if parts.scheme == "https":
+                sock = ssl.create_default_context().wrap_socket(sock, server_hostname=host)
+            connection.sock = sock  # already connected: http.client then resolves nothing itself
+            target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
+            if parts.query:
+                target += "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~?")
+            headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "vlpack"}
+            headers["Host"] = parts.netloc.encode("idna").decode() if not parts.netloc.isascii() else parts.netloc
+            connection.request("GET", target, headers=headers)
+            response = connection.getresponse()
+            if response.status in _REDIRECTS and (location := response.getheader("Location")):
+                return b"", location
+            if response.status != 200:
+                raise InputError(f"{_name(parts)} answered with status {response.status} {response.reason[:80]}.")
+            length = response.length
+            body = response.read(max_bytes + 1) if length is None or length <= max_bytes else b""
+            if len(body) > max_bytes or (length is not None and length > max_bytes):
+                raise InputError(f"{_name(parts)} is larger than {max_bytes} bytes, the most that is downloaded.")
+            if response.length:  # what Content-Length promised and did not come
+                raise InputError(f"{_name(parts)} ended {response.length} bytes early.")
+            return body, None
+    finally:
+        connection.close()
+        sock.close()
+
+
+@contextlib.contextmanager
+def _closed_at(sock: socket.socket, deadline: float) -> Iterator[None]:
+    """Shuts the socket at the deadline; a socket timeout alone does not stop a peer that sends a byte a second."""
+
+    def shut() -> None:
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+    # The descriptor moves into the TLS socket, so keep a handle of our own on the same connection.
+    sock = sock.dup()
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), shut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        sock.close()
+
+
+def _connect(host: str, port: int, allow_private: bool, deadline: float) -> socket.socket:
+    addresses = [info[4][0] for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    if not allow_private:
+        for address in addresses:
+            if not is_public_address(str(address)):
+                raise InputError(
+                    f"{host} has the address {address}, which is not public; it is not fetched.",
+                    hint="Set allow_private_urls=True if you trust the URL.",
+                )
+    failure: OSError = OSError(f"{host} has no address")
+    for address in addresses:
+        try:
+            return socket.create_connection((str(address), port), timeout=max(0.1, deadline - time.monotonic()))
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def is_public_address(address: str) -> bool:
+    """Whether an IP address belongs to the public internet, also inside IPv6 forms that embed an IPv4 address."""
+    try:
+        ip = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        embedded = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+        if ip in _NAT64 or int(ip) < 2**32:  # the latter: the deprecated IPv4-compatible form
+            embedded.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+        if any(inner is not None and not is_public_address(str(inner)) for inner in embedded):
+            return False
+        if ip.ipv4_mapped is not None:
+            return True
+    return ip.is_global and not ip.is_multicast
