@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from .errors import CheckpointError
-from .safefile import MAX_JSON_BYTES, FilePool, check_plain_name, locate, quote, read_json
+from .safefile import MAX_JSON_BYTES, FilePool, OpenFile, check_plain_name, locate, quote, quote_error, read_json
 from .tensorfile import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, read_header
 
 __all__ = ["Checkpoint", "TensorInfo", "sha256_file"]
@@ -52,8 +52,7 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
         """Opens and validates a folder; a CheckpointError says what is wrong with it, where, and what to do."""
-        folder = Path(folder).expanduser()
-        _check_folder(folder)
+        folder = _check_folder(folder)
         config = _read_json(folder, "config.json")
         if config is None:
             raise CheckpointError(
@@ -68,6 +67,8 @@ class Checkpoint:
                 pool.add(folder / name, target)
                 with pool.use(folder / name) as file:
                     headers[name] = read_header(file)
+                if sum(map(len, headers.values())) > MAX_TENSORS:
+                    raise CheckpointError(f"{folder} has more than {MAX_TENSORS} tensors.")
             tensors = _merge(folder, headers, weight_map)
         except BaseException:
             pool.close()
@@ -123,6 +124,10 @@ class Checkpoint:
         path = Path(path)
         if path.parent not in {Path("."), self.folder}:
             raise CheckpointError(f"{path} is not a file of {self.folder}.")
+        path = self.folder / path.name
+        if path in self._files:
+            with self._pool.use(path) as file:
+                return _digest(file)
         target = locate(self.folder, check_plain_name(path.name, str(self.folder)))
         if target is None:
             raise CheckpointError(f"{self.folder} has no file {quote(path.name)}.")
@@ -168,23 +173,30 @@ class Checkpoint:
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file in hexadecimal, read in pieces."""
-    digest, buffer = hashlib.sha256(), bytearray(1 << 22)
+    file = OpenFile(Path(path), Path(path).resolve())
     try:
-        with open(path, "rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:count])
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+        return _digest(file)
+    finally:
+        file.close()
+
+
+def _digest(file: OpenFile) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 22))
+    for offset in range(0, file.size, len(buffer)):
+        piece = buffer[: file.size - offset]
+        file.read_into(piece, offset)
+        digest.update(piece)
     return digest.hexdigest()
 
 
-def _check_folder(folder: Path) -> None:
+def _check_folder(folder: str | os.PathLike[str]) -> Path:
     try:
+        folder = Path(folder).expanduser()
         if folder.is_dir():
-            return
+            return folder
         exists = folder.exists()
-    except (OSError, ValueError) as error:  # no permission, name too long, a null byte
-        raise CheckpointError(f"{quote(str(folder))} cannot be opened: {error}.") from error
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, name too long, a null byte, no such ~user
+        raise CheckpointError(f"{quote(str(folder))} cannot be opened: {quote_error(error)}.") from error
     if exists:
         raise CheckpointError(f"{folder} is a file, not a folder.", f"Give the folder it is in: {folder.parent}.")
     raise CheckpointError(
@@ -205,7 +217,7 @@ def _find_weights(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Path]
     explicit = config.get("transformers_weights")
     if explicit is not None and not isinstance(explicit, str):
         raise CheckpointError(f"{folder / 'config.json'}: transformers_weights must be a file name.")
-    for name in [explicit] if explicit else [_SINGLE, _INDEX]:
+    for name in [explicit] if explicit is not None else [_SINGLE, _INDEX]:
         target = locate(folder, check_plain_name(name, str(folder / "config.json")))
         if target is None:
             continue
@@ -248,9 +260,12 @@ def _check_suffix(path: Path) -> None:
 
 
 def _no_weights(folder: Path, explicit: str | None) -> CheckpointError:
-    names = sorted(entry.name for entry in folder.iterdir())
     if explicit is not None:
         return CheckpointError(f"{folder} lacks {quote(explicit)}, the weights that its config.json names.")
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return CheckpointError(f"{folder} cannot be listed: {quote_error(error)}.")
     if pickles := [name for name in names if Path(name).suffix in _PICKLES]:
         return CheckpointError(
             f"{folder} has its weights only as pickles ({quote(pickles[0])}), which vlpack never loads: "
@@ -284,8 +299,6 @@ def _merge(
                     f"{where} is not in the index." if listed is None else f"{where} should be in {listed}.", _MIXED
                 )
             tensors[tensor.name] = tensor
-        if len(tensors) > MAX_TENSORS:
-            raise CheckpointError(f"{folder} has more than {MAX_TENSORS} tensors.")
     for name, file in (weight_map or {}).items():
         if name not in tensors:
             raise CheckpointError(

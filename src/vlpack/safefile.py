@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ CHUNK_BYTES = 1 << 28
 """Bytes asked of one system call: Linux returns at most 2 GiB per call and macOS refuses to read more."""
 
 _POSITIONAL = hasattr(os, "preadv")  # Linux, macOS 11+, BSD; not Windows
-_DOWNLOAD_AGAIN = "The file is incomplete or damaged: download it again."
+
+DOWNLOAD_AGAIN = "The file is incomplete or damaged: download it again."
 
 
 def quote(name: object) -> str:
@@ -58,13 +60,17 @@ def locate(folder: Path, name: str) -> Path | None:
     """
     path = folder / name
     try:
-        if not os.path.lexists(path):
-            return None
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be opened: {quote_error(error)}.") from error
+    try:
         home, target = folder.resolve(strict=True), path.resolve(strict=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is a link to a file that does not exist.", _DOWNLOAD_AGAIN) from None
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a circle of links, before Python 3.13
-        raise CheckpointError(f"{path} cannot be opened: {error}.") from error
+        raise CheckpointError(f"{path} is a link to a file that does not exist.", DOWNLOAD_AGAIN) from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links, before Python 3.13
+        raise CheckpointError(f"{path} cannot be opened: {quote_error(error)}.") from error
     allowed = [home]
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
         allowed.append(home.parent.parent / "blobs")
@@ -89,6 +95,7 @@ class OpenFile:
         self.shown = shown  # the name people know; the target may be a blob's hash
         self.users = 0
         self._lock = threading.Lock()
+        self._fd = -1
         # O_NOFOLLOW: nobody swaps the checked file for a link. O_NONBLOCK: nor for a FIFO, on which open() would hang.
         flags = os.O_RDONLY | sum(
             getattr(os, flag, 0) for flag in ("O_BINARY", "O_CLOEXEC", "O_NOINHERIT", "O_NOFOLLOW", "O_NONBLOCK")
@@ -116,7 +123,7 @@ class OpenFile:
             if count == 0:
                 raise CheckpointError(
                     f"{self.shown} ends at byte {offset + done}, but bytes up to {offset + len(out)} are needed.",
-                    _DOWNLOAD_AGAIN,
+                    DOWNLOAD_AGAIN,
                 )
             done += count
 
@@ -137,12 +144,17 @@ class OpenFile:
 
     def close(self) -> None:
         """Gives the descriptor back."""
-        os.close(self._fd)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
 
     def _read_some(self, out: memoryview, offset: int) -> int:
-        if _POSITIONAL:
+        if sys.platform != "win32" and _POSITIONAL:
             return os.preadv(self._fd, [out], offset)
-        with self._lock:  # Windows: the position is shared by all threads
+        with self._lock:  # the position is shared by all threads
             os.lseek(self._fd, offset, os.SEEK_SET)
             data = os.read(self._fd, min(len(out), 1 << 24))
         out[: len(data)] = data
@@ -192,10 +204,10 @@ class FilePool:
             self._close_idle(0)
 
     def _close_idle(self, keep: int) -> None:
-        for path in [path for path, file in self._open.items() if file.users == 0]:
-            if len(self._open) <= keep:
-                return
-            self._open.pop(path).close()
+        if len(self._open) > keep:
+            idle = [path for path, file in self._open.items() if file.users == 0]
+            for path in idle[: len(self._open) - keep]:
+                self._open.pop(path).close()
 
 
 def read_json(shown: Path, target: Path, *, limit: int = MAX_JSON_BYTES, strict: bool = False) -> dict[str, Any]:
@@ -229,9 +241,9 @@ def parse_json(data: bytes, where: str, *, strict: bool = False) -> dict[str, An
     except RecursionError:
         raise CheckpointError(f"{where}: the JSON is nested too deeply.") from None
     except ValueError as error:  # bad UTF-8, bad JSON, or a number of thousands of digits
-        raise CheckpointError(f"{where} is not valid JSON: {quote_error(error)}.", _DOWNLOAD_AGAIN) from error
+        raise CheckpointError(f"{where} is not valid JSON: {quote_error(error)}.", DOWNLOAD_AGAIN) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} must hold a JSON object, not a {type(value).__name__}.", _DOWNLOAD_AGAIN)
+        raise CheckpointError(f"{where} must hold a JSON object, not a {type(value).__name__}.", DOWNLOAD_AGAIN)
     _check_depth(value, where)
     return value
 

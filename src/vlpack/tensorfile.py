@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from .errors import CheckpointError
-from .safefile import OpenFile, check_not_lfs_pointer, parse_json, quote
+from .safefile import DOWNLOAD_AGAIN, OpenFile, check_not_lfs_pointer, parse_json, quote
 
 MAX_HEADER_BYTES = 100_000_000
 """As in the safetensors library itself."""
@@ -30,8 +30,6 @@ MAX_TENSORS = 1_000_000
 MAX_NAME_LENGTH = 1024
 MAX_RANK = 32
 """The dimensions that NumPy before 2.0 allows."""
-
-_DOWNLOAD_AGAIN = "The file is incomplete or damaged: download it again."
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -62,7 +60,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """The format's names of element types; its F4 and F6 types, several elements to a byte, are not read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where a tensor is and what it holds; `offset` counts from the beginning of the file."""
 
@@ -78,7 +76,7 @@ def read_header(file: OpenFile) -> list[TensorInfo]:
     """The tensors of a safetensors file in the order of their bytes; a CheckpointError unless all of it is sound."""
     path = file.shown
     if file.size < 8:
-        raise CheckpointError(f"{path} is not a safetensors file: it has only {file.size} bytes.", _DOWNLOAD_AGAIN)
+        raise CheckpointError(f"{path} is not a safetensors file: it has only {file.size} bytes.", DOWNLOAD_AGAIN)
     (length,) = struct.unpack("<Q", start := file.read(0, 8))
     if start == b"version ":
         check_not_lfs_pointer(path, file.read(0, min(file.size, 64)))
@@ -86,31 +84,40 @@ def read_header(file: OpenFile) -> list[TensorInfo]:
         raise CheckpointError(
             f"{path} is not a safetensors file: its header would be {length} bytes long, "
             f"more than the format's {MAX_HEADER_BYTES}.",
-            _DOWNLOAD_AGAIN,
+            DOWNLOAD_AGAIN,
         )
     if 8 + length > file.size:
         raise CheckpointError(
             f"{path} is truncated: its header ends at byte {8 + length}, but the file has {file.size} bytes.",
-            _DOWNLOAD_AGAIN,
+            DOWNLOAD_AGAIN,
         )
     header = file.read(8, length)
     if not header.startswith(b"{"):
-        raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object.", _DOWNLOAD_AGAIN)
-    # Parsed JSON can be 25 times larger than its text; counting first keeps a hostile header from filling the memory.
-    if header.count(b"{") > 2 * MAX_TENSORS or header.count(b"[") > 4 * MAX_TENSORS:
-        raise CheckpointError(f"{path}: the header describes more than {MAX_TENSORS} tensors.")
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object.", DOWNLOAD_AGAIN)
+    _check_counts(header, path)
     entries = parse_json(header, f"{path}: the header", strict=True)
     del header
     _check_metadata(entries.pop("__metadata__", {}), path)
     if len(entries) > MAX_TENSORS:
         raise CheckpointError(f"{path}: the header describes more than {MAX_TENSORS} tensors.")
-    tensors = [_tensor(name, entry, path, 8 + length, file.size) for name, entry in entries.items()]
+    tensors = [_tensor(name, entry, path, 8 + length) for name, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
     _check_cover(tensors, path, 8 + length, file.size)
     return tensors
 
 
-def _tensor(name: str, entry: Any, path: Path, data_start: int, file_size: int) -> TensorInfo:
+def _check_counts(header: bytes, path: Path) -> None:
+    """Refuses JSON that no header is, by counting characters: parsed, it could take thirty times its size in memory."""
+    objects = header.count(b"{")
+    if objects > MAX_TENSORS + 2:  # the header itself and the metadata
+        raise CheckpointError(f"{path}: the header describes more than {MAX_TENSORS} tensors.")
+    # A tensor has 5 strings, 2 lists and at most 35 commas; the metadata may hold some more.
+    for mark, most in ((b'"', 10), (b"[", 2), (b",", MAX_RANK + 3)):
+        if header.count(mark) > most * objects + 1_000_000:
+            raise CheckpointError(f"{path}: the header holds more than descriptions of tensors.", DOWNLOAD_AGAIN)
+
+
+def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
     where = f"{path}, tensor {quote(name)}"
     if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise CheckpointError(f"{where}: the name is empty, too long or holds characters that cannot be printed.")
@@ -141,11 +148,6 @@ def _tensor(name: str, entry: Any, path: Path, data_start: int, file_size: int) 
         raise CheckpointError(
             f"{where}: {tag} of shape {quote(shape)} is {nbytes} bytes, but data_offsets span {quote(end - begin)}."
         )
-    if data_start + end > file_size:
-        raise CheckpointError(
-            f"{where} ends at byte {data_start + end}, but the file has {file_size} bytes: it is truncated.",
-            _DOWNLOAD_AGAIN,
-        )
     return TensorInfo(name, dtype, tuple(shape), path, data_start + begin, nbytes)
 
 
@@ -160,7 +162,7 @@ def _check_metadata(metadata: Any, path: Path) -> None:
 
 def _check_cover(tensors: list[TensorInfo], path: Path, data_start: int, file_size: int) -> None:
     """Each byte in exactly one tensor: no two share bytes, and nothing is hidden between or behind them."""
-    end = data_start
+    end, first_lost = data_start, None
     for tensor in tensors:
         if tensor.offset != end:
             what = "overlaps the tensor before it" if tensor.offset < end else "leaves a hole before it"
@@ -168,7 +170,17 @@ def _check_cover(tensors: list[TensorInfo], path: Path, data_start: int, file_si
                 f"{path}, tensor {quote(tensor.name)} {what}: it begins at byte {tensor.offset} and not at {end}."
             )
         end += tensor.nbytes
-    if end != file_size:
+        if end > file_size and first_lost is None:
+            first_lost = tensor.name
+    if first_lost is not None:
         raise CheckpointError(
-            f"{path}: the tensors end at byte {end}, but the file has {file_size} bytes.", _DOWNLOAD_AGAIN
+            f"{path} is truncated: it should have {end} bytes and has {file_size}; "
+            f"the first tensor without its data is {quote(first_lost)}.",
+            DOWNLOAD_AGAIN,
+        )
+    if end < file_size:
+        raise CheckpointError(
+            f"{path} has {file_size - end} bytes behind its last tensor: it should have {end} bytes "
+            f"and has {file_size}.",
+            DOWNLOAD_AGAIN,
         )
