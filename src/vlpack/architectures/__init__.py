@@ -1,0 +1,31 @@
+"""The supported model families: one file each, and the registry that finds them."""
+
+from __future__ import annotations
+
+from vlpack.architectures.base import Architecture, Part
+from vlpack.architectures.qwen3_vl import Qwen3VL
+from vlpack.checkpoint import Checkpoint
+from vlpack.errors import CheckpointError
+
+ARCHITECTURES: dict[str, type[Architecture]] = {
+    "Qwen3VLForConditionalGeneration": Qwen3VL,
+}
+"""Name in config.json's ``architectures`` → the class that builds it. A new family is one line here."""
+
+
+def architecture_of(checkpoint: Checkpoint) -> Architecture:
+    """The architecture of a checkpoint, its config read and checked.
+
+    Raises:
+        CheckpointError: it is not supported, or its config is not usable.
+    """
+    name = checkpoint.architecture
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the architecture {name} is not supported.",
+            "Supported: " + ", ".join(sorted(ARCHITECTURES)) + ".",
+        )
+    return ARCHITECTURES[name](checkpoint.config)
+
+
+__all__ = ["ARCHITECTURES", "Architecture", "Part", "architecture_of"]

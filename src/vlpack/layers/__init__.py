@@ -1,0 +1,1 @@
+"""What several architectures share, as `onnxscript.nn` modules that write ONNX nodes."""

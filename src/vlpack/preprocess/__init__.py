@@ -1,0 +1,24 @@
+"""Images and prompts to tensors, exactly as transformers makes them, without torch or transformers."""
+
+from vlpack.preprocess.chat_template import ChatTemplate
+from vlpack.preprocess.images import ImageProcessor, ProcessedImages, smart_resize
+from vlpack.preprocess.load import MAX_IMAGE_PIXELS, ImageSource, load_image
+from vlpack.preprocess.messages import Message, normalize_messages
+from vlpack.preprocess.prompt import Prompt, PromptBuilder
+from vlpack.preprocess.tokenizer import TextStream, Tokenizer
+
+__all__ = [
+    "MAX_IMAGE_PIXELS",
+    "ChatTemplate",
+    "ImageProcessor",
+    "ImageSource",
+    "Message",
+    "ProcessedImages",
+    "Prompt",
+    "PromptBuilder",
+    "TextStream",
+    "Tokenizer",
+    "load_image",
+    "normalize_messages",
+    "smart_resize",
+]

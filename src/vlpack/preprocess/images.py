@@ -229,7 +229,7 @@ class ImageProcessor:
             self._write_patches(np.asarray(rgb), level_values, pixels[start : start + count])
             start += count
         return ProcessedImages(
-            pixel_values=pixels.reshape(len(pixels), -1),  # [patches, C*T*p*p]
+            pixel_values=pixels.reshape(len(pixels), math.prod(pixels.shape[1:])),  # [patches, C*T*p*p]
             image_grid_thw=grids,
             num_image_tokens=patches_per_image // self.merge_size**2,
         )

@@ -1,43 +1,51 @@
-"""A jinja2 environment in which a chat template, which is a stranger's program, can neither run away nor fill memory.
+"""A jinja2 environment in which a chat template, a stranger's program, can neither run away nor fill memory.
 
-jinja2's own sandbox keeps a template from Python's internals, and nothing else: nested loops, macros that call
-themselves and `"x" * 10**10` all pass. Here every loop turn, call and filter costs a step, every value built is bounded,
-and numbers that would size a padding or a power are refused. What is left to one step is at most a bounded value's work.
+jinja2's own sandbox keeps a template from Python's internals and nothing else: nested loops, macros that call
+themselves and `"x" * 10**10` all pass. Here every loop turn, call, filter and concatenation costs a step, a
+clock runs, every value built is bounded, and what multiplies (products, padding, join, replace …) is estimated first.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
-from jinja2.exceptions import SecurityError, TemplateError, TemplateRuntimeError
+from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 MAX_STEPS = 1_000_000
-"""Loop turns, calls and filters of one rendering; a long conversation takes some thousands, this many about a second."""
+"""Loop turns, calls and filters of one rendering; a long conversation takes some thousands."""
+
+MAX_SECONDS = 30.0
+"""Longest rendering; a long conversation takes some milliseconds."""
 
 MAX_CHARACTERS = 16 * 2**20
 """Longest text and longest list (in items) that a template may build; the whole rendering counts as one."""
 
 _MAX_NUMBER = 2**53  # enough for any id or timestamp; keeps ** and << from building gigabyte integers
-_MAX_PADDING = 100_000  # numbers given to calls and filters: indent(4), batch(3), center(80) …
+_MAX_PADDING = 10_000  # numbers given to calls and filters: indent(4), batch(3), center(80) …
+_AMPLIFIERS = frozenset({"join", "replace", "indent", "format", "format_map", "tojson", "string", "pprint"})
+_REMOVED_FILTERS = ("urlize", "wordwrap", "random")  # quadratic, or no place in a prompt
 _LONG_FORMAT = re.compile(r"\d{5,}")  # "%99999d" and "{:>99999}" build text from digits
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """The environment of transformers/utils/chat_template_utils.py, with bounds.
 
-    A template that exceeds one raises jinja2's SecurityError. Not for concurrent renderings: the steps are counted on
-    the environment.
+    A template that exceeds one raises jinja2's SecurityError.
     """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
@@ -45,8 +53,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self.steps = 0
+        self._deadline = math.inf
+        self._rendering = threading.Lock()  # the steps are counted here, on the environment
         self.filters["tojson"] = _tojson
-        self.filters = {name: self._bounded_filter(filter_) for name, filter_ in self.filters.items()}
+        self.filters = {
+            name: self._bounded_filter(name, filter_)
+            for name, filter_ in self.filters.items()
+            if name not in _REMOVED_FILTERS
+        }
         self.filters[_STEP] = self.step
         self.filters[_CONCAT] = self._concatenate
         self.globals.update(
@@ -71,29 +85,36 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def render_bounded(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
         """The rendered text, built piece by piece so that an endless one stops at MAX_CHARACTERS."""
-        self.steps = 0
         pieces: list[str] = []
         length = 0
-        for piece in template.generate(variables):
-            self.step()
-            length += len(piece)
-            if length > MAX_CHARACTERS:
-                raise SecurityError(f"the text grows beyond {MAX_CHARACTERS} characters")
-            pieces.append(piece)
+        with self._rendering:
+            self.steps = 0
+            self._deadline = time.monotonic() + MAX_SECONDS
+            for piece in template.generate(variables):
+                self.step()
+                length += len(piece)
+                _check_length(length)
+                pieces.append(piece)
         return "".join(pieces)
 
     def step(self, _value: object = None) -> bool:
-        """Counts one step; SecurityError when there are too many."""
+        """Counts one step; SecurityError when there are too many or they take too long."""
         self.steps += 1
         if self.steps > MAX_STEPS:
             raise SecurityError(f"it takes more than {MAX_STEPS} steps")
+        if time.monotonic() > self._deadline:
+            raise SecurityError(f"it takes longer than {MAX_SECONDS:g} seconds")
         return True
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Every call that a template makes passes here (jinja2's hook)."""
         self.step()
-        if obj is not _raise_exception:
+        if obj not in (_raise_exception, self.globals["range"]):  # jinja2 bounds range itself
             _check_arguments(args, kwargs)
+        if getattr(obj, "__name__", None) in _AMPLIFIERS:
+            # For str.format jinja2 returns a function of its own that wraps the method.
+            subject = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
+            _check_amplifier(obj.__name__, subject, args, kwargs)
         return _checked(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -105,46 +126,34 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if operator == "**" and not (_is_small(left, 1000) and _is_small(right, 15)):
             raise SecurityError("a power is too large")
         if operator == "%" and isinstance(left, str):
-            _check_format(left)
             _check_arguments(right if isinstance(right, tuple) else (right,), {})
+            _check_amplifier("format", left, (right,), {})
         return _checked(super().call_binop(context, operator, left, right))
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        """Attribute access (jinja2's hook); a format string is checked when its method is taken."""
-        if isinstance(obj, str) and attribute in ("format", "format_map"):
-            _check_format(obj)
-        return super().getattr(obj, attribute)
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        """Subscript access (jinja2's hook), which falls back to attributes."""
-        if isinstance(obj, str) and argument in ("format", "format_map"):
-            _check_format(obj)
-        return super().getitem(obj, argument)
 
     def _concatenate(self, values: list[Any]) -> str:
         self.step()
-        texts = [str(value) for value in values]
-        _check_length(sum(map(len, texts)))
-        return "".join(texts)
+        _check_length(_weight(values))
+        return "".join(map(str, values))
 
-    def _bounded_filter(self, filter_: Callable[..., Any]) -> Callable[..., Any]:
+    def _bounded_filter(self, name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
+        takes_context = hasattr(filter_, "jinja_pass_arg")
+
         @functools.wraps(filter_)  # also copies the mark that makes jinja2 pass its context first
         def bounded(*args: Any, **kwargs: Any) -> Any:
             self.step()
             _check_arguments(args, kwargs)
-            if filter_ is _REPLACE:
-                text, old, new = (str(value) for value in (*args[1:4], "", "", "")[:3])
-                _check_length(len(text) + (text.count(old)) * len(new))
-            if filter_ is _FORMAT and args:
-                _check_format(str(args[0]))
+            if name in _AMPLIFIERS and len(args) > takes_context:
+                context, (subject, *rest) = args[:takes_context], args[takes_context:]
+                if isinstance(subject, Iterator):  # what `map` and `select` give; it could be weighed only once
+                    subject = list(itertools.islice(subject, MAX_CHARACTERS))
+                _check_amplifier(name, subject, tuple(rest), kwargs)
+                args = (*context, subject, *rest)
             return _checked(filter_(*args, **kwargs))
 
         return bounded
 
 
 _STEP, _CONCAT = "vlpack step", "vlpack concatenate"  # the space keeps templates from naming them
-_REPLACE = jinja2.filters.FILTERS["replace"]
-_FORMAT = jinja2.filters.FILTERS["format"]
 
 
 class _Generation(Extension):
@@ -161,7 +170,7 @@ class _Generation(Extension):
 class _Namespace(Namespace):
     """jinja2's namespace without names that begin with an underscore, as in transformers."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # type: ignore[misc]  # noqa: N805 - allows namespace(self=…)
+    def __init__(*args: Any, **kwargs: Any) -> None:  # no name: allows namespace(self=…)
         attributes = dict(*args[1:], **kwargs)
         for name in attributes:
             _check_name(name)
@@ -217,9 +226,42 @@ def _check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             raise SecurityError(f"a number of {_MAX_PADDING} or more is passed to a call or filter")
 
 
-def _check_format(text: str) -> None:
-    if _LONG_FORMAT.search(text):
-        raise SecurityError("a format has a width of five or more digits")
+def _check_amplifier(name: str, subject: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Bounds the result of an operation that multiplies, from above, before it runs."""
+    values = (*args, *kwargs.values())
+    weight = _weight(subject) + _weight(values)
+    text = subject if isinstance(subject, str) else ""
+    if name == "replace" and len(values) >= 2:
+        weight += text.count(str(values[0])) * _weight(values[1])
+    elif name == "join" and values:  # a list of texts and a separator, in either order
+        weight += _count(subject) * _count(values[0])
+    elif name in ("indent", "tojson", "pprint"):
+        numbers = [value for value in values if isinstance(value, int)]
+        weight *= 1 + max([4, *numbers] if name == "indent" else [*numbers, 0])
+        weight += (text.count("\n") + 1) * _weight(values)
+    elif name in ("format", "format_map"):
+        if _LONG_FORMAT.search(text):
+            raise SecurityError("a format has a width of five or more digits")
+        weight *= 1 + text.count("%") + text.count("{")
+    _check_length(weight)
+
+
+def _weight(value: Any) -> int:
+    """Characters that a value takes when written out, roughly; counting stops beyond the limit."""
+    if isinstance(value, str):
+        return len(value)
+    if not isinstance(value, (list, tuple, dict)):
+        return 32
+    total = 2
+    for item in value.items() if isinstance(value, dict) else value:
+        total += 2 + _weight(item)
+        if total > MAX_CHARACTERS:
+            break
+    return total
+
+
+def _count(value: Any) -> int:
+    return len(value) if hasattr(value, "__len__") else 1
 
 
 def _check_length(length: int) -> None:
@@ -237,6 +279,3 @@ def _checked(value: Any) -> Any:
 
 def _is_small(value: object, limit: int) -> bool:
     return isinstance(value, (int, float)) and abs(value) <= limit
-
-
-__all__ = ["BoundedEnvironment", "SecurityError", "TemplateError", "TemplateRuntimeError"]

@@ -1,0 +1,206 @@
+"""What every architecture answers: its graphs, and the facts that the runtime's configuration needs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import nn
+
+from vlpack.config import Section
+from vlpack.deepstack import CHANNEL, SideChannel
+from vlpack.errors import CheckpointError
+from vlpack.layers.vision import patch_size, temporal_patch_size
+
+INT64 = ir.DataType.INT64
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a graph; symbolic dimensions are strings."""
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One graph of a package: a module whose ``forward(op, *inputs)`` returns its outputs in order."""
+
+    name: str
+    module: nn.Module
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """What passes between the graphs.
+
+    Args:
+        dtype: of embeddings, image features, cache and logits.
+        last_logits: only the last token's logits, ``[B, 1, V]``.
+    """
+
+    dtype: ir.DataType = ir.DataType.FLOAT
+    last_logits: bool = True
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """The decoder's sizes, as genai_config.json wants them."""
+
+    hidden_size: int
+    head_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    num_hidden_layers: int
+    vocab_size: int
+    context_length: int
+
+    @classmethod
+    def read(cls, config: Section) -> TextFacts:
+        """From the text part of a config.json.
+
+        Raises:
+            CheckpointError: a size is missing, absurd or does not go with another.
+        """
+        heads = config.int("num_attention_heads", high=1 << 12)
+        kv_heads = config.int("num_key_value_heads", heads, high=1 << 12)
+        hidden_size = config.int("hidden_size", high=1 << 20)
+        head_size = config.int("head_dim", hidden_size // heads, high=1 << 12)
+        if heads % kv_heads:
+            raise CheckpointError(
+                f"{config.where}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})."
+            )
+        if head_size % 8:
+            raise CheckpointError(f"{config.where}: head_dim is {head_size}; the runtime needs a multiple of 8.")
+        return cls(
+            hidden_size=hidden_size,
+            head_size=head_size,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            num_hidden_layers=config.int("num_hidden_layers", high=1 << 12),
+            vocab_size=config.int("vocab_size", high=1 << 24),
+            context_length=config.int("max_position_embeddings", 32768),
+        )
+
+
+@dataclass(frozen=True)
+class VisionFacts:
+    """What the runtime's image handling needs: patch sizes, and the ids of the tokens around and in place of an image."""
+
+    patch_size: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    tokens_per_second: float
+    image_token_id: int
+    video_token_id: int
+    vision_start_token_id: int
+    vision_end_token_id: int
+
+    @classmethod
+    def read(cls, root: Section, vision: Section) -> VisionFacts:
+        """From a config.json and its vision part; Qwen's ids where the config has none."""
+        return cls(
+            patch_size=patch_size(vision),
+            temporal_patch_size=temporal_patch_size(vision),
+            spatial_merge_size=vision.int("spatial_merge_size", 2, high=16),
+            tokens_per_second=vision.float("tokens_per_second", 2.0),
+            image_token_id=root.int("image_token_id", 151655, low=0),
+            video_token_id=root.int("video_token_id", 151656, low=0),
+            vision_start_token_id=root.int("vision_start_token_id", 151652, low=0),
+            vision_end_token_id=root.int("vision_end_token_id", 151653, low=0),
+        )
+
+
+class Architecture(ABC):
+    """A model family with its config read. See docs/adding-an-architecture.md."""
+
+    genai_type: str
+    """``model.type`` in genai_config.json of the complete package."""
+    genai_text_type: str
+    """… and of the decoder that embeds by itself."""
+    normalize_flag: str = ""
+    """The attribute of the image processor's Normalize step that makes it write this family's patch layout."""
+    text: TextFacts
+    vision: VisionFacts
+    deepstack: SideChannel
+    tied: bool
+    """The head's weight is the embedding's."""
+
+    @abstractmethod
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Read and check a config.json.
+
+        Raises:
+            CheckpointError: a value is missing or not supported.
+        """
+
+    @abstractmethod
+    def parts(self, options: GraphOptions) -> list[Part]:
+        """The graphs of the complete package, the decoder first."""
+
+    @abstractmethod
+    def text_part(self, options: GraphOptions) -> Part:
+        """The decoder that takes ``input_ids`` and embeds them itself."""
+
+
+def decoder_part(
+    name: str,
+    module: nn.Module,
+    text: TextFacts,
+    options: GraphOptions,
+    deepstack: SideChannel | None,
+    position_axes: int,
+) -> Part:
+    """The decoder's ports; it takes ``inputs_embeds`` where ``deepstack`` is given and ``input_ids`` where it is None.
+
+    ``position_axes`` is 3 for M-RoPE's ``[3, B, S]`` positions, 0 for plain ``[B, S]``.
+    """
+    tokens: tuple[int | str, ...] = ("batch_size", "sequence_length")
+    if deepstack is None:
+        inputs = [Port("input_ids", INT64, tokens)]
+    else:
+        inputs = [Port("inputs_embeds", options.dtype, (*tokens, text.hidden_size))]
+    inputs += [
+        Port("attention_mask", INT64, ("batch_size", "total_sequence_length")),
+        Port("position_ids", INT64, (position_axes, *tokens) if position_axes else tokens),
+    ]
+    if deepstack is not None and deepstack.levels:
+        inputs.append(Port(CHANNEL, options.dtype, (*tokens, deepstack.channel_width)))
+    outputs = [Port("logits", options.dtype, ("batch_size", 1 if options.last_logits else tokens[1], text.vocab_size))]
+    for layer in range(text.num_hidden_layers):
+        for kind in ("key", "value"):
+            cache = ("batch_size", text.num_key_value_heads, "past_sequence_length", text.head_size)
+            inputs.append(Port(f"past_key_values.{layer}.{kind}", options.dtype, cache))
+            cache = ("batch_size", text.num_key_value_heads, "total_sequence_length", text.head_size)
+            outputs.append(Port(f"present.{layer}.{kind}", options.dtype, cache))
+    return Part(name, module, tuple(inputs), tuple(outputs))
+
+
+def vision_part(module: nn.Module, pixels: int, deepstack: SideChannel, options: GraphOptions) -> Part:
+    """The vision encoder's ports; ``pixels`` is the length of a flattened patch. Pixels are fp32 in every precision."""
+    inputs = (
+        Port("pixel_values", ir.DataType.FLOAT, ("num_patches", pixels)),
+        Port("image_grid_thw", INT64, ("num_images", 3)),
+    )
+    features = Port("image_features", options.dtype, ("num_image_tokens", deepstack.feature_width))
+    return Part("vision", module, inputs, (features,))
+
+
+def embedding_part(module: nn.Module, deepstack: SideChannel, options: GraphOptions) -> Part:
+    """The embedding's ports; the widths are static, as the runtime needs them for the channel."""
+    tokens: tuple[int | str, ...] = ("batch_size", "sequence_length")
+    inputs = (
+        Port("input_ids", INT64, tokens),
+        Port("image_features", options.dtype, ("num_image_tokens", deepstack.feature_width)),
+    )
+    outputs = [Port("inputs_embeds", options.dtype, (*tokens, deepstack.hidden_size))]
+    if deepstack.levels:
+        outputs.append(Port(CHANNEL, options.dtype, (*tokens, deepstack.channel_width)))
+    return Part("embedding", module, inputs, tuple(outputs))

@@ -1,0 +1,217 @@
+"""Qwen3-VL: a text decoder with q/k norms and interleaved M-RoPE, and a vision encoder that feeds it by DeepStack.
+
+Source: Qwen3-VL technical report (arXiv:2511.21631); transformers' ``modeling_qwen3_vl.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import OpBuilder, nn
+
+from vlpack.architectures.base import (
+    Architecture,
+    GraphOptions,
+    Part,
+    TextFacts,
+    VisionFacts,
+    decoder_part,
+    embedding_part,
+    vision_part,
+)
+from vlpack.config import Section
+from vlpack.deepstack import SideChannel
+from vlpack.errors import CheckpointError
+from vlpack.layers import ops
+from vlpack.layers.attention import Attention
+from vlpack.layers.decoder import CausalLM, DecoderLayer, TextModel
+from vlpack.layers.embedding import ImageEmbedding
+from vlpack.layers.linear import Embedding, Linear
+from vlpack.layers.mlp import ACTIVATIONS, GatedMLP, VisionMLP, activation
+from vlpack.layers.norm import LayerNorm
+from vlpack.layers.rope import Rope, angles_from_positions, interleaved_axes, inverse_frequencies, rope_section
+from vlpack.layers.vision import (
+    PatchEmbed,
+    VisionAttention,
+    axial_rope,
+    bilinear_taps,
+    frames_of,
+    patch_places,
+    pixels_of,
+)
+
+LAYER_NORM_EPS = 1e-6
+"""Of the vision encoder; not in the config."""
+
+TEXT = "model.language_model"
+VISION = "model.visual"
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm attention and MLP; the residual stream ``x [frames, patches, H]`` stays in fp32."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, hidden_act: str) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(hidden_size, LAYER_NORM_EPS)
+        self.norm2 = LayerNorm(hidden_size, LAYER_NORM_EPS)
+        self.attn = VisionAttention(hidden_size, num_heads)
+        self.mlp = VisionMLP(hidden_size, intermediate_size, hidden_act)
+
+    def forward(self, op: OpBuilder, x: ir.Value, rope: Rope) -> ir.Value:
+        x = op.Add(x, ops.cast(op, self.attn(op, self.norm1(op, x), rope), ops.FLOAT))
+        return op.Add(x, ops.cast(op, self.mlp(op, self.norm2(op, x)), ops.FLOAT))
+
+
+class PatchMerger(nn.Module):
+    """``m · m`` neighbouring patches to one token of the decoder's width, ``[frames, patches, H] → [tokens, out]``.
+
+    The final merger normalizes each patch before they are joined, DeepStack's mergers the joined ones.
+    """
+
+    def __init__(self, hidden_size: int, merge: int, out_hidden_size: int, postshuffle_norm: bool) -> None:
+        super().__init__()
+        self.width = hidden_size * merge * merge
+        self.postshuffle_norm = postshuffle_norm
+        self.norm = LayerNorm(self.width if postshuffle_norm else hidden_size, LAYER_NORM_EPS)
+        self.linear_fc1 = Linear(self.width, self.width, bias=True)
+        self.linear_fc2 = Linear(self.width, out_hidden_size, bias=True)
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        if self.postshuffle_norm:
+            x = self.norm(op, op.Reshape(x, [-1, self.width]))
+        else:
+            x = op.Reshape(self.norm(op, x), [-1, self.width])
+        # exact GELU, whatever the blocks use
+        return self.linear_fc2(op, activation(op, self.linear_fc1(op, x), "gelu"))
+
+
+class VisionModel(nn.Module):
+    """``pixel_values [N, C·T·p·p]``, ``image_grid_thw [images, 3]`` → ``image_features [tokens, (1 + levels)·H]``."""
+
+    def __init__(self, config: Section, dtype: ir.DataType, deepstack: SideChannel) -> None:
+        super().__init__(VISION)
+        size, heads = config.int("hidden_size", high=1 << 16), config.int("num_heads", high=1 << 10)
+        if size % (heads * 4):
+            raise CheckpointError(f"{config.where}: hidden_size {size} is not a multiple of 4 · num_heads ({heads}).")
+        self.size, self.heads, self.dtype, self.deepstack = size, heads, dtype, deepstack
+        self.merge = config.int("spatial_merge_size", high=16)
+        rope = config.section("rope_parameters", required=False)
+        rope.choice("rope_type", ["axial"], "axial")
+        self.theta = rope.float("rope_theta", 10000.0)
+
+        positions, out = config.int("num_position_embeddings", high=1 << 24), config.int("out_hidden_size")
+        act, intermediate = config.choice("hidden_act", ACTIVATIONS), config.int("intermediate_size", high=1 << 20)
+        self.side = int(positions**0.5)
+        self.indexes = deepstack_indexes(config)
+        self.patch_embed = PatchEmbed(config, size)
+        self.pos_embed = Embedding(positions, size)
+        self.blocks = nn.ModuleList([VisionBlock(size, intermediate, heads, act) for _ in range(config.int("depth"))])
+        self.merger = PatchMerger(size, self.merge, out, postshuffle_norm=False)
+        self.deepstack_merger_list = nn.ModuleList(
+            [PatchMerger(size, self.merge, out, postshuffle_norm=True) for _ in self.indexes]
+        )
+
+    def forward(self, op: OpBuilder, pixel_values: ir.Value, image_grid_thw: ir.Value) -> list[ir.Value]:
+        places = patch_places(op, image_grid_thw, self.merge)
+        frames = frames_of(op, image_grid_thw)
+        rope = axial_rope(op, places, frames, self.size // self.heads, self.theta)
+        x = self.patch_embed(op, pixel_values)  # [N, H]
+        columns = bilinear_taps(op, places.column, places.width, self.side)
+        for row, row_weight in bilinear_taps(op, places.row, places.height, self.side):
+            for column, column_weight in columns:
+                table = self.pos_embed(op, op.Add(op.Mul(row, self.side), column))
+                x = op.Add(x, op.Mul(table, op.Unsqueeze(op.Mul(row_weight, column_weight), [1])))
+        x = op.Reshape(x, op.Concat(frames, [self.size], axis=0))
+        x = ops.typed(x, ops.FLOAT, ["frames", "patches_per_frame", self.size])
+        levels = []
+        for index, block in enumerate(self.blocks):
+            x = block(op, x, rope)
+            if index in self.indexes:  # the levels go by depth, each through the merger at its place in the list
+                levels.append(self.deepstack_merger_list[self.indexes.index(index)](op, x))
+        return [ops.cast(op, self.deepstack.join(op, self.merger(op, x), levels), self.dtype)]
+
+
+def deepstack_indexes(config: Section) -> list[int]:
+    """Blocks whose output goes to DeepStack; each names one merger, in the list's order."""
+    depth = config.int("depth", high=1024)
+    indexes = config.ints("deepstack_visual_indexes", [8, 16, 24], high=depth - 1)
+    if len(set(indexes)) != len(indexes):
+        raise CheckpointError(f"{config.where}: deepstack_visual_indexes names a block twice: {indexes}.")
+    return indexes
+
+
+class Qwen3VL(Architecture):
+    """``Qwen3VLForConditionalGeneration``: 2B, 4B, 8B, 32B; Instruct and Thinking."""
+
+    genai_type = "qwen3_vl"
+    genai_text_type = "qwen3_vl_text"
+    normalize_flag = "qwen3_vl"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        root = Section(config)
+        text, self.vision_config = root.section("text_config"), root.section("vision_config")
+        self.tied = root.bool("tie_word_embeddings", text.bool("tie_word_embeddings", False))
+        self.text_config, self.text = text, TextFacts.read(text)
+        self.hidden_act = text.choice("hidden_act", ACTIVATIONS, "silu")
+        self.eps = text.float("rms_norm_eps", 1e-6)
+        rope = rope_section(text)
+        self.theta = rope.float("rope_theta", text.float("rope_theta", 500000.0))
+        self.sections = rope.ints("mrope_section", [24, 20, 20])
+        if len(self.sections) != 3 or sum(self.sections) != self.text.head_size // 2:
+            raise CheckpointError(
+                f"{rope.where}: mrope_section {self.sections} must be three numbers whose sum is half of head_dim "
+                f"({self.text.head_size})."
+            )
+        out = self.vision_config.int("out_hidden_size")
+        if out != self.text.hidden_size:
+            raise CheckpointError(
+                f"config.json: vision_config.out_hidden_size is {out} and text_config.hidden_size "
+                f"{self.text.hidden_size}; they must be equal."
+            )
+        self.deepstack = SideChannel(len(deepstack_indexes(self.vision_config)), out)
+        self.vision = VisionFacts.read(root, self.vision_config)
+
+    def parts(self, options: GraphOptions) -> list[Part]:
+        vision = VisionModel(self.vision_config, options.dtype, self.deepstack)
+        tokens = [self.vision.image_token_id, self.vision.video_token_id]
+        embedding = ImageEmbedding(self._embed_tokens(), tokens, self.deepstack, options.dtype)
+        decoder = self._decoder(options, self.deepstack, None)
+        return [
+            decoder_part("decoder", decoder, self.text, options, self.deepstack, position_axes=3),
+            vision_part(vision, pixels_of(self.vision_config), self.deepstack, options),
+            embedding_part(embedding, self.deepstack, options),
+        ]
+
+    def text_part(self, options: GraphOptions) -> Part:
+        decoder = self._decoder(options, None, self._embed_tokens())
+        return decoder_part("text", decoder, self.text, options, None, position_axes=3)
+
+    def _embed_tokens(self) -> Embedding:
+        return Embedding(self.text.vocab_size, self.text.hidden_size, name=f"{TEXT}.embed_tokens")
+
+    def _decoder(self, options: GraphOptions, deepstack: SideChannel | None, embed: Embedding | None) -> CausalLM:
+        size, eps = self.text.hidden_size, self.eps
+        bias = self.text_config.bool("attention_bias", False)
+        heads, kv_heads, head_dim = self.text.num_attention_heads, self.text.num_key_value_heads, self.text.head_size
+        layers = [
+            DecoderLayer(
+                Attention(size, heads, kv_heads, head_dim, qkv_bias=bias, o_bias=bias, qk_norm_eps=eps),
+                GatedMLP(size, self.text_config.int("intermediate_size"), self.hidden_act),
+                size,
+                eps,
+            )
+            for _ in range(self.text.num_hidden_layers)
+        ]
+        head = Linear(size, self.text.vocab_size, tied_to=f"{TEXT}.embed_tokens.weight" if self.tied else None)
+        axes, frequencies = interleaved_axes(self.sections), inverse_frequencies(head_dim, self.theta)
+        return CausalLM(
+            TextModel(layers, size, eps, TEXT),
+            head,
+            lambda op, position_ids: angles_from_positions(op, position_ids, axes, frequencies),
+            options.dtype,
+            options.last_logits,
+            deepstack,
+            embed,
+        )

@@ -1,0 +1,106 @@
+"""The text decoder: a stack of attention and feed-forward layers, its final norm, and the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+from onnxscript import OpBuilder, nn
+
+from vlpack.deepstack import SideChannel
+from vlpack.layers import ops
+from vlpack.layers.attention import Attention, CacheLengths, cache_lengths
+from vlpack.layers.linear import Embedding, Linear
+from vlpack.layers.norm import RMSNorm
+from vlpack.layers.rope import Rope
+
+RopeOf = Callable[[OpBuilder, ir.Value], Rope]
+"""Angles from ``position_ids``."""
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward with residuals around both, normalized before each (pre-norm)."""
+
+    def __init__(self, attention: Attention, mlp: nn.Module, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.self_attn = attention
+        self.mlp = mlp
+        self.input_layernorm = RMSNorm(hidden_size, eps)
+        self.post_attention_layernorm = RMSNorm(hidden_size, eps)
+
+    def forward(
+        self, op: OpBuilder, x: ir.Value, rope: Rope, lengths: CacheLengths, past: tuple[ir.Value, ir.Value]
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        # the residual stream x [B, S, H] stays in fp32: trained models reach values that fp16 cannot hold
+        y, key, value = self.self_attn(op, self.input_layernorm(op, x), rope, lengths, past)
+        x = op.Add(x, ops.cast(op, y, ops.FLOAT))
+        y = self.mlp(op, self.post_attention_layernorm(op, x))
+        return op.Add(x, ops.cast(op, y, ops.FLOAT)), key, value
+
+
+class TextModel(nn.Module):
+    """Embeddings in, normalized hidden states out; DeepStack's features are added after the first layers.
+
+    The module's name is the prefix of its tensors in the checkpoint.
+    """
+
+    def __init__(self, layers: Sequence[DecoderLayer], hidden_size: int, eps: float, name: str) -> None:
+        super().__init__(name)
+        self.layers = nn.ModuleList(list(layers))
+        self.norm = RMSNorm(hidden_size, eps)
+
+    def forward(
+        self,
+        op: OpBuilder,
+        x: ir.Value,
+        rope: Rope,
+        lengths: CacheLengths,
+        past: Sequence[ir.Value],
+        deepstack: Sequence[ir.Value],
+        last_only: bool,
+    ) -> tuple[ir.Value, list[ir.Value]]:
+        x = ops.cast(op, x, ops.FLOAT)  # [B, S, H]
+        present = []
+        for index, layer in enumerate(self.layers):
+            x, key, value = layer(op, x, rope, lengths, (past[2 * index], past[2 * index + 1]))
+            present += [key, value]
+            if index < len(deepstack):
+                x = op.Add(x, ops.cast(op, deepstack[index], ops.FLOAT))
+        if last_only:
+            x = op.Slice(x, [-1], [2**62], [1])  # [B, 1, H]
+        return self.norm(op, x), present
+
+
+class CausalLM(nn.Module):
+    """Embeddings (or, with ``embed_tokens``, token ids) to logits, with the cache as inputs and outputs.
+
+    ``forward(op, tokens, attention_mask, position_ids, *[deepstack channel], *past)`` returns logits ``[B, S, V]``
+    (``[B, 1, V]`` where only the last are wanted) and the present keys and values.
+    """
+
+    def __init__(
+        self,
+        model: TextModel,
+        lm_head: Linear,
+        rope_of: RopeOf,
+        dtype: ir.DataType,
+        last_logits: bool,
+        deepstack: SideChannel | None = None,
+        embed_tokens: Embedding | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.lm_head = lm_head
+        self.embed_tokens = embed_tokens
+        self.rope_of, self.dtype, self.last_logits, self.deepstack = rope_of, dtype, last_logits, deepstack
+
+    def forward(
+        self, op: OpBuilder, tokens: ir.Value, attention_mask: ir.Value, position_ids: ir.Value, *rest: ir.Value
+    ) -> list[ir.Value]:
+        x = tokens if self.embed_tokens is None else self.embed_tokens(op, tokens)
+        levels: list[ir.Value] = []
+        if self.deepstack is not None and self.deepstack.levels:
+            levels, rest = self.deepstack.levels_of(op, rest[0]), rest[1:]
+        rope, lengths = self.rope_of(op, position_ids), cache_lengths(op, attention_mask)
+        x, present = self.model(op, x, rope, lengths, rest, levels, self.last_logits)
+        return [ops.cast(op, self.lm_head(op, x), self.dtype), *present]

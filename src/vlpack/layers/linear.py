@@ -1,0 +1,114 @@
+"""Linear and Embedding: modules whose weight is stored, and multiplied, as the precision policy says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnxscript import OpBuilder, nn
+
+from vlpack.layers import ops
+from vlpack.storage import Blocks, ChannelInt8, Float, Storage, Transposed
+
+
+class Stored(nn.Module):
+    """A module with one weight ``[rows, cols]`` whose storage is chosen after the module tree stands.
+
+    Args:
+        rows: output features, or the entries of a table.
+        cols: input features, or the width of a table.
+        stacked: names of the checkpoint's modules whose weights (and biases), one above the other, make this one,
+            with their row counts; itself where empty.
+        source_shape: the shape of the checkpoint's weight where it is not ``[rows, cols]`` (a convolution's kernel).
+        name: as of any module; a dotted one is the place in the checkpoint.
+        tied_to: the checkpoint's tensor that is this weight, where another module owns it.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        cols: int,
+        stacked: Sequence[tuple[str, int]] = (),
+        source_shape: Sequence[int] = (),
+        name: str | None = None,
+        tied_to: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        self.rows, self.cols = rows, cols
+        self.stacked = tuple(stacked)
+        self.tied_to = tied_to
+        self.source_shape = tuple(source_shape) or (rows, cols)
+        self.storage: Storage | None = None
+
+    def store(self, storage: Storage) -> dict[str, nn.Parameter]:
+        """Declare the initializers that ``storage`` makes of the weight; returns them by array name."""
+        self.storage = storage
+        self.arrays = {}
+        for name, (dtype, shape) in storage.arrays(self.rows, self.cols).items():
+            self.arrays[name] = nn.Parameter(self.declared_shape(name, shape), ir.DataType.from_numpy(dtype), name=name)
+            setattr(self, name, self.arrays[name])
+        return self.arrays
+
+    def declared_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape under which the graph sees an array; the bytes are the same."""
+        return shape
+
+
+class Linear(Stored):
+    """``y = x Wᵀ + b``, ``x [.., in_features] → y [.., out_features]``, in the compute dtype of ``x``."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        stacked: Sequence[tuple[str, int]] = (),
+        source_shape: Sequence[int] = (),
+        tied_to: str | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, stacked, source_shape, tied_to=tied_to)
+        self.bias = nn.Parameter([out_features], name="bias") if bias else None
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        weight = list(self.arrays.values())
+        match self.storage:
+            case Transposed():
+                y = op.MatMul(ops.cast(op, x, weight[0].dtype), weight[0])
+            case Float():
+                y = self._tied_head(op, ops.cast(op, x, weight[0].dtype), weight[0])
+            case ChannelInt8():
+                y = ops.dynamic_quantize_mat_mul(op, ops.cast(op, x, ops.FLOAT), weight, self.rows)
+            case Blocks():
+                x = ops.cast(op, x, weight[1].dtype)
+                y = ops.mat_mul_n_bits(op, x, weight, self.rows, self.cols, self.storage)
+            case _:
+                raise AssertionError(f"{self.name}: no way to multiply by {self.storage}")
+        return y if self.bias is None else op.Add(y, ops.cast(op, self.bias, y.dtype))
+
+    def _tied_head(self, op: OpBuilder, x: ir.Value, weight: ir.Value) -> ir.Value:
+        """Gemm reads the rows as the embedding keeps them, so that a tied head needs no transposed copy."""
+        y = op.Gemm(op.Reshape(x, [-1, self.cols]), weight, transB=1)
+        batch_and_sequence = op.Shape(x, start=0, end=-1)
+        y = op.Reshape(y, op.Concat(batch_and_sequence, [self.rows], axis=0))
+        return ops.typed(y, x.dtype, ops.last_dim(x, self.rows))
+
+
+class Embedding(Stored):
+    """Rows of a table: ``ids [..] → [.., embedding_dim]``."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, name: str | None = None) -> None:
+        super().__init__(num_embeddings, embedding_dim, name=name)
+
+    def declared_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        # GatherBlockQuantized wants a row's blocks side by side where MatMulNBits wants them apart
+        return (shape[0], shape[1] * shape[2]) if name == "qweight" and len(shape) == 3 else shape
+
+    def forward(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
+        weight = list(self.arrays.values())
+        match self.storage:
+            case Float():
+                return op.Gather(weight[0], ids, axis=0)
+            case Blocks():
+                return ops.gather_block_quantized(op, ids, weight, self.cols, self.storage)
+            case _:
+                raise AssertionError(f"{self.name}: no way to look up in {self.storage}")

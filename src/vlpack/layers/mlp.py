@@ -1,0 +1,53 @@
+"""Feed-forward layers: SwiGLU of the text decoders, and the two-layer MLP of the vision encoders."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnxscript import OpBuilder, nn
+
+from vlpack.layers.linear import Linear
+
+ACTIVATIONS = ("gelu_pytorch_tanh", "gelu_new", "gelu", "quick_gelu", "silu")
+
+
+def activation(op: OpBuilder, x: ir.Value, name: str) -> ir.Value:
+    """An activation by its name in config.json (transformers' ``ACT2FN``)."""
+    match name:
+        case "gelu_pytorch_tanh" | "gelu_new":
+            return op.Gelu(x, approximate="tanh")
+        case "gelu":
+            return op.Gelu(x, approximate="none")
+        case "quick_gelu":
+            return op.Mul(x, op.Sigmoid(op.Mul(x, 1.702)))
+        case "silu":
+            return op.Mul(x, op.Sigmoid(x))
+        case _:
+            raise AssertionError(f"activation {name}: the config's reader lets only {ACTIVATIONS} through")
+
+
+class GatedMLP(nn.Module):
+    """``down(act(gate(x)) · up(x))``: SwiGLU (Shazeer 2020, arXiv:2002.05202) where ``act`` is SiLU."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str) -> None:
+        super().__init__()
+        stacked = [("gate_proj", intermediate_size), ("up_proj", intermediate_size)]
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, stacked=stacked)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+        self.hidden_act = hidden_act
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        gate, up = op.Split(self.gate_up_proj(op, x), axis=-1, num_outputs=2, _outputs=2)
+        return self.down_proj(op, op.Mul(activation(op, gate, self.hidden_act), up))
+
+
+class VisionMLP(nn.Module):
+    """``fc2(act(fc1(x)))`` with biases."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str) -> None:
+        super().__init__()
+        self.linear_fc1 = Linear(hidden_size, intermediate_size, bias=True)
+        self.linear_fc2 = Linear(intermediate_size, hidden_size, bias=True)
+        self.hidden_act = hidden_act
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        return self.linear_fc2(op, activation(op, self.linear_fc1(op, x), self.hidden_act))

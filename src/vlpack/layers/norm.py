@@ -1,0 +1,37 @@
+"""RMS and layer normalization, always in fp32: ``x`` is cast up, and the caller's next layer casts down."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnxscript import OpBuilder, nn
+
+from vlpack.layers import ops
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension; the result is fp32.
+
+    Source: Zhang and Sennrich 2019 (arXiv:1910.07467); transformers' ``Qwen3VLTextRMSNorm``.
+    """
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([size], name="weight")
+        self.eps = eps
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        return op.RMSNormalization(ops.cast(op, x, ops.FLOAT), self.weight, axis=-1, epsilon=self.eps)
+
+
+class LayerNorm(nn.Module):
+    """``(x - mean) / sqrt(var + eps) · weight + bias`` over the last dimension; the result is fp32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([size], name="weight")
+        self.bias = nn.Parameter([size], name="bias")
+        self.eps = eps
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        x = ops.cast(op, x, ops.FLOAT)
+        return op.LayerNormalization(x, self.weight, self.bias, axis=-1, epsilon=self.eps)

@@ -1,0 +1,139 @@
+"""ONNX Runtime's fused operators and a few idioms, with the types and shapes that ONNX cannot infer for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+from vlpack.storage import Blocks
+
+FLOAT = ir.DataType.FLOAT
+INT32 = ir.DataType.INT32
+INT64 = ir.DataType.INT64
+
+Dim = int | str | None
+
+
+def typed(value: ir.Value, dtype: ir.DataType | None, shape: Sequence[Any] | ir.Shape | None) -> ir.Value:
+    """State the dtype and shape of the output of an operator whose schema ONNX does not know."""
+    value.dtype = dtype
+    if shape is not None:
+        value.shape = ir.Shape(shape)
+    return value
+
+
+def last_dim(value: ir.Value, size: int) -> list[Any]:
+    """``value``'s shape with another last dimension."""
+    assert value.shape is not None, f"the shape of {value.name} is not known"
+    return [*value.shape[:-1], size]
+
+
+def cast(op: OpBuilder, x: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """``x`` in ``dtype``; nothing where it already is."""
+    return x if x.dtype == dtype else op.Cast(x, to=dtype)
+
+
+def constant(op: OpBuilder, array: Any, dtype: Any = np.float32) -> ir.Value:
+    """A small array as an initializer inside the graph file."""
+    tensor = ir.tensor(np.asarray(array, dtype))
+    name = f"const_{len(op.builder.root.graph.initializers)}"
+    return op.builder.root.initializer(tensor, name, qualify=False)
+
+
+def microsoft(op: OpBuilder) -> OpBuilder:
+    """The builder of ORT's own operators (domain com.microsoft)."""
+    return op.builder.opset("com.microsoft", 1)
+
+
+def mat_mul_n_bits(
+    op: OpBuilder, x: ir.Value, weight: Sequence[ir.Value], rows: int, cols: int, storage: Blocks
+) -> ir.Value:
+    """``x [.., cols] → [.., rows]`` with block-quantized weights (qweight, scales, zero points where there are)."""
+    # only the CPU's fp32 kernels know levels
+    level = {"accuracy_level": storage.accuracy_level} if x.dtype == FLOAT else {}
+    bits, block_size = storage.bits, storage.block_size
+    y = microsoft(op).MatMulNBits(x, *weight, K=cols, N=rows, bits=bits, block_size=block_size, **level)
+    return typed(y, x.dtype, last_dim(x, rows))
+
+
+def dynamic_quantize_mat_mul(op: OpBuilder, x: ir.Value, weight: Sequence[ir.Value], rows: int) -> ir.Value:
+    """``x [.., cols] → [.., rows]`` with 8-bit weights per channel and 8-bit activations **per row**.
+
+    DynamicQuantizeMatMul takes one scale for the whole of ``x``, and one outlier token would cost all the others their
+    precision. Dividing every row by its own max |x| before, and multiplying it back after, makes the scale per row.
+    """
+    peak = op.Max(op.ReduceMax(op.Abs(x), [-1], keepdims=1), constant(op, 1e-20))
+    y = microsoft(op).DynamicQuantizeMatMul(op.Div(x, peak), *weight)
+    return op.Mul(typed(y, FLOAT, last_dim(x, rows)), peak)
+
+
+def gather_block_quantized(
+    op: OpBuilder, ids: ir.Value, weight: Sequence[ir.Value], cols: int, storage: Blocks
+) -> ir.Value:
+    """Rows ``ids`` of a block-quantized table [rows, cols], dequantized: [*ids.shape, cols]."""
+    qweight, scales, *zero_points = weight
+    y = microsoft(op).GatherBlockQuantized(
+        qweight,
+        ids,
+        scales,
+        *zero_points,
+        bits=storage.bits,
+        block_size=storage.block_size,
+        gather_axis=0,
+        quantize_axis=1,
+    )
+    assert ids.shape is not None
+    return typed(y, scales.dtype, [*ids.shape, cols])
+
+
+def rotary(
+    op: OpBuilder, x: ir.Value, rows: ir.Value, cos: ir.Value, sin: ir.Value, num_heads: int
+) -> ir.Value:
+    """Rotate the halves of every head of ``x [B, S, heads · D]`` by the angles in ``rows`` of cos, sin ``[rows, D / 2]``."""
+    y = microsoft(op).RotaryEmbedding(x, rows, cos, sin, num_heads=num_heads)
+    return typed(y, x.dtype, x.shape)
+
+
+def multi_head_attention(op: OpBuilder, q: ir.Value, k: ir.Value, v: ir.Value, num_heads: int) -> ir.Value:
+    """Unmasked attention over ``[B, S, heads · D]``; the scale is ``1 / sqrt(D)``."""
+    y = microsoft(op).MultiHeadAttention(q, k, v, num_heads=num_heads)
+    return typed(y, q.dtype, q.shape)
+
+
+def group_query_attention(
+    op: OpBuilder,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    past: tuple[ir.Value, ir.Value],
+    lengths: tuple[ir.Value, ir.Value],
+    num_heads: int,
+    kv_num_heads: int,
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Causal attention of ``q [B, S, heads · D]`` over the cache and the new keys and values ``[B, S, kv_heads · D]``.
+
+    Args:
+        op: the graph under construction.
+        q: queries, already rotated.
+        k: keys, already rotated.
+        v: values.
+        past: keys and values so far, ``[B, kv_heads, P, D]``; may be the buffers of the present ones.
+        lengths: ``seqlens_k`` int32 [B] (valid keys - 1) and ``total_sequence_length`` int32 scalar.
+        num_heads: of the queries.
+        kv_num_heads: of keys and values.
+
+    Returns:
+        output ``[B, S, heads · D]``, present key and value ``[B, kv_heads, total, D]``.
+    """
+    y, key, value = microsoft(op).GroupQueryAttention(
+        q, k, v, *past, *lengths, num_heads=num_heads, kv_num_heads=kv_num_heads, do_rotary=0, _outputs=3
+    )
+    assert past[0].shape is not None
+    batch, heads, _, size = past[0].shape
+    for present in (key, value):
+        typed(present, q.dtype, [batch, heads, "total_sequence_length", size])
+    return typed(y, q.dtype, q.shape), key, value

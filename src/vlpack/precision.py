@@ -1,0 +1,164 @@
+"""The precision policy, as data: which storage each weight gets, and the dtype of what flows between them.
+
+A policy is a list of rules, pattern → storage; the first pattern (fnmatch) that a module's path matches decides. Paths
+are those of the checkpoint, with q/k/v and gate/up joined: ``model.language_model.layers.3.self_attn.qkv_proj``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import onnx_ir as ir
+
+from vlpack.errors import OptionError
+from vlpack.storage import Blocks, ChannelInt8, Float, Storage, Transposed
+
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
+
+OFFERED: Mapping[str, tuple[str, ...]] = {
+    "cpu": ("fp32", "fp16", "int8", "int4"),
+    "cuda": ("fp32", "fp16", "int4"),
+    "dml": ("fp16", "int4"),
+    "webgpu": ("fp16", "int4"),
+}
+"""Execution provider → its precisions. int8 is the CPU's own: other providers lack DynamicQuantizeMatMul."""
+
+EMBEDDING, HEAD, VISION = "*.embed_tokens", "lm_head", "model.visual.*"
+TABLES, PATCHES = "model.visual.pos_embed", "model.visual.patch_embed.*"
+
+Rule = tuple[str, Storage]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a package is stored and computed; printed by ``inspect``, written to the manifest.
+
+    Args:
+        precision: its name, one of `PRECISIONS`.
+        provider: the execution provider it is made for.
+        dtype: of activations: ``float32`` or ``float16``. Norms, rotary angles and residual sums are fp32 in both.
+        rules: pattern → storage, first match wins.
+    """
+
+    precision: str
+    provider: str
+    dtype: str
+    rules: tuple[Rule, ...]
+
+    def storage(self, path: str) -> Storage:
+        """How the weight of the module at ``path`` is kept."""
+        for pattern, storage in self.rules:
+            if fnmatchcase(path, pattern):
+                return storage
+        raise AssertionError(f"no rule for {path}: the last rule must match everything")
+
+    @property
+    def ir_dtype(self) -> ir.DataType:
+        """`dtype` as onnx_ir has it."""
+        return ir.DataType.FLOAT if self.dtype == "float32" else ir.DataType.FLOAT16
+
+    def described(self) -> list[dict[str, str]]:
+        """The rules as JSON."""
+        return [{"modules": pattern, "storage": storage.label} for pattern, storage in self.rules]
+
+
+@dataclass(frozen=True)
+class QuantizationOptions:
+    """What can be chosen about quantized weights.
+
+    Args:
+        block_size: values that share a scale in int4 (and in the int8 embedding and head).
+        is_symmetric: no zero points.
+        accuracy_level: of MatMulNBits on the CPU: 1 computes with fp32 activations, 4 with 8-bit ones.
+        mixed: selector → ``int4`` or ``int8`` for parts of the decoder, as the builder's ``matmul_mixed_precision``.
+        vision: precision of the vision encoder where it is not to follow from the package's.
+    """
+
+    block_size: int = 32
+    is_symmetric: bool = True
+    accuracy_level: int = 4
+    mixed: Mapping[str, str] = field(default_factory=dict)
+    vision: str | None = None
+
+
+def make_policy(
+    precision: str, provider: str, options: QuantizationOptions, num_hidden_layers: int
+) -> Policy:
+    """The policy of a precision on an execution provider.
+
+    Raises:
+        OptionError: the pair, or an option with it, is not offered.
+    """
+    if provider not in OFFERED:
+        raise OptionError(f"Unknown execution provider '{provider}'.", "Offered: " + ", ".join(OFFERED) + ".")
+    if precision not in OFFERED[provider]:
+        where = [name for name, offered in OFFERED.items() if precision in offered]
+        hint = f"{provider} has {', '.join(OFFERED[provider])}"
+        hint += f"; {precision} is offered on {', '.join(where)}." if where else "."
+        raise OptionError(f"Precision '{precision}' is not offered on {provider}.", hint)
+    dtype = "float16" if precision == "fp16" or (precision == "int4" and provider != "cpu") else "float32"
+    if precision != "int4" and (options.mixed or options.block_size != 32 or not options.is_symmetric):
+        if options.mixed:
+            raise OptionError("matmul_mixed_precision goes with int4.", f"The precision is {precision}.")
+        if precision != "int8":
+            raise OptionError(f"block_size and is_symmetric go with int4 and int8; the precision is {precision}.")
+    rules = (*_vision_rules(precision, provider, dtype, options), *_text_rules(precision, provider, dtype, options, num_hidden_layers))
+    return Policy(precision, provider, dtype, rules)
+
+
+def _blocks(bits: int, dtype: str, options: QuantizationOptions) -> Blocks:
+    return Blocks(bits, options.block_size, options.is_symmetric, dtype, options.accuracy_level)
+
+
+def _text_rules(
+    precision: str, provider: str, dtype: str, options: QuantizationOptions, num_hidden_layers: int
+) -> list[Rule]:
+    if precision in ("fp32", "fp16"):
+        return [(EMBEDDING, Float(dtype)), (HEAD, Float(dtype)), ("*", Transposed(dtype))]
+    # The head decides every token and the embedding feeds every layer: 8 bits, in blocks along the row, so that a tied
+    # pair is stored once. DirectML has 4-bit kernels only.
+    head = _blocks(int(options.mixed.get("last_matmul", "int4" if provider == "dml" else "int8")[3:]), dtype, options)
+    embedding: Storage = head if provider == "cpu" else Float(dtype)
+    rules: list[Rule] = [(EMBEDDING, embedding), (HEAD, head)]
+    if precision == "int8":
+        return [*rules, ("*", ChannelInt8())]
+    if "mixed_layers" in options.mixed:
+        bits = int(options.mixed["mixed_layers"][3:])
+        for layer in sensitive_layers(num_hidden_layers):
+            for name in ("self_attn.qkv_proj", "mlp.down_proj"):
+                rules.append((f"*.layers.{layer}.{name}", _blocks(bits, dtype, options)))
+    return [*rules, ("*", _blocks(4, dtype, options))]
+
+
+def _vision_rules(precision: str, provider: str, dtype: str, options: QuantizationOptions) -> list[Rule]:
+    # 4-bit vision changes what the model sees; 8 bits cost it nothing that the digits checkpoint or its features show
+    default = {"int4": "int8" if provider == "cpu" else "fp16"}.get(precision, precision)
+    vision = options.vision or default
+    if vision not in OFFERED[provider]:
+        raise OptionError(f"Vision precision '{vision}' is not offered on {provider}.")
+    if vision == "int8":
+        storage: Storage = ChannelInt8()
+    elif vision == "int4":
+        storage = _blocks(4, dtype, options)
+    else:
+        storage = Transposed("float16" if vision == "fp16" else "float32")
+    kept = storage.dtype if isinstance(storage, Transposed) else dtype
+    return [(TABLES, Float("float32")), (PATCHES, Transposed(kept)), (VISION, storage)]
+
+
+def sensitive_layers(num_hidden_layers: int) -> list[int]:
+    """Layers whose weights suffer most from 4 bits: the first and last eighth, and every third between (llama.cpp)."""
+    eighth = num_hidden_layers // 8
+    return [
+        layer
+        for layer in range(num_hidden_layers)
+        if layer < eighth or layer >= num_hidden_layers - eighth or (layer - eighth) % 3 == 2
+    ]
+
+
+def describe(storage: Storage) -> dict[str, Any]:
+    """A storage's own settings, for the manifest."""
+    return {"label": storage.label, **{k: v for k, v in vars(storage).items()}}

@@ -1,0 +1,147 @@
+"""Finds a checkpoint's chat template and renders it as transformers/utils/chat_template_utils.py does, with bounds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2.exceptions import SecurityError, TemplateError
+
+from vlpack.errors import CheckpointError, InputError
+from vlpack.preprocess._files import read_json_object, read_text
+from vlpack.preprocess.sandbox import BoundedEnvironment
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Args:
+        source: the jinja text.
+        special_tokens: variables such as bos_token and eos_token that the template may use.
+        where: the file it came from, for error messages.
+
+    Raises:
+        CheckpointError: the text is not a template.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None, where: str = "chat template"):
+        self.source = source
+        self.special_tokens = dict(special_tokens or {})
+        self.where = where
+        self._environment = BoundedEnvironment()
+        try:
+            self._template = self._environment.compile_template(source)
+        except (TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
+            raise CheckpointError(f"{where} is not a usable jinja template: {error}.") from error
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> ChatTemplate:
+        """Reads chat_template.jinja, else chat_template.json, else `chat_template` of tokenizer_config.json.
+
+        Of several named templates "default" is taken. CheckpointError if there is none or it cannot be used.
+        """
+        root = Path(folder)
+        config_file = root / "tokenizer_config.json"
+        config = read_json_object(config_file) if config_file.is_file() else {}
+        candidates: list[tuple[Path, Any]] = []
+        if (file := root / "chat_template.jinja").is_file():
+            candidates.append((file, read_text(file)))
+        elif (file := root / "chat_template.json").is_file():
+            candidates.append((file, read_json_object(file).get("chat_template")))
+        candidates.append((config_file, config.get("chat_template")))
+        for file, template in candidates:
+            if template is not None:
+                return cls(_default_template(template, file), _special_tokens(config), str(file))
+        raise CheckpointError(
+            f"{folder} has no chat template: no chat_template.jinja, chat_template.json, or 'chat_template' in "
+            "tokenizer_config.json.",
+            hint="Copy chat_template.jinja from the model's page on the Hugging Face Hub.",
+        )
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The prompt text of a conversation.
+
+        Args:
+            messages: dictionaries with `role` and `content`; values that are not plain JSON become inert placeholders,
+                keys whose value is None are dropped.
+            add_generation_prompt: end with the header of the assistant's answer.
+            tools: JSON schemas of functions the model may call.
+            **variables: whatever else the template understands (enable_thinking …).
+
+        Raises:
+            InputError: the template refuses the messages (its own raise_exception) or cannot handle them.
+            CheckpointError: the template exceeds the bounds of `vlpack.preprocess.sandbox`.
+        """
+        values = {
+            **self.special_tokens,
+            "documents": None,
+            **variables,
+            "messages": [_plain_message(message) for message in messages],
+            "tools": None if tools is None else list(tools),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return self._environment.render_bounded(self._template, _plain(values))
+        except (SecurityError, RecursionError, MemoryError, OverflowError) as error:
+            reason = "it recurses too deeply" if isinstance(error, RecursionError) else str(error) or "out of memory"
+            raise CheckpointError(
+                f"{self.where} was stopped: {reason}.",
+                hint="A chat template is a program from the checkpoint's author; check where it comes from.",
+            ) from error
+        except Exception as error:  # a template is a program: any operation on any value can fail in it
+            raise InputError(f"{self.where} cannot render these messages: {error}.") from error
+
+
+def _default_template(template: object, file: Path) -> str:
+    if isinstance(template, list):
+        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+        template = named.get("default", named)
+    elif isinstance(template, dict):
+        template = template.get("default", template)
+    if not isinstance(template, str):
+        raise CheckpointError(f"{file} holds no chat template that is a text or is named 'default'.")
+    return template
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    tokens = {}
+    for name in _SPECIAL_TOKENS:
+        value = config.get(name)
+        if isinstance(value, dict):  # a serialized AddedToken
+            value = value.get("content")
+        if isinstance(value, str):
+            tokens[name] = value
+    return tokens
+
+
+def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key: value for key, value in message.items() if value is not None}
+    # Reasoning goes by three names; transformers gives templates the first two of them.
+    reasoning = next((plain[key] for key in _REASONING_KEYS if key in plain), None)
+    return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _plain(value: Any) -> Any:
+    """Plain JSON types all the way down, so that a template can reach no method of an image, array or other object."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    for base in (str, int, float):
+        if isinstance(value, base):
+            return base(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return f"<{type(value).__name__}>"

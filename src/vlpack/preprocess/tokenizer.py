@@ -1,0 +1,105 @@
+"""A checkpoint's tokenizer: text to token ids, and ids back to text all at once or as they arrive."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+
+from vlpack.errors import CheckpointError, InputError
+
+
+class Tokenizer:
+    """tokenizers.Tokenizer without the truncation and padding that a tokenizer.json may carry.
+
+    Args:
+        tokenizer: as made by `tokenizers`.
+        where: the file it came from, for error messages.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, where: str = "tokenizer.json") -> None:
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self.where = where
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+        """Reads tokenizer.json; CheckpointError if it is missing or damaged."""
+        file = Path(folder) / "tokenizer.json"
+        if not file.is_file():
+            slow = all((Path(folder) / name).is_file() for name in ("vocab.json", "merges.txt"))
+            found = "; vocab.json and merges.txt alone are not read" if slow else ""
+            raise CheckpointError(
+                f"{folder} has no tokenizer.json{found}.",
+                hint="Make it with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder).",
+            )
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(file)), str(file))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise CheckpointError(f"{file} is not a usable tokenizer: {error}.") from error
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text. Special tokens written in it become their ids; none are added around it."""
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeError) as error:  # lone surrogates
+            raise InputError(f"The prompt is not valid Unicode text: {error}.") from error
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
+        """A decoder for ids that arrive one by one."""
+        return TextStream(self, skip_special_tokens)
+
+    def token_id(self, token: str) -> int | None:
+        """Id of a token, None if there is none."""
+        number: int | None = self._tokenizer.token_to_id(token)
+        return number
+
+    def token(self, token_id: int) -> str | None:
+        """Token with an id, None if there is none."""
+        text: str | None = self._tokenizer.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+        return text
+
+
+class TextStream:
+    """Decodes ids one by one; the pieces joined equal decoding all ids at once.
+
+    A character whose bytes are spread over several tokens is held back until its last byte has come. Written here
+    rather than taken from tokenizers (DecodeStream) because that has no flush and is missing before 0.21.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._ids: list[int] = []  # the last finished piece, as context, and what came since
+        self._context = 0  # how many of them are context
+        self._emitted = 0  # characters of their text already returned
+
+    def push(self, token_id: int) -> str:
+        """The text that one more id completes; often empty."""
+        self._ids.append(int(token_id))
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
+        # A trailing U+FFFD may be the first bytes of a character; an earlier one cannot change any more.
+        end = len(text) - text.endswith("�")
+        piece = text[self._emitted : end]
+        self._emitted = max(self._emitted, end)
+        if piece and end == len(text):
+            self._ids = self._ids[self._context :]
+            self._context = len(self._ids)
+            self._emitted = len(self._tokenizer.decode(self._ids, skip_special_tokens=self._skip))
+        return piece
+
+    def flush(self) -> str:
+        """What was held back, at the end; afterwards the stream is as new."""
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
+        piece = text[self._emitted :]
+        self._ids, self._context, self._emitted = [], 0, 0
+        return piece

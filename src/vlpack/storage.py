@@ -1,0 +1,175 @@
+"""How one weight lies in the data file: which arrays it becomes, and the stream of their bytes.
+
+A `Storage` is data (a frozen dataclass, printed by ``inspect``) plus two answers: `arrays`, the dtype and shape of
+every initializer that a weight of ``rows × cols`` turns into, and `chunks`, those arrays' contents in file order, made
+from a reader of row slabs so that no weight is held whole unless its layout needs it. It knows nothing of ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vlpack.quantize.blocks import block_shapes, quantize_blocks
+from vlpack.quantize.channel import ZERO_POINT, quantize_rows
+
+Array = npt.NDArray[Any]
+#: ``read(start, stop)`` → rows [stop - start, cols] of the checkpoint's weight, in its own dtype
+RowReader = Callable[[int, int], Array]
+#: array name → (dtype, shape)
+ArraySpecs = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+
+SLAB = 1 << 22
+"""Elements handled at a time: 16 MiB in fp32, small enough that the working set is a few slabs."""
+
+
+def slabs(rows: int, cols: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of at most `SLAB` elements that cover ``rows``."""
+    step = max(1, SLAB // max(cols, 1))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+class Storage(Protocol):
+    """How a weight of ``rows × cols`` is kept; see the module's docstring."""
+
+    @property
+    def label(self) -> str:
+        """Its name in the manifest and in ``inspect``."""
+
+    def arrays(self, rows: int, cols: int) -> ArraySpecs:
+        """Dtype and shape of each array, the largest first."""
+
+    def chunks(self, read: RowReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
+        """Contiguous pieces of the arrays, each array whole before the next begins."""
+
+
+@dataclass(frozen=True)
+class Float:
+    """As it stands in the checkpoint, row by row, cast to ``dtype``: embeddings, heads, norms, biases, tables."""
+
+    dtype: str = "float32"
+
+    @property
+    def label(self) -> str:
+        return self.dtype
+
+    def arrays(self, rows: int, cols: int) -> ArraySpecs:
+        return {"weight": (np.dtype(self.dtype), (rows, cols))}
+
+    def chunks(self, read: RowReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
+        for start, stop in slabs(rows, cols):
+            yield "weight", cast(read(start, stop), self.dtype)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """``[cols, rows]`` for MatMul's right side, cast to ``dtype``."""
+
+    dtype: str = "float32"
+
+    @property
+    def label(self) -> str:
+        return self.dtype
+
+    def arrays(self, rows: int, cols: int) -> ArraySpecs:
+        return {"weight": (np.dtype(self.dtype), (cols, rows))}
+
+    def chunks(self, read: RowReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
+        whole = read(0, rows)
+        for start, stop in slabs(cols, rows):
+            yield "weight", cast(np.ascontiguousarray(whole[:, start:stop].T), self.dtype)
+
+
+@dataclass(frozen=True)
+class ChannelInt8:
+    """8 bits, one scale per output channel, transposed for DynamicQuantizeMatMul.
+
+    Kept as uint8 around 128 and not as int8: without VNNI, x86's u8 × s8 products are summed in 16 bits and saturate,
+    while the u8 × u8 kernel is exact; with VNNI or AMX both run the same instructions.
+    """
+
+    @property
+    def label(self) -> str:
+        return "int8"
+
+    def arrays(self, rows: int, cols: int) -> ArraySpecs:
+        return {
+            "qweight": (np.dtype(np.uint8), (cols, rows)),
+            "scales": (np.dtype(np.float32), (rows,)),
+            "zero_points": (np.dtype(np.uint8), (rows,)),
+        }
+
+    def chunks(self, read: RowReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
+        whole = np.empty((rows, cols), np.uint8)
+        scales = np.empty(rows, np.float32)
+        for start, stop in slabs(rows, cols):
+            whole[start:stop], scales[start:stop] = quantize_rows(read(start, stop).astype(np.float32))
+        for start, stop in slabs(cols, rows):
+            yield "qweight", np.ascontiguousarray(whole[:, start:stop].T)
+        yield "scales", scales
+        yield "zero_points", np.full(rows, ZERO_POINT, np.uint8)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """``bits`` bits in blocks of ``block_size`` along the input, a scale (and a zero point) per block: MatMulNBits.
+
+    ``dtype`` is that of the scales, which is that of the activations. ``accuracy_level`` is how the CPU multiplies:
+    4 quantizes the activations to 8 bits per block, 1 keeps them in fp32.
+    """
+
+    bits: int = 4
+    block_size: int = 32
+    symmetric: bool = True
+    dtype: str = "float32"
+    accuracy_level: int = 4
+
+    @property
+    def label(self) -> str:
+        return f"int{self.bits} block {self.block_size}" + ("" if self.symmetric else " asymmetric")
+
+    def arrays(self, rows: int, cols: int) -> ArraySpecs:
+        shapes = block_shapes(rows, cols, self.bits, self.block_size)
+        specs: ArraySpecs = {
+            "qweight": (np.dtype(np.uint8), shapes.qweight),
+            "scales": (np.dtype(self.dtype), shapes.scales),
+        }
+        if not self.symmetric:
+            specs["zero_points"] = (np.dtype(np.uint8), shapes.zero_points)
+        return specs
+
+    def chunks(self, read: RowReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
+        specs = self.arrays(rows, cols)
+        small = {name: np.empty(shape, dtype) for name, (dtype, shape) in specs.items() if name != "qweight"}
+        for start, stop in slabs(rows, cols):
+            blocks = quantize_blocks(read(start, stop).astype(np.float32), self.bits, self.block_size, self.symmetric)
+            small["scales"][start:stop] = cast(blocks.scales, self.dtype)
+            if not self.symmetric:
+                small["zero_points"][start:stop] = blocks.zero_points
+            yield "qweight", blocks.qweight
+        yield from small.items()
+
+
+def cast(array: Array, dtype: str) -> Array:
+    """``array`` in ``dtype``; float16 goes through float32, and a finite value that leaves its range is an error.
+
+    Raises:
+        OverflowError: a value is above float16's 65504.
+    """
+    if array.dtype == dtype:
+        return array
+    wide = array.astype(np.float32)
+    if dtype == "float32":
+        return wide
+    narrow = wide.astype(dtype)
+    if not np.isfinite(narrow).all():
+        raise OverflowError(f"{np.abs(wide).max():.3g} does not fit {dtype}")
+    return narrow
+
+
+__all__ = ["Array", "Blocks", "ChannelInt8", "Float", "RowReader", "Storage", "Transposed"]
