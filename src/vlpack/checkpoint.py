@@ -191,6 +191,8 @@ def _digest(file: OpenFile) -> str:
 
 def _check_folder(folder: str | os.PathLike[str]) -> Path:
     try:
+        if folder == "":  # Path("") is the current folder, which nobody means who passes an empty variable
+            raise CheckpointError("The checkpoint's folder is an empty name.")
         folder = Path(folder).expanduser()
         if folder.is_dir():
             return folder
@@ -200,7 +202,7 @@ def _check_folder(folder: str | os.PathLike[str]) -> Path:
     if exists:
         raise CheckpointError(f"{folder} is a file, not a folder.", f"Give the folder it is in: {folder.parent}.")
     raise CheckpointError(
-        f"There is no folder {folder}.", "Give a folder that holds config.json and model*.safetensors."
+        f"There is no folder {str(folder)!r}.", "Give a folder that holds config.json and model*.safetensors."
     )
 
 

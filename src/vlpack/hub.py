@@ -62,9 +62,10 @@ def resolve(
         return ResolvedSource(folder, *_origin(folder))
 
     match = _HUB_ID.fullmatch(text)
-    if match is None or isinstance(source, os.PathLike):
+    is_path = isinstance(source, os.PathLike) or _looks_like_path(text)
+    if match is None or is_path:
         raise CheckpointError(
-            f"There is no folder {text!r}" + (", and it is not a Hub id." if not _looks_like_path(text) else "."),
+            f"There is no folder {text[:200]!r}{'' if is_path else ', and it is not a Hub id'}.",
             "Give an existing folder, or a Hub id such as Qwen/Qwen3-VL-4B-Instruct.",
         )
     repo_id, in_source = match["repo"], match["revision"]
@@ -80,6 +81,8 @@ def resolve(
 
 
 def _existing_folder(text: str) -> Path | None:
+    if not text:  # Path("") is the current folder, which nobody means who passes an empty variable
+        return None
     try:
         path = Path(text).expanduser()
         if path.is_dir():
@@ -93,7 +96,12 @@ def _existing_folder(text: str) -> Path | None:
 
 
 def _looks_like_path(text: str) -> bool:
-    return text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1 or Path(text).is_absolute()
+    return (
+        text.startswith((".", "/", "~"))
+        or "\\" in text
+        or text.partition("@")[0].count("/") > 1
+        or Path(text).is_absolute()
+    )
 
 
 def _origin(folder: Path) -> tuple[str | None, str | None]:
