@@ -9,7 +9,7 @@ route; another contract would be another class with the same methods.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
 
 import onnx_ir as ir
 from onnxscript import OpBuilder
@@ -57,6 +57,6 @@ class SideChannel:
             return [channel]
         return list(op.Split(channel, axis=-1, num_outputs=self.levels, _outputs=self.levels))
 
-    def genai_inputs(self) -> dict[str, Any]:
+    def genai_names(self) -> dict[str, str]:
         """What genai_config.json's ``decoder.inputs`` and ``embedding.outputs`` say of it."""
         return {CHANNEL: CHANNEL} if self.levels else {}

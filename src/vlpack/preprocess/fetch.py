@@ -97,6 +97,8 @@ def _get(parts: SplitResult, allow_private: bool, deadline: float, max_bytes: in
                 raise InputError(f"{_name(parts)} answered with status {response.status} {response.reason[:80]}.")
             length = response.length
             body = response.read(max_bytes + 1) if length is None or length <= max_bytes else b""
+            if time.monotonic() >= deadline:  # a body without a length just ends when the timer cuts it
+                raise TimeoutError
             if len(body) > max_bytes or (length is not None and length > max_bytes):
                 raise InputError(f"{_name(parts)} is larger than {max_bytes} bytes, the most that is downloaded.")
             if response.length:  # what Content-Length promised and did not come

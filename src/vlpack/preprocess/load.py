@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -132,7 +133,11 @@ def _decode(file: Any, name: str) -> Image.Image:
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"{name} has too many pixels; at most {MAX_IMAGE_PIXELS} are decoded.") from error
+        size = re.search(r"\d+", str(error))
+        raise InputError(
+            f"{name} has {size[0] if size else 'too many'} pixels; at most {MAX_IMAGE_PIXELS} are decoded.",
+            hint="Scale the image down first.",
+        ) from error
     except UnidentifiedImageError as error:
         raise InputError(f"{name} is not an image of a known format ({', '.join(formats)}).") from error
     except Exception as error:

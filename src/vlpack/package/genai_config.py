@@ -1,0 +1,139 @@
+"""``genai_config.json``: what onnxruntime-genai needs to know of the graphs, the tokens and the search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlpack.architectures.base import Architecture
+from vlpack.config import Section
+
+DEFAULT_MAX_LENGTH = 4096
+"""Tokens of prompt and answer. The runtime allots the key-value cache for this many, so not the context length."""
+
+
+def genai_config(
+    architecture: Architecture,
+    files: Mapping[str, str],
+    provider: str,
+    config: Section,
+    generation: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The configuration as JSON.
+
+    Args:
+        architecture: with its sizes and token ids.
+        files: part name → file name of the graphs that the package has.
+        provider: execution provider.
+        config: the checkpoint's config.json.
+        generation: its generation_config.json, or nothing.
+    """
+    session = {"log_id": "onnxruntime-genai", "provider_options": [] if provider == "cpu" else [{provider: {}}]}
+    text = config.section("text_config", required=False)
+    model: dict[str, Any] = {
+        "type": architecture.genai_text_type if "text" in files else architecture.genai_type,
+        **_token_ids(text, config, generation),
+        "context_length": architecture.text.context_length,
+        "vocab_size": architecture.text.vocab_size,
+    }
+    if "text" in files or "decoder" in files:
+        model["decoder"] = _decoder(architecture, files, session)
+    if "vision" in files:
+        model["vision"] = _vision(architecture, files["vision"], session)
+    if "embedding" in files:
+        model["embedding"] = {
+            "session_options": session,
+            "filename": files["embedding"],
+            "inputs": {"input_ids": "input_ids", "image_features": "image_features"},
+            "outputs": {"inputs_embeds": "inputs_embeds", **architecture.deepstack.genai_names()},
+        }
+    if "text" not in files:
+        facts = architecture.vision
+        model |= {
+            "image_token_id": facts.image_token_id,
+            "video_token_id": facts.video_token_id,
+            "vision_start_token_id": facts.vision_start_token_id,
+        }
+    return {"model": model, "search": _search(architecture, generation)}
+
+
+def _decoder(architecture: Architecture, files: Mapping[str, str], session: dict[str, Any]) -> dict[str, Any]:
+    text = architecture.text
+    if "text" in files:
+        tokens = {"input_ids": "input_ids"}
+    else:
+        tokens = {"inputs_embeds": "inputs_embeds", **architecture.deepstack.genai_names()}
+    return {
+        "session_options": session,
+        "filename": files.get("text") or files["decoder"],
+        "head_size": text.head_size,
+        "hidden_size": text.hidden_size,
+        "num_attention_heads": text.num_attention_heads,
+        "num_hidden_layers": text.num_hidden_layers,
+        "num_key_value_heads": text.num_key_value_heads,
+        "inputs": {
+            **tokens,
+            "attention_mask": "attention_mask",
+            "position_ids": "position_ids",
+            "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
+        "outputs": {
+            "logits": "logits",
+            "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value",
+        },
+    }
+
+
+def _vision(architecture: Architecture, filename: str, session: dict[str, Any]) -> dict[str, Any]:
+    facts = architecture.vision
+    return {
+        "session_options": session,
+        "filename": filename,
+        "config_filename": "processor_config.json",
+        "spatial_merge_size": facts.spatial_merge_size,
+        "tokens_per_second": facts.tokens_per_second,
+        "patch_size": facts.patch_size,
+        # the runtime's default name for the grid is another model's
+        "inputs": {"pixel_values": "pixel_values", "image_grid_thw": "image_grid_thw"},
+        "outputs": {"image_features": "image_features"},
+    }
+
+
+def _token_ids(text: Section, config: Section, generation: Mapping[str, Any]) -> dict[str, Any]:
+    """The ids that begin, end and pad; generation_config.json goes before config.json, and lists of ends are kept."""
+
+    def first(name: str) -> Any:
+        for values in (generation, config.values, text.values):
+            if values.get(name) is not None:
+                return values[name]
+        return None
+
+    ids = Section({name: first(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}, config.where)
+    eos = ids.ints("eos_token_id")
+    known: dict[str, Any] = {"eos_token_id": eos if len(eos) > 1 else eos[0]}
+    # the runtime's default, 0, is an ordinary token of Qwen's
+    known["pad_token_id"] = ids.int("pad_token_id", eos[-1], low=0)
+    known["bos_token_id"] = ids.int("bos_token_id", known["pad_token_id"], low=0)
+    return known
+
+
+def _search(architecture: Architecture, generation: Mapping[str, Any]) -> dict[str, Any]:
+    values = Section(generation, "generation_config.json")
+    return {
+        "max_length": min(architecture.text.context_length, DEFAULT_MAX_LENGTH),
+        "min_length": 0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "do_sample": values.bool("do_sample", False),
+        "temperature": values.float("temperature", 1.0),
+        "top_k": values.int("top_k", 50),
+        "top_p": values.float("top_p", 1.0),
+        "repetition_penalty": values.float("repetition_penalty", 1.0),
+        "length_penalty": 1.0,
+        "diversity_penalty": 0.0,
+        "no_repeat_ngram_size": values.int("no_repeat_ngram_size", 0, low=0),
+        "early_stopping": True,
+        "past_present_share_buffer": True,
+    }

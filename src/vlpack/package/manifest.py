@@ -1,0 +1,124 @@
+"""``vlpack.json``: where a package comes from, how each weight is stored, and the hash of every file.
+
+It holds no time and no path, so that the same source, options and versions give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import vlpack
+from vlpack.checkpoint import Checkpoint, sha256_file
+from vlpack.errors import PackageError
+from vlpack.graph import Graph, Weight
+from vlpack.precision import Policy
+
+MANIFEST = "vlpack.json"
+FORMAT = 1
+
+
+def write_manifest(
+    folder: Path,
+    checkpoint: Checkpoint,
+    source: Mapping[str, Any],
+    source_sha256: Mapping[str, str],
+    policy: Policy,
+    graphs: Mapping[str, Graph],
+    known_sha256: Mapping[str, str],
+) -> None:
+    """Write the manifest, last of all files, hashing those whose hash is not known yet.
+
+    Args:
+        folder: the package.
+        checkpoint: what it was made from.
+        source: ``repo_id`` and ``commit``, or the folder's ``name``.
+        source_sha256: file name → hash of the checkpoint's files.
+        policy: the precision policy.
+        graphs: file name → graph.
+        known_sha256: hashes computed while the files were written.
+    """
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    manifest = {
+        "format": FORMAT,
+        "vlpack": vlpack.__version__,
+        "versions": {name: version(name) for name in ("onnx-ir", "onnxscript", "numpy", "ml_dtypes")},
+        "python": platform.python_version(),
+        "source": {**source, "architecture": checkpoint.architecture, "files": dict(sorted(source_sha256.items()))},
+        "precision": policy.precision,
+        "execution_provider": policy.provider,
+        "activations": policy.dtype,
+        "policy": policy.described(),
+        "parts": {name: _part(graph) for name, graph in graphs.items()},
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": known_sha256.get(path.name) or sha256_file(path)}
+            for path in files
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _part(graph: Graph) -> dict[str, Any]:
+    ports = {
+        kind: {value.name: [str(value.dtype), [d if isinstance(d, int) else str(d) for d in value.shape or ()]]
+               for value in values}
+        for kind, values in (("inputs", graph.model.graph.inputs), ("outputs", graph.model.graph.outputs))
+    }
+    return {"name": graph.name, **ports, "weights": {weight.path: _weight(weight) for weight in graph.weights}}
+
+
+def _weight(weight: Weight) -> dict[str, Any]:
+    arrays = weight.storage.arrays(weight.rows, weight.cols).values()
+    size = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in arrays)
+    shape = [weight.rows] if weight.cols == 1 else [weight.rows, weight.cols]
+    return {"storage": weight.storage.label, "shape": shape, "bytes": size}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a package.
+
+    Raises:
+        PackageError: there is none, or it cannot be read.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PackageError(f"{folder} is not a vlpack package: it has no {MANIFEST}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise PackageError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise PackageError(f"{path} is not a manifest of vlpack.")
+    if manifest.get("format") != FORMAT:
+        raise PackageError(
+            f"{path} has format {manifest.get('format')}; this vlpack reads format {FORMAT}.", "Build the package again."
+        )
+    return manifest
+
+
+def damaged_files(folder: Path, manifest: Mapping[str, Any], *, hashes: bool) -> Sequence[str]:
+    """A sentence for every file of the manifest that is missing or altered.
+
+    Args:
+        folder: the package.
+        manifest: as `read_manifest` gives it.
+        hashes: compare contents too, not sizes alone.
+    """
+    problems = []
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if Path(name).name != name or not isinstance(entry, dict):
+            problems.append(f"{MANIFEST} names the file {name!r}, which is not a plain name.")
+        elif not path.is_file():
+            problems.append(f"{name} is missing.")
+        elif path.stat().st_size != entry.get("bytes"):
+            problems.append(f"{name} has {path.stat().st_size} bytes where {entry.get('bytes')} were written.")
+        elif hashes and sha256_file(path) != entry.get("sha256"):
+            problems.append(f"{name} was altered: its sha256 is another than when it was written.")
+    return problems

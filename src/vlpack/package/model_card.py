@@ -1,0 +1,86 @@
+"""``README.md`` of a package: what it is, how to run it, and where the runtime's own image processor differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+
+import vlpack
+from vlpack.precision import Policy
+
+_CARD = """\
+---
+library_name: onnxruntime-genai
+{% if source.repo_id %}base_model: {{ source.repo_id }}
+{% endif %}tags: [onnx, onnxruntime-genai, {{ genai_type }}, vlpack]
+---
+# {{ source.repo_id or source.name }}, {{ policy.precision }} for {{ policy.provider }}
+
+{% if source.repo_id %}Made from [{{ source.repo_id }}](https://huggingface.co/{{ source.repo_id }})\
+{% if source.commit %} at `{{ source.commit }}`{% endif %}{% else %}Made from the folder `{{ source.name }}`{% endif %} \
+by vlpack {{ version }}, for the stock onnxruntime-genai (0.18 or newer).
+
+{% if complete -%}
+```
+pip install vlpack
+vlpack run . --image picture.jpg "What is in the picture?"
+```
+{% elif runnable -%}
+The text decoder alone; it sees no images.
+
+```
+pip install vlpack
+vlpack run . "Why is the sky blue?"
+```
+{% else -%}
+Only these parts of the model: {{ parts | join(", ") }}. The runtime needs decoder, vision and embedding together; build
+with `--part all` for a package that runs by itself.
+{% endif %}
+## Contents
+| part | file |
+| --- | --- |
+{% for part, file in files.items() %}| {{ part }} | `{{ file }}` |
+{% endfor %}
+Hashes of all files, the source's among them, are in `vlpack.json`; `vlpack inspect .` checks them.
+
+## Precision
+Activations are {{ policy.dtype }}; norms, rotary angles and residual sums float32. The first rule that fits a module decides:
+
+| modules | stored as |
+| --- | --- |
+{% for rule in policy.described() %}| `{{ rule.modules }}` | {{ rule.storage }} |
+{% endfor %}
+{%- if complete %}
+
+## Images from C#, C++ and Java
+`processor_config.json` drives the runtime's own image processor. It is close to transformers' but not equal to it; vlpack's \
+Python side is. Where they differ:
+
+- Sizes: halves are rounded up where Python rounds them to even, so a few image sizes give another grid (1280×720: 46×80 \
+patches instead of 44×80). The answer may change slightly; nothing fails.
+- JPEG decoding differs by about one level in 255, and transparency is treated differently.
+- There is no video.
+
+To have transformers' pixels there too, prepare `pixel_values` and `image_grid_thw` yourself and pass them as named tensors, \
+with `input_ids` whose image placeholders are expanded, and `num_image_tokens`.
+{%- endif %}
+"""
+
+
+def model_card(
+    source: Mapping[str, Any], policy: Policy, genai_type: str, files: Mapping[str, str]
+) -> str:
+    """The card as Markdown."""
+    environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(_CARD).render(
+        source={"repo_id": None, "commit": None, "name": None, **source},
+        policy=policy,
+        genai_type=genai_type,
+        files=files,
+        parts=list(files),
+        complete={"decoder", "vision", "embedding"} <= set(files),
+        runnable="text" in files,
+        version=vlpack.__version__,
+    )
