@@ -82,10 +82,13 @@ class PromptBuilder:
         self.image_token_id = image_token_id
         self.video_token_id = video_token_id
         if image_token_id is not None:
-            token = tokenizer.token(image_token_id)
-            # Expanding ids equals expanding text, as transformers does, only if the token is never part of another.
+            # Only tokens that text is split at first expand the same as ids and, as in transformers, as text.
+            token = tokenizer.token(image_token_id) if tokenizer.is_added_token(image_token_id) else None
             if token is None or tokenizer.encode(token * 2) != [image_token_id] * 2:
-                raise CheckpointError(f"image_token_id {image_token_id} is not a special token of {tokenizer.where}.")
+                raise CheckpointError(
+                    f"image_token_id {image_token_id} is not a special token of {tokenizer.where}.",
+                    hint="Take config.json and tokenizer.json from the same checkpoint.",
+                )
 
     @classmethod
     def from_folder(

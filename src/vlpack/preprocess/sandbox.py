@@ -26,7 +26,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-MAX_STEPS = 1_000_000
+MAX_STEPS = 500_000
 """Loop turns, calls and filters of one rendering; a long conversation takes some thousands."""
 
 MAX_SECONDS = 30.0
@@ -61,7 +61,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             for name, filter_ in self.filters.items()
             if name not in _REMOVED_FILTERS
         }
-        self.filters[_STEP] = self.step
+        self.filters[_STEP] = self._step_filter
         self.filters[_CONCAT] = self._concatenate
         self.globals.update(
             raise_exception=_raise_exception,
@@ -97,14 +97,18 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 pieces.append(piece)
         return "".join(pieces)
 
-    def step(self, _value: object = None) -> bool:
+    @jinja2.pass_context  # or jinja2 would compute the "constant" once, when compiling
+    def _step_filter(self, _context: object, _value: object) -> bool:
+        self.step()
+        return True
+
+    def step(self) -> None:
         """Counts one step; SecurityError when there are too many or they take too long."""
         self.steps += 1
         if self.steps > MAX_STEPS:
             raise SecurityError(f"it takes more than {MAX_STEPS} steps")
         if time.monotonic() > self._deadline:
             raise SecurityError(f"it takes longer than {MAX_SECONDS:g} seconds")
-        return True
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Every call that a template makes passes here (jinja2's hook)."""

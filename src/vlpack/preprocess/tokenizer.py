@@ -68,6 +68,10 @@ class Tokenizer:
         text: str | None = self._tokenizer.id_to_token(token_id) if 0 <= token_id < 2**32 else None
         return text
 
+    def is_added_token(self, token_id: int) -> bool:
+        """Whether an id is an added token, which text is split at before anything else happens to it."""
+        return token_id in self._tokenizer.get_added_tokens_decoder()
+
 
 class TextStream:
     """Decodes ids one by one; the pieces joined equal decoding all ids at once.
