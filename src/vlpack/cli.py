@@ -1,0 +1,196 @@
+"""The command line: verbs to calls, no logic."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import vlpack
+from vlpack import console
+from vlpack.errors import OptionError, VlpackError
+
+app = typer.Typer(
+    name="vlpack",
+    help="Qwen vision-language checkpoints to complete packages for the stock ONNX Runtime GenAI.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"vlpack {vlpack.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def build(
+    source: Annotated[str | None, typer.Argument(help="Checkpoint: a folder or a Hub id, such as Qwen/Qwen3-VL-4B-Instruct.")] = None,
+    model_name: Annotated[str | None, typer.Option("-m", "--model_name", "--model-name", help="Hub id, as the builder of onnxruntime_genai takes it.")] = None,
+    input_folder: Annotated[str | None, typer.Option("-i", "--input", help="Checkpoint folder, likewise.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the package.")] = None,
+    precision: Annotated[str | None, typer.Option("-p", "--precision", help="fp32, fp16, int8 or int4. [default: int8 on cpu, else fp16]")] = None,
+    execution_provider: Annotated[str, typer.Option("-e", "--execution_provider", "--execution-provider", help="cpu, cuda, dml or webgpu.")] = "cpu",
+    part: Annotated[str, typer.Option("--part", help="all; text (a decoder that runs by itself); vision; embedding.")] = "all",
+    vision_precision: Annotated[str | None, typer.Option("--vision-precision", help="Of the vision encoder. [default: as --precision; under int4, int8 on cpu and fp16 elsewhere]")] = None,
+    extra_options: Annotated[list[str] | None, typer.Option("--extra_options", "--extra-options", metavar="KEY=VALUE …", help="As the builder's: block_size, is_symmetric, accuracy_level, algo_config, matmul_mixed_precision, exclude_embeds, prune_lm_head, shared_embeddings, filename, hf_token.")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")] = None,
+    cache_dir: Annotated[Path | None, typer.Option("-c", "--cache_dir", "--cache-dir", help="Where files of the Hub are kept.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a package that is already there.")] = False,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="That encode weights. [default: all cores]")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build a package from a checkpoint."""
+    from vlpack.builder import build as run_build
+    from vlpack.options import parse_extra_options
+
+    given = [value for value in (source, model_name, input_folder) if value]
+    if len(given) != 1:
+        raise OptionError(
+            "Give one checkpoint." if given else "Which checkpoint?",
+            "vlpack build SOURCE -o OUTPUT, or -i FOLDER, or -m HUB_ID.",
+        )
+    if output is None:
+        raise OptionError("Where should the package go?", "Give its folder with -o.")
+    with console.build_progress() as progress:
+        result = run_build(
+            given[0],
+            output,
+            precision=precision,
+            execution_provider=execution_provider,
+            part=part,
+            vision_precision=vision_precision,
+            extra_options=parse_extra_options(extra_options or []),
+            revision=revision,
+            cache_dir=cache_dir,
+            force=force,
+            threads=threads,
+            progress=progress,
+        )
+    console.show_build(result, as_json=as_json)
+
+
+@app.command()
+def run(
+    package: Annotated[Path, typer.Argument(help="Folder of a package.")],
+    question: Annotated[str | None, typer.Argument(help="The question; read from standard input where it is left out.")] = None,
+    image: Annotated[list[str] | None, typer.Option("--image", help="Image file or URL; give it again for more.")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Of the answer at most.")] = 512,
+    temperature: Annotated[float | None, typer.Option("--temperature", help="0 takes the likeliest token always. [default: the model's]")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Only the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="Only the likeliest tokens whose probabilities sum to p.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 avoids repeating.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer.")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="Of the runtime. [default: all cores]")] = None,
+    min_pixels: Annotated[int | None, typer.Option("--min-pixels", help="Smallest image area, in pixels.")] = None,
+    max_pixels: Annotated[int | None, typer.Option("--max-pixels", help="Largest image area, in pixels; smaller is faster.")] = None,
+    allow_private_urls: Annotated[bool, typer.Option("--allow-private-urls", help="Let image URLs lead into this network.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Add a line of timing, on standard error.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Ask a package a question, about images or without."""
+    from vlpack.runtime import Model, Sampling
+
+    if question is None:
+        question = console.question_from_stdin()
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    parts = [*({"type": "image"} for _ in image or []), {"type": "text", "text": question}]
+    messages.append({"role": "user", "content": parts if image else question})
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    sampling.search_options()  # a wrong value is told before the model is loaded
+    model = Model(package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels)
+    stream = model.stream(
+        messages, image or [], max_tokens=max_tokens, sampling=sampling, allow_private_urls=allow_private_urls
+    )
+    console.show_answer(stream, model.load_seconds, stats=stats, as_json=as_json)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder of a package or a checkpoint.")],
+    hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Compare the contents of all files.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Show what a package or a checkpoint is made of; exit with 1 where a package is damaged."""
+    from vlpack.inspection import inspect as run_inspect
+
+    description = run_inspect(path, hashes=hashes)
+    console.show_inspection(description, as_json=as_json)
+    if description.get("problems"):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the package in this folder.")] = None,
+    precision: Annotated[str, typer.Option("-p", "--precision", help="fp32, fp16, int8 or int4.")] = "int8",
+    as_json: Json = False,
+) -> None:
+    """Build the small checkpoint that ships with vlpack and ask it about the images that ship with it."""
+    from vlpack.demo import demo as run_demo
+
+    with tempfile.TemporaryDirectory(prefix="vlpack-demo-") as folder, console.demo_table(as_json=as_json) as report:
+        result, rows = run_demo(output or Path(folder) / "digits", precision=precision, report=report)
+    console.show_demo(result, rows, as_json=as_json)
+    if not rows or sum(row.right for row in rows) < 0.8 * len(rows):
+        raise typer.Exit(1)
+
+
+def spread_extra_options(arguments: list[str]) -> list[str]:
+    """``--extra_options A=1 B=2``, as the builder writes it, as one option each."""
+    spread: list[str] = []
+    key = ""
+    for position, argument in enumerate(arguments):
+        if argument in ("--extra_options", "--extra-options"):
+            key = argument
+            continue
+        if key and not argument.startswith("-") and ("=" in argument or arguments[position - 1] == key):
+            spread += [key, argument]
+            continue
+        if key and arguments[position - 1] == key:
+            spread.append(key)
+        key = ""
+        spread.append(argument)
+    return spread
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: a user's mistake is one sentence on standard error and exit code 2."""
+    signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated build cleans up
+    try:
+        app(args=spread_extra_options(sys.argv[1:] if arguments is None else arguments), standalone_mode=True)
+    except VlpackError as error:
+        console.show_error(error)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.show_error(VlpackError("Interrupted."))
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()
+
+

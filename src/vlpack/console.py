@@ -1,0 +1,194 @@
+"""What the command line prints: progress, tables, answers and errors. Quiet where it is not a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from vlpack.errors import OptionError, VlpackError
+
+if TYPE_CHECKING:
+    from vlpack.builder import BuildResult
+    from vlpack.demo import Row
+    from vlpack.runtime import AnswerStream
+
+out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
+err = Console(stderr=True, soft_wrap=True, highlight=False, width=None if sys.stderr.isatty() else 200)
+
+
+def show_error(error: VlpackError) -> None:
+    """One sentence, and what to do about it."""
+    err.print(f"[bold red]error:[/] {escape(error.message)}")
+    if error.hint:
+        err.print(escape(error.hint))
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"
+
+
+class _BuildBar:
+    """`vlpack.builder.Progress` as a bar."""
+
+    def __init__(self, bar: Bar) -> None:
+        self._bar = bar
+        self._task = bar.add_task("reading", total=None)
+
+    def start(self, total: int) -> None:
+        self._bar.update(self._task, total=total, description="writing")
+
+    def advance(self, written: int, path: str) -> None:
+        self._bar.update(self._task, advance=written, description=path[-40:].rjust(40))
+
+
+@contextmanager
+def build_progress() -> Iterator[_BuildBar | None]:
+    """A bar with bytes, rate and time left; None where standard error is not a terminal."""
+    if not err.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(*columns, console=err, transient=True) as bar:
+        yield _BuildBar(bar)
+
+
+def show_build(result: BuildResult, *, as_json: bool) -> None:
+    """The summary of a build."""
+    if as_json:
+        print(json.dumps({**asdict(result), "folder": str(result.folder)}, indent=1))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("part", "file", "size", "weights stored as"):
+        table.add_column(column, justify="right" if column == "size" else "left")
+    for part, (file, count, labels) in result.parts.items():
+        stored = ", ".join(f"{label} {size(held)}" for label, held in labels.items())
+        table.add_row(part, file, size(count), stored)
+    out.print(table)
+    for note in result.notes:
+        out.print(f"[yellow]note:[/] {escape(note)}")
+    out.print(
+        f"{escape(str(result.folder))}: {size(result.total_bytes)} from {size(result.source_bytes)} in "
+        f"{result.seconds:.1f} s, peak memory {size(result.peak_memory)}"
+    )
+
+
+def question_from_stdin() -> str:
+    """The question, where it is not an argument."""
+    if sys.stdin.isatty():
+        raise OptionError("What is the question?", 'vlpack run PACKAGE [--image FILE] "question"')
+    question = sys.stdin.read().strip()
+    if not question:
+        raise OptionError("The question is empty.")
+    return question
+
+
+def show_answer(stream: AnswerStream, load_seconds: float, *, stats: bool, as_json: bool) -> None:
+    """The answer as it comes, and the line of timing."""
+    for piece in stream:
+        if not as_json:
+            print(piece, end="", flush=True)
+    answer = stream.answer
+    if as_json:
+        timing = {**asdict(answer.stats), "load_seconds": load_seconds}
+        shown = {"text": answer.text, "finish_reason": answer.finish_reason, "tokens": answer.tokens, "stats": timing}
+        print(json.dumps(shown, ensure_ascii=False))
+        return
+    print(flush=True)
+    if stats:
+        s = answer.stats
+        images = f" ({s.image_tokens} of images)" if s.image_tokens else ""
+        vision = f" + vision {s.vision_seconds:.2f}" if s.image_tokens else ""
+        err.print(
+            f"load {load_seconds:.2f} s · first token {s.first_token_seconds:.2f} s = preprocessing "
+            f"{s.preprocess_seconds:.2f}{vision} + prefill {s.prefill_seconds:.2f} · {s.prompt_tokens} prompt tokens"
+            f"{images}, {s.new_tokens} new, {s.tokens_per_second:.1f} tokens/s · peak memory {size(s.peak_memory)}",
+            style="dim",
+        )
+
+
+def show_inspection(description: dict[str, Any], *, as_json: bool) -> None:
+    """A package's or checkpoint's make-up."""
+    if as_json:
+        print(json.dumps(description, indent=1, default=str))
+        return
+    out.print(f"[bold]{escape(description['folder'])}[/]: {description['kind']}, {description['architecture']}")
+    if description["kind"] == "checkpoint":
+        _show_checkpoint(description)
+    else:
+        _show_package(description)
+
+
+def _show_checkpoint(description: dict[str, Any]) -> None:
+    for dtype, entry in description["dtypes"].items():
+        out.print(f"{entry['tensors']} tensors of {dtype}, {size(entry['bytes'])}")
+    for name in ("text", "vision"):
+        out.print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in description[name].items()))
+    out.print(f"head {'tied' if description['tied'] else 'untied'}, {description['deepstack_levels']} DeepStack levels")
+    out.print("parts: " + ", ".join(description["parts"]))
+
+
+def _show_package(description: dict[str, Any]) -> None:
+    source = ", ".join(str(value) for value in description["source"].values() if value)
+    out.print(
+        f"{description['precision']} for {description['execution_provider']}, activations {description['activations']}; "
+        f"from {escape(source)} by vlpack {description['vlpack']}"
+    )
+    for name, part in description["parts"].items():
+        out.print(f"\n[bold]{name}[/] {part['file']}")
+        for kind in ("inputs", "outputs"):
+            for port, (dtype, shape) in part[kind].items():
+                out.print(f"  {kind[:-1]:6} {port} {dtype} \\[{', '.join(map(str, shape))}]")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("modules", "weights", "stored as", "size"):
+            table.add_column(column, justify="right" if column in ("weights", "size") else "left")
+        for group in part["groups"]:
+            table.add_row(group["modules"], str(group["count"]), group["storage"], size(group["bytes"]))
+        out.print(table)
+    out.print("policy, first match wins: " + "; ".join(f"{r['modules']} → {r['storage']}" for r in description["policy"]))
+    total = sum(description["files"].values())
+    checked = "hashes checked" if description["hashes_checked"] else "sizes checked"
+    out.print(f"{len(description['files'])} files, {size(total)}, {checked}")
+    for problem in description["problems"]:
+        out.print(f"[bold red]damaged:[/] {escape(problem)}")
+
+
+@contextmanager
+def demo_table(*, as_json: bool) -> Iterator[Callable[[Row], None]]:
+    """Prints the demo's rows as they come."""
+
+    def report(row: Row) -> None:
+        if not as_json:
+            mark = "[green]✓[/]" if row.right else "[red]✗[/]"
+            answer, truth = (" / ".join(text.split()) for text in (row.answer, row.truth))
+            out.print(f"{mark} {row.image}  {row.question:28} answer {escape(answer):14} truth {truth}")
+
+    yield report
+
+
+def show_demo(result: BuildResult, rows: list[Row], *, as_json: bool) -> None:
+    """The demo's sum."""
+    right = sum(row.right for row in rows)
+    if as_json:
+        print(json.dumps({"right": right, "asked": len(rows), "rows": [asdict(row) for row in rows]}))
+        return
+    out.print(
+        f"\n[bold]{right} of {len(rows)} right.[/] Built in {result.seconds:.1f} s, {size(result.total_bytes)}, "
+        f"peak memory of the build {size(result.peak_memory)}."
+    )

@@ -1,0 +1,112 @@
+"""What a package or a checkpoint is made of, as data that the command line prints."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from vlpack.architectures import architecture_of
+from vlpack.architectures.base import GraphOptions
+from vlpack.checkpoint import Checkpoint
+from vlpack.errors import VlpackError
+from vlpack.package.manifest import MANIFEST, damaged_files, read_manifest
+
+
+def inspect(path: str | os.PathLike[str], *, hashes: bool = True) -> dict[str, Any]:
+    """Describe a package (hashes checked) or a checkpoint.
+
+    Returns:
+        JSON-like: ``kind`` is ``package`` or ``checkpoint``; see `inspect_package` and `inspect_checkpoint`.
+
+    Raises:
+        VlpackError: it is neither, or cannot be read.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise VlpackError(f"There is no folder {folder}.")
+    if (folder / MANIFEST).is_file():
+        return inspect_package(folder, hashes=hashes)
+    return inspect_checkpoint(folder)
+
+
+def inspect_package(folder: Path, *, hashes: bool) -> dict[str, Any]:
+    """Architecture, source, policy, parts with their ports and storage by layer group, files and their condition."""
+    manifest = read_manifest(folder)
+    problems = damaged_files(folder, manifest, hashes=hashes)
+    parts = {}
+    for filename, part in manifest["parts"].items():
+        parts[part["name"]] = {
+            "file": filename,
+            "inputs": _without_cache(part["inputs"]),
+            "outputs": _without_cache(part["outputs"]),
+            "groups": _groups(part["weights"]),
+        }
+    return {
+        "kind": "package",
+        "folder": str(folder),
+        "architecture": manifest["source"]["architecture"],
+        "source": {k: v for k, v in manifest["source"].items() if k != "files"},
+        "vlpack": manifest["vlpack"],
+        "precision": manifest["precision"],
+        "execution_provider": manifest["execution_provider"],
+        "activations": manifest["activations"],
+        "policy": manifest["policy"],
+        "parts": parts,
+        "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},
+        "hashes_checked": hashes,
+        "problems": list(problems),
+    }
+
+
+def _without_cache(ports: dict[str, Any]) -> dict[str, Any]:
+    """The cache's many ports as one line each for keys and values."""
+    shown: dict[str, Any] = {}
+    for name, port in ports.items():
+        head, _, rest = name.partition(".")
+        if head in ("past_key_values", "present"):
+            name = f"{head}.*.{rest.partition('.')[2]}"
+        shown.setdefault(name, port)
+    return shown
+
+
+def _groups(weights: dict[str, Any]) -> list[dict[str, Any]]:
+    """Weights of equal name and storage in all layers, as one row."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for path, weight in weights.items():
+        name = ".".join("*" if part.isdigit() else part for part in path.split("."))
+        row = rows.setdefault((name, weight["storage"]), {"modules": name, "storage": weight["storage"], "count": 0, "bytes": 0})
+        row["count"] += 1
+        row["bytes"] += weight["bytes"]
+    return list(rows.values())
+
+
+def inspect_checkpoint(folder: Path) -> dict[str, Any]:
+    """Architecture, sizes, tensors by dtype, and what vlpack would make of it."""
+    with Checkpoint.open(folder) as checkpoint:
+        dtypes: dict[str, dict[str, int]] = {}
+        for tensor in checkpoint.tensors.values():
+            entry = dtypes.setdefault(str(tensor.dtype), {"tensors": 0, "bytes": 0})
+            entry["tensors"] += 1
+            entry["bytes"] += tensor.nbytes
+        described: dict[str, Any] = {
+            "kind": "checkpoint",
+            "folder": str(folder),
+            "architecture": checkpoint.architecture,
+            "bytes": checkpoint.total_bytes(),
+            "dtypes": dtypes,
+            "files": {path.name: path.stat().st_size for path in checkpoint.weight_files()},
+        }
+        architecture = architecture_of(checkpoint)
+        described["tied"] = architecture.tied
+        described["text"] = vars(architecture.text)
+        described["vision"] = vars(architecture.vision)
+        described["deepstack_levels"] = architecture.deepstack.levels
+        described["parts"] = [part.name for part in architecture.parts(GraphOptions())]
+        return described
+
+
+def as_json(description: dict[str, Any]) -> str:
+    """For scripts."""
+    return json.dumps(description, indent=1, default=str)

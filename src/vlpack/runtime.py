@@ -1,0 +1,332 @@
+"""A built package, loaded and generating through the stock onnxruntime-genai."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnxruntime_genai as og
+
+from vlpack.errors import InputError, OptionError, PackageError
+from vlpack.memory import peak_memory_bytes
+from vlpack.package.manifest import damaged_files, read_manifest
+from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder
+from vlpack.timing import StageClock
+
+RUNTIME_NEEDED = (0, 18)
+"""onnxruntime-genai's first version that carries DeepStack's channel."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; None leaves it to the package's generation settings.
+
+    Args:
+        temperature: 0 takes the likeliest token always.
+        top_k: only the k likeliest.
+        top_p: only the likeliest whose probabilities sum to p.
+        repetition_penalty: above 1 makes tokens that have occurred less likely.
+        seed: the same seed gives the same answer.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def search_options(self) -> dict[str, Any]:
+        """As the runtime takes them.
+
+        Raises:
+            OptionError: a value is out of its range.
+        """
+        options: dict[str, Any] = {}
+        _check("temperature", self.temperature, self.temperature is None or 0 <= self.temperature < 100)
+        _check("top_k", self.top_k, self.top_k is None or self.top_k >= 1)
+        _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1)
+        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty is None or self.repetition_penalty > 0)
+        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**31)
+        if self.temperature == 0:
+            options["do_sample"] = False
+        elif self.temperature is not None or self.top_k is not None or self.top_p is not None:
+            options["do_sample"] = True
+        if self.temperature:
+            options["temperature"] = self.temperature
+        for name in ("top_k", "top_p", "repetition_penalty"):
+            if getattr(self, name) is not None:
+                options[name] = getattr(self, name)
+        if self.seed is not None:
+            options["random_seed"] = self.seed
+        return options
+
+
+def _check(name: str, value: Any, valid: bool) -> None:
+    if not valid:
+        raise OptionError(f"{name} is {value}, which is out of its range.")
+
+
+@dataclass
+class Stats:
+    """What an answer took: seconds, tokens, bytes."""
+
+    prompt_tokens: int = 0
+    image_tokens: int = 0
+    new_tokens: int = 0
+    preprocess_seconds: float = 0.0
+    vision_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    peak_memory: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding, the first token not counted."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+
+@dataclass
+class Answer:
+    """A finished answer; ``finish_reason`` is ``stop`` (the model ended) or ``length`` (max_tokens was reached)."""
+
+    text: str
+    tokens: list[int]
+    finish_reason: str
+    stats: Stats = field(default_factory=Stats)
+
+
+class Model:
+    """A package in memory. Make it with `load`.
+
+    Args:
+        folder: the package.
+        threads: of the runtime; all cores by default (its own default is half of them).
+        min_pixels: smallest image area, square pixels, instead of the package's.
+        max_pixels: largest image area; smaller is faster.
+
+    Raises:
+        PackageError: the folder is not a complete package, or the runtime cannot load it.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        if threads is not None and threads < 1:
+            raise OptionError(f"threads is {threads}; it must be at least 1.")
+        started = time.perf_counter()
+        self.manifest = check_package(self.folder)
+        self.config = _read_config(self.folder)
+        model = self.config["model"]
+        self.context_length: int = model["context_length"]
+        self._prompts = PromptBuilder.from_folder(
+            self.folder,
+            image_token_id=model.get("image_token_id"),
+            video_token_id=model.get("video_token_id"),
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
+        self.tokenizer = self._prompts.tokenizer
+        self._model = _load(self.folder, model, threads or os.cpu_count() or 1)
+        self.load_seconds = time.perf_counter() - started
+
+    def prompt(self, messages: str | Sequence[Message], images: Sequence[ImageSource] = (), **options: Any) -> Prompt:
+        """Messages as the tensors that the package is run on; see `vlpack.preprocess.PromptBuilder`."""
+        return self._prompts(_as_messages(messages, images), images, **options)
+
+    def generate(
+        self,
+        messages: str | Sequence[Message],
+        images: Sequence[ImageSource] = (),
+        *,
+        max_tokens: int = 512,
+        sampling: Sampling | None = None,
+        allow_private_urls: bool = False,
+    ) -> Answer:
+        """The whole answer; arguments as for `stream`."""
+        stream = self.stream(
+            messages, images, max_tokens=max_tokens, sampling=sampling, allow_private_urls=allow_private_urls
+        )
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def stream(
+        self,
+        messages: str | Sequence[Message],
+        images: Sequence[ImageSource] = (),
+        *,
+        max_tokens: int = 512,
+        sampling: Sampling | None = None,
+        allow_private_urls: bool = False,
+    ) -> AnswerStream:
+        """The answer as it is made, piece by piece.
+
+        Args:
+            messages: a question, or a conversation in OpenAI's form.
+            images: file names, URLs, bytes, PIL images or arrays for the image parts that name none; with a question
+                given as a string they go before it.
+            max_tokens: of the answer at most.
+            sampling: how tokens are chosen.
+            allow_private_urls: let image URLs lead to this machine or its network.
+
+        Raises:
+            InputError: the messages or images are not usable, or do not fit the model's context.
+            OptionError: an option is out of its range.
+        """
+        if max_tokens < 1:
+            raise OptionError(f"max_tokens is {max_tokens}; it must be at least 1.")
+        options = (sampling or Sampling()).search_options()
+        started = time.perf_counter()
+        prompt = self.prompt(messages, images, allow_private_urls=allow_private_urls)
+        return AnswerStream(self, prompt, max_tokens, options, time.perf_counter() - started)
+
+
+class AnswerStream(Iterator[str]):
+    """Iterates over the answer's text; `answer` is complete when it ends. Leaving early frees the runtime's state."""
+
+    def __init__(
+        self, model: Model, prompt: Prompt, max_tokens: int, options: dict[str, Any], preprocess_seconds: float
+    ) -> None:
+        length = prompt.input_ids.shape[1]
+        image_tokens = int(prompt.num_image_tokens.sum())
+        if length >= model.context_length:
+            raise InputError(
+                f"The prompt has {length} tokens ({image_tokens} of them images); the model's context holds "
+                f"{model.context_length}.",
+                "Shorten it, give fewer images, or make them smaller with max_pixels.",
+            )
+        self.answer = Answer("", [], "length")
+        self.answer.stats.prompt_tokens, self.answer.stats.image_tokens = length, image_tokens
+        self.answer.stats.preprocess_seconds = preprocess_seconds
+        limit = min(length + max_tokens, model.context_length)
+        self._pieces = self._run(model, prompt, {**options, "max_length": limit}, limit - length)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop, and free the runtime's state."""
+        self._pieces.close()
+
+    def _run(self, model: Model, prompt: Prompt, options: dict[str, Any], room: int) -> Iterator[str]:
+        answer, stats = self.answer, self.answer.stats
+        text = model.tokenizer.stream()
+        started = time.perf_counter()
+        with StageClock() as clock:
+            generator = _prefill(model._model, prompt, options)
+            generator.generate_next_token()
+            first = time.perf_counter()
+        stats.vision_seconds = clock.seconds_until("image_features", started)
+        stats.prefill_seconds = first - started - stats.vision_seconds
+        stats.first_token_seconds = stats.preprocess_seconds + first - started
+        ends = _eos_ids(model.config)
+        while True:
+            token = int(generator.get_next_tokens()[0])
+            answer.tokens.append(token)
+            stats.new_tokens += 1
+            stats.decode_seconds = time.perf_counter() - first
+            stats.peak_memory = peak_memory_bytes()
+            if token in ends:
+                answer.finish_reason = "stop"
+                break
+            if piece := text.push(token):
+                answer.text += piece
+                yield piece
+            if stats.new_tokens >= room or generator.is_done():
+                break
+            generator.generate_next_token()
+        if piece := text.flush():
+            answer.text += piece
+            yield piece
+
+
+def load(folder: str | os.PathLike[str], **options: Any) -> Model:
+    """Load a package; options as for `Model`."""
+    return Model(folder, **options)
+
+
+def check_package(folder: Path) -> dict[str, Any]:
+    """The manifest of a package whose files are all there in their sizes, which the runtime can run.
+
+    Raises:
+        PackageError: it is not, with what is wrong.
+    """
+    if not folder.is_dir():
+        raise PackageError(f"There is no folder {folder}.")
+    version = tuple(int(part) for part in og.__version__.split(".")[:2])
+    if version < RUNTIME_NEEDED:
+        needed = ".".join(map(str, RUNTIME_NEEDED))
+        raise PackageError(
+            f"onnxruntime-genai {og.__version__} is too old: packages need {needed} or newer.",
+            f"pip install -U 'onnxruntime-genai>={needed}'",
+        )
+    manifest = read_manifest(folder)
+    problems = damaged_files(folder, manifest, hashes=False)
+    if problems:
+        raise PackageError(f"{folder} is damaged: {' '.join(problems[:3])}", "Build or copy the package again.")
+    return manifest
+
+
+def _as_messages(messages: str | Sequence[Message], images: Sequence[ImageSource]) -> Sequence[Message]:
+    if not isinstance(messages, str):
+        return messages
+    return [{"role": "user", "content": [*({"type": "image"} for _ in images), {"type": "text", "text": messages}]}]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+        model, eos = config["model"], config["model"]["eos_token_id"]
+        if isinstance(model["context_length"], int) and isinstance(eos, (int, list)):
+            return dict(config)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PackageError(f"{folder / 'genai_config.json'} cannot be read: {error!r}.") from None
+    raise PackageError(f"{folder / 'genai_config.json'} has a context_length or eos_token_id of the wrong type.")
+
+
+def _eos_ids(config: dict[str, Any]) -> set[int]:
+    eos = config["model"]["eos_token_id"]
+    return set(eos) if isinstance(eos, list) else {eos}
+
+
+def _load(folder: Path, model: dict[str, Any], threads: int) -> og.Model:
+    sections = [name for name in ("decoder", "vision", "embedding") if name in model]
+    if "decoder" not in model or ("image_token_id" in model and len(sections) < 3):
+        raise PackageError(
+            f"{folder} holds only {', '.join(sections) or 'no part'} of a model and does not run by itself.",
+            "Build it with --part all, or with --part text.",
+        )
+    session = {"session_options": {"intra_op_num_threads": threads}}
+    try:
+        config = og.Config(str(folder))
+        config.overlay(json.dumps({"model": {name: session for name in sections}}))
+        return og.Model(config)
+    except Exception as error:
+        raise PackageError(f"The runtime cannot load {folder}: {str(error).strip()[:500]}") from None
+
+
+def _prefill(model: og.Model, prompt: Prompt, options: dict[str, Any]) -> og.Generator:
+    """A generator that has seen the prompt."""
+    params = og.GeneratorParams(model)
+    params.set_search_options(**options)
+    generator = og.Generator(model, params)
+    if prompt.has_images:
+        tensors = og.NamedTensors()
+        for name, array in prompt.named_arrays().items():
+            tensors[name] = array
+        generator.set_inputs(tensors)
+    else:
+        generator.append_tokens(prompt.input_ids)
+    return generator
