@@ -41,21 +41,21 @@ class Section:
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
         return CheckpointError(f"{self.where}: '{name}' is {shown}; it must be {wanted}.")
 
-    def int(self, name: str, default: int | None = None, *, low: int = 1, high: int = _LIMIT) -> int:
+    def integer(self, name: str, default: int | None = None, *, low: int = 1, high: int = _LIMIT) -> int:
         """An integer in ``low … high``; ``default`` where the file has none."""
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self._fail(name, value, f"an integer from {low} to {high}")
         return value
 
-    def float(self, name: str, default: float | None = None) -> float:
+    def number(self, name: str, default: float | None = None) -> float:
         """A finite number above zero."""
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise self._fail(name, value, "a number above zero")
         return float(value)
 
-    def bool(self, name: str, default: bool) -> bool:
+    def flag(self, name: str, default: bool) -> bool:
         """True or false."""
         value = self._get(name, default)
         if not isinstance(value, bool):
@@ -69,7 +69,9 @@ class Section:
             raise self._fail(name, value, "one of " + ", ".join(choices))
         return str(value)
 
-    def ints(self, name: str, default: Sequence[int] | None = None, *, low: int = 0, high: int = _LIMIT) -> list[int]:
+    def integers(
+        self, name: str, default: Sequence[int] | None = None, *, low: int = 0, high: int = _LIMIT
+    ) -> list[int]:
         """A list of integers, or one integer as a list of one."""
         value = self._get(name, default)
         items = [value] if isinstance(value, int) else value

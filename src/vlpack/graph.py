@@ -11,7 +11,8 @@ from onnxscript import GraphBuilder, nn
 
 import vlpack
 from vlpack.architectures.base import Part
-from vlpack.layers.linear import Stored
+from vlpack.layers import ops
+from vlpack.layers.linear import Linear, Stored
 from vlpack.precision import Policy
 from vlpack.storage import Float, Storage
 
@@ -67,19 +68,24 @@ def declare(module: nn.Module, policy: Policy) -> list[Weight]:
             storage = policy.storage(path)
             sources = _sources(path, child)
             weights.append(Weight(path, sources, child.rows, child.cols, storage, child.store(storage)))
-        for name, parameter in list(child._parameters.items()):
-            if not isinstance(child, Stored):
-                source = Source(f"{path}.{name}", tuple(parameter.shape.numpy()))
-                weights.append(_vector(f"{path}.{name}", (source,), parameter))
-            elif name == "bias":
+            if isinstance(child, Linear) and child.bias is not None:
                 parts = tuple(Source(s.name.removesuffix("weight") + "bias", s.shape[:1]) for s in sources)
-                weights.append(_vector(f"{path}.{name}", parts, parameter))
+                weights.append(_vector(f"{path}.bias", parts, child.bias))
+        else:
+            for name, parameter in child.named_parameters(recurse=False):
+                source = Source(f"{path}.{name}", parameter_shape(parameter))
+                weights.append(_vector(f"{path}.{name}", (source,), parameter))
     return weights
+
+
+def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter, whose dimensions are all known."""
+    return tuple(ops.shape_of(parameter).numpy())
 
 
 def _vector(path: str, sources: tuple[Source, ...], parameter: nn.Parameter) -> Weight:
     """A norm's weight or a bias: fp32 in every precision."""
-    rows = int(np.prod(parameter.shape.numpy()))
+    rows = int(np.prod(parameter_shape(parameter)))
     return Weight(path, sources, rows, 1, Float("float32"), {"weight": parameter})
 
 
@@ -95,9 +101,7 @@ def _sources(path: str, module: Stored) -> tuple[Source, ...]:
 def trace(part: Part, policy: Policy) -> Graph:
     """Write the graph of ``part``: its weights are declared by ``policy`` and still empty."""
     weights = declare(part.module, policy)
-    graph = ir.Graph(
-        [], [], nodes=[], opset_imports={"": OPSET, "com.microsoft": 1}, name=part.name
-    )
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, "com.microsoft": 1}, name=part.name)
     builder = GraphBuilder(graph)
     inputs = [builder.input(port.name, port.dtype, list(port.shape)) for port in part.inputs]
     outputs = part.module(builder.op, *inputs)

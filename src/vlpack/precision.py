@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 import onnx_ir as ir
 
@@ -84,9 +83,7 @@ class QuantizationOptions:
     vision: str | None = None
 
 
-def make_policy(
-    precision: str, provider: str, options: QuantizationOptions, num_hidden_layers: int
-) -> Policy:
+def make_policy(precision: str, provider: str, options: QuantizationOptions, num_hidden_layers: int) -> Policy:
     """The policy of a precision on an execution provider.
 
     Raises:
@@ -105,7 +102,10 @@ def make_policy(
             raise OptionError("matmul_mixed_precision goes with int4.", f"The precision is {precision}.")
         if precision != "int8":
             raise OptionError(f"block_size and is_symmetric go with int4 and int8; the precision is {precision}.")
-    rules = (*_vision_rules(precision, provider, dtype, options), *_text_rules(precision, provider, dtype, options, num_hidden_layers))
+    rules = (
+        *_vision_rules(precision, provider, dtype, options),
+        *_text_rules(precision, provider, dtype, options, num_hidden_layers),
+    )
     return Policy(precision, provider, dtype, rules)
 
 
@@ -157,8 +157,3 @@ def sensitive_layers(num_hidden_layers: int) -> list[int]:
         for layer in range(num_hidden_layers)
         if layer < eighth or layer >= num_hidden_layers - eighth or (layer - eighth) % 3 == 2
     ]
-
-
-def describe(storage: Storage) -> dict[str, Any]:
-    """A storage's own settings, for the manifest."""
-    return {"label": storage.label, **{k: v for k, v in vars(storage).items()}}

@@ -69,10 +69,10 @@ class TextFacts:
         Raises:
             CheckpointError: a size is missing, absurd or does not go with another.
         """
-        heads = config.int("num_attention_heads", high=1 << 12)
-        kv_heads = config.int("num_key_value_heads", heads, high=1 << 12)
-        hidden_size = config.int("hidden_size", high=1 << 20)
-        head_size = config.int("head_dim", hidden_size // heads, high=1 << 12)
+        heads = config.integer("num_attention_heads", high=1 << 12)
+        kv_heads = config.integer("num_key_value_heads", heads, high=1 << 12)
+        hidden_size = config.integer("hidden_size", high=1 << 20)
+        head_size = config.integer("head_dim", hidden_size // heads, high=1 << 12)
         if heads % kv_heads:
             raise CheckpointError(
                 f"{config.where}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})."
@@ -84,9 +84,9 @@ class TextFacts:
             head_size=head_size,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
-            num_hidden_layers=config.int("num_hidden_layers", high=1 << 12),
-            vocab_size=config.int("vocab_size", high=1 << 24),
-            context_length=config.int("max_position_embeddings", 32768),
+            num_hidden_layers=config.integer("num_hidden_layers", high=1 << 12),
+            vocab_size=config.integer("vocab_size", high=1 << 24),
+            context_length=config.integer("max_position_embeddings", 32768),
         )
 
 
@@ -109,12 +109,12 @@ class VisionFacts:
         return cls(
             patch_size=patch_size(vision),
             temporal_patch_size=temporal_patch_size(vision),
-            spatial_merge_size=vision.int("spatial_merge_size", 2, high=16),
-            tokens_per_second=vision.float("tokens_per_second", 2.0),
-            image_token_id=root.int("image_token_id", 151655, low=0),
-            video_token_id=root.int("video_token_id", 151656, low=0),
-            vision_start_token_id=root.int("vision_start_token_id", 151652, low=0),
-            vision_end_token_id=root.int("vision_end_token_id", 151653, low=0),
+            spatial_merge_size=vision.integer("spatial_merge_size", 2, high=16),
+            tokens_per_second=vision.number("tokens_per_second", 2.0),
+            image_token_id=root.integer("image_token_id", 151655, low=0),
+            video_token_id=root.integer("video_token_id", 151656, low=0),
+            vision_start_token_id=root.integer("vision_start_token_id", 151652, low=0),
+            vision_end_token_id=root.integer("vision_end_token_id", 151653, low=0),
         )
 
 

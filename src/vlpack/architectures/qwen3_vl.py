@@ -92,22 +92,24 @@ class VisionModel(nn.Module):
 
     def __init__(self, config: Section, dtype: ir.DataType, deepstack: SideChannel) -> None:
         super().__init__(VISION)
-        size, heads = config.int("hidden_size", high=1 << 16), config.int("num_heads", high=1 << 10)
+        size, heads = config.integer("hidden_size", high=1 << 16), config.integer("num_heads", high=1 << 10)
         if size % (heads * 4):
             raise CheckpointError(f"{config.where}: hidden_size {size} is not a multiple of 4 · num_heads ({heads}).")
         self.size, self.heads, self.dtype, self.deepstack = size, heads, dtype, deepstack
-        self.merge = config.int("spatial_merge_size", high=16)
+        self.merge = config.integer("spatial_merge_size", high=16)
         rope = config.section("rope_parameters", required=False)
         rope.choice("rope_type", ["axial"], "axial")
-        self.theta = rope.float("rope_theta", 10000.0)
+        self.theta = rope.number("rope_theta", 10000.0)
 
-        positions, out = config.int("num_position_embeddings", high=1 << 24), config.int("out_hidden_size")
-        act, intermediate = config.choice("hidden_act", ACTIVATIONS), config.int("intermediate_size", high=1 << 20)
+        positions, out = config.integer("num_position_embeddings", high=1 << 24), config.integer("out_hidden_size")
+        act, intermediate = config.choice("hidden_act", ACTIVATIONS), config.integer("intermediate_size", high=1 << 20)
         self.side = int(positions**0.5)
         self.indexes = deepstack_indexes(config)
         self.patch_embed = PatchEmbed(config, size)
         self.pos_embed = Embedding(positions, size)
-        self.blocks = nn.ModuleList([VisionBlock(size, intermediate, heads, act) for _ in range(config.int("depth"))])
+        self.blocks = nn.ModuleList(
+            [VisionBlock(size, intermediate, heads, act) for _ in range(config.integer("depth"))]
+        )
         self.merger = PatchMerger(size, self.merge, out, postshuffle_norm=False)
         self.deepstack_merger_list = nn.ModuleList(
             [PatchMerger(size, self.merge, out, postshuffle_norm=True) for _ in self.indexes]
@@ -135,8 +137,8 @@ class VisionModel(nn.Module):
 
 def deepstack_indexes(config: Section) -> list[int]:
     """Blocks whose output goes to DeepStack; each names one merger, in the list's order."""
-    depth = config.int("depth", high=1024)
-    indexes = config.ints("deepstack_visual_indexes", [8, 16, 24], high=depth - 1)
+    depth = config.integer("depth", high=1024)
+    indexes = config.integers("deepstack_visual_indexes", [8, 16, 24], high=depth - 1)
     if len(set(indexes)) != len(indexes):
         raise CheckpointError(f"{config.where}: deepstack_visual_indexes names a block twice: {indexes}.")
     return indexes
@@ -152,19 +154,19 @@ class Qwen3VL(Architecture):
     def __init__(self, config: Mapping[str, Any]) -> None:
         root = Section(config)
         text, self.vision_config = root.section("text_config"), root.section("vision_config")
-        self.tied = root.bool("tie_word_embeddings", text.bool("tie_word_embeddings", False))
+        self.tied = root.flag("tie_word_embeddings", text.flag("tie_word_embeddings", False))
         self.text_config, self.text = text, TextFacts.read(text)
         self.hidden_act = text.choice("hidden_act", ACTIVATIONS, "silu")
-        self.eps = text.float("rms_norm_eps", 1e-6)
+        self.eps = text.number("rms_norm_eps", 1e-6)
         rope = rope_section(text)
-        self.theta = rope.float("rope_theta", text.float("rope_theta", 500000.0))
-        self.sections = rope.ints("mrope_section", [24, 20, 20])
+        self.theta = rope.number("rope_theta", text.number("rope_theta", 500000.0))
+        self.sections = rope.integers("mrope_section", [24, 20, 20])
         if len(self.sections) != 3 or sum(self.sections) != self.text.head_size // 2:
             raise CheckpointError(
                 f"{rope.where}: mrope_section {self.sections} must be three numbers whose sum is half of head_dim "
                 f"({self.text.head_size})."
             )
-        out = self.vision_config.int("out_hidden_size")
+        out = self.vision_config.integer("out_hidden_size")
         if out != self.text.hidden_size:
             raise CheckpointError(
                 f"config.json: vision_config.out_hidden_size is {out} and text_config.hidden_size "
@@ -193,12 +195,12 @@ class Qwen3VL(Architecture):
 
     def _decoder(self, options: GraphOptions, deepstack: SideChannel | None, embed: Embedding | None) -> CausalLM:
         size, eps = self.text.hidden_size, self.eps
-        bias = self.text_config.bool("attention_bias", False)
+        bias = self.text_config.flag("attention_bias", False)
         heads, kv_heads, head_dim = self.text.num_attention_heads, self.text.num_key_value_heads, self.text.head_size
         layers = [
             DecoderLayer(
                 Attention(size, heads, kv_heads, head_dim, qkv_bias=bias, o_bias=bias, qk_norm_eps=eps),
-                GatedMLP(size, self.text_config.int("intermediate_size"), self.hidden_act),
+                GatedMLP(size, self.text_config.integer("intermediate_size"), self.hidden_act),
                 size,
                 eps,
             )

@@ -56,7 +56,7 @@ class Attention(nn.Module):
     def forward(
         self, op: OpBuilder, x: ir.Value, rope: Rope, lengths: CacheLengths, past: tuple[ir.Value, ir.Value]
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        dtype = past[0].dtype
+        dtype = ops.dtype_of(past[0])
         q, k, v = op.Split(self.qkv_proj(op, x), self.sizes, axis=-1, _outputs=3)  # [B, S, heads · D]
         q = self._place(op, q, self.q_norm, rope, self.heads)
         k = self._place(op, k, self.k_norm, rope, self.kv_heads)

@@ -39,6 +39,7 @@ class Stored(nn.Module):
         self.tied_to = tied_to
         self.source_shape = tuple(source_shape) or (rows, cols)
         self.storage: Storage | None = None
+        self.arrays: dict[str, nn.Parameter] = {}
 
     def store(self, storage: Storage) -> dict[str, nn.Parameter]:
         """Declare the initializers that ``storage`` makes of the weight; returns them by array name."""
@@ -73,24 +74,24 @@ class Linear(Stored):
         weight = list(self.arrays.values())
         match self.storage:
             case Transposed():
-                y = op.MatMul(ops.cast(op, x, weight[0].dtype), weight[0])
+                y = op.MatMul(ops.cast(op, x, ops.dtype_of(weight[0])), weight[0])
             case Float():
-                y = self._tied_head(op, ops.cast(op, x, weight[0].dtype), weight[0])
+                y = self._tied_head(op, ops.cast(op, x, ops.dtype_of(weight[0])), weight[0])
             case ChannelInt8():
                 y = ops.dynamic_quantize_mat_mul(op, ops.cast(op, x, ops.FLOAT), weight, self.rows)
             case Blocks():
-                x = ops.cast(op, x, weight[1].dtype)
+                x = ops.cast(op, x, ops.dtype_of(weight[1]))
                 y = ops.mat_mul_n_bits(op, x, weight, self.rows, self.cols, self.storage)
             case _:
                 raise AssertionError(f"{self.name}: no way to multiply by {self.storage}")
-        return y if self.bias is None else op.Add(y, ops.cast(op, self.bias, y.dtype))
+        return y if self.bias is None else op.Add(y, ops.cast(op, self.bias, ops.dtype_of(y)))
 
     def _tied_head(self, op: OpBuilder, x: ir.Value, weight: ir.Value) -> ir.Value:
         """Gemm reads the rows as the embedding keeps them, so that a tied head needs no transposed copy."""
         y = op.Gemm(op.Reshape(x, [-1, self.cols]), weight, transB=1)
         batch_and_sequence = op.Shape(x, start=0, end=-1)
         y = op.Reshape(y, op.Concat(batch_and_sequence, [self.rows], axis=0))
-        return ops.typed(y, x.dtype, ops.last_dim(x, self.rows))
+        return ops.typed(y, ops.dtype_of(x), ops.last_dim(x, self.rows))
 
 
 class Embedding(Stored):

@@ -18,18 +18,27 @@ INT64 = ir.DataType.INT64
 Dim = int | str | None
 
 
-def typed(value: ir.Value, dtype: ir.DataType | None, shape: Sequence[Any] | ir.Shape | None) -> ir.Value:
+def typed(value: ir.Value, dtype: ir.DataType, shape: Sequence[Any] | ir.Shape) -> ir.Value:
     """State the dtype and shape of the output of an operator whose schema ONNX does not know."""
-    value.dtype = dtype
-    if shape is not None:
-        value.shape = ir.Shape(shape)
+    value.dtype, value.shape = dtype, ir.Shape(shape)
     return value
+
+
+def dtype_of(value: ir.Value) -> ir.DataType:
+    """``value``'s dtype, which the builder has inferred or `typed` has stated."""
+    assert value.dtype is not None, f"the dtype of {value.name} is not known"
+    return value.dtype
+
+
+def shape_of(value: ir.Value) -> ir.Shape:
+    """``value``'s shape, likewise."""
+    assert value.shape is not None, f"the shape of {value.name} is not known"
+    return value.shape
 
 
 def last_dim(value: ir.Value, size: int) -> list[Any]:
     """``value``'s shape with another last dimension."""
-    assert value.shape is not None, f"the shape of {value.name} is not known"
-    return [*value.shape[:-1], size]
+    return [*shape_of(value)[:-1], size]
 
 
 def cast(op: OpBuilder, x: ir.Value, dtype: ir.DataType) -> ir.Value:
@@ -57,7 +66,7 @@ def mat_mul_n_bits(
     level = {"accuracy_level": storage.accuracy_level} if x.dtype == FLOAT else {}
     bits, block_size = storage.bits, storage.block_size
     y = microsoft(op).MatMulNBits(x, *weight, K=cols, N=rows, bits=bits, block_size=block_size, **level)
-    return typed(y, x.dtype, last_dim(x, rows))
+    return typed(y, dtype_of(x), last_dim(x, rows))
 
 
 def dynamic_quantize_mat_mul(op: OpBuilder, x: ir.Value, weight: Sequence[ir.Value], rows: int) -> ir.Value:
@@ -86,22 +95,19 @@ def gather_block_quantized(
         gather_axis=0,
         quantize_axis=1,
     )
-    assert ids.shape is not None
-    return typed(y, scales.dtype, [*ids.shape, cols])
+    return typed(y, dtype_of(scales), [*shape_of(ids), cols])
 
 
-def rotary(
-    op: OpBuilder, x: ir.Value, rows: ir.Value, cos: ir.Value, sin: ir.Value, num_heads: int
-) -> ir.Value:
+def rotary(op: OpBuilder, x: ir.Value, rows: ir.Value, cos: ir.Value, sin: ir.Value, num_heads: int) -> ir.Value:
     """Rotate the halves of every head of ``x [B, S, heads · D]`` by the angles in ``rows`` of cos, sin ``[rows, D / 2]``."""
     y = microsoft(op).RotaryEmbedding(x, rows, cos, sin, num_heads=num_heads)
-    return typed(y, x.dtype, x.shape)
+    return typed(y, dtype_of(x), shape_of(x))
 
 
 def multi_head_attention(op: OpBuilder, q: ir.Value, k: ir.Value, v: ir.Value, num_heads: int) -> ir.Value:
     """Unmasked attention over ``[B, S, heads · D]``; the scale is ``1 / sqrt(D)``."""
     y = microsoft(op).MultiHeadAttention(q, k, v, num_heads=num_heads)
-    return typed(y, q.dtype, q.shape)
+    return typed(y, dtype_of(q), shape_of(q))
 
 
 def group_query_attention(
@@ -132,8 +138,7 @@ def group_query_attention(
     y, key, value = microsoft(op).GroupQueryAttention(
         q, k, v, *past, *lengths, num_heads=num_heads, kv_num_heads=kv_num_heads, do_rotary=0, _outputs=3
     )
-    assert past[0].shape is not None
-    batch, heads, _, size = past[0].shape
+    batch, heads, _, size = shape_of(past[0])
     for present in (key, value):
-        typed(present, q.dtype, [batch, heads, "total_sequence_length", size])
-    return typed(y, q.dtype, q.shape), key, value
+        typed(present, dtype_of(q), [batch, heads, "total_sequence_length", size])
+    return typed(y, dtype_of(q), shape_of(q)), key, value

@@ -66,9 +66,7 @@ def rope_section(text: Section) -> Section:
     return rope
 
 
-def angles_from_positions(
-    op: OpBuilder, position_ids: ir.Value, axis_of: np.ndarray, inv_freq: np.ndarray
-) -> Rope:
+def angles_from_positions(op: OpBuilder, position_ids: ir.Value, axis_of: np.ndarray, inv_freq: np.ndarray) -> Rope:
     """Angles of ``position_ids`` int64 [axes, B, S]."""
     positions = ops.cast(op, position_ids, ops.FLOAT)
     by_frequency = op.Gather(positions, ops.constant(op, axis_of, np.int64), axis=0)  # [D/2, B, S]

@@ -1,9 +1,9 @@
 """What Qwen's vision encoders share: where every patch lies, axial rotary angles, self-attention over a frame.
 
-Patches come in merge-block order: the ``m × m`` patches that the merger joins to one token are neighbours. All of it is
-computed from ``image_grid_thw`` in the graph, so one graph serves every grid. Frames of one call must have equal numbers
-of patches (the runtime calls once per image otherwise); `frames_of` makes anything else a shape error, never a wrong
-answer.
+Patches come in merge-block order: the ``m × m`` patches that the merger joins to one token are neighbours. All of it
+is computed from ``image_grid_thw`` in the graph, so one graph serves every grid. Frames of one call must have equal
+numbers of patches (the runtime calls once per image otherwise); `frames_of` makes anything else a shape error, never a
+wrong answer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def temporal_patch_size(config: Section) -> int:
 
 
 def _one(config: Section, name: str) -> int:
-    sizes = config.ints(name, low=1, high=256)
+    sizes = config.integers(name, low=1, high=256)
     if not sizes or any(size != sizes[0] for size in sizes):
         raise CheckpointError(f"{config.where}: '{name}' is {sizes}; only equal sides are supported.")
     return sizes[0]
@@ -41,7 +41,7 @@ def _one(config: Section, name: str) -> int:
 def kernel_of(config: Section) -> list[int]:
     """A patch's channels, frames, height and width."""
     side = patch_size(config)
-    return [config.int("in_channels", 3, high=16), temporal_patch_size(config), side, side]
+    return [config.integer("in_channels", 3, high=16), temporal_patch_size(config), side, side]
 
 
 def pixels_of(config: Section) -> int:

@@ -111,11 +111,11 @@ def _token_ids(text: Section, config: Section, generation: Mapping[str, Any]) ->
         return None
 
     ids = Section({name: first(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}, config.where)
-    eos = ids.ints("eos_token_id")
+    eos = ids.integers("eos_token_id")
     known: dict[str, Any] = {"eos_token_id": eos if len(eos) > 1 else eos[0]}
     # the runtime's default, 0, is an ordinary token of Qwen's
-    known["pad_token_id"] = ids.int("pad_token_id", eos[-1], low=0)
-    known["bos_token_id"] = ids.int("bos_token_id", known["pad_token_id"], low=0)
+    known["pad_token_id"] = ids.integer("pad_token_id", eos[-1], low=0)
+    known["bos_token_id"] = ids.integer("bos_token_id", known["pad_token_id"], low=0)
     return known
 
 
@@ -126,14 +126,14 @@ def _search(architecture: Architecture, generation: Mapping[str, Any]) -> dict[s
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,
-        "do_sample": values.bool("do_sample", False),
-        "temperature": values.float("temperature", 1.0),
-        "top_k": values.int("top_k", 50),
-        "top_p": values.float("top_p", 1.0),
-        "repetition_penalty": values.float("repetition_penalty", 1.0),
+        "do_sample": values.flag("do_sample", False),
+        "temperature": values.number("temperature", 1.0),
+        "top_k": values.integer("top_k", 50),
+        "top_p": values.number("top_p", 1.0),
+        "repetition_penalty": values.number("repetition_penalty", 1.0),
         "length_penalty": 1.0,
         "diversity_penalty": 0.0,
-        "no_repeat_ngram_size": values.int("no_repeat_ngram_size", 0, low=0),
+        "no_repeat_ngram_size": values.integer("no_repeat_ngram_size", 0, low=0),
         "early_stopping": True,
         "past_present_share_buffer": True,
     }

@@ -1,9 +1,9 @@
 """4- and 8-bit weights in blocks along the input dimension: the layout of ORT's MatMulNBits.
 
-For a matrix [rows, cols] and blocks of ``block_size`` there are ``n = ceil(cols / block_size)`` blocks per row; the last
-is padded with zeros. ``qweight`` is uint8 [rows, n, block_size · bits / 8], the earlier of two 4-bit codes in the lower
-half of its byte; ``scales`` [rows, n]; ``zero_points``, where the blocks are asymmetric, uint8 [rows, ceil(n · bits / 8)]
-packed the same way. Without zero points the code for zero is ``2 ** (bits - 1)``.
+For a matrix [rows, cols] and blocks of ``block_size`` there are ``n = ceil(cols / block_size)`` blocks per row; the
+last is padded with zeros. ``qweight`` is uint8 [rows, n, block_size · bits / 8], the earlier of two 4-bit codes in the
+lower half of its byte; ``scales`` [rows, n]; ``zero_points``, where the blocks are asymmetric, uint8
+[rows, ceil(n · bits / 8)] packed the same way. Without zero points the code for zero is ``2 ** (bits - 1)``.
 """
 
 from __future__ import annotations
