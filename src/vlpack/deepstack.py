@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 import onnx_ir as ir
 from onnxscript import OpBuilder
 

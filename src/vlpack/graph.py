@@ -106,10 +106,9 @@ def trace(part: Part, policy: Policy) -> Graph:
     inputs = [builder.input(port.name, port.dtype, list(port.shape)) for port in part.inputs]
     outputs = part.module(builder.op, *inputs)
     for value, port in zip(outputs, part.outputs, strict=True):
-        if value.is_graph_input() or value.is_graph_output():
-            value = builder.op.Identity(value)
-        value.dtype, value.shape = port.dtype, ir.Shape(port.shape)
-        builder.add_output(value, port.name)
+        named = builder.op.Identity(value) if value.is_graph_input() else value
+        named.dtype, named.shape = port.dtype, ir.Shape(port.shape)
+        builder.add_output(named, port.name)
     for node in graph:
         node.metadata_props.clear()  # scopes, which the nodes' names say already
     model = ir.Model(graph, ir_version=10, producer_name="vlpack", producer_version=vlpack.__version__)

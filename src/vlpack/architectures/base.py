@@ -92,7 +92,7 @@ class TextFacts:
 
 @dataclass(frozen=True)
 class VisionFacts:
-    """What the runtime's image handling needs: patch sizes, and the ids of the tokens around and in place of an image."""
+    """What the runtime's image handling needs: patch sizes, and the ids of the tokens around and for an image."""
 
     patch_size: int
     temporal_patch_size: int
