@@ -1,0 +1,210 @@
+"""Both sides of every comparison: a checkpoint in live transformers, and its package's graphs in onnxruntime."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from tiny import FIRST_SPECIAL, IMAGE, VISION_END, VISION_START, Tiny
+
+Grid = tuple[int, int, int]
+
+
+def relative(value: Any, reference: Any) -> float:
+    """The distance of two arrays of one shape, as a share of the reference's length."""
+    value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
+    assert value.shape == reference.shape, f"{value.shape} is not {reference.shape}"
+    return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A prompt: ``ids [B, S]``, ``pixels [patches, ..]``, ``grid [images, 3]`` (both empty for text)."""
+
+    ids: np.ndarray
+    pixels: np.ndarray
+    grid: np.ndarray
+
+
+def make_inputs(tiny: Tiny, *rows: tuple[Grid, ...], text: int = 5, seed: int = 0) -> Inputs:
+    """A batch of prompts with these images between random words; the rows must come out equally long."""
+    key = repr((tiny.pixels, tiny.merge, rows, text, seed))
+    random = np.random.default_rng(zlib.crc32(key.encode()))
+    ids = []
+    for grids in rows:
+        row = list(random.integers(0, FIRST_SPECIAL, text))
+        for frames, height, width in grids:
+            # one frame after the other, each between its own markers, as Qwen3-VL has its videos
+            frame = [VISION_START, *[IMAGE] * (height * width // tiny.merge**2), VISION_END]
+            row += frame * frames + list(random.integers(0, FIRST_SPECIAL, 2))
+        ids.append(row)
+    grid = np.array([g for grids in rows for g in grids], np.int64).reshape(-1, 3)
+    pixels = random.normal(0, 1, (int(grid.prod(1).sum()), tiny.pixels)).astype(np.float32)
+    return Inputs(np.array(ids, np.int64), pixels, grid)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What transformers makes of a prompt."""
+
+    merged: np.ndarray  # [tokens, H]
+    levels: list[np.ndarray]  # of DeepStack, [tokens, H] each
+    embeds: np.ndarray  # [B, S, H]
+    logits: np.ndarray  # [B, S, V]
+    positions: np.ndarray  # [3, B, S]
+
+
+class Reference:
+    """A checkpoint in transformers: float32, eager attention."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from transformers import Qwen3VLForConditionalGeneration
+
+        self.model = Qwen3VLForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        self._seen: dict[bytes, Expected] = {}
+
+    def __call__(self, inputs: Inputs) -> Expected:
+        """The forward pass, remembered."""
+        key = inputs.ids.tobytes() + inputs.pixels.tobytes() + inputs.grid.tobytes()
+        if key not in self._seen:
+            self._seen[key] = self.forward(inputs)
+        return self._seen[key]
+
+    def forward(self, inputs: Inputs) -> Expected:
+        import torch
+
+        ids, core = torch.tensor(inputs.ids), self.model.model
+        width = self.model.config.text_config.hidden_size
+        with torch.no_grad():
+            embeds = core.get_input_embeddings()(ids)
+            merged, levels = np.zeros((0, width), np.float32), []
+            arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+            positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
+            if len(inputs.grid):
+                pixels, grid = torch.tensor(inputs.pixels), torch.tensor(inputs.grid)
+                kinds = (ids == IMAGE).int()
+                vision = core.visual(pixels, grid_thw=grid)
+                merged, levels = vision.pooler_output.numpy(), [x.numpy() for x in vision.deepstack_features]
+                embeds = embeds.masked_scatter((ids == IMAGE)[..., None], vision.pooler_output)
+                # in the prompt every frame is an image of its own
+                frames = torch.repeat_interleave(grid, grid[:, 0], dim=0)
+                frames[:, 0] = 1
+                positions, _ = core.get_rope_index(ids, kinds, image_grid_thw=frames)
+                core.rope_deltas = None
+                arguments |= {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
+            logits = self.model(**arguments, position_ids=positions).logits
+        return Expected(merged, levels, embeds.numpy(), logits.numpy(), positions.numpy())
+
+    def generate(self, arrays: Mapping[str, np.ndarray], tokens: int) -> list[int]:
+        """The greedy answer to a prompt's arrays; its end is ignored."""
+        import torch
+
+        ids = torch.tensor(arrays["input_ids"]).long()
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "pixel_values" in arrays:
+            arguments["pixel_values"] = torch.tensor(arrays["pixel_values"])
+            arguments["image_grid_thw"] = torch.tensor(arrays["image_grid_thw"])
+            arguments["mm_token_type_ids"] = (ids == IMAGE).int()
+        out = self.model.generate(
+            **arguments, do_sample=False, max_new_tokens=tokens, eos_token_id=None, output_scores=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        best = torch.stack(out.scores)[:, 0].topk(2).values
+        # a tie within float noise would make the comparison a coin toss
+        margin = float((best[:, 0] - best[:, 1]).min())
+        assert margin > 1e-3, f"top two logits {margin:.1g} apart: choose another seed"
+        return out.sequences[0, ids.shape[1] :].tolist()
+
+    @contextmanager
+    def with_weights(self, change: Callable[[str, np.ndarray], np.ndarray | None]) -> Iterator[None]:
+        """Matrices replaced by what ``change(name, weight [out, in])`` makes of them (None: as they are), for a while."""
+        import torch
+
+        seen, self._seen = self._seen, {}
+        kept = []
+        tensors = dict(self.model.named_parameters(remove_duplicate=False))
+        tied = tensors["lm_head.weight"] is tensors["model.language_model.embed_tokens.weight"]
+        for name, parameter in tensors.items():
+            if tied and name == "lm_head.weight":
+                continue
+            rows = parameter.detach().numpy().reshape(parameter.shape[0], -1).copy()
+            if parameter.ndim > 1 and (new := change(name, rows)) is not None:
+                kept.append((parameter, parameter.detach().clone()))
+                parameter.data.copy_(torch.tensor(np.asarray(new, np.float32)).reshape(parameter.shape))
+        try:
+            yield
+        finally:
+            for parameter, old in kept:
+                parameter.data.copy_(old)
+            self._seen = seen
+
+
+class Package:
+    """The graphs of a built package, each in a session on the CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        self.sessions = {
+            name: ort.InferenceSession(folder / config[name]["filename"], options, providers=["CPUExecutionProvider"])
+            for name in ("vision", "embedding", "decoder")
+            if name in config
+        }
+
+    def run(self, part: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """One graph; floats are given in the type it declares."""
+        session = self.sessions[part]
+        types = {port.name: port.type for port in session.get_inputs()}
+        halves = {k: v.astype(np.float16) for k, v in inputs.items() if types.get(k) == "tensor(float16)"}
+        names = [port.name for port in session.get_outputs()]
+        return dict(zip(names, session.run(names, {**inputs, **halves}), strict=True))
+
+    def features(self, inputs: Inputs, packed: bool = False) -> np.ndarray:
+        """``image_features``, of all images at once or, as the runtime does with unequal ones, one by one."""
+        width = self.sessions["embedding"].get_inputs()[1].shape[1] if "embedding" in self.sessions else 0
+        if not len(inputs.grid):
+            return np.zeros((0, width), np.float32)
+        if packed:
+            return self.run("vision", pixel_values=inputs.pixels, image_grid_thw=inputs.grid)["image_features"]
+        ends = np.cumsum(inputs.grid.prod(1))
+        return np.concatenate(
+            [
+                self.run("vision", pixel_values=inputs.pixels[end - g.prod() : end], image_grid_thw=g[None])[
+                    "image_features"
+                ]
+                for g, end in zip(inputs.grid, ends, strict=True)
+            ]
+        )
+
+    def embed(self, ids: np.ndarray, features: np.ndarray) -> dict[str, np.ndarray]:
+        """``inputs_embeds`` and, with DeepStack, its channel."""
+        return self.run("embedding", input_ids=ids, image_features=features)
+
+    def decode(
+        self, tokens: Mapping[str, np.ndarray], positions: np.ndarray, past: Mapping[str, np.ndarray] | None = None
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Logits, and the cache as the next call takes it; ``tokens`` are ids or what `embed` gives."""
+        batch, length = positions.shape[1:]
+        ports = [p for p in self.sessions["decoder"].get_inputs() if p.name.startswith("past_key_values")]
+        past = past or {p.name: np.zeros((batch, p.shape[1], 0, p.shape[3]), np.float32) for p in ports}
+        mask = np.ones((batch, length + past[ports[0].name].shape[2]), np.int64)
+        out = self.run("decoder", **tokens, attention_mask=mask, position_ids=positions, **past)
+        logits = out.pop("logits")
+        return logits, {name.replace("present", "past_key_values"): value for name, value in out.items()}
+
+    def logits(self, inputs: Inputs, positions: np.ndarray, packed: bool = False) -> np.ndarray:
+        """The whole way, in one pass."""
+        return self.decode(self.embed(inputs.ids, self.features(inputs, packed)), positions)[0]

@@ -1,0 +1,295 @@
+"""Every graph of a package, in onnxruntime, against transformers with the same weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from parity import Grid, Inputs, Package, make_inputs, relative
+from tiny import Tiny
+from vlpack.precision import OFFERED, QuantizationOptions, make_policy
+from vlpack.quantize.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
+from vlpack.quantize.channel import dequantize_rows, quantize_rows
+from vlpack.storage import Blocks, ChannelInt8, Storage
+
+EXACT = 1e-5
+"""Relative L2 error of fp32 graphs: what two orders of summation differ by."""
+HALF = 5e-3
+
+TINY = Tiny()
+
+IMAGES: dict[str, tuple[Grid, ...]] = {
+    "text": (),
+    "one image": ((1, 4, 6),),
+    "one token": ((1, 2, 2),),
+    "one row": ((1, 2, 32),),
+    "one column": ((1, 32, 2),),
+    "two equal": ((1, 4, 6), (1, 4, 6)),
+    "two unequal": ((1, 4, 6), (1, 8, 2)),
+    "two turned": ((1, 4, 6), (1, 6, 4)),
+    "120 tokens": ((1, 20, 24),),
+    "larger than the position table": ((1, 2, 34), (1, 18, 4)),
+    "three frames": ((3, 4, 6),),
+    "frames and images": ((3, 4, 4), (1, 4, 4), (2, 2, 8)),
+}
+"""Grids of a prompt's images; two equal ones, or equally large ones, can be packed into one call."""
+
+PACKABLE = [name for name, grids in IMAGES.items() if len({h * w for _, h, w in grids}) == 1]
+
+TINIES = {
+    "v5": TINY,
+    "v4": TINY.but(style="v4"),
+    "v4, untied, bias, sharded, bf16": TINY.but(
+        style="v4", tied=False, attention_bias=True, sharded=True, dtype="bfloat16"
+    ),
+    "fp16": TINY.but(dtype="float16"),
+    "no deepstack": TINY.but(deepstack=()),
+    "deepstack 0": TINY.but(deepstack=(0,)),
+    "deepstack 2 0": TINY.but(deepstack=(2, 0)),
+    "deepstack 1 2 0": TINY.but(deepstack=(1, 2, 0)),
+    "more levels than layers": TINY.but(layers=2),
+    "one layer, no deepstack": TINY.but(layers=1, deepstack=()),
+    "one head": TINY.but(heads=1, kv_heads=1),
+    "one kv head": TINY.but(heads=4, kv_heads=1),
+    "as many kv heads": TINY.but(heads=2, kv_heads=2),
+    "head_dim 128": TINY.but(heads=2, kv_heads=1, head_dim=128, mrope_section=(24, 20, 20)),
+    "h and w sections that end early": TINY.but(mrope_section=(10, 4, 2)),
+    "other theta and eps": TINY.but(rope_theta=5e6, rms_norm_eps=1e-3, style="v4"),
+    "vision gelu": TINY.but(vision_act="gelu"),
+    "vision quick_gelu": TINY.but(vision_act="quick_gelu"),
+    "vision silu": TINY.but(vision_act="silu"),
+    "text gelu": TINY.but(hidden_act="gelu"),
+    "text gelu_pytorch_tanh": TINY.but(hidden_act="gelu_pytorch_tanh"),
+    "four vision heads of 8": TINY.but(vision_heads=4),
+    "patch 16": TINY.but(patch_size=16),
+    "patch 4, one frame": TINY.but(patch_size=4, temporal_patch_size=1),
+    "merge 1": TINY.but(merge=1),
+    "table of 1": TINY.but(num_position_embeddings=1),
+    "table not square": TINY.but(num_position_embeddings=40),
+    "odd widths": TINY.but(hidden_size=72, intermediate_size=100, vision_size=24, vision_intermediate_size=50),
+}
+
+
+def inputs_of(tiny: Tiny, images: str) -> Inputs:
+    return make_inputs(tiny, IMAGES[images])
+
+
+def check_vision(tiny: Tiny, features: np.ndarray, expected, bound: float) -> None:
+    """The merged features and each level by itself: a large part must not hide a wrong small one."""
+    parts = np.split(features.astype(np.float32), 1 + len(tiny.deepstack), axis=-1)
+    assert len(expected.levels) == len(tiny.deepstack)
+    for part, wanted in zip(parts, [expected.merged, *expected.levels], strict=True):
+        assert relative(part, wanted) <= bound
+
+
+def check(tiny: Tiny, package: Package, reference, inputs: Inputs, bound: float, packed: bool = False) -> None:
+    """All parts, each fed with what the one before has made."""
+    expected = reference(tiny)(inputs)
+    features = package.features(inputs, packed)
+    if len(inputs.grid):
+        check_vision(tiny, features, expected, bound)
+    embedded = package.embed(inputs.ids, features)
+    assert relative(embedded["inputs_embeds"], expected.embeds) <= bound
+    assert relative(package.decode(embedded, expected.positions)[0], expected.logits) <= bound
+
+
+@pytest.mark.parametrize("images", IMAGES)
+def test_images(images, package, reference):
+    check(TINY, package(TINY), reference, inputs_of(TINY, images), EXACT)
+
+
+@pytest.mark.parametrize("images", PACKABLE)
+def test_images_packed_into_one_call(images, package, reference):
+    check(TINY, package(TINY), reference, inputs_of(TINY, images), EXACT, packed=True)
+
+
+@pytest.mark.parametrize(
+    "grids",
+    [
+        ((1, 4, 6), (1, 8, 2)),
+        ((1, 2, 2), (1, 4, 4)),
+        ((1, 4, 4), (1, 4, 8)),
+        ((2, 4, 4), (1, 8, 8)),
+        ((1, 2, 2), (3, 2, 4)),
+        # the sum is three times the middle one
+        ((1, 2, 4), (1, 4, 4), (1, 4, 6)),
+    ],
+)
+def test_unequal_images_packed_into_one_call_fail(grids, package):
+    inputs = make_inputs(TINY, grids)
+    with pytest.raises(Exception, match="cannot be reshaped"):
+        package(TINY).features(inputs, packed=True)
+
+
+@pytest.mark.parametrize("images", ["text", "one image", "two unequal"])
+@pytest.mark.parametrize("name", TINIES)
+def test_checkpoints(name, images, package, reference):
+    tiny = TINIES[name]
+    check(tiny, package(tiny), reference, inputs_of(tiny, images), EXACT)
+
+
+def test_a_patch_by_itself(package, reference):
+    tiny = TINY.but(merge=1)
+    check(tiny, package(tiny), reference, make_inputs(tiny, ((1, 1, 1), (1, 1, 5), (1, 3, 1))), EXACT)
+
+
+def test_merge_of_three(package, reference):
+    tiny = TINY.but(merge=3)
+    check(tiny, package(tiny), reference, make_inputs(tiny, ((1, 6, 9), (2, 3, 3))), EXACT)
+
+
+def test_batch_of_two(package, reference):
+    inputs = make_inputs(TINY, ((1, 4, 6),), ((1, 6, 4),))
+    check(TINY, package(TINY), reference, inputs, EXACT, packed=True)
+    assert relative(inputs.ids[0], inputs.ids[1]) > 0.1
+
+
+def test_only_the_last_logits_by_default(package, reference):
+    inputs = make_inputs(TINY, ((1, 4, 6),), ((1, 6, 4),))
+    expected = reference(TINY)(inputs)
+    logits = package(TINY, "prune_lm_head=true").logits(inputs, expected.positions)
+    assert relative(logits, expected.logits[:, -1:]) <= EXACT
+
+
+@pytest.mark.parametrize("deepstack", [(0, 1, 2), ()])
+@pytest.mark.parametrize("steps", ["two passes", "token by token"])
+def test_cached_passes_make_what_one_makes(steps, deepstack, package, reference):
+    tiny = TINY.but(deepstack=deepstack)
+    inputs = make_inputs(tiny, ((1, 4, 6),), text=20)
+    expected, runs = reference(tiny)(inputs), package(tiny)
+    whole = runs.embed(inputs.ids, runs.features(inputs))
+    length = inputs.ids.shape[1]
+    # the first cut lies among the image's tokens
+    ends = [24, length] if steps == "two passes" else [24, *range(25, length + 1)]
+    logits, past, start = [], None, 0
+    for end in ends:
+        tokens = {name: value[:, start:end] for name, value in whole.items()}
+        out, past = runs.decode(tokens, expected.positions[:, :, start:end], past)
+        logits.append(out)
+        start = end
+    assert relative(np.concatenate(logits, axis=1), expected.logits) <= EXACT
+
+
+def test_batch_of_two_is_decoded_with_the_cache(package, reference):
+    inputs = make_inputs(TINY, ((1, 4, 6),), ((1, 6, 4),), text=9)
+    expected, runs = reference(TINY)(inputs), package(TINY)
+    whole = runs.embed(inputs.ids, runs.features(inputs, packed=True))
+    last = inputs.ids.shape[1] - 1
+    _, past = runs.decode({k: v[:, :last] for k, v in whole.items()}, expected.positions[:, :, :last])
+    logits, _ = runs.decode({k: v[:, last:] for k, v in whole.items()}, expected.positions[:, :, last:], past)
+    assert relative(logits, expected.logits[:, last:]) <= EXACT
+
+
+def test_tokens_after_an_image_are_embedded_without_features(package, reference):
+    inputs = inputs_of(TINY, "one image")
+    runs, expected = package(TINY), reference(TINY)(inputs)
+    out = runs.embed(inputs.ids[:, -1:], np.zeros((0, 4 * TINY.hidden_size), np.float32))
+    assert relative(out["inputs_embeds"], expected.embeds[:, -1:]) <= EXACT
+    assert not out["per_layer_inputs"].any()
+
+
+def test_fewer_features_than_image_tokens_fail(package):
+    inputs = inputs_of(TINY, "one image")
+    runs = package(TINY)
+    with pytest.raises(Exception, match="indices element out of data bounds"):
+        runs.embed(inputs.ids, runs.features(inputs)[:-1])
+
+
+@pytest.mark.parametrize("name", ["v5", "v4, untied, bias, sharded, bf16"])
+def test_text_part(name, package, reference):
+    tiny = TINIES[name]
+    inputs = inputs_of(tiny, "text")
+    expected = reference(tiny)(inputs)
+    logits, past = package(tiny, part="text").decode({"input_ids": inputs.ids[:, :4]}, expected.positions[:, :, :4])
+    more, _ = package(tiny, part="text").decode({"input_ids": inputs.ids[:, 4:]}, expected.positions[:, :, 4:], past)
+    assert relative(np.concatenate([logits, more], axis=1), expected.logits) <= EXACT
+
+
+def test_text_part_without_its_embedding_is_the_decoder(built, package, reference):
+    inputs = inputs_of(TINY, "two unequal")
+    expected = reference(TINY)(inputs)
+    folder = built(TINY, "exclude_embeds=true", "prune_lm_head=false", "filename=text.onnx", part="text")
+    assert sorted(path.name for path in folder.glob("*.onnx")) == ["text.onnx"]
+    whole = package(TINY).embed(inputs.ids, package(TINY).features(inputs))
+    assert relative(Package(folder).decode(whole, expected.positions)[0], expected.logits) <= EXACT
+
+
+@pytest.mark.parametrize("part", ["vision", "embedding"])
+def test_parts_that_are_built_alone(part, built, package):
+    inputs = inputs_of(TINY, "one image")
+    alone = Package(built(TINY, part=part))
+    assert list(alone.sessions) == [part]
+    features = package(TINY).features(inputs)
+    if part == "vision":
+        assert relative(alone.features(inputs), features) == 0
+    else:
+        whole = package(TINY).embed(inputs.ids, features)
+        assert all(relative(value, whole[name]) == 0 for name, value in alone.embed(inputs.ids, features).items())
+
+
+@pytest.mark.parametrize("images", ["text", "one image", "two unequal", "120 tokens"])
+@pytest.mark.parametrize("name", ["v5", "v4, untied, bias, sharded, bf16", "head_dim 128"])
+def test_fp16(name, images, package, reference):
+    tiny = TINIES[name]
+    check(tiny, package(tiny, precision="fp16"), reference, inputs_of(tiny, images), HALF)
+
+
+# Quantized packages are compared to transformers with the weights that their codes stand for: what is left is the
+# arithmetic, and a bound that could hide a wrong graph behind the quantization's own error is not needed.
+
+
+def stored(weight: np.ndarray, storage: Storage) -> np.ndarray:
+    """The values that ``storage`` keeps of a weight [rows, cols]."""
+    if isinstance(storage, ChannelInt8):
+        return dequantize_rows(*quantize_rows(weight))
+    if isinstance(storage, Blocks):
+        blocks = quantize_blocks(weight, storage.bits, storage.block_size, storage.symmetric)
+        scales = blocks.scales.astype(storage.dtype)
+        return dequantize_blocks(QuantizedBlocks(blocks.qweight, scales, blocks.zero_points), weight.shape[1], storage.bits)
+    return weight.astype(storage.dtype).astype(np.float32)
+
+
+def dequantized(precision: str, provider: str = "cpu", **options):
+    """Weight name → the storage's values of it, as `Reference.with_weights` takes it."""
+    policy = make_policy(precision, provider, QuantizationOptions(**options), TINY.layers)
+    joined = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+    joined |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+
+    def change(name: str, weight: np.ndarray) -> np.ndarray:
+        parent, _, own = name.removesuffix(".weight").rpartition(".")
+        path = f"{parent}.{joined.get(own, own)}".lstrip(".")
+        return stored(weight, policy.storage(path))
+
+    return change
+
+
+def quantized_activations(reference) -> ExitStack:
+    """Inputs of every linear layer rounded as DynamicQuantizeMatMul on normalized rows does: 8 bits per token."""
+    import torch
+
+    def rounded(module, arguments):
+        (x,) = arguments
+        peak = x.abs().amax(-1, keepdim=True).clamp(min=1e-20)
+        x = x / peak
+        low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+        scale = (high - low) / 255
+        zero = (-low / scale).round().clamp(0, 255)
+        return (((x / scale).round() + zero).clamp(0, 255) - zero) * scale * peak
+
+    stack = ExitStack()
+    for name, module in reference.model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            stack.callback(module.register_forward_pre_hook(rounded).remove)
+    return stack
+
+
+QUANTIZED = {
+    "int4": ("accuracy_level=1",),
+    "int4 asymmetric": ("accuracy_level=1", "is_symmetric=false"),
+    "int4 blocks of 16": ("accuracy_level=1", "block_size=16"),
+    "int4 blocks of 64, asymmetric": ("accuracy_level=1", "block_size=64", "is_symmetric=false"),
+    "int4, head too": ("accuracy_level=1", "matmul_mixed_precision=last_matmul:int4"),
+    "int4, some layers int8": ("accuracy_level=1", "matmul_mixed_precision=mixed_layers:int8"),
+}

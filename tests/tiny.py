@@ -1,0 +1,171 @@
+"""Tiny Qwen3-VL checkpoints, made on the spot: random weights in transformers' own classes, saved by transformers.
+
+Nothing in them is left at its initial value: norms are not one, biases not zero, so that a graph that forgets one is
+seen. Token ids from 2048 on (the special ones) have small rows in the head: a greedy answer never reaches them, so it
+neither ends early nor names an image.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "digits-qwen3-vl"
+"""Its tokenizer, chat template and settings serve the tiny checkpoints too."""
+
+VOCABULARY, FIRST_SPECIAL = 2176, 2048
+BOS, EOS = 2048, 2050
+VISION_START, VISION_END, IMAGE, VIDEO = 2057, 2058, 2060, 2061
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """What a tiny checkpoint is like; the defaults are Qwen3-VL's choices on a small scale.
+
+    Args:
+        style: ``v5``, as transformers 5 saves it, or ``v4``, as the published checkpoints are: other names in
+            config.json for the same things.
+        peak: factor on the q norms; attention is sharp where it is large, and positions matter more.
+    """
+
+    hidden_size: int = 64
+    intermediate_size: int = 96
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 32
+    mrope_section: tuple[int, int, int] = (6, 5, 5)
+    rope_theta: float = 500000.0
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    tied: bool = True
+    vocabulary: int = VOCABULARY
+    vision_size: int = 32
+    vision_intermediate_size: int = 48
+    vision_heads: int = 2
+    vision_act: str = "gelu_pytorch_tanh"
+    depth: int = 3
+    deepstack: tuple[int, ...] = (0, 1, 2)
+    patch_size: int = 8
+    temporal_patch_size: int = 2
+    merge: int = 2
+    num_position_embeddings: int = 64
+    style: str = "v5"
+    sharded: bool = False
+    dtype: str = "float32"
+    peak: float = 2.0
+    seed: int = 0
+
+    def but(self, **changes: Any) -> Tiny:
+        """The same with some differences."""
+        return replace(self, **changes)
+
+    @property
+    def pixels(self) -> int:
+        """Length of a flattened patch."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+
+def make_checkpoint(folder: Path, tiny: Tiny) -> Path:
+    """Write the checkpoint into ``folder``, with a tokenizer and all else that a published one has."""
+    import torch
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    folder.mkdir(parents=True)
+    torch.manual_seed(tiny.seed)
+    dtype = getattr(torch, tiny.dtype)
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**_config(tiny)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_values(name, parameter, tiny))
+        model.lm_head.weight[FIRST_SPECIAL:] *= 0.1
+    model = model.to(dtype)
+    model.save_pretrained(folder, max_shard_size="100KB" if tiny.sharded else "1GB")
+    if tiny.style == "v4":
+        _to_version_4(folder / "config.json")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copyfile(EXAMPLE / name, folder / name)
+    settings = json.loads((EXAMPLE / "preprocessor_config.json").read_text(encoding="utf-8"))
+    settings |= {"patch_size": tiny.patch_size, "merge_size": tiny.merge}
+    settings["temporal_patch_size"] = tiny.temporal_patch_size
+    settings["size"] = {"shortest_edge": (tiny.patch_size * tiny.merge) ** 2, "longest_edge": 1 << 18}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return folder
+
+
+def _config(tiny: Tiny) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": tiny.rope_theta, "mrope_interleaved": True}
+    return {
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+        "tie_word_embeddings": tiny.tied,
+        "text_config": {
+            "vocab_size": tiny.vocabulary,
+            "hidden_size": tiny.hidden_size,
+            "intermediate_size": tiny.intermediate_size,
+            "num_hidden_layers": tiny.layers,
+            "num_attention_heads": tiny.heads,
+            "num_key_value_heads": tiny.kv_heads,
+            "head_dim": tiny.head_dim,
+            "hidden_act": tiny.hidden_act,
+            "attention_bias": tiny.attention_bias,
+            "rms_norm_eps": tiny.rms_norm_eps,
+            "max_position_embeddings": 4096,
+            "bos_token_id": BOS,
+            "eos_token_id": EOS,
+            "rope_parameters": {**rope, "mrope_section": list(tiny.mrope_section)},
+        },
+        "vision_config": {
+            "hidden_size": tiny.vision_size,
+            "intermediate_size": tiny.vision_intermediate_size,
+            "num_heads": tiny.vision_heads,
+            "depth": tiny.depth,
+            "deepstack_visual_indexes": list(tiny.deepstack),
+            "hidden_act": tiny.vision_act,
+            "out_hidden_size": tiny.hidden_size,
+            "patch_size": tiny.patch_size,
+            "temporal_patch_size": tiny.temporal_patch_size,
+            "spatial_merge_size": tiny.merge,
+            "num_position_embeddings": tiny.num_position_embeddings,
+        },
+    }
+
+
+def _values(name: str, parameter: Any, tiny: Tiny) -> Any:
+    """Random values by the kind of parameter, in scales that keep every branch's share in the result alike."""
+    import torch
+
+    noise = torch.randn(parameter.shape)
+    if name.endswith(("q_norm.weight", "k_norm.weight")):
+        return (1 + 0.3 * noise) * (tiny.peak if "q_norm" in name else 1)
+    if name.endswith("bias"):
+        return 0.3 * noise
+    if "norm" in name:
+        return 1 + 0.3 * noise
+    if "embed_tokens" in name or "pos_embed" in name:
+        return noise
+    if name == "lm_head.weight":
+        return 8 * noise / tiny.hidden_size**0.5
+    fan_in = parameter[0].numel()
+    return 1.5 * noise / fan_in**0.5
+
+
+def _to_version_4(path: Path) -> None:
+    """Rewrite a config.json of transformers 5 as transformers 4.57 wrote that of the published checkpoints."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text, vision = config["text_config"], config["vision_config"]
+    rope = text.pop("rope_parameters")
+    text["rope_theta"] = rope.pop("rope_theta")
+    text["rope_scaling"] = rope
+    vision.pop("rope_parameters", None)
+    vision["model_type"] = "qwen3_vl"
+    config["torch_dtype"] = text["dtype"] = config.pop("dtype")
+    text["tie_word_embeddings"] = config["tie_word_embeddings"]
+    config["transformers_version"] = "4.57.0.dev0"
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
