@@ -128,6 +128,12 @@ def test_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -
         load_image(png_claiming(60_000, 60_000))
 
 
+def test_the_limit_is_our_own_even_when_pillow_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(InputError, match=f"20000x9000 = 180000000 pixels; at most {MAX_IMAGE_PIXELS}"):
+        load_image(png_claiming(20_000, 9_000))
+
+
 def test_too_much_base64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlpack.preprocess.load.MAX_ENCODED_BYTES", 100)
     with pytest.raises(InputError, match="at most 100"):

@@ -58,6 +58,7 @@ REAL_STYLE = r"""
 {%- for message in messages %}
     {%- if loop.first and message.role == 'system' and tools %}{% continue %}{%- endif %}
     {%- if message.role == "assistant" %}
+        {{- message.thinking }}
         {%- set content = show(message.content) %}
         {%- if message.reasoning_content is defined and loop.index0 > ns.last - 2 %}
             {{- '<|im_start|>assistant\n<think>\n' + message.reasoning_content.strip('\n') + '\n</think>\n\n' }}
@@ -317,6 +318,19 @@ def test_missing_or_damaged_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="usable"):
         Tokenizer.from_folder(tmp_path)
+
+
+def test_no_special_tokens_are_added_around_a_text(tmp_path: Path) -> None:
+    config = json.loads((DIGITS / "tokenizer.json").read_text(encoding="utf-8"))
+    start = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+    config["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [start, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [2049], "tokens": ["<|im_start|>"]}},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(config), encoding="utf-8")
+    assert 2049 not in Tokenizer.from_folder(tmp_path).encode("hello")
 
 
 def test_truncation_in_tokenizer_json_is_ignored(tmp_path: Path) -> None:
