@@ -109,7 +109,7 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         user(picture(120, 70), "What?"),
         {"role": "assistant", "content": "<think>\nhm\n</think>\n\nA picture. "},
         user("And this?", picture(70, 120)),
-        {"role": "assistant", "content": "Yes.", "thinking": "\nDeep thought\n"},
+        {"role": "assistant", "content": "Yes.", "reasoning": "\nDeep thought\n"},
         {"role": "user", "content": "Sure?"},
     ],
     "tool calls": [
