@@ -95,7 +95,12 @@ def gather_block_quantized(
         gather_axis=0,
         quantize_axis=1,
     )
-    return typed(y, dtype_of(scales), [*shape_of(ids), cols])
+    padded = shape_of(scales)[-1] * storage.block_size
+    y = typed(y, dtype_of(scales), [*shape_of(ids), padded])
+    if padded == cols:
+        return y
+    # the last block of a row is filled up with zeros, which MatMulNBits leaves out by K and this operator does not
+    return typed(op.Slice(y, [0], [cols], [-1]), dtype_of(scales), [*shape_of(ids), cols])
 
 
 def rotary(op: OpBuilder, x: ir.Value, rows: ir.Value, cos: ir.Value, sin: ir.Value, num_heads: int) -> ir.Value:
