@@ -127,26 +127,28 @@ class Reference:
         return out.sequences[0, ids.shape[1] :].tolist()
 
     @contextmanager
-    def with_weights(self, change: Callable[[str, np.ndarray], np.ndarray | None]) -> Iterator[None]:
-        """Matrices replaced by what ``change(name, weight [out, in])`` makes of them (None: as they are), for a while."""
+    def with_weights(self, change: Callable[[str, np.ndarray], np.ndarray]) -> Iterator[None]:
+        """Matrices replaced by what ``change(name, weight [out, in])`` makes of them, for a while; a tied head is untied."""
         import torch
 
+        head, embedding = self.model.lm_head, self.model.model.language_model.embed_tokens
         seen, self._seen = self._seen, {}
-        kept = []
-        tensors = dict(self.model.named_parameters(remove_duplicate=False))
-        tied = tensors["lm_head.weight"] is tensors["model.language_model.embed_tokens.weight"]
-        for name, parameter in tensors.items():
-            if tied and name == "lm_head.weight":
-                continue
-            rows = parameter.detach().numpy().reshape(parameter.shape[0], -1).copy()
-            if parameter.ndim > 1 and (new := change(name, rows)) is not None:
-                kept.append((parameter, parameter.detach().clone()))
-                parameter.data.copy_(torch.tensor(np.asarray(new, np.float32)).reshape(parameter.shape))
+        old = {name: parameter.data for name, parameter in self.model.named_parameters()}
+        tied = head.weight is embedding.weight
+        if tied:
+            head.weight = torch.nn.Parameter(head.weight.detach())
         try:
+            for name, parameter in self.model.named_parameters():
+                if parameter.ndim > 1:
+                    rows = parameter.detach().numpy().reshape(parameter.shape[0], -1)
+                    new = np.asarray(change(name, rows.copy()), np.float32)
+                    parameter.data = torch.tensor(new).reshape(parameter.shape)
             yield
         finally:
-            for parameter, old in kept:
-                parameter.data.copy_(old)
+            if tied:
+                head.weight = embedding.weight
+            for name, parameter in self.model.named_parameters():
+                parameter.data = old[name]
             self._seen = seen
 
 
