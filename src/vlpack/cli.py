@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 import tempfile
@@ -23,6 +24,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+EXTRA_OPTIONS = (
+    "As the builder's: block_size, is_symmetric, accuracy_level, algo_config, matmul_mixed_precision, exclude_embeds, "
+    "prune_lm_head, shared_embeddings, filename, hf_token."
+)
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
@@ -34,39 +40,67 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     pass
 
 
 @app.command()
 def build(
-    source: Annotated[str | None, typer.Argument(help="Checkpoint: a folder or a Hub id, such as Qwen/Qwen3-VL-4B-Instruct.")] = None,
-    model_name: Annotated[str | None, typer.Option("-m", "--model_name", "--model-name", help="Hub id, as the builder of onnxruntime_genai takes it.")] = None,
+    source: Annotated[
+        str | None, typer.Argument(help="Checkpoint: a folder or a Hub id, such as Qwen/Qwen3-VL-4B-Instruct.")
+    ] = None,
+    model_name: Annotated[
+        str | None,
+        typer.Option(
+            "-m", "--model_name", "--model-name", help="Hub id, as the builder of onnxruntime_genai takes it."
+        ),
+    ] = None,
     input_folder: Annotated[str | None, typer.Option("-i", "--input", help="Checkpoint folder, likewise.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the package.")] = None,
-    precision: Annotated[str | None, typer.Option("-p", "--precision", help="fp32, fp16, int8 or int4. [default: int8 on cpu, else fp16]")] = None,
-    execution_provider: Annotated[str, typer.Option("-e", "--execution_provider", "--execution-provider", help="cpu, cuda, dml or webgpu.")] = "cpu",
-    part: Annotated[str, typer.Option("--part", help="all; text (a decoder that runs by itself); vision; embedding.")] = "all",
-    vision_precision: Annotated[str | None, typer.Option("--vision-precision", help="Of the vision encoder. [default: as --precision; under int4, int8 on cpu and fp16 elsewhere]")] = None,
-    extra_options: Annotated[list[str] | None, typer.Option("--extra_options", "--extra-options", metavar="KEY=VALUE …", help="As the builder's: block_size, is_symmetric, accuracy_level, algo_config, matmul_mixed_precision, exclude_embeds, prune_lm_head, shared_embeddings, filename, hf_token.")] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option("-p", "--precision", help="fp32, fp16, int8 or int4. [default: int8 on cpu, else fp16]"),
+    ] = None,
+    execution_provider: Annotated[
+        str, typer.Option("-e", "--execution_provider", "--execution-provider", help="cpu, cuda, dml or webgpu.")
+    ] = "cpu",
+    part: Annotated[
+        str, typer.Option("--part", help="all; text (a decoder that runs by itself); vision; embedding.")
+    ] = "all",
+    vision_precision: Annotated[
+        str | None,
+        typer.Option(
+            "--vision-precision",
+            help="Of the vision encoder. [default: as --precision; beside int4, int8 on cpu and fp16 elsewhere]",
+        ),
+    ] = None,
+    extra_options: Annotated[
+        list[str] | None, typer.Option("--extra_options", "--extra-options", metavar="KEY=VALUE …", help=EXTRA_OPTIONS)
+    ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")] = None,
-    cache_dir: Annotated[Path | None, typer.Option("-c", "--cache_dir", "--cache-dir", help="Where files of the Hub are kept.")] = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option("-c", "--cache_dir", "--cache-dir", help="Where files of the Hub are kept.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a package that is already there.")] = False,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="That encode weights. [default: all cores]")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="That encode weights. [default: all cores, at most 8]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Build a package from a checkpoint."""
     from vlpack.builder import build as run_build
     from vlpack.options import parse_extra_options
 
-    given = [value for value in (source, model_name, input_folder) if value]
+    given = [value for value in (source, model_name, Path(input_folder) if input_folder else None) if value]
     if len(given) != 1:
         raise OptionError(
             "Give one checkpoint." if given else "Which checkpoint?",
             "vlpack build SOURCE -o OUTPUT, or -i FOLDER, or -m HUB_ID.",
         )
-    if output is None:
+    if output is None or output == Path():
         raise OptionError("Where should the package go?", "Give its folder with -o.")
     with console.build_progress() as progress:
         result = run_build(
@@ -89,27 +123,42 @@ def build(
 @app.command()
 def run(
     package: Annotated[Path, typer.Argument(help="Folder of a package.")],
-    question: Annotated[str | None, typer.Argument(help="The question; read from standard input where it is left out.")] = None,
-    image: Annotated[list[str] | None, typer.Option("--image", help="Image file or URL; give it again for more.")] = None,
+    question: Annotated[
+        str | None, typer.Argument(help="The question; read from standard input where it is left out.")
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", help="Image file or URL; give it again for more.")
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="Of the answer at most.")] = 512,
-    temperature: Annotated[float | None, typer.Option("--temperature", help="0 takes the likeliest token always. [default: the model's]")] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="0 takes the likeliest token always. [default: the model's]")
+    ] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Only the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option("--top-p", help="Only the likeliest tokens whose probabilities sum to p.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 avoids repeating.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Only the likeliest tokens whose probabilities sum to p.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option("--repetition-penalty", help="Above 1 avoids repeating.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer.")] = None,
     threads: Annotated[int | None, typer.Option("--threads", help="Of the runtime. [default: all cores]")] = None,
     min_pixels: Annotated[int | None, typer.Option("--min-pixels", help="Smallest image area, in pixels.")] = None,
-    max_pixels: Annotated[int | None, typer.Option("--max-pixels", help="Largest image area, in pixels; smaller is faster.")] = None,
-    allow_private_urls: Annotated[bool, typer.Option("--allow-private-urls", help="Let image URLs lead into this network.")] = False,
+    max_pixels: Annotated[
+        int | None, typer.Option("--max-pixels", help="Largest image area, in pixels; smaller is faster.")
+    ] = None,
+    allow_private_urls: Annotated[
+        bool, typer.Option("--allow-private-urls", help="Let image URLs lead into this network.")
+    ] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Add a line of timing, on standard error.")] = False,
     as_json: Json = False,
 ) -> None:
     """Ask a package a question, about images or without."""
     from vlpack.runtime import Model, Sampling
 
-    if question is None:
-        question = console.question_from_stdin()
+    question = console.question_from_stdin() if question is None else question
+    if not question.strip():
+        raise OptionError("The question is empty.", 'vlpack run PACKAGE [--image FILE] "question"')
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     parts = [*({"type": "image"} for _ in image or []), {"type": "text", "text": question}]
     messages.append({"role": "user", "content": parts if image else question})
@@ -171,26 +220,30 @@ def spread_extra_options(arguments: list[str]) -> list[str]:
     return spread
 
 
+class _Interrupted(BaseException):
+    """Control-C or SIGTERM; its own class, as typer ends the process at a KeyboardInterrupt without a word."""
+
+
 def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    raise _Interrupted(number)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a user's mistake is one sentence on standard error and exit code 2."""
-    signal.signal(signal.SIGTERM, _interrupt)  # so that a terminated build cleans up
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that a terminated build cleans up
+        signal.signal(number, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # not every terminal or pipe takes every character of an answer
     try:
         app(args=spread_extra_options(sys.argv[1:] if arguments is None else arguments), standalone_mode=True)
     except VlpackError as error:
         console.show_error(error)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except _Interrupted as interrupt:
         console.show_error(VlpackError("Interrupted."))
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
+        sys.exit(128 + interrupt.args[0])
 
 
 if __name__ == "__main__":
     main()
-
-

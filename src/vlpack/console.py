@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from vlpack.errors import OptionError, VlpackError
+from vlpack.errors import InputError, OptionError, VlpackError
 
 if TYPE_CHECKING:
     from vlpack.builder import BuildResult
@@ -64,8 +65,10 @@ def build_progress() -> Iterator[_BuildBar | None]:
     if not err.is_terminal:
         yield None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=err, transient=True) as bar:
+    times = (TransferSpeedColumn(), TimeRemainingColumn())
+    with Bar(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), *times, console=err, transient=True
+    ) as bar:
         yield _BuildBar(bar)
 
 
@@ -93,10 +96,10 @@ def question_from_stdin() -> str:
     """The question, where it is not an argument."""
     if sys.stdin.isatty():
         raise OptionError("What is the question?", 'vlpack run PACKAGE [--image FILE] "question"')
-    question = sys.stdin.read().strip()
-    if not question:
-        raise OptionError("The question is empty.")
-    return question
+    try:
+        return sys.stdin.read().strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"The question on standard input is not text: {error}.") from None
 
 
 def show_answer(stream: AnswerStream, load_seconds: float, *, stats: bool, as_json: bool) -> None:
@@ -128,7 +131,7 @@ def show_inspection(description: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(description, indent=1, default=str))
         return
-    out.print(f"[bold]{escape(description['folder'])}[/]: {description['kind']}, {description['architecture']}")
+    out.print(f"[bold]{escape(description['folder'])}[/]: {description['kind']}, {escape(description['architecture'])}")
     if description["kind"] == "checkpoint":
         _show_checkpoint(description)
     else:
@@ -146,22 +149,25 @@ def _show_checkpoint(description: dict[str, Any]) -> None:
 
 def _show_package(description: dict[str, Any]) -> None:
     source = ", ".join(str(value) for value in description["source"].values() if value)
-    out.print(
-        f"{description['precision']} for {description['execution_provider']}, activations {description['activations']}; "
-        f"from {escape(source)} by vlpack {description['vlpack']}"
+    print_plain = partial(out.print, markup=False)  # a package may come from anybody
+    print_plain(
+        f"{description['precision']} for {description['execution_provider']}, "
+        f"activations {description['activations']}; from {source} by vlpack {description['vlpack']}"
     )
     for name, part in description["parts"].items():
-        out.print(f"\n[bold]{name}[/] {part['file']}")
+        out.print(f"\n[bold]{escape(name)}[/] {escape(part['file'])}")
         for kind in ("inputs", "outputs"):
             for port, (dtype, shape) in part[kind].items():
-                out.print(f"  {kind[:-1]:6} {port} {dtype} \\[{', '.join(map(str, shape))}]")
+                print_plain(f"  {kind[:-1]:6} {port} {dtype} [{', '.join(map(str, shape))}]")
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for column in ("modules", "weights", "stored as", "size"):
             table.add_column(column, justify="right" if column in ("weights", "size") else "left")
         for group in part["groups"]:
-            table.add_row(group["modules"], str(group["count"]), group["storage"], size(group["bytes"]))
+            modules, storage = escape(group["modules"]), escape(group["storage"])
+            table.add_row(modules, str(group["count"]), storage, size(group["bytes"]))
         out.print(table)
-    out.print("policy, first match wins: " + "; ".join(f"{r['modules']} → {r['storage']}" for r in description["policy"]))
+    rules = "; ".join(f"{rule['modules']} → {rule['storage']}" for rule in description["policy"])
+    print_plain(f"policy, first match wins: {rules}")
     total = sum(description["files"].values())
     checked = "hashes checked" if description["hashes_checked"] else "sizes checked"
     out.print(f"{len(description['files'])} files, {size(total)}, {checked}")

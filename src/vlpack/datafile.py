@@ -12,6 +12,7 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import onnx_ir as ir
 from vlpack.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError
 from vlpack.graph import Graph, Source, Weight
-from vlpack.storage import Array, Storage
+from vlpack.storage import Array, Storage, slabs
 
 PAGE = 4096
 SMALL = 64
@@ -45,7 +46,13 @@ class DataFiles:
     """
 
     def __init__(
-        self, folder: Path, checkpoint: Checkpoint, *, threads: int, share: bool = True, progress: Progress | None = None
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        *,
+        threads: int,
+        share: bool = True,
+        progress: Progress | None = None,
     ) -> None:
         self.folder, self.checkpoint, self.threads, self.share = folder, checkpoint, max(1, threads), share
         self.progress = progress or (lambda written, path: None)
@@ -93,7 +100,7 @@ class DataFiles:
                 digest.update(data)
 
             position = 0
-            jobs = [lambda w=w: encode(self.checkpoint, w) for w in weights.values()]  # type: ignore[misc]
+            jobs = [partial(encode, self.checkpoint, weight) for weight in weights.values()]
             for (key, weight), chunks in zip(weights.items(), ahead(jobs, self.threads), strict=True):
                 places: dict[str, tuple[str, int]] = {}
                 for name, chunk in chunks:
@@ -124,16 +131,13 @@ def encode(checkpoint: Checkpoint, weight: Weight) -> Iterator[tuple[str, Array]
     Raises:
         CheckpointError: a value is NaN or infinite, or leaves the storage's range; the tensor is named.
     """
-    current = weight.sources[0].name
 
     def read(start: int, stop: int) -> Array:
-        nonlocal current
         pieces = []
         base = 0
         for source in weight.sources:
             low, high = max(start - base, 0), min(stop - base, source.shape[0])
             if low < high:
-                current = source.name
                 piece = checkpoint.rows(source.name, low, high).reshape(high - low, weight.cols)
                 _check_finite(source.name, piece, low)
                 pieces.append(piece)
@@ -144,8 +148,18 @@ def encode(checkpoint: Checkpoint, weight: Weight) -> Iterator[tuple[str, Array]
         yield from weight.storage.chunks(read, weight.rows, weight.cols)
     except OverflowError as error:
         raise CheckpointError(
-            f"The tensor {current} has a value that cannot be stored: {error}.", "Build with --precision fp32."
+            f"The tensor {_overflowing(checkpoint, weight)} has a value that cannot be stored: {error}.",
+            "Build with --precision fp32.",
         ) from None
+
+
+def _overflowing(checkpoint: Checkpoint, weight: Weight) -> str:
+    """Which of the tensors that lie above each other has a value beyond float16."""
+    for source in weight.sources:
+        for start, stop in slabs(source.shape[0], weight.cols):
+            if not np.isfinite(checkpoint.rows(source.name, start, stop).astype(np.float16)).all():
+                return source.name
+    return weight.path
 
 
 def _check_finite(name: str, piece: Array, first_row: int) -> None:
@@ -159,9 +173,7 @@ def _check_finite(name: str, piece: Array, first_row: int) -> None:
         )
 
 
-def ahead(
-    jobs: Sequence[Callable[[], Iterator[Any]]], threads: int, depth: int = 2
-) -> Iterator[Iterator[Any]]:
+def ahead(jobs: Sequence[Callable[[], Iterator[Any]]], threads: int, depth: int = 2) -> Iterator[Iterator[Any]]:
     """The iterators that ``jobs`` make, in order, each run by one of ``threads`` workers ``depth`` items ahead.
 
     An exception of a job is raised where its items are read. Leaving early stops the workers.
@@ -186,10 +198,11 @@ def ahead(
             if number is None:
                 return
             try:
-                for item in jobs[number]():
-                    put(number, item)
-                    if stop.is_set():
-                        return
+                with np.errstate(over="ignore"):  # the storages look for themselves at what overflows
+                    for item in jobs[number]():
+                        put(number, item)
+                        if stop.is_set():
+                            return
             except BaseException as error:
                 put(number, error)
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from vlpack.architectures import architecture_of
 from vlpack.architectures.base import GraphOptions
 from vlpack.checkpoint import Checkpoint
-from vlpack.errors import VlpackError
+from vlpack.errors import PackageError, VlpackError
 from vlpack.package.manifest import MANIFEST, damaged_files, read_manifest
 
 
@@ -35,6 +34,14 @@ def inspect_package(folder: Path, *, hashes: bool) -> dict[str, Any]:
     """Architecture, source, policy, parts with their ports and storage by layer group, files and their condition."""
     manifest = read_manifest(folder)
     problems = damaged_files(folder, manifest, hashes=hashes)
+    try:
+        described = _described(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise PackageError(f"{folder / MANIFEST} is damaged: entries are missing.", "Build it again.") from None
+    return {"kind": "package", "folder": str(folder), **described, "hashes_checked": hashes, "problems": list(problems)}
+
+
+def _described(manifest: dict[str, Any]) -> dict[str, Any]:
     parts = {}
     for filename, part in manifest["parts"].items():
         parts[part["name"]] = {
@@ -44,8 +51,6 @@ def inspect_package(folder: Path, *, hashes: bool) -> dict[str, Any]:
             "groups": _groups(part["weights"]),
         }
     return {
-        "kind": "package",
-        "folder": str(folder),
         "architecture": manifest["source"]["architecture"],
         "source": {k: v for k, v in manifest["source"].items() if k != "files"},
         "vlpack": manifest["vlpack"],
@@ -54,9 +59,7 @@ def inspect_package(folder: Path, *, hashes: bool) -> dict[str, Any]:
         "activations": manifest["activations"],
         "policy": manifest["policy"],
         "parts": parts,
-        "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},
-        "hashes_checked": hashes,
-        "problems": list(problems),
+        "files": {name: int(entry["bytes"]) for name, entry in manifest["files"].items()},
     }
 
 
@@ -65,9 +68,8 @@ def _without_cache(ports: dict[str, Any]) -> dict[str, Any]:
     shown: dict[str, Any] = {}
     for name, port in ports.items():
         head, _, rest = name.partition(".")
-        if head in ("past_key_values", "present"):
-            name = f"{head}.*.{rest.partition('.')[2]}"
-        shown.setdefault(name, port)
+        in_cache = head in ("past_key_values", "present")
+        shown.setdefault(f"{head}.*.{rest.partition('.')[2]}" if in_cache else name, port)
     return shown
 
 
@@ -76,7 +78,8 @@ def _groups(weights: dict[str, Any]) -> list[dict[str, Any]]:
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for path, weight in weights.items():
         name = ".".join("*" if part.isdigit() else part for part in path.split("."))
-        row = rows.setdefault((name, weight["storage"]), {"modules": name, "storage": weight["storage"], "count": 0, "bytes": 0})
+        storage = weight["storage"]
+        row = rows.setdefault((name, storage), {"modules": name, "storage": storage, "count": 0, "bytes": 0})
         row["count"] += 1
         row["bytes"] += weight["bytes"]
     return list(rows.values())
@@ -105,8 +108,3 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         described["deepstack_levels"] = architecture.deepstack.levels
         described["parts"] = [part.name for part in architecture.parts(GraphOptions())]
         return described
-
-
-def as_json(description: dict[str, Any]) -> str:
-    """For scripts."""
-    return json.dumps(description, indent=1, default=str)

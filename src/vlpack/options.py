@@ -1,42 +1,132 @@
-"""onnxruntime_genai builder's ``--extra_options KEY=VALUE``: those that mean something here, and errors for the rest."""
+"""onnxruntime_genai builder's ``--extra_options KEY=VALUE``: those with an effect here, and errors for the rest."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vlpack.errors import OptionError
+from vlpack.precision import Policy, QuantizationOptions
+from vlpack.storage import Blocks, Storage
 
 
 @dataclass(frozen=True)
 class ExtraOptions:
-    """What the builder's extra options choose; names and defaults as there, but for ``prune_lm_head`` (true here).
+    """What the builder's extra options choose, with its names; None where an option was not given.
 
     Args:
-        block_size: of int4 weights: 16, 32, 64, 128 or 256.
-        is_symmetric: int4 without zero points.
-        accuracy_level: of MatMulNBits on the CPU: 1 or 2 fp32 or fp16 activations, 4 8-bit ones.
-        algo_config: rounding method: ``default`` or ``rtn``.
+        block_size: of weights in blocks: 16, 32 (the default), 64, 128 or 256.
+        is_symmetric: weights in blocks without zero points, the default.
+        accuracy_level: of MatMulNBits on the CPU: 1 to 3 fp32 activations, 4 (the default) 8-bit ones.
+        algo_config: rounding method: ``default`` and ``rtn`` to the nearest; ``rtn_last`` also has an 8-bit head.
         matmul_mixed_precision: ``last_matmul`` (the head) and ``mixed_layers`` → ``int4`` or ``int8``.
         exclude_embeds: with ``--part text``: the decoder takes ``inputs_embeds``.
-        prune_lm_head: only the last token's logits.
-        shared_embeddings: a tied embedding and head are stored once.
+        prune_lm_head: only the last token's logits; the default here, unlike there.
+        shared_embeddings: a tied embedding and head are stored once, the default.
         filename: of the decoder's graph.
         hf_token: Hub token; ``False`` sends none, None the one that is stored.
     """
 
-    block_size: int = 32
-    is_symmetric: bool = True
-    accuracy_level: int = 4
-    algo_config: str = "default"
-    matmul_mixed_precision: Mapping[str, str] = field(default_factory=dict)
-    exclude_embeds: bool = False
-    prune_lm_head: bool = True
-    shared_embeddings: bool = True
+    block_size: int | None = None
+    is_symmetric: bool | None = None
+    accuracy_level: int | None = None
+    algo_config: str | None = None
+    matmul_mixed_precision: Mapping[str, str] | None = None
+    exclude_embeds: bool | None = None
+    prune_lm_head: bool | None = None
+    shared_embeddings: bool | None = None
     filename: str | None = None
     hf_token: str | bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, parse in _PARSERS.items():
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                parse(name, ",".join(f"{selector}:{kind}" for selector, kind in value.items()))
+            elif value is not None:
+                parse(name, str(value))
+
+    def quantization(self, vision: str | None = None) -> QuantizationOptions:
+        """What a policy is made with."""
+        mixed = {"last_matmul": "int8"} if self.algo_config == "rtn_last" else {}
+        given: dict[str, Any] = {
+            "block_size": self.block_size,
+            "is_symmetric": self.is_symmetric,
+            "accuracy_level": self.accuracy_level,
+            "mixed": {**mixed, **(self.matmul_mixed_precision or {})},
+            "vision": vision,
+        }
+        return replace(QuantizationOptions(), **{name: value for name, value in given.items() if value is not None})
+
+
+_WEIGHTS = {
+    "embedding": "model.language_model.embed_tokens",
+    "head": "lm_head",
+    "layers": "model.language_model.layers.0.mlp.down_proj",
+    "vision": "model.visual.blocks.0.attn.qkv",
+}
+"""One weight of each kind."""
+_PARTS = {
+    "all": tuple(_WEIGHTS),
+    "text": ("embedding", "head", "layers"),
+    "vision": ("vision",),
+    "embedding": ("embedding",),
+}
+
+
+def check_effects(extra: ExtraOptions, part: str, policy: Policy, vision: str | None) -> None:
+    """Every option that was given changes something in this package.
+
+    Args:
+        extra: the options.
+        part: which of the graphs are built.
+        policy: their precision.
+        vision: the vision encoder's precision, where it was given.
+
+    Raises:
+        OptionError: one does not, with the reason.
+    """
+    kinds = [kind for kind in _PARTS[part] if not (kind == "embedding" and extra.exclude_embeds)]
+    if extra.exclude_embeds is not None and part != "text":
+        raise OptionError("exclude_embeds goes with --part text.", "Elsewhere the embedding is a part of its own.")
+    if vision is not None and "vision" not in kinds:
+        raise OptionError(f"--vision-precision has no effect with --part {part}, which has no vision encoder.")
+    for name in ("matmul_mixed_precision", "prune_lm_head", "filename"):
+        if getattr(extra, name) is not None and "layers" not in kinds:
+            raise OptionError(f"{name} is an option of the decoder, which --part {part} does not build.")
+    if extra.shared_embeddings is not None and not {"embedding", "head"} <= set(kinds):
+        raise OptionError(
+            "shared_embeddings has no effect on a package that does not hold both the embedding and the head."
+        )
+    if extra.filename and part == "all" and extra.filename.lower() in ("vision.onnx", "embedding.onnx"):
+        raise OptionError(f"filename={extra.filename} is the name of another part's graph.", "Choose another one.")
+    _check_quantization(extra, part, policy, {kind: policy.storage(_WEIGHTS[kind]) for kind in kinds})
+
+
+def _check_quantization(extra: ExtraOptions, part: str, policy: Policy, storages: Mapping[str, Storage]) -> None:
+    blocks = {kind: storage for kind, storage in storages.items() if isinstance(storage, Blocks)}
+    where = f"with precision {policy.precision} for {policy.provider} and --part {part}"
+    for name in ("block_size", "is_symmetric", "algo_config"):
+        if getattr(extra, name) is not None and not blocks:
+            raise OptionError(
+                f"{name} has no effect {where}: no weight is stored in blocks.",
+                "Leave it away, or build with --precision int4.",
+            )
+    multiplied = [storage for kind, storage in blocks.items() if kind != "embedding" and storage.dtype == "float32"]
+    if extra.accuracy_level is not None and not multiplied:
+        raise OptionError(
+            f"accuracy_level has no effect {where}.", "It is for weights in blocks that the CPU multiplies."
+        )
+    mixed = extra.matmul_mixed_precision or {}
+    if extra.algo_config == "rtn_last":
+        if policy.precision != "int4" or "head" not in storages:
+            raise OptionError("algo_config=rtn_last goes with a decoder in int4.")
+        if mixed.get("last_matmul") == "int4":
+            raise OptionError("algo_config=rtn_last and matmul_mixed_precision=last_matmul:int4 contradict each other.")
+    if policy.provider == "dml" and ("int8" in mixed.values() or extra.algo_config == "rtn_last"):
+        raise OptionError("DirectML multiplies 4-bit weights only.", "Leave matmul_mixed_precision and rtn_last away.")
 
 
 def _boolean(key: str, value: str) -> bool:
@@ -66,17 +156,21 @@ def _mixed(key: str, value: str) -> dict[str, str]:
                 f"extra option {key}={value}: '{pair}' is not a selector:type pair.",
                 "Selectors are last_matmul and mixed_layers, types int4 and int8.",
             )
+        if selector in mixed:
+            raise OptionError(f"extra option {key}={value}: {selector} is given twice.")
         mixed[selector] = kind
     return mixed
 
 
 def _filename(key: str, value: str) -> str:
-    if not value.endswith(".onnx") or set(value) & set("/\\:\0") or value.startswith("."):
+    if not value.endswith(".onnx") or set(value) & set('/\\:*?"<>|') or value[0] == "." or not value.isprintable():
         raise OptionError(f"extra option {key}={value}: it must be a plain file name that ends in .onnx.")
     return value
 
 
 def _token(key: str, value: str) -> str | bool:
+    if not value:
+        raise OptionError(f"extra option {key} is empty.", "Give a token, or false to send none.")
     return False if value.lower() in ("false", "0") else value
 
 
@@ -84,7 +178,7 @@ _PARSERS: Mapping[str, Callable[[str, str], Any]] = {
     "block_size": _one_of(16, 32, 64, 128, 256),
     "is_symmetric": _boolean,
     "accuracy_level": _one_of(1, 2, 3, 4),
-    "algo_config": _one_of("default", "rtn"),
+    "algo_config": _one_of("default", "rtn", "rtn_last"),
     "matmul_mixed_precision": _mixed,
     "exclude_embeds": _boolean,
     "prune_lm_head": _boolean,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,15 @@ class Sampling:
         Raises:
             OptionError: a value is out of its range.
         """
+        _check("temperature", self.temperature, 0, 100)
+        _check("top_k", self.top_k, 1, 2**31 - 1, whole=True)
+        _check("top_p", self.top_p, 1e-9, 1)
+        _check("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        _check("seed", self.seed, 0, 2**31 - 1, whole=True)
         options: dict[str, Any] = {}
-        _check("temperature", self.temperature, self.temperature is None or 0 <= self.temperature < 100)
-        _check("top_k", self.top_k, self.top_k is None or self.top_k >= 1)
-        _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1)
-        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty is None or self.repetition_penalty > 0)
-        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**31)
         if self.temperature == 0:
+            if self.top_k is not None or self.top_p is not None:
+                raise OptionError("With temperature 0 the likeliest token is taken, so top_k and top_p have no effect.")
             options["do_sample"] = False
         elif self.temperature is not None or self.top_k is not None or self.top_p is not None:
             options["do_sample"] = True
@@ -66,9 +68,13 @@ class Sampling:
         return options
 
 
-def _check(name: str, value: Any, valid: bool) -> None:
-    if not valid:
-        raise OptionError(f"{name} is {value}, which is out of its range.")
+def _check(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
+    if value is None:
+        return
+    kinds = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        kind = "a whole number" if whole else "a number"
+        raise OptionError(f"{name} is {value!r}; it must be {kind} from {low:g} to {high:g}.")
 
 
 @dataclass
@@ -130,6 +136,8 @@ class Model:
         self.config = _read_config(self.folder)
         model = self.config["model"]
         self.context_length: int = model["context_length"]
+        if "image_token_id" not in model and (min_pixels is not None or max_pixels is not None):
+            raise OptionError(f"min_pixels and max_pixels have no effect: {self.folder} has no vision encoder.")
         self._prompts = PromptBuilder.from_folder(
             self.folder,
             image_token_id=model.get("image_token_id"),
@@ -185,8 +193,7 @@ class Model:
             InputError: the messages or images are not usable, or do not fit the model's context.
             OptionError: an option is out of its range.
         """
-        if max_tokens < 1:
-            raise OptionError(f"max_tokens is {max_tokens}; it must be at least 1.")
+        _check("max_tokens", max_tokens, 1, 2**31 - 1, whole=True)
         options = (sampling or Sampling()).search_options()
         started = time.perf_counter()
         prompt = self.prompt(messages, images, allow_private_urls=allow_private_urls)
@@ -220,7 +227,7 @@ class AnswerStream(Iterator[str]):
         """Stop, and free the runtime's state."""
         self._pieces.close()
 
-    def _run(self, model: Model, prompt: Prompt, options: dict[str, Any], room: int) -> Iterator[str]:
+    def _run(self, model: Model, prompt: Prompt, options: dict[str, Any], room: int) -> Generator[str, None, None]:
         answer, stats = self.answer, self.answer.stats
         text = model.tokenizer.stream()
         started = time.perf_counter()
@@ -306,12 +313,12 @@ def _load(folder: Path, model: dict[str, Any], threads: int) -> og.Model:
     if "decoder" not in model or ("image_token_id" in model and len(sections) < 3):
         raise PackageError(
             f"{folder} holds only {', '.join(sections) or 'no part'} of a model and does not run by itself.",
-            "Build it with --part all, or with --part text.",
+            "Build it with --part all, or with --part text and without exclude_embeds.",
         )
     session = {"session_options": {"intra_op_num_threads": threads}}
     try:
         config = og.Config(str(folder))
-        config.overlay(json.dumps({"model": {name: session for name in sections}}))
+        config.overlay(json.dumps({"model": dict.fromkeys(sections, session)}))
         return og.Model(config)
     except Exception as error:
         raise PackageError(f"The runtime cannot load {folder}: {str(error).strip()[:500]}") from None

@@ -1,1 +1,1 @@
-"""What lies beside the graphs: runtime and processor configs, tokenizer, model card, manifest, and the folder itself."""
+"""What lies beside the graphs: configs of runtime and processor, model card, manifest, and the folder itself."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlpack.architectures.base import Architecture
 from vlpack.config import Section
+from vlpack.errors import CheckpointError
 
 DEFAULT_MAX_LENGTH = 4096
 """Tokens of prompt and answer. The runtime allots the key-value cache for this many, so not the context length."""
@@ -32,7 +33,7 @@ def genai_config(
     text = config.section("text_config", required=False)
     model: dict[str, Any] = {
         "type": architecture.genai_text_type if "text" in files else architecture.genai_type,
-        **_token_ids(text, config, generation),
+        **_token_ids(text, config, generation, architecture.text.vocab_size),
         "context_length": architecture.text.context_length,
         "vocab_size": architecture.text.vocab_size,
     }
@@ -49,6 +50,8 @@ def genai_config(
         }
     if "text" not in files:
         facts = architecture.vision
+        if max(facts.image_token_id, facts.video_token_id, facts.vision_start_token_id) >= architecture.text.vocab_size:
+            raise CheckpointError(f"{config.where}: an image or video token's id is not within the vocabulary.")
         model |= {
             "image_token_id": facts.image_token_id,
             "video_token_id": facts.video_token_id,
@@ -101,7 +104,7 @@ def _vision(architecture: Architecture, filename: str, session: dict[str, Any]) 
     }
 
 
-def _token_ids(text: Section, config: Section, generation: Mapping[str, Any]) -> dict[str, Any]:
+def _token_ids(text: Section, config: Section, generation: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """The ids that begin, end and pad; generation_config.json goes before config.json, and lists of ends are kept."""
 
     def first(name: str) -> Any:
@@ -111,25 +114,31 @@ def _token_ids(text: Section, config: Section, generation: Mapping[str, Any]) ->
         return None
 
     ids = Section({name: first(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}, config.where)
-    eos = ids.integers("eos_token_id")
+    eos = ids.integers("eos_token_id", high=vocab_size - 1)
+    if not eos:
+        raise CheckpointError(f"{config.where}: 'eos_token_id' is an empty list, so no answer would ever end.")
     known: dict[str, Any] = {"eos_token_id": eos if len(eos) > 1 else eos[0]}
     # the runtime's default, 0, is an ordinary token of Qwen's
-    known["pad_token_id"] = ids.integer("pad_token_id", eos[-1], low=0)
-    known["bos_token_id"] = ids.integer("bos_token_id", known["pad_token_id"], low=0)
+    known["pad_token_id"] = ids.integer("pad_token_id", eos[-1], low=0, high=vocab_size - 1)
+    known["bos_token_id"] = ids.integer("bos_token_id", known["pad_token_id"], low=0, high=vocab_size - 1)
     return known
 
 
 def _search(architecture: Architecture, generation: Mapping[str, Any]) -> dict[str, Any]:
     values = Section(generation, "generation_config.json")
+    greedy = generation.get("temperature") == 0  # what transformers says too, with a warning
+    top_p = values.number("top_p", 1.0)
+    if top_p > 1:
+        raise CheckpointError(f"generation_config.json: 'top_p' is {top_p}; it must be at most 1.")
     return {
         "max_length": min(architecture.text.context_length, DEFAULT_MAX_LENGTH),
         "min_length": 0,
         "num_beams": 1,
         "num_return_sequences": 1,
-        "do_sample": values.flag("do_sample", False),
-        "temperature": values.number("temperature", 1.0),
-        "top_k": values.integer("top_k", 50),
-        "top_p": values.number("top_p", 1.0),
+        "do_sample": values.flag("do_sample", False) and not greedy,
+        "temperature": 1.0 if greedy else values.number("temperature", 1.0),
+        "top_k": values.integer("top_k", 50, low=0),  # 0: all tokens
+        "top_p": top_p,
         "repetition_penalty": values.number("repetition_penalty", 1.0),
         "length_penalty": 1.0,
         "diversity_penalty": 0.0,

@@ -1,10 +1,12 @@
 """``vlpack.json``: where a package comes from, how each weight is stored, and the hash of every file.
 
-It holds no time and no path, so that the same source, options and versions give the same bytes.
+It holds no time and no path, so that the same source, options and versions give the same bytes. Its last entry is the
+hash of the others.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -61,13 +63,22 @@ def write_manifest(
             for path in files
         },
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(_sealed(manifest), encoding="utf-8")
+
+
+def _sealed(manifest: Mapping[str, Any]) -> str:
+    """The manifest's text, with its own hash at the end."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1) + "\n"
 
 
 def _part(graph: Graph) -> dict[str, Any]:
     ports = {
-        kind: {value.name: [str(value.dtype), [d if isinstance(d, int) else str(d) for d in value.shape or ()]]
-               for value in values}
+        kind: {
+            value.name: [str(value.dtype), [d if isinstance(d, int) else str(d) for d in value.shape or ()]]
+            for value in values
+        }
         for kind, values in (("inputs", graph.model.graph.inputs), ("outputs", graph.model.graph.outputs))
     }
     return {"name": graph.name, **ports, "weights": {weight.path: _weight(weight) for weight in graph.weights}}
@@ -97,7 +108,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise PackageError(f"{path} is not a manifest of vlpack.")
     if manifest.get("format") != FORMAT:
         raise PackageError(
-            f"{path} has format {manifest.get('format')}; this vlpack reads format {FORMAT}.", "Build the package again."
+            f"{path} has format {manifest.get('format')!r}; this vlpack reads format {FORMAT}.",
+            "Build the package again.",
         )
     return manifest
 
@@ -111,6 +123,8 @@ def damaged_files(folder: Path, manifest: Mapping[str, Any], *, hashes: bool) ->
         hashes: compare contents too, not sizes alone.
     """
     problems = []
+    if hashes and (folder / MANIFEST).read_bytes() != _sealed(manifest).encode():
+        problems.append(f"{MANIFEST} was altered: its own sha256 is another than when it was written.")
     for name, entry in manifest["files"].items():
         path = folder / name
         if Path(name).name != name or not isinstance(entry, dict):

@@ -19,7 +19,8 @@ library_name: onnxruntime-genai
 # {{ source.repo_id or source.name }}, {{ policy.precision }} for {{ policy.provider }}
 
 {% if source.repo_id %}Made from [{{ source.repo_id }}](https://huggingface.co/{{ source.repo_id }})\
-{% if source.commit %} at `{{ source.commit }}`{% endif %}{% else %}Made from the folder `{{ source.name }}`{% endif %} \
+{% if source.commit %} at `{{ source.commit }}`{% endif %}{% else %}\
+Made from the folder `{{ source.name }}`{% endif %} \
 by vlpack {{ version }}, for the stock onnxruntime-genai (0.18 or newer).
 
 {% if complete -%}
@@ -46,7 +47,8 @@ with `--part all` for a package that runs by itself.
 Hashes of all files, the source's among them, are in `vlpack.json`; `vlpack inspect .` checks them.
 
 ## Precision
-Activations are {{ policy.dtype }}; norms, rotary angles and residual sums float32. The first rule that fits a module decides:
+Activations are {{ policy.dtype }}; norms, rotary angles and residual sums float32. The first rule that fits a module \
+decides:
 
 | modules | stored as |
 | --- | --- |
@@ -55,23 +57,21 @@ Activations are {{ policy.dtype }}; norms, rotary angles and residual sums float
 {%- if complete %}
 
 ## Images from C#, C++ and Java
-`processor_config.json` drives the runtime's own image processor. It is close to transformers' but not equal to it; vlpack's \
-Python side is. Where they differ:
+`processor_config.json` drives the runtime's own image processor. It is close to transformers' but not equal to it; \
+vlpack's Python side is. Where they differ:
 
-- Sizes: halves are rounded up where Python rounds them to even, so a few image sizes give another grid (1280×720: 46×80 \
-patches instead of 44×80). The answer may change slightly; nothing fails.
+- Sizes: halves are rounded up where Python rounds them to even, so a few image sizes give another grid (1280×720: \
+46×80 patches instead of 44×80). The answer may change slightly; nothing fails.
 - JPEG decoding differs by about one level in 255, and transparency is treated differently.
 - There is no video.
 
-To have transformers' pixels there too, prepare `pixel_values` and `image_grid_thw` yourself and pass them as named tensors, \
-with `input_ids` whose image placeholders are expanded, and `num_image_tokens`.
+To have transformers' pixels there too, prepare `pixel_values` and `image_grid_thw` yourself and pass them as named \
+tensors, with `input_ids` whose image placeholders are expanded, and `num_image_tokens`.
 {%- endif %}
 """
 
 
-def model_card(
-    source: Mapping[str, Any], policy: Policy, genai_type: str, files: Mapping[str, str]
-) -> str:
+def model_card(source: Mapping[str, Any], policy: Policy, genai_type: str, files: Mapping[str, str]) -> str:
     """The card as Markdown."""
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(_CARD).render(

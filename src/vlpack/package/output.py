@@ -1,50 +1,87 @@
 """The folder of a package under construction: it has its name only when it is complete.
 
-Everything is written to a hidden sibling, ``.NAME.partial-PID``, which is renamed at the end. An error removes it; what
-a killed build left behind is removed by the next build to the same name.
+Everything is written to a hidden sibling, ``.NAME.partial-…``, which is renamed at the end. An error removes it; what a
+killed build left behind is removed by the next build to the same name. A build holds a lock on its folder, so that the
+next one can tell the two apart (process ids cannot: they repeat, in containers at once).
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vlpack.errors import OptionError, VlpackError
-from vlpack.package.manifest import MANIFEST
+from vlpack.errors import OptionError, PackageError, VlpackError
+from vlpack.package.manifest import MANIFEST, read_manifest
+
+if os.name != "nt":
+    import fcntl
+
+
+def check_free(output: Path, *, force: bool) -> None:
+    """The name of a package is free: nothing is there, or an empty folder, or, with ``force``, a package.
+
+    Raises:
+        OptionError: it is not. Only a folder that holds a package and nothing else is ever replaced.
+    """
+    if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
+        return
+    another = "Choose another name with -o."
+    if not (output / MANIFEST).is_file():
+        raise OptionError(f"{output} exists and is not a vlpack package.", another)
+    if not force:
+        raise OptionError(f"{output} exists.", "Choose another name with -o, or replace the package with --force.")
+    try:
+        known = {*read_manifest(output)["files"], MANIFEST}
+    except PackageError as error:
+        raise OptionError(f"{output} is not replaced: {error.message}", another) from None
+    foreign = sorted(path.name for path in output.iterdir() if path.name not in known or path.is_dir())
+    if foreign:
+        raise OptionError(f"{output} is not replaced: {foreign[0]!r} in it is not the package's.", another)
 
 
 @contextmanager
-def output_folder(final: Path, *, force: bool) -> Iterator[Path]:
-    """A folder to write into, which becomes ``final`` when the block ends without an error.
+def output_folder(output: Path, *, force: bool) -> Iterator[Path]:
+    """A folder to write into, which becomes ``output`` when the block ends without an error.
 
     Args:
-        final: the package's name; its parents are made where they are missing.
+        output: the package's name; its parents are made where they are missing. A link is followed.
         force: replace a package that is already there. Anything else that is there is never replaced.
 
     Raises:
-        OptionError: ``final`` exists, or its parent cannot be written.
+        OptionError: ``output`` exists, or its parent cannot be written.
         VlpackError: the disk is full.
     """
-    final = Path(os.path.abspath(final))
-    _check_free(final, force)
     try:
+        final = Path(os.path.realpath(output))
+        check_free(final, force=force)
+        new_parents = [parent for parent in final.parents if not parent.exists()]
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(final)
-        partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+        partial = final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
         partial.mkdir()
-    except OSError as error:
-        raise OptionError(f"Cannot write to {final.parent}: {error.strerror or error}.") from None
+    except (OSError, ValueError) as error:
+        raise OptionError(f"Cannot write to {output}: {getattr(error, 'strerror', None) or error}.") from None
+    lock = _lock(partial)
     try:
         yield partial
+        check_free(final, force=force)  # another build may have taken the name meanwhile
         _put_in_place(partial, final)
+        new_parents = []
     except OSError as error:
         raise _readable(error, final) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+        for parent in new_parents:
+            with suppress(OSError):  # somebody else uses it by now
+                parent.rmdir()
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -56,57 +93,46 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise VlpackError(
-            f"Not enough space in {folder.parent}: the package takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free.",
+            f"Not enough space in {folder.parent}: the package takes {needed / 1e9:.2f} GB and "
+            f"{free / 1e9:.2f} GB are free.",
             "Free some space or choose another output with -o.",
         )
 
 
-def _check_free(final: Path, force: bool) -> None:
-    if not os.path.lexists(final):
-        return
-    empty = final.is_dir() and not final.is_symlink() and not any(final.iterdir())
-    if empty:
-        return
-    if not (final / MANIFEST).is_file():
-        raise OptionError(f"{final} exists and is not a vlpack package.", "Choose another name with -o.")
-    if not force:
-        raise OptionError(f"{final} exists.", "Choose another name with -o, or replace the package with --force.")
+def _lock(folder: Path) -> int | None:
+    """A descriptor that keeps ``folder`` locked until it is closed or its process dies; None where another holds it."""
+    if os.name == "nt":
+        return None  # folders cannot be opened there: no leftover is removed
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # in use, or a network disk without locks
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _remove_leftovers(final: Path) -> None:
-    for leftover in final.parent.glob(f".{glob_escape(final.name)}.partial-*"):
-        pid = leftover.name.rpartition("-")[2]
-        if pid.isdigit() and not _is_alive(int(pid)):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def glob_escape(name: str) -> str:
-    """``name`` as a glob pattern that matches only itself."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name == "nt":
-        return True  # no harmless probe; a leftover of a dead build only costs space
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    ours = re.compile(rf"\.{re.escape(final.name)}\.partial-[0-9a-f]{{8}}(-old)?")
+    for leftover in final.parent.iterdir():
+        if ours.fullmatch(leftover.name) and leftover.is_dir() and not leftover.is_symlink():
+            lock = _lock(leftover)
+            if lock is not None:
+                shutil.rmtree(leftover, ignore_errors=True)
+                os.close(lock)
 
 
 def _put_in_place(partial: Path, final: Path) -> None:
     if not os.path.lexists(final):
         os.rename(partial, final)
         return
-    old = final.with_name(f".{final.name}.partial-old-{os.getpid()}")
-    os.rename(final, old)
+    old = Path(f"{partial}-old")
     try:
+        os.rename(final, old)
         os.rename(partial, final)
-    except OSError:
-        os.rename(old, final)
+    except BaseException:
+        if old.exists() and not final.exists():
+            os.rename(old, final)
         raise
     shutil.rmtree(old, ignore_errors=True)
 

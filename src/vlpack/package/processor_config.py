@@ -9,12 +9,28 @@ from __future__ import annotations
 from typing import Any
 
 from vlpack.architectures.base import Architecture
+from vlpack.errors import CheckpointError
 from vlpack.preprocess import ImageProcessor
 
 
 def processor_config(architecture: Architecture, processor: ImageProcessor) -> dict[str, Any]:
-    """The steps of onnxruntime-extensions, with the checkpoint's numbers."""
+    """The steps of onnxruntime-extensions, with the checkpoint's numbers.
+
+    Raises:
+        CheckpointError: the image settings are not for this vision encoder.
+    """
     merge, patch = processor.merge_size, processor.patch_size
+    facts = architecture.vision
+    for name, found, wanted in (
+        ("patch_size", patch, facts.patch_size),
+        ("temporal_patch_size", processor.temporal_patch_size, facts.temporal_patch_size),
+        ("merge_size", merge, facts.spatial_merge_size),
+    ):
+        if found != wanted:
+            raise CheckpointError(
+                f"The checkpoint's image settings have {name} {found}, its config.json has {wanted}.",
+                "Take preprocessor_config.json and config.json from the same checkpoint.",
+            )
     resize = {
         "smart_resize": 1,
         "min_pixels": processor.min_pixels,
