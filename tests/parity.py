@@ -128,7 +128,7 @@ class Reference:
 
     @contextmanager
     def with_weights(self, change: Callable[[str, np.ndarray], np.ndarray]) -> Iterator[None]:
-        """Matrices replaced by what ``change(name, weight [out, in])`` makes of them, for a while; a tied head is untied."""
+        """For a while, matrices are what ``change(name, weight [out, in])`` makes of them; a tied head is untied."""
         import torch
 
         head, embedding = self.model.lm_head, self.model.model.language_model.embed_tokens

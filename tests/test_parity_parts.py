@@ -248,7 +248,9 @@ def stored(weight: np.ndarray, storage: Storage) -> np.ndarray:
     if isinstance(storage, Blocks):
         blocks = quantize_blocks(weight, storage.bits, storage.block_size, storage.symmetric)
         scales = blocks.scales.astype(storage.dtype)
-        return dequantize_blocks(QuantizedBlocks(blocks.qweight, scales, blocks.zero_points), weight.shape[1], storage.bits)
+        return dequantize_blocks(
+            QuantizedBlocks(blocks.qweight, scales, blocks.zero_points), weight.shape[1], storage.bits
+        )
     return weight.astype(storage.dtype).astype(np.float32)
 
 
