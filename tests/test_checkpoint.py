@@ -228,10 +228,36 @@ def test_descriptors_are_few_and_given_back(tmp_path: Path) -> None:
         checkpoint.read("t0")
     checkpoint.close()  # twice does no harm
 
+    (folder / "model-00130-of-00130.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(folder)
+    assert descriptors() == 0  # although the error, and with it all that its frames hold, lives on
+    assert caught.value.hint
+
+    make(folder, tensors, shards=130)
     dropped = Checkpoint.open(folder)
     assert descriptors() > 0
     del dropped
     assert descriptors() == 0
+
+
+def test_the_pool_keeps_what_was_used_last_and_what_is_in_use(tmp_path: Path) -> None:
+    pool = safefile.FilePool(limit=2)
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        path.write_text(path.name)
+        pool.add(path, path)
+    for name in "abac":
+        with pool.use(tmp_path / name) as file:
+            assert file.read(0, 1) == name.encode()
+    assert [path.name for path in pool._open] == ["a", "c"]
+    with pool.use(paths[0]) as a, pool.use(paths[1]) as b, pool.use(paths[2]) as c:
+        assert b"".join(file.read(0, 1) for file in (a, b, c)) == b"abc"
+        pool.close()
+        assert b"".join(file.read(0, 1) for file in (a, b, c)) == b"abc"
+    for file in (a, b, c):
+        with pytest.raises(OSError, match="descriptor"):
+            file.read(0, 1)
 
 
 def test_tensors_are_in_the_order_of_their_bytes(checkpoint: Checkpoint) -> None:

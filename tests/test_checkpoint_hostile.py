@@ -286,6 +286,7 @@ BAD_ENTRIES: dict[str, tuple[Any, str]] = {
     "dtype in lower case": ({"dtype": "bf16", "shape": [4], "data_offsets": [24, 32]}, "'bf16'"),
     "dtype a list": ({"dtype": ["BF16"], "shape": [4], "data_offsets": [24, 32]}, "are not supported"),
     "dtype a huge string": ({"dtype": "F" * 100000, "shape": [4], "data_offsets": [24, 32]}, "are not supported"),
+    "dtype a huge list": ({"dtype": ["F32"] * 10000, "shape": [4], "data_offsets": [24, 32]}, "are not supported"),
     "shape a number": ({"dtype": "BF16", "shape": 4, "data_offsets": [24, 32]}, "shape must be a list"),
     "shape of floats": ({"dtype": "BF16", "shape": [4.0], "data_offsets": [24, 32]}, "shape must be a list"),
     "shape of bools": ({"dtype": "BF16", "shape": [4, True], "data_offsets": [24, 32]}, "shape must be a list"),
@@ -409,8 +410,7 @@ def test_truncated_anywhere(folder: Path) -> None:
     for size in range(len(data)):
         (folder / SINGLE).write_bytes(data[:size])
         error = refused(folder, str(folder / SINGLE), "download it again")
-        if size >= 8:
-            assert f"has {size}" in error.message
+        assert f"has {size}" in error.message or f"has only {size} bytes" in error.message
         if size >= data_start:
             lost = "a" if size < data_start + 24 else "b" if size < data_start + 32 else "c"
             assert f"should have {len(data)} bytes" in error.message
@@ -577,7 +577,7 @@ def test_folders_and_pipes_are_no_files(folder: Path, name: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
 def test_a_file_swapped_for_a_pipe_or_link_after_the_check(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="not a regular file"):  # and does not hang
+    with pytest.raises(CheckpointError, match="not a regular file"):  # and does not wait for somebody to write to it
         safefile.OpenFile(tmp_path / "pipe", tmp_path / "pipe")
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("file")

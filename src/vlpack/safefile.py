@@ -79,8 +79,6 @@ def locate(folder: Path, name: str) -> Path | None:
             f"{path} is a link that leads out of the checkpoint's folder, to {target}.",
             "If that is what you want, copy the file into the folder in place of the link.",
         )
-    if not target.is_file():
-        raise CheckpointError(f"{path} is not a regular file.")
     return target
 
 
@@ -105,7 +103,7 @@ class OpenFile:
         except OSError as error:
             raise CheckpointError(f"{shown} cannot be opened: {error.strerror or error}.") from error
         status = os.fstat(self._fd)
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(status.st_mode):  # a folder, a pipe, a device
             self.close()
             raise CheckpointError(f"{shown} is not a regular file.")
         self.size = status.st_size
