@@ -16,8 +16,10 @@ from vlpack.layers.linear import Linear, Stored
 from vlpack.precision import Policy
 from vlpack.storage import Float, Storage
 
-OPSET = 23
-"""The first with RMSNormalization."""
+OPSET = {"cpu": 23}
+"""Operator set by execution provider. The CPU's is the first with RMSNormalization; the others' kernels are registered
+per version and lag behind, so they get the older `OLD_OPSET`."""
+OLD_OPSET = 21
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ def _sources(path: str, module: Stored) -> tuple[Source, ...]:
 def trace(part: Part, policy: Policy) -> Graph:
     """Write the graph of ``part``: its weights are declared by ``policy`` and still empty."""
     weights = declare(part.module, policy)
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, "com.microsoft": 1}, name=part.name)
+    graph = ir.Graph(
+        [], [], nodes=[], opset_imports={"": OPSET.get(policy.provider, OLD_OPSET), "com.microsoft": 1}, name=part.name
+    )
     builder = GraphBuilder(graph)
     inputs = [builder.input(port.name, port.dtype, list(port.shape)) for port in part.inputs]
     outputs = part.module(builder.op, *inputs)

@@ -20,7 +20,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        return op.RMSNormalization(ops.cast(op, x, ops.FLOAT), self.weight, axis=-1, epsilon=self.eps)
+        x = ops.cast(op, x, ops.FLOAT)
+        if op.version is not None and op.version >= 23:
+            return op.RMSNormalization(x, self.weight, axis=-1, epsilon=self.eps)
+        # older operator sets have no such operator; ORT fuses these when it loads them
+        mean_square = op.ReduceMean(op.Pow(x, 2.0), [-1], keepdims=1)
+        return op.Mul(op.Div(x, op.Sqrt(op.Add(mean_square, self.eps))), self.weight)
 
 
 class LayerNorm(nn.Module):
