@@ -176,12 +176,14 @@ def _check_finite(name: str, piece: Array, first_row: int) -> None:
 def ahead(jobs: Sequence[Callable[[], Iterator[Any]]], threads: int, depth: int = 2) -> Iterator[Iterator[Any]]:
     """The iterators that ``jobs`` make, in order, each run by one of ``threads`` workers ``depth`` items ahead.
 
+    No more jobs are begun than there are workers, and one: finished ones wait in memory until they are read.
     An exception of a job is raised where its items are read. Leaving early stops the workers.
     """
     queues: list[queue.Queue[Any]] = [queue.Queue(depth) for _ in jobs]
     stop = threading.Event()
     numbers = iter(range(len(jobs)))
     lock = threading.Lock()
+    room = threading.Semaphore(threads + 1)
 
     def put(number: int, item: Any) -> None:
         while not stop.is_set():
@@ -193,6 +195,8 @@ def ahead(jobs: Sequence[Callable[[], Iterator[Any]]], threads: int, depth: int 
 
     def work() -> None:
         while not stop.is_set():
+            if not room.acquire(timeout=0.1):
+                continue
             with lock:
                 number = next(numbers, None)
             if number is None:
@@ -220,6 +224,7 @@ def ahead(jobs: Sequence[Callable[[], Iterator[Any]]], threads: int, depth: int 
     try:
         for number in range(len(jobs)):
             yield read(number)
+            room.release()
     finally:
         stop.set()
         for worker in workers:
