@@ -217,6 +217,8 @@ def spread_extra_options(arguments: list[str]) -> list[str]:
             spread.append(key)
         key = ""
         spread.append(argument)
+    if arguments and arguments[-1] == key:
+        spread.append(key)  # without a value, which typer tells
     return spread
 
 

@@ -1,0 +1,421 @@
+"""Every option has its effect, and one that can have none is an error or a note; names are the builder's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, content, copy_digits, vlpack
+from vlpack.builder import build
+from vlpack.cli import spread_extra_options
+from vlpack.errors import OptionError
+from vlpack.options import _PARSERS, ExtraOptions, parse_extra_options
+from vlpack.precision import OFFERED, PRECISIONS
+from vlpack.runtime import Model, Sampling
+
+Capsys = pytest.CaptureFixture[str]
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """The folder of a package with extra options; not to be altered."""
+    made: dict[Any, Path] = {}
+
+    def get(*extra: str, **options: Any) -> Path:
+        key = (extra, *sorted(options.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("package") / "package"
+            build(DIGITS, made[key], extra_options=parse_extra_options(extra), **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Callable[..., OptionError]:
+    def get(*extra: str, match: str, source: Path = DIGITS, **options: Any) -> OptionError:
+        with pytest.raises(OptionError, match=match) as caught:
+            build(source, tmp_path / "package", extra_options=parse_extra_options(extra), **options)
+        assert list(tmp_path.iterdir()) == []
+        return caught.value
+
+    return get
+
+
+def attributes(path: Path, op: str) -> list[dict[str, Any]]:
+    """Of every node of a kind."""
+    graph = onnx.load(path, load_external_data=False).graph
+    return [
+        {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute} | {"inputs": len(node.input)}
+        for node in graph.node
+        if node.op_type == op
+    ]
+
+
+def right(folder: Path, images: int = 4) -> int:
+    """Of twice as many questions."""
+    model = Model(folder)
+    count = 0
+    for image in list(ANSWERS)[:images]:
+        for key, question in (("read", READ), ("count", COUNT)):
+            answer = model.generate(question, [IMAGES / image], max_tokens=16, sampling=Sampling(temperature=0))
+            count += answer.text.split() == ANSWERS[image][key].split()
+    return count
+
+
+def labels(folder: Path, part: str) -> dict[str, str]:
+    manifest = json.loads((folder / "vlpack.json").read_text())
+    graph = next(graph for graph in manifest["parts"].values() if graph["name"] == part)
+    return {path: weight["storage"] for path, weight in graph["weights"].items()}
+
+
+DOWN = "model.language_model.layers.{}.mlp.down_proj"
+
+
+# effects
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
+def test_block_size(make: Make, size: int) -> None:
+    folder = make(f"block_size={size}", precision="int4")
+    assert {node["block_size"] for node in attributes(folder / "decoder.onnx", "MatMulNBits")} == {size}
+    assert {node["block_size"] for node in attributes(folder / "embedding.onnx", "GatherBlockQuantized")} == {size}
+    assert labels(folder, "decoder")[DOWN.format(0)] == f"int4 block {size}"
+    assert right(folder) >= 6
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize("size", [16, 64])
+def test_is_symmetric(make: Make, precision: str, size: int) -> None:
+    folder = make("is_symmetric=false", f"block_size={size}", precision=precision)
+    assert {node["inputs"] for node in attributes(folder / "decoder.onnx", "MatMulNBits")} == {4}
+    assert {node["inputs"] for node in attributes(folder / "embedding.onnx", "GatherBlockQuantized")} == {4}
+    symmetric = make("is_symmetric=true", f"block_size={size}", precision=precision)
+    assert {node["inputs"] for node in attributes(symmetric / "decoder.onnx", "MatMulNBits")} == {3}
+    assert right(folder) >= 6
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_accuracy_level(make: Make, level: int) -> None:
+    folder = make(f"accuracy_level={level}", precision="int4")
+    assert {node["accuracy_level"] for node in attributes(folder / "decoder.onnx", "MatMulNBits")} == {level}
+    assert right(folder, 2) >= 3
+
+
+def test_algo_config(make: Make) -> None:
+    assert content(make("algo_config=rtn", precision="int4")) == content(make(precision="int4"))
+    assert content(make("algo_config=default", precision="int4")) == content(make(precision="int4"))
+    # where it makes a difference: beside the embedding's default
+    rtn_last = labels(make("algo_config=rtn_last", precision="int4"), "decoder")
+    assert (rtn_last["lm_head"], rtn_last[DOWN.format(2)]) == ("int8 block 32", "int4 block 32")
+
+
+def test_matmul_mixed_precision(make: Make) -> None:
+    default = labels(make(precision="int4"), "decoder")
+    assert (default["lm_head"], default[DOWN.format(2)]) == ("int8 block 32", "int4 block 32")
+    folder = make("matmul_mixed_precision=last_matmul:int4,mixed_layers:int8", precision="int4")
+    mixed = labels(folder, "decoder")
+    assert (mixed["lm_head"], mixed[DOWN.format(2)], mixed[DOWN.format(1)]) == (
+        "int4 block 32",
+        "int8 block 32",
+        "int4 block 32",
+    )
+    assert mixed["model.language_model.layers.2.self_attn.qkv_proj"] == "int8 block 32"
+    assert mixed["model.language_model.layers.2.mlp.gate_up_proj"] == "int4 block 32"
+    assert right(folder) >= 6
+
+
+def test_exclude_embeds(make: Make) -> None:
+    def inputs(folder: Path) -> set[str]:
+        (path,) = folder.glob("*.onnx")
+        return {value.name for value in onnx.load(path, load_external_data=False).graph.input}
+
+    assert "input_ids" in inputs(make(part="text"))
+    without = inputs(make("exclude_embeds=true", part="text"))
+    assert ("inputs_embeds" in without, "input_ids" in without) == (True, False)
+    assert make("exclude_embeds=false", part="text").joinpath("model.onnx").is_file()
+
+
+def test_prune_lm_head(make: Make) -> None:
+    def logits(folder: Path) -> Any:
+        (value,) = (
+            v for v in onnx.load(folder / "decoder.onnx", load_external_data=False).graph.output if v.name == "logits"
+        )
+        dimension = value.type.tensor_type.shape.dim[1]
+        return dimension.dim_value or dimension.dim_param
+
+    assert logits(make()) == logits(make("prune_lm_head=true")) == 1
+    assert logits(make("prune_lm_head=false")) == "sequence_length"
+    assert right(make("prune_lm_head=false")) >= 6
+
+
+def test_shared_embeddings(make: Make) -> None:
+    assert not (make("shared_embeddings=true") / "embedding.onnx.data").exists()
+    apart = make("shared_embeddings=false")
+    assert (apart / "embedding.onnx.data").is_file()
+    assert right(apart) >= 6
+
+
+def test_filename(make: Make) -> None:
+    for part in ("all", "text"):
+        folder = make("filename=qwen.onnx", part=part)
+        assert (folder / "qwen.onnx").is_file()
+        assert (folder / "qwen.onnx.data").is_file()
+        assert json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]["filename"] == "qwen.onnx"
+        assert Model(folder).generate("Hello", max_tokens=2).tokens
+
+
+@pytest.mark.parametrize(
+    ("value", "token"), [("hf_abc", "hf_abc"), ("false", False), ("False", False), ("0", False), (None, None)]
+)
+def test_hf_token_revision_and_cache_reach_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None, token: str | bool | None
+) -> None:
+    import huggingface_hub
+
+    calls = []
+
+    def download(repo_id: str, **options: Any) -> str:
+        calls.append((repo_id, options["token"], options["revision"], options["cache_dir"]))
+        return str(copy_digits(tmp_path / "download"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    extra = parse_extra_options([] if value is None else [f"hf_token={value}"])
+    options: dict[str, Any] = {"extra_options": extra, "revision": "v2", "cache_dir": tmp_path / "cache"}
+    result = build("org/digits", tmp_path / "package", part="embedding", **options)
+    assert calls == [("org/digits", token, "v2", str(tmp_path / "cache"))]
+    assert result.notes == ()
+    source = json.loads((tmp_path / "package" / "vlpack.json").read_text())["source"]
+    assert source["repo_id"] == "org/digits"
+    assert not any(
+        value and value.encode() in data for data in content(tmp_path / "package").values() if value == "hf_abc"
+    )
+
+
+@pytest.mark.parametrize("vision", ["fp32", "fp16", "int8", "int4"])
+def test_vision_precision(make: Make, vision: str) -> None:
+    folder = make(precision="fp32", vision_precision=vision)
+    expected = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": "int4 block 32"}[vision]
+    assert labels(folder, "vision")["model.visual.blocks.0.attn.qkv"] == expected
+    assert labels(folder, "decoder")[DOWN.format(0)] == "float32"
+    assert right(folder) >= 6
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_precision_answers(make: Make, precision: str) -> None:
+    assert right(make(precision=precision)) == 8
+
+
+# without effect, contradictory, not offered
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("provider", OFFERED)
+def test_pairs_are_offered_or_refused(
+    tmp_path: Path, refused: Callable[..., OptionError], precision: str, provider: str
+) -> None:
+    if precision in OFFERED[provider]:
+        build(DIGITS, tmp_path / "package", part="embedding", precision=precision, execution_provider=provider)
+        return
+    error = refused(match="not offered on", precision=precision, execution_provider=provider)
+    assert precision in error.message and provider in error.message  # noqa: PT018
+    assert ", ".join(OFFERED[provider]) in str(error.hint)
+
+
+@pytest.mark.parametrize(
+    ("extra", "options", "match"),
+    [
+        ("block_size=32", {"precision": "fp32"}, "block_size has no effect"),
+        ("block_size=64", {"precision": "fp16"}, "block_size"),
+        ("block_size=32", {"precision": "int8", "part": "vision"}, "block_size has no effect"),
+        ("is_symmetric=true", {"precision": "fp16"}, "is_symmetric has no effect"),
+        ("is_symmetric=false", {"precision": "int4", "part": "vision"}, "is_symmetric has no effect"),
+        ("algo_config=rtn", {"precision": "fp32"}, "algo_config has no effect"),
+        ("algo_config=rtn_last", {"precision": "int8"}, "goes with int4"),
+        ("algo_config=rtn_last", {"precision": "int4", "part": "embedding"}, "rtn_last goes with"),
+        ("algo_config=rtn_last matmul_mixed_precision=last_matmul:int4", {"precision": "int4"}, "contradict"),
+        ("accuracy_level=4", {"precision": "fp32"}, "accuracy_level has no effect"),
+        ("accuracy_level=1", {"precision": "int4", "execution_provider": "cuda"}, "accuracy_level has no effect"),
+        ("accuracy_level=1", {"precision": "int8", "part": "embedding"}, "accuracy_level has no effect"),
+        ("matmul_mixed_precision=last_matmul:int8", {"precision": "int8"}, "goes with int4"),
+        ("matmul_mixed_precision=last_matmul:int8", {"precision": "int4", "part": "vision"}, "option of the decoder"),
+        ("matmul_mixed_precision=last_matmul:int8", {"precision": "int4", "execution_provider": "dml"}, "DirectML"),
+        ("exclude_embeds=true", {}, "--part text"),
+        ("exclude_embeds=false", {"part": "vision"}, "--part text"),
+        ("prune_lm_head=true", {"part": "vision"}, "option of the decoder"),
+        ("shared_embeddings=true", {"part": "vision"}, "shared_embeddings has no effect"),
+        ("shared_embeddings=false", {"part": "embedding"}, "shared_embeddings has no effect"),
+        ("shared_embeddings=true exclude_embeds=true", {"part": "text"}, "shared_embeddings has no effect"),
+        ("filename=a.onnx", {"part": "embedding"}, "option of the decoder"),
+        ("filename=vision.onnx", {}, "another part's"),
+        ("filename=Embedding.onnx", {}, "another part's"),
+        ("", {"part": "text", "vision_precision": "fp32"}, "no vision encoder"),
+        ("", {"part": "embedding", "vision_precision": "fp32"}, "no vision encoder"),
+        ("", {"vision_precision": "int2"}, "int2"),
+        ("", {"execution_provider": "cuda", "vision_precision": "int8"}, "not offered on cuda"),
+        ("", {"execution_provider": "tpu"}, "Unknown execution provider"),
+        ("", {"precision": "int3"}, "int3"),
+        ("", {"part": "audio"}, "audio"),
+        ("", {"revision": "main"}, "revision"),
+        ("", {"threads": 0}, "threads"),
+    ],
+)
+def test_options_that_can_have_no_effect_are_errors(
+    refused: Callable[..., OptionError], extra: str, options: dict[str, Any], match: str
+) -> None:
+    refused(*extra.split(), match=match, **options)
+
+
+def test_options_are_checked_before_anything_is_downloaded(
+    refused: Callable[..., OptionError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlpack.builder.resolve", lambda *arguments, **options: pytest.fail("was looked for"))
+    refused("block_size=64", match="block_size", source=Path("org/name"), precision="fp32")
+    refused(match="not offered", source=Path("org/name"), precision="int8", execution_provider="cuda")
+
+
+def test_options_of_the_hub_with_a_folder_are_noted(tmp_path: Path) -> None:
+    # the builder's users name a cache for folders too
+    extra = parse_extra_options(["hf_token=false"])
+    result = build(DIGITS, tmp_path / "package", part="embedding", cache_dir=tmp_path / "cache", extra_options=extra)
+    assert len(result.notes) == 1
+    assert "cache_dir and hf_token had no effect" in result.notes[0]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_sharing_that_the_storages_forbid_is_noted(tmp_path: Path) -> None:
+    extra = parse_extra_options(["shared_embeddings=true"])
+    result = build(DIGITS, tmp_path / "package", precision="int4", execution_provider="cuda", extra_options=extra)
+    assert ["different ways" in note for note in result.notes] == [True]
+
+
+# the syntax
+
+
+@pytest.mark.parametrize(
+    ("pair", "parts"),
+    [
+        ("block_sise=32", ["block_sise", "Did you mean block_size?"]),
+        ("int4_blocksize=32", ["int4_blocksize", "vlpack has: "]),
+        ("use_webgpu_fp32=1", ["use_webgpu_fp32", "vlpack has: accuracy_level, "]),
+        ("exclude_lm_head=true", ["exclude_lm_head", "Did you mean"]),
+        ("block_size", ["KEY=VALUE"]),
+        ("block_size=48", ["48", "16, 32, 64, 128, 256"]),
+        ("block_size=", ["block_size="]),
+        ("accuracy_level=0", ["1, 2, 3, 4"]),
+        ("is_symmetric=maybe", ["true or false"]),
+        ("algo_config=k_quant", ["default, rtn"]),
+        ("matmul_mixed_precision=head:int8", ["head:int8", "last_matmul and mixed_layers"]),
+        ("matmul_mixed_precision=last_matmul:int2", ["last_matmul:int2"]),
+        ("matmul_mixed_precision=last_matmul:int8,last_matmul:int4", ["twice"]),
+        ("filename=../model.onnx", ["plain file name"]),
+        ("filename=model", ["plain file name"]),
+        ("filename=", ["plain file name"]),
+        ("filename=.onnx", ["plain file name"]),
+        ("filename=a\nb.onnx", ["plain file name"]),
+        ("hf_token=", ["empty"]),
+    ],
+)
+def test_bad_extra_options(pair: str, parts: list[str]) -> None:
+    with pytest.raises(OptionError) as caught:
+        parse_extra_options([pair])
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_an_option_given_twice() -> None:
+    for second in ("block_size=32", "int4_block_size=64"):
+        with pytest.raises(OptionError, match="block_size is given twice"):
+            parse_extra_options(["block_size=32", second])
+
+
+def test_every_option_has_a_parser_and_former_names_are_taken() -> None:
+    assert {field.name for field in fields(ExtraOptions)} == set(_PARSERS)
+    pairs = ["int4_block_size=64", "int4_is_symmetric=0", "int4_accuracy_level=1", "int4_algo_config=rtn"]
+    expected = ExtraOptions(block_size=64, is_symmetric=False, accuracy_level=1, algo_config="rtn")
+    assert parse_extra_options(pairs) == expected
+
+
+def test_values_from_python_are_checked_too() -> None:
+    for options in ({"block_size": 17}, {"algo_config": "gptq"}, {"matmul_mixed_precision": {"head": "int8"}}):
+        with pytest.raises(OptionError):
+            ExtraOptions(**options)  # type: ignore[arg-type]
+    assert ExtraOptions(matmul_mixed_precision={"last_matmul": "int4", "mixed_layers": "int8"})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--extra_options A=1 B=2", ["A=1", "B=2"]),
+        ("--extra-options A=1 --extra_options B=2 C=3", ["A=1", "B=2", "C=3"]),
+        ("--extra_options A=1", ["A=1"]),
+    ],
+)
+def test_several_values_after_one_flag(given: str, expected: list[str]) -> None:
+    spread = spread_extra_options(["build", *given.split(), "-o", "out", "source"])
+    assert [value for flag, value in pairwise(spread) if flag.startswith("--extra")] == expected
+    assert spread[-3:] == ["-o", "out", "source"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--extra_options A=1 B=2 source", "--extra_options A=1 --extra_options B=2 source"),
+        ("--extra_options A=1 -- a=b", "--extra_options A=1 -- a=b"),
+        ("--extra_options -o out", "--extra_options -o out"),
+        ("-o out --extra_options", "-o out --extra_options"),
+        ("a=b --extra-options=A=1", "a=b --extra-options=A=1"),
+    ],
+)
+def test_nothing_else_is_taken_for_an_extra_option(given: str, expected: str) -> None:
+    assert spread_extra_options(given.split()) == expected.split()
+
+
+# the builder's command lines
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "-i {source} -o {output} -p int4 -e cpu -c {cache} --part text",
+        "--input {source} --output {output} --precision int4 --execution_provider cpu --part text",
+        "{source} --output {output} --precision int4 --execution-provider cpu --cache_dir {cache} --part text",
+        "-m {source} -o {output} -p int4 -e cpu --part text --extra_options block_size=32 is_symmetric=true",
+        "-o {output} -p int4 --extra_options block_size=32 int4_accuracy_level=4 -e cpu --part text -i {source}",
+        "-o {output} -p int4 --part text --extra_options block_size=32 --extra_options accuracy_level=4 {source}",
+    ],
+)
+def test_the_builders_command_lines(make: Make, tmp_path: Path, capsys: Capsys, command: str) -> None:
+    places = {"source": DIGITS, "output": tmp_path / "package", "cache": tmp_path / "cache"}
+    done = vlpack(capsys, "build", *(word.format(**places) for word in command.split()))
+    assert done.code == 0, done
+    assert content(tmp_path / "package") == content(make(precision="int4", part="text"))
+
+
+@pytest.mark.parametrize(
+    ("command", "part"),
+    [
+        ("-o {output}", "Which checkpoint?"),
+        ("{source} -i {source} -o {output}", "Give one checkpoint"),
+        ("{source}", "Where should the package go?"),
+        ("{source} -o {output} --extra_options block_sise=32", "Did you mean block_size?"),
+        ("{source} -o {output} --extra_options", "--extra_options"),
+        ("{source} -o {output} -p int8 -e cuda", "not offered on cuda"),
+        ("{source} -o {output} --threads 0", "threads"),
+        ("{source} -o {output} --colour red", "--colour"),
+    ],
+)
+def test_wrong_command_lines(tmp_path: Path, capsys: Capsys, command: str, part: str) -> None:
+    places = {"source": DIGITS, "output": tmp_path / "package"}
+    done = vlpack(capsys, "build", *(word.format(**places) for word in command.split()))
+    assert (done.code, done.out) == (2, "")
+    assert part in done.err
+    assert list(tmp_path.iterdir()) == []
