@@ -62,7 +62,7 @@ def build(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the package.")] = None,
     precision: Annotated[
         str | None,
-        typer.Option("-p", "--precision", help="fp32, fp16, int8 or int4. [default: int8 on cpu, else fp16]"),
+        typer.Option("-p", "--precision", help="fp32, fp16, int8 or int4. (default: int8 on cpu, else fp16)"),
     ] = None,
     execution_provider: Annotated[
         str, typer.Option("-e", "--execution_provider", "--execution-provider", help="cpu, cuda, dml or webgpu.")
@@ -74,7 +74,7 @@ def build(
         str | None,
         typer.Option(
             "--vision-precision",
-            help="Of the vision encoder. [default: as --precision; beside int4, int8 on cpu and fp16 elsewhere]",
+            help="Of the vision encoder. (default: as --precision; beside int4, int8 on cpu and fp16 elsewhere)",
         ),
     ] = None,
     extra_options: Annotated[
@@ -86,7 +86,7 @@ def build(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a package that is already there.")] = False,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="That encode weights. [default: all cores, at most 8]")
+        int | None, typer.Option("--threads", min=1, help="That encode weights. (default: all cores, at most 8)")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -130,9 +130,9 @@ def run(
         list[str] | None, typer.Option("--image", help="Image file or URL; give it again for more.")
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Of the answer at most.")] = 512,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of the answer at most.")] = 512,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", help="0 takes the likeliest token always. [default: the model's]")
+        float | None, typer.Option("--temperature", help="0 takes the likeliest token always. (default: the model's)")
     ] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", help="Only the k likeliest tokens.")] = None,
     top_p: Annotated[
@@ -142,7 +142,9 @@ def run(
         float | None, typer.Option("--repetition-penalty", help="Above 1 avoids repeating.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer.")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="Of the runtime. [default: all cores]")] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Of the runtime. (default: all cores)")
+    ] = None,
     min_pixels: Annotated[int | None, typer.Option("--min-pixels", help="Smallest image area, in pixels.")] = None,
     max_pixels: Annotated[
         int | None, typer.Option("--max-pixels", help="Largest image area, in pixels; smaller is faster.")
@@ -238,7 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # not every terminal or pipe takes every character of an answer
     try:
-        app(args=spread_extra_options(sys.argv[1:] if arguments is None else arguments), standalone_mode=True)
+        app(args=spread_extra_options(sys.argv[1:] if arguments is None else arguments), prog_name="vlpack")
     except VlpackError as error:
         console.show_error(error)
         sys.exit(2)
