@@ -136,6 +136,7 @@ class Model:
         self.config = _read_config(self.folder)
         model = self.config["model"]
         self.context_length: int = model["context_length"]
+        self.vocab_size: int = model["vocab_size"]
         if "image_token_id" not in model and (min_pixels is not None or max_pixels is not None):
             raise OptionError(f"min_pixels and max_pixels have no effect: {self.folder} has no vision encoder.")
         self._prompts = PromptBuilder.from_folder(
@@ -195,6 +196,8 @@ class Model:
         """
         _check("max_tokens", max_tokens, 1, 2**31 - 1, whole=True)
         options = (sampling or Sampling()).search_options()
+        if "top_k" in options:  # the runtime refuses to take more tokens than there are
+            options["top_k"] = min(options["top_k"], self.vocab_size)
         started = time.perf_counter()
         prompt = self.prompt(messages, images, allow_private_urls=allow_private_urls)
         return AnswerStream(self, prompt, max_tokens, options, time.perf_counter() - started)
@@ -221,7 +224,10 @@ class AnswerStream(Iterator[str]):
         self._pieces = self._run(model, prompt, {**options, "max_length": limit}, limit - length)
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        try:
+            return next(self._pieces)
+        except RuntimeError as error:  # onnxruntime-genai's only kind
+            raise PackageError(f"The runtime failed: {str(error).strip()[:500]}") from error
 
     def close(self) -> None:
         """Stop, and free the runtime's state."""
@@ -292,15 +298,20 @@ def _as_messages(messages: str | Sequence[Message], images: Sequence[ImageSource
     return [{"role": "user", "content": [*({"type": "image"} for _ in images), {"type": "text", "text": messages}]}]
 
 
+_INTEGERS = ("context_length", "vocab_size")
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
         model, eos = config["model"], config["model"]["eos_token_id"]
-        if isinstance(model["context_length"], int) and isinstance(eos, (int, list)):
+        if all(isinstance(model[name], int) for name in _INTEGERS) and isinstance(eos, (int, list)):
             return dict(config)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PackageError(f"{folder / 'genai_config.json'} cannot be read: {error!r}.") from None
-    raise PackageError(f"{folder / 'genai_config.json'} has a context_length or eos_token_id of the wrong type.")
+    raise PackageError(
+        f"{folder / 'genai_config.json'} has a {' or '.join(_INTEGERS)} or eos_token_id of the wrong type."
+    )
 
 
 def _eos_ids(config: dict[str, Any]) -> set[int]:

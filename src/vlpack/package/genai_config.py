@@ -137,7 +137,8 @@ def _search(architecture: Architecture, generation: Mapping[str, Any]) -> dict[s
         "num_return_sequences": 1,
         "do_sample": values.flag("do_sample", False) and not greedy,
         "temperature": 1.0 if greedy else values.number("temperature", 1.0),
-        "top_k": values.integer("top_k", 50, low=0),  # 0: all tokens
+        # 0 is all tokens; the runtime refuses to take more than there are
+        "top_k": min(values.integer("top_k", 50, low=0), architecture.text.vocab_size),
         "top_p": top_p,
         "repetition_penalty": values.number("repetition_penalty", 1.0),
         "length_penalty": 1.0,
