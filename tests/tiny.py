@@ -141,22 +141,22 @@ def _values(name: str, parameter: Any, tiny: Tiny) -> Any:
     """Random values by the kind of parameter, in scales that keep every branch's share in the result alike."""
     import torch
 
-    noise = torch.randn(parameter.shape)
-    if name.endswith(("q_norm.weight", "k_norm.weight")):
-        return (1 + 0.3 * noise) * (tiny.peak if "q_norm" in name else 1)
-    if name.endswith("bias"):
-        return 0.3 * noise
-    if "norm" in name:
-        return 1 + 0.3 * noise
-    if "pos_embed" in name:
-        return noise
-    if "embed_tokens" in name:
+    if name.endswith("q_norm.weight"):
+        mean, spread = tiny.peak, 0.3 * tiny.peak
+    elif name.endswith("bias"):
+        mean, spread = 0.0, 0.3
+    elif "norm" in name:
+        mean, spread = 1.0, 0.3
+    elif "pos_embed" in name:
+        mean, spread = 0.0, 1.0
+    elif "embed_tokens" in name:
         # a tied head likes the last token best where the embedding is a large share of the sum: answers would repeat
-        return (0.3 if tiny.tied else 1) * noise
-    if name == "lm_head.weight":
-        return 8 * noise / tiny.hidden_size**0.5
-    fan_in = parameter[0].numel()
-    return 1.5 * noise / fan_in**0.5
+        mean, spread = 0.0, 0.3 if tiny.tied else 1.0
+    elif name == "lm_head.weight":
+        mean, spread = 0.0, 8 / tiny.hidden_size**0.5
+    else:
+        mean, spread = 0.0, 1.5 / parameter[0].numel() ** 0.5
+    return mean + spread * torch.randn(parameter.shape)
 
 
 def _to_version_4(path: Path) -> None:
