@@ -113,7 +113,7 @@ def build(
         revision: branch, tag or commit of a Hub id.
         cache_dir: where the Hub's files are kept.
         force: replace an existing package.
-        threads: that encode weights; all cores by default.
+        threads: that encode weights; by default as many as there are cores, at most 8.
         progress: is told the bytes written.
 
     Raises:
