@@ -191,6 +191,14 @@ def test_query_norm_forgotten(wrong, monkeypatch):
     assert wrong(TEXT)["logits"] > 0.1
 
 
+def test_another_epsilon_in_the_encoder(wrong, monkeypatch):
+    """LayerNorm's default, and not what Qwen3-VL has; the config says nothing of it."""
+    tiny = TINY.but(quiet=True)
+    assert max(wrong(tiny=tiny).values()) <= EXACT
+    monkeypatch.setattr(family, "LAYER_NORM_EPS", 1e-5)
+    assert min(wrong(tiny=tiny).values()) > 10 * EXACT
+
+
 @pytest.mark.parametrize(
     ("mean", "std"),
     [

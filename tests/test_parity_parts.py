@@ -63,6 +63,7 @@ TINIES = {
     "vision silu": TINY.but(vision_act="silu"),
     "text gelu": TINY.but(hidden_act="gelu"),
     "text gelu_pytorch_tanh": TINY.but(hidden_act="gelu_pytorch_tanh"),
+    "vision norms of small values": TINY.but(quiet=True),
     "four vision heads of 8": TINY.but(vision_heads=4),
     "patch 16": TINY.but(patch_size=16),
     "patch 4, one frame": TINY.but(patch_size=4, temporal_patch_size=1),
@@ -196,6 +197,23 @@ def test_fewer_features_than_image_tokens_fail(package):
     runs = package(TINY)
     with pytest.raises(Exception, match="indices element out of data bounds"):
         runs.embed(inputs.ids, runs.features(inputs)[:-1])
+
+
+@pytest.mark.parametrize("first", [4000, 100_000, 262_000])
+def test_far_positions(first, package, reference):
+    """Angles of thousands of radians: sine and cosine must not be those of a rounded angle."""
+    import torch
+
+    inputs = inputs_of(TINY, "text")
+    expected, live = reference(TINY)(inputs), reference(TINY).model
+    positions = expected.positions + np.array([first, first + 77, first + 1234])[:, None, None]
+    with torch.no_grad():
+        x = torch.tensor(expected.embeds)
+        x = live.model.language_model(inputs_embeds=x, position_ids=torch.tensor(positions), use_cache=False)[0]
+        wanted = live.lm_head(x).numpy()
+    assert relative(package(TINY).logits(inputs, positions), wanted) <= EXACT
+    # the axes turn apart, but all of them only by a constant: far away nothing else must change
+    assert relative(wanted, expected.logits) <= 0.01
 
 
 @pytest.mark.parametrize("name", ["v5", "v4, untied, bias, sharded, bf16"])
