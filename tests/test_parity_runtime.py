@@ -86,6 +86,23 @@ def test_checkpoints(name, images, model, reference):
     check(model(TINIES[name]), reference(TINIES[name]), make_images(SIZES[images]))
 
 
+@pytest.mark.parametrize("part", ["all", "text"])
+def test_config_gives_the_decoder_s_sizes(part, built):
+    """onnxruntime-genai 0.18 reads most of them from the graph, and so would not tell if they were wrong."""
+    tiny = TINIES["head_dim 128"]
+    folder = built(tiny, part=part)
+    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+    wanted = {
+        "hidden_size": tiny.hidden_size,
+        "head_size": tiny.head_dim,
+        "num_attention_heads": tiny.heads,
+        "num_key_value_heads": tiny.kv_heads,
+        "num_hidden_layers": tiny.layers,
+    }
+    assert {name: config["decoder"][name] for name in wanted} == wanted
+    assert (config["vocab_size"], config["context_length"]) == (tiny.vocabulary, 4096)
+
+
 @pytest.mark.parametrize("name", ["v5", "v4", "bias"])
 def test_text_part(name, model, reference):
     text = model(TINIES[name], part="text")
