@@ -199,6 +199,16 @@ def test_values_that_are_not_finite_in_any_precision(source: Path, refused: Call
     refused(source, QUERY, "nan at row 3, column 231", options=("-p", precision))
 
 
+def test_a_value_too_large_for_fp32(source: Path, refused: Callable[..., str]) -> None:
+    def widen(tensors: Tensors) -> None:
+        values = samples.floats(tensors[QUERY]).astype(np.float64)
+        values[1, 2] = 1e300
+        tensors[QUERY] = Tensor("F64", tensors[QUERY].shape, values.tobytes())
+
+    edit_tensors(source, widen)
+    refused(source, f"The tensor {QUERY} holds 1e+300 at row 1, column 2", options=("-p", "fp32"))
+
+
 def test_a_value_too_large_for_fp16(source: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
     edit_tensors(source, lambda tensors: poke(tensors, QUERY, 7, 70000.0))
     refused(source, QUERY, "does not fit float16", "--precision fp32", options=("-p", "fp16"))

@@ -163,12 +163,12 @@ def _overflowing(checkpoint: Checkpoint, weight: Weight) -> str:
 
 
 def _check_finite(name: str, piece: Array, first_row: int) -> None:
-    wide = piece if piece.dtype.kind == "f" and piece.dtype.itemsize >= 4 else piece.astype(np.float32)
+    wide = piece.astype(np.float32, copy=False)  # what is stored is made of these, float64 too
     # the sum of finite float32 values may overflow, a max or min may not; NaN passes through both
     if piece.size and not (np.isfinite(wide.max()) and np.isfinite(wide.min())):
         row, column = np.argwhere(~np.isfinite(wide))[0]
         raise CheckpointError(
-            f"The tensor {name} holds {wide[row, column]} at row {first_row + row}, column {column}.",
+            f"The tensor {name} holds {float(piece[row, column])} at row {first_row + row}, column {column}.",
             "The checkpoint is damaged; download or save it again.",
         )
 
