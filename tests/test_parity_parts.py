@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from parity import Grid, Inputs, Package, Reference, make_inputs, relative
-from tiny import Tiny
+from tiny import IMAGE, VIDEO, Tiny
 from vlpack.precision import OFFERED, QuantizationOptions, make_policy
 from vlpack.quantize.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
 from vlpack.quantize.channel import dequantize_rows, quantize_rows
@@ -190,6 +190,16 @@ def test_tokens_after_an_image_are_embedded_without_features(package, reference)
     out = runs.embed(inputs.ids[:, -1:], np.zeros((0, 4 * TINY.hidden_size), np.float32))
     assert relative(out["inputs_embeds"], expected.embeds[:, -1:]) <= EXACT
     assert not out["per_layer_inputs"].any()
+
+
+@pytest.mark.parametrize("deepstack", [(0, 1, 2), ()])
+@pytest.mark.parametrize("token", [IMAGE, VIDEO])
+def test_an_image_token_that_the_model_generated_is_a_word(token, deepstack, package, reference):
+    """It may do so at any time, and transformers goes on; so must the package."""
+    tiny = TINY.but(deepstack=deepstack)
+    inputs = inputs_of(tiny, "text")
+    inputs.ids[0, 3] = token
+    check(tiny, package(tiny), reference, inputs, EXACT)
 
 
 def test_fewer_features_than_image_tokens_fail(package):

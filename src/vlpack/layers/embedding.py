@@ -30,6 +30,8 @@ class ImageEmbedding(nn.Module):
         is_image = op.Equal(input_ids, self.image_token_ids[0])
         for token_id in self.image_token_ids[1:]:
             is_image = op.Or(is_image, op.Equal(input_ids, token_id))
+        # without features such a token is one that the model has generated itself, and a word like any other
+        is_image = op.And(is_image, op.Greater(op.Size(image_features), 0))
         # row 0 is zeros and serves the text; the k-th image token takes row k. One token too many is out of range,
         # which the runtime reports, where a clamp would repeat a feature in silence.
         zeros = np.zeros([1, self.deepstack.feature_width], self.dtype.numpy())
