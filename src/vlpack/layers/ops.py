@@ -104,7 +104,7 @@ def gather_block_quantized(
 
 
 def rotary(op: OpBuilder, x: ir.Value, rows: ir.Value, cos: ir.Value, sin: ir.Value, num_heads: int) -> ir.Value:
-    """Rotate the halves of each head of ``x [B, S, heads · D]`` by the angles in ``rows`` of cos, sin ``[·, D / 2]``."""
+    """Rotate the halves of each head of ``x [B, S, heads · D]`` by the angles in ``rows`` of cos, sin ``[.., D/2]``."""
     y = microsoft(op).RotaryEmbedding(x, rows, cos, sin, num_heads=num_heads)
     return typed(y, dtype_of(x), shape_of(x))
 
