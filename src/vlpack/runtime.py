@@ -221,7 +221,7 @@ class AnswerStream(Iterator[str]):
         self.answer.stats.prompt_tokens, self.answer.stats.image_tokens = length, image_tokens
         self.answer.stats.preprocess_seconds = preprocess_seconds
         limit = min(length + max_tokens, model.context_length)
-        self._pieces = self._run(model, prompt, {**options, "max_length": limit}, limit - length)
+        self._pieces = self._run(model, prompt, {**options, "max_length": limit})
 
     def __next__(self) -> str:
         try:
@@ -233,7 +233,7 @@ class AnswerStream(Iterator[str]):
         """Stop, and free the runtime's state."""
         self._pieces.close()
 
-    def _run(self, model: Model, prompt: Prompt, options: dict[str, Any], room: int) -> Generator[str, None, None]:
+    def _run(self, model: Model, prompt: Prompt, options: dict[str, Any]) -> Generator[str, None, None]:
         answer, stats = self.answer, self.answer.stats
         text = model.tokenizer.stream()
         started = time.perf_counter()
@@ -257,7 +257,7 @@ class AnswerStream(Iterator[str]):
             if piece := text.push(token):
                 answer.text += piece
                 yield piece
-            if stats.new_tokens >= room or generator.is_done():
+            if generator.is_done():  # max_length is reached
                 break
             generator.generate_next_token()
         if piece := text.flush():
