@@ -2,56 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
 from vlpack.architectures import Architecture, Part, architecture_of
 from vlpack.architectures.base import GraphOptions
 from vlpack.checkpoint import Checkpoint
-from vlpack.config import Section
 from vlpack.datafile import DataFiles, planned_bytes
-from vlpack.errors import CheckpointError, OptionError
-from vlpack.graph import Graph, Weight, declare, trace
+from vlpack.errors import OptionError
+from vlpack.fit import check_tensors
+from vlpack.graph import Graph, Weight, trace
 from vlpack.hub import resolve
 from vlpack.memory import peak_memory_bytes
 from vlpack.options import ExtraOptions, check_effects
-from vlpack.package.genai_config import genai_config
+from vlpack.package.beside import write_beside
 from vlpack.package.manifest import write_manifest
-from vlpack.package.model_card import model_card
 from vlpack.package.output import check_free, check_space, output_folder
-from vlpack.package.processor_config import processor_config
 from vlpack.precision import Policy, make_policy
-from vlpack.preprocess import ImageProcessor, PromptBuilder, Tokenizer
-from vlpack.safefile import locate
 
 PARTS = ("all", "text", "vision", "embedding")
-
-COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-    "generation_config.json",
-)
-"""Files that go into the package whole, where the checkpoint has them."""
-
-UNUSED = ("*.rotary_emb.inv_freq", "*.rotary_pos_emb.inv_freq")
-"""Buffers that old checkpoints carry and that are computed from the config."""
 
 
 class Progress(Protocol):
@@ -142,7 +117,8 @@ def build(
         origin: dict[str, Any] = (
             {"repo_id": found.repo_id, "commit": found.commit} if found.repo_id else {"name": _name(found.folder)}
         )
-        notes += _write_beside(folder, architecture, checkpoint, policy, graphs, origin)
+        names = {graph.name: filename for filename, graph in graphs.items()}
+        notes += write_beside(folder, architecture, checkpoint, policy, names, origin)
         total = sum(planned_bytes(weights) for weights in _unshared(graphs, _shares(extra)))
         check_space(folder, total)
         if progress:
@@ -249,109 +225,6 @@ def _unshared(graphs: dict[str, Graph], share: bool) -> list[list[Weight]]:
     return lists
 
 
-def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Policy) -> None:
-    """Every tensor of the whole model is there in its shape, and the checkpoint holds nothing else.
-
-    Raises:
-        CheckpointError: the first few that are missing, misshapen or unknown are named.
-    """
-    if checkpoint.config.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: the checkpoint is quantized already (quantization_config).",
-            "Use the original one, in bfloat16 or float32.",
-        )
-    options = GraphOptions(policy.ir_dtype)
-    weights = [w for part in architecture.parts(options) for w in declare(part.module, policy)]
-    wanted = {source.name: source.shape for weight in weights for source in weight.sources}
-    missing = [name for name in wanted if name not in checkpoint.tensors]
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.folder}: {_some(missing)} missing from the checkpoint.",
-            "The config and the weights do not belong together, or the checkpoint is not complete.",
-        )
-    for name, shape in wanted.items():
-        found = checkpoint.tensors[name]
-        if found.shape != shape:
-            raise CheckpointError(
-                f"{found.file}: the tensor {name} has the shape {list(found.shape)} where config.json asks for "
-                f"{list(shape)}.",
-                "The config and the weights do not belong together.",
-            )
-        if found.dtype.kind not in "fV" or found.dtype.itemsize < 2:
-            raise CheckpointError(
-                f"{found.file}: the tensor {name} is of type {found.dtype}; weights must be bfloat16, float16, float32 "
-                "or float64.",
-                "Quantized checkpoints are not supported: use the original one.",
-            )
-    unused = (*UNUSED, "lm_head.weight") if architecture.tied else UNUSED
-    extra = [
-        name
-        for name in checkpoint.tensors
-        if name not in wanted and not any(fnmatchcase(name, pattern) for pattern in unused)
-    ]
-    if extra:
-        raise CheckpointError(
-            f"{checkpoint.folder}: the model has no place for {_some(extra)}.",
-            "The config and the weights do not belong together, or this is another model.",
-        )
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    more = f" and {len(names) - 3} more are" if len(names) > 3 else (" are" if len(names) > 1 else " is")
-    return f"{'tensors' if len(names) > 1 else 'tensor'} {shown}{more}"
-
-
-def _write_beside(
-    folder: Path,
-    architecture: Architecture,
-    checkpoint: Checkpoint,
-    policy: Policy,
-    graphs: dict[str, Graph],
-    origin: dict[str, Any],
-) -> list[str]:
-    """Everything but the graphs and the manifest; returns notes for the user."""
-    names = {graph.name: filename for filename, graph in graphs.items()}
-    for name in COPIED:
-        _copy(checkpoint, name, folder)
-    generation = checkpoint.json("generation_config.json") or {}
-    config = genai_config(architecture, names, policy.provider, Section(checkpoint.config), generation)
-    _write_json(folder / "genai_config.json", config)
-    if "vision" in names:
-        nested = (checkpoint.json("processor_config.json") or {}).get("image_processor")
-        if isinstance(nested, dict):  # transformers 5 keeps the settings there; that name is the runtime's here
-            _write_json(folder / "preprocessor_config.json", nested)
-        processor = ImageProcessor.from_folder(checkpoint.folder)
-        _write_json(folder / "processor_config.json", processor_config(architecture, processor))
-    card = model_card(origin, policy, config["model"]["type"], names)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    if not (folder / "tokenizer.json").is_file():
-        return ["The checkpoint has no tokenizer.json, so the package runs on token ids only; `vlpack run` needs one."]
-    Tokenizer.from_folder(checkpoint.folder)
-    templates = ("chat_template.jinja", "chat_template.json")
-    in_config = (checkpoint.json("tokenizer_config.json") or {}).get("chat_template") is not None
-    if not in_config and not any((folder / name).is_file() for name in templates):
-        return ["The checkpoint has no chat template, so `vlpack run` will not work; the runtime itself needs none."]
-    # what is wrong with tokenizer or template is told now, not when the package is first used
-    image_token_id = architecture.vision.image_token_id if "vision" in names else None
-    PromptBuilder.from_folder(checkpoint.folder, image_token_id=image_token_id)
-    return []
-
-
-def _copy(checkpoint: Checkpoint, name: str, folder: Path) -> None:
-    """A file of the checkpoint into the package, where there is one; links that lead out of it are refused."""
-    target = locate(checkpoint.folder, name)
-    if target is None:
-        return
-    if not os.access(target, os.R_OK):
-        raise CheckpointError(f"{checkpoint.folder / name} cannot be read: permission denied.")
-    shutil.copyfile(target, folder / name)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _hash_sources(checkpoint: Checkpoint) -> dict[str, str]:
     names = [*checkpoint.weight_files(), checkpoint.folder / "config.json"]
     return {path.name: checkpoint.sha256(path) for path in names}
@@ -369,4 +242,4 @@ def _labels(graph: Graph) -> dict[str, int]:
     return labels
 
 
-__all__ = ["PARTS", "BuildResult", "Progress", "build", "check_tensors"]
+__all__ = ["PARTS", "BuildResult", "Progress", "build"]

@@ -157,13 +157,16 @@ def _overflowing(checkpoint: Checkpoint, weight: Weight) -> str:
     """Which of the tensors that lie above each other has a value beyond float16."""
     for source in weight.sources:
         for start, stop in slabs(source.shape[0], weight.cols):
-            if not np.isfinite(checkpoint.rows(source.name, start, stop).astype(np.float16)).all():
+            with np.errstate(over="ignore"):
+                narrow = checkpoint.rows(source.name, start, stop).astype(np.float16)
+            if not np.isfinite(narrow).all():
                 return source.name
     return weight.path
 
 
 def _check_finite(name: str, piece: Array, first_row: int) -> None:
-    wide = piece.astype(np.float32, copy=False)  # what is stored is made of these, float64 too
+    with np.errstate(over="ignore"):
+        wide = piece.astype(np.float32, copy=False)  # what is stored is made of these, float64 too
     # the sum of finite float32 values may overflow, a max or min may not; NaN passes through both
     if piece.size and not (np.isfinite(wide.max()) and np.isfinite(wide.min())):
         row, column = np.argwhere(~np.isfinite(wide))[0]
@@ -202,11 +205,10 @@ def ahead(jobs: Sequence[Callable[[], Iterator[Any]]], threads: int, depth: int 
             if number is None:
                 return
             try:
-                with np.errstate(over="ignore"):  # the storages look for themselves at what overflows
-                    for item in jobs[number]():
-                        put(number, item)
-                        if stop.is_set():
-                            return
+                for item in jobs[number]():
+                    put(number, item)
+                    if stop.is_set():
+                        return
             except BaseException as error:
                 put(number, error)
             else:

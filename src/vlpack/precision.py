@@ -97,11 +97,8 @@ def make_policy(precision: str, provider: str, options: QuantizationOptions, num
         hint += f"; {precision} is offered on {', '.join(where)}." if where else "."
         raise OptionError(f"Precision '{precision}' is not offered on {provider}.", hint)
     dtype = "float16" if precision == "fp16" or (precision == "int4" and provider != "cpu") else "float32"
-    if precision != "int4" and (options.mixed or options.block_size != 32 or not options.is_symmetric):
-        if options.mixed:
-            raise OptionError("matmul_mixed_precision goes with int4.", f"The precision is {precision}.")
-        if precision != "int8":
-            raise OptionError(f"block_size and is_symmetric go with int4 and int8; the precision is {precision}.")
+    if options.mixed and precision != "int4":
+        raise OptionError("matmul_mixed_precision goes with int4.", f"The precision is {precision}.")
     rules = (
         *_vision_rules(precision, provider, dtype, options),
         *_text_rules(precision, provider, dtype, options, num_hidden_layers),

@@ -166,7 +166,8 @@ def cast(array: Array, dtype: str) -> Array:
     wide = array.astype(np.float32)
     if dtype == "float32":
         return wide
-    narrow = wide.astype(dtype)
+    with np.errstate(over="ignore"):  # what leaves the range is told below
+        narrow = wide.astype(dtype)
     if not np.isfinite(narrow).all():
         raise OverflowError(f"{np.abs(wide).max():.3g} does not fit {dtype}")
     return narrow

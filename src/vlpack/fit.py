@@ -1,0 +1,67 @@
+"""Whether a checkpoint and an architecture fit: every tensor has a place, every place a tensor of its shape."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from vlpack.architectures.base import Architecture, GraphOptions
+from vlpack.checkpoint import Checkpoint
+from vlpack.errors import CheckpointError
+from vlpack.graph import declare
+from vlpack.precision import Policy
+
+UNUSED = ("*.rotary_emb.inv_freq", "*.rotary_pos_emb.inv_freq")
+"""Buffers that old checkpoints carry and that are computed from the config."""
+
+
+def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Policy) -> None:
+    """Every tensor of the whole model is there in its shape, and the checkpoint holds nothing else.
+
+    Raises:
+        CheckpointError: the first few that are missing, misshapen or unknown are named.
+    """
+    if checkpoint.config.get("quantization_config") is not None:
+        raise CheckpointError(
+            f"{checkpoint.folder / 'config.json'}: the checkpoint is quantized already (quantization_config).",
+            "Use the original one, in bfloat16 or float32.",
+        )
+    options = GraphOptions(policy.ir_dtype)
+    weights = [w for part in architecture.parts(options) for w in declare(part.module, policy)]
+    wanted = {source.name: source.shape for weight in weights for source in weight.sources}
+    missing = [name for name in wanted if name not in checkpoint.tensors]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {_some(missing)} missing from the checkpoint.",
+            "The config and the weights do not belong together, or the checkpoint is not complete.",
+        )
+    for name, shape in wanted.items():
+        found = checkpoint.tensors[name]
+        if found.shape != shape:
+            raise CheckpointError(
+                f"{found.file}: the tensor {name} has the shape {list(found.shape)} where config.json asks for "
+                f"{list(shape)}.",
+                "The config and the weights do not belong together.",
+            )
+        if found.dtype.kind not in "fV" or found.dtype.itemsize < 2:
+            raise CheckpointError(
+                f"{found.file}: the tensor {name} is of type {found.dtype}; weights must be bfloat16, float16, float32 "
+                "or float64.",
+                "Quantized checkpoints are not supported: use the original one.",
+            )
+    unused = (*UNUSED, "lm_head.weight") if architecture.tied else UNUSED
+    extra = [
+        name
+        for name in checkpoint.tensors
+        if name not in wanted and not any(fnmatchcase(name, pattern) for pattern in unused)
+    ]
+    if extra:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the model has no place for {_some(extra)}.",
+            "The config and the weights do not belong together, or this is another model.",
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    more = f" and {len(names) - 3} more are" if len(names) > 3 else (" are" if len(names) > 1 else " is")
+    return f"{'tensors' if len(names) > 1 else 'tensor'} {shown}{more}"

@@ -1,0 +1,100 @@
+"""The files beside the graphs: runtime and processor configs, model card, and what the checkpoint hands on whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vlpack.architectures import Architecture
+from vlpack.checkpoint import Checkpoint
+from vlpack.config import Section
+from vlpack.errors import CheckpointError
+from vlpack.package.genai_config import genai_config
+from vlpack.package.model_card import model_card
+from vlpack.package.processor_config import processor_config
+from vlpack.precision import Policy
+from vlpack.preprocess import ImageProcessor, PromptBuilder, Tokenizer
+from vlpack.safefile import locate
+
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "generation_config.json",
+)
+"""Files that go into the package whole, where the checkpoint has them."""
+
+
+def write_beside(
+    folder: Path,
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+    policy: Policy,
+    names: Mapping[str, str],
+    origin: Mapping[str, Any],
+) -> list[str]:
+    """Write everything but the graphs and the manifest.
+
+    Args:
+        folder: the package.
+        architecture: of the checkpoint.
+        checkpoint: whose tokenizer and settings go along.
+        policy: the precision policy.
+        names: part → file name of its graph.
+        origin: the source, as the manifest names it.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        CheckpointError: a setting, the tokenizer or the chat template is not usable.
+    """
+    for name in COPIED:
+        _copy(checkpoint, name, folder)
+    generation = checkpoint.json("generation_config.json") or {}
+    config = genai_config(architecture, names, policy.provider, Section(checkpoint.config), generation)
+    _write_json(folder / "genai_config.json", config)
+    if "vision" in names:
+        nested = (checkpoint.json("processor_config.json") or {}).get("image_processor")
+        if isinstance(nested, dict):  # transformers 5 keeps the settings there; that name is the runtime's here
+            _write_json(folder / "preprocessor_config.json", nested)
+        processor = ImageProcessor.from_folder(checkpoint.folder)
+        _write_json(folder / "processor_config.json", processor_config(architecture, processor))
+    card = model_card(origin, policy, config["model"]["type"], names)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if not (folder / "tokenizer.json").is_file():
+        return ["The checkpoint has no tokenizer.json, so the package runs on token ids only; `vlpack run` needs one."]
+    Tokenizer.from_folder(checkpoint.folder)
+    templates = ("chat_template.jinja", "chat_template.json")
+    in_config = (checkpoint.json("tokenizer_config.json") or {}).get("chat_template") is not None
+    if not in_config and not any((folder / name).is_file() for name in templates):
+        return ["The checkpoint has no chat template, so `vlpack run` will not work; the runtime itself needs none."]
+    # what is wrong with tokenizer or template is told now, not when the package is first used
+    image_token_id = architecture.vision.image_token_id if "vision" in names else None
+    PromptBuilder.from_folder(checkpoint.folder, image_token_id=image_token_id)
+    return []
+
+
+def _copy(checkpoint: Checkpoint, name: str, folder: Path) -> None:
+    """A file of the checkpoint into the package, where there is one; links that lead out of it are refused."""
+    target = locate(checkpoint.folder, name)
+    if target is None:
+        return
+    if not os.access(target, os.R_OK):
+        raise CheckpointError(f"{checkpoint.folder / name} cannot be read: permission denied.")
+    shutil.copyfile(target, folder / name)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
