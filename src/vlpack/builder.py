@@ -110,6 +110,11 @@ def build(
 
     with Checkpoint.open(found.folder) as checkpoint, output_folder(Path(output), force=force) as folder:
         architecture = architecture_of(checkpoint)
+        checkpoint.rename(architecture.renamed)
+        if architecture.vision is None and (part in ("vision", "embedding") or vision_precision):
+            raise OptionError(
+                f"{checkpoint.architecture} has no vision encoder.", "Leave --part and --vision-precision away."
+            )
         policy = make_policy(precision, execution_provider, quantization, architecture.text.num_hidden_layers)
         check_tensors(architecture, checkpoint, policy)
         graphs = {_filename(p, extra): trace(p, policy) for p in _parts(architecture, part, policy, extra)}
@@ -201,11 +206,10 @@ def _in_background(work: Callable[[], Any]) -> Future[Any]:
 
 def _parts(architecture: Architecture, part: str, policy: Policy, extra: ExtraOptions) -> list[Part]:
     options = GraphOptions(policy.ir_dtype, extra.prune_lm_head is not False)
-    if part == "text" and not extra.exclude_embeds:
-        return [architecture.text_part(options)]
+    if part == "text":
+        return [architecture.decoder_part(options) if extra.exclude_embeds else architecture.text_part(options)]
     parts = architecture.parts(options)
-    wanted = "decoder" if part == "text" else part
-    return [p for p in parts if wanted in ("all", p.name)]
+    return [p for p in parts if part in ("all", p.name)]
 
 
 def _filename(part: Part, extra: ExtraOptions) -> str:

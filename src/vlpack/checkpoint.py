@@ -86,6 +86,21 @@ class Checkpoint:
             )
         return names[0]
 
+    def rename(self, prefixes: Mapping[str, str]) -> None:
+        """Call tensors whose names begin with a key of ``prefixes`` by its value instead; files stay as they are.
+
+        Raises:
+            CheckpointError: two tensors would have one name.
+        """
+        renamed: dict[str, TensorInfo] = {}
+        for name, tensor in self.tensors.items():
+            old = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+            new = name if old is None else prefixes[old] + name[len(old) :]
+            if new in renamed:
+                raise CheckpointError(f"{self.folder} holds the tensor {quote(new)} under an old and a new name.")
+            renamed[new] = tensor
+        self.tensors = MappingProxyType(renamed)
+
     def json(self, name: str, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
         """Another JSON file of the folder, such as `generation_config.json`; None when there is none.
 

@@ -141,7 +141,7 @@ def show_inspection(description: dict[str, Any], *, as_json: bool) -> None:
 def _show_checkpoint(description: dict[str, Any]) -> None:
     for dtype, entry in description["dtypes"].items():
         out.print(f"{entry['tensors']} tensors of {dtype}, {size(entry['bytes'])}")
-    for name in ("text", "vision"):
+    for name in ("text", "vision") if description["vision"] else ("text",):
         out.print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in description[name].items()))
     out.print(f"head {'tied' if description['tied'] else 'untied'}, {description['deepstack_levels']} DeepStack levels")
     out.print("parts: " + ", ".join(description["parts"]))

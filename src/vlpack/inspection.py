@@ -104,7 +104,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         architecture = architecture_of(checkpoint)
         described["tied"] = architecture.tied
         described["text"] = vars(architecture.text)
-        described["vision"] = vars(architecture.vision)
+        described["vision"] = vars(architecture.vision) if architecture.vision else None
         described["deepstack_levels"] = architecture.deepstack.levels
         described["parts"] = [part.name for part in architecture.parts(GraphOptions())]
         return described

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from vlpack.architectures.base import Architecture, Part
+from vlpack.architectures.qwen2 import Qwen2
+from vlpack.architectures.qwen2_5_vl import Qwen25VL
+from vlpack.architectures.qwen2_vl import Qwen2VL
+from vlpack.architectures.qwen3 import Qwen3
 from vlpack.architectures.qwen3_vl import Qwen3VL
 from vlpack.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError
 
 ARCHITECTURES: dict[str, type[Architecture]] = {
     "Qwen3VLForConditionalGeneration": Qwen3VL,
+    "Qwen2_5_VLForConditionalGeneration": Qwen25VL,
+    "Qwen2VLForConditionalGeneration": Qwen2VL,
+    "Qwen3ForCausalLM": Qwen3,
+    "Qwen2ForCausalLM": Qwen2,
 }
 """Name in config.json's ``architectures`` → the class that builds it. A new family is one line here."""
 

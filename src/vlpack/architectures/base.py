@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 from onnxscript import nn
@@ -13,7 +13,11 @@ from onnxscript import nn
 from vlpack.config import Section
 from vlpack.deepstack import CHANNEL, SideChannel
 from vlpack.errors import CheckpointError
-from vlpack.layers.vision import patch_size, temporal_patch_size
+from vlpack.layers.embedding import ImageEmbedding
+from vlpack.layers.vision import patch_size, pixels_of, temporal_patch_size
+
+if TYPE_CHECKING:
+    from vlpack.architectures.text import TextDecoder
 
 INT64 = ir.DataType.INT64
 
@@ -94,6 +98,7 @@ class TextFacts:
 class VisionFacts:
     """What the runtime's image handling needs: patch sizes, and the ids of the tokens around and for an image."""
 
+    pixels: int
     patch_size: int
     temporal_patch_size: int
     spatial_merge_size: int
@@ -107,6 +112,7 @@ class VisionFacts:
     def read(cls, root: Section, vision: Section) -> VisionFacts:
         """From a config.json and its vision part; Qwen's ids where the config has none."""
         return cls(
+            pixels=pixels_of(vision),
             patch_size=patch_size(vision),
             temporal_patch_size=temporal_patch_size(vision),
             spatial_merge_size=vision.integer("spatial_merge_size", 2, high=16),
@@ -127,11 +133,12 @@ class Architecture(ABC):
     """… and of the decoder that embeds by itself."""
     normalize_flag: str = ""
     """The attribute of the image processor's Normalize step that makes it write this family's patch layout."""
-    text: TextFacts
-    vision: VisionFacts
+    renamed: Mapping[str, str] = {}
+    """Prefix of older checkpoints → today's, for tensors that were once named otherwise."""
+    decoder: TextDecoder
+    vision: VisionFacts | None = None
+    """None for a text model."""
     deepstack: SideChannel
-    tied: bool
-    """The head's weight is the embedding's."""
 
     @abstractmethod
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -141,13 +148,55 @@ class Architecture(ABC):
             CheckpointError: a value is missing or not supported.
         """
 
-    @abstractmethod
+    def vision_model(self, options: GraphOptions) -> nn.Module:
+        """The vision encoder: ``pixel_values``, ``image_grid_thw`` → ``image_features``."""
+        raise NotImplementedError
+
+    @property
+    def text(self) -> TextFacts:
+        """The decoder's sizes."""
+        return self.decoder.facts
+
+    @property
+    def tied(self) -> bool:
+        """The head's weight is the embedding's."""
+        return self.decoder.tied
+
     def parts(self, options: GraphOptions) -> list[Part]:
         """The graphs of the complete package, the decoder first."""
+        if self.vision is None:
+            return [self.text_part(options)]
+        tokens = [self.vision.image_token_id, self.vision.video_token_id]
+        embedding = ImageEmbedding(self.decoder.embed_tokens(), tokens, self.deepstack, options.dtype)
+        return [
+            self.decoder_part(options),
+            vision_part(self.vision_model(options), self.vision.pixels, self.deepstack, options),
+            embedding_part(embedding, self.deepstack, options),
+        ]
 
-    @abstractmethod
+    def decoder_part(self, options: GraphOptions) -> Part:
+        """The decoder that takes ``inputs_embeds`` and DeepStack's channel."""
+        module = self.decoder.causal_lm(options, self.deepstack)
+        return decoder_part("decoder", module, self.text, options, self.deepstack, self.decoder.position_axes)
+
     def text_part(self, options: GraphOptions) -> Part:
         """The decoder that takes ``input_ids`` and embeds them itself."""
+        module = self.decoder.causal_lm(options, None)
+        return decoder_part("text", module, self.text, options, None, self.decoder.position_axes)
+
+
+def output_width(vision: Section, name: str, text: TextFacts) -> int:
+    """The width of the vision encoder's features, which must be the decoder's.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    width = vision.integer(name, text.hidden_size)
+    if width != text.hidden_size:
+        raise CheckpointError(
+            f"{vision.where}: '{name}' is {width} and the decoder's hidden_size {text.hidden_size}; they must be equal."
+        )
+    return width
 
 
 def decoder_part(

@@ -11,35 +11,25 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from vlpack.architectures.base import (
-    Architecture,
-    GraphOptions,
-    Part,
-    TextFacts,
-    VisionFacts,
-    decoder_part,
-    embedding_part,
-    vision_part,
-)
+from vlpack.architectures.base import Architecture, GraphOptions, VisionFacts, output_width
+from vlpack.architectures.text import TextDecoder
 from vlpack.config import Section
 from vlpack.deepstack import SideChannel
 from vlpack.errors import CheckpointError
 from vlpack.layers import ops
-from vlpack.layers.attention import Attention
-from vlpack.layers.decoder import CausalLM, DecoderLayer, TextModel
-from vlpack.layers.embedding import ImageEmbedding
 from vlpack.layers.linear import Embedding, Linear
-from vlpack.layers.mlp import ACTIVATIONS, GatedMLP, VisionMLP, activation
+from vlpack.layers.mlp import ACTIVATIONS, VisionMLP, activation
 from vlpack.layers.norm import LayerNorm
-from vlpack.layers.rope import Rope, angles_from_positions, interleaved_axes, inverse_frequencies, rope_section
+from vlpack.layers.rope import Rope, interleaved_axes
 from vlpack.layers.vision import (
     PatchEmbed,
     VisionAttention,
     axial_rope,
+    axial_theta,
     bilinear_taps,
+    check_heads,
     frames_of,
     patch_places,
-    pixels_of,
 )
 
 LAYER_NORM_EPS = 1e-6
@@ -92,14 +82,10 @@ class VisionModel(nn.Module):
 
     def __init__(self, config: Section, dtype: ir.DataType, deepstack: SideChannel) -> None:
         super().__init__(VISION)
-        size, heads = config.integer("hidden_size", high=1 << 16), config.integer("num_heads", high=1 << 10)
-        if size % (heads * 4):
-            raise CheckpointError(f"{config.where}: hidden_size {size} is not a multiple of 4 · num_heads ({heads}).")
+        size, heads = check_heads(config, "hidden_size")
         self.size, self.heads, self.dtype, self.deepstack = size, heads, dtype, deepstack
         self.merge = config.integer("spatial_merge_size", high=16)
-        rope = config.section("rope_parameters", required=False)
-        rope.choice("rope_type", ["axial"], "axial")
-        self.theta = rope.number("rope_theta", 10000.0)
+        self.theta = axial_theta(config)
 
         positions, out = config.integer("num_position_embeddings", high=1 << 24), config.integer("out_hidden_size")
         act, intermediate = config.choice("hidden_act", ACTIVATIONS), config.integer("intermediate_size", high=1 << 20)
@@ -154,66 +140,21 @@ class Qwen3VL(Architecture):
     def __init__(self, config: Mapping[str, Any]) -> None:
         root = Section(config)
         text, self.vision_config = root.section("text_config"), root.section("vision_config")
-        self.tied = root.flag("tie_word_embeddings", text.flag("tie_word_embeddings", False))
-        self.text_config, self.text = text, TextFacts.read(text)
-        self.hidden_act = text.choice("hidden_act", ACTIVATIONS, "silu")
-        self.eps = text.number("rms_norm_eps", 1e-6)
-        rope = rope_section(text)
-        self.theta = rope.number("rope_theta", text.number("rope_theta", 500000.0))
-        self.sections = rope.integers("mrope_section", [24, 20, 20])
-        if len(self.sections) != 3 or sum(self.sections) != self.text.head_size // 2:
-            raise CheckpointError(
-                f"{rope.where}: mrope_section {self.sections} must be three numbers whose sum is half of head_dim "
-                f"({self.text.head_size})."
-            )
-        out = self.vision_config.integer("out_hidden_size")
-        if out != self.text.hidden_size:
-            raise CheckpointError(
-                f"config.json: vision_config.out_hidden_size is {out} and text_config.hidden_size "
-                f"{self.text.hidden_size}; they must be equal."
-            )
-        self.deepstack = SideChannel(len(deepstack_indexes(self.vision_config)), out)
-        self.vision = VisionFacts.read(root, self.vision_config)
-
-    def parts(self, options: GraphOptions) -> list[Part]:
-        vision = VisionModel(self.vision_config, options.dtype, self.deepstack)
-        tokens = [self.vision.image_token_id, self.vision.video_token_id]
-        embedding = ImageEmbedding(self._embed_tokens(), tokens, self.deepstack, options.dtype)
-        decoder = self._decoder(options, self.deepstack, None)
-        return [
-            decoder_part("decoder", decoder, self.text, options, self.deepstack, position_axes=3),
-            vision_part(vision, pixels_of(self.vision_config), self.deepstack, options),
-            embedding_part(embedding, self.deepstack, options),
-        ]
-
-    def text_part(self, options: GraphOptions) -> Part:
-        decoder = self._decoder(options, None, self._embed_tokens())
-        return decoder_part("text", decoder, self.text, options, None, position_axes=3)
-
-    def _embed_tokens(self) -> Embedding:
-        return Embedding(self.text.vocab_size, self.text.hidden_size, name=f"{TEXT}.embed_tokens")
-
-    def _decoder(self, options: GraphOptions, deepstack: SideChannel | None, embed: Embedding | None) -> CausalLM:
-        size, eps = self.text.hidden_size, self.eps
-        bias = self.text_config.flag("attention_bias", False)
-        heads, kv_heads, head_dim = self.text.num_attention_heads, self.text.num_key_value_heads, self.text.head_size
-        layers = [
-            DecoderLayer(
-                Attention(size, heads, kv_heads, head_dim, qkv_bias=bias, o_bias=bias, qk_norm_eps=eps),
-                GatedMLP(size, self.text_config.integer("intermediate_size"), self.hidden_act),
-                size,
-                eps,
-            )
-            for _ in range(self.text.num_hidden_layers)
-        ]
-        head = Linear(size, self.text.vocab_size, tied_to=f"{TEXT}.embed_tokens.weight" if self.tied else None)
-        axes, frequencies = interleaved_axes(self.sections), inverse_frequencies(head_dim, self.theta)
-        return CausalLM(
-            TextModel(layers, size, eps, TEXT),
-            head,
-            lambda op, position_ids: angles_from_positions(op, position_ids, axes, frequencies),
-            options.dtype,
-            options.last_logits,
-            deepstack,
-            embed,
+        bias = text.flag("attention_bias", False)
+        self.decoder = TextDecoder.read(
+            root,
+            text,
+            prefix=TEXT,
+            qk_norm=True,
+            qkv_bias=bias,
+            o_bias=bias,
+            theta=500000.0,
+            weave=interleaved_axes,
+            sections=(24, 20, 20),
         )
+        self.vision = VisionFacts.read(root, self.vision_config)
+        out = output_width(self.vision_config, "out_hidden_size", self.text)
+        self.deepstack = SideChannel(len(deepstack_indexes(self.vision_config)), out)
+
+    def vision_model(self, options: GraphOptions) -> nn.Module:
+        return VisionModel(self.vision_config, options.dtype, self.deepstack)

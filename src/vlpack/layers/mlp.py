@@ -28,11 +28,11 @@ def activation(op: OpBuilder, x: ir.Value, name: str) -> ir.Value:
 class GatedMLP(nn.Module):
     """``down(act(gate(x)) · up(x))``: SwiGLU (Shazeer 2020, arXiv:2002.05202) where ``act`` is SiLU."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, bias: bool = False) -> None:
         super().__init__()
         stacked = [("gate_proj", intermediate_size), ("up_proj", intermediate_size)]
-        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, stacked=stacked)
-        self.down_proj = Linear(intermediate_size, hidden_size)
+        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=bias, stacked=stacked)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
         self.hidden_act = hidden_act
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:

@@ -109,9 +109,17 @@ def rotary(op: OpBuilder, x: ir.Value, rows: ir.Value, cos: ir.Value, sin: ir.Va
     return typed(y, dtype_of(x), shape_of(x))
 
 
-def multi_head_attention(op: OpBuilder, q: ir.Value, k: ir.Value, v: ir.Value, num_heads: int) -> ir.Value:
-    """Unmasked attention over ``[B, S, heads · D]``; the scale is ``1 / sqrt(D)``."""
-    y = microsoft(op).MultiHeadAttention(q, k, v, num_heads=num_heads)
+def multi_head_attention(
+    op: OpBuilder,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    num_heads: int,
+    key_padding_mask: ir.Value | None = None,
+) -> ir.Value:
+    """Attention over ``[B, S, heads · D]``, scale ``1 / sqrt(D)``; ``key_padding_mask`` int32 [B, S] is 1 for keys."""
+    masks = [] if key_padding_mask is None else [None, key_padding_mask]
+    y = microsoft(op).MultiHeadAttention(q, k, v, *masks, num_heads=num_heads)
     return typed(y, dtype_of(q), shape_of(q))
 
 

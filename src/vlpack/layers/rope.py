@@ -7,7 +7,8 @@ Qwen2.x-VL (chunked), t h w t h w … in Qwen3-VL (interleaved). Source: Su et a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,35 +49,102 @@ def chunked_axes(sections: Sequence[int]) -> np.ndarray:
     return np.repeat(np.arange(len(sections)), sections)
 
 
-def rope_section(text: Section) -> Section:
-    """The rotary settings under either of their names: ``rope_parameters`` (transformers 5) or ``rope_scaling`` (4).
+class Frequencies(NamedTuple):
+    """What turns a position into angles."""
+
+    inverse: np.ndarray  # float32 [D / 2]
+    axis_of: np.ndarray  # int64 [D / 2]: which row of the positions turns each frequency
+    scaling: float  # of cosine and sine; 1 but in YaRN
+
+
+Weave = Callable[[Sequence[int]], np.ndarray]
+"""M-RoPE's sections → the axis of each frequency."""
+
+
+def read_frequencies(
+    text: Section, head_dim: int, theta: float, weave: Weave | None, sections: Sequence[int]
+) -> Frequencies:
+    """The rotary settings of a config, under either of their names: ``rope_parameters`` (transformers 5) or
+    ``rope_scaling`` (4).
+
+    Args:
+        text: the decoder's part of the config.
+        head_dim: of its attention.
+        theta: where the config has none.
+        weave: how M-RoPE's axes share the frequencies; None for plain positions.
+        sections: of M-RoPE, where the config has none.
 
     Raises:
-        CheckpointError: a scaling that is not supported.
+        CheckpointError: a kind of scaling that is not supported, or sections that do not fit.
     """
-    name = "rope_parameters" if "rope_parameters" in text else "rope_scaling"
-    rope = text.section(name, required=False)
+    rope = text.section("rope_parameters" if "rope_parameters" in text else "rope_scaling", required=False)
+    theta = rope.number("rope_theta", text.number("rope_theta", theta))
+    axis_of = np.zeros(head_dim // 2, np.int64)
+    if weave is not None:
+        sections = rope.integers("mrope_section", sections)
+        if len(sections) != 3 or sum(sections) != head_dim // 2:
+            raise CheckpointError(
+                f"{rope.where}: mrope_section {list(sections)} must be three numbers whose sum is half of head_dim "
+                f"({head_dim})."
+            )
+        axis_of = weave(sections)
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
-    # the first Qwen2-VL checkpoints call plain M-RoPE "mrope"
-    if kind not in ("default", "mrope"):
-        raise CheckpointError(
-            f"{rope.where}: rope_type '{kind}' is not supported; vlpack would compute wrong positions.",
-            "Use a checkpoint with rope_type 'default'.",
-        )
-    return rope
+    if kind in ("default", "mrope"):  # the first Qwen2-VL checkpoints call plain M-RoPE "mrope"
+        return Frequencies(inverse_frequencies(head_dim, theta), axis_of, 1.0)
+    if kind == "yarn":
+        inverse, scaling = _yarn(rope, text, head_dim, theta)
+        return Frequencies(inverse, axis_of, scaling)
+    raise CheckpointError(
+        f"{rope.where}: rope_type '{kind}' is not supported; vlpack would compute wrong positions.",
+        "Supported: default and yarn.",
+    )
 
 
-def angles_from_positions(op: OpBuilder, position_ids: ir.Value, axis_of: np.ndarray, inv_freq: np.ndarray) -> Rope:
-    """Angles of ``position_ids`` int64 [axes, B, S]."""
+def angles_from_positions(op: OpBuilder, position_ids: ir.Value, frequencies: Frequencies) -> Rope:
+    """Angles of ``position_ids`` int64 [axes, B, S] or [B, S]."""
     positions = ops.cast(op, position_ids, ops.FLOAT)
-    by_frequency = op.Gather(positions, ops.constant(op, axis_of, np.int64), axis=0)  # [D/2, B, S]
-    angles = op.Mul(op.Transpose(by_frequency, perm=[1, 2, 0]), ops.constant(op, inv_freq))  # [B, S, D/2]
-    shape = op.Shape(position_ids, start=1)  # B, S
+    if len(ops.shape_of(position_ids)) == 2:
+        positions = op.Unsqueeze(positions, [2])  # [B, S, 1]
+    else:
+        by_frequency = op.Gather(positions, ops.constant(op, frequencies.axis_of, np.int64), axis=0)  # [D/2, B, S]
+        positions = op.Transpose(by_frequency, perm=[1, 2, 0])
+    angles = op.Mul(positions, ops.constant(op, frequencies.inverse))  # [B, S, D/2]
+    shape = op.Shape(position_ids, start=-2)  # B, S
     count = op.ReduceProd(shape, keepdims=0)
     rows = ops.typed(op.Reshape(op.Range(0, count, 1), shape), ops.INT64, ["batch_size", "sequence_length"])
-    return tables(op, op.Reshape(angles, [-1, len(inv_freq)]), rows)
+    return tables(op, op.Reshape(angles, [-1, len(frequencies.inverse)]), rows, frequencies.scaling)
 
 
-def tables(op: OpBuilder, angles: ir.Value, rows: ir.Value) -> Rope:
-    """Cosine and sine of ``angles`` [rows, D / 2], in fp32."""
-    return Rope(op.Cos(angles), op.Sin(angles), rows)
+def _yarn(rope: Section, text: Section, head_dim: int, theta: float) -> tuple[np.ndarray, float]:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071): slow frequencies are interpolated, fast ones kept, a ramp between.
+
+    Source: ``_compute_yarn_parameters`` of transformers' ``modeling_rope_utils.py``.
+    """
+    trained = rope.integer("original_max_position_embeddings", text.integer("max_position_embeddings", 32768))
+    factor = rope.number("factor")
+    for name in ("mscale", "mscale_all_dim", "partial_rotary_factor"):
+        if name in rope:
+            raise CheckpointError(f"{rope.where}: '{name}' is not supported.")
+
+    def dimension(rotations: float) -> float:
+        """The frequency that turns so many times over the trained length."""
+        return head_dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(rope.number("beta_fast", 32.0)), dimension(rope.number("beta_slow", 1.0))
+    if rope.flag("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    steps = np.arange(head_dim // 2, dtype=np.float32)
+    ramp = np.clip((steps - low) / max(high - low, 0.001), 0, 1).astype(np.float32)
+    kept = inverse_frequencies(head_dim, theta)
+    inverse = (kept / np.float32(factor) * ramp + kept * (1 - ramp)).astype(np.float32)
+    scaling = rope.number("attention_factor", 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+    return inverse, scaling
+
+
+def tables(op: OpBuilder, angles: ir.Value, rows: ir.Value, scaling: float = 1.0) -> Rope:
+    """Cosine and sine of ``angles`` [rows, D / 2], in fp32, times ``scaling``."""
+    cos, sin = op.Cos(angles), op.Sin(angles)
+    if scaling != 1.0:
+        cos, sin = op.Mul(cos, scaling), op.Mul(sin, scaling)
+    return Rope(cos, sin, rows)

@@ -49,6 +49,25 @@ def pixels_of(config: Section) -> int:
     return int(np.prod(kernel_of(config)))
 
 
+def check_heads(config: Section, size_name: str) -> tuple[int, int]:
+    """The encoder's width and heads; every head's half is turned by rows and half by columns.
+
+    Raises:
+        CheckpointError: the width cannot be shared out so.
+    """
+    size, heads = config.integer(size_name, high=1 << 16), config.integer("num_heads", high=1 << 10)
+    if size % (heads * 4):
+        raise CheckpointError(f"{config.where}: {size_name} {size} is not a multiple of 4 · num_heads ({heads}).")
+    return size, heads
+
+
+def axial_theta(config: Section) -> float:
+    """Theta of the encoder's rotary embedding; configs of transformers 4 leave it away."""
+    rope = config.section("rope_parameters", required=False)
+    rope.choice("rope_type", ["axial"], "axial")
+    return rope.number("rope_theta", 10000.0)
+
+
 class PatchEmbed(nn.Module):
     """A convolution whose stride is its kernel, which is a linear layer on flattened patches: [N, C·T·p·p] → [N, H]."""
 
@@ -116,8 +135,55 @@ def axial_rope(op: OpBuilder, places: Patches, frames: ir.Value, head_dim: int, 
     return tables(op, angles, op.Reshape(op.Range(0, count, 1), frames))
 
 
+class Windows(NamedTuple):
+    """Squares of patches that attend among themselves; those at the edges have empty slots."""
+
+    slot_of_patch: ir.Value  # int64 [frames, patches]
+    patch_of_slot: ir.Value  # int64 [windows, slots]; the number of patches where a slot is empty
+    is_patch: ir.Value  # int32 [windows, slots]
+
+    def gather(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        """``[frames, patches, H] → [windows, slots, H]``, zeros in empty slots."""
+        size = ops.shape_of(x)[-1]
+        rows = op.Pad(op.Reshape(x, [-1, size]), [0, 0, 1, 0])
+        return ops.typed(op.Gather(rows, self.patch_of_slot, axis=0), ops.dtype_of(x), ["windows", "slots", size])
+
+    def scatter(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        """``[windows, slots, H] → [frames, patches, H]``."""
+        size = ops.shape_of(x)[-1]
+        y = op.Gather(op.Reshape(x, [-1, size]), self.slot_of_patch, axis=0)
+        return ops.typed(y, ops.dtype_of(x), ["frames", "patches_per_frame", size])
+
+
+def windows_of(op: OpBuilder, places: Patches, frames: ir.Value, side: int) -> Windows:
+    """Windows of ``side · side`` patches, counted from the top left corner of every frame.
+
+    Source: transformers' ``get_vision_window_index``, which reorders the patches; attention does not care for their
+    order, so here they are only gathered for it.
+    """
+
+    def across(size: ir.Value) -> ir.Value:
+        return op.Div(op.Add(size, side - 1), side)
+
+    slots = side * side
+    per_row = across(places.width)  # [N]
+    per_frame = op.ReduceMax(op.Mul(per_row, across(places.height)), keepdims=0)
+    patch = op.Range(0, op.ReduceProd(frames, keepdims=0), 1)  # [N]
+    frame = op.Div(patch, op.Gather(frames, 1))
+    window = op.Add(
+        op.Mul(frame, per_frame), op.Add(op.Mul(op.Div(places.row, side), per_row), op.Div(places.column, side))
+    )
+    inside = op.Add(op.Mul(op.Mod(places.row, side), side), op.Mod(places.column, side))
+    slot = op.Add(op.Mul(window, slots), inside)  # [N]
+    count = op.Mul(op.Mul(op.Gather(frames, 0), per_frame), slots)
+    empty = op.Expand(op.Size(patch), op.Unsqueeze(count, [0]))
+    patch_of_slot = op.Reshape(op.ScatterElements(empty, slot, patch, axis=0), [-1, slots])
+    is_patch = op.Cast(op.Less(patch_of_slot, op.Size(patch)), to=ops.INT32)
+    return Windows(op.Reshape(slot, frames), patch_of_slot, is_patch)
+
+
 class VisionAttention(nn.Module):
-    """Full attention among the patches of one frame; ``x [frames, patches, H]``."""
+    """Attention among the patches of one frame, or of one window of it; ``x [frames, patches, H]``."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -125,14 +191,18 @@ class VisionAttention(nn.Module):
         self.qkv = Linear(hidden_size, 3 * hidden_size, bias=True)
         self.proj = Linear(hidden_size, hidden_size, bias=True)
 
-    def forward(self, op: OpBuilder, x: ir.Value, rope: Rope) -> ir.Value:
+    def forward(self, op: OpBuilder, x: ir.Value, rope: Rope, windows: Windows | None = None) -> ir.Value:
         qkv = self.qkv(op, x)
         q, k, v = op.Split(qkv, axis=-1, num_outputs=3, _outputs=3)
         q, k = (
             ops.cast(op, ops.rotary(op, ops.cast(op, t, ops.FLOAT), rope.rows, rope.cos, rope.sin, self.heads), v.dtype)
             for t in (q, k)
         )
-        return self.proj(op, ops.multi_head_attention(op, q, k, v, self.heads))
+        if windows is None:
+            return self.proj(op, ops.multi_head_attention(op, q, k, v, self.heads))
+        q, k, v = (windows.gather(op, t) for t in (q, k, v))
+        y = ops.multi_head_attention(op, q, k, v, self.heads, windows.is_patch)
+        return self.proj(op, windows.scatter(op, y))
 
 
 def bilinear_taps(op: OpBuilder, index: ir.Value, size: ir.Value, side: int) -> list[tuple[ir.Value, ir.Value]]:

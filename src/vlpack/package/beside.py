@@ -81,7 +81,7 @@ def write_beside(
     if not in_config and not any((folder / name).is_file() for name in templates):
         return ["The checkpoint has no chat template, so `vlpack run` will not work; the runtime itself needs none."]
     # what is wrong with tokenizer or template is told now, not when the package is first used
-    image_token_id = architecture.vision.image_token_id if "vision" in names else None
+    image_token_id = architecture.vision.image_token_id if architecture.vision and "vision" in names else None
     PromptBuilder.from_folder(checkpoint.folder, image_token_id=image_token_id)
     return []
 

@@ -48,7 +48,7 @@ def genai_config(
             "inputs": {"input_ids": "input_ids", "image_features": "image_features"},
             "outputs": {"inputs_embeds": "inputs_embeds", **architecture.deepstack.genai_names()},
         }
-    if "text" not in files:
+    if "text" not in files and architecture.vision is not None:
         facts = architecture.vision
         if max(facts.image_token_id, facts.video_token_id, facts.vision_start_token_id) >= architecture.text.vocab_size:
             raise CheckpointError(f"{config.where}: an image or video token's id is not within the vocabulary.")
@@ -91,6 +91,7 @@ def _decoder(architecture: Architecture, files: Mapping[str, str], session: dict
 
 def _vision(architecture: Architecture, filename: str, session: dict[str, Any]) -> dict[str, Any]:
     facts = architecture.vision
+    assert facts is not None, "a package with a vision graph has a vision encoder"
     return {
         "session_options": session,
         "filename": filename,

@@ -21,6 +21,7 @@ def processor_config(architecture: Architecture, processor: ImageProcessor) -> d
     """
     merge, patch = processor.merge_size, processor.patch_size
     facts = architecture.vision
+    assert facts is not None, "a package with a vision graph has a vision encoder"
     for name, found, wanted in (
         ("patch_size", patch, facts.patch_size),
         ("temporal_patch_size", processor.temporal_patch_size, facts.temporal_patch_size),

@@ -1,0 +1,24 @@
+"""Qwen2 and Qwen2.5: a text decoder with biases on q, k and v. Source: transformers' ``modeling_qwen2.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlpack.architectures.base import Architecture
+from vlpack.architectures.text import TextDecoder
+from vlpack.config import Section
+from vlpack.deepstack import SideChannel
+
+
+class Qwen2(Architecture):
+    """``Qwen2ForCausalLM``: Qwen2, Qwen2.5 and whatever else has this shape."""
+
+    genai_type = genai_text_type = "qwen2"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        root = Section(config)
+        self.decoder = TextDecoder.read(
+            root, root, prefix="model", qk_norm=False, qkv_bias=True, o_bias=False, theta=10000.0
+        )
+        self.deepstack = SideChannel(0, self.text.hidden_size)

@@ -1,0 +1,90 @@
+"""Qwen2.5-VL: Qwen2-VL's decoder, and a vision encoder with RMS norms, SwiGLU and attention within windows.
+
+Source: Bai et al. 2025 (arXiv:2502.13923); transformers' ``modeling_qwen2_5_vl.py``.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnxscript import OpBuilder, nn
+
+from vlpack.architectures.base import GraphOptions
+from vlpack.architectures.qwen2_vl import NORM_EPS, PatchMerger, Qwen2VL
+from vlpack.config import Section
+from vlpack.errors import CheckpointError
+from vlpack.layers import ops
+from vlpack.layers.mlp import ACTIVATIONS, GatedMLP
+from vlpack.layers.norm import RMSNorm
+from vlpack.layers.rope import Rope
+from vlpack.layers.vision import (
+    PatchEmbed,
+    VisionAttention,
+    Windows,
+    axial_rope,
+    axial_theta,
+    check_heads,
+    frames_of,
+    patch_places,
+    patch_size,
+    windows_of,
+)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and gated MLP; the residual stream ``x [frames, patches, H]`` stays in fp32."""
+
+    def __init__(self, size: int, heads: int, intermediate: int, hidden_act: str) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(size, NORM_EPS)
+        self.norm2 = RMSNorm(size, NORM_EPS)
+        self.attn = VisionAttention(size, heads)
+        self.mlp = GatedMLP(size, intermediate, hidden_act, bias=True)
+
+    def forward(self, op: OpBuilder, x: ir.Value, rope: Rope, windows: Windows | None) -> ir.Value:
+        x = op.Add(x, ops.cast(op, self.attn(op, self.norm1(op, x), rope, windows), ops.FLOAT))
+        return op.Add(x, ops.cast(op, self.mlp(op, self.norm2(op, x)), ops.FLOAT))
+
+
+class VisionModel(nn.Module):
+    """``pixel_values [N, C·T·p·p]``, ``image_grid_thw [images, 3]`` → ``image_features [tokens, H]``."""
+
+    def __init__(self, config: Section, out: int, dtype: ir.DataType) -> None:
+        super().__init__("model.visual")
+        self.size, self.heads = check_heads(config, "hidden_size")
+        self.dtype, self.theta = dtype, axial_theta(config)
+        self.merge = config.integer("spatial_merge_size", 2, high=16)
+        depth, intermediate = config.integer("depth", high=1024), config.integer("intermediate_size")
+        self.full = config.integers("fullatt_block_indexes", [7, 15, 23, 31], high=1024)
+        self.window = window_side(config, self.merge)
+        act = config.choice("hidden_act", ACTIVATIONS, "silu")
+        self.patch_embed = PatchEmbed(config, self.size, bias=False)
+        self.blocks = nn.ModuleList([Block(self.size, self.heads, intermediate, act) for _ in range(depth)])
+        self.merger = PatchMerger(RMSNorm(self.size, NORM_EPS), self.size, self.merge, out)
+
+    def forward(self, op: OpBuilder, pixel_values: ir.Value, image_grid_thw: ir.Value) -> list[ir.Value]:
+        places = patch_places(op, image_grid_thw, self.merge)
+        frames = frames_of(op, image_grid_thw)
+        rope = axial_rope(op, places, frames, self.size // self.heads, self.theta)
+        windows = windows_of(op, places, frames, self.window)
+        x = op.Reshape(self.patch_embed(op, pixel_values), op.Concat(frames, [self.size], axis=0))
+        x = ops.typed(x, ops.FLOAT, ["frames", "patches_per_frame", self.size])
+        for index, block in enumerate(self.blocks):
+            x = block(op, x, rope, None if index in self.full else windows)
+        return [ops.cast(op, self.merger(op, x), self.dtype)]
+
+
+def window_side(config: Section, merge: int) -> int:
+    """Side of a window in patches: a whole number of merged tokens."""
+    side = config.integer("window_size", 112, high=1 << 16) // merge // patch_size(config) * merge
+    if side < merge:
+        raise CheckpointError(f"{config.where}: window_size is smaller than one token.")
+    return side
+
+
+class Qwen25VL(Qwen2VL):
+    """``Qwen2_5_VLForConditionalGeneration``: 3B, 7B, 32B, 72B."""
+
+    vision_width = "out_hidden_size"
+
+    def vision_model(self, options: GraphOptions) -> nn.Module:
+        return VisionModel(self.vision_config, self.width, options.dtype)

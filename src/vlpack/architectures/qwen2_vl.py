@@ -1,0 +1,153 @@
+"""Qwen2-VL: Qwen2's decoder with chunked M-RoPE, and a vision encoder with layer norms and quick GELU.
+
+Source: Wang et al. 2024 (arXiv:2409.12191); transformers' ``modeling_qwen2_vl.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript import OpBuilder, nn
+
+from vlpack.architectures.base import Architecture, GraphOptions, VisionFacts, output_width
+from vlpack.architectures.text import TextDecoder
+from vlpack.config import Section
+from vlpack.deepstack import SideChannel
+from vlpack.layers import ops
+from vlpack.layers.linear import Linear
+from vlpack.layers.mlp import ACTIVATIONS, activation
+from vlpack.layers.norm import LayerNorm, RMSNorm
+from vlpack.layers.rope import Rope, chunked_axes
+from vlpack.layers.vision import (
+    PatchEmbed,
+    VisionAttention,
+    axial_rope,
+    axial_theta,
+    check_heads,
+    frames_of,
+    patch_places,
+)
+
+NORM_EPS = 1e-6
+"""Of the vision encoder; not in the config."""
+
+RENAMED = {"visual.": "model.visual.", "model.layers.": "model.language_model.layers."} | {
+    f"model.{name}.": f"model.language_model.{name}." for name in ("embed_tokens", "norm")
+}
+"""Names of the Hub's checkpoints, which are older than transformers' nested ones."""
+
+
+class MLP(nn.Module):
+    """``fc2(act(fc1(x)))`` with biases."""
+
+    def __init__(self, size: int, intermediate: int, hidden_act: str) -> None:
+        super().__init__()
+        self.fc1 = Linear(size, intermediate, bias=True)
+        self.fc2 = Linear(intermediate, size, bias=True)
+        self.hidden_act = hidden_act
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        return self.fc2(op, activation(op, self.fc1(op, x), self.hidden_act))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP; the residual stream ``x [frames, patches, H]`` stays in fp32."""
+
+    def __init__(self, size: int, heads: int, intermediate: int, hidden_act: str) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(size, NORM_EPS)
+        self.norm2 = LayerNorm(size, NORM_EPS)
+        self.attn = VisionAttention(size, heads)
+        self.mlp = MLP(size, intermediate, hidden_act)
+
+    def forward(self, op: OpBuilder, x: ir.Value, rope: Rope) -> ir.Value:
+        x = op.Add(x, ops.cast(op, self.attn(op, self.norm1(op, x), rope), ops.FLOAT))
+        return op.Add(x, ops.cast(op, self.mlp(op, self.norm2(op, x)), ops.FLOAT))
+
+
+class MergerMLP(nn.Module):
+    """Two layers with an exact GELU between; their names are their places in the reference's sequence."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        setattr(self, "0", Linear(width, width, bias=True))
+        setattr(self, "2", Linear(width, out, bias=True))
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        first, second = self.children()
+        return second(op, activation(op, first(op, x), "gelu"))
+
+
+class PatchMerger(nn.Module):
+    """``m · m`` neighbouring patches to one token of the decoder's width, ``[frames, patches, H] → [tokens, out]``."""
+
+    def __init__(self, norm: LayerNorm | RMSNorm, size: int, merge: int, out: int) -> None:
+        super().__init__()
+        self.ln_q = norm
+        self.width = size * merge * merge
+        self.mlp = MergerMLP(self.width, out)
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        return self.mlp(op, op.Reshape(self.ln_q(op, x), [-1, self.width]))
+
+
+class VisionModel(nn.Module):
+    """``pixel_values [N, C·T·p·p]``, ``image_grid_thw [images, 3]`` → ``image_features [tokens, H]``."""
+
+    def __init__(self, config: Section, out: int, dtype: ir.DataType) -> None:
+        super().__init__("model.visual")
+        self.size, self.heads = check_heads(config, "embed_dim")
+        self.dtype, self.theta = dtype, axial_theta(config)
+        self.merge = config.integer("spatial_merge_size", 2, high=16)
+        intermediate = self.size * config.integer("mlp_ratio", 4, high=64)
+        act = config.choice("hidden_act", ACTIVATIONS, "quick_gelu")
+        self.patch_embed = PatchEmbed(config, self.size, bias=False)
+        depth = config.integer("depth", high=1024)
+        self.blocks = nn.ModuleList([Block(self.size, self.heads, intermediate, act) for _ in range(depth)])
+        self.merger = PatchMerger(LayerNorm(self.size, NORM_EPS), self.size, self.merge, out)
+
+    def forward(self, op: OpBuilder, pixel_values: ir.Value, image_grid_thw: ir.Value) -> list[ir.Value]:
+        places = patch_places(op, image_grid_thw, self.merge)
+        frames = frames_of(op, image_grid_thw)
+        rope = axial_rope(op, places, frames, self.size // self.heads, self.theta)
+        x = op.Reshape(self.patch_embed(op, pixel_values), op.Concat(frames, [self.size], axis=0))
+        x = ops.typed(x, ops.FLOAT, ["frames", "patches_per_frame", self.size])
+        for block in self.blocks:
+            x = block(op, x, rope)
+        return [ops.cast(op, self.merger(op, x), self.dtype)]
+
+
+class Qwen2VL(Architecture):
+    """``Qwen2VLForConditionalGeneration``: 2B, 7B, 72B."""
+
+    # the runtime refuses the type qwen2_vl; images go in and come out as in its successor
+    genai_type = "qwen2_5_vl"
+    genai_text_type = "qwen2_5_vl_text"
+    normalize_flag = "qwen2_5_vl"
+    renamed = RENAMED
+    vision_width = "hidden_size"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        root = Section(config)
+        # the Hub's configs keep the decoder's settings at the top
+        text = root.section("text_config") if "text_config" in root else root
+        self.vision_config = root.section("vision_config")
+        self.decoder = TextDecoder.read(
+            root,
+            text,
+            prefix="model.language_model",
+            qk_norm=False,
+            qkv_bias=True,
+            o_bias=False,
+            theta=1000000.0,
+            weave=chunked_axes,
+            sections=(16, 24, 24),
+        )
+        self.vision = VisionFacts.read(root, self.vision_config)
+        self.width = output_width(self.vision_config, self.vision_width, self.text)
+        self.deepstack = SideChannel(0, self.width)
+
+    def vision_model(self, options: GraphOptions) -> nn.Module:
+        return VisionModel(self.vision_config, self.width, options.dtype)

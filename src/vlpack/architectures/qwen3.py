@@ -1,0 +1,25 @@
+"""Qwen3: a text decoder with q/k norms. Source: transformers' ``modeling_qwen3.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlpack.architectures.base import Architecture
+from vlpack.architectures.text import TextDecoder
+from vlpack.config import Section
+from vlpack.deepstack import SideChannel
+
+
+class Qwen3(Architecture):
+    """``Qwen3ForCausalLM``: 0.6B to 32B."""
+
+    genai_type = genai_text_type = "qwen3"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        root = Section(config)
+        bias = root.flag("attention_bias", False)
+        self.decoder = TextDecoder.read(
+            root, root, prefix="model", qk_norm=True, qkv_bias=bias, o_bias=bias, theta=10000.0
+        )
+        self.deepstack = SideChannel(0, self.text.hidden_size)
