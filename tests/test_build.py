@@ -21,7 +21,7 @@ import pytest
 from samples import DIGITS, EMBEDDING, IMAGES, READ, Tensor, content, copy_digits, edit_json, edit_tensors, floats
 from vlpack import datafile
 from vlpack.builder import build
-from vlpack.errors import OptionError
+from vlpack.errors import CheckpointError, OptionError
 from vlpack.runtime import Model, Sampling
 
 RANDOM_HASHES = "import sys; from vlpack.builder import build; build(*sys.argv[1:3], threads=int(sys.argv[3]))"
@@ -106,11 +106,19 @@ def options(*pairs: str) -> Any:
 
 
 def test_a_tied_checkpoint_that_holds_its_head_too(source: Path, tmp_path: Path) -> None:
-    # transformers 4 wrote it in some versions; its values do not count
-    zeros = Tensor("BF16", (2176, 256), bytes(2 * 2176 * 256))
-    edit_tensors(source, lambda tensors: tensors.update({"lm_head.weight": zeros}))
+    # transformers 4 wrote it in some versions; where it is another matrix, its releases disagree on what counts
+    edit_tensors(source, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING]}))
     build(source, tmp_path / "package")
     assert read(tmp_path / "package") == "3\n5"
+    last_row_zero = 2 * (2176 - 1) * 256
+
+    def differ(tensors: dict[str, Tensor]) -> None:
+        head = tensors["lm_head.weight"]
+        tensors["lm_head.weight"] = head._replace(data=head.data[:last_row_zero] + bytes(2 * 256))
+
+    edit_tensors(source, differ)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is another matrix"):
+        build(source, tmp_path / "other")
 
 
 def test_no_generation_config(source: Path, tmp_path: Path) -> None:

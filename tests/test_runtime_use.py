@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import inspect
+import json
+import shutil
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -280,8 +284,38 @@ def test_pixel_limits(package: Path) -> None:
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads(package: Path, threads: int) -> None:
     assert read(vlpack.load(package, threads=threads), "00.png").text == ANSWERS["00.png"]["read"]
-    with pytest.raises(OptionError, match="threads"):
-        vlpack.load(package, threads=0)
+    for wrong in (0, 100_000):
+        with pytest.raises(OptionError, match="threads"):
+            vlpack.load(package, threads=wrong)
+
+
+def test_a_cache_beyond_the_machine_s_memory(model: vlpack.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 6 layers of 2 heads of 128 fp32 keys and values a token
+    assert model.cache_bytes(1000) == 2 * 6 * 2 * 128 * 4 * 1000
+    monkeypatch.setattr("vlpack.runtime.total_memory_bytes", lambda: model.cache_bytes(2000))
+    with pytest.raises(OptionError, match="cache for 4096 tokens") as caught:
+        model.generate("Hi.", max_tokens=1_000_000)
+    assert "max-tokens" in str(caught.value)
+    assert model.generate("Hi.", max_tokens=3).tokens
+
+
+def test_a_package_that_names_a_library(package: Path, tmp_path: Path) -> None:
+    hostile = shutil.copytree(package, tmp_path / "package")
+    config = json.loads((hostile / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"]["custom_ops_library"] = "x.so"
+    (hostile / "genai_config.json").write_text(json.dumps(config).ljust((package / "genai_config.json").stat().st_size))
+    manifest = json.loads((hostile / "vlpack.json").read_text())
+    manifest["files"]["genai_config.json"]["bytes"] = (hostile / "genai_config.json").stat().st_size
+    (hostile / "vlpack.json").write_text(json.dumps(manifest))
+    with pytest.raises(PackageError, match="custom_ops_library"):
+        vlpack.load(hostile)
+
+
+def test_without_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime_genai", None)
+    monkeypatch.delitem(sys.modules, "vlpack.genai", raising=False)
+    with pytest.raises(PackageError, match="not installed"):
+        importlib.import_module("vlpack.genai")
 
 
 @pytest.mark.parametrize(

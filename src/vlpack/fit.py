@@ -9,6 +9,9 @@ from vlpack.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError
 from vlpack.graph import declare
 from vlpack.precision import Policy
+from vlpack.storage import slabs
+
+HEAD = "lm_head.weight"
 
 UNUSED = ("*.rotary_emb.inv_freq", "*.rotary_pos_emb.inv_freq")
 """Buffers that old checkpoints carry and that are computed from the config."""
@@ -48,7 +51,9 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
                 "or float64.",
                 "Quantized checkpoints are not supported: use the original one.",
             )
-    unused = (*UNUSED, "lm_head.weight") if architecture.tied else UNUSED
+    if architecture.tied and HEAD in checkpoint.tensors:
+        _check_equal(checkpoint, f"{architecture.decoder.prefix}.embed_tokens.weight")
+    unused = (*UNUSED, HEAD) if architecture.tied else UNUSED
     extra = [
         name
         for name in checkpoint.tensors
@@ -58,6 +63,25 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
         raise CheckpointError(
             f"{checkpoint.folder}: the model has no place for {_some(extra)}.",
             "The config and the weights do not belong together, or this is another model.",
+        )
+
+
+def _check_equal(checkpoint: Checkpoint, embedding: str) -> None:
+    """A tied checkpoint's own head is the embedding once more.
+
+    Raises:
+        CheckpointError: it is not. Transformers 4 would not use it, transformers 5 would.
+    """
+    one, two = checkpoint.tensors[HEAD], checkpoint.tensors[embedding]
+    equal = one.shape == two.shape and one.dtype == two.dtype
+    for start, stop in slabs(*two.shape) if equal else ():
+        equal = (
+            equal and checkpoint.rows(HEAD, start, stop).tobytes() == checkpoint.rows(embedding, start, stop).tobytes()
+        )
+    if not equal:
+        raise CheckpointError(
+            f"{one.file}: {HEAD} is another matrix than {embedding}, although config.json says that they are tied.",
+            "Set tie_word_embeddings to false in config.json to use it, or remove it from the checkpoint.",
         )
 
 

@@ -1,4 +1,4 @@
-"""How much memory this process has used at most."""
+"""How much memory this process has used at most, and how much there is."""
 
 from __future__ import annotations
 
@@ -15,3 +15,17 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def total_memory_bytes() -> int:
+    """Physical memory of this machine, in bytes; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.virtual_memory().total)
+    import os
+
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -10,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnxruntime_genai as og
-
 from vlpack.errors import InputError, OptionError, PackageError
-from vlpack.memory import peak_memory_bytes
+from vlpack.genai import og
+from vlpack.memory import peak_memory_bytes, total_memory_bytes
 from vlpack.package.manifest import damaged_files, read_manifest
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder
 from vlpack.timing import StageClock
@@ -129,8 +129,9 @@ class Model:
         max_pixels: int | None = None,
     ) -> None:
         self.folder = Path(folder)
-        if threads is not None and threads < 1:
-            raise OptionError(f"threads is {threads}; it must be at least 1.")
+        cores = os.cpu_count() or 1
+        if threads is not None and not 1 <= threads <= max(64, 4 * cores):
+            raise OptionError(f"threads is {threads}; this machine has {cores} cores.")
         started = time.perf_counter()
         self.manifest = check_package(self.folder)
         self.config = _read_config(self.folder)
@@ -147,8 +148,14 @@ class Model:
             max_pixels=max_pixels,
         )
         self.tokenizer = self._prompts.tokenizer
-        self._model = _load(self.folder, model, threads or os.cpu_count() or 1)
+        self._model = _load(self.folder, model, threads or cores)
         self.load_seconds = time.perf_counter() - started
+
+    def cache_bytes(self, tokens: int) -> int:
+        """What the keys and values of so many tokens take: the runtime allots them before it begins."""
+        decoder = self.config["model"]["decoder"]
+        sizes = (int(decoder[name]) for name in _SIZES)
+        return 2 * math.prod(sizes) * tokens * (2 if self.manifest.get("activations") == "float16" else 4)
 
     def prompt(self, messages: str | Sequence[Message], images: Sequence[ImageSource] = (), **options: Any) -> Prompt:
         """Messages as the tensors that the package is run on; see `vlpack.preprocess.PromptBuilder`."""
@@ -221,6 +228,13 @@ class AnswerStream(Iterator[str]):
         self.answer.stats.prompt_tokens, self.answer.stats.image_tokens = length, image_tokens
         self.answer.stats.preprocess_seconds = preprocess_seconds
         limit = min(length + max_tokens, model.context_length)
+        needed, there = model.cache_bytes(limit), total_memory_bytes()
+        if there and needed > there:
+            raise OptionError(
+                f"The cache for {limit} tokens (prompt and max_tokens) takes {needed / 1e9:.1f} GB; this machine has "
+                f"{there / 1e9:.1f} GB.",
+                "Give a smaller --max-tokens.",
+            )
         self._pieces = self._run(model, prompt, {**options, "max_length": limit})
 
     def __next__(self) -> str:
@@ -299,19 +313,34 @@ def _as_messages(messages: str | Sequence[Message], images: Sequence[ImageSource
 
 
 _INTEGERS = ("context_length", "vocab_size")
+_SIZES = ("num_hidden_layers", "num_key_value_heads", "head_size")
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
         model, eos = config["model"], config["model"]["eos_token_id"]
-        if all(isinstance(model[name], int) for name in _INTEGERS) and isinstance(eos, (int, list)):
+        decoder = model.get("decoder", {})
+        if _names_a_library(config):
+            raise PackageError(
+                f"{folder / 'genai_config.json'} asks to load a library (custom_ops_library), whose code would run.",
+                "vlpack writes no such package; do not use this one.",
+            )
+        sizes = [model[name] for name in _INTEGERS] + [decoder.get(name, 1) for name in _SIZES]
+        if all(isinstance(size, int) for size in sizes) and isinstance(eos, (int, list)):
             return dict(config)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PackageError(f"{folder / 'genai_config.json'} cannot be read: {error!r}.") from None
     raise PackageError(
-        f"{folder / 'genai_config.json'} has a {' or '.join(_INTEGERS)} or eos_token_id of the wrong type."
+        f"{folder / 'genai_config.json'} has a {', '.join(_INTEGERS + _SIZES)} or eos_token_id of the wrong type."
     )
+
+
+def _names_a_library(value: Any) -> bool:
+    """Whether a configuration, at any depth, asks the runtime to load a library: no package of vlpack's does."""
+    if isinstance(value, dict):
+        return "custom_ops_library" in value or any(_names_a_library(item) for item in value.values())
+    return isinstance(value, list) and any(_names_a_library(item) for item in value)
 
 
 def _eos_ids(config: dict[str, Any]) -> set[int]:
@@ -321,7 +350,8 @@ def _eos_ids(config: dict[str, Any]) -> set[int]:
 
 def _load(folder: Path, model: dict[str, Any], threads: int) -> og.Model:
     sections = [name for name in ("decoder", "vision", "embedding") if name in model]
-    if "decoder" not in model or ("image_token_id" in model and len(sections) < 3):
+    embeds = "inputs_embeds" in model.get("decoder", {}).get("inputs", {})
+    if "decoder" not in model or (embeds and len(sections) < 3):
         raise PackageError(
             f"{folder} holds only {', '.join(sections) or 'no part'} of a model and does not run by itself.",
             "Build it with --part all, or with --part text and without exclude_embeds.",

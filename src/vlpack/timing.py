@@ -6,7 +6,7 @@ import threading
 import time
 from types import TracebackType
 
-import onnxruntime_genai as og
+from vlpack.genai import og
 
 _lock = threading.Lock()
 

@@ -39,6 +39,11 @@ vlpack run . "Why is the sky blue?"
 Only these parts of the model: {{ parts | join(", ") }}. The runtime needs decoder, vision and embedding together; build
 with `--part all` for a package that runs by itself.
 {% endif %}
+{% if complete or runnable -%}
+`max_length` in `genai_config.json` is at most 4096 tokens, as the runtime allots the cache for all of them; set the \
+search option for longer ones (a large image alone can take thousands). `vlpack run` does so by itself.
+
+{% endif -%}
 ## Contents
 | part | file |
 | --- | --- |
