@@ -261,7 +261,7 @@ def test_absurd_sizes(source: Path, tmp_path: Path, section: str, name: str) -> 
         (("vision_config", "hidden_act"), 3, "hidden_act"),
         (("text_config", "rope_parameters"), [1], "rope_parameters"),
         (("text_config", "rope_parameters", "rope_theta"), 0, "rope_theta"),
-        (("text_config", "rope_parameters", "rope_type"), "yarn", "yarn"),
+        (("text_config", "rope_parameters", "rope_type"), "llama3", "llama3"),
         (("text_config", "rope_parameters", "mrope_section"), [24, 20, 21], "mrope_section"),
         (("text_config", "rope_parameters", "mrope_section"), [32, 32], "mrope_section"),
         (("text_config", "rope_parameters", "mrope_section"), [84, -10, -10], "mrope_section"),
