@@ -226,6 +226,7 @@ def test_parts_of_a_text_model(family: Any, tmp_path: Path) -> None:
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding-window"),
         ({"rope_parameters": ROPE | {"rope_type": "llama3", "factor": 2.0}}, "'llama3' is not supported"),
         ({"rope_parameters": YARN | {"mscale": 0.7}}, "'mscale' is not supported"),
+        ({"rope_scaling": YARN}, "both there and differ"),
         ({"rope_parameters": {k: v for k, v in YARN.items() if k != "factor"}}, "'factor' is missing"),
     ],
 )  # fmt: skip

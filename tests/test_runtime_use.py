@@ -299,15 +299,18 @@ def test_a_cache_beyond_the_machine_s_memory(model: vlpack.Model, monkeypatch: p
     assert model.generate("Hi.", max_tokens=3).tokens
 
 
-def test_a_package_that_names_a_library(package: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_package_that_names_a_library(hidden: bool, package: Path, tmp_path: Path) -> None:
     hostile = shutil.copytree(package, tmp_path / "package")
-    config = json.loads((hostile / "genai_config.json").read_text())
-    config["model"]["decoder"]["session_options"]["custom_ops_library"] = "x.so"
-    (hostile / "genai_config.json").write_text(json.dumps(config).ljust((package / "genai_config.json").stat().st_size))
+    text = (hostile / "genai_config.json").read_text()
+    clean = '"session_options": {'
+    # hidden: a second, harmless object of the same name, which is the one that Python's json keeps
+    named = '"session_options": {"custom_ops_library": "x.so"' + ("}, " + clean if hidden else ", ")
+    (hostile / "genai_config.json").write_text(text.replace(clean, named, 1))
     manifest = json.loads((hostile / "vlpack.json").read_text())
     manifest["files"]["genai_config.json"]["bytes"] = (hostile / "genai_config.json").stat().st_size
     (hostile / "vlpack.json").write_text(json.dumps(manifest))
-    with pytest.raises(PackageError, match="custom_ops_library"):
+    with pytest.raises(PackageError, match="session_options" if hidden else "custom_ops_library"):
         vlpack.load(hostile)
 
 

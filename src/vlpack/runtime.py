@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlpack.errors import InputError, OptionError, PackageError
+from vlpack.errors import CheckpointError, InputError, OptionError, PackageError
 from vlpack.genai import og
 from vlpack.memory import peak_memory_bytes, total_memory_bytes
 from vlpack.package.manifest import damaged_files, read_manifest
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder
+from vlpack.safefile import read_json
 from vlpack.timing import StageClock
 
 RUNTIME_NEEDED = (0, 18)
@@ -318,7 +319,9 @@ _SIZES = ("num_hidden_layers", "num_key_value_heads", "head_size")
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+        path = folder / "genai_config.json"
+        # strict: the runtime's own reader takes the first of two equal keys, where json would keep the last
+        config = read_json(path, path, strict=True)
         model, eos = config["model"], config["model"]["eos_token_id"]
         decoder = model.get("decoder", {})
         if _names_a_library(config):
@@ -329,7 +332,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         sizes = [model[name] for name in _INTEGERS] + [decoder.get(name, 1) for name in _SIZES]
         if all(isinstance(size, int) for size in sizes) and isinstance(eos, (int, list)):
             return dict(config)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except CheckpointError as error:
+        raise PackageError(error.message, "Build or copy the package again.") from None
+    except (OSError, KeyError, TypeError, AttributeError) as error:
         raise PackageError(f"{folder / 'genai_config.json'} cannot be read: {error!r}.") from None
     raise PackageError(
         f"{folder / 'genai_config.json'} has a {', '.join(_INTEGERS + _SIZES)} or eos_token_id of the wrong type."
@@ -339,7 +344,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _names_a_library(value: Any) -> bool:
     """Whether a configuration, at any depth, asks the runtime to load a library: no package of vlpack's does."""
     if isinstance(value, dict):
-        return "custom_ops_library" in value or any(_names_a_library(item) for item in value.values())
+        return any("library" in key.lower() or _names_a_library(item) for key, item in value.items())
     return isinstance(value, list) and any(_names_a_library(item) for item in value)
 
 

@@ -77,6 +77,11 @@ def read_frequencies(
     Raises:
         CheckpointError: a kind of scaling that is not supported, or sections that do not fit.
     """
+    both = [text.values.get(name) for name in ("rope_parameters", "rope_scaling")]
+    if None not in both and both[0] != both[1]:  # releases of transformers disagree on which counts
+        raise CheckpointError(
+            f"{text.where}: rope_parameters and rope_scaling are both there and differ.", "Keep the one that is meant."
+        )
     rope = text.section("rope_parameters" if "rope_parameters" in text else "rope_scaling", required=False)
     theta = rope.number("rope_theta", text.number("rope_theta", theta))
     axis_of = np.zeros(head_dim // 2, np.int64)

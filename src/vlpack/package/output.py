@@ -65,9 +65,9 @@ def output_folder(output: Path, *, force: bool) -> Iterator[Path]:
         _remove_leftovers(final)
         partial = final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
         partial.mkdir()
+        lock = _lock(partial)
     except (OSError, ValueError) as error:
         raise OptionError(f"Cannot write to {output}: {getattr(error, 'strerror', None) or error}.") from None
-    lock = _lock(partial)
     try:
         yield partial
         check_free(final, force=force)  # another build may have taken the name meanwhile
