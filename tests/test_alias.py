@@ -128,8 +128,8 @@ def test_gelu_of_another_kind(wrong, monkeypatch):
     for act, other in (("gelu_pytorch_tanh", "gelu"), ("gelu", "gelu_pytorch_tanh")):
         tiny = TINY.but(vision_act=act)
         with monkeypatch.context() as patch:
-            right = family.VisionBlock
-            patch.setattr(family, "VisionBlock", lambda *a, right=right, other=other: right(*a[:-1], other))
+            right = family.VisionMLP
+            patch.setattr(family, "VisionMLP", lambda *a, right=right, other=other: right(*a[:-1], other))
             errors = wrong(tiny=tiny)
         assert min(errors.values()) > 5 * EXACT
 

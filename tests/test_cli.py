@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import vlpack as package_of_vlpack
-from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, copy_digits, vlpack
+from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, copy_digits, edit_json, vlpack
 from vlpack import cli
 from vlpack.builder import build
 
@@ -415,3 +415,39 @@ def test_errors_of_a_process_have_no_traceback(tmp_path: Path) -> None:
     done = run_process("build", tmp_path / "nowhere", "-o", tmp_path / "package")
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.decode().splitlines()[0] == f"error: There is no folder '{tmp_path / 'nowhere'}'."
+
+
+def test_an_empty_argument_is_named(capsys: Capsys) -> None:
+    done = vlpack(capsys, "run", "package", "")
+    assert done.code == 2
+    assert "Argument 3 is empty" in done.err
+
+
+@pytest.mark.parametrize("verb", ["run", "inspect"])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_output_that_cannot_be_written(verb: str, package: Path) -> None:
+    arguments = [sys.executable, "-m", "vlpack.cli", verb, str(package), *(["Hello"] if verb == "run" else [])]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Cannot write the output")
+    assert "Traceback" not in done.stderr
+
+
+def test_closed_streams(package: Path) -> None:
+    command = f'"{sys.executable}" -m vlpack.cli'
+    done = subprocess.run(f'{command} run "{package}" Hello >&-', shell=True, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 0
+    assert b"Traceback" not in done.stderr
+    done = subprocess.run(f'{command} run "{package}" <&-', shell=True, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 2
+    assert b"What is the question?" in done.stderr
+
+
+def test_inspect_tells_what_does_not_fit(capsys: Capsys, tmp_path: Path) -> None:
+    source = copy_digits(tmp_path / "checkpoint")
+    assert "image_grid_thw" in vlpack(capsys, "inspect", source).out
+    edit_json(source / "config.json", "vision_config", "depth", value=7)
+    done = vlpack(capsys, "inspect", source)
+    assert done.code == 2
+    assert "blocks.6" in done.err

@@ -238,3 +238,16 @@ def test_what_would_change_the_result_is_refused(
     config = Checkpoint.open(family(TEXT_MEMBERS[0]).checkpoint).config
     with pytest.raises(CheckpointError, match=message):
         Qwen3({**config, **change})
+
+
+def test_a_vision_encoder_that_the_policy_would_not_know(family: Any) -> None:
+    from vlpack.architectures import architecture_of
+    from vlpack.architectures.base import GraphOptions
+    from vlpack.graph import trace
+    from vlpack.precision import QuantizationOptions, make_policy
+
+    architecture = architecture_of(Checkpoint.open(family(VISION_MEMBERS[0]).checkpoint))
+    vision = architecture.parts(GraphOptions())[1]
+    vision.module._set_name("visual")
+    with pytest.raises(AssertionError, match=r"model\.visual"):
+        trace(vision, make_policy("int4", "cpu", QuantizationOptions(), 3))

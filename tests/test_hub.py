@@ -39,8 +39,8 @@ class FakeHub:
 @pytest.fixture(autouse=True)
 def _online_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In an empty folder, with nothing set that changes what the Hub library does."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path / "home")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
@@ -60,11 +60,11 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 
 def test_a_folder_stays_as_it_is(tmp_path: Path, fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "work" / "org" / "name"
+    folder = tmp_path / "home" / "org" / "name"
     folder.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    for source in (folder, str(folder), "org/name", "./org/name", "../work/org/name", "~/work/org/name"):
+    for source in (folder, str(folder), "org/name", "./org/name", "../home/org/name", "~/home/org/name"):
         found = resolve(source)
         assert found.folder.samefile(folder)
         assert (found.repo_id, found.commit) == (None, None)

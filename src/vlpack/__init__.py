@@ -28,6 +28,10 @@ _WHERE = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # lazily: building needs no runtime, running no onnxscript, and each takes a second to import
     if name not in _WHERE:

@@ -95,7 +95,11 @@ def build(
         VlpackError: with a sentence that says what is wrong and what to do; nothing is left at ``output``.
     """
     started = time.perf_counter()
-    extra = extra_options or ExtraOptions()
+    extra = ExtraOptions() if extra_options is None else extra_options
+    if not isinstance(extra, ExtraOptions):
+        raise OptionError(
+            "extra_options must be a vlpack.ExtraOptions.", "vlpack.ExtraOptions(block_size=64), for example."
+        )
     if part not in PARTS:
         raise OptionError(f"Unknown part '{part}'.", "Parts are " + ", ".join(PARTS) + ".")
     if threads is not None and threads < 1:

@@ -239,8 +239,15 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # not every terminal or pipe takes every character of an answer
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(args=spread_extra_options(sys.argv[1:] if arguments is None else arguments), prog_name="vlpack")
+        if "" in arguments:  # typer would say something about "extra arguments ()"
+            raise OptionError(f"Argument {arguments.index('') + 1} is empty.", "Is a variable of your shell not set?")
+        app(args=spread_extra_options(arguments), prog_name="vlpack")
+    except OSError as error:  # of the streams: what concerns files is a VlpackError by now
+        console.show_error(VlpackError(f"Cannot write the output: {error.strerror or error}."))
+        sys.stdout = None  # or Python would try once more as it ends
+        sys.exit(2)
     except VlpackError as error:
         console.show_error(error)
         sys.exit(2)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box
 from rich.console import Console
@@ -24,8 +24,14 @@ if TYPE_CHECKING:
     from vlpack.demo import Row
     from vlpack.runtime import AnswerStream
 
-out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
-err = Console(stderr=True, soft_wrap=True, highlight=False, width=None if sys.stderr.isatty() else 200)
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody sits there; a service's streams may be closed, and are then None."""
+    return stream is not None and stream.isatty()
+
+
+out = Console(soft_wrap=True, highlight=False, width=None if is_terminal(sys.stdout) else 200)
+err = Console(stderr=True, soft_wrap=True, highlight=False, width=None if is_terminal(sys.stderr) else 200)
 
 
 def show_error(error: VlpackError) -> None:
@@ -94,7 +100,7 @@ def show_build(result: BuildResult, *, as_json: bool) -> None:
 
 def question_from_stdin() -> str:
     """The question, where it is not an argument."""
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():
         raise OptionError("What is the question?", 'vlpack run PACKAGE [--image FILE] "question"')
     try:
         return sys.stdin.read().strip()
@@ -144,7 +150,17 @@ def _show_checkpoint(description: dict[str, Any]) -> None:
     for name in ("text", "vision") if description["vision"] else ("text",):
         out.print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in description[name].items()))
     out.print(f"head {'tied' if description['tied'] else 'untied'}, {description['deepstack_levels']} DeepStack levels")
-    out.print("parts: " + ", ".join(description["parts"]))
+    for name, part in description["graphs"].items():
+        out.print(f"\n[bold]{escape(name)}[/]")
+        _show_ports(part)
+
+
+def _show_ports(part: dict[str, Any]) -> None:
+    """Inputs and outputs of a graph; a package may come from anybody, so nothing of it is markup."""
+    print_plain = partial(out.print, markup=False)
+    for kind in ("inputs", "outputs"):
+        for port, (dtype, shape) in part[kind].items():
+            print_plain(f"  {kind[:-1]:6} {port} {dtype} [{', '.join(map(str, shape))}]")
 
 
 def _show_package(description: dict[str, Any]) -> None:
@@ -156,9 +172,7 @@ def _show_package(description: dict[str, Any]) -> None:
     )
     for name, part in description["parts"].items():
         out.print(f"\n[bold]{escape(name)}[/] {escape(part['file'])}")
-        for kind in ("inputs", "outputs"):
-            for port, (dtype, shape) in part[kind].items():
-                print_plain(f"  {kind[:-1]:6} {port} {dtype} [{', '.join(map(str, shape))}]")
+        _show_ports(part)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for column in ("modules", "weights", "stored as", "size"):
             table.add_column(column, justify="right" if column in ("weights", "size") else "left")

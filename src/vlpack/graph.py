@@ -13,7 +13,7 @@ import vlpack
 from vlpack.architectures.base import Part
 from vlpack.layers import ops
 from vlpack.layers.linear import Linear, Stored
-from vlpack.precision import Policy
+from vlpack.precision import VISION_PREFIX, Policy
 from vlpack.storage import Float, Storage
 
 OPSET = {"cpu": 23}
@@ -102,6 +102,10 @@ def _sources(path: str, module: Stored) -> tuple[Source, ...]:
 
 def trace(part: Part, policy: Policy) -> Graph:
     """Write the graph of ``part``: its weights are declared by ``policy`` and still empty."""
+    if part.name == "vision" and part.module.name != VISION_PREFIX:
+        raise AssertionError(
+            f"the vision encoder's module is named {part.module.name}; the policy knows {VISION_PREFIX}"
+        )
     weights = declare(part.module, policy)
     graph = ir.Graph(
         [], [], nodes=[], opset_imports={"": OPSET.get(policy.provider, OLD_OPSET), "com.microsoft": 1}, name=part.name

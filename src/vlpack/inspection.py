@@ -10,7 +10,9 @@ from vlpack.architectures import architecture_of
 from vlpack.architectures.base import GraphOptions
 from vlpack.checkpoint import Checkpoint
 from vlpack.errors import PackageError, VlpackError
+from vlpack.fit import check_tensors
 from vlpack.package.manifest import MANIFEST, damaged_files, read_manifest
+from vlpack.precision import QuantizationOptions, make_policy
 
 
 def inspect(path: str | os.PathLike[str], *, hashes: bool = True) -> dict[str, Any]:
@@ -86,7 +88,11 @@ def _groups(weights: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
-    """Architecture, sizes, tensors by dtype, and what vlpack would make of it."""
+    """Architecture, sizes, tensors by dtype, and the parts that vlpack would make of it.
+
+    Raises:
+        CheckpointError: weights and config do not fit, as a build would find.
+    """
     with Checkpoint.open(folder) as checkpoint:
         dtypes: dict[str, dict[str, int]] = {}
         for tensor in checkpoint.tensors.values():
@@ -102,9 +108,20 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
             "files": {path.name: path.stat().st_size for path in checkpoint.weight_files()},
         }
         architecture = architecture_of(checkpoint)
+        checkpoint.rename(architecture.renamed)
+        policy = make_policy("fp32", "cpu", QuantizationOptions(), architecture.text.num_hidden_layers)
+        check_tensors(architecture, checkpoint, policy)
+        parts = architecture.parts(GraphOptions())
         described["tied"] = architecture.tied
         described["text"] = vars(architecture.text)
         described["vision"] = vars(architecture.vision) if architecture.vision else None
         described["deepstack_levels"] = architecture.deepstack.levels
-        described["parts"] = [part.name for part in architecture.parts(GraphOptions())]
+        described["parts"] = [part.name for part in parts]
+        described["graphs"] = {
+            part.name: {
+                kind: _without_cache({port.name: [str(port.dtype), list(port.shape)] for port in ports})
+                for kind, ports in (("inputs", part.inputs), ("outputs", part.outputs))
+            }
+            for part in parts
+        }
         return described

@@ -18,15 +18,18 @@ from vlpack.storage import Blocks, ChannelInt8, Float, Storage, Transposed
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
 OFFERED: Mapping[str, tuple[str, ...]] = {
-    "cpu": ("fp32", "fp16", "int8", "int4"),
+    "cpu": PRECISIONS,
     "cuda": ("fp32", "fp16", "int4"),
     "dml": ("fp16", "int4"),
     "webgpu": ("fp16", "int4"),
 }
 """Execution provider → its precisions. int8 is the CPU's own: other providers lack DynamicQuantizeMatMul."""
 
-EMBEDDING, HEAD, VISION = "*.embed_tokens", "lm_head", "model.visual.*"
-TABLES, PATCHES = "model.visual.pos_embed", "model.visual.patch_embed.*"
+VISION_PREFIX = "model.visual"
+"""By which the rules know a vision encoder: a family's module has this name, whatever its checkpoints call it."""
+
+EMBEDDING, HEAD, VISION = "*.embed_tokens", "lm_head", f"{VISION_PREFIX}.*"
+TABLES, PATCHES = f"{VISION_PREFIX}.pos_embed", f"{VISION_PREFIX}.patch_embed.*"
 
 Rule = tuple[str, Storage]
 

@@ -149,7 +149,7 @@ class Model:
             max_pixels=max_pixels,
         )
         self.tokenizer = self._prompts.tokenizer
-        self._model = _load(self.folder, model, threads or cores)
+        self._model = _load(self.folder, model, threads or cores, self.manifest.get("execution_provider"))
         self.load_seconds = time.perf_counter() - started
 
     def cache_bytes(self, tokens: int) -> int:
@@ -203,6 +203,10 @@ class Model:
             OptionError: an option is out of its range.
         """
         _check("max_tokens", max_tokens, 1, 2**31 - 1, whole=True)
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise OptionError("sampling must be a vlpack.Sampling.", "vlpack.Sampling(temperature=0), for example.")
+        if isinstance(images, (str, bytes, os.PathLike)):
+            raise InputError("images must be a list, also for a single one.", "[image]")
         options = (sampling or Sampling()).search_options()
         if "top_k" in options:  # the runtime refuses to take more tokens than there are
             options["top_k"] = min(options["top_k"], self.vocab_size)
@@ -353,7 +357,7 @@ def _eos_ids(config: dict[str, Any]) -> set[int]:
     return set(eos) if isinstance(eos, list) else {eos}
 
 
-def _load(folder: Path, model: dict[str, Any], threads: int) -> og.Model:
+def _load(folder: Path, model: dict[str, Any], threads: int, provider: object) -> og.Model:
     sections = [name for name in ("decoder", "vision", "embedding") if name in model]
     embeds = "inputs_embeds" in model.get("decoder", {}).get("inputs", {})
     if "decoder" not in model or (embeds and len(sections) < 3):
@@ -367,7 +371,16 @@ def _load(folder: Path, model: dict[str, Any], threads: int) -> og.Model:
         config.overlay(json.dumps({"model": dict.fromkeys(sections, session)}))
         return og.Model(config)
     except Exception as error:
-        raise PackageError(f"The runtime cannot load {folder}: {str(error).strip()[:500]}") from None
+        raise PackageError(f"The runtime cannot load {folder}: {str(error).strip()[:500]}", _wheel(provider)) from None
+
+
+def _wheel(provider: object) -> str | None:
+    """What to do where a package is for another provider than the installed runtime may have."""
+    if provider == "cpu":
+        return None
+    wheels = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}
+    wheel = wheels.get(str(provider), f"a build of onnxruntime-genai with {provider}")
+    return f"The package is for {provider}: it needs {wheel} in place of onnxruntime-genai. Or build with -e cpu."
 
 
 def _prefill(model: og.Model, prompt: Prompt, options: dict[str, Any]) -> og.Generator:

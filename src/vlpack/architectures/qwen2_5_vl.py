@@ -15,11 +15,10 @@ from vlpack.errors import CheckpointError
 from vlpack.layers import ops
 from vlpack.layers.mlp import ACTIVATIONS, GatedMLP
 from vlpack.layers.norm import RMSNorm
-from vlpack.layers.rope import Rope
 from vlpack.layers.vision import (
     PatchEmbed,
     VisionAttention,
-    Windows,
+    VisionBlock,
     axial_rope,
     axial_theta,
     check_heads,
@@ -28,21 +27,6 @@ from vlpack.layers.vision import (
     patch_size,
     windows_of,
 )
-
-
-class Block(nn.Module):
-    """Pre-norm attention and gated MLP; the residual stream ``x [frames, patches, H]`` stays in fp32."""
-
-    def __init__(self, size: int, heads: int, intermediate: int, hidden_act: str) -> None:
-        super().__init__()
-        self.norm1 = RMSNorm(size, NORM_EPS)
-        self.norm2 = RMSNorm(size, NORM_EPS)
-        self.attn = VisionAttention(size, heads)
-        self.mlp = GatedMLP(size, intermediate, hidden_act, bias=True)
-
-    def forward(self, op: OpBuilder, x: ir.Value, rope: Rope, windows: Windows | None) -> ir.Value:
-        x = op.Add(x, ops.cast(op, self.attn(op, self.norm1(op, x), rope, windows), ops.FLOAT))
-        return op.Add(x, ops.cast(op, self.mlp(op, self.norm2(op, x)), ops.FLOAT))
 
 
 class VisionModel(nn.Module):
@@ -58,7 +42,16 @@ class VisionModel(nn.Module):
         self.window = window_side(config, self.merge)
         act = config.choice("hidden_act", ACTIVATIONS, "silu")
         self.patch_embed = PatchEmbed(config, self.size, bias=False)
-        self.blocks = nn.ModuleList([Block(self.size, self.heads, intermediate, act) for _ in range(depth)])
+        self.blocks = nn.ModuleList(
+            [
+                VisionBlock(
+                    (RMSNorm(self.size, NORM_EPS), RMSNorm(self.size, NORM_EPS)),
+                    VisionAttention(self.size, self.heads),
+                    GatedMLP(self.size, intermediate, act, bias=True),
+                )
+                for _ in range(depth)
+            ]
+        )
         self.merger = PatchMerger(RMSNorm(self.size, NORM_EPS), self.size, self.merge, out)
 
     def forward(self, op: OpBuilder, pixel_values: ir.Value, image_grid_thw: ir.Value) -> list[ir.Value]:

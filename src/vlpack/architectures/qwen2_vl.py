@@ -16,13 +16,13 @@ from vlpack.architectures.text import TextDecoder
 from vlpack.config import Section
 from vlpack.deepstack import SideChannel
 from vlpack.layers import ops
-from vlpack.layers.linear import Linear
-from vlpack.layers.mlp import ACTIVATIONS, activation
+from vlpack.layers.mlp import ACTIVATIONS, VisionMLP
 from vlpack.layers.norm import LayerNorm, RMSNorm
-from vlpack.layers.rope import Rope, chunked_axes
+from vlpack.layers.rope import chunked_axes
 from vlpack.layers.vision import (
     PatchEmbed,
     VisionAttention,
+    VisionBlock,
     axial_rope,
     axial_theta,
     check_heads,
@@ -39,47 +39,6 @@ RENAMED = {"visual.": "model.visual.", "model.layers.": "model.language_model.la
 """Names of the Hub's checkpoints, which are older than transformers' nested ones."""
 
 
-class MLP(nn.Module):
-    """``fc2(act(fc1(x)))`` with biases."""
-
-    def __init__(self, size: int, intermediate: int, hidden_act: str) -> None:
-        super().__init__()
-        self.fc1 = Linear(size, intermediate, bias=True)
-        self.fc2 = Linear(intermediate, size, bias=True)
-        self.hidden_act = hidden_act
-
-    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        return self.fc2(op, activation(op, self.fc1(op, x), self.hidden_act))
-
-
-class Block(nn.Module):
-    """Pre-norm attention and MLP; the residual stream ``x [frames, patches, H]`` stays in fp32."""
-
-    def __init__(self, size: int, heads: int, intermediate: int, hidden_act: str) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(size, NORM_EPS)
-        self.norm2 = LayerNorm(size, NORM_EPS)
-        self.attn = VisionAttention(size, heads)
-        self.mlp = MLP(size, intermediate, hidden_act)
-
-    def forward(self, op: OpBuilder, x: ir.Value, rope: Rope) -> ir.Value:
-        x = op.Add(x, ops.cast(op, self.attn(op, self.norm1(op, x), rope), ops.FLOAT))
-        return op.Add(x, ops.cast(op, self.mlp(op, self.norm2(op, x)), ops.FLOAT))
-
-
-class MergerMLP(nn.Module):
-    """Two layers with an exact GELU between; their names are their places in the reference's sequence."""
-
-    def __init__(self, width: int, out: int) -> None:
-        super().__init__()
-        setattr(self, "0", Linear(width, width, bias=True))
-        setattr(self, "2", Linear(width, out, bias=True))
-
-    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        first, second = self.children()
-        return second(op, activation(op, first(op, x), "gelu"))
-
-
 class PatchMerger(nn.Module):
     """``m · m`` neighbouring patches to one token of the decoder's width, ``[frames, patches, H] → [tokens, out]``."""
 
@@ -87,7 +46,8 @@ class PatchMerger(nn.Module):
         super().__init__()
         self.ln_q = norm
         self.width = size * merge * merge
-        self.mlp = MergerMLP(self.width, out)
+        # layers are named by their places in the reference's sequence, an exact GELU between them
+        self.mlp = VisionMLP(self.width, self.width, "gelu", out, names=("0", "2"))
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         return self.mlp(op, op.Reshape(self.ln_q(op, x), [-1, self.width]))
@@ -105,7 +65,16 @@ class VisionModel(nn.Module):
         act = config.choice("hidden_act", ACTIVATIONS, "quick_gelu")
         self.patch_embed = PatchEmbed(config, self.size, bias=False)
         depth = config.integer("depth", high=1024)
-        self.blocks = nn.ModuleList([Block(self.size, self.heads, intermediate, act) for _ in range(depth)])
+        self.blocks = nn.ModuleList(
+            [
+                VisionBlock(
+                    (LayerNorm(self.size, NORM_EPS), LayerNorm(self.size, NORM_EPS)),
+                    VisionAttention(self.size, self.heads),
+                    VisionMLP(self.size, intermediate, act, names=("fc1", "fc2")),
+                )
+                for _ in range(depth)
+            ]
+        )
         self.merger = PatchMerger(LayerNorm(self.size, NORM_EPS), self.size, self.merge, out)
 
     def forward(self, op: OpBuilder, pixel_values: ir.Value, image_grid_thw: ir.Value) -> list[ir.Value]:

@@ -20,10 +20,11 @@ from vlpack.layers import ops
 from vlpack.layers.linear import Embedding, Linear
 from vlpack.layers.mlp import ACTIVATIONS, VisionMLP, activation
 from vlpack.layers.norm import LayerNorm
-from vlpack.layers.rope import Rope, interleaved_axes
+from vlpack.layers.rope import interleaved_axes
 from vlpack.layers.vision import (
     PatchEmbed,
     VisionAttention,
+    VisionBlock,
     axial_rope,
     axial_theta,
     bilinear_taps,
@@ -37,21 +38,6 @@ LAYER_NORM_EPS = 1e-6
 
 TEXT = "model.language_model"
 VISION = "model.visual"
-
-
-class VisionBlock(nn.Module):
-    """Pre-norm attention and MLP; the residual stream ``x [frames, patches, H]`` stays in fp32."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int, num_heads: int, hidden_act: str) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(hidden_size, LAYER_NORM_EPS)
-        self.norm2 = LayerNorm(hidden_size, LAYER_NORM_EPS)
-        self.attn = VisionAttention(hidden_size, num_heads)
-        self.mlp = VisionMLP(hidden_size, intermediate_size, hidden_act)
-
-    def forward(self, op: OpBuilder, x: ir.Value, rope: Rope) -> ir.Value:
-        x = op.Add(x, ops.cast(op, self.attn(op, self.norm1(op, x), rope), ops.FLOAT))
-        return op.Add(x, ops.cast(op, self.mlp(op, self.norm2(op, x)), ops.FLOAT))
 
 
 class PatchMerger(nn.Module):
@@ -94,7 +80,14 @@ class VisionModel(nn.Module):
         self.patch_embed = PatchEmbed(config, size)
         self.pos_embed = Embedding(positions, size)
         self.blocks = nn.ModuleList(
-            [VisionBlock(size, intermediate, heads, act) for _ in range(config.integer("depth"))]
+            [
+                VisionBlock(
+                    (LayerNorm(size, LAYER_NORM_EPS), LayerNorm(size, LAYER_NORM_EPS)),
+                    VisionAttention(size, heads),
+                    VisionMLP(size, intermediate, act),
+                )
+                for _ in range(config.integer("depth", high=1024))
+            ]
         )
         self.merger = PatchMerger(size, self.merge, out, postshuffle_norm=False)
         self.deepstack_merger_list = nn.ModuleList(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
@@ -96,10 +96,6 @@ class TextDecoder:
             position_axes=3 if weave else 0,
             make_mlp=lambda layer: GatedMLP(size, intermediate, act),
         )
-
-    def with_mlp(self, make_mlp: MakeMLP) -> TextDecoder:
-        """The same with other feed-forward modules."""
-        return replace(self, make_mlp=make_mlp)
 
     def embed_tokens(self) -> Embedding:
         """The token embedding."""

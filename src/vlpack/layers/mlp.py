@@ -41,13 +41,29 @@ class GatedMLP(nn.Module):
 
 
 class VisionMLP(nn.Module):
-    """``fc2(act(fc1(x)))`` with biases."""
+    """Two layers with biases and an activation between: the encoders' feed-forward modules and mergers.
 
-    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str) -> None:
+    Args:
+        hidden_size: of the input.
+        intermediate_size: between the layers.
+        hidden_act: the activation.
+        out_size: of the output; the input's where None.
+        names: of the two layers in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        hidden_act: str,
+        out_size: int | None = None,
+        names: tuple[str, str] = ("linear_fc1", "linear_fc2"),
+    ) -> None:
         super().__init__()
-        self.linear_fc1 = Linear(hidden_size, intermediate_size, bias=True)
-        self.linear_fc2 = Linear(intermediate_size, hidden_size, bias=True)
+        setattr(self, names[0], Linear(hidden_size, intermediate_size, bias=True))
+        setattr(self, names[1], Linear(intermediate_size, out_size or hidden_size, bias=True))
         self.hidden_act = hidden_act
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        return self.linear_fc2(op, activation(op, self.linear_fc1(op, x), self.hidden_act))
+        first, second = self.children()
+        return second(op, activation(op, first(op, x), self.hidden_act))

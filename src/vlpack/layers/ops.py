@@ -15,8 +15,6 @@ FLOAT = ir.DataType.FLOAT
 INT32 = ir.DataType.INT32
 INT64 = ir.DataType.INT64
 
-Dim = int | str | None
-
 
 def typed(value: ir.Value, dtype: ir.DataType, shape: Sequence[Any] | ir.Shape) -> ir.Value:
     """State the dtype and shape of the output of an operator whose schema ONNX does not know."""

@@ -205,6 +205,20 @@ class VisionAttention(nn.Module):
         return self.proj(op, windows.scatter(op, y))
 
 
+class VisionBlock(nn.Module):
+    """Pre-norm attention and feed-forward; the residual stream ``x [frames, patches, H]`` stays in fp32."""
+
+    def __init__(self, norms: tuple[nn.Module, nn.Module], attention: VisionAttention, mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = norms
+        self.attn = attention
+        self.mlp = mlp
+
+    def forward(self, op: OpBuilder, x: ir.Value, rope: Rope, windows: Windows | None = None) -> ir.Value:
+        x = op.Add(x, ops.cast(op, self.attn(op, self.norm1(op, x), rope, windows), ops.FLOAT))
+        return op.Add(x, ops.cast(op, self.mlp(op, self.norm2(op, x)), ops.FLOAT))
+
+
 def bilinear_taps(op: OpBuilder, index: ir.Value, size: ir.Value, side: int) -> list[tuple[ir.Value, ir.Value]]:
     """The two table positions that ``index`` of ``size`` lies between, with their weights: (int64 [N], fp32 [N]) twice.
 

@@ -76,6 +76,8 @@ def write_beside(
     if not (folder / "tokenizer.json").is_file():
         return ["The checkpoint has no tokenizer.json, so the package runs on token ids only; `vlpack run` needs one."]
     Tokenizer.from_folder(checkpoint.folder)
+    if not (folder / "tokenizer_config.json").is_file():
+        return ["The checkpoint has no tokenizer_config.json, so the runtime's own tokenizer cannot open the package."]
     templates = ("chat_template.jinja", "chat_template.json")
     in_config = (checkpoint.json("tokenizer_config.json") or {}).get("chat_template") is not None
     if not in_config and not any((folder / name).is_file() for name in templates):
