@@ -8,7 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tiny import BOS, EOS, EXAMPLE, FIRST_SPECIAL, IMAGE, VIDEO, VISION_END, VISION_START, VOCABULARY, Tiny, _values
+from tiny import (
+    BOS,
+    EOS,
+    EXAMPLE,
+    FIRST_SPECIAL,
+    IMAGE,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    VOCABULARY,
+    Tiny,
+    _to_version_4,
+    _values,
+)
 
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -35,6 +48,7 @@ VISION: dict[str, Any] = {
     "temporal_patch_size": 2,
     "spatial_merge_size": 2,
 }
+WEIGHTS = "model.safetensors"
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
@@ -50,6 +64,7 @@ class Member:
         vision: settings of the vision encoder beside `VISION`; None for text models.
         tied: the head's weight is the embedding's.
         old: as the Hub's checkpoints are: flat config, ``rope_scaling``, names without ``language_model``.
+        fused: a mixture's experts are in one tensor, as transformers 5 holds them in memory.
     """
 
     name: str
@@ -59,6 +74,7 @@ class Member:
     vision: dict[str, Any] | None = None
     tied: bool = False
     old: bool = False
+    fused: bool = False
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -75,6 +91,7 @@ def make_member(folder: Path, member: Member) -> Path:
     """Write the checkpoint into ``folder``."""
     import torch
     import transformers
+    from safetensors.torch import save_file
 
     torch.manual_seed(len(member.name))
     text = TEXT | {"rope_parameters": dict(ROPE)} | member.text
@@ -97,8 +114,13 @@ def make_member(folder: Path, member: Member) -> Path:
         settings = json.loads((EXAMPLE / "preprocessor_config.json").read_text(encoding="utf-8"))
         settings |= {"patch_size": 8, "size": {"shortest_edge": 256, "longest_edge": 1 << 18}}
         (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    if member.old:
+    if member.old and "deepstack_visual_indexes" in (member.vision or {}):
+        _to_version_4(folder / "config.json")
+    elif member.old:
         _age(folder)
+    if member.fused:
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        save_file({n: t for n, t in state.items() if not (member.tied and n == "lm_head.weight")}, folder / WEIGHTS)
     return folder
 
 
@@ -120,8 +142,8 @@ def _age(folder: Path) -> None:
         config["rope_scaling"] = rope
     config["torch_dtype"] = config.pop("dtype")
     path.write_text(json.dumps(config), encoding="utf-8")
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / WEIGHTS)
     old = {
         n.replace("model.visual.", "visual.").replace("model.language_model.", "model."): t for n, t in tensors.items()
     }
-    save_file(old, folder / "model.safetensors")
+    save_file(old, folder / WEIGHTS)

@@ -32,13 +32,20 @@ QWEN2_5_VL = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48,
 QWEN2_5_VL |= {"fullatt_block_indexes": [1]}
 
 
-def member(family: str, kind: str, *, old: bool = False, **settings: Any) -> Member:
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32}
+FEW = EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [1], "num_experts": 4, "num_experts_per_tok": 3}
+QWEN3_VL = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "num_position_embeddings": 64}
+QWEN3_VL |= {"deepstack_visual_indexes": [2, 0], "hidden_act": "gelu_pytorch_tanh"}
+
+
+def member(family: str, kind: str, *, old: bool = False, fused: bool = False, **settings: Any) -> Member:
     """A family's member; old ones are tied too."""
     text, vision = settings.get("text", {}), settings.get("vision")
     kinds = [k for k in ("attention_bias", "attention_factor") if k in text | text.get("rope_parameters", {})]
     yarn = ["yarn"] if text.get("rope_parameters", ROPE)["rope_type"] == "yarn" else []
+    kinds += [k for k in ("norm_topk_prob", "decoder_sparse_step") if k in text] + ["fused"] * fused
     name = " ".join([family, *(["old"] if old else []), *yarn, *kinds])
-    return Member(name, f"{family}Config", f"{family}{kind}", text, vision, tied=old, old=old)
+    return Member(name, f"{family}Config", f"{family}{kind}", text, vision, tied=old, old=old, fused=fused)
 
 
 CAUSAL, CONDITIONAL = "ForCausalLM", "ForConditionalGeneration"
@@ -49,13 +56,20 @@ TEXT_MEMBERS = [
     member("Qwen3", CAUSAL, text=YARN_TOO, old=True),
     member("Qwen2", CAUSAL),
     member("Qwen2", CAUSAL, old=True),
+    member("Qwen3Moe", CAUSAL, text=EXPERTS),
+    member("Qwen3Moe", CAUSAL, text=FEW, old=True),
+    member("Qwen3Moe", CAUSAL, text=EXPERTS | {"decoder_sparse_step": 2, "attention_bias": True}, fused=True),
 ]
 CHUNKED = {"rope_parameters": MROPE}
+INTERLEAVED = {"rope_parameters": ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}}
 VISION_MEMBERS = [
     member("Qwen2VL", CONDITIONAL, text=CHUNKED, vision=QWEN2_VL),
     member("Qwen2VL", CONDITIONAL, text=CHUNKED, vision=QWEN2_VL, old=True),
     member("Qwen2_5_VL", CONDITIONAL, text=CHUNKED, vision=QWEN2_5_VL),
     member("Qwen2_5_VL", CONDITIONAL, text=CHUNKED, vision=QWEN2_5_VL, old=True),
+    member("Qwen3VLMoe", CONDITIONAL, text=EXPERTS | INTERLEAVED, vision=QWEN3_VL),
+    member("Qwen3VLMoe", CONDITIONAL, text=EXPERTS | INTERLEAVED, vision=QWEN3_VL, old=True),
+    member("Qwen3VLMoe", CONDITIONAL, text=EXPERTS | INTERLEAVED, vision=QWEN3_VL, fused=True),
 ]
 IDS = {"ids": lambda member: member.name}
 # whole windows are 8 patches (4 tokens) wide: fewer, just one, several, and edges that do not fill one
@@ -146,7 +160,11 @@ def test_parts(member: Member, layout: str, family: Any) -> None:
         pixels, grid = torch.tensor(inputs.pixels), torch.tensor(inputs.grid)
         arguments |= {"pixel_values": pixels, "image_grid_thw": grid}
         with torch.no_grad():
-            features = made.reference.model.visual(pixels, grid_thw=grid).pooler_output.numpy()
+            out = made.reference.model.visual(pixels, grid_thw=grid)
+            levels = getattr(out, "deepstack_features", None) or []
+            features = torch.cat([out.pooler_output, *levels], dim=-1).numpy()
+            if levels:
+                arguments["mm_token_type_ids"] = (torch.tensor(inputs.ids) == IMAGE).int()
         assert relative(made.package.features(inputs), features) < TOLERANCE
         # of equal size, or of equal numbers of patches: all at once
         if len({int(g.prod()) for g in inputs.grid}) == 1:
@@ -238,16 +256,3 @@ def test_what_would_change_the_result_is_refused(
     config = Checkpoint.open(family(TEXT_MEMBERS[0]).checkpoint).config
     with pytest.raises(CheckpointError, match=message):
         Qwen3({**config, **change})
-
-
-def test_a_vision_encoder_that_the_policy_would_not_know(family: Any) -> None:
-    from vlpack.architectures import architecture_of
-    from vlpack.architectures.base import GraphOptions
-    from vlpack.graph import trace
-    from vlpack.precision import QuantizationOptions, make_policy
-
-    architecture = architecture_of(Checkpoint.open(family(VISION_MEMBERS[0]).checkpoint))
-    vision = architecture.parts(GraphOptions())[1]
-    vision.module._set_name("visual")
-    with pytest.raises(AssertionError, match=r"model\.visual"):
-        trace(vision, make_policy("int4", "cpu", QuantizationOptions(), 3))

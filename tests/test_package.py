@@ -276,7 +276,7 @@ def test_the_manifest(packages: Callable[..., Path]) -> None:
     joined = QUERY.replace("q_proj.weight", "qkv_proj")
     assert weights[joined]["shape"] == [1024, 256]
     assert weights[joined]["storage"] == "int8"
-    assert manifest["policy"][-1] == {"modules": "*", "storage": "int8"}
+    assert manifest["policy"][-1] == {"role": "text.*", "modules": "*", "storage": "int8"}
 
 
 def test_one_flipped_byte_anywhere_is_found(package: Path, capsys: Capsys) -> None:
@@ -332,7 +332,7 @@ MANIFESTS: list[tuple[str, Any]] = [
     ("parts", {"vision.onnx": {"name": "[/bold]", "inputs": {}, "outputs": {}, "weights": {}}}),
     ("precision", "[/red]"),
     ("source", "nobody"),
-    ("policy", [{"modules": "[/x]", "storage": "[/y]"}]),
+    ("policy", [{"role": "[/w]", "modules": "[/x]", "storage": "[/y]"}]),
 ]
 
 

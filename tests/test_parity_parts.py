@@ -10,7 +10,7 @@ import pytest
 
 from parity import Grid, Inputs, Package, Reference, make_inputs, relative
 from tiny import IMAGE, VIDEO, Tiny
-from vlpack.precision import OFFERED, QuantizationOptions, make_policy
+from vlpack.precision import OFFERED, PrecisionFacts, QuantizationOptions, make_policy
 from vlpack.quantize.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
 from vlpack.quantize.channel import dequantize_rows, quantize_rows
 from vlpack.storage import Blocks, ChannelInt8, Storage
@@ -284,14 +284,16 @@ def stored(weight: np.ndarray, storage: Storage) -> np.ndarray:
 
 def dequantized(precision: str, provider: str = "cpu", **options):
     """Weight name → the storage's values of it, as `Reference.with_weights` takes it."""
-    policy = make_policy(precision, provider, QuantizationOptions(**options), TINY.layers)
+    policy = make_policy(precision, provider, QuantizationOptions(**options), PrecisionFacts(TINY.layers))
     joined = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
     joined |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 
     def change(name: str, weight: np.ndarray) -> np.ndarray:
         parent, _, own = name.removesuffix(".weight").rpartition(".")
         path = f"{parent}.{joined.get(own, own)}".lstrip(".")
-        return stored(weight, policy.storage(path))
+        roles = {"embed_tokens": "embedding", "lm_head": "head", "pos_embed": "table", "proj": "patches"}
+        role = "linear" if path.endswith("attn.proj") else roles.get(own, "linear")
+        return stored(weight, policy.storage(f"{'vision' if '.visual.' in name else 'text'}.{role}", path))
 
     return change
 

@@ -107,19 +107,18 @@ def build(
     precision = precision or ("int8" if execution_provider == "cpu" else "fp16")
     quantization = extra.quantization(vision_precision)
     # what is wrong with the options is told before anything is downloaded
-    check_effects(extra, part, make_policy(precision, execution_provider, quantization, 1), vision_precision)
+    check_effects(extra, part, make_policy(precision, execution_provider, quantization), vision_precision)
     check_free(Path(output), force=force)
     found = resolve(source, revision=revision, cache_dir=cache_dir, token=extra.hf_token)
     notes = _unused_hub_options(source, cache_dir, extra)
 
     with Checkpoint.open(found.folder) as checkpoint, output_folder(Path(output), force=force) as folder:
         architecture = architecture_of(checkpoint)
-        checkpoint.rename(architecture.renamed)
         if architecture.vision is None and (part in ("vision", "embedding") or vision_precision):
             raise OptionError(
                 f"{checkpoint.architecture} has no vision encoder.", "Leave --part and --vision-precision away."
             )
-        policy = make_policy(precision, execution_provider, quantization, architecture.text.num_hidden_layers)
+        policy = make_policy(precision, execution_provider, quantization, architecture.precision_facts)
         check_tensors(architecture, checkpoint, policy)
         graphs = {_filename(p, extra): trace(p, policy) for p in _parts(architecture, part, policy, extra)}
         notes += _check_sharing(architecture, policy, extra)
@@ -189,7 +188,7 @@ def _check_sharing(architecture: Architecture, policy: Policy, extra: ExtraOptio
         return []
     if not architecture.tied:
         return ["The embedding and the head are not tied, so shared_embeddings had no effect."]
-    if policy.storage("model.language_model.embed_tokens") != policy.storage("lm_head"):
+    if policy.storage("text.embedding") != policy.storage("text.head"):
         return ["The embedding and the head are stored in different ways here, so shared_embeddings had no effect."]
     return []
 
@@ -227,8 +226,8 @@ def _unshared(graphs: dict[str, Graph], share: bool) -> list[list[Weight]]:
     seen: set[Any] = set()
     lists = []
     for graph in graphs.values():
-        fresh = [w for w in graph.weights if not share or (w.sources, w.storage) not in seen]
-        seen |= {(w.sources, w.storage) for w in fresh}
+        fresh = [w for w in graph.weights if not share or w.key not in seen]
+        seen |= {w.key for w in fresh}
         lists.append(fresh)
     return lists
 

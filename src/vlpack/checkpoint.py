@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import math
 import operator
 import os
 from collections.abc import Mapping
@@ -108,18 +109,28 @@ class Checkpoint:
         """
         return _read_json(self.folder, name, limit=limit)
 
-    def rows(self, name: str, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Rows [start, stop) of a tensor along its first axis, and no more bytes than these, in memory of their own."""
+    def rows(self, name: str, start: int, stop: int, *, width: int | None = None) -> np.ndarray[Any, Any]:
+        """Rows [start, stop) of a tensor, and no more bytes than these, in memory of their own.
+
+        Args:
+            name: of the tensor.
+            start: first row.
+            stop: the row after the last.
+            width: see the tensor as a matrix with rows of so many values; by default rows go along its first axis.
+        """
         tensor = self._tensor(name)
         if not tensor.shape:
             raise CheckpointError(f"{tensor.file}, tensor {quote(name)} is a single number and has no rows.")
         start, stop = operator.index(start), operator.index(stop)
-        if not 0 <= start <= stop <= tensor.shape[0]:
+        row = tensor.shape[1:] if width is None else (width,)
+        values, per_row = math.prod(tensor.shape), math.prod(row)
+        count = tensor.shape[0] if width is None else values // max(width, 1)
+        if not 0 <= start <= stop <= count or count * per_row != values:
             raise CheckpointError(
-                f"{tensor.file}, tensor {quote(name)} has {tensor.shape[0]} rows; rows {start} to {stop} do not exist."
+                f"{tensor.file}, tensor {quote(name)} has {count} rows of {per_row} values; rows {start} to {stop} do "
+                "not exist."
             )
-        row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape[0] else 0
-        return self._read(tensor, (stop - start, *tensor.shape[1:]), tensor.offset + start * row_bytes)
+        return self._read(tensor, (stop - start, *row), tensor.offset + start * per_row * tensor.dtype.itemsize)
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
         """A whole tensor, in memory of its own."""

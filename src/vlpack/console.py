@@ -180,13 +180,19 @@ def _show_package(description: dict[str, Any]) -> None:
             modules, storage = escape(group["modules"]), escape(group["storage"])
             table.add_row(modules, str(group["count"]), storage, size(group["bytes"]))
         out.print(table)
-    rules = "; ".join(f"{rule['modules']} → {rule['storage']}" for rule in description["policy"])
+    rules = "; ".join(f"{_fits(rule)} → {rule['storage']}" for rule in description["policy"])
     print_plain(f"policy, first match wins: {rules}")
     total = sum(description["files"].values())
     checked = "hashes checked" if description["hashes_checked"] else "sizes checked"
     out.print(f"{len(description['files'])} files, {size(total)}, {checked}")
     for problem in description["problems"]:
         out.print(f"[bold red]damaged:[/] {escape(problem)}")
+
+
+def _fits(rule: dict[str, str]) -> str:
+    """What a rule of the policy is for; a package of an earlier version's has paths alone."""
+    role, modules = rule.get("role", ""), rule["modules"]
+    return " ".join([role, *([modules] if modules != "*" or not role else [])]).strip()
 
 
 @contextmanager

@@ -21,7 +21,8 @@ import onnx_ir as ir
 
 from vlpack.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError
-from vlpack.graph import Graph, Source, Weight
+from vlpack.graph import Graph, Weight
+from vlpack.sources import Rows
 from vlpack.storage import Array, Storage, slabs
 
 PAGE = 4096
@@ -30,7 +31,7 @@ SMALL = 64
 Progress = Callable[[int, str], None]
 """Told the bytes just written and the path of their weight."""
 
-_Key = tuple[tuple[Source, ...], Storage]
+_Key = tuple[Rows, Storage]
 _END = object()
 
 
@@ -89,7 +90,7 @@ class DataFiles:
         ir.save(graph.model, self.folder / filename)
 
     def _key(self, weight: Weight) -> Any:
-        return (weight.sources, weight.storage) if self.share else id(weight)
+        return weight.key if self.share else id(weight)
 
     def _write(self, filename: str, weights: dict[_Key, Weight]) -> None:
         digest = hashlib.sha256()
@@ -131,21 +132,8 @@ def encode(checkpoint: Checkpoint, weight: Weight) -> Iterator[tuple[str, Array]
     Raises:
         CheckpointError: a value is NaN or infinite, or leaves the storage's range; the tensor is named.
     """
-
-    def read(start: int, stop: int) -> Array:
-        pieces = []
-        base = 0
-        for source in weight.sources:
-            low, high = max(start - base, 0), min(stop - base, source.shape[0])
-            if low < high:
-                piece = checkpoint.rows(source.name, low, high).reshape(high - low, weight.cols)
-                _check_finite(source.name, piece, low)
-                pieces.append(piece)
-            base += source.shape[0]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
-
     try:
-        yield from weight.storage.chunks(read, weight.rows, weight.cols)
+        yield from weight.storage.chunks(partial(weight.source.read, checkpoint), weight.rows, weight.cols)
     except OverflowError as error:
         raise CheckpointError(
             f"The tensor {_overflowing(checkpoint, weight)} has a value that cannot be stored: {error}.",
@@ -154,26 +142,14 @@ def encode(checkpoint: Checkpoint, weight: Weight) -> Iterator[tuple[str, Array]
 
 
 def _overflowing(checkpoint: Checkpoint, weight: Weight) -> str:
-    """Which of the tensors that lie above each other has a value beyond float16."""
-    for source in weight.sources:
-        for start, stop in slabs(source.shape[0], weight.cols):
+    """Which of the weight's tensors has a value beyond float16."""
+    for source in weight.source.tensors():
+        for start, stop in slabs(source.rows, source.cols):
             with np.errstate(over="ignore"):
-                narrow = checkpoint.rows(source.name, start, stop).astype(np.float16)
+                narrow = source.read(checkpoint, start, stop).astype(np.float16)
             if not np.isfinite(narrow).all():
                 return source.name
     return weight.path
-
-
-def _check_finite(name: str, piece: Array, first_row: int) -> None:
-    with np.errstate(over="ignore"):
-        wide = piece.astype(np.float32, copy=False)  # what is stored is made of these, float64 too
-    # the sum of finite float32 values may overflow, a max or min may not; NaN passes through both
-    if piece.size and not (np.isfinite(wide.max()) and np.isfinite(wide.min())):
-        row, column = np.argwhere(~np.isfinite(wide))[0]
-        raise CheckpointError(
-            f"The tensor {name} holds {float(piece[row, column])} at row {first_row + row}, column {column}.",
-            "The checkpoint is damaged; download or save it again.",
-        )
 
 
 def ahead(jobs: Sequence[Callable[[], Iterator[Any]]], threads: int, depth: int = 2) -> Iterator[Iterator[Any]]:

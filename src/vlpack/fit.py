@@ -29,8 +29,8 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
             "Use the original one, in bfloat16 or float32.",
         )
     options = GraphOptions(policy.ir_dtype)
-    weights = [w for part in architecture.parts(options) for w in declare(part.module, policy)]
-    wanted = {source.name: source.shape for weight in weights for source in weight.sources}
+    weights = [w for part in architecture.parts(options) for w in declare(part, policy)]
+    wanted = {tensor.name: tensor.shape for weight in weights for tensor in weight.source.tensors()}
     missing = [name for name in wanted if name not in checkpoint.tensors]
     if missing:
         raise CheckpointError(

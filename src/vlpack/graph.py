@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 
@@ -13,7 +12,8 @@ import vlpack
 from vlpack.architectures.base import Part
 from vlpack.layers import ops
 from vlpack.layers.linear import Linear, Stored
-from vlpack.precision import VISION_PREFIX, Policy
+from vlpack.precision import Policy
+from vlpack.sources import Rows, Source, stacked
 from vlpack.storage import Float, Storage
 
 OPSET = {"cpu": 23}
@@ -21,28 +21,33 @@ OPSET = {"cpu": 23}
 per version and lag behind, so they get the older `OLD_OPSET`."""
 OLD_OPSET = 21
 
-
-@dataclass(frozen=True)
-class Source:
-    """A tensor of the checkpoint and the shape it must have."""
-
-    name: str
-    shape: tuple[int, ...]
+VECTOR = Float("float32")
+"""How norms and biases are stored, in every precision."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight of a graph: where it comes from, how it is stored, and the initializers it fills.
-
-    ``sources`` lie one above the other; together they are ``rows × cols``.
-    """
+    """One weight ``[rows, cols]`` of a graph: where it comes from, how it is stored, which initializers it fills."""
 
     path: str
-    sources: tuple[Source, ...]
-    rows: int
-    cols: int
+    source: Rows
     storage: Storage
     parameters: dict[str, nn.Parameter]
+
+    @property
+    def rows(self) -> int:
+        """Output features, entries of a table, or the length of a vector."""
+        return self.source.rows
+
+    @property
+    def cols(self) -> int:
+        """Input features, the width of a table, or 1."""
+        return self.source.cols
+
+    @property
+    def key(self) -> tuple[Rows, Storage]:
+        """Equal for weights that are the same bytes."""
+        return self.source, self.storage
 
 
 @dataclass(frozen=True)
@@ -62,21 +67,22 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
         yield from walk(child, ".".join(part for part in (path, own) if part))
 
 
-def declare(module: nn.Module, policy: Policy) -> list[Weight]:
+def declare(part: Part, policy: Policy) -> list[Weight]:
     """Give every `Stored` module its storage, and list all weights in the order of the tree."""
     weights = []
-    for path, child in walk(module, module.name or ""):
+    for path, child in walk(part.module, part.module.name or ""):
         if isinstance(child, Stored):
-            storage = policy.storage(path)
-            sources = _sources(path, child)
-            weights.append(Weight(path, sources, child.rows, child.cols, storage, child.store(storage)))
+            storage = policy.storage(f"{part.side}.{child.role}", path)
+            source = child.source(path)
+            assert (source.rows, source.cols) == (child.rows, child.cols), path
+            weights.append(Weight(path, source, storage, child.store(storage)))
             if isinstance(child, Linear) and child.bias is not None:
-                parts = tuple(Source(s.name.removesuffix("weight") + "bias", s.shape[:1]) for s in sources)
-                weights.append(_vector(f"{path}.bias", parts, child.bias))
+                biases = (Source(s.name.removesuffix("weight") + "bias", s.shape[:1]) for s in source.tensors())
+                weights.append(Weight(f"{path}.bias", stacked(biases), VECTOR, {"weight": child.bias}))
         else:
             for name, parameter in child.named_parameters(recurse=False):
-                source = Source(f"{path}.{name}", parameter_shape(parameter))
-                weights.append(_vector(f"{path}.{name}", (source,), parameter))
+                vector = Source(f"{path}.{name}", parameter_shape(parameter))
+                weights.append(Weight(vector.name, vector, VECTOR, {"weight": parameter}))
     return weights
 
 
@@ -85,28 +91,9 @@ def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(ops.shape_of(parameter).numpy())
 
 
-def _vector(path: str, sources: tuple[Source, ...], parameter: nn.Parameter) -> Weight:
-    """A norm's weight or a bias: fp32 in every precision."""
-    rows = int(np.prod(parameter_shape(parameter)))
-    return Weight(path, sources, rows, 1, Float("float32"), {"weight": parameter})
-
-
-def _sources(path: str, module: Stored) -> tuple[Source, ...]:
-    if module.tied_to:
-        return (Source(module.tied_to, (module.rows, module.cols)),)
-    if module.stacked:
-        parent = path.rpartition(".")[0]
-        return tuple(Source(f"{parent}.{name}.weight", (rows, module.cols)) for name, rows in module.stacked)
-    return (Source(f"{path}.weight", module.source_shape),)
-
-
 def trace(part: Part, policy: Policy) -> Graph:
     """Write the graph of ``part``: its weights are declared by ``policy`` and still empty."""
-    if part.name == "vision" and part.module.name != VISION_PREFIX:
-        raise AssertionError(
-            f"the vision encoder's module is named {part.module.name}; the policy knows {VISION_PREFIX}"
-        )
-    weights = declare(part.module, policy)
+    weights = declare(part, policy)
     graph = ir.Graph(
         [], [], nodes=[], opset_imports={"": OPSET.get(policy.provider, OLD_OPSET), "com.microsoft": 1}, name=part.name
     )

@@ -108,8 +108,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
             "files": {path.name: path.stat().st_size for path in checkpoint.weight_files()},
         }
         architecture = architecture_of(checkpoint)
-        checkpoint.rename(architecture.renamed)
-        policy = make_policy("fp32", "cpu", QuantizationOptions(), architecture.text.num_hidden_layers)
+        policy = make_policy("fp32", "cpu", QuantizationOptions(), architecture.precision_facts)
         check_tensors(architecture, checkpoint, policy)
         parts = architecture.parts(GraphOptions())
         described["tied"] = architecture.tied

@@ -61,19 +61,13 @@ class ExtraOptions:
         return replace(QuantizationOptions(), **{name: value for name, value in given.items() if value is not None})
 
 
-_WEIGHTS = {
-    "embedding": "model.language_model.embed_tokens",
-    "head": "lm_head",
-    "layers": "model.language_model.layers.0.mlp.down_proj",
-    "vision": "model.visual.blocks.0.attn.qkv",
-}
-"""One weight of each kind."""
 _PARTS = {
-    "all": tuple(_WEIGHTS),
-    "text": ("embedding", "head", "layers"),
-    "vision": ("vision",),
-    "embedding": ("embedding",),
+    "all": ("text.embedding", "text.head", "text.linear", "vision.linear"),
+    "text": ("text.embedding", "text.head", "text.linear"),
+    "vision": ("vision.linear",),
+    "embedding": ("text.embedding",),
 }
+"""The roles of the weights in each part, as far as options go."""
 
 
 def check_effects(extra: ExtraOptions, part: str, policy: Policy, vision: str | None) -> None:
@@ -88,25 +82,25 @@ def check_effects(extra: ExtraOptions, part: str, policy: Policy, vision: str | 
     Raises:
         OptionError: one does not, with the reason.
     """
-    kinds = [kind for kind in _PARTS[part] if not (kind == "embedding" and extra.exclude_embeds)]
+    roles = [role for role in _PARTS[part] if not (role == "text.embedding" and extra.exclude_embeds)]
     if extra.exclude_embeds is not None and part != "text":
         raise OptionError("exclude_embeds goes with --part text.", "Elsewhere the embedding is a part of its own.")
-    if vision is not None and "vision" not in kinds:
+    if vision is not None and "vision.linear" not in roles:
         raise OptionError(f"--vision-precision has no effect with --part {part}, which has no vision encoder.")
     for name in ("matmul_mixed_precision", "prune_lm_head", "filename"):
-        if getattr(extra, name) is not None and "layers" not in kinds:
+        if getattr(extra, name) is not None and "text.linear" not in roles:
             raise OptionError(f"{name} is an option of the decoder, which --part {part} does not build.")
-    if extra.shared_embeddings is not None and not {"embedding", "head"} <= set(kinds):
+    if extra.shared_embeddings is not None and not {"text.embedding", "text.head"} <= set(roles):
         raise OptionError(
             "shared_embeddings has no effect on a package that does not hold both the embedding and the head."
         )
     if extra.filename and part == "all" and extra.filename.lower() in ("vision.onnx", "embedding.onnx"):
         raise OptionError(f"filename={extra.filename} is the name of another part's graph.", "Choose another one.")
-    _check_quantization(extra, part, policy, {kind: policy.storage(_WEIGHTS[kind]) for kind in kinds})
+    _check_quantization(extra, part, policy, {role: policy.storage(role) for role in roles})
 
 
 def _check_quantization(extra: ExtraOptions, part: str, policy: Policy, storages: Mapping[str, Storage]) -> None:
-    blocks = {kind: storage for kind, storage in storages.items() if isinstance(storage, Blocks)}
+    blocks = {role: storage for role, storage in storages.items() if isinstance(storage, Blocks)}
     where = f"with precision {policy.precision} for {policy.provider} and --part {part}"
     for name in ("block_size", "is_symmetric", "algo_config"):
         if getattr(extra, name) is not None and not blocks:
@@ -114,14 +108,16 @@ def _check_quantization(extra: ExtraOptions, part: str, policy: Policy, storages
                 f"{name} has no effect {where}: no weight is stored in blocks.",
                 "Leave it away, or build with --precision int4.",
             )
-    multiplied = [storage for kind, storage in blocks.items() if kind != "embedding" and storage.dtype == "float32"]
+    multiplied = [
+        storage for role, storage in blocks.items() if role != "text.embedding" and storage.dtype == "float32"
+    ]
     if extra.accuracy_level is not None and not multiplied:
         raise OptionError(
             f"accuracy_level has no effect {where}.", "It is for weights in blocks that the CPU multiplies."
         )
     mixed = extra.matmul_mixed_precision or {}
     if extra.algo_config == "rtn_last":
-        if policy.precision != "int4" or "head" not in storages:
+        if policy.precision != "int4" or "text.head" not in storages:
             raise OptionError("algo_config=rtn_last goes with a decoder in int4.")
         if mixed.get("last_matmul") == "int4":
             raise OptionError("algo_config=rtn_last and matmul_mixed_precision=last_matmul:int4 contradict each other.")

@@ -1,7 +1,9 @@
 """The precision policy, as data: which storage each weight gets, and the dtype of what flows between them.
 
-A policy is a list of rules, pattern → storage; the first pattern (fnmatch) that a module's path matches decides. Paths
-are those of the checkpoint, with q/k/v and gate/up joined: ``model.language_model.layers.3.self_attn.qkv_proj``.
+A policy is a list of rules, of which the first that fits decides. A rule goes by a weight's *role*, what it is for:
+``text.`` or ``vision.`` and then ``linear``, ``embedding``, ``head``, ``router``, ``expert``, ``table`` or ``patches``.
+It may also go by the path of its module, which is the checkpoint's, with q/k/v and gate/up joined:
+``model.language_model.layers.3.self_attn.qkv_proj``.
 """
 
 from __future__ import annotations
@@ -25,13 +27,30 @@ OFFERED: Mapping[str, tuple[str, ...]] = {
 }
 """Execution provider → its precisions. int8 is the CPU's own: other providers lack DynamicQuantizeMatMul."""
 
-VISION_PREFIX = "model.visual"
-"""By which the rules know a vision encoder: a family's module has this name, whatever its checkpoints call it."""
+EXPERT_PROVIDERS = ("cpu", "cuda")
+"""Those with kernels for ORT's MoE and QMoE operators as they are used here."""
 
-EMBEDDING, HEAD, VISION = "*.embed_tokens", "lm_head", f"{VISION_PREFIX}.*"
-TABLES, PATCHES = f"{VISION_PREFIX}.pos_embed", f"{VISION_PREFIX}.patch_embed.*"
 
-Rule = tuple[str, Storage]
+@dataclass(frozen=True)
+class Rule:
+    """Weights of a role, in modules whose paths match, and how they are stored; both are patterns (fnmatch)."""
+
+    role: str
+    storage: Storage
+    modules: str = "*"
+
+
+@dataclass(frozen=True)
+class PrecisionFacts:
+    """What a policy must know of a model.
+
+    Args:
+        num_hidden_layers: of the decoder.
+        expert_size: features that the blocks of an expert's weights must divide; None where there are no experts.
+    """
+
+    num_hidden_layers: int = 1
+    expert_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +61,7 @@ class Policy:
         precision: its name, one of `PRECISIONS`.
         provider: the execution provider it is made for.
         dtype: of activations: ``float32`` or ``float16``. Norms, rotary angles and residual sums are fp32 in both.
-        rules: pattern → storage, first match wins.
+        rules: the first that fits wins.
     """
 
     precision: str
@@ -50,12 +69,12 @@ class Policy:
     dtype: str
     rules: tuple[Rule, ...]
 
-    def storage(self, path: str) -> Storage:
-        """How the weight of the module at ``path`` is kept."""
-        for pattern, storage in self.rules:
-            if fnmatchcase(path, pattern):
-                return storage
-        raise AssertionError(f"no rule for {path}: the last rule must match everything")
+    def storage(self, role: str, path: str = "") -> Storage:
+        """How the weight of the module at ``path`` is kept, whose role is ``role``."""
+        for rule in self.rules:
+            if fnmatchcase(role, rule.role) and fnmatchcase(path, rule.modules):
+                return rule.storage
+        raise AssertionError(f"no rule for {role} at {path}: the last rule must match everything")
 
     @property
     def ir_dtype(self) -> ir.DataType:
@@ -64,7 +83,7 @@ class Policy:
 
     def described(self) -> list[dict[str, str]]:
         """The rules as JSON."""
-        return [{"modules": pattern, "storage": storage.label} for pattern, storage in self.rules]
+        return [{"role": rule.role, "modules": rule.modules, "storage": rule.storage.label} for rule in self.rules]
 
 
 @dataclass(frozen=True)
@@ -86,7 +105,9 @@ class QuantizationOptions:
     vision: str | None = None
 
 
-def make_policy(precision: str, provider: str, options: QuantizationOptions, num_hidden_layers: int) -> Policy:
+def make_policy(
+    precision: str, provider: str, options: QuantizationOptions, facts: PrecisionFacts = PrecisionFacts()
+) -> Policy:
     """The policy of a precision on an execution provider.
 
     Raises:
@@ -104,7 +125,9 @@ def make_policy(precision: str, provider: str, options: QuantizationOptions, num
         raise OptionError("matmul_mixed_precision goes with int4.", f"The precision is {precision}.")
     rules = (
         *_vision_rules(precision, provider, dtype, options),
-        *_text_rules(precision, provider, dtype, options, num_hidden_layers),
+        *_sensitive_rules(dtype, options, facts.num_hidden_layers),
+        *_expert_rules(precision, provider, dtype, options, facts.expert_size),
+        *_text_rules(precision, provider, dtype, options),
     )
     return Policy(precision, provider, dtype, rules)
 
@@ -113,24 +136,48 @@ def _blocks(bits: int, dtype: str, options: QuantizationOptions) -> Blocks:
     return Blocks(bits, options.block_size, options.is_symmetric, dtype, options.accuracy_level)
 
 
-def _text_rules(
-    precision: str, provider: str, dtype: str, options: QuantizationOptions, num_hidden_layers: int
-) -> list[Rule]:
+def _text_rules(precision: str, provider: str, dtype: str, options: QuantizationOptions) -> list[Rule]:
     if precision in ("fp32", "fp16"):
-        return [(EMBEDDING, Float(dtype)), (HEAD, Float(dtype)), ("*", Transposed(dtype))]
+        kept = Float(dtype)
+        return [Rule("text.embedding", kept), Rule("text.head", kept), Rule("text.*", Transposed(dtype))]
     # The head decides every token and the embedding feeds every layer: 8 bits, in blocks along the row, so that a tied
     # pair is stored once. DirectML has 4-bit kernels only.
     head = _blocks(int(options.mixed.get("last_matmul", "int4" if provider == "dml" else "int8")[3:]), dtype, options)
     embedding: Storage = head if provider == "cpu" else Float(dtype)
-    rules: list[Rule] = [(EMBEDDING, embedding), (HEAD, head)]
+    rules = [Rule("text.embedding", embedding), Rule("text.head", head)]
     if precision == "int8":
-        return [*rules, ("*", ChannelInt8())]
-    if "mixed_layers" in options.mixed:
-        bits = int(options.mixed["mixed_layers"][3:])
-        for layer in sensitive_layers(num_hidden_layers):
-            for name in ("self_attn.qkv_proj", "mlp.down_proj"):
-                rules.append((f"*.layers.{layer}.{name}", _blocks(bits, dtype, options)))
-    return [*rules, ("*", _blocks(4, dtype, options))]
+        return [*rules, Rule("text.*", ChannelInt8())]
+    return [*rules, Rule("text.*", _blocks(4, dtype, options))]
+
+
+def _sensitive_rules(dtype: str, options: QuantizationOptions, num_hidden_layers: int) -> list[Rule]:
+    if "mixed_layers" not in options.mixed:
+        return []
+    storage = _blocks(int(options.mixed["mixed_layers"][3:]), dtype, options)
+    names = ("self_attn.qkv_proj", "mlp.down_proj", "mlp.experts.down_proj")
+    layers = sensitive_layers(num_hidden_layers)
+    return [Rule("text.*", storage, f"*.layers.{layer}.{name}") for layer in layers for name in names]
+
+
+def _expert_rules(
+    precision: str, provider: str, dtype: str, options: QuantizationOptions, size: int | None
+) -> list[Rule]:
+    if size is None:
+        return []
+    if provider not in EXPERT_PROVIDERS:
+        raise OptionError(
+            f"Mixtures of experts are not offered on {provider}.", f"Offered: {', '.join(EXPERT_PROVIDERS)}."
+        )
+    # which experts a token goes to must not hang on rounding, and the router is small
+    router = Rule("text.router", Transposed("float32"))
+    if precision in ("fp32", "fp16"):
+        return [router, Rule("text.expert", Float(dtype))]
+    if size % options.block_size:
+        raise OptionError(
+            f"block_size={options.block_size} does not divide the experts' sizes (by {size}), which QMoE needs.",
+            "Choose a smaller one.",
+        )
+    return [router, Rule("text.expert", _blocks(8 if precision == "int8" else 4, dtype, options))]
 
 
 def _vision_rules(precision: str, provider: str, dtype: str, options: QuantizationOptions) -> list[Rule]:
@@ -146,7 +193,8 @@ def _vision_rules(precision: str, provider: str, dtype: str, options: Quantizati
     else:
         storage = Transposed("float16" if vision == "fp16" else "float32")
     kept = storage.dtype if isinstance(storage, Transposed) else dtype
-    return [(TABLES, Float("float32")), (PATCHES, Transposed(kept)), (VISION, storage)]
+    tables = Rule("vision.table", Float("float32"))
+    return [tables, Rule("vision.patches", Transposed(kept)), Rule("vision.*", storage)]
 
 
 def sensitive_layers(num_hidden_layers: int) -> list[int]:

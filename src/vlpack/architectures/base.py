@@ -15,9 +15,11 @@ from vlpack.deepstack import CHANNEL, SideChannel
 from vlpack.errors import CheckpointError
 from vlpack.layers.embedding import ImageEmbedding
 from vlpack.layers.vision import patch_size, pixels_of, temporal_patch_size
+from vlpack.precision import PrecisionFacts
 
 if TYPE_CHECKING:
     from vlpack.architectures.text import TextDecoder
+    from vlpack.tensorfile import TensorInfo
 
 INT64 = ir.DataType.INT64
 
@@ -39,6 +41,11 @@ class Part:
     module: nn.Module
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
+
+    @property
+    def side(self) -> str:
+        """``vision`` or ``text``: the first word of its weights' roles (`vlpack.precision`)."""
+        return "vision" if self.name == "vision" else "text"
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,18 @@ class Architecture(ABC):
         Raises:
             CheckpointError: a value is missing or not supported.
         """
+
+    def observe(self, tensors: Mapping[str, TensorInfo]) -> None:  # noqa: B027 (most need not)
+        """Take from the checkpoint's tensors what its config does not say; by default there is nothing.
+
+        Raises:
+            CheckpointError: what they say is not supported.
+        """
+
+    @property
+    def precision_facts(self) -> PrecisionFacts:
+        """What a precision policy must know."""
+        return PrecisionFacts(self.text.num_hidden_layers)
 
     def vision_model(self, options: GraphOptions) -> nn.Module:
         """The vision encoder: ``pixel_values``, ``image_grid_thw`` → ``image_features``."""

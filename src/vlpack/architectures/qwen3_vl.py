@@ -37,7 +37,6 @@ LAYER_NORM_EPS = 1e-6
 """Of the vision encoder; not in the config."""
 
 TEXT = "model.language_model"
-VISION = "model.visual"
 
 
 class PatchMerger(nn.Module):
@@ -67,7 +66,7 @@ class VisionModel(nn.Module):
     """``pixel_values [N, C·T·p·p]``, ``image_grid_thw [images, 3]`` → ``image_features [tokens, (1 + levels)·H]``."""
 
     def __init__(self, config: Section, dtype: ir.DataType, deepstack: SideChannel) -> None:
-        super().__init__(VISION)
+        super().__init__("model.visual")
         size, heads = check_heads(config, "hidden_size")
         self.size, self.heads, self.dtype, self.deepstack = size, heads, dtype, deepstack
         self.merge = config.integer("spatial_merge_size", high=16)
@@ -78,7 +77,7 @@ class VisionModel(nn.Module):
         self.side = int(positions**0.5)
         self.indexes = deepstack_indexes(config)
         self.patch_embed = PatchEmbed(config, size)
-        self.pos_embed = Embedding(positions, size)
+        self.pos_embed = Embedding(positions, size, role="table")
         self.blocks = nn.ModuleList(
             [
                 VisionBlock(

@@ -111,7 +111,7 @@ class TextDecoder:
         tied_to = f"{self.prefix}.embed_tokens.weight" if self.tied else None
         return CausalLM(
             TextModel(layers, facts.hidden_size, eps, self.prefix),
-            Linear(facts.hidden_size, facts.vocab_size, tied_to=tied_to),
+            Linear(facts.hidden_size, facts.vocab_size, tied_to=tied_to, role="head"),
             self._rope,
             options.dtype,
             options.last_logits,

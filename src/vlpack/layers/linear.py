@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from vlpack.layers import ops
+from vlpack.sources import Rows, Source, stacked
 from vlpack.storage import Blocks, ChannelInt8, Float, Storage, Transposed
 
 
@@ -22,6 +23,7 @@ class Stored(nn.Module):
         source_shape: the shape of the checkpoint's weight where it is not ``[rows, cols]`` (a convolution's kernel).
         name: as of any module; a dotted one is the place in the checkpoint.
         tied_to: the checkpoint's tensor that is this weight, where another module owns it.
+        role: what the weight is for, by which the policy chooses its storage (`vlpack.precision`).
     """
 
     def __init__(
@@ -32,14 +34,24 @@ class Stored(nn.Module):
         source_shape: Sequence[int] = (),
         name: str | None = None,
         tied_to: str | None = None,
+        role: str = "linear",
     ) -> None:
         super().__init__(name)
-        self.rows, self.cols = rows, cols
+        self.rows, self.cols, self.role = rows, cols, role
         self.stacked = tuple(stacked)
         self.tied_to = tied_to
         self.source_shape = tuple(source_shape) or (rows, cols)
         self.storage: Storage | None = None
         self.arrays: dict[str, nn.Parameter] = {}
+
+    def source(self, path: str) -> Rows:
+        """Where the weight of the module at ``path`` lies in the checkpoint."""
+        if self.tied_to:
+            return Source(self.tied_to, (self.rows, self.cols))
+        if self.stacked:
+            parent = path.rpartition(".")[0]
+            return stacked(Source(f"{parent}.{name}.weight", (rows, self.cols)) for name, rows in self.stacked)
+        return Source(f"{path}.weight", self.source_shape)
 
     def store(self, storage: Storage) -> dict[str, nn.Parameter]:
         """Declare the initializers that ``storage`` makes of the weight; returns them by array name."""
@@ -66,8 +78,9 @@ class Linear(Stored):
         stacked: Sequence[tuple[str, int]] = (),
         source_shape: Sequence[int] = (),
         tied_to: str | None = None,
+        role: str = "linear",
     ) -> None:
-        super().__init__(out_features, in_features, stacked, source_shape, tied_to=tied_to)
+        super().__init__(out_features, in_features, stacked, source_shape, tied_to=tied_to, role=role)
         self.bias = nn.Parameter([out_features], name="bias") if bias else None
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
@@ -97,8 +110,10 @@ class Linear(Stored):
 class Embedding(Stored):
     """Rows of a table: ``ids [..] → [.., embedding_dim]``."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, name: str | None = None) -> None:
-        super().__init__(num_embeddings, embedding_dim, name=name)
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, name: str | None = None, role: str = "embedding"
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, name=name, role=role)
 
     def declared_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         # GatherBlockQuantized wants a row's blocks side by side where MatMulNBits wants them apart

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from vlpack.storage import Blocks
+from vlpack.storage import Blocks, Float, Storage
 
 FLOAT = ir.DataType.FLOAT
 INT32 = ir.DataType.INT32
@@ -99,6 +99,56 @@ def gather_block_quantized(
         return y
     # the last block of a row is filled up with zeros, which MatMulNBits leaves out by K and this operator does not
     return typed(op.Slice(y, [0], [cols], [-1]), dtype_of(scales), [*shape_of(ids), cols])
+
+
+def experts(
+    op: OpBuilder,
+    x: ir.Value,
+    logits: ir.Value,
+    gate_up: Sequence[ir.Value],
+    down: Sequence[ir.Value],
+    storages: tuple[Storage | None, Storage | None],
+    k: int,
+    normalize: bool,
+) -> ir.Value:
+    """SwiGLU experts on ``x [B, S, H]``, each token through the ``k`` with the largest of ``logits [B · S, E]``.
+
+    The experts' outputs are weighed by the softmax of the logits over all experts, which ``normalize`` makes sum to 1
+    over the chosen ones. Rows of ``gate_up`` alternate between gate and up.
+
+    Args:
+        op: the graph under construction.
+        x: in the weights' dtype, or the scales' where they are quantized.
+        logits: of the router, in fp32.
+        gate_up: arrays of the weights ``[E, 2 · I, H]``.
+        down: … ``[E, H, I]``.
+        storages: of the two.
+        k: experts per token.
+        normalize: see above.
+    """
+    dtype = dtype_of(x)
+    options = {"k": k, "normalize_routing_weights": int(normalize), "activation_type": "swiglu", "swiglu_fusion": 1}
+    options |= {"activation_alpha": 1.0, "activation_beta": 0.0}
+    match storages:
+        case Float(), Float():
+            y = microsoft(op).MoE(x, cast(op, logits, dtype), gate_up[0], None, down[0], **options)
+        case Blocks() as first, Blocks() as second:
+            options |= {"expert_weight_bits": first.bits, "block_size": first.block_size, "weights_prepacked": 0}
+            if second.bits != first.bits:
+                options["fc2_expert_weight_bits"] = second.bits
+            if dtype == FLOAT:
+                options["accuracy_level"] = first.accuracy_level
+            zeros = [
+                None if storage.symmetric else part[2]
+                for storage, part in zip((first, second), (gate_up, down), strict=True)
+            ]
+            # alone, QMoE takes the softmax over the chosen experts only
+            shares = cast(op, op.Softmax(logits, axis=-1), dtype)
+            weights = [*gate_up[:2], None, *down[:2], None, None, None, None, *zeros, None]
+            y = microsoft(op).QMoE(x, cast(op, logits, dtype), *weights, shares, **options)
+        case _:
+            raise AssertionError(f"no way to run experts stored as {storages}")
+    return typed(y, dtype, shape_of(x))
 
 
 def rotary(op: OpBuilder, x: ir.Value, rows: ir.Value, cos: ir.Value, sin: ir.Value, num_heads: int) -> ir.Value:

@@ -74,7 +74,8 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: Section, hidden_size: int, bias: bool = True) -> None:
         super().__init__()
         kernel = kernel_of(config)
-        self.proj = Linear(pixels_of(config), hidden_size, bias=bias, source_shape=[hidden_size, *kernel])
+        shape = [hidden_size, *kernel]
+        self.proj = Linear(pixels_of(config), hidden_size, bias=bias, source_shape=shape, role="patches")
 
     def forward(self, op: OpBuilder, pixel_values: ir.Value) -> ir.Value:
         return ops.cast(op, self.proj(op, pixel_values), ops.FLOAT)

@@ -55,9 +55,9 @@ Hashes of all files, the source's among them, are in `vlpack.json`; `vlpack insp
 Activations are {{ policy.dtype }}; norms, rotary angles and residual sums float32. The first rule that fits a module \
 decides:
 
-| modules | stored as |
-| --- | --- |
-{% for rule in policy.described() %}| `{{ rule.modules }}` | {{ rule.storage }} |
+| role | modules | stored as |
+| --- | --- | --- |
+{% for rule in policy.described() %}| {{ rule.role }} | `{{ rule.modules }}` | {{ rule.storage }} |
 {% endfor %}
 {%- if complete %}
 

@@ -1,0 +1,19 @@
+"""Qwen3-MoE: Qwen3 with experts in its feed-forward layers. Source: transformers' ``modeling_qwen3_moe.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlpack.architectures.mixture import Mixture
+from vlpack.architectures.qwen3 import Qwen3
+from vlpack.config import Section
+
+
+class Qwen3Moe(Mixture, Qwen3):
+    """``Qwen3MoeForCausalLM``: 30B-A3B, 235B-A22B."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        root = Section(config)
+        self.add_experts(root, norm_topk_prob=root.flag("norm_topk_prob", False))

@@ -1,0 +1,22 @@
+"""Qwen3-VL-MoE: Qwen3-VL, vision encoder and DeepStack included, with experts in its decoder.
+
+Source: Qwen3-VL technical report (arXiv:2511.21631); transformers' ``modeling_qwen3_vl_moe.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlpack.architectures.mixture import Mixture
+from vlpack.architectures.qwen3_vl import Qwen3VL
+from vlpack.config import Section
+
+
+class Qwen3VLMoe(Mixture, Qwen3VL):
+    """``Qwen3VLMoeForConditionalGeneration``: 30B-A3B, 235B-A22B."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        # the reference normalizes the shares whatever its config's norm_topk_prob says
+        self.add_experts(Section(config).section("text_config"), norm_topk_prob=True)

@@ -1,0 +1,125 @@
+"""Mixture of experts: a router sends every token through a few of many small feed-forward modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+from onnxscript import OpBuilder, nn
+
+from vlpack.layers import ops
+from vlpack.layers.linear import Linear, Stored
+from vlpack.sources import Alternating, Part, Rows, Source, Stacked, Turned
+
+if TYPE_CHECKING:
+    from vlpack.tensorfile import TensorInfo
+
+
+class Layout(Enum):
+    """How a checkpoint keeps its experts: E of them, each with ``2 · I`` rows of gate and up, and H of down."""
+
+    SEPARATE = "a matrix per expert"  # experts.{e}.gate_proj.weight [I, H], up_proj [I, H], down_proj [H, I]
+    FUSED = "all experts in one tensor"  # experts.gate_up_proj [E, 2 · I, H], down_proj [E, H, I]
+    TURNED = "all experts in one tensor, input first"  # experts.gate_up_proj [E, H, 2 · I], down_proj [E, I, H]
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """Numbers of a mixture, with Hugging Face's names."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    hidden_size: int
+    moe_intermediate_size: int
+
+
+def layout_of(tensors: Mapping[str, TensorInfo], experts: str, sizes: ExpertSizes) -> Layout:
+    """Which layout a checkpoint has, by the tensors of one module ``…mlp.experts``."""
+    down = tensors.get(f"{experts}.down_proj")
+    if down is None:
+        return Layout.SEPARATE
+    up = tensors.get(f"{experts}.gate_up_proj")
+    hidden, wide = sizes.hidden_size, 2 * sizes.moe_intermediate_size
+    # either of them may be square, but not both
+    turned = down.shape[1:] == (wide // 2, hidden) and (up is None or up.shape[1:] == (hidden, wide))
+    return Layout.TURNED if turned else Layout.FUSED
+
+
+class ExpertWeights(Stored):
+    """The weights of all experts, ``[E, out, in]`` to the graph and ``[E · out, in]`` to storages.
+
+    Args:
+        sizes: of the mixture.
+        layout: of the checkpoint.
+        names: ``("gate_proj", "up_proj")``, whose rows alternate, or ``("down_proj",)``.
+    """
+
+    def __init__(self, sizes: ExpertSizes, layout: Layout, names: tuple[str, ...]) -> None:
+        hidden, inner = sizes.hidden_size, sizes.moe_intermediate_size
+        self.experts, self.layout, self.names = sizes.num_experts, layout, names
+        self.inner = inner
+        self.out, self.width = (2 * inner, hidden) if len(names) == 2 else (hidden, inner)
+        super().__init__(self.experts * self.out, self.width, role="expert")
+
+    def declared_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        packed = shape[1] * shape[2] if name == "qweight" else shape[1]
+        return (self.experts, self.out, packed)
+
+    def source(self, path: str) -> Rows:
+        return Stacked(tuple(self._expert(path, expert) for expert in range(self.experts)))
+
+    def forward(self, op: OpBuilder) -> list[ir.Value]:
+        return list(self.arrays.values())
+
+    def _expert(self, path: str, expert: int) -> Rows:
+        if self.layout is Layout.SEPARATE:
+            parent, rows = path.rpartition(".")[0], self.out // len(self.names)
+            parts: list[Rows] = [Source(f"{parent}.{expert}.{name}.weight", (rows, self.width)) for name in self.names]
+        else:
+            turned = self.layout is Layout.TURNED
+            shape = (self.experts, self.width, self.out) if turned else (self.experts, self.out, self.width)
+            whole: Rows = Part(Source(path, shape, leading=2), expert * shape[1], shape[1])
+            whole = Turned(whole) if turned else whole
+            rows = self.out // len(self.names)
+            parts = [Part(whole, index * rows, rows) for index in range(len(self.names))]
+        return Alternating(*parts) if len(parts) == 2 else parts[0]
+
+
+class Experts(nn.Module):
+    """The experts of a layer, with their modules' names in the checkpoint."""
+
+    def __init__(self, sizes: ExpertSizes, layout: Layout) -> None:
+        super().__init__()
+        self.gate_up_proj = ExpertWeights(sizes, layout, ("gate_proj", "up_proj"))
+        self.down_proj = ExpertWeights(sizes, layout, ("down_proj",))
+
+    def forward(self, op: OpBuilder, x: ir.Value, logits: ir.Value, k: int, normalize: bool) -> ir.Value:
+        gate_up, down = self.gate_up_proj(op), self.down_proj(op)
+        x = ops.cast(op, x, ops.dtype_of(gate_up[min(1, len(gate_up) - 1)]))  # the scales' dtype, or the weights'
+        storages = (self.gate_up_proj.storage, self.down_proj.storage)
+        return ops.experts(op, x, logits, gate_up, down, storages, k, normalize)
+
+
+class SparseMoe(nn.Module):
+    """``Σ share(e) · down_e(silu(gate_e(x)) · up_e(x))`` over a token's ``num_experts_per_tok`` likeliest experts.
+
+    Args:
+        sizes: of the mixture.
+        layout: of the checkpoint.
+        norm_topk_prob: the shares sum to 1; else they are the softmax over all experts.
+
+    Source: transformers' ``Qwen3MoeSparseMoeBlock``; Fedus et al. 2021 (arXiv:2101.03961).
+    """
+
+    def __init__(self, sizes: ExpertSizes, layout: Layout, norm_topk_prob: bool) -> None:
+        super().__init__()
+        self.gate = Linear(sizes.hidden_size, sizes.num_experts, role="router")
+        self.experts = Experts(sizes, layout)
+        self.k, self.normalize, self.num_experts = sizes.num_experts_per_tok, norm_topk_prob, sizes.num_experts
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        logits = op.Reshape(self.gate(op, x), [-1, self.num_experts])  # [B · S, E]
+        return self.experts(op, x, logits, self.k, self.normalize)
