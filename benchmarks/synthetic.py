@@ -2,7 +2,7 @@
 
 Which tensors there are is asked of vlpack's own architectures, so a config is all that a size needs.
 
-Usage: python benchmarks/synthetic.py {2b,4b,8b} FOLDER [--tokenizer FOLDER_WITH_A_TOKENIZER]
+Usage: python benchmarks/synthetic.py {2b,4b,8b,30b-a3b} FOLDER [--layers N] [--experts LAYOUT] [--tokenizer FOLDER]
 """
 
 from __future__ import annotations
@@ -18,35 +18,40 @@ import numpy as np
 
 from vlpack.architectures import ARCHITECTURES
 from vlpack.architectures.base import GraphOptions
+from vlpack.architectures.mixture import Mixture
 from vlpack.graph import declare
+from vlpack.layers.moe import Layout
 from vlpack.precision import QuantizationOptions, make_policy
 
 SIZES: dict[str, dict[str, Any]] = {
     "2b": {"text": (2048, 28, 16, 8, 6144), "vision": (24, 1024, 4096), "deepstack": [5, 11, 17], "tied": True},
     "4b": {"text": (2560, 36, 32, 8, 9728), "vision": (24, 1024, 4096), "deepstack": [5, 11, 17], "tied": True},
     "8b": {"text": (4096, 36, 32, 8, 12288), "vision": (27, 1152, 4304), "deepstack": [8, 16, 24], "tied": False},
+    "30b-a3b": {"text": (2048, 48, 32, 4, 6144), "vision": (27, 1152, 4304), "deepstack": [8, 16, 24], "tied": False},
 }
+EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
 """hidden, layers, heads, kv heads, intermediate; depth, hidden, intermediate: Qwen3-VL's public configs."""
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
 
-def config(size: str) -> dict[str, Any]:
+def config(size: str, layers: int | None = None) -> dict[str, Any]:
     sizes = SIZES[size]
-    hidden, layers, heads, kv_heads, intermediate = sizes["text"]
+    hidden, all_layers, heads, kv_heads, intermediate = sizes["text"]
+    mixture = size == "30b-a3b"
     depth, vision_hidden, vision_intermediate = sizes["vision"]
     return {
-        "architectures": ["Qwen3VLForConditionalGeneration"],
-        "model_type": "qwen3_vl",
+        "architectures": [f"Qwen3VL{'Moe' if mixture else ''}ForConditionalGeneration"],
+        "model_type": "qwen3_vl_moe" if mixture else "qwen3_vl",
         "tie_word_embeddings": sizes["tied"],
         "image_token_id": 151655,
         "video_token_id": 151656,
         "vision_start_token_id": 151652,
         "vision_end_token_id": 151653,
         "text_config": {
-            "model_type": "qwen3_vl_text",
+            **(EXPERTS if mixture else {}),
             "hidden_size": hidden,
-            "num_hidden_layers": layers,
+            "num_hidden_layers": layers or all_layers,
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "intermediate_size": intermediate,
@@ -78,12 +83,14 @@ def config(size: str) -> dict[str, Any]:
     }
 
 
-def tensors(values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def tensors(values: dict[str, Any], layout: Layout) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the model."""
     architecture = ARCHITECTURES[values["architectures"][0]](values)
-    policy = make_policy("fp32", "cpu", QuantizationOptions(), architecture.text.num_hidden_layers)
-    weights = [w for part in architecture.parts(GraphOptions()) for w in declare(part.module, policy)]
-    return {source.name: source.shape for weight in weights for source in weight.sources}
+    if isinstance(architecture, Mixture):
+        architecture.layout = layout
+    policy = make_policy("fp32", "cpu", QuantizationOptions(), architecture.precision_facts)
+    weights = [w for part in architecture.parts(GraphOptions()) for w in declare(part, policy)]
+    return {tensor.name: tensor.shape for weight in weights for tensor in weight.source.tensors()}
 
 
 def write(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -114,9 +121,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, help="of the decoder, fewer than the model has")
+    parser.add_argument(
+        "--experts", choices=Layout.__members__, default="TURNED", help="layout of a mixture's; TURNED is the Hub's"
+    )
     parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer files are copied")
     arguments = parser.parse_args()
-    values = config(arguments.size)
+    values = config(arguments.size, arguments.layers)
     arguments.folder.mkdir(parents=True)
     (arguments.folder / "config.json").write_text(json.dumps(values, indent=1))
     generation = {"bos_token_id": 151643, "eos_token_id": [151645, 151643], "pad_token_id": 151643, "do_sample": False}
@@ -133,7 +144,7 @@ def main() -> None:
     for name in COPIED:
         if arguments.tokenizer and (arguments.tokenizer / name).is_file():
             shutil.copyfile(arguments.tokenizer / name, arguments.folder / name)
-    write(arguments.folder, tensors(values))
+    write(arguments.folder, tensors(values, Layout[arguments.experts]))
 
 
 if __name__ == "__main__":

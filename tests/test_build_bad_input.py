@@ -503,12 +503,12 @@ def test_an_interrupted_replacement_keeps_the_old_package(
 
 SLOW_BUILD = """
 import sys, time
-from vlpack import cli, datafile
-check = datafile._check_finite
+from vlpack import cli, sources
+check = sources._check_finite
 def slow(*arguments):
     time.sleep(0.05)
     check(*arguments)
-datafile._check_finite = slow
+sources._check_finite = slow
 cli.main(["build", *sys.argv[1:]])
 """
 

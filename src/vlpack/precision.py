@@ -154,7 +154,8 @@ def _sensitive_rules(dtype: str, options: QuantizationOptions, num_hidden_layers
     if "mixed_layers" not in options.mixed:
         return []
     storage = _blocks(int(options.mixed["mixed_layers"][3:]), dtype, options)
-    names = ("self_attn.qkv_proj", "mlp.down_proj", "mlp.experts.down_proj")
+    # the CPU's QMoE has one width for all of a layer's experts
+    names = ("self_attn.qkv_proj", "mlp.down_proj", "mlp.experts.*")
     layers = sensitive_layers(num_hidden_layers)
     return [Rule("text.*", storage, f"*.layers.{layer}.{name}") for layer in layers for name in names]
 

@@ -134,8 +134,6 @@ def experts(
             y = microsoft(op).MoE(x, cast(op, logits, dtype), gate_up[0], None, down[0], **options)
         case Blocks() as first, Blocks() as second:
             options |= {"expert_weight_bits": first.bits, "block_size": first.block_size, "weights_prepacked": 0}
-            if second.bits != first.bits:
-                options["fc2_expert_weight_bits"] = second.bits
             if dtype == FLOAT:
                 options["accuracy_level"] = first.accuracy_level
             zeros = [
