@@ -451,3 +451,19 @@ def test_inspect_tells_what_does_not_fit(capsys: Capsys, tmp_path: Path) -> None
     done = vlpack(capsys, "inspect", source)
     assert done.code == 2
     assert "blocks.6" in done.err
+
+
+def test_architectures(capsys: Capsys) -> None:
+    from vlpack.architectures import ARCHITECTURES
+
+    shown = json.loads(vlpack(capsys, "architectures", "--json").out)
+    assert [row["architecture"] for row in shown] == list(ARCHITECTURES)
+    by_name = {row["architecture"]: row for row in shown}
+    assert by_name["Qwen3MoeForCausalLM"]["providers"] == "cpu, cuda"
+    assert "vision" in by_name["Qwen3VLMoeForConditionalGeneration"]["parts"]
+    table = vlpack(capsys, "architectures").out
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for row in shown:
+        assert row["architecture"] in table
+        assert row["models"] in table
+        assert f"`{row['architecture']}` | {row['models']}" in readme

@@ -189,6 +189,14 @@ def inspect(
 
 
 @app.command()
+def architectures(as_json: Json = False) -> None:
+    """List the architectures that are supported and what each needs."""
+    from vlpack.architectures import described
+
+    console.show_architectures(described(), as_json=as_json)
+
+
+@app.command()
 def demo(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the package in this folder.")] = None,
     precision: Annotated[str, typer.Option("-p", "--precision", help="fp32, fp16, int8 or int4.")] = "int8",

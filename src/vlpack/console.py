@@ -144,6 +144,18 @@ def show_inspection(description: dict[str, Any], *, as_json: bool) -> None:
         _show_package(description)
 
 
+def show_architectures(rows: list[dict[str, str]], *, as_json: bool) -> None:
+    """What is supported."""
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(*rows[0], box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*row.values())
+    out.print(table)
+    out.print("Configs and weights as transformers 4 and 5 write them; rotary scaling default and yarn.")
+
+
 def _show_checkpoint(description: dict[str, Any]) -> None:
     for dtype, entry in description["dtypes"].items():
         out.print(f"{entry['tensors']} tensors of {dtype}, {size(entry['bytes'])}")

@@ -43,4 +43,19 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     return architecture
 
 
-__all__ = ["ARCHITECTURES", "Architecture", "Part", "architecture_of"]
+def described() -> list[dict[str, str]]:
+    """What is supported, for people: an entry for each architecture of the registry."""
+    return [
+        {
+            "architecture": name,
+            "models": family.models,
+            "parts": "vision, embedding, decoder" if family.sees() else "text",
+            "runs as": family.genai_type,
+            "providers": ", ".join(family.providers),
+            "needs": family.needs,
+        }
+        for name, family in ARCHITECTURES.items()
+    ]
+
+
+__all__ = ["ARCHITECTURES", "Architecture", "Part", "architecture_of", "described"]

@@ -15,7 +15,7 @@ from vlpack.deepstack import CHANNEL, SideChannel
 from vlpack.errors import CheckpointError
 from vlpack.layers.embedding import ImageEmbedding
 from vlpack.layers.vision import patch_size, pixels_of, temporal_patch_size
-from vlpack.precision import PrecisionFacts
+from vlpack.precision import OFFERED, PrecisionFacts
 
 if TYPE_CHECKING:
     from vlpack.architectures.text import TextDecoder
@@ -134,6 +134,12 @@ class VisionFacts:
 class Architecture(ABC):
     """A model family with its config read. See docs/adding-an-architecture.md."""
 
+    models: str
+    """The published models, for people."""
+    needs: str = ""
+    """What they need beyond what every model does, likewise."""
+    providers: tuple[str, ...] = tuple(OFFERED)
+    """Execution providers that have the operators."""
     genai_type: str
     """``model.type`` in genai_config.json of the complete package."""
     genai_text_type: str
@@ -170,6 +176,11 @@ class Architecture(ABC):
     def vision_model(self, options: GraphOptions) -> nn.Module:
         """The vision encoder: ``pixel_values``, ``image_grid_thw`` → ``image_features``."""
         raise NotImplementedError
+
+    @classmethod
+    def sees(cls) -> bool:
+        """Whether the family has a vision encoder."""
+        return cls.vision_model is not Architecture.vision_model
 
     @property
     def text(self) -> TextFacts:

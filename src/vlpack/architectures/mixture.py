@@ -11,13 +11,14 @@ from onnxscript import nn
 from vlpack.architectures.base import Architecture
 from vlpack.config import Section
 from vlpack.layers.moe import ExpertSizes, Layout, SparseMoe, layout_of
-from vlpack.precision import PrecisionFacts
+from vlpack.precision import EXPERT_PROVIDERS, PrecisionFacts
 from vlpack.tensorfile import TensorInfo
 
 
 class Mixture(Architecture):
     """An architecture whose decoder has experts. A subclass calls `add_experts` when its decoder is read."""
 
+    providers = EXPERT_PROVIDERS
     layout = Layout.SEPARATE
 
     def add_experts(self, text: Section, norm_topk_prob: bool) -> None:

@@ -14,6 +14,8 @@ from vlpack.deepstack import SideChannel
 class Qwen2(Architecture):
     """``Qwen2ForCausalLM``: Qwen2, Qwen2.5 and whatever else has this shape."""
 
+    models = "Qwen2, Qwen2.5 and others of that shape"
+    needs = "no sliding window"
     genai_type = genai_text_type = "qwen2"
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -77,6 +77,7 @@ def window_side(config: Section, merge: int) -> int:
 class Qwen25VL(Qwen2VL):
     """``Qwen2_5_VLForConditionalGeneration``: 3B, 7B, 32B, 72B."""
 
+    models = "Qwen2.5-VL 3B, 7B, 32B, 72B"
     vision_width = "out_hidden_size"
 
     def vision_model(self, options: GraphOptions) -> nn.Module:

@@ -91,6 +91,7 @@ class VisionModel(nn.Module):
 class Qwen2VL(Architecture):
     """``Qwen2VLForConditionalGeneration``: 2B, 7B, 72B."""
 
+    models = "Qwen2-VL 2B, 7B, 72B"
     # the runtime refuses the type qwen2_vl; images go in and come out as in its successor
     genai_type = "qwen2_5_vl"
     genai_text_type = "qwen2_5_vl_text"

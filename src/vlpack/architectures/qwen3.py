@@ -14,6 +14,8 @@ from vlpack.deepstack import SideChannel
 class Qwen3(Architecture):
     """``Qwen3ForCausalLM``: 0.6B to 32B."""
 
+    models = "Qwen3 0.6B to 32B"
+    needs = "no sliding window"
     genai_type = genai_text_type = "qwen3"
 
     def __init__(self, config: Mapping[str, Any]) -> None:

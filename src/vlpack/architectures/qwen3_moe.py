@@ -13,6 +13,8 @@ from vlpack.config import Section
 class Qwen3Moe(Mixture, Qwen3):
     """``Qwen3MoeForCausalLM``: 30B-A3B, 235B-A22B."""
 
+    models = "Qwen3 30B-A3B, 235B-A22B"
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
         root = Section(config)

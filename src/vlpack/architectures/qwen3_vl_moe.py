@@ -16,6 +16,8 @@ from vlpack.config import Section
 class Qwen3VLMoe(Mixture, Qwen3VL):
     """``Qwen3VLMoeForConditionalGeneration``: 30B-A3B, 235B-A22B."""
 
+    models = "Qwen3-VL 30B-A3B, 235B-A22B"
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
         # the reference normalizes the shares whatever its config's norm_topk_prob says
