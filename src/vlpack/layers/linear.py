@@ -68,7 +68,11 @@ class Stored(nn.Module):
 
 
 class Linear(Stored):
-    """``y = x Wᵀ + b``, ``x [.., in_features] → y [.., out_features]``, in the compute dtype of ``x``."""
+    """``y = x Wᵀ + b``, ``x [.., in_features] → y [.., out_features]``, in the compute dtype of the weight.
+
+    Where ``wide``, the input and output may leave fp16's range even if the weight is multiplied in fp16: every row is
+    divided by its largest magnitude before the product and multiplied back in fp32, and y is fp32.
+    """
 
     def __init__(
         self,
@@ -79,25 +83,45 @@ class Linear(Stored):
         source_shape: Sequence[int] = (),
         tied_to: str | None = None,
         role: str = "linear",
+        wide: bool = False,
     ) -> None:
         super().__init__(out_features, in_features, stacked, source_shape, tied_to=tied_to, role=role)
         self.bias = nn.Parameter([out_features], name="bias") if bias else None
+        self.wide = wide
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        if self.wide and self._dtype == ir.DataType.FLOAT16:
+            x, peak = ops.divide_by_peak(op, ops.cast(op, x, ops.FLOAT))
+            y = op.Mul(ops.cast(op, self._product(op, x), ops.FLOAT), peak)
+        else:
+            y = self._product(op, x)
+        return y if self.bias is None else op.Add(y, ops.cast(op, self.bias, ops.dtype_of(y)))
+
+    @property
+    def _dtype(self) -> ir.DataType:
+        """In which the weight is multiplied."""
+        match self.storage:
+            case ChannelInt8():
+                return ops.FLOAT
+            case Blocks():
+                return ops.dtype_of(self.arrays["scales"])
+            case _:
+                return ops.dtype_of(self.arrays["weight"])
+
+    def _product(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         weight = list(self.arrays.values())
+        x = ops.cast(op, x, self._dtype)
         match self.storage:
             case Transposed():
-                y = op.MatMul(ops.cast(op, x, ops.dtype_of(weight[0])), weight[0])
+                return op.MatMul(x, weight[0])
             case Float():
-                y = self._tied_head(op, ops.cast(op, x, ops.dtype_of(weight[0])), weight[0])
+                return self._tied_head(op, x, weight[0])
             case ChannelInt8():
-                y = ops.dynamic_quantize_mat_mul(op, ops.cast(op, x, ops.FLOAT), weight, self.rows)
+                return ops.dynamic_quantize_mat_mul(op, x, weight, self.rows)
             case Blocks():
-                x = ops.cast(op, x, ops.dtype_of(weight[1]))
-                y = ops.mat_mul_n_bits(op, x, weight, self.rows, self.cols, self.storage)
+                return ops.mat_mul_n_bits(op, x, weight, self.rows, self.cols, self.storage)
             case _:
                 raise AssertionError(f"{self.name}: no way to multiply by {self.storage}")
-        return y if self.bias is None else op.Add(y, ops.cast(op, self.bias, ops.dtype_of(y)))
 
     def _tied_head(self, op: OpBuilder, x: ir.Value, weight: ir.Value) -> ir.Value:
         """Gemm reads the rows as the embedding keeps them, so that a tied head needs no transposed copy."""

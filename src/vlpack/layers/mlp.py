@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
+from vlpack.layers import ops
 from vlpack.layers.linear import Linear
 
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu_new", "gelu", "quick_gelu", "silu")
@@ -26,17 +27,22 @@ def activation(op: OpBuilder, x: ir.Value, name: str) -> ir.Value:
 
 
 class GatedMLP(nn.Module):
-    """``down(act(gate(x)) · up(x))``: SwiGLU (Shazeer 2020, arXiv:2002.05202) where ``act`` is SiLU."""
+    """``down(act(gate(x)) · up(x))``: SwiGLU (Shazeer 2020, arXiv:2002.05202) where ``act`` is SiLU.
+
+    Trained models have tokens whose product of gate and up, and what ``down`` makes of it, leave fp16's range ("massive
+    activations", Sun et al. 2024, arXiv:2402.17762), so the product is fp32 and ``down`` is wide.
+    """
 
     def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, bias: bool = False) -> None:
         super().__init__()
         stacked = [("gate_proj", intermediate_size), ("up_proj", intermediate_size)]
         self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=bias, stacked=stacked)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, wide=True)
         self.hidden_act = hidden_act
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        gate, up = op.Split(self.gate_up_proj(op, x), axis=-1, num_outputs=2, _outputs=2)
+        halves = op.Split(self.gate_up_proj(op, x), axis=-1, num_outputs=2, _outputs=2)
+        gate, up = (ops.cast(op, half, ops.FLOAT) for half in halves)
         return self.down_proj(op, op.Mul(activation(op, gate, self.hidden_act), up))
 
 
@@ -61,7 +67,7 @@ class VisionMLP(nn.Module):
     ) -> None:
         super().__init__()
         setattr(self, names[0], Linear(hidden_size, intermediate_size, bias=True))
-        setattr(self, names[1], Linear(intermediate_size, out_size or hidden_size, bias=True))
+        setattr(self, names[1], Linear(intermediate_size, out_size or hidden_size, bias=True, wide=True))
         self.hidden_act = hidden_act
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:

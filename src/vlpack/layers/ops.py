@@ -67,14 +67,20 @@ def mat_mul_n_bits(
     return typed(y, dtype_of(x), last_dim(x, rows))
 
 
+def divide_by_peak(op: OpBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Every row of fp32 ``x [.., cols]`` divided by its own max |x|, and that ``[.., 1]``, to multiply back with."""
+    peak = op.Max(op.ReduceMax(op.Abs(x), [-1], keepdims=1), constant(op, 1e-20))
+    return op.Div(x, peak), peak
+
+
 def dynamic_quantize_mat_mul(op: OpBuilder, x: ir.Value, weight: Sequence[ir.Value], rows: int) -> ir.Value:
     """``x [.., cols] → [.., rows]`` with 8-bit weights per channel and 8-bit activations **per row**.
 
     DynamicQuantizeMatMul takes one scale for the whole of ``x``, and one outlier token would cost all the others their
     precision. Dividing every row by its own max |x| before, and multiplying it back after, makes the scale per row.
     """
-    peak = op.Max(op.ReduceMax(op.Abs(x), [-1], keepdims=1), constant(op, 1e-20))
-    y = microsoft(op).DynamicQuantizeMatMul(op.Div(x, peak), *weight)
+    divided, peak = divide_by_peak(op, x)
+    y = microsoft(op).DynamicQuantizeMatMul(divided, *weight)
     return op.Mul(typed(y, FLOAT, last_dim(x, rows)), peak)
 
 
