@@ -44,9 +44,9 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def edit(tensors: dict[str, Tensor]) -> None:
         for name, gain in GAINS.items():
-            name = f"model.{name}.weight"
-            values = np.frombuffer(tensors[name].data, np.float32) * np.float32(gain)
-            tensors[name] = tensors[name]._replace(data=values.tobytes())
+            tensor = tensors[f"model.{name}.weight"]
+            values = np.frombuffer(tensor.data, np.float32) * np.float32(gain)
+            tensors[f"model.{name}.weight"] = tensor._replace(data=values.tobytes())
 
     edit_tensors(folder, edit)
     return folder

@@ -19,6 +19,7 @@ from vlpack.errors import OptionError
 from vlpack.fit import check_tensors
 from vlpack.graph import Graph, Weight, trace
 from vlpack.hub import resolve
+from vlpack.layers.attention import has_grouped_kernel
 from vlpack.memory import peak_memory_bytes
 from vlpack.options import ExtraOptions, check_effects
 from vlpack.package.beside import write_beside
@@ -208,7 +209,8 @@ def _in_background(work: Callable[[], Any]) -> Future[Any]:
 
 
 def _parts(architecture: Architecture, part: str, policy: Policy, extra: ExtraOptions) -> list[Part]:
-    options = GraphOptions(policy.ir_dtype, extra.prune_lm_head is not False)
+    grouped = has_grouped_kernel(policy.provider, policy.ir_dtype)
+    options = GraphOptions(policy.ir_dtype, extra.prune_lm_head is not False, grouped)
     if part == "text":
         return [architecture.decoder_part(options) if extra.exclude_embeds else architecture.text_part(options)]
     parts = architecture.parts(options)

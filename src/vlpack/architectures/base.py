@@ -50,15 +50,17 @@ class Part:
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """What passes between the graphs.
+    """What passes between the graphs, and how tokens attend.
 
     Args:
         dtype: of embeddings, image features, cache and logits.
         last_logits: only the last token's logits, ``[B, 1, V]``.
+        grouped_kernel: onnxruntime has its fused attention where the graphs will run (`has_grouped_kernel`).
     """
 
     dtype: ir.DataType = ir.DataType.FLOAT
     last_logits: bool = True
+    grouped_kernel: bool = True
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from vlpack.architectures.base import GraphOptions, TextFacts
 from vlpack.config import Section
 from vlpack.deepstack import SideChannel
 from vlpack.errors import CheckpointError
-from vlpack.layers.attention import Attention
+from vlpack.layers.attention import Attention, cache_lengths, mask_bias
 from vlpack.layers.decoder import CausalLM, DecoderLayer, TextModel
 from vlpack.layers.linear import Embedding, Linear
 from vlpack.layers.mlp import ACTIVATIONS, GatedMLP
@@ -117,6 +117,7 @@ class TextDecoder:
             options.last_logits,
             deepstack,
             self.embed_tokens() if deepstack is None else None,
+            cache_lengths if options.grouped_kernel else mask_bias,
         )
 
     def _attention(self) -> Attention:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
@@ -12,19 +13,89 @@ from vlpack.layers.linear import Linear
 from vlpack.layers.norm import RMSNorm
 from vlpack.layers.rope import Rope
 
+Past = tuple[ir.Value, ir.Value]
+"""Keys and values so far, ``[B, kv_heads, P, D]``."""
+
+
+class Attend(Protocol):
+    """How new tokens attend to the cache and to each other: made of the attention mask once, and used by all layers."""
+
+    def __call__(
+        self, op: OpBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: Past, heads: int, kv_heads: int
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Causal attention of ``q [B, S, heads · D]`` over the cache and the new ``k`` and ``v [B, S, kv_heads · D]``.
+
+        Returns:
+            output ``[B, S, heads · D]``, present key and value ``[B, kv_heads, total, D]``.
+        """
+
+
+MakeAttend = Callable[[OpBuilder, ir.Value, ir.Value], Attend]
+"""From ``attention_mask`` int64 [B, total] and ``position_ids`` [.., B, S]."""
+
 
 class CacheLengths(NamedTuple):
-    """What GroupQueryAttention asks of the attention mask."""
+    """What GroupQueryAttention asks of the attention mask. It can write new keys into the buffer of the old ones."""
 
     seqlens_k: ir.Value  # int32 [B]: valid keys - 1
     total: ir.Value  # int32 scalar: width of the mask
 
+    def __call__(
+        self, op: OpBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: Past, heads: int, kv_heads: int
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """See `Attend`."""
+        return ops.group_query_attention(op, q, k, v, past, self, heads, kv_heads)
 
-def cache_lengths(op: OpBuilder, attention_mask: ir.Value) -> CacheLengths:
-    """Lengths from ``attention_mask`` int64 [B, total], ones before zeros."""
+
+def cache_lengths(op: OpBuilder, attention_mask: ir.Value, position_ids: ir.Value | None = None) -> CacheLengths:
+    """Lengths from ``attention_mask`` int64 [B, total], ones before zeros; no need of ``position_ids``."""
     valid = op.ReduceSum(attention_mask, [1], keepdims=0)
     total = op.Squeeze(op.Shape(attention_mask, start=1, end=2))
     return CacheLengths(op.Cast(op.Sub(valid, 1), to=ops.INT32), op.Cast(total, to=ops.INT32))
+
+
+class MaskBias(NamedTuple):
+    """The same in ONNX's own operators, where the fused one has no kernel. The cache grows by concatenation."""
+
+    bias: ir.Value  # fp32 [B, 1, 1, S, total]: 0 where a token attends to a key, next to -∞ elsewhere
+
+    def __call__(
+        self, op: OpBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: Past, heads: int, kv_heads: int
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """See `Attend`."""
+        batch, _, _, size = ops.shape_of(past[0])
+        assert isinstance(size, int), "the cache's head size is known"
+        q = op.Reshape(op.Mul(q, float(size) ** -0.5), [0, 0, kv_heads, heads // kv_heads, size])
+        q = op.Transpose(q, perm=[0, 2, 3, 1, 4])  # [B, kv_heads, group, S, D]
+        present = []
+        for cache, new in zip(past, (k, v), strict=True):
+            split = op.Transpose(op.Reshape(new, [0, 0, kv_heads, size]), perm=[0, 2, 1, 3])
+            joined = op.Concat(cache, split, axis=2)
+            present.append(ops.typed(joined, ops.dtype_of(q), [batch, kv_heads, "total_sequence_length", size]))
+        # the heads of a group share keys and values: MatMul broadcasts these over the group
+        key, value = (op.Unsqueeze(one, [2]) for one in present)  # [B, kv_heads, 1, total, D]
+        scores = op.MatMul(q, op.Transpose(key, perm=[0, 1, 2, 4, 3]))  # [B, kv_heads, group, S, total]
+        y = op.MatMul(op.Softmax(op.Add(scores, self.bias), axis=-1), value)
+        y = op.Reshape(op.Transpose(y, perm=[0, 3, 1, 2, 4]), [0, 0, heads * size])
+        return y, present[0], present[1]
+
+
+def mask_bias(op: OpBuilder, attention_mask: ir.Value, position_ids: ir.Value) -> MaskBias:
+    """The bias from ``attention_mask`` int64 [B, total]; ``position_ids`` [.., S] tells the number of new tokens."""
+    length, total = op.Squeeze(op.Shape(position_ids, start=-1)), op.Squeeze(op.Shape(attention_mask, start=1, end=2))
+    token = op.Unsqueeze(op.Range(op.Sub(total, length), total, 1), [1])  # [S, 1], counted from the cache's beginning
+    causal = op.LessOrEqual(op.Range(0, total, 1), token)  # [S, total]
+    valid = op.Cast(op.Unsqueeze(attention_mask, [1, 2, 3]), to=ir.DataType.BOOL)  # [B, 1, 1, 1, total]
+    # not -∞, which would make NaNs of the row of a pad that may attend to nothing
+    return MaskBias(op.Where(op.And(causal, valid), 0.0, -1e30))
+
+
+def has_grouped_kernel(provider: str, dtype: ir.DataType) -> bool:
+    """Whether onnxruntime has a kernel of GroupQueryAttention: on CUDA it is for fp16 and bf16 only.
+
+    Where it has none, `MaskBias` takes its place, and the runtime must not share the buffers of past and present.
+    """
+    return not (provider == "cuda" and dtype == ops.FLOAT)
 
 
 class Attention(nn.Module):
@@ -54,14 +125,14 @@ class Attention(nn.Module):
         self.o_proj = Linear(q_size, hidden_size, bias=o_bias)
 
     def forward(
-        self, op: OpBuilder, x: ir.Value, rope: Rope, lengths: CacheLengths, past: tuple[ir.Value, ir.Value]
+        self, op: OpBuilder, x: ir.Value, rope: Rope, attend: Attend, past: Past
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         dtype = ops.dtype_of(past[0])
         q, k, v = op.Split(self.qkv_proj(op, x), self.sizes, axis=-1, _outputs=3)  # [B, S, heads · D]
         q = self._place(op, q, self.q_norm, rope, self.heads)
         k = self._place(op, k, self.k_norm, rope, self.kv_heads)
         q, k, v = (ops.cast(op, t, dtype) for t in (q, k, v))
-        y, key, value = ops.group_query_attention(op, q, k, v, past, lengths, self.heads, self.kv_heads)
+        y, key, value = attend(op, q, k, v, past, self.heads, self.kv_heads)
         return self.o_proj(op, y), key, value
 
     def _place(self, op: OpBuilder, x: ir.Value, norm: RMSNorm | None, rope: Rope, heads: int) -> ir.Value:

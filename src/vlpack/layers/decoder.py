@@ -9,7 +9,7 @@ from onnxscript import OpBuilder, nn
 
 from vlpack.deepstack import SideChannel
 from vlpack.layers import ops
-from vlpack.layers.attention import Attention, CacheLengths, cache_lengths
+from vlpack.layers.attention import Attend, Attention, MakeAttend, Past, cache_lengths
 from vlpack.layers.linear import Embedding, Linear
 from vlpack.layers.norm import RMSNorm
 from vlpack.layers.rope import Rope
@@ -29,10 +29,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden_size, eps)
 
     def forward(
-        self, op: OpBuilder, x: ir.Value, rope: Rope, lengths: CacheLengths, past: tuple[ir.Value, ir.Value]
+        self, op: OpBuilder, x: ir.Value, rope: Rope, attend: Attend, past: Past
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         # the residual stream x [B, S, H] stays in fp32: trained models reach values that fp16 cannot hold
-        y, key, value = self.self_attn(op, self.input_layernorm(op, x), rope, lengths, past)
+        y, key, value = self.self_attn(op, self.input_layernorm(op, x), rope, attend, past)
         x = op.Add(x, ops.cast(op, y, ops.FLOAT))
         y = self.mlp(op, self.post_attention_layernorm(op, x))
         return op.Add(x, ops.cast(op, y, ops.FLOAT)), key, value
@@ -54,7 +54,7 @@ class TextModel(nn.Module):
         op: OpBuilder,
         x: ir.Value,
         rope: Rope,
-        lengths: CacheLengths,
+        attend: Attend,
         past: Sequence[ir.Value],
         deepstack: Sequence[ir.Value],
         last_only: bool,
@@ -62,7 +62,7 @@ class TextModel(nn.Module):
         x = ops.cast(op, x, ops.FLOAT)  # [B, S, H]
         present = []
         for index, layer in enumerate(self.layers):
-            x, key, value = layer(op, x, rope, lengths, (past[2 * index], past[2 * index + 1]))
+            x, key, value = layer(op, x, rope, attend, (past[2 * index], past[2 * index + 1]))
             present += [key, value]
             if index < len(deepstack):
                 x = op.Add(x, ops.cast(op, deepstack[index], ops.FLOAT))
@@ -87,11 +87,13 @@ class CausalLM(nn.Module):
         last_logits: bool,
         deepstack: SideChannel | None = None,
         embed_tokens: Embedding | None = None,
+        make_attend: MakeAttend = cache_lengths,
     ) -> None:
         super().__init__()
         self.model = model
         self.lm_head = lm_head
         self.embed_tokens = embed_tokens
+        self.make_attend = make_attend
         self.rope_of, self.dtype, self.last_logits, self.deepstack = rope_of, dtype, last_logits, deepstack
 
     def forward(
@@ -101,6 +103,6 @@ class CausalLM(nn.Module):
         levels: list[ir.Value] = []
         if self.deepstack is not None and self.deepstack.levels:
             levels, rest = self.deepstack.levels_of(op, rest[0]), rest[1:]
-        rope, lengths = self.rope_of(op, position_ids), cache_lengths(op, attention_mask)
-        x, present = self.model(op, x, rope, lengths, rest, levels, self.last_logits)
+        rope, attend = self.rope_of(op, position_ids), self.make_attend(op, attention_mask, position_ids)
+        x, present = self.model(op, x, rope, attend, rest, levels, self.last_logits)
         return [ops.cast(op, self.lm_head(op, x), self.dtype), *present]

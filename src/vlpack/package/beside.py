@@ -13,6 +13,7 @@ from vlpack.architectures import Architecture
 from vlpack.checkpoint import Checkpoint
 from vlpack.config import Section
 from vlpack.errors import CheckpointError
+from vlpack.layers.attention import has_grouped_kernel
 from vlpack.package.genai_config import genai_config
 from vlpack.package.model_card import model_card
 from vlpack.package.processor_config import processor_config
@@ -63,7 +64,10 @@ def write_beside(
     for name in COPIED:
         _copy(checkpoint, name, folder)
     generation = checkpoint.json("generation_config.json") or {}
-    config = genai_config(architecture, names, policy.provider, Section(checkpoint.config), generation)
+    shared_cache = has_grouped_kernel(policy.provider, policy.ir_dtype)
+    config = genai_config(
+        architecture, names, policy.provider, Section(checkpoint.config), generation, shared_cache=shared_cache
+    )
     _write_json(folder / "genai_config.json", config)
     if "vision" in names:
         nested = (checkpoint.json("processor_config.json") or {}).get("image_processor")

@@ -19,6 +19,7 @@ def genai_config(
     provider: str,
     config: Section,
     generation: Mapping[str, Any],
+    shared_cache: bool,
 ) -> dict[str, Any]:
     """The configuration as JSON.
 
@@ -28,6 +29,7 @@ def genai_config(
         provider: execution provider.
         config: the checkpoint's config.json.
         generation: its generation_config.json, or nothing.
+        shared_cache: the decoder can write new keys into the buffer of the old ones.
     """
     session = {"log_id": "onnxruntime-genai", "provider_options": [] if provider == "cpu" else [{provider: {}}]}
     text = config.section("text_config", required=False)
@@ -57,7 +59,7 @@ def genai_config(
             "video_token_id": facts.video_token_id,
             "vision_start_token_id": facts.vision_start_token_id,
         }
-    return {"model": model, "search": _search(architecture, generation)}
+    return {"model": model, "search": _search(architecture, generation, shared_cache)}
 
 
 def _decoder(architecture: Architecture, files: Mapping[str, str], session: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def _token_ids(text: Section, config: Section, generation: Mapping[str, Any], vo
     return known
 
 
-def _search(architecture: Architecture, generation: Mapping[str, Any]) -> dict[str, Any]:
+def _search(architecture: Architecture, generation: Mapping[str, Any], shared_cache: bool) -> dict[str, Any]:
     values = Section(generation, "generation_config.json")
     greedy = generation.get("temperature") == 0  # what transformers says too, with a warning
     top_p = values.number("top_p", 1.0)
@@ -146,5 +148,5 @@ def _search(architecture: Architecture, generation: Mapping[str, Any]) -> dict[s
         "diversity_penalty": 0.0,
         "no_repeat_ngram_size": values.integer("no_repeat_ngram_size", 0, low=0),
         "early_stopping": True,
-        "past_present_share_buffer": True,
+        "past_present_share_buffer": shared_cache,
     }
