@@ -6,25 +6,41 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Answer", "BuildResult", "ExtraOptions", "Model", "Sampling", "VlpackError", "build", "inspect", "load"]
+__all__ = [
+    "Answer",
+    "BuildResult",
+    "Embedder",
+    "ExtraOptions",
+    "Model",
+    "Reranker",
+    "Sampling",
+    "VlpackError",
+    "build",
+    "inspect",
+    "load",
+]
 
 if TYPE_CHECKING:
     from vlpack.builder import BuildResult, build
+    from vlpack.encoder import Embedder, Reranker
     from vlpack.errors import VlpackError
     from vlpack.inspection import inspect
+    from vlpack.loading import load
     from vlpack.options import ExtraOptions
-    from vlpack.runtime import Answer, Model, Sampling, load
+    from vlpack.runtime import Answer, Model, Sampling
 
 _WHERE = {
     "Answer": "runtime",
     "BuildResult": "builder",
+    "Embedder": "encoder",
     "ExtraOptions": "options",
     "Model": "runtime",
+    "Reranker": "encoder",
     "Sampling": "runtime",
     "VlpackError": "errors",
     "build": "builder",
     "inspect": "inspection",
-    "load": "runtime",
+    "load": "loading",
 }
 
 

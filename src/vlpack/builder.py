@@ -23,9 +23,11 @@ from vlpack.layers.attention import has_grouped_kernel
 from vlpack.memory import peak_memory_bytes
 from vlpack.options import ExtraOptions, check_effects
 from vlpack.package.beside import write_beside
+from vlpack.package.encoder_section import encoder_section
 from vlpack.package.manifest import write_manifest
 from vlpack.package.output import check_free, check_space, output_folder
 from vlpack.precision import Policy, make_policy
+from vlpack.tasks import AUTO, GENERATE, check_task, check_task_options, decide_task
 
 PARTS = ("all", "text", "vision", "embedding")
 
@@ -68,6 +70,7 @@ def build(
     precision: str | None = None,
     execution_provider: str = "cpu",
     part: str = "all",
+    task: str = AUTO,
     vision_precision: str | None = None,
     extra_options: ExtraOptions | None = None,
     revision: str | None = None,
@@ -84,6 +87,7 @@ def build(
         precision: fp32, fp16, int8 or int4; int8 on the CPU and fp16 elsewhere by default.
         execution_provider: cpu, cuda, dml or webgpu.
         part: all; or text, the decoder that runs by itself; or one of the parts of the whole.
+        task: generate, embedding or reranker; auto is what can be told from the checkpoint, and else generate.
         vision_precision: of the vision encoder, where it is not to follow from ``precision``.
         extra_options: finer choices.
         revision: branch, tag or commit of a Hub id.
@@ -103,18 +107,23 @@ def build(
         )
     if part not in PARTS:
         raise OptionError(f"Unknown part '{part}'.", "Parts are " + ", ".join(PARTS) + ".")
+    check_task(task)
     if threads is not None and threads < 1:
         raise OptionError(f"threads is {threads}; it must be at least 1.")
     precision = precision or ("int8" if execution_provider == "cpu" else "fp16")
     quantization = extra.quantization(vision_precision)
     # what is wrong with the options is told before anything is downloaded
     check_effects(extra, part, make_policy(precision, execution_provider, quantization), vision_precision)
+    check_task_options(extra, task, precision)
     check_free(Path(output), force=force)
     found = resolve(source, revision=revision, cache_dir=cache_dir, token=extra.hf_token)
     notes = _unused_hub_options(source, cache_dir, extra)
 
     with Checkpoint.open(found.folder) as checkpoint, output_folder(Path(output), force=force) as folder:
-        architecture = architecture_of(checkpoint)
+        task, reasons = decide_task(checkpoint, task, found.repo_id or _name(found.folder))
+        notes += reasons
+        check_task_options(extra, task, precision)
+        architecture = architecture_of(checkpoint, task)
         if architecture.vision is None and (part in ("vision", "embedding") or vision_precision):
             raise OptionError(
                 f"{checkpoint.architecture} has no vision encoder.", "Leave --part and --vision-precision away."
@@ -127,7 +136,8 @@ def build(
             {"repo_id": found.repo_id, "commit": found.commit} if found.repo_id else {"name": _name(found.folder)}
         )
         names = {graph.name: filename for filename, graph in graphs.items()}
-        notes += write_beside(folder, architecture, checkpoint, policy, names, origin)
+        encoder = None if task == GENERATE else encoder_section(architecture, checkpoint, names)
+        notes += write_beside(folder, architecture, checkpoint, policy, names, origin, encoder)
         total = sum(planned_bytes(weights) for weights in _unshared(graphs, _shares(extra)))
         check_space(folder, total)
         if progress:
@@ -142,7 +152,7 @@ def build(
         )
         for filename, graph in graphs.items():
             files.save(graph, filename)
-        write_manifest(folder, checkpoint, origin, hashes.result(), policy, graphs, files.sha256)
+        write_manifest(folder, checkpoint, origin, hashes.result(), policy, graphs, files.sha256, task, encoder)
         parts = {graph.name: (name, _size(folder, name), _labels(graph)) for name, graph in graphs.items()}
         total_bytes = sum(path.stat().st_size for path in folder.iterdir())
         source_bytes = checkpoint.total_bytes()

@@ -102,6 +102,10 @@ class Checkpoint:
             renamed[new] = tensor
         self.tensors = MappingProxyType(renamed)
 
+    def leave_out(self, name: str) -> None:
+        """Do as if the checkpoint did not hold this tensor, which it need not hold."""
+        self.tensors = MappingProxyType({key: tensor for key, tensor in self.tensors.items() if key != name})
+
     def json(self, name: str, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
         """Another JSON file of the folder, such as `generation_config.json`; None when there is none.
 

@@ -161,7 +161,10 @@ def _show_checkpoint(description: dict[str, Any]) -> None:
         out.print(f"{entry['tensors']} tensors of {dtype}, {size(entry['bytes'])}")
     for name in ("text", "vision") if description["vision"] else ("text",):
         out.print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in description[name].items()))
-    out.print(f"head {'tied' if description['tied'] else 'untied'}, {description['deepstack_levels']} DeepStack levels")
+    head = "tied" if description["tied"] else "untied"
+    out.print(f"task {description['task']}, head {head}, {description['deepstack_levels']} DeepStack levels")
+    for note in description["notes"]:
+        out.print(f"[yellow]note:[/] {escape(note)}")
     for name, part in description["graphs"].items():
         out.print(f"\n[bold]{escape(name)}[/]")
         _show_ports(part)
@@ -179,7 +182,7 @@ def _show_package(description: dict[str, Any]) -> None:
     source = ", ".join(str(value) for value in description["source"].values() if value)
     print_plain = partial(out.print, markup=False)  # a package may come from anybody
     print_plain(
-        f"{description['precision']} for {description['execution_provider']}, "
+        f"{description['task']}, {description['precision']} for {description['execution_provider']}, "
         f"activations {description['activations']}; from {source} by vlpack {description['vlpack']}"
     )
     for name, part in description["parts"].items():

@@ -13,8 +13,9 @@ from .errors import CheckpointError, OptionError
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.json", "tokenizer.*")
 """What vlpack needs of a repository: weights, configs and the tokenizer."""
-IGNORED = ("*/*", "*.bin")
-"""What the patterns above would take too much: copies in subfolders (`original/`, `onnx/`) and pickles."""
+IGNORED = ("[!1]*/*", "1[!_]*/*", "*.bin")
+"""What the patterns above would take too much: copies in subfolders (`original/`, `onnx/`) and pickles. The subfolders
+`1_…` are small: in them sentence-transformers keeps how a model pools or scores."""
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>.*))?", re.ASCII | re.DOTALL)
 _REVISION = re.compile(r"[A-Za-z0-9][\w.+-]*(/[\w.+-]+)*", re.ASCII)

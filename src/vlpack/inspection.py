@@ -13,6 +13,7 @@ from vlpack.errors import PackageError, VlpackError
 from vlpack.fit import check_tensors
 from vlpack.package.manifest import MANIFEST, damaged_files, read_manifest
 from vlpack.precision import QuantizationOptions, make_policy
+from vlpack.tasks import AUTO, GENERATE, decide_task
 
 
 def inspect(path: str | os.PathLike[str], *, hashes: bool = True) -> dict[str, Any]:
@@ -54,6 +55,7 @@ def _described(manifest: dict[str, Any]) -> dict[str, Any]:
         }
     return {
         "architecture": manifest["source"]["architecture"],
+        "task": manifest.get("task", GENERATE),
         "source": {k: v for k, v in manifest["source"].items() if k != "files"},
         "vlpack": manifest["vlpack"],
         "precision": manifest["precision"],
@@ -107,10 +109,12 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
             "dtypes": dtypes,
             "files": {path.name: path.stat().st_size for path in checkpoint.weight_files()},
         }
-        architecture = architecture_of(checkpoint)
+        task, described["notes"] = decide_task(checkpoint, AUTO, folder.resolve().name)
+        architecture = architecture_of(checkpoint, task)
         policy = make_policy("fp32", "cpu", QuantizationOptions(), architecture.precision_facts)
         check_tensors(architecture, checkpoint, policy)
         parts = architecture.parts(GraphOptions())
+        described["task"] = task
         described["tied"] = architecture.tied
         described["text"] = vars(architecture.text)
         described["vision"] = vars(architecture.vision) if architecture.vision else None

@@ -1,7 +1,7 @@
 """The precision policy, as data: which storage each weight gets, and the dtype of what flows between them.
 
 A policy is a list of rules, of which the first that fits decides. A rule goes by a weight's *role*, what it is for:
-``text.`` or ``vision.`` and then ``linear``, ``embedding``, ``head``, ``router``, ``expert``, ``table`` or ``patches``.
+``text.`` or ``vision.`` and then ``linear``, ``embedding``, ``head``, ``answers``, ``router``, ``expert``, ``table`` or ``patches``.
 It may also go by the path of its module, which is the checkpoint's, with q/k/v and gate/up joined:
 ``model.language_model.layers.3.self_attn.qkv_proj``.
 """
@@ -47,10 +47,12 @@ class PrecisionFacts:
     Args:
         num_hidden_layers: of the decoder.
         expert_size: features that the blocks of an expert's weights must divide; None where there are no experts.
+        scores: it is a reranker, whose result hangs on two rows of the head.
     """
 
     num_hidden_layers: int = 1
     expert_size: int | None = None
+    scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def make_policy(
         raise OptionError("matmul_mixed_precision goes with int4.", f"The precision is {precision}.")
     rules = (
         *_vision_rules(precision, provider, dtype, options),
+        *([Rule("text.answers", Float("float32"))] if facts.scores else []),
         *_sensitive_rules(dtype, options, facts.num_hidden_layers),
         *_expert_rules(precision, provider, dtype, options, facts.expert_size),
         *_text_rules(precision, provider, dtype, options),

@@ -13,10 +13,12 @@ from typing import Any
 
 from vlpack.errors import CheckpointError, InputError, OptionError, PackageError
 from vlpack.genai import og
+from vlpack.loading import checked_threads
 from vlpack.memory import peak_memory_bytes, total_memory_bytes
-from vlpack.package.manifest import damaged_files, read_manifest
+from vlpack.package.manifest import whole_package
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder
 from vlpack.safefile import read_json
+from vlpack.tasks import GENERATE, Loaded, check_package_task
 from vlpack.timing import StageClock
 
 RUNTIME_NEEDED = (0, 18)
@@ -108,8 +110,8 @@ class Answer:
     stats: Stats = field(default_factory=Stats)
 
 
-class Model:
-    """A package in memory. Make it with `load`.
+class Model(Loaded):
+    """A package that generates, in memory. Make it with `vlpack.load`.
 
     Args:
         folder: the package.
@@ -129,10 +131,8 @@ class Model:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> None:
-        self.folder = Path(folder)
-        cores = os.cpu_count() or 1
-        if threads is not None and not 1 <= threads <= max(64, 4 * cores):
-            raise OptionError(f"threads is {threads}; this machine has {cores} cores.")
+        self.folder, self.task = Path(folder), GENERATE
+        threads = checked_threads(threads)
         started = time.perf_counter()
         self.manifest = check_package(self.folder)
         self.config = _read_config(self.folder)
@@ -149,7 +149,7 @@ class Model:
             max_pixels=max_pixels,
         )
         self.tokenizer = self._prompts.tokenizer
-        self._model = _load(self.folder, model, threads or cores, self.manifest.get("execution_provider"))
+        self._model = _load(self.folder, model, threads, self.manifest.get("execution_provider"))
         self.load_seconds = time.perf_counter() - started
 
     def cache_bytes(self, tokens: int) -> int:
@@ -284,19 +284,14 @@ class AnswerStream(Iterator[str]):
             yield piece
 
 
-def load(folder: str | os.PathLike[str], **options: Any) -> Model:
-    """Load a package; options as for `Model`."""
-    return Model(folder, **options)
-
-
 def check_package(folder: Path) -> dict[str, Any]:
-    """The manifest of a package whose files are all there in their sizes, which the runtime can run.
+    """The manifest of a whole package, which the runtime can run.
 
     Raises:
-        PackageError: it is not, with what is wrong.
+        PackageError: it cannot, with what is wrong.
     """
-    if not folder.is_dir():
-        raise PackageError(f"There is no folder {folder}.")
+    manifest = whole_package(folder)
+    check_package_task(folder, manifest, GENERATE)
     version = tuple(int(part) for part in og.__version__.split(".")[:2])
     if version < RUNTIME_NEEDED:
         needed = ".".join(map(str, RUNTIME_NEEDED))
@@ -304,10 +299,6 @@ def check_package(folder: Path) -> dict[str, Any]:
             f"onnxruntime-genai {og.__version__} is too old: packages need {needed} or newer.",
             f"pip install -U 'onnxruntime-genai>={needed}'",
         )
-    manifest = read_manifest(folder)
-    problems = damaged_files(folder, manifest, hashes=False)
-    if problems:
-        raise PackageError(f"{folder} is damaged: {' '.join(problems[:3])}", "Build or copy the package again.")
     return manifest
 
 

@@ -210,6 +210,19 @@ class FilePool:
 
 def read_json(shown: Path, target: Path, *, limit: int = MAX_JSON_BYTES, strict: bool = False) -> dict[str, Any]:
     """The object in a JSON file of at most `limit` bytes; see `parse_json`."""
+    return parse_json(_read_small(shown, target, limit), str(shown), strict=strict)
+
+
+def read_json_list(shown: Path, target: Path) -> list[Any]:
+    """The list in a JSON file, likewise."""
+    value = _parse(_read_small(shown, target, MAX_JSON_BYTES), str(shown), strict=False)
+    if not isinstance(value, list):
+        raise CheckpointError(f"{shown} must hold a JSON list, not a {type(value).__name__}.", DOWNLOAD_AGAIN)
+    _check_depth(value, str(shown))
+    return value
+
+
+def _read_small(shown: Path, target: Path, limit: int) -> bytes:
     file = OpenFile(shown, target)
     try:
         if file.size > limit:
@@ -218,7 +231,7 @@ def read_json(shown: Path, target: Path, *, limit: int = MAX_JSON_BYTES, strict:
     finally:
         file.close()
     check_not_lfs_pointer(shown, data)
-    return parse_json(data, str(shown), strict=strict)
+    return data
 
 
 def check_not_lfs_pointer(shown: Path, start: bytes) -> None:
@@ -231,19 +244,22 @@ def check_not_lfs_pointer(shown: Path, start: bytes) -> None:
 
 def parse_json(data: bytes, where: str, *, strict: bool = False) -> dict[str, Any]:
     """The JSON object in `data`; `strict` also refuses repeated keys and NaN, which transformers accepts in configs."""
-    try:
-        if strict:
-            value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_repeats, parse_constant=_no_constant)
-        else:
-            value = json.loads(data.decode("utf-8"))
-    except RecursionError:
-        raise CheckpointError(f"{where}: the JSON is nested too deeply.") from None
-    except ValueError as error:  # bad UTF-8, bad JSON, or a number of thousands of digits
-        raise CheckpointError(f"{where} is not valid JSON: {quote_error(error)}.", DOWNLOAD_AGAIN) from error
+    value = _parse(data, where, strict)
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} must hold a JSON object, not a {type(value).__name__}.", DOWNLOAD_AGAIN)
     _check_depth(value, where)
     return value
+
+
+def _parse(data: bytes, where: str, strict: bool) -> Any:
+    try:
+        if strict:
+            return json.loads(data.decode("utf-8"), object_pairs_hook=_no_repeats, parse_constant=_no_constant)
+        return json.loads(data.decode("utf-8"))
+    except RecursionError:
+        raise CheckpointError(f"{where}: the JSON is nested too deeply.") from None
+    except ValueError as error:  # bad UTF-8, bad JSON, or a number of thousands of digits
+        raise CheckpointError(f"{where} is not valid JSON: {quote_error(error)}.", DOWNLOAD_AGAIN) from error
 
 
 def quote_error(error: Exception) -> str:

@@ -12,6 +12,7 @@ from vlpack.architectures.qwen3_vl import Qwen3VL
 from vlpack.architectures.qwen3_vl_moe import Qwen3VLMoe
 from vlpack.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError
+from vlpack.tasks import EMBEDDING, GENERATE, prepare_task
 
 ARCHITECTURES: dict[str, type[Architecture]] = {
     "Qwen3VLForConditionalGeneration": Qwen3VL,
@@ -21,12 +22,16 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "Qwen3ForCausalLM": Qwen3,
     "Qwen3MoeForCausalLM": Qwen3Moe,
     "Qwen2ForCausalLM": Qwen2,
+    "Qwen3VLModel": Qwen3VL,
+    "Qwen3Model": Qwen3,
+    "Qwen2Model": Qwen2,
 }
-"""Name in config.json's ``architectures`` → the class that builds it. A new family is one line here."""
+"""Name in config.json's ``architectures`` → the class that builds it. A new family is one line here; ``…Model`` is what
+embedding models are called that were saved without a head."""
 
 
-def architecture_of(checkpoint: Checkpoint) -> Architecture:
-    """The architecture of a checkpoint, its config read and checked, its tensors called by today's names.
+def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> Architecture:
+    """The architecture of a checkpoint for a task, its config read and checked, its tensors called by today's names.
 
     Raises:
         CheckpointError: it is not supported, or its config is not usable.
@@ -38,9 +43,33 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
             "Supported: " + ", ".join(sorted(ARCHITECTURES)) + ".",
         )
     architecture = ARCHITECTURES[name](checkpoint.config)
+    offered = [task for task in architecture.tasks if task == EMBEDDING or not name.endswith("Model")]
+    if task not in offered:
+        raise CheckpointError(
+            f"{checkpoint.folder}: {name} is not offered for the task {task}.",
+            f"Offered for {' and '.join(offered)}.",
+        )
+    if task != GENERATE:
+        refuse_bidirectional(checkpoint)
     checkpoint.rename(architecture.renamed)
+    prepare_task(architecture, checkpoint, task)
     architecture.observe(checkpoint.tensors)
     return architecture
+
+
+def refuse_bidirectional(checkpoint: Checkpoint) -> None:
+    """Some embedding models of these architectures let tokens see what follows them, by code of their own.
+
+    Raises:
+        CheckpointError: the config says so.
+    """
+    config = checkpoint.config
+    marks = {"is_causal": False, "use_bidirectional_attention": True, "bidirectional": True}
+    for name, mark in marks.items():
+        if config.get(name) is mark:
+            raise CheckpointError(
+                f"{checkpoint.folder / 'config.json'}: {name} is {str(mark).lower()}; vlpack's attention is causal."
+            )
 
 
 def described() -> list[dict[str, str]]:

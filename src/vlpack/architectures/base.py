@@ -16,6 +16,7 @@ from vlpack.errors import CheckpointError
 from vlpack.layers.embedding import ImageEmbedding
 from vlpack.layers.vision import patch_size, pixels_of, temporal_patch_size
 from vlpack.precision import OFFERED, PrecisionFacts
+from vlpack.tasks import GENERATE
 
 if TYPE_CHECKING:
     from vlpack.architectures.text import TextDecoder
@@ -148,6 +149,12 @@ class Architecture(ABC):
     """… and of the decoder that embeds by itself."""
     normalize_flag: str = ""
     """The attribute of the image processor's Normalize step that makes it write this family's patch layout."""
+    tasks: tuple[str, ...] = (GENERATE,)
+    """What its models can be for."""
+    task: str = GENERATE
+    """What this one is for; `architecture_of` sets it."""
+    answers: tuple[int, int] | None = None
+    """A reranker's ids of the tokens yes and no, likewise."""
     renamed: Mapping[str, str] = {}
     """Prefix of older checkpoints → today's, for tensors that were once named otherwise."""
     decoder: TextDecoder
@@ -173,7 +180,7 @@ class Architecture(ABC):
     @property
     def precision_facts(self) -> PrecisionFacts:
         """What a precision policy must know."""
-        return PrecisionFacts(self.text.num_hidden_layers)
+        return PrecisionFacts(self.text.num_hidden_layers, scores=self.answers is not None)
 
     def vision_model(self, options: GraphOptions) -> nn.Module:
         """The vision encoder: ``pixel_values``, ``image_grid_thw`` → ``image_features``."""
@@ -208,11 +215,15 @@ class Architecture(ABC):
 
     def decoder_part(self, options: GraphOptions) -> Part:
         """The decoder that takes ``inputs_embeds`` and DeepStack's channel."""
+        if self.task != GENERATE:
+            return self.decoder.pooled_part("decoder", options, self.deepstack, self.answers)
         module = self.decoder.causal_lm(options, self.deepstack)
         return decoder_part("decoder", module, self.text, options, self.deepstack, self.decoder.position_axes)
 
     def text_part(self, options: GraphOptions) -> Part:
         """The decoder that takes ``input_ids`` and embeds them itself."""
+        if self.task != GENERATE:
+            return self.decoder.pooled_part("text", options, None, self.answers)
         module = self.decoder.causal_lm(options, None)
         return decoder_part("text", module, self.text, options, None, self.decoder.position_axes)
 
@@ -285,3 +296,30 @@ def embedding_part(module: nn.Module, deepstack: SideChannel, options: GraphOpti
     if deepstack.levels:
         outputs.append(Port(CHANNEL, options.dtype, (*tokens, deepstack.channel_width)))
     return Part("embedding", module, inputs, tuple(outputs))
+
+
+def pooled_part(
+    name: str,
+    module: nn.Module,
+    text: TextFacts,
+    options: GraphOptions,
+    deepstack: SideChannel | None,
+    scores: bool,
+) -> Part:
+    """The ports of an embedding model's or reranker's decoder, which has no cache; results are fp32 in all precisions.
+
+    It takes ``inputs_embeds`` with their positions where ``deepstack`` is given, and ``input_ids`` where it is None.
+    """
+    tokens: tuple[int | str, ...] = ("batch_size", "sequence_length")
+    mask = Port("attention_mask", INT64, tokens)
+    if deepstack is None:
+        inputs = [Port("input_ids", INT64, tokens), mask]
+    else:
+        inputs = [Port("inputs_embeds", options.dtype, (*tokens, text.hidden_size)), mask]
+        inputs.append(Port("position_ids", INT64, (3, *tokens)))
+        if deepstack.levels:
+            inputs.append(Port(CHANNEL, options.dtype, (*tokens, deepstack.channel_width)))
+    output = Port("sentence_embedding", ir.DataType.FLOAT, ("batch_size", text.hidden_size))
+    if scores:
+        output = Port("scores", ir.DataType.FLOAT, ("batch_size",))
+    return Part(name, module, tuple(inputs), (output,))

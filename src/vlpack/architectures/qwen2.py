@@ -9,6 +9,7 @@ from vlpack.architectures.base import Architecture
 from vlpack.architectures.text import TextDecoder
 from vlpack.config import Section
 from vlpack.deepstack import SideChannel
+from vlpack.tasks import EMBEDDING, GENERATE
 
 
 class Qwen2(Architecture):
@@ -17,6 +18,7 @@ class Qwen2(Architecture):
     models = "Qwen2, Qwen2.5 and others of that shape"
     needs = "no sliding window"
     genai_type = genai_text_type = "qwen2"
+    tasks = (GENERATE, EMBEDDING)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         root = Section(config)

@@ -9,6 +9,7 @@ from vlpack.architectures.base import Architecture
 from vlpack.architectures.text import TextDecoder
 from vlpack.config import Section
 from vlpack.deepstack import SideChannel
+from vlpack.tasks import EMBEDDING, GENERATE, RERANKER
 
 
 class Qwen3(Architecture):
@@ -17,6 +18,7 @@ class Qwen3(Architecture):
     models = "Qwen3 0.6B to 32B"
     needs = "no sliding window"
     genai_type = genai_text_type = "qwen3"
+    tasks = (GENERATE, EMBEDDING, RERANKER)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         root = Section(config)

@@ -32,6 +32,7 @@ from vlpack.layers.vision import (
     frames_of,
     patch_places,
 )
+from vlpack.tasks import EMBEDDING, GENERATE, RERANKER
 
 LAYER_NORM_EPS = 1e-6
 """Of the vision encoder; not in the config."""
@@ -130,6 +131,7 @@ class Qwen3VL(Architecture):
     genai_type = "qwen3_vl"
     genai_text_type = "qwen3_vl_text"
     normalize_flag = "qwen3_vl"
+    tasks = (GENERATE, EMBEDDING, RERANKER)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         root = Section(config)

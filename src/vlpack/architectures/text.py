@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from vlpack.architectures.base import GraphOptions, TextFacts
+from vlpack.architectures.base import GraphOptions, Part, TextFacts, pooled_part
 from vlpack.config import Section
 from vlpack.deepstack import SideChannel
 from vlpack.errors import CheckpointError
@@ -16,6 +16,7 @@ from vlpack.layers.attention import Attention, cache_lengths, mask_bias
 from vlpack.layers.decoder import CausalLM, DecoderLayer, TextModel
 from vlpack.layers.linear import Embedding, Linear
 from vlpack.layers.mlp import ACTIVATIONS, GatedMLP
+from vlpack.layers.pooling import EmbeddingHead, PooledModel, ScoreHead
 from vlpack.layers.rope import Frequencies, Rope, Weave, angles_from_positions, read_frequencies
 
 MakeMLP = Callable[[int], nn.Module]
@@ -103,14 +104,10 @@ class TextDecoder:
 
     def causal_lm(self, options: GraphOptions, deepstack: SideChannel | None) -> CausalLM:
         """The decoder; it takes ``inputs_embeds`` where ``deepstack`` is given, and token ids where it is None."""
-        facts, eps = self.facts, self.eps
-        layers = [
-            DecoderLayer(self._attention(), self.make_mlp(layer), facts.hidden_size, eps)
-            for layer in range(facts.num_hidden_layers)
-        ]
+        facts = self.facts
         tied_to = f"{self.prefix}.embed_tokens.weight" if self.tied else None
         return CausalLM(
-            TextModel(layers, facts.hidden_size, eps, self.prefix),
+            self._text_model(),
             Linear(facts.hidden_size, facts.vocab_size, tied_to=tied_to, role="head"),
             self._rope,
             options.dtype,
@@ -119,6 +116,36 @@ class TextDecoder:
             self.embed_tokens() if deepstack is None else None,
             cache_lengths if options.grouped_kernel else mask_bias,
         )
+
+    def pooled_part(
+        self,
+        name: str,
+        options: GraphOptions,
+        deepstack: SideChannel | None,
+        answers: tuple[int, int] | None,
+    ) -> Part:
+        """The decoder as one vector for each row of tokens or, with ``answers``, one score; no cache, no logits."""
+        facts = self.facts
+        table = f"{self.prefix}.embed_tokens.weight" if self.tied else "lm_head.weight"
+        head = ScoreHead(table, facts.vocab_size, facts.hidden_size, answers) if answers else EmbeddingHead()
+        module = PooledModel(
+            self._text_model(),
+            head,
+            self._rope,
+            (facts.num_key_value_heads, facts.head_size),
+            options.dtype,
+            deepstack,
+            self.embed_tokens() if deepstack is None else None,
+        )
+        return pooled_part(name, module, facts, options, deepstack, bool(answers))
+
+    def _text_model(self) -> TextModel:
+        facts = self.facts
+        layers = [
+            DecoderLayer(self._attention(), self.make_mlp(layer), facts.hidden_size, self.eps)
+            for layer in range(facts.num_hidden_layers)
+        ]
+        return TextModel(layers, facts.hidden_size, self.eps, self.prefix)
 
     def _attention(self) -> Attention:
         return Attention(

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from vlpack.architectures import Architecture
+from vlpack.architectures.base import GraphOptions
 from vlpack.checkpoint import Checkpoint
 from vlpack.config import Section
 from vlpack.errors import CheckpointError
 from vlpack.layers.attention import has_grouped_kernel
+from vlpack.package.encoder_card import encoder_card
+from vlpack.package.encoder_section import CHAT
 from vlpack.package.genai_config import genai_config
 from vlpack.package.model_card import model_card
 from vlpack.package.processor_config import processor_config
@@ -44,6 +47,7 @@ def write_beside(
     policy: Policy,
     names: Mapping[str, str],
     origin: Mapping[str, Any],
+    encoder: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Write everything but the graphs and the manifest.
 
@@ -54,6 +58,7 @@ def write_beside(
         policy: the precision policy.
         names: part → file name of its graph.
         origin: the source, as the manifest names it.
+        encoder: `encoder_section`'s, for a model that does not generate.
 
     Returns:
         Notes for the user.
@@ -62,7 +67,10 @@ def write_beside(
         CheckpointError: a setting, the tokenizer or the chat template is not usable.
     """
     for name in COPIED:
-        _copy(checkpoint, name, folder)
+        if encoder is None or name != "generation_config.json":
+            _copy(checkpoint, name, folder)
+    if encoder is not None:
+        return _write_encoder(folder, architecture, checkpoint, policy, names, origin, encoder)
     generation = checkpoint.json("generation_config.json") or {}
     shared_cache = has_grouped_kernel(policy.provider, policy.ir_dtype)
     config = genai_config(
@@ -70,9 +78,7 @@ def write_beside(
     )
     _write_json(folder / "genai_config.json", config)
     if "vision" in names:
-        nested = (checkpoint.json("processor_config.json") or {}).get("image_processor")
-        if isinstance(nested, dict):  # transformers 5 keeps the settings there; that name is the runtime's here
-            _write_json(folder / "preprocessor_config.json", nested)
+        _write_image_settings(folder, checkpoint)
         processor = ImageProcessor.from_folder(checkpoint.folder)
         _write_json(folder / "processor_config.json", processor_config(architecture, processor))
     card = model_card(origin, policy, config["model"]["type"], names)
@@ -90,6 +96,36 @@ def write_beside(
     image_token_id = architecture.vision.image_token_id if architecture.vision and "vision" in names else None
     PromptBuilder.from_folder(checkpoint.folder, image_token_id=image_token_id)
     return []
+
+
+def _write_encoder(
+    folder: Path,
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+    policy: Policy,
+    names: Mapping[str, str],
+    origin: Mapping[str, Any],
+    encoder: Mapping[str, Any],
+) -> list[str]:
+    """The files beside graphs that do not generate: no runtime's config, as plain onnxruntime runs them."""
+    if "image" in encoder:
+        _write_image_settings(folder, checkpoint)
+    parts = {part.name: part for part in architecture.parts(GraphOptions())}
+    if "text" in names:
+        parts["text"] = architecture.text_part(GraphOptions())
+    card = encoder_card(origin, policy, architecture.task, encoder, names, parts)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if encoder["form"] == CHAT:
+        PromptBuilder.from_folder(checkpoint.folder, image_token_id=encoder.get("image", {}).get("image_token_id"))
+    else:
+        Tokenizer.from_folder(checkpoint.folder)
+    return []
+
+
+def _write_image_settings(folder: Path, checkpoint: Checkpoint) -> None:
+    nested = (checkpoint.json("processor_config.json") or {}).get("image_processor")
+    if isinstance(nested, dict):  # transformers 5 keeps the settings there; that name is the runtime's here
+        _write_json(folder / "preprocessor_config.json", nested)
 
 
 def _copy(checkpoint: Checkpoint, name: str, folder: Path) -> None:

@@ -21,6 +21,7 @@ from vlpack.checkpoint import Checkpoint, sha256_file
 from vlpack.errors import PackageError
 from vlpack.graph import Graph, Weight
 from vlpack.precision import Policy
+from vlpack.tasks import GENERATE
 
 MANIFEST = "vlpack.json"
 FORMAT = 1
@@ -34,6 +35,8 @@ def write_manifest(
     policy: Policy,
     graphs: Mapping[str, Graph],
     known_sha256: Mapping[str, str],
+    task: str = GENERATE,
+    encoder: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the manifest, last of all files, hashing those whose hash is not known yet.
 
@@ -45,6 +48,8 @@ def write_manifest(
         policy: the precision policy.
         graphs: file name → graph.
         known_sha256: hashes computed while the files were written.
+        task: one of `vlpack.tasks.TASKS`.
+        encoder: `encoder_section`'s, for a model that does not generate.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     manifest = {
@@ -53,6 +58,8 @@ def write_manifest(
         "versions": {name: version(name) for name in ("onnx-ir", "onnxscript", "numpy", "ml_dtypes")},
         "python": platform.python_version(),
         "source": {**source, "architecture": checkpoint.architecture, "files": dict(sorted(source_sha256.items()))},
+        "task": task,
+        **({} if encoder is None else {"encoder": dict(encoder)}),
         "precision": policy.precision,
         "execution_provider": policy.provider,
         "activations": policy.dtype,
@@ -111,6 +118,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has format {manifest.get('format')!r}; this vlpack reads format {FORMAT}.",
             "Build the package again.",
         )
+    return manifest
+
+
+def whole_package(folder: Path) -> dict[str, Any]:
+    """The manifest of a package whose files are all there in their sizes.
+
+    Raises:
+        PackageError: it is none, or files are missing or of other sizes.
+    """
+    if not folder.is_dir():
+        raise PackageError(f"There is no folder {folder}.")
+    manifest = read_manifest(folder)
+    problems = damaged_files(folder, manifest, hashes=False)
+    if problems:
+        raise PackageError(f"{folder} is damaged: {' '.join(problems[:3])}", "Build or copy the package again.")
     return manifest
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlpack.architectures.base import Architecture
+from vlpack.architectures.base import Architecture, VisionFacts
 from vlpack.errors import CheckpointError
 from vlpack.preprocess import ImageProcessor
 
@@ -20,18 +20,8 @@ def processor_config(architecture: Architecture, processor: ImageProcessor) -> d
         CheckpointError: the image settings are not for this vision encoder.
     """
     merge, patch = processor.merge_size, processor.patch_size
-    facts = architecture.vision
-    assert facts is not None, "a package with a vision graph has a vision encoder"
-    for name, found, wanted in (
-        ("patch_size", patch, facts.patch_size),
-        ("temporal_patch_size", processor.temporal_patch_size, facts.temporal_patch_size),
-        ("merge_size", merge, facts.spatial_merge_size),
-    ):
-        if found != wanted:
-            raise CheckpointError(
-                f"The checkpoint's image settings have {name} {found}, its config.json has {wanted}.",
-                "Take preprocessor_config.json and config.json from the same checkpoint.",
-            )
+    assert architecture.vision is not None, "a package with a vision graph has a vision encoder"
+    check_processor(architecture.vision, processor)
     resize = {
         "smart_resize": 1,
         "min_pixels": processor.min_pixels,
@@ -62,3 +52,21 @@ def processor_config(architecture: Architecture, processor: ImageProcessor) -> d
         for name, kind, a in steps
     ]
     return {"processor": {"name": f"{architecture.genai_type}_image_processor", "transforms": transforms}}
+
+
+def check_processor(facts: VisionFacts, processor: ImageProcessor) -> None:
+    """The image settings make the patches that the vision encoder takes.
+
+    Raises:
+        CheckpointError: they do not.
+    """
+    for name, found, wanted in (
+        ("patch_size", processor.patch_size, facts.patch_size),
+        ("temporal_patch_size", processor.temporal_patch_size, facts.temporal_patch_size),
+        ("merge_size", processor.merge_size, facts.spatial_merge_size),
+    ):
+        if found != wanted:
+            raise CheckpointError(
+                f"The checkpoint's image settings have {name} {found}, its config.json has {wanted}.",
+                "Take preprocessor_config.json and config.json from the same checkpoint.",
+            )

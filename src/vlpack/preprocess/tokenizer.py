@@ -41,10 +41,15 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises bare Exception
             raise CheckpointError(f"{file} is not a usable tokenizer: {error}.") from error
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text. Special tokens written in it become their ids; none are added around it."""
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of a text. Special tokens written in it become their ids.
+
+        Args:
+            text: any.
+            add_special_tokens: also add those that the tokenizer has around a text; embedding models end with one.
+        """
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeError) as error:  # lone surrogates
             raise InputError(f"The prompt is not valid Unicode text: {error}.") from error
         return ids
