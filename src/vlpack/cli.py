@@ -70,6 +70,10 @@ def build(
     part: Annotated[
         str, typer.Option("--part", help="all; text (a decoder that runs by itself); vision; embedding.")
     ] = "all",
+    task: Annotated[
+        str,
+        typer.Option("--task", help="generate, embedding or reranker. (auto: what can be told from the checkpoint)"),
+    ] = "auto",
     vision_precision: Annotated[
         str | None,
         typer.Option(
@@ -109,6 +113,7 @@ def build(
             precision=precision,
             execution_provider=execution_provider,
             part=part,
+            task=task,
             vision_precision=vision_precision,
             extra_options=parse_extra_options(extra_options or []),
             revision=revision,
@@ -171,6 +176,69 @@ def run(
         messages, image or [], max_tokens=max_tokens, sampling=sampling, allow_private_urls=allow_private_urls
     )
     console.show_answer(stream, model.load_seconds, stats=stats, as_json=as_json)
+
+
+Instruction = Annotated[str | None, typer.Option("--instruction", help="What the model is told to compare for.")]
+NamedPrompt = Annotated[
+    str | None, typer.Option("--prompt", help="Name of one of the model's own prompts instead, such as query.")
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of the runtime. (default: all cores)")]
+MaxPixels = Annotated[
+    int | None, typer.Option("--max-pixels", help="Largest image area, in pixels; smaller is faster.")
+]
+
+
+@app.command()
+def embed(
+    package: Annotated[Path, typer.Argument(help="Folder of an embedding model's package.")],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT…", help="One input each; lines of standard input without any.")
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", help="Image file or URL, an input of its own after the texts.")
+    ] = None,
+    instruction: Instruction = None,
+    prompt: NamedPrompt = None,
+    dimensions: Annotated[int | None, typer.Option("--dimensions", help="Keep so many of the first ones.")] = None,
+    max_pixels: MaxPixels = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Embed texts and images with an embedding model's package, and compare them."""
+    from vlpack.encoder import Embedder
+
+    texts = texts or ([] if image else console.lines_from_stdin())
+    model = Embedder(package, threads=threads, max_pixels=max_pixels)
+    inputs: list[Any] = [*texts, *({"image": source} for source in image or [])]
+    embeddings = model.embed(inputs, instruction=instruction, prompt=prompt, dimensions=dimensions)
+    console.show_embeddings([*texts, *(image or [])], embeddings, as_json=as_json)
+
+
+@app.command()
+def score(
+    package: Annotated[Path, typer.Argument(help="Folder of a reranker's package.")],
+    query: Annotated[str, typer.Argument(help="What is looked for.")],
+    documents: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DOCUMENT…", help="Texts to score; lines of standard input without any."),
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", help="Image file or URL, a document of its own after the texts.")
+    ] = None,
+    instruction: Instruction = None,
+    prompt: NamedPrompt = None,
+    max_pixels: MaxPixels = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Score documents for a query with a reranker's package: 0 to 1, the best first."""
+    from vlpack.encoder import Reranker
+
+    documents = documents or ([] if image else console.lines_from_stdin())
+    model = Reranker(package, threads=threads, max_pixels=max_pixels)
+    scored: list[Any] = [*documents, *({"image": source} for source in image or [])]
+    scores = model.score(query, scored, instruction=instruction, prompt=prompt)
+    console.show_scores([*documents, *(image or [])], scores, as_json=as_json)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -106,6 +106,49 @@ def question_from_stdin() -> str:
         return sys.stdin.read().strip()
     except UnicodeDecodeError as error:
         raise InputError(f"The question on standard input is not text: {error}.") from None
+
+
+def lines_from_stdin() -> list[str]:
+    """The inputs, one a line, where they are not arguments."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise OptionError("There is no input.", "Give texts as arguments, or one a line on standard input.")
+    try:
+        lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"Standard input is not text: {error}.") from None
+    if not lines:
+        raise OptionError("Standard input is empty.", "Give texts as arguments, or one a line.")
+    return lines
+
+
+def show_embeddings(labels: Sequence[str], embeddings: Any, *, as_json: bool) -> None:
+    """Embeddings as JSON; for people, how similar each is to the others."""
+    if as_json:
+        print(json.dumps({"dimensions": embeddings.shape[1], "embeddings": embeddings.tolist()}))
+        return
+    out.print(f"{len(labels)} embeddings of {embeddings.shape[1]} dimensions; cosine similarity:")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "input", *map(str, range(1, len(labels) + 1))):
+        table.add_column(column, justify="left" if column == "input" else "right")
+    similarities = embeddings @ embeddings.T
+    for number, (label, row) in enumerate(zip(labels, similarities, strict=True), start=1):
+        table.add_row(str(number), escape(_short(label)), *(f"{value:.3f}" for value in row))
+    out.print(table)
+
+
+def show_scores(labels: Sequence[str], scores: Sequence[float], *, as_json: bool) -> None:
+    """Scores, in the documents' order as JSON, and the best first for people."""
+    if as_json:
+        print(json.dumps({"scores": list(scores)}))
+        return
+    for score, label in sorted(zip(scores, labels, strict=True), key=lambda pair: -pair[0]):
+        out.print(f"{score:.4f}  {escape(_short(label))}")
+
+
+def _short(label: str, width: int = 60) -> str:
+    """The beginning of an input, on one line."""
+    line = " ".join(label.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
 
 
 def show_answer(stream: AnswerStream, load_seconds: float, *, stats: bool, as_json: bool) -> None:

@@ -43,7 +43,7 @@ def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> Architectur
             "Supported: " + ", ".join(sorted(ARCHITECTURES)) + ".",
         )
     architecture = ARCHITECTURES[name](checkpoint.config)
-    offered = [task for task in architecture.tasks if task == EMBEDDING or not name.endswith("Model")]
+    offered = offered_tasks(name)
     if task not in offered:
         raise CheckpointError(
             f"{checkpoint.folder}: {name} is not offered for the task {task}.",
@@ -55,6 +55,11 @@ def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> Architectur
     prepare_task(architecture, checkpoint, task)
     architecture.observe(checkpoint.tensors)
     return architecture
+
+
+def offered_tasks(name: str) -> list[str]:
+    """What a model of an architecture can be built for: without a head only for embedding."""
+    return [task for task in ARCHITECTURES[name].tasks if task == EMBEDDING or not name.endswith("Model")]
 
 
 def refuse_bidirectional(checkpoint: Checkpoint) -> None:
@@ -78,6 +83,7 @@ def described() -> list[dict[str, str]]:
         {
             "architecture": name,
             "models": family.models,
+            "tasks": ", ".join(offered_tasks(name)),
             "parts": "vision, embedding, decoder" if family.sees() else "text",
             "runs as": family.genai_type,
             "providers": ", ".join(family.providers),

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from vlpack.architectures.base import GraphOptions, Part, TextFacts, pooled_part
+from vlpack.architectures.base import GraphOptions, Part, TextFacts
+from vlpack.architectures.pooled import pooled_part
 from vlpack.config import Section
 from vlpack.deepstack import SideChannel
 from vlpack.errors import CheckpointError

@@ -25,7 +25,7 @@ class EmbeddingHead(nn.Module):
 
 
 class AnswerRows(Stored):
-    """Two rows of the head's matrix: those of the tokens yes and no."""
+    """Two rows of the head's matrix, those of the tokens yes and no: ``x [B, H]`` → logits ``[B, 2]``."""
 
     def __init__(self, table: str, vocab_size: int, hidden_size: int, answers: tuple[int, int]) -> None:
         super().__init__(2, hidden_size, role="answers")
@@ -34,6 +34,9 @@ class AnswerRows(Stored):
     def source(self, path: str) -> Rows:
         whole = Source(self.table, (self.vocab_size, self.cols))
         return stacked(Part(whole, token_id, 1) for token_id in self.answers)
+
+    def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
+        return op.Gemm(x, self.arrays["weight"], transB=1)  # [B, 2]
 
 
 class ScoreHead(nn.Module):
@@ -47,8 +50,8 @@ class ScoreHead(nn.Module):
         self.answers = AnswerRows(table, vocab_size, hidden_size, answers)
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        yes, no = op.Split(self.answers.arrays["weight"], [1, 1], axis=0, _outputs=2)
-        return op.Sigmoid(op.Squeeze(op.Gemm(x, op.Sub(yes, no), transB=1), [1]))
+        yes, no = op.Split(self.answers(op, x), [1, 1], axis=1, _outputs=2)
+        return op.Sigmoid(op.Squeeze(op.Sub(yes, no), [1]))
 
 
 class PooledModel(nn.Module):
