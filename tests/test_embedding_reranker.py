@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 import vlpack
@@ -30,6 +31,7 @@ from tiny import IMAGE
 from vlpack.encoder import BATCH_TOKENS, Embedder, Reranker, _batches
 from vlpack.errors import CheckpointError, InputError, OptionError, PackageError
 from vlpack.options import parse_extra_options
+from vlpack.precision import OFFERED
 from vlpack.preprocess.mrope import mrope_positions
 from vlpack.quantize.blocks import dequantize_blocks, quantize_blocks
 from vlpack.runtime import Model
@@ -279,6 +281,19 @@ def test_precisions_of_scores(loaded: Any, precision: str, most: float) -> None:
     weights = model.manifest["parts"]["decoder.onnx"]["weights"]
     assert weights["head.answers"] == {"storage": "float32", "shape": [2, 64], "bytes": 512}
     assert "lm_head" not in weights
+
+
+@pytest.mark.parametrize("task", ["embedding", "reranker"])
+@pytest.mark.parametrize(("provider", "precision"), [(p, kind) for p, offered in OFFERED.items() for kind in offered])
+def test_every_pair_is_a_sound_model(source: Any, tmp_path: Path, task: str, provider: str, precision: str) -> None:
+    for name in ("text", "vision untied"):
+        folder = tmp_path / name
+        vlpack.build(source(name), folder, task=task, precision=precision, execution_provider=provider, threads=1)
+        for graph in folder.glob("*.onnx"):
+            onnx.checker.check_model(graph, full_check=True)
+            model = onnx.load(graph, load_external_data=False)
+            inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+            assert list(inferred.graph.output) == list(model.graph.output)
 
 
 # positions

@@ -192,6 +192,7 @@ def test_patterns_take_what_a_build_needs_and_nothing_else() -> None:
     from huggingface_hub.utils import filter_repo_objects
 
     wanted = [
+        *("modules.json", "1_Pooling/config.json", "1_LogitScore/config.json", "config_sentence_transformers.json"),
         *("config.json", "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
         *(
             "model.safetensors",
@@ -213,6 +214,8 @@ def test_patterns_take_what_a_build_needs_and_nothing_else() -> None:
         *(
             "original/consolidated.safetensors",
             "onnx/config.json",
+            "2_Dense/model.safetensors",
+            "100/config.json",
             "onnx/model.onnx",
             "assets/a.jinja",
             ".gitattributes",

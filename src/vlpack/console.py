@@ -192,9 +192,10 @@ def show_architectures(rows: list[dict[str, str]], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table(*rows[0], box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = [column for column in rows[0] if column != "parts"]  # which follow from the models
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(row[column] for column in columns))
     out.print(table)
     out.print("Configs and weights as transformers 4 and 5 write them; rotary scaling default and yarn.")
 

@@ -64,7 +64,7 @@ def decide_task(checkpoint: Checkpoint, asked: str, name: str) -> tuple[str, lis
     task, why = GENERATE, ""
     if files.task is not None:
         task, why = files.task, "modules.json of sentence-transformers says so"
-    elif checkpoint.architecture.endswith("Model"):
+    elif checkpoint.architecture.endswith("Model"):  # as transformers calls what it saves without a head
         task, why = EMBEDDING, f"{checkpoint.architecture} has no head to generate with"
     elif any(bare in checkpoint.tensors for bare in _BARE):
         task, why = EMBEDDING, "its tensors are those of a model without a head"

@@ -22,12 +22,15 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "Qwen3ForCausalLM": Qwen3,
     "Qwen3MoeForCausalLM": Qwen3Moe,
     "Qwen2ForCausalLM": Qwen2,
-    "Qwen3VLModel": Qwen3VL,
-    "Qwen3Model": Qwen3,
-    "Qwen2Model": Qwen2,
 }
-"""Name in config.json's ``architectures`` → the class that builds it. A new family is one line here; ``…Model`` is what
-embedding models are called that were saved without a head."""
+"""Name in config.json's ``architectures`` → the class that builds it. A new family is one line here."""
+
+HEADLESS = {
+    "Qwen3VLModel": "Qwen3VLForConditionalGeneration",
+    "Qwen3Model": "Qwen3ForCausalLM",
+    "Qwen2Model": "Qwen2ForCausalLM",
+}
+"""What embedding models are called that were saved without a head → what they are called with one."""
 
 
 def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> Architecture:
@@ -37,13 +40,14 @@ def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> Architectur
         CheckpointError: it is not supported, or its config is not usable.
     """
     name = checkpoint.architecture
-    if name not in ARCHITECTURES:
+    family = ARCHITECTURES.get(HEADLESS.get(name, name))
+    if family is None:
         raise CheckpointError(
             f"{checkpoint.folder}: the architecture {name} is not supported.",
             "Supported: " + ", ".join(sorted(ARCHITECTURES)) + ".",
         )
-    architecture = ARCHITECTURES[name](checkpoint.config)
-    offered = offered_tasks(name)
+    architecture = family(checkpoint.config)
+    offered = (EMBEDDING,) if name in HEADLESS else family.tasks
     if task not in offered:
         raise CheckpointError(
             f"{checkpoint.folder}: {name} is not offered for the task {task}.",
@@ -55,11 +59,6 @@ def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> Architectur
     prepare_task(architecture, checkpoint, task)
     architecture.observe(checkpoint.tensors)
     return architecture
-
-
-def offered_tasks(name: str) -> list[str]:
-    """What a model of an architecture can be built for: without a head only for embedding."""
-    return [task for task in ARCHITECTURES[name].tasks if task == EMBEDDING or not name.endswith("Model")]
 
 
 def refuse_bidirectional(checkpoint: Checkpoint) -> None:
@@ -83,7 +82,7 @@ def described() -> list[dict[str, str]]:
         {
             "architecture": name,
             "models": family.models,
-            "tasks": ", ".join(offered_tasks(name)),
+            "tasks": ", ".join(family.tasks),
             "parts": "vision, embedding, decoder" if family.sees() else "text",
             "runs as": family.genai_type,
             "providers": ", ".join(family.providers),

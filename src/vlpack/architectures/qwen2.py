@@ -18,7 +18,7 @@ class Qwen2(Architecture):
     models = "Qwen2, Qwen2.5 and others of that shape"
     needs = "no sliding window"
     genai_type = genai_text_type = "qwen2"
-    tasks = (GENERATE, EMBEDDING)
+    tasks: tuple[str, ...] = (GENERATE, EMBEDDING)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         root = Section(config)

@@ -15,10 +15,10 @@ from vlpack.tasks import EMBEDDING, GENERATE, RERANKER
 class Qwen3(Architecture):
     """``Qwen3ForCausalLM``: 0.6B to 32B."""
 
-    models = "Qwen3 0.6B to 32B; Qwen3-Embedding and Qwen3-Reranker 0.6B, 4B, 8B"
+    models = "Qwen3 0.6B to 32B"
     needs = "no sliding window"
     genai_type = genai_text_type = "qwen3"
-    tasks = (GENERATE, EMBEDDING, RERANKER)
+    tasks: tuple[str, ...] = (GENERATE, EMBEDDING, RERANKER)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         root = Section(config)

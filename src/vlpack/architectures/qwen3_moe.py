@@ -8,12 +8,14 @@ from typing import Any
 from vlpack.architectures.mixture import Mixture
 from vlpack.architectures.qwen3 import Qwen3
 from vlpack.config import Section
+from vlpack.tasks import GENERATE
 
 
 class Qwen3Moe(Mixture, Qwen3):
     """``Qwen3MoeForCausalLM``: 30B-A3B, 235B-A22B."""
 
     models = "Qwen3 30B-A3B, 235B-A22B"
+    tasks = (GENERATE,)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)

@@ -126,12 +126,12 @@ def deepstack_indexes(config: Section) -> list[int]:
 class Qwen3VL(Architecture):
     """``Qwen3VLForConditionalGeneration``: 2B, 4B, 8B, 32B; Instruct and Thinking."""
 
-    models = "Qwen3-VL 2B, 4B, 8B, 32B, Instruct and Thinking; Qwen3-VL-Embedding and -Reranker 2B, 8B"
+    models = "Qwen3-VL 2B, 4B, 8B, 32B; Instruct and Thinking"
     needs = "onnxruntime-genai 0.18 (for DeepStack)"
     genai_type = "qwen3_vl"
     genai_text_type = "qwen3_vl_text"
     normalize_flag = "qwen3_vl"
-    tasks = (GENERATE, EMBEDDING, RERANKER)
+    tasks: tuple[str, ...] = (GENERATE, EMBEDDING, RERANKER)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         root = Section(config)

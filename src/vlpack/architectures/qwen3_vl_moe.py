@@ -11,12 +11,14 @@ from typing import Any
 from vlpack.architectures.mixture import Mixture
 from vlpack.architectures.qwen3_vl import Qwen3VL
 from vlpack.config import Section
+from vlpack.tasks import GENERATE
 
 
 class Qwen3VLMoe(Mixture, Qwen3VL):
     """``Qwen3VLMoeForConditionalGeneration``: 30B-A3B, 235B-A22B."""
 
     models = "Qwen3-VL 30B-A3B, 235B-A22B"
+    tasks = (GENERATE,)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
