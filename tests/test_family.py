@@ -11,6 +11,7 @@ import pytest
 from family import ROPE, Member, make_member
 from parity import Inputs, Package, make_inputs, relative
 from tiny import IMAGE, Tiny
+from vlpack.architectures import ARCHITECTURES
 from vlpack.builder import build
 from vlpack.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError, OptionError
@@ -41,7 +42,9 @@ QWEN3_VL |= {"deepstack_visual_indexes": [2, 0], "hidden_act": "gelu_pytorch_tan
 def member(family: str, kind: str, *, old: bool = False, fused: bool = False, **settings: Any) -> Member:
     """A family's member; old ones are tied too."""
     text, vision = settings.get("text", {}), settings.get("vision")
-    kinds = [k for k in ("attention_bias", "attention_factor") if k in text | text.get("rope_parameters", {})]
+    kinds = [
+        k for k in ("attention_bias", "mlp_bias", "attention_factor") if k in text | text.get("rope_parameters", {})
+    ]
     yarn = ["yarn"] if text.get("rope_parameters", ROPE)["rope_type"] == "yarn" else []
     kinds += [k for k in ("norm_topk_prob", "decoder_sparse_step") if k in text] + ["fused"] * fused
     name = " ".join([family, *(["old"] if old else []), *yarn, *kinds])
@@ -56,10 +59,15 @@ TEXT_MEMBERS = [
     member("Qwen3", CAUSAL, text=YARN_TOO, old=True),
     member("Qwen2", CAUSAL),
     member("Qwen2", CAUSAL, old=True),
+    member("Llama", CAUSAL, text={"num_key_value_heads": None, "rms_norm_eps": 1e-3}),
+    member("Llama", CAUSAL, text={"head_dim": 32, "attention_bias": True, "hidden_act": "gelu"}),
+    member("Llama", CAUSAL, text={"rope_parameters": YARN}),
+    member("Llama", CAUSAL, text={"mlp_bias": True, "rope_parameters": ROPE | {"rope_theta": 5e5}}, old=True),
     member("Qwen3Moe", CAUSAL, text=EXPERTS),
     member("Qwen3Moe", CAUSAL, text=FEW, old=True),
     member("Qwen3Moe", CAUSAL, text=EXPERTS | {"decoder_sparse_step": 2, "attention_bias": True}, fused=True),
 ]
+LAST_OF_FAMILY = list({each.model_class: each for each in TEXT_MEMBERS}.values())
 CHUNKED = {"rope_parameters": MROPE}
 INTERLEAVED = {"rope_parameters": ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}}
 VISION_MEMBERS = [
@@ -113,12 +121,12 @@ class Family:
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[str, Family] = {}
+    made: dict[Member, Family] = {}  # not by name: two members of one name would share the first's checkpoint
 
     def get(member: Member) -> Family:
-        if member.name not in made:
-            made[member.name] = Family(member, tmp_path_factory.mktemp("family"))
-        return made[member.name]
+        if member not in made:
+            made[member] = Family(member, tmp_path_factory.mktemp("family"))
+        return made[member]
 
     return get
 
@@ -196,7 +204,7 @@ def test_greedy_tokens(member: Member, images: list[tuple[int, int]], family: An
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
-@pytest.mark.parametrize("member", [TEXT_MEMBERS[0], TEXT_MEMBERS[-1], *VISION_MEMBERS], **IDS)
+@pytest.mark.parametrize("member", [*LAST_OF_FAMILY, *VISION_MEMBERS], **IDS)
 def test_other_precisions_are_near(member: Member, precision: str, family: Any, tmp_path: Path) -> None:
     made = family(member)
     options = parse_extra_options(["prune_lm_head=false"])
@@ -251,8 +259,13 @@ def test_parts_of_a_text_model(family: Any, tmp_path: Path) -> None:
 def test_what_would_change_the_result_is_refused(
     change: dict[str, Any], message: str, family: Any, tmp_path: Path
 ) -> None:
-    from vlpack.architectures.qwen3 import Qwen3
-
     config = Checkpoint.open(family(TEXT_MEMBERS[0]).checkpoint).config
-    with pytest.raises(CheckpointError, match=message):
-        Qwen3({**config, **change})
+    for architecture in (ARCHITECTURES["Qwen3ForCausalLM"], ARCHITECTURES["LlamaForCausalLM"]):
+        with pytest.raises(CheckpointError, match=message):
+            architecture({**config, **change})
+
+
+def test_llama_without_its_length_is_refused(family: Any) -> None:
+    config = Checkpoint.open(family(TEXT_MEMBERS[0]).checkpoint).config
+    with pytest.raises(CheckpointError, match="'max_position_embeddings' is missing"):
+        ARCHITECTURES["LlamaForCausalLM"]({**config, "max_position_embeddings": None})

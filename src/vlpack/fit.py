@@ -33,8 +33,9 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
     wanted = {tensor.name: tensor.shape for weight in weights for tensor in weight.source.tensors()}
     missing = [name for name in wanted if name not in checkpoint.tensors]
     if missing:
+        verb = "is" if len(missing) == 1 else "are"
         raise CheckpointError(
-            f"{checkpoint.folder}: {_some(missing)} missing from the checkpoint.",
+            f"{checkpoint.folder}: {_some(missing)} {verb} missing from the checkpoint.",
             "The config and the weights do not belong together, or the checkpoint is not complete.",
         )
     for name, shape in wanted.items():
@@ -87,5 +88,5 @@ def _check_equal(checkpoint: Checkpoint, embedding: str) -> None:
 
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:3])
-    more = f" and {len(names) - 3} more are" if len(names) > 3 else (" are" if len(names) > 1 else " is")
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{'tensors' if len(names) > 1 else 'tensor'} {shown}{more}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vlpack.architectures.base import Architecture, Part
+from vlpack.architectures.llama import Llama
 from vlpack.architectures.qwen2 import Qwen2
 from vlpack.architectures.qwen2_5_vl import Qwen25VL
 from vlpack.architectures.qwen2_vl import Qwen2VL
@@ -22,6 +23,7 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "Qwen3ForCausalLM": Qwen3,
     "Qwen3MoeForCausalLM": Qwen3Moe,
     "Qwen2ForCausalLM": Qwen2,
+    "LlamaForCausalLM": Llama,
 }
 """Name in config.json's ``architectures`` → the class that builds it. A new family is one line here."""
 

@@ -63,6 +63,7 @@ class TextDecoder:
         qkv_bias: bool,
         o_bias: bool,
         theta: float,
+        mlp_bias: bool = False,
         weave: Weave | None = None,
         sections: tuple[int, int, int] = (0, 0, 0),
     ) -> TextDecoder:
@@ -76,6 +77,7 @@ class TextDecoder:
             qkv_bias: see the class.
             o_bias: see the class.
             theta: of the rotary embedding where the config has none.
+            mlp_bias: biases on the feed-forward matrices.
             weave: how M-RoPE's three axes share the frequencies; None for plain positions.
             sections: of M-RoPE, where the config has none.
 
@@ -96,7 +98,7 @@ class TextDecoder:
             qk_norm=qk_norm,
             frequencies=read_frequencies(text, facts.head_size, theta, weave, sections),
             position_axes=3 if weave else 0,
-            make_mlp=lambda layer: GatedMLP(size, intermediate, act),
+            make_mlp=lambda layer: GatedMLP(size, intermediate, act, mlp_bias),
         )
 
     def embed_tokens(self) -> Embedding:

@@ -1,0 +1,35 @@
+"""Llama: a text decoder, mostly without biases. Source: transformers' ``modeling_llama.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlpack.architectures.base import Architecture
+from vlpack.architectures.text import TextDecoder
+from vlpack.config import Section
+from vlpack.deepstack import SideChannel
+
+
+class Llama(Architecture):
+    """``LlamaForCausalLM``: Llama 1, 2 and 3, SmolLM, TinyLlama and whatever else has this shape."""
+
+    models = "Llama 1, 2 and 3, and others of that shape"
+    needs = "no llama3 rotary scaling"
+    genai_type = genai_text_type = "llama"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        root = Section(config)
+        root.integer("max_position_embeddings")  # `TextDecoder` has Qwen's length where the config has none
+        bias = root.flag("attention_bias", False)
+        self.decoder = TextDecoder.read(
+            root,
+            root,
+            prefix="model",
+            qk_norm=False,
+            qkv_bias=bias,
+            o_bias=bias,
+            mlp_bias=root.flag("mlp_bias", False),
+            theta=10000.0,
+        )
+        self.deepstack = SideChannel(0, self.text.hidden_size)
