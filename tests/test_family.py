@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from family import ROPE, Member, make_member
 from parity import Inputs, Package, make_inputs, relative
@@ -106,9 +107,11 @@ class Family:
         build(self.checkpoint, folder / "last", precision="fp32")
         self.folder = folder
         self.package = Package(folder / "all")
-        self.reference = member.model.from_pretrained(
-            self.checkpoint, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+        self.reference, loading = member.model.from_pretrained(
+            self.checkpoint, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+        assert not any(loading.values()), f"the reference is not the checkpoint: {loading}"
+        self.reference.eval()
 
     def positions(self, inputs: Inputs) -> Any:
         ids = torch.tensor(inputs.ids)
@@ -201,6 +204,21 @@ def test_greedy_tokens(member: Member, images: list[tuple[int, int]], family: An
     out = made.reference.generate(**arguments, do_sample=False, max_new_tokens=TOKENS, eos_token_id=None)
     assert answer.tokens == out[0, ids.shape[1] :].tolist()
     assert len(answer.tokens) == TOKENS
+
+
+@pytest.mark.parametrize("member", VISION_MEMBERS, **IDS)
+def test_the_runtimes_own_pixels(member: Member, family: Any, tmp_path: Path) -> None:
+    """What the runtime's image processor, for callers without Python, writes: `Architecture.normalize_flag`."""
+    og = pytest.importorskip("onnxruntime_genai")
+    folder = family(member).folder / "last"
+    # smooth, and of a size that both leave as it is
+    ramp = np.linspace(0, 255, 48 * 80 * 3).reshape(48, 80, 3).astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    expected = Model(folder, threads=1).prompt("What is here?", [tmp_path / "ramp.png"])
+    processor = og.Model(str(folder)).create_multimodal_processor()
+    found = processor(expected.text, images=og.Images.open(str(tmp_path / "ramp.png")))
+    assert np.array(found["image_grid_thw"].as_numpy()).tolist() == expected.image_grid_thw.tolist()
+    np.testing.assert_allclose(np.array(found["pixel_values"].as_numpy()), expected.pixel_values, atol=0.02)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])

@@ -184,7 +184,7 @@ class Architecture(ABC):
 
     def vision_model(self, options: GraphOptions) -> nn.Module:
         """The vision encoder: ``pixel_values``, ``image_grid_thw`` → ``image_features``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} sets `vision` and does not define `vision_model`")
 
     @classmethod
     def sees(cls) -> bool:
