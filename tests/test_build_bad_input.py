@@ -504,11 +504,11 @@ def test_an_interrupted_replacement_keeps_the_old_package(
 SLOW_BUILD = """
 import sys, time
 from vlpack import cli, sources
-check = sources._check_finite
+check = sources.check_finite
 def slow(*arguments):
     time.sleep(0.05)
     check(*arguments)
-sources._check_finite = slow
+sources.check_finite = slow
 cli.main(["build", *sys.argv[1:]])
 """
 

@@ -169,7 +169,7 @@ def test_json_names_stay_in_the_folder(folder: Path, name: str) -> None:
         (None, ["has no weights", SINGLE]),
         ("pytorch_model.bin", ["only as pickles ('pytorch_model.bin')", "save_pretrained"]),
         ("model.pt", ["only as pickles"]),
-        ("adapter_config.json", ["is an adapter", "Merge"]),
+        ("adapter_config.json", ["is an adapter", "--lora"]),
         ("model-q4.gguf", ["only as GGUF"]),
     ],
 )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from vlpack.fit import check_tensors
 from vlpack.graph import Graph, Weight, trace
 from vlpack.hub import resolve
 from vlpack.layers.attention import has_grouped_kernel
+from vlpack.lora import FILES, Adapter, adapter_notes, merge_all
 from vlpack.memory import peak_memory_bytes
 from vlpack.options import ExtraOptions, check_effects
 from vlpack.package.beside import write_beside
@@ -78,6 +80,7 @@ def build(
     force: bool = False,
     threads: int | None = None,
     progress: Progress | None = None,
+    lora: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
 ) -> BuildResult:
     """Build a package.
 
@@ -95,46 +98,54 @@ def build(
         force: replace an existing package.
         threads: that encode weights; by default as many as there are cores, at most 8.
         progress: is told the bytes written.
+        lora: LoRA adapters of peft, folders or Hub ids, merged into the weights one after another as these are read.
 
     Raises:
         VlpackError: with a sentence that says what is wrong and what to do; nothing is left at ``output``.
     """
     started = time.perf_counter()
     extra = ExtraOptions() if extra_options is None else extra_options
-    if not isinstance(extra, ExtraOptions):
-        raise OptionError(
-            "extra_options must be a vlpack.ExtraOptions.", "vlpack.ExtraOptions(block_size=64), for example."
-        )
-    if part not in PARTS:
-        raise OptionError(f"Unknown part '{part}'.", "Parts are " + ", ".join(PARTS) + ".")
+    _check_arguments(extra, part, threads)
     check_task(task)
-    if threads is not None and threads < 1:
-        raise OptionError(f"threads is {threads}; it must be at least 1.")
     precision = precision or ("int8" if execution_provider == "cpu" else "fp16")
     quantization = extra.quantization(vision_precision)
     # what is wrong with the options is told before anything is downloaded
     check_effects(extra, part, make_policy(precision, execution_provider, quantization), vision_precision)
     check_task_options(extra, task, precision)
     check_free(Path(output), force=force)
+    # adapters first: they are small, and what is wrong with them is told before the model is downloaded
+    places = [lora] if isinstance(lora, str | os.PathLike) else lora
+    adapters = [
+        Adapter.open(resolve(place, cache_dir=cache_dir, token=extra.hf_token, patterns=FILES)) for place in places
+    ]
     found = resolve(source, revision=revision, cache_dir=cache_dir, token=extra.hf_token)
-    notes = _unused_hub_options(source, cache_dir, extra)
+    notes = _unused_hub_options([source, *places], cache_dir, extra)
 
-    with Checkpoint.open(found.folder) as checkpoint, output_folder(Path(output), force=force) as folder:
-        task, reasons = decide_task(checkpoint, task, found.repo_id or _name(found.folder))
+    with (
+        ExitStack() as stack,
+        Checkpoint.open(found.folder) as base,
+        output_folder(Path(output), force=force) as folder,
+    ):
+        for adapter in adapters:
+            stack.callback(adapter.close)
+        task, reasons = decide_task(base, task, found.repo_id or found.name)
         notes += reasons
         check_task_options(extra, task, precision)
-        architecture = architecture_of(checkpoint, task)
+        architecture = architecture_of(base, task)
         if architecture.vision is None and (part in ("vision", "embedding") or vision_precision):
             raise OptionError(
-                f"{checkpoint.architecture} has no vision encoder.", "Leave --part and --vision-precision away."
+                f"{base.architecture} has no vision encoder.", "Leave --part and --vision-precision away."
             )
         policy = make_policy(precision, execution_provider, quantization, architecture.precision_facts)
-        check_tensors(architecture, checkpoint, policy)
+        check_tensors(architecture, base, policy)
+        merged = merge_all(base, adapters, architecture)
+        checkpoint = merged[-1] if merged else base
         graphs = {_filename(p, extra): trace(p, policy) for p in _parts(architecture, part, policy, extra)}
         notes += _check_sharing(architecture, policy, extra)
-        origin: dict[str, Any] = (
-            {"repo_id": found.repo_id, "commit": found.commit} if found.repo_id else {"name": _name(found.folder)}
-        )
+        notes += adapter_notes(merged, found, [weight for graph in graphs.values() for weight in graph.weights])
+        origin: dict[str, Any] = found.described()
+        if adapters:
+            origin["adapters"] = [adapter.described() for adapter in adapters]
         names = {graph.name: filename for filename, graph in graphs.items()}
         encoder = None if task == GENERATE else encoder_section(architecture, checkpoint, names)
         notes += write_beside(folder, architecture, checkpoint, policy, names, origin, encoder)
@@ -167,22 +178,28 @@ def build(
     )
 
 
+def _check_arguments(extra: object, part: str, threads: int | None) -> None:
+    if not isinstance(extra, ExtraOptions):
+        raise OptionError(
+            "extra_options must be a vlpack.ExtraOptions.", "vlpack.ExtraOptions(block_size=64), for example."
+        )
+    if part not in PARTS:
+        raise OptionError(f"Unknown part '{part}'.", "Parts are " + ", ".join(PARTS) + ".")
+    if threads is not None and threads < 1:
+        raise OptionError(f"threads is {threads}; it must be at least 1.")
+
+
 def default_threads() -> int:
     """Cores, but no more than keep a disk busy: each thread holds a weight or a few slabs in memory."""
     return min(os.cpu_count() or 1, 8)
 
 
-def _name(folder: Path) -> str:
-    """The folder's own name, for the manifest: where it lies is nobody's business."""
-    return folder.resolve().name.encode(errors="replace").decode()
-
-
 def _unused_hub_options(
-    source: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None, extra: ExtraOptions
+    places: Sequence[str | os.PathLike[str]], cache_dir: str | os.PathLike[str] | None, extra: ExtraOptions
 ) -> list[str]:
     """Command lines for the builder name a cache for local folders too, so this is a note and not an error."""
     unused = [name for name, value in (("cache_dir", cache_dir), ("hf_token", extra.hf_token)) if value is not None]
-    if not unused or not Path(source).expanduser().is_dir():
+    if not unused or not all(Path(place).expanduser().is_dir() for place in places):
         return []
     return [f"The checkpoint is a folder, so {' and '.join(unused)} had no effect."]
 

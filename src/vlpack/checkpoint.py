@@ -55,14 +55,29 @@ class Checkpoint:
         """Opens and validates a folder; a CheckpointError says what is wrong with it, where, and what to do."""
         folder = _check_folder(folder)
         config = _read_json(folder, "config.json")
+        if config is None and locate(folder, "adapter_config.json"):
+            raise _is_adapter(folder)
         if config is None:
             raise CheckpointError(
                 f"{folder} has no config.json, so it is not a Hugging Face checkpoint.",
                 "Give the folder that holds config.json and model*.safetensors.",
             )
+        return cls.of_files(folder, config, *_find_weights(folder, config))
+
+    @classmethod
+    def of_files(
+        cls, folder: Path, config: dict[str, Any], files: Mapping[str, Path], weight_map: dict[str, str] | None = None
+    ) -> Checkpoint:
+        """Opens and validates a folder's weights.
+
+        Args:
+            folder: where they are.
+            config: its config.
+            files: name → where the file really is, as `vlpack.safefile.locate` says.
+            weight_map: for shards, the file of each tensor.
+        """
         pool = FilePool()
         try:
-            files, weight_map = _find_weights(folder, config)
             headers = {}
             for name, target in files.items():
                 pool.add(folder / name, target)
@@ -95,8 +110,7 @@ class Checkpoint:
         """
         renamed: dict[str, TensorInfo] = {}
         for name, tensor in self.tensors.items():
-            old = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-            new = name if old is None else prefixes[old] + name[len(old) :]
+            new = new_name(name, prefixes)
             if new in renamed:
                 raise CheckpointError(f"{self.folder} holds the tensor {quote(new)} under an old and a new name.")
             renamed[new] = tensor
@@ -201,6 +215,12 @@ class Checkpoint:
         return array
 
 
+def new_name(name: str, prefixes: Mapping[str, str]) -> str:
+    """``name`` with the prefix among the keys of ``prefixes``, if it has one, replaced by that one's value."""
+    old = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+    return name if old is None else prefixes[old] + name[len(old) :]
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file in hexadecimal, read in pieces."""
     file = OpenFile(Path(path), Path(path).resolve())
@@ -303,11 +323,18 @@ def _no_weights(folder: Path, explicit: str | None) -> CheckpointError:
             _CONVERT,
         )
     if "adapter_config.json" in names:
-        return CheckpointError(f"{folder} is an adapter, not a model.", "Merge it into its base model with peft first.")
+        return _is_adapter(folder)
     if gguf := [name for name in names if name.endswith(".gguf")]:
         return CheckpointError(f"{folder} has its weights only as GGUF ({quote(gguf[0])}), which vlpack does not read.")
     return CheckpointError(
         f"{folder} has no weights: neither {_SINGLE} nor {_INDEX}.", "Download the checkpoint's *.safetensors files."
+    )
+
+
+def _is_adapter(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} is an adapter, not a model.",
+        f"Give the model it was trained on, and the adapter beside it: vlpack build MODEL -o PACKAGE --lora {folder}",
     )
 
 

@@ -84,6 +84,10 @@ def build(
     extra_options: Annotated[
         list[str] | None, typer.Option("--extra_options", "--extra-options", metavar="KEY=VALUE …", help=EXTRA_OPTIONS)
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", help="LoRA adapter to merge: a folder or a Hub id; give it again for another."),
+    ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")] = None,
     cache_dir: Annotated[
         Path | None, typer.Option("-c", "--cache_dir", "--cache-dir", help="Where files of the Hub are kept.")
@@ -121,6 +125,7 @@ def build(
             force=force,
             threads=threads,
             progress=progress,
+            lora=lora or (),
         )
     console.show_build(result, as_json=as_json)
 

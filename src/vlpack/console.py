@@ -223,7 +223,9 @@ def _show_ports(part: dict[str, Any]) -> None:
 
 
 def _show_package(description: dict[str, Any]) -> None:
-    source = ", ".join(str(value) for value in description["source"].values() if value)
+    source = ", ".join(str(value) for name, value in description["source"].items() if value and name != "adapters")
+    for adapter in description["source"].get("adapters", []):
+        source += f" with the adapter {adapter.get('repo_id') or adapter.get('name')}"
     print_plain = partial(out.print, markup=False)  # a package may come from anybody
     print_plain(
         f"{description['task']}, {description['precision']} for {description['execution_provider']}, "

@@ -53,7 +53,7 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
                 "Quantized checkpoints are not supported: use the original one.",
             )
     if architecture.tied and HEAD in checkpoint.tensors:
-        _check_equal(checkpoint, f"{architecture.decoder.prefix}.embed_tokens.weight")
+        check_equal(checkpoint, f"{architecture.decoder.prefix}.embed_tokens.weight")
     unused = (*UNUSED, HEAD) if architecture.tied else UNUSED
     extra = [
         name
@@ -67,7 +67,7 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
         )
 
 
-def _check_equal(checkpoint: Checkpoint, embedding: str) -> None:
+def check_equal(checkpoint: Checkpoint, embedding: str) -> None:
     """A tied checkpoint's own head is the embedding once more.
 
     Raises:

@@ -30,6 +30,15 @@ class ResolvedSource:
     repo_id: str | None
     commit: str | None
 
+    @property
+    def name(self) -> str:
+        """The repository's id, or the folder's own name: where it lies is nobody's business."""
+        return self.repo_id or self.folder.resolve().name.encode(errors="replace").decode()
+
+    def described(self) -> dict[str, str | None]:
+        """Where it comes from, for a manifest."""
+        return {"repo_id": self.repo_id, "commit": self.commit} if self.repo_id else {"name": self.name}
+
 
 def resolve(
     source: str | os.PathLike[str],

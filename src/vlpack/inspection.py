@@ -53,10 +53,13 @@ def _described(manifest: dict[str, Any]) -> dict[str, Any]:
             "outputs": _without_cache(part["outputs"]),
             "groups": _groups(part["weights"]),
         }
+    source = _without_files(manifest["source"])
+    if "adapters" in source:
+        source["adapters"] = [_without_files(adapter) for adapter in source["adapters"]]
     return {
-        "architecture": manifest["source"]["architecture"],
+        "architecture": source["architecture"],
         "task": manifest.get("task", GENERATE),
-        "source": {k: v for k, v in manifest["source"].items() if k != "files"},
+        "source": source,
         "vlpack": manifest["vlpack"],
         "precision": manifest["precision"],
         "execution_provider": manifest["execution_provider"],
@@ -65,6 +68,10 @@ def _described(manifest: dict[str, Any]) -> dict[str, Any]:
         "parts": parts,
         "files": {name: int(entry["bytes"]) for name, entry in manifest["files"].items()},
     }
+
+
+def _without_files(origin: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in origin.items() if name != "files"}
 
 
 def _without_cache(ports: dict[str, Any]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Source:
 
     def read(self, checkpoint: Checkpoint, start: int, stop: int) -> Array:
         piece = checkpoint.rows(self.name, start, stop, width=self.cols)
-        _check_finite(self.name, piece, start)
+        check_finite(self.name, piece, start)
         return piece
 
 
@@ -176,7 +176,12 @@ class Alternating:
         return both[start - 2 * low : stop - 2 * low]
 
 
-def _check_finite(name: str, piece: Array, first_row: int) -> None:
+def check_finite(name: str, piece: Array, first_row: int) -> None:
+    """Every value of ``piece``, rows of the tensor ``name`` from ``first_row`` on, is a number that fp32 holds.
+
+    Raises:
+        CheckpointError: one is NaN or infinite.
+    """
     with np.errstate(over="ignore"):
         wide = piece.astype(np.float32, copy=False)  # what is stored is made of these, float64 too
     # the sum of finite float32 values may overflow, a max or min may not; NaN passes through both

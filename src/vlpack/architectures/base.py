@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -200,6 +200,10 @@ class Architecture(ABC):
     def tied(self) -> bool:
         """The head's weight is the embedding's."""
         return self.decoder.tied
+
+    def untie(self) -> None:
+        """The head has a weight of its own from now on, whatever the config says."""
+        self.decoder = replace(self.decoder, tied=False)
 
     def parts(self, options: GraphOptions) -> list[Part]:
         """The graphs of the complete package, the decoder first."""

@@ -21,6 +21,10 @@ library_name: onnxruntime-genai
 {% if source.repo_id %}Made from [{{ source.repo_id }}](https://huggingface.co/{{ source.repo_id }})\
 {% if source.commit %} at `{{ source.commit }}`{% endif %}{% else %}\
 Made from the folder `{{ source.name }}`{% endif %} \
+{% for adapter in source.adapters %}with the LoRA adapter \
+{% if adapter.repo_id %}[{{ adapter.repo_id }}](https://huggingface.co/{{ adapter.repo_id }})\
+{% if adapter.commit %} at `{{ adapter.commit }}`{% endif %}{% else %}`{{ adapter.name }}`{% endif %} merged into it, \
+{% endfor %}\
 by vlpack {{ version }}, for the stock onnxruntime-genai (0.18 or newer).
 
 {% if complete -%}
@@ -79,8 +83,10 @@ tensors, with `input_ids` whose image placeholders are expanded, and `num_image_
 def model_card(source: Mapping[str, Any], policy: Policy, genai_type: str, files: Mapping[str, str]) -> str:
     """The card as Markdown."""
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    nowhere = {"repo_id": None, "commit": None, "name": None}
+    adapters = [{**nowhere, **adapter} for adapter in source.get("adapters", [])]
     return environment.from_string(_CARD).render(
-        source={"repo_id": None, "commit": None, "name": None, **source},
+        source={**nowhere, **source, "adapters": adapters},
         policy=policy,
         genai_type=genai_type,
         files=files,
