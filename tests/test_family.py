@@ -263,6 +263,15 @@ def test_parts_of_a_text_model(family: Any, tmp_path: Path) -> None:
     assert "inputs_embeds" in {port.name for port in Package(decoder).sessions["decoder"].get_inputs()}
 
 
+def test_a_question_is_a_text_to_the_template(tmp_path: Path) -> None:
+    """Text models' templates add or test ``message.content`` as a text; a list of parts fails there, or is left out."""
+    folder = make_member(tmp_path / "checkpoint", TEXT_MEMBERS[0])
+    template = "{% for message in messages %}{{ message.role + ': ' + message.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    build(folder, tmp_path / "package", precision="fp32")
+    assert Model(tmp_path / "package", threads=1).prompt("What is here?").text == "user: What is here?"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -305,6 +305,8 @@ def check_package(folder: Path) -> dict[str, Any]:
 def _as_messages(messages: str | Sequence[Message], images: Sequence[ImageSource]) -> Sequence[Message]:
     if not isinstance(messages, str):
         return messages
+    if not images:  # text models' templates know no parts
+        return [{"role": "user", "content": messages}]
     return [{"role": "user", "content": [*({"type": "image"} for _ in images), {"type": "text", "text": messages}]}]
 
 
