@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from family import ROPE, Member, make_member
 from parity import Package, Reference, make_inputs, relative
+from retrieval import Recipe, make_text
 from samples import DIGITS, content, edit_json, vlpack
 from test_parity_runtime import QUESTION, TOKENS, check, make_images
 from tiny import Tiny, make_checkpoint
@@ -26,11 +27,13 @@ from vlpack.builder import build
 from vlpack.checkpoint import Checkpoint, sha256_file
 from vlpack.errors import CheckpointError, VlpackError
 from vlpack.hub import ResolvedSource
+from vlpack.loading import load
 from vlpack.lora import FILES, Adapter, Merged, merge
 from vlpack.options import parse_extra_options
 from vlpack.runtime import Model
 
 torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 TOLERANCE = 1e-5
@@ -42,7 +45,7 @@ PREFIX = "base_model.model."
 TEXT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VISION = ["qkv", "attn.proj", "linear_fc1", "linear_fc2"]
 PATTERNS = {
-    "rank_pattern": {"q_proj": 2, r"layers\.(0|2)\.mlp\.up_proj": 6, "visual.merger.linear_fc1": 3},
+    "rank_pattern": {"proj": 5, "q_proj": 2, r"layers\.(0|2)\.mlp\.up_proj": 6, "visual.merger.linear_fc1": 3},
     "alpha_pattern": {r".*layers\.1\..*down_proj": 3, "model.language_model.layers.0.self_attn.q_proj": 11},
 }
 
@@ -204,17 +207,15 @@ def test_an_embedding_that_was_saved_though_not_trained(
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_text_models(tied: bool, tmp_path: Path) -> None:
-    import transformers
-
     base = make_member(tmp_path / "base", Member(f"{tied}", "Qwen2Config", "Qwen2ForCausalLM", tied=tied))
 
-    def load() -> Any:
+    def fresh() -> Any:
         return transformers.Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
 
-    adapter = train(load(), tmp_path / "adapter", target_modules=TEXT, modules_to_save=["lm_head"], use_rslora=True)
+    adapter = train(fresh(), tmp_path / "adapter", target_modules=TEXT, modules_to_save=["lm_head"], use_rslora=True)
     ids = np.random.default_rng(0).integers(0, 2048, (1, 30))
     with torch.no_grad():
-        merged = peft.PeftModel.from_pretrained(load(), adapter).merge_and_unload()
+        merged = peft.PeftModel.from_pretrained(fresh(), adapter).merge_and_unload()
         wanted = merged(torch.tensor(ids)).logits.numpy()
     package = all_logits(base, tmp_path / "package", adapter, part="text")
     ports = [port for port in package.sessions["decoder"].get_inputs() if port.name.startswith("past")]
@@ -222,6 +223,35 @@ def test_text_models(tied: bool, tmp_path: Path) -> None:
     mask, positions = np.ones((1, 30), np.int64), np.arange(30)[None]
     out = package.run("decoder", input_ids=ids, attention_mask=mask, position_ids=positions, **past)
     assert relative(out["logits"], wanted) < TOLERANCE
+
+
+def test_an_embedding_model(tmp_path: Path) -> None:
+    """It has no head, so its embedding is tied to nothing, and its adapters were trained on a bare model."""
+    base = make_text(tmp_path / "base")
+    recipe = Recipe(base)
+    adapter = train(recipe.body, tmp_path / "adapter", target_modules=["embed_tokens", "q_proj", "up_proj"])
+    recipe = Recipe(base)
+    before = recipe.text("a text")
+    recipe.body = peft.PeftModel.from_pretrained(recipe.body, adapter).merge_and_unload().eval()
+    build(base, tmp_path / "package", precision="fp32", task="embedding", lora=adapter)
+    got = load(tmp_path / "package").embed(["a text"])[0]
+    assert relative(got, recipe.text("a text")) < TOLERANCE
+    assert relative(got, before) > 0.1
+
+
+def test_a_reranker(tmp_path: Path) -> None:
+    base = make_text(tmp_path / "base")
+    model = transformers.Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapter = train(model, tmp_path / "adapter", target_modules=TEXT, modules_to_save=["lm_head"])
+    model = transformers.Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32)
+    shutil.copytree(base, tmp_path / "merged")
+    peft.PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(tmp_path / "merged")
+    scores = []
+    for source, name, lora in ((base, "a", adapter), (tmp_path / "merged", "b", ()), (base, "c", ())):
+        build(source, tmp_path / name, precision="fp32", task="reranker", lora=lora)
+        scores.append(load(tmp_path / name).score("a query", ["one", "another document"]))
+    assert relative(scores[0], scores[1]) < TOLERANCE
+    assert relative(scores[0], scores[2]) > 1e-3
 
 
 def test_experts_of_a_mixture(tmp_path: Path) -> None:
@@ -306,6 +336,9 @@ def test_names(style: str, old: bool, aged: dict[bool, Path], tmp_path: Path) ->
 QUERY, KEY = "model.language_model.layers.2.self_attn.q_proj", "model.language_model.layers.2.self_attn.k_proj"
 QKV, NORM = "model.visual.blocks.0.attn.qkv", "model.language_model.norm"
 SHAPES = {tensor.name: tensor.shape for tensor in Checkpoint.open(DIGITS).tensors.values()}
+TABLE = "model.visual.pos_embed"
+TABLE_AB = [np.random.default_rng(n).normal(0, 0.05, (n, 4)).astype(np.float32) for n in SHAPES[f"{TABLE}.weight"]]
+TABLE_AB[0] = np.ascontiguousarray(TABLE_AB[0].T)
 SETTINGS = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "qkv"]}
 
 
@@ -337,6 +370,7 @@ def digits() -> Checkpoint:
 @pytest.fixture(scope="module")
 def merged(digits: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Merged:
     tensors = {**pair(QUERY), f"{PREFIX}{NORM}.weight": np.ones(SHAPES[f"{NORM}.weight"], np.float32)}
+    tensors |= {f"{PREFIX}{TABLE}.lora_embedding_{name}": factor for name, factor in zip("AB", TABLE_AB, strict=True)}
     folder = write_adapter(tmp_path_factory.mktemp("merged") / "adapter", tensors)
     return merge(digits, Adapter.open(ResolvedSource(folder, None, None)), architecture_of(digits))
 
@@ -348,6 +382,7 @@ def test_any_rows(data: st.DataObject, merged: Merged, digits: Checkpoint) -> No
     wanted = {
         f"{QUERY}.weight": digits.read(f"{QUERY}.weight").astype(np.float32) + 2 * b @ a,
         f"{KEY}.weight": digits.read(f"{KEY}.weight"),
+        f"{TABLE}.weight": digits.read(f"{TABLE}.weight").astype(np.float32) + 2 * (TABLE_AB[1] @ TABLE_AB[0]).T,
         f"{NORM}.weight": np.ones(SHAPES[f"{NORM}.weight"], np.float32),
     }
     name = data.draw(st.sampled_from(sorted(wanted)))
@@ -383,6 +418,17 @@ def test_no_adapter_no_change_and_threads_do_not_matter(adapter: Path, tmp_path:
         build(DIGITS, tmp_path / name, precision="int4", lora=lora)
     plain, zero, changed = (content(tmp_path / name)["decoder.onnx.data"] for name in "cda")
     assert plain == zero != changed
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_was_trained_tied_is_stored_once(together: bool, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(0, 0.05, SHAPES[f"{EMBEDDING}.weight"]).astype(np.float32)
+    tensors = {f"{PREFIX}{name}.weight": values for name in (EMBEDDING, HEAD)}
+    saved = {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": together}
+    adapter = write_adapter(tmp_path / "adapter", tensors, **saved)
+    plain = build(DIGITS, tmp_path / "plain", precision="fp32").total_bytes
+    size = build(DIGITS, tmp_path / "package", precision="fp32", lora=adapter).total_bytes
+    assert (size - plain > values.nbytes // 2) == (not together)
 
 
 def test_provenance(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from vlpack.lora_config import MERGE_WITH_PEFT, LoraConfig
 from vlpack.safefile import locate, quote, read_json
 from vlpack.sources import check_finite
 from vlpack.storage import slabs
+from vlpack.tasks import EMBEDDING
 from vlpack.tensorfile import TensorInfo
 
 CONFIG, WEIGHTS, INDEX = "adapter_config.json", "adapter_model.safetensors", "adapter_model.safetensors.index.json"
@@ -178,10 +179,6 @@ class Merged(Checkpoint):
         self._places[name] = (source, inner)
         self.tensors = {**self.tensors, name: replace(source.tensors[inner], name=name)}
 
-    def drop(self, name: str) -> None:
-        """There is no tensor ``name`` any more."""
-        self.tensors = {key: tensor for key, tensor in self.tensors.items() if key != name}
-
     def add(self, name: str, delta: Delta) -> None:
         """Add to the tensor ``name``."""
         self._deltas[name] = delta
@@ -257,7 +254,8 @@ def merge(base: Checkpoint, adapter: Adapter, architecture: Architecture) -> Mer
     merged = Merged(base, adapter)
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     embedding = f"{architecture.decoder.prefix}.embed_tokens.weight"
-    if architecture.tied:
+    tied = architecture.tied and architecture.task != EMBEDDING  # which has no head to be tied
+    if tied:
         shapes.setdefault(HEAD, shapes[embedding])
     names = _Names(adapter, shapes, architecture.renamed)
     for path, tensor in adapter.whole.items():
@@ -270,7 +268,7 @@ def merge(base: Checkpoint, adapter: Adapter, architecture: Architecture) -> Mer
         merged.take(name, adapter.weights, tensor.name)
     for module, parts in adapter.parts.items():
         name = names.find(f"{module}.weight")
-        if architecture.tied and name in (HEAD, embedding):
+        if tied and name in (HEAD, embedding):
             raise CheckpointError(
                 f"{adapter.file}: LoRA on {module}, which is tied to another module. Merged, it would change both, "
                 "and that is not the model that was trained (peft's issue 2777).",
@@ -284,7 +282,7 @@ def merge(base: Checkpoint, adapter: Adapter, architecture: Architecture) -> Mer
     missing = [n for n in shapes if adapter.config.saves(n) and n not in merged.changed and not _is_unused(n)]
     if missing:
         raise CheckpointError(f"{adapter.file} lacks {missing[0]}, which modules_to_save in {CONFIG} covers.")
-    if architecture.tied:
+    if tied:
         _settle_tie(merged, base, adapter, architecture, embedding)
     return merged
 
@@ -302,8 +300,6 @@ def _settle_tie(merged: Merged, base: Checkpoint, adapter: Adapter, architecture
         architecture.untie()
     elif HEAD in merged.changed:
         check_equal(merged, embedding)
-    else:
-        merged.drop(HEAD)  # the base's own copy of what is replaced
 
 
 def _low_rank(
