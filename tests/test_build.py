@@ -16,6 +16,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnxruntime_genai as og
 import pytest
 
 from samples import DIGITS, EMBEDDING, IMAGES, READ, Tensor, content, copy_digits, edit_json, edit_tensors, floats
@@ -135,6 +136,16 @@ def test_no_tokenizer(source: Path, tmp_path: Path) -> None:
     (source / "tokenizer.json").unlink()
     result = build(source, tmp_path / "package")
     assert any("no tokenizer.json" in note for note in result.notes)
+
+
+def test_no_tokenizer_config(source: Path, tmp_path: Path) -> None:
+    (source / "tokenizer_config.json").unlink()
+    result = build(source, tmp_path / "package")
+    assert [note for note in result.notes if "no tokenizer_config.json" in note] == list(result.notes)
+    assert len(result.notes) == 1
+    with pytest.raises(RuntimeError, match=r"tokenizer_config\.json"):  # as the note says
+        og.Tokenizer(og.Model(str(result.folder)))
+    assert read(result.folder) == "3\n5"  # vlpack's own does without
 
 
 def test_no_chat_template(source: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,68 @@ def test_search_follows_generation_config(tmp_path: Path) -> None:
     edit_json(source / "generation_config.json", "temperature", value=0.0)
     build(source, tmp_path / "package", part="text", force=True)
     assert config_of(tmp_path / "package")["search"]["do_sample"] is False
+
+
+def test_lengths_follow_generation_config(tmp_path: Path) -> None:
+    source = copy_digits(tmp_path / "checkpoint")
+    edit_json(source / "generation_config.json", "min_length", value=33)
+    edit_json(source / "generation_config.json", "max_length", value=20)  # which transformers takes for no choice
+    build(source, tmp_path / "package", precision="fp32")
+    assert config_of(tmp_path / "package")["search"]["max_length"] == 4096
+    answer = Model(tmp_path / "package").generate(READ, [IMAGES / "01.png"], sampling=GREEDY)
+    # what transformers' generate(min_length=33) makes of it; all ends are held back, not the first of the list alone
+    assert answer.stats.prompt_tokens == 25
+    assert answer.tokens == [17, 198, 19, 18, 198, 21, 19, 1312, 632, 2050]
+    edit_json(source / "generation_config.json", "max_length", value=300)
+    build(source, tmp_path / "package", force=True)
+    assert config_of(tmp_path / "package")["search"]["max_length"] == 300
+
+
+NEUTRAL = {
+    "min_p": 0.0,
+    "presence_penalty": 0,
+    "typical_p": 1.0,
+    "num_beams": 1,
+    "suppress_tokens": [],
+    "sequence_bias": {},
+    "stop_strings": None,
+    "token_healing": False,
+    "max_new_tokens": None,
+    "use_cache": True,
+    "transformers_version": "5.0.0",
+}
+LOST = {
+    "min_p": 0.05,
+    "presence_penalty": 1,
+    "frequency_penalty": 0.5,
+    "suppress_tokens": [0],
+    "begin_suppress_tokens": [1],
+    "bad_words_ids": [[1]],
+    "forced_bos_token_id": 0,
+    "num_beams": 4,
+    "min_new_tokens": 1,
+}
+
+
+def test_generation_settings_that_cannot_be_kept_are_told(tmp_path: Path) -> None:
+    def notes(part: str, **settings: Any) -> tuple[str, ...]:
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 2050, **settings}))
+        return build(source, tmp_path / "package", part=part, force=True).notes
+
+    source = copy_digits(tmp_path / "checkpoint")
+    assert notes("text", **NEUTRAL) == ()
+    (note,) = notes("text", **LOST)
+    assert set(re.findall(r"\w+", note.partition("which")[0])) >= set(LOST)
+    assert "may differ" in note
+    (note,) = notes("text", max_new_tokens=2048)
+    assert "max_new_tokens" in note
+    assert "--max-tokens" in note
+    assert notes("vision", **LOST) == ()  # which answers nothing
+    config = og.Config(str(tmp_path / "package"))
+    for name, value in LOST.items():
+        if name != "num_beams":  # so it is no longer true when the runtime learns one
+            with pytest.raises(RuntimeError, match="Unknown value"):
+                config.overlay(json.dumps({"search": {name: value}}))
 
 
 def test_processor_config_has_the_checkpoints_numbers(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from vlpack.errors import CheckpointError
 from vlpack.layers.attention import has_grouped_kernel
 from vlpack.package.encoder_card import encoder_card
 from vlpack.package.encoder_section import CHAT
-from vlpack.package.genai_config import genai_config
+from vlpack.package.genai_config import genai_config, search_notes
 from vlpack.package.model_card import model_card
 from vlpack.package.processor_config import processor_config
 from vlpack.precision import Policy
@@ -83,6 +83,13 @@ def write_beside(
         _write_json(folder / "processor_config.json", processor_config(architecture, processor))
     card = model_card(origin, policy, config["model"]["type"], names)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    notes = search_notes(generation) if {"text", "decoder"} & set(names) else []
+    image_token_id = architecture.vision.image_token_id if architecture.vision and "vision" in names else None
+    return notes + _check_prompts(folder, checkpoint, image_token_id)
+
+
+def _check_prompts(folder: Path, checkpoint: Checkpoint, image_token_id: int | None) -> list[str]:
+    """What is wrong with tokenizer or template is told now, not when the package is first used."""
     if not (folder / "tokenizer.json").is_file():
         return ["The checkpoint has no tokenizer.json, so the package runs on token ids only; `vlpack run` needs one."]
     Tokenizer.from_folder(checkpoint.folder)
@@ -92,8 +99,6 @@ def write_beside(
     in_config = (checkpoint.json("tokenizer_config.json") or {}).get("chat_template") is not None
     if not in_config and not any((folder / name).is_file() for name in templates):
         return ["The checkpoint has no chat template, so `vlpack run` will not work; the runtime itself needs none."]
-    # what is wrong with tokenizer or template is told now, not when the package is first used
-    image_token_id = architecture.vision.image_token_id if architecture.vision and "vision" in names else None
     PromptBuilder.from_folder(checkpoint.folder, image_token_id=image_token_id)
     return []
 

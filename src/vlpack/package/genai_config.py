@@ -12,6 +12,21 @@ from vlpack.errors import CheckpointError
 DEFAULT_MAX_LENGTH = 4096
 """Tokens of prompt and answer. The runtime allots the key-value cache for this many, so not the context length."""
 
+_CANNOT: dict[str, Any] = {
+    **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "presence_penalty", "frequency_penalty"), 0),
+    **dict.fromkeys(("top_h", "typical_p", "encoder_repetition_penalty", "guidance_scale"), 1),
+    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
+    **dict.fromkeys(("diversity_penalty", "penalty_alpha", "encoder_no_repeat_ngram_size", "min_new_tokens"), 0),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "constraints")),
+    **dict.fromkeys(("sequence_bias", "logit_bias", "forced_bos_token_id", "forced_eos_token_id", "stop_strings")),
+    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config", "dola_layers", "token_healing")),
+}
+"""Settings that change an answer and that the runtime does not know, or, of beams, does not carry through images and
+streaming; with the value that changes nothing, where it is another than null or nothing."""
+
+_TRANSFORMERS_DEFAULT_MAX_LENGTH = 20
+"""transformers takes this ``max_length`` for one that nobody has set."""
+
 
 def genai_config(
     architecture: Architecture,
@@ -127,15 +142,41 @@ def _token_ids(text: Section, config: Section, generation: Mapping[str, Any], vo
     return known
 
 
+def search_notes(generation: Mapping[str, Any]) -> list[str]:
+    """What generation_config.json asks for and the package cannot carry, as sentences for the user."""
+    lost = [name for name, neutral in _CANNOT.items() if _says(generation.get(name), neutral)]
+    notes = []
+    if lost:
+        notes.append(
+            f"generation_config.json sets {', '.join(lost)}, which onnxruntime-genai cannot do here: answers are made "
+            "without, and may differ from those of programs that can."
+        )
+    limits = [name for name in ("max_new_tokens", "max_time") if _says(generation.get(name), None)]
+    if limits:
+        notes.append(
+            f"generation_config.json's {' and '.join(limits)} cannot be kept in a package: an answer's length is "
+            "`vlpack run`'s --max-tokens, or max_length of the runtime's search options."
+        )
+    return notes
+
+
+def _says(value: Any, neutral: Any) -> bool:
+    """Whether a setting says anything; 0 and 1 may (a token id), where they are not its neutral value."""
+    return value is not None and value is not False and value != neutral and value not in ([], {}, "")
+
+
 def _search(architecture: Architecture, generation: Mapping[str, Any], shared_cache: bool) -> dict[str, Any]:
     values = Section(generation, "generation_config.json")
     greedy = generation.get("temperature") == 0  # what transformers says too, with a warning
     top_p = values.number("top_p", 1.0)
     if top_p > 1:
         raise CheckpointError(f"generation_config.json: 'top_p' is {top_p}; it must be at most 1.")
+    max_length = values.integer("max_length", DEFAULT_MAX_LENGTH)
+    if max_length == _TRANSFORMERS_DEFAULT_MAX_LENGTH:
+        max_length = DEFAULT_MAX_LENGTH
     return {
-        "max_length": min(architecture.text.context_length, DEFAULT_MAX_LENGTH),
-        "min_length": 0,
+        "max_length": min(architecture.text.context_length, max_length, DEFAULT_MAX_LENGTH),
+        "min_length": values.integer("min_length", 0, low=0),  # of prompt and answer, as in transformers
         "num_beams": 1,
         "num_return_sequences": 1,
         "do_sample": values.flag("do_sample", False) and not greedy,
