@@ -29,6 +29,26 @@ def check_free(output: Path, *, force: bool) -> None:
     Raises:
         OptionError: it is not. Only a folder that holds a package and nothing else is ever replaced.
     """
+    while True:
+        before = _identity(output)
+        try:
+            return _check_free(output, force=force)
+        except (OptionError, OSError) as error:
+            if _identity(output) != before:
+                continue  # another build replaced it while it was looked at
+            if isinstance(error, OSError):
+                raise OptionError(f"{output} cannot be read: {error.strerror or error}.") from None
+            raise
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    with suppress(OSError, ValueError):
+        status = os.stat(path)
+        return status.st_ino, status.st_ctime_ns
+    return None
+
+
+def _check_free(output: Path, *, force: bool) -> None:
     if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
         return
     another = "Choose another name with -o."
@@ -61,17 +81,12 @@ def output_folder(output: Path, *, force: bool) -> Iterator[Path]:
         final = Path(os.path.realpath(output))
         check_free(final, force=force)
         new_parents = [parent for parent in final.parents if not parent.exists()]
-        final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(final)
-        partial = final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
-        partial.mkdir()
-        lock = _lock(partial)
+        partial, lock = _new_partial(final)
     except (OSError, ValueError) as error:
         raise OptionError(f"Cannot write to {output}: {getattr(error, 'strerror', None) or error}.") from None
     try:
         yield partial
-        check_free(final, force=force)  # another build may have taken the name meanwhile
-        _put_in_place(partial, final)
+        _put_in_place(partial, final, force=force)
         new_parents = []
     except OSError as error:
         raise _readable(error, final) from error
@@ -99,42 +114,94 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
+def _new_partial(final: Path) -> tuple[Path, int | None]:
+    """A new folder beside ``final``, and the lock on it.
+
+    Until it is locked, another build may take it for a leftover and remove it, and one that fails may remove parents
+    that both found missing: then a new one is made.
+    """
+    attempts = 20
+    while True:
+        attempts -= 1
+        partial = final.with_name(f".{final.name}.partial-{secrets.token_hex(4)}")
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(final)
+            partial.mkdir()
+            lock = _lock(partial)
+        except (FileNotFoundError, BlockingIOError):
+            if not attempts:
+                raise
+            continue
+        if partial.is_dir() or not attempts:
+            return partial, lock
+        if lock is not None:
+            os.close(lock)
+
+
 def _lock(folder: Path) -> int | None:
-    """A descriptor that keeps ``folder`` locked until it is closed or its process dies; None where another holds it."""
+    """A descriptor that keeps ``folder`` locked until it is closed or its process dies; None where there are no locks.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        FileNotFoundError: the folder is gone.
+    """
     if os.name == "nt":
         return None  # folders cannot be opened there: no leftover is removed
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # in use, or a network disk without locks
+    except OSError as error:
         os.close(descriptor)
-        return None
+        if isinstance(error, BlockingIOError):
+            raise
+        return None  # a network disk
     return descriptor
 
 
 def _remove_leftovers(final: Path) -> None:
     ours = re.compile(rf"\.{re.escape(final.name)}\.partial-[0-9a-f]{{8}}(-old)?")
-    for leftover in final.parent.iterdir():
-        if ours.fullmatch(leftover.name) and leftover.is_dir() and not leftover.is_symlink():
+    for leftover in sorted(final.parent.iterdir()):
+        if not ours.fullmatch(leftover.name) or not leftover.is_dir() or leftover.is_symlink():
+            continue
+        if leftover.name.endswith("-old") and leftover.with_name(leftover.name.removesuffix("-old")).exists():
+            continue  # the package that a build is replacing right now, and would put back if it failed
+        with suppress(FileNotFoundError, BlockingIOError):
             lock = _lock(leftover)
             if lock is not None:
                 shutil.rmtree(leftover, ignore_errors=True)
                 os.close(lock)
 
 
-def _put_in_place(partial: Path, final: Path) -> None:
-    if not os.path.lexists(final):
-        os.rename(partial, final)
-        return
+def _put_in_place(partial: Path, final: Path, *, force: bool) -> None:
+    """Give the finished folder its name.
+
+    Other builds may do the same at any point in between. A rename onto a folder that is not empty fails, so nothing is
+    overwritten; with ``force`` the last one to come wins, and without it the first.
+    """
     old = Path(f"{partial}-old")
-    try:
-        os.rename(final, old)
-        os.rename(partial, final)
-    except BaseException:
-        if old.exists() and not final.exists():
-            os.rename(old, final)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    while True:
+        check_free(final, force=force)
+        try:
+            _make_room(final, old, force=force)
+            os.rename(partial, final)
+        except BaseException as error:
+            if not isinstance(error, OSError) or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                with suppress(OSError):
+                    os.rename(old, final)
+                raise
+            shutil.rmtree(old, ignore_errors=True)  # another build was faster, also at replacing this one
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+            return
+
+
+def _make_room(final: Path, old: Path, *, force: bool) -> None:
+    with suppress(FileNotFoundError):
+        if force:
+            os.rename(final, old)
+        elif os.name == "nt":  # where a rename does not replace an empty folder
+            os.rmdir(final)
 
 
 def _readable(error: OSError, final: Path) -> VlpackError:
