@@ -367,6 +367,29 @@ def test_inspect_nothing(tmp_path: Path, capsys: Capsys) -> None:
         assert done.err.startswith("error: ")
 
 
+@pytest.mark.parametrize("verb", ["inspect", "run"])
+def test_what_is_no_folder(verb: str, tmp_path: Path, capsys: Capsys) -> None:
+    (tmp_path / "file").touch()
+    more = ["Hello"] if verb == "run" else []
+    for place, message in (
+        (tmp_path / "file", f"file is a file, not a folder.\nGive the folder it is in: {tmp_path}."),
+        (tmp_path / ("x" * 300), "name too long"),
+        (tmp_path / "nowhere", "There is no folder"),
+        ("~nobody-here/x", "cannot be opened"),
+    ):
+        done = vlpack(capsys, verb, place, *more)
+        assert (done.code, done.out) == (2, "")
+        assert message.lower() in done.err.lower()
+        assert len(done.err) < 400
+
+
+def test_precisions_and_providers_in_capitals(tmp_path: Path, capsys: Capsys) -> None:
+    done = vlpack(capsys, "build", DIGITS, "-o", tmp_path / "package", "-p", "INT4", "-e", "CPU")
+    assert (done.code, done.err) == (0, "")
+    described = json.loads(vlpack(capsys, "inspect", tmp_path / "package", "--json").out)
+    assert (described["precision"], described["execution_provider"]) == ("int4", "cpu")
+
+
 def test_demo(tmp_path: Path, capsys: Capsys) -> None:
     done = vlpack(capsys, "demo", "-o", tmp_path / "package")
     assert (done.code, done.err) == (0, "")
@@ -400,15 +423,26 @@ def test_a_terminal_that_lacks_characters(package: Path) -> None:
     done = run_process("inspect", package, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"first match wins" in done.stdout
+    assert b"-> int8" in done.stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_marks_of_the_demo_in_a_terminal_that_lacks_them(encoding: str) -> None:
+    done = run_process("demo", PYTHONIOENCODING=encoding)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.count(b"ok ") == 48
+    assert b"?" not in done.stdout.replace(b"there?", b"")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
-def test_a_reader_that_leaves(package: Path) -> None:
-    command = [sys.executable, "-m", "vlpack.cli", "inspect", str(package)]
+@pytest.mark.parametrize("arguments", [["inspect"], ["inspect", "--json"], ["run", "Hello"]])
+def test_a_reader_that_leaves(package: Path, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "vlpack.cli", arguments[0], str(package), *arguments[1:]]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr  # noqa: PT018
         process.stdout.close()
         assert process.stderr.read() == b""
+    assert process.returncode == 141  # as after SIGPIPE: 1 would be a damaged package
 
 
 def test_errors_of_a_process_have_no_traceback(tmp_path: Path) -> None:

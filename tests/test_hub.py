@@ -113,6 +113,22 @@ def test_what_is_neither_folder_nor_id(source: str | Path, fake: FakeHub) -> Non
 
 
 @pytest.mark.parametrize(
+    ("page", "source"),
+    [
+        ("https://huggingface.co/org/name", "org/name"),
+        ("http://hf.co/org/name/", "org/name"),
+        ("https://huggingface.co/org/name/tree/v1.0", "org/name@v1.0"),
+        ("https://huggingface.co/org/name/blob/main/config.json?a=b", "org/name@main"),
+        ("https://mirror.example:8080/org/name#usage", "org/name"),
+    ],
+)
+def test_an_address_of_the_hub_gets_its_id(page: str, source: str) -> None:
+    with pytest.raises(CheckpointError, match="There is no folder") as caught:
+        resolve(page)
+    assert caught.value.hint == f"Give the id of that page: {source}."
+
+
+@pytest.mark.parametrize(
     ("source", "also_id"), [("./models/x", False), ("/models/x", False), (Path("org/name"), False), ("name", True)]
 )
 def test_a_path_is_not_said_to_be_a_bad_id(source: str | Path, also_id: bool) -> None:
@@ -255,7 +271,11 @@ FAILURES: list[tuple[Exception, str, str]] = [
         "Check the spelling",
     ),
     (http_error(errors.RevisionNotFoundError, 404, "404"), "org/name has no revision v9", "/org/name/commits/main"),
-    (http_error(errors.HfHubHTTPError, 503, "503 Server\n\n  Error"), "HfHubHTTPError: 503 Server Error", "Try again"),
+    (
+        http_error(errors.HfHubHTTPError, 503, "503 Server Error\n\n  for a page of reasons"),
+        "HfHubHTTPError: 503 Server Error.",
+        "Try again",
+    ),
     (
         errors.HFValidationError("Cannot have -- in repo_id."),
         "nor a valid Hub id: Cannot have --",
@@ -265,6 +285,13 @@ FAILURES: list[tuple[Exception, str, str]] = [
         errors.LocalEntryNotFoundError("ConnectError"),
         "The Hub cannot be reached, and org/name at revision v9 is not",
         "Check",
+    ),
+    (
+        errors.LocalEntryNotFoundError(
+            "Got: ConnectError: refused\n An error happened.\nPlease check your connection."
+        ),
+        "is not in the Hugging Face cache: ConnectError: refused.",
+        "Check the network",
     ),
     (errors.OfflineModeIsEnabled("offline"), "The Hub cannot be reached", "Check the network"),
     (OSError(28, "No space left on device"), "could not be downloaded: OSError: [Errno 28] No space left", "HF_HOME"),

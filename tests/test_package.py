@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,25 @@ def test_a_tied_weight_is_stored_once(packages: Callable[..., Path]) -> None:
     apart = (twice / "decoder.onnx.data").stat().st_size + (twice / "embedding.onnx.data").stat().st_size
     weights = manifest_of(packages())["parts"]["embedding.onnx"]["weights"]
     assert apart - size >= sum(weight["bytes"] for weight in weights.values()) > 500_000
+
+
+@pytest.mark.parametrize(("part", "shared"), [("all", True), ("text", True), ("all", False)])
+def test_sizes_are_bytes_on_disk(part: str, shared: bool, tmp_path: Path) -> None:
+    extra = parse_extra_options([] if shared else ["shared_embeddings=false"])
+    planned: list[int] = []
+    progress = SimpleNamespace(start=planned.append, advance=lambda written, path: None)
+    result = build(DIGITS, tmp_path / "package", part=part, extra_options=extra, progress=progress)
+    data = sum(path.stat().st_size for path in result.folder.glob("*.data"))
+    described = inspect(result.folder)
+    groups = [group for name in described["parts"].values() for group in name["groups"]]
+    shown = sum(group["bytes"] for group in groups)
+    assert shown == sum(planned) == pytest.approx(data, rel=0.03)  # less the padding; the table is 0.05 and more
+    of_build = sum(count for _, _, labels in result.parts.values() for count in labels.values())
+    assert of_build == pytest.approx(data, rel=0.05)  # without vectors
+    (table,) = [group for group in groups if group["modules"].endswith("embed_tokens")]
+    assert (table["shared_with"], table["bytes"] > 500_000) == (["lm_head"] if shared else [], not shared)
+    labels = [label for _, _, labels in result.parts.values() for label, count in labels.items() if not count]
+    assert labels == (["int8 block 32 (shared)"] if shared else [])
 
 
 def test_a_tied_weight_is_stored_once_in_fp32_and_in_the_text_part(packages: Callable[..., Path]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib
 import inspect
 import json
+import os
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -21,6 +24,7 @@ import vlpack
 from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, copy_digits, edit_json
 from vlpack import runtime
 from vlpack.errors import InputError, OptionError, PackageError
+from vlpack.timing import StageClock
 
 GREEDY = vlpack.Sampling(temperature=0)
 WILD = 5.0
@@ -245,15 +249,138 @@ def test_every_end_ends(tmp_path: Path) -> None:
 
 
 def test_statistics(model: vlpack.Model) -> None:
-    stats = read(model, "01.png").stats
+    stats = read(model, "01.png", timing=True).stats
     assert stats.prompt_tokens > stats.image_tokens > 0
-    assert (
-        0 < stats.vision_seconds + stats.prefill_seconds + stats.preprocess_seconds <= stats.first_token_seconds + 1e-6
+    assert stats.preprocess_seconds
+    assert stats.vision_seconds
+    assert stats.prefill_seconds
+    assert stats.vision_seconds + stats.prefill_seconds + stats.preprocess_seconds == pytest.approx(
+        stats.first_token_seconds
     )
     assert stats.tokens_per_second > 0
     assert stats.peak_memory > 1e6
     text = model.generate("Hello", max_tokens=2).stats
     assert (text.image_tokens, text.vision_seconds) == (0, 0)
+    assert text.prefill_seconds  # known without the log, where there is no vision
+
+
+def test_the_runtime_s_log_is_left_to_the_program_unless_timing_is_wanted(model: vlpack.Model) -> None:
+    heard: list[str] = []
+    og.set_log_callback(heard.append)
+    og.set_log_options(enabled=True, model_output_shapes=True)
+    try:
+        stats = read(model, "01.png").stats
+        assert "image_features" in "".join(heard)
+        # not measured is not 0
+        assert (stats.vision_seconds, stats.prefill_seconds) == (None, None)
+        assert stats.first_token_seconds > 0
+        heard.clear()
+        read(model, "01.png", timing=True)
+        assert heard == []
+    finally:
+        og.set_log_options(enabled=False, model_output_shapes=False)
+        og.set_log_callback(None)
+
+
+def test_a_second_answer_meanwhile_is_not_timed(model: vlpack.Model) -> None:
+    with StageClock(True):
+        stats = read(model, "01.png", timing=True).stats
+    assert stats.vision_seconds is None
+
+
+# prompts that are ready
+
+
+def test_a_prompt_made_before(model: vlpack.Model) -> None:
+    expected = read(model, "01.png").tokens
+    prompt = model.prompt(READ, [IMAGES / "01.png"])
+    answer = model.generate(prompt, sampling=GREEDY)
+    assert answer.tokens == expected
+    assert answer.stats.preprocess_seconds is None
+    assert "".join(model.stream(prompt, sampling=GREEDY)) == answer.text
+
+
+def test_a_prompt_with_variables_of_the_template(tmp_path: Path) -> None:
+    source = copy_digits(tmp_path / "checkpoint")
+    template = source / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if enable_thinking is false %}4{% endif %}{{ tools[0].name }}")
+    model = vlpack.load(vlpack.build(source, tmp_path / "package").folder)
+    prompt = model.prompt(READ, [IMAGES / "01.png"], enable_thinking=False, tools=[{"name": "17"}])
+    assert prompt.text.endswith("417")
+    assert model.generate(prompt, max_tokens=2).stats.prompt_tokens == prompt.input_ids.shape[1]
+
+
+def test_a_ready_prompt_takes_nothing_more(model: vlpack.Model, tmp_path: Path) -> None:
+    prompt = model.prompt(READ, [IMAGES / "01.png"])
+    with pytest.raises(InputError, match="images would have no effect"):
+        model.generate(prompt, [IMAGES / "01.png"])
+    with pytest.raises(InputError, match="allow_private_urls would have no effect"):
+        model.generate(prompt, allow_private_urls=True)
+    text = vlpack.load(vlpack.build(DIGITS, tmp_path / "text", part="text").folder)
+    with pytest.raises(InputError, match="no vision part"):
+        text.generate(prompt)
+    assert text.generate(model.prompt("Hello"), max_tokens=2).tokens
+    foreign = dataclasses.replace(model.prompt("Hello"), input_ids=np.full((1, 3), 2176, np.int32))
+    with pytest.raises(InputError, match="tokens that the package does not know"):
+        model.generate(foreign)
+
+
+# other providers, cores, home
+
+
+@pytest.mark.parametrize(
+    ("provider", "wheel"),
+    [
+        ("cuda", "onnxruntime-genai-cuda in place"),
+        ("dml", "onnxruntime-genai-directml in place"),
+        ("webgpu", "a build of onnxruntime-genai with webgpu in place"),
+    ],
+)
+def test_the_wheel_of_another_provider_is_named(provider: str, wheel: str, tmp_path: Path) -> None:
+    folder = vlpack.build(DIGITS, tmp_path / "package", execution_provider=provider, part="text").folder
+    with pytest.raises(PackageError, match="The runtime cannot load") as caught:
+        vlpack.load(folder)
+    assert f"The package is for {provider}: it needs {wheel}" in str(caught.value.hint)
+
+
+def test_no_other_wheel_for_a_broken_cpu_package(package: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(package, tmp_path / "package")
+    graph = broken / "decoder.onnx"
+    graph.write_bytes(bytes(graph.stat().st_size))
+    with pytest.raises(PackageError, match="The runtime cannot load") as caught:
+        vlpack.load(broken)
+    assert caught.value.hint is None
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")
+def test_cores_are_those_of_the_process() -> None:
+    script = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from vlpack import builder, cores, runtime\n"
+        "assert (cores.available_cores(), builder.default_threads(), runtime.available_cores()) == (1, 1, 1)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_all_cores_are_the_runtime_s_threads(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(runtime, "available_cores", lambda: 3)
+    monkeypatch.setattr(runtime, "_load", lambda folder, model, threads, provider: seen.append(threads))
+    vlpack.load(package)
+    assert seen == [3]
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    copy_digits(tmp_path / "checkpoint")
+    result = vlpack.build("~/checkpoint", "~/package")
+    assert result.folder == tmp_path / "package"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "package"]
+    assert vlpack.inspect("~/package")["problems"] == []
+    assert vlpack.inspect("~/checkpoint")["kind"] == "checkpoint"
+    assert vlpack.load("~/package").folder == tmp_path / "package"
 
 
 def test_what_the_runtime_says_is_an_error_of_ours(model: vlpack.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +406,10 @@ def test_pixel_limits(package: Path) -> None:
     assert counts[1] < counts[0] < counts[2]
     with pytest.raises(OptionError):
         vlpack.load(package, min_pixels=5000, max_pixels=4000)
+    with pytest.raises(OptionError, match="max_pixels is 10; the model's own min_pixels is 1024"):
+        vlpack.load(package, max_pixels=10)
+    with pytest.raises(OptionError, match="min_pixels is 262145; the model's own max_pixels is 262144"):
+        vlpack.load(package, min_pixels=262145)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

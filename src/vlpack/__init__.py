@@ -12,6 +12,7 @@ __all__ = [
     "Embedder",
     "ExtraOptions",
     "Model",
+    "Prompt",
     "Reranker",
     "Sampling",
     "VlpackError",
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from vlpack.inspection import inspect
     from vlpack.loading import load
     from vlpack.options import ExtraOptions
+    from vlpack.preprocess import Prompt
     from vlpack.runtime import Answer, Model, Sampling
 
 _WHERE = {
@@ -35,6 +37,7 @@ _WHERE = {
     "Embedder": "encoder",
     "ExtraOptions": "options",
     "Model": "runtime",
+    "Prompt": "preprocess",
     "Reranker": "encoder",
     "Sampling": "runtime",
     "VlpackError": "errors",

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from vlpack.architectures import Architecture, Part, architecture_of
 from vlpack.architectures.base import GraphOptions
 from vlpack.checkpoint import Checkpoint
+from vlpack.cores import available_cores
 from vlpack.datafile import DataFiles, planned_bytes
 from vlpack.errors import OptionError
 from vlpack.fit import check_tensors
@@ -50,7 +51,7 @@ class BuildResult:
 
     Args:
         folder: where it is.
-        parts: part → (graph file, bytes of graph and data, storage labels with their bytes).
+        parts: part → (graph file, bytes of graph and data, storage labels with their bytes; 0 where shared).
         seconds: the build took.
         peak_memory: of this process so far, bytes.
         notes: what a user should know.
@@ -107,12 +108,15 @@ def build(
     extra = ExtraOptions() if extra_options is None else extra_options
     _check_arguments(extra, part, threads)
     check_task(task)
-    precision = precision or ("int8" if execution_provider == "cpu" else "fp16")
+    execution_provider = str(execution_provider).lower()
+    vision_precision = str(vision_precision).lower() if vision_precision else None
+    precision = str(precision).lower() if precision else ("int8" if execution_provider == "cpu" else "fp16")
     quantization = extra.quantization(vision_precision)
     # what is wrong with the options is told before anything is downloaded
     check_effects(extra, part, make_policy(precision, execution_provider, quantization), vision_precision)
     check_task_options(extra, task, precision)
-    check_free(Path(output), force=force)
+    output = Path(os.path.expanduser(output))
+    check_free(output, force=force)
     # adapters first: they are small, and what is wrong with them is told before the model is downloaded
     places = [lora] if isinstance(lora, str | os.PathLike) else lora
     adapters = [
@@ -124,7 +128,7 @@ def build(
     with (
         ExitStack() as stack,
         Checkpoint.open(found.folder) as base,
-        output_folder(Path(output), force=force) as folder,
+        output_folder(output, force=force) as folder,
     ):
         for adapter in adapters:
             stack.callback(adapter.close)
@@ -149,7 +153,8 @@ def build(
         names = {graph.name: filename for filename, graph in graphs.items()}
         encoder = None if task == GENERATE else encoder_section(architecture, checkpoint, names)
         notes += write_beside(folder, architecture, checkpoint, policy, names, origin, encoder)
-        total = sum(planned_bytes(weights) for weights in _unshared(graphs, _shares(extra)))
+        own = _unshared(graphs, _shares(extra))
+        total = sum(map(planned_bytes, own))
         check_space(folder, total)
         if progress:
             progress.start(total)
@@ -164,11 +169,14 @@ def build(
         for filename, graph in graphs.items():
             files.save(graph, filename)
         write_manifest(folder, checkpoint, origin, hashes.result(), policy, graphs, files.sha256, task, encoder)
-        parts = {graph.name: (name, _size(folder, name), _labels(graph)) for name, graph in graphs.items()}
+        parts = {
+            graph.name: (name, _size(folder, name), _labels(graph, weights))
+            for (name, graph), weights in zip(graphs.items(), own, strict=True)
+        }
         total_bytes = sum(path.stat().st_size for path in folder.iterdir())
         source_bytes = checkpoint.total_bytes()
     return BuildResult(
-        folder=Path(output),
+        folder=output,
         parts=parts,
         total_bytes=total_bytes,
         source_bytes=source_bytes,
@@ -191,7 +199,7 @@ def _check_arguments(extra: object, part: str, threads: int | None) -> None:
 
 def default_threads() -> int:
     """Cores, but no more than keep a disk busy: each thread holds a weight or a few slabs in memory."""
-    return min(os.cpu_count() or 1, 8)
+    return min(available_cores(), 8)
 
 
 def _unused_hub_options(
@@ -251,13 +259,15 @@ def _filename(part: Part, extra: ExtraOptions) -> str:
 
 
 def _unshared(graphs: dict[str, Graph], share: bool) -> list[list[Weight]]:
-    """The weights of each graph, without those that an earlier one has written already."""
+    """The weights of each graph, without those that are written already."""
     seen: set[Any] = set()
-    lists = []
+    lists: list[list[Weight]] = []
     for graph in graphs.values():
-        fresh = [w for w in graph.weights if not share or w.key not in seen]
-        seen |= {w.key for w in fresh}
-        lists.append(fresh)
+        lists.append([])
+        for weight in graph.weights:
+            if not share or weight.key not in seen:
+                lists[-1].append(weight)
+            seen.add(weight.key)
     return lists
 
 
@@ -270,11 +280,15 @@ def _size(folder: Path, filename: str) -> int:
     return sum(path.stat().st_size for path in (folder / filename, folder / f"{filename}.data") if path.is_file())
 
 
-def _labels(graph: Graph) -> dict[str, int]:
+def _labels(graph: Graph, own: list[Weight]) -> dict[str, int]:
+    """Bytes of the matrices that are written for this graph, by storage; 0 for what it shares."""
     labels: dict[str, int] = {}
+    written = set(map(id, own))
     for weight in graph.weights:
         if weight.cols > 1:
-            labels[weight.storage.label] = labels.get(weight.storage.label, 0) + planned_bytes([weight])
+            here = id(weight) in written
+            label = weight.storage.label if here else f"{weight.storage.label} (shared)"
+            labels[label] = labels.get(label, 0) + (planned_bytes([weight]) if here else 0)
     return labels
 
 

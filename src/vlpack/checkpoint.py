@@ -15,7 +15,17 @@ from typing import Any
 import numpy as np
 
 from .errors import CheckpointError
-from .safefile import MAX_JSON_BYTES, FilePool, OpenFile, check_plain_name, locate, quote, quote_error, read_json
+from .safefile import (
+    MAX_JSON_BYTES,
+    FilePool,
+    OpenFile,
+    check_plain_name,
+    existing_folder,
+    locate,
+    quote,
+    quote_error,
+    read_json,
+)
 from .tensorfile import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, read_header
 
 __all__ = ["Checkpoint", "TensorInfo", "sha256_file"]
@@ -53,7 +63,7 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
         """Opens and validates a folder; a CheckpointError says what is wrong with it, where, and what to do."""
-        folder = _check_folder(folder)
+        folder = existing_folder(folder, hint="Give a folder that holds config.json and model*.safetensors.")
         config = _read_json(folder, "config.json")
         if config is None and locate(folder, "adapter_config.json"):
             raise _is_adapter(folder)
@@ -237,23 +247,6 @@ def _digest(file: OpenFile) -> str:
         file.read_into(piece, offset)
         digest.update(piece)
     return digest.hexdigest()
-
-
-def _check_folder(folder: str | os.PathLike[str]) -> Path:
-    try:
-        if folder == "":  # Path("") is the current folder, which nobody means who passes an empty variable
-            raise CheckpointError("The checkpoint's folder is an empty name.")
-        folder = Path(folder).expanduser()
-        if folder.is_dir():
-            return folder
-        exists = folder.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # no permission, name too long, a null byte, no such ~user
-        raise CheckpointError(f"{quote(str(folder))} cannot be opened: {quote_error(error)}.") from error
-    if exists:
-        raise CheckpointError(f"{folder} is a file, not a folder.", f"Give the folder it is in: {folder.parent}.")
-    raise CheckpointError(
-        f"There is no folder {str(folder)!r}.", "Give a folder that holds config.json and model*.safetensors."
-    )
 
 
 def _read_json(folder: Path, name: str, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any] | None:

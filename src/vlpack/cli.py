@@ -178,7 +178,12 @@ def run(
     sampling.search_options()  # a wrong value is told before the model is loaded
     model = Model(package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels)
     stream = model.stream(
-        messages, image or [], max_tokens=max_tokens, sampling=sampling, allow_private_urls=allow_private_urls
+        messages,
+        image or [],
+        max_tokens=max_tokens,
+        sampling=sampling,
+        allow_private_urls=allow_private_urls,
+        timing=stats or as_json,
     )
     console.show_answer(stream, model.load_seconds, stats=stats, as_json=as_json)
 
@@ -319,12 +324,16 @@ def main(arguments: list[str] | None = None) -> None:
         signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # not every terminal or pipe takes every character of an answer
+            stream.reconfigure(errors="vlpack.plainer")
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if "" in arguments:  # typer would say something about "extra arguments ()"
             raise OptionError(f"Argument {arguments.index('') + 1} is empty.", "Is a variable of your shell not set?")
         app(args=spread_extra_options(arguments), prog_name="vlpack")
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, BrokenPipeError):  # typer's and rich's 1 would say of a package: damaged
+            sys.exit(128 + 13)  # the reader has left, which ends other programs with SIGPIPE
+        raise
     except OSError as error:  # of the streams: what concerns files is a VlpackError by now
         console.show_error(VlpackError(f"Cannot write the output: {error.strerror or error}."))
         sys.stdout = None  # or Python would try once more as it ends

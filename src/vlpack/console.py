@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,19 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 out = Console(soft_wrap=True, highlight=False, width=None if is_terminal(sys.stdout) else 200)
 err = Console(stderr=True, soft_wrap=True, highlight=False, width=None if is_terminal(sys.stderr) else 200)
+
+
+_PLAIN = {"✓": "ok", "✗": "no", "→": "->", "·": "|", "×": "x", "…": "...", "–": "-"}
+
+
+def _plainer(error: UnicodeError) -> tuple[str, int]:
+    """Stand-ins for what an encoding lacks: not every terminal or pipe takes every character of an answer."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_PLAIN.get(character, "?") for character in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("vlpack.plainer", _plainer)
 
 
 def show_error(error: VlpackError) -> None:
@@ -87,7 +101,7 @@ def show_build(result: BuildResult, *, as_json: bool) -> None:
     for column in ("part", "file", "size", "weights stored as"):
         table.add_column(column, justify="right" if column == "size" else "left")
     for part, (file, count, labels) in result.parts.items():
-        stored = ", ".join(f"{label} {size(held)}" for label, held in labels.items())
+        stored = ", ".join(f"{label} {size(held)}" if held else label for label, held in labels.items())
         table.add_row(part, file, size(count), stored)
     out.print(table)
     for note in result.notes:
@@ -166,11 +180,14 @@ def show_answer(stream: AnswerStream, load_seconds: float, *, stats: bool, as_js
     if stats:
         s = answer.stats
         images = f" ({s.image_tokens} of images)" if s.image_tokens else ""
-        vision = f" + vision {s.vision_seconds:.2f}" if s.image_tokens else ""
+        stages = {"preprocessing": s.preprocess_seconds, "vision": s.vision_seconds, "prefill": s.prefill_seconds}
+        times = " + ".join(f"{stage} {seconds:.2f}" for stage, seconds in stages.items() if seconds)
+        if s.prefill_seconds is None:
+            times += f" + vision and prefill {s.first_token_seconds - (s.preprocess_seconds or 0):.2f}"
         err.print(
-            f"load {load_seconds:.2f} s · first token {s.first_token_seconds:.2f} s = preprocessing "
-            f"{s.preprocess_seconds:.2f}{vision} + prefill {s.prefill_seconds:.2f} · {s.prompt_tokens} prompt tokens"
-            f"{images}, {s.new_tokens} new, {s.tokens_per_second:.1f} tokens/s · peak memory {size(s.peak_memory)}",
+            f"load {load_seconds:.2f} s · first token {s.first_token_seconds:.2f} s = {times} · "
+            f"{s.prompt_tokens} prompt tokens{images}, {s.new_tokens} new, {s.tokens_per_second:.1f} tokens/s · "
+            f"peak memory {size(s.peak_memory)}",
             style="dim",
         )
 
@@ -239,7 +256,8 @@ def _show_package(description: dict[str, Any]) -> None:
             table.add_column(column, justify="right" if column in ("weights", "size") else "left")
         for group in part["groups"]:
             modules, storage = escape(group["modules"]), escape(group["storage"])
-            table.add_row(modules, str(group["count"]), storage, size(group["bytes"]))
+            shared = escape(f"shared with {', '.join(group['shared_with'])}") if group["shared_with"] else None
+            table.add_row(modules, str(group["count"]), storage, shared or size(group["bytes"]))
         out.print(table)
     rules = "; ".join(f"{_fits(rule)} → {rule['storage']}" for rule in description["policy"])
     print_plain(f"policy, first match wins: {rules}")

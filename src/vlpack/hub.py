@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,10 @@ IGNORED = ("[!1]*/*", "1[!_]*/*", "*.bin")
 `1_…` are small: in them sentence-transformers keeps how a model pools or scores."""
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>.*))?", re.ASCII | re.DOTALL)
+_HUB_PAGE = re.compile(
+    r"https?://[\w.:-]+/(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(tree|blob|resolve)/(?P<revision>[\w.+-]+))?([/?#].*)?",
+    re.ASCII,
+)
 _REVISION = re.compile(r"[A-Za-z0-9][\w.+-]*(/[\w.+-]+)*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -74,9 +79,12 @@ def resolve(
     match = _HUB_ID.fullmatch(text)
     is_path = isinstance(source, os.PathLike) or _looks_like_path(text)
     if match is None or is_path:
+        page = _HUB_PAGE.fullmatch(text)
         raise CheckpointError(
             f"There is no folder {text[:200]!r}{'' if is_path else ', and it is not a Hub id'}.",
-            "Give an existing folder, or a Hub id such as Qwen/Qwen3-VL-4B-Instruct.",
+            f"Give the id of that page: {page['repo']}{'@' + page['revision'] if page['revision'] else ''}."
+            if page
+            else "Give an existing folder, or a Hub id such as Qwen/Qwen3-VL-4B-Instruct.",
         )
     repo_id, in_source = match["repo"], match["revision"]
     if in_source is not None and revision is not None and in_source != revision:
@@ -101,7 +109,9 @@ def _existing_folder(text: str) -> Path | None:
     except (OSError, ValueError, RuntimeError):  # name too long, a null byte, no such ~user: no folder in any case
         return None
     if is_file:
-        raise CheckpointError(f"{path} is a file, not a folder.", f"Give the folder it is in: {path.parent}.")
+        raise CheckpointError(
+            f"{path} is a file, not a folder.", f"Give the folder it is in: {path.absolute().parent}."
+        )
     return None
 
 
@@ -150,7 +160,7 @@ def _download(
         folder = snapshot_download(
             repo_id,
             revision=revision,
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            cache_dir=None if cache_dir is None else os.path.expanduser(cache_dir),
             token=token,
             local_files_only=offline,
             allow_patterns=patterns,
@@ -200,5 +210,6 @@ def _download(
 
 
 def _short(error: Exception) -> str:
-    """The first sentence or so of the library's message, which can be a page long."""
-    return " ".join(str(error).split())[:300]
+    """The first line of the library's message, which can be a page long and repeat what ours says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return textwrap.shorten(lines[0].removeprefix("Got: "), 200, placeholder=" …").rstrip(".") + "."

@@ -13,6 +13,7 @@ from vlpack.errors import PackageError, VlpackError
 from vlpack.fit import check_tensors
 from vlpack.package.manifest import MANIFEST, damaged_files, read_manifest
 from vlpack.precision import QuantizationOptions, make_policy
+from vlpack.safefile import existing_folder
 from vlpack.tasks import AUTO, GENERATE, decide_task
 
 
@@ -25,9 +26,7 @@ def inspect(path: str | os.PathLike[str], *, hashes: bool = True) -> dict[str, A
     Raises:
         VlpackError: it is neither, or cannot be read.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise VlpackError(f"There is no folder {folder}.")
+    folder = existing_folder(path, VlpackError, "Give the folder of a package or of a checkpoint.")
     if (folder / MANIFEST).is_file():
         return inspect_package(folder, hashes=hashes)
     return inspect_checkpoint(folder)
@@ -85,14 +84,19 @@ def _without_cache(ports: dict[str, Any]) -> dict[str, Any]:
 
 
 def _groups(weights: dict[str, Any]) -> list[dict[str, Any]]:
-    """Weights of equal name and storage in all layers, as one row."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    """Weights of equal name and storage in all layers, as one row; bytes of those that are stored here."""
+    rows: dict[tuple[str, str, bool], dict[str, Any]] = {}
     for path, weight in weights.items():
         name = ".".join("*" if part.isdigit() else part for part in path.split("."))
         storage = weight["storage"]
-        row = rows.setdefault((name, storage), {"modules": name, "storage": storage, "count": 0, "bytes": 0})
+        owner = weight.get("shared_with")
+        new = {"modules": name, "storage": storage, "count": 0, "bytes": 0, "shared_with": []}
+        row = rows.setdefault((name, storage, owner is None), new)
         row["count"] += 1
-        row["bytes"] += weight["bytes"]
+        if owner is None:
+            row["bytes"] += weight["bytes"]
+        else:
+            row["shared_with"].append(str(owner))
     return list(rows.values())
 
 

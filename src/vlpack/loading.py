@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlpack.cores import available_cores
 from vlpack.errors import OptionError
 from vlpack.package.manifest import whole_package
 from vlpack.tasks import EMBEDDING, GENERATE, manifest_task
@@ -25,7 +26,7 @@ def load(folder: str | os.PathLike[str], **options: Any) -> Model | Embedder | R
     Raises:
         PackageError: the folder is not a complete package, or the runtime cannot load it.
     """
-    path = Path(folder)
+    path = Path(os.path.expanduser(folder))
     task = manifest_task(path, whole_package(path))
     if task == GENERATE:
         from vlpack.runtime import Model
@@ -42,7 +43,7 @@ def checked_threads(threads: int | None) -> int:
     Raises:
         OptionError: absurdly many, or none.
     """
-    cores = os.cpu_count() or 1
+    cores = available_cores()
     if threads is not None and not 1 <= threads <= max(64, 4 * cores):
-        raise OptionError(f"threads is {threads}; this machine has {cores} cores.")
+        raise OptionError(f"threads is {threads}; this process may use {cores} cores.")
     return threads or cores

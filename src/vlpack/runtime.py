@@ -82,14 +82,18 @@ def _check(name: str, value: Any, low: float, high: float, *, whole: bool = Fals
 
 @dataclass
 class Stats:
-    """What an answer took: seconds, tokens, bytes."""
+    """What an answer took: seconds, tokens, bytes.
+
+    What was not measured is None: preprocessing of a prompt that was ready, and, with images, how the time up to the
+    first token divides into vision and prefill, unless ``timing`` was asked for.
+    """
 
     prompt_tokens: int = 0
     image_tokens: int = 0
     new_tokens: int = 0
-    preprocess_seconds: float = 0.0
-    vision_seconds: float = 0.0
-    prefill_seconds: float = 0.0
+    preprocess_seconds: float | None = None
+    vision_seconds: float | None = None
+    prefill_seconds: float | None = None
     first_token_seconds: float = 0.0
     decode_seconds: float = 0.0
     peak_memory: int = 0
@@ -131,7 +135,7 @@ class Model(Loaded):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> None:
-        self.folder, self.task = Path(folder), GENERATE
+        self.folder, self.task = Path(os.path.expanduser(folder)), GENERATE
         threads = checked_threads(threads)
         started = time.perf_counter()
         self.manifest = check_package(self.folder)
@@ -159,21 +163,31 @@ class Model(Loaded):
         return 2 * math.prod(sizes) * tokens * (2 if self.manifest.get("activations") == "float16" else 4)
 
     def prompt(self, messages: str | Sequence[Message], images: Sequence[ImageSource] = (), **options: Any) -> Prompt:
-        """Messages as the tensors that the package is run on; see `vlpack.preprocess.PromptBuilder`."""
+        """Messages as the tensors that the package is run on; `generate` and `stream` take the result.
+
+        Options are the chat template's variables (``tools``, ``enable_thinking`` …); see
+        `vlpack.preprocess.PromptBuilder`.
+        """
         return self._prompts(_as_messages(messages, images), images, **options)
 
     def generate(
         self,
-        messages: str | Sequence[Message],
+        messages: str | Sequence[Message] | Prompt,
         images: Sequence[ImageSource] = (),
         *,
         max_tokens: int = 512,
         sampling: Sampling | None = None,
         allow_private_urls: bool = False,
+        timing: bool = False,
     ) -> Answer:
         """The whole answer; arguments as for `stream`."""
         stream = self.stream(
-            messages, images, max_tokens=max_tokens, sampling=sampling, allow_private_urls=allow_private_urls
+            messages,
+            images,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            allow_private_urls=allow_private_urls,
+            timing=timing,
         )
         for _ in stream:
             pass
@@ -181,22 +195,25 @@ class Model(Loaded):
 
     def stream(
         self,
-        messages: str | Sequence[Message],
+        messages: str | Sequence[Message] | Prompt,
         images: Sequence[ImageSource] = (),
         *,
         max_tokens: int = 512,
         sampling: Sampling | None = None,
         allow_private_urls: bool = False,
+        timing: bool = False,
     ) -> AnswerStream:
         """The answer as it is made, piece by piece.
 
         Args:
-            messages: a question, or a conversation in OpenAI's form.
+            messages: a question, a conversation in OpenAI's form, or a prompt that `prompt` made of them.
             images: file names, URLs, bytes, PIL images or arrays for the image parts that name none; with a question
                 given as a string they go before it.
             max_tokens: of the answer at most.
             sampling: how tokens are chosen.
             allow_private_urls: let image URLs lead to this machine or its network.
+            timing: measure vision and prefill apart. It takes the runtime's log, which is one for the process, and
+                leaves it without a callback.
 
         Raises:
             InputError: the messages or images are not usable, or do not fit the model's context.
@@ -210,16 +227,25 @@ class Model(Loaded):
         options = (sampling or Sampling()).search_options()
         if "top_k" in options:  # the runtime refuses to take more tokens than there are
             options["top_k"] = min(options["top_k"], self.vocab_size)
+        if isinstance(messages, Prompt):
+            _check_prompt(messages, images, allow_private_urls, self.config["model"])
+            return AnswerStream(self, messages, max_tokens, options, None, timing)
         started = time.perf_counter()
         prompt = self.prompt(messages, images, allow_private_urls=allow_private_urls)
-        return AnswerStream(self, prompt, max_tokens, options, time.perf_counter() - started)
+        return AnswerStream(self, prompt, max_tokens, options, time.perf_counter() - started, timing)
 
 
 class AnswerStream(Iterator[str]):
     """Iterates over the answer's text; `answer` is complete when it ends. Leaving early frees the runtime's state."""
 
     def __init__(
-        self, model: Model, prompt: Prompt, max_tokens: int, options: dict[str, Any], preprocess_seconds: float
+        self,
+        model: Model,
+        prompt: Prompt,
+        max_tokens: int,
+        options: dict[str, Any],
+        preprocess_seconds: float | None,
+        timing: bool,
     ) -> None:
         length = prompt.input_ids.shape[1]
         image_tokens = int(prompt.num_image_tokens.sum())
@@ -240,7 +266,7 @@ class AnswerStream(Iterator[str]):
                 f"{there / 1e9:.1f} GB.",
                 "Give a smaller --max-tokens.",
             )
-        self._pieces = self._run(model, prompt, {**options, "max_length": limit})
+        self._pieces = self._run(model, prompt, {**options, "max_length": limit}, timing)
 
     def __next__(self) -> str:
         try:
@@ -252,17 +278,18 @@ class AnswerStream(Iterator[str]):
         """Stop, and free the runtime's state."""
         self._pieces.close()
 
-    def _run(self, model: Model, prompt: Prompt, options: dict[str, Any]) -> Generator[str, None, None]:
+    def _run(self, model: Model, prompt: Prompt, options: dict[str, Any], timing: bool) -> Generator[str, None, None]:
         answer, stats = self.answer, self.answer.stats
         text = model.tokenizer.stream()
         started = time.perf_counter()
-        with StageClock() as clock:
+        with StageClock(timing and prompt.has_images) as clock:
             generator = _prefill(model._model, prompt, options)
             generator.generate_next_token()
             first = time.perf_counter()
-        stats.vision_seconds = clock.seconds_until("image_features", started)
-        stats.prefill_seconds = first - started - stats.vision_seconds
-        stats.first_token_seconds = stats.preprocess_seconds + first - started
+        stats.vision_seconds = clock.seconds_until("image_features", started) if prompt.has_images else 0.0
+        if stats.vision_seconds is not None:
+            stats.prefill_seconds = first - started - stats.vision_seconds
+        stats.first_token_seconds = (stats.preprocess_seconds or 0.0) + first - started
         ends = _eos_ids(model.config)
         while True:
             token = int(generator.get_next_tokens()[0])
@@ -308,6 +335,19 @@ def _as_messages(messages: str | Sequence[Message], images: Sequence[ImageSource
     if not images:  # text models' templates know no parts
         return [{"role": "user", "content": messages}]
     return [{"role": "user", "content": [*({"type": "image"} for _ in images), {"type": "text", "text": messages}]}]
+
+
+def _check_prompt(
+    prompt: Prompt, images: Sequence[ImageSource], allow_private_urls: bool, model: dict[str, Any]
+) -> None:
+    """A ready prompt comes without what only its making could use, and from a package like this."""
+    if len(images) or allow_private_urls:
+        what = "images" if len(images) else "allow_private_urls"
+        raise InputError(f"The prompt is ready, so {what} would have no effect.", f"Give {what} to model.prompt.")
+    if prompt.has_images and "vision" not in model:
+        raise InputError("The prompt has images, and the package has no vision part.", "Send text only.")
+    if prompt.input_ids.max(initial=0) >= model["vocab_size"]:
+        raise InputError("The prompt has tokens that the package does not know.", "Make it with this model's prompt.")
 
 
 _INTEGERS = ("context_length", "vocab_size")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import CheckpointError
+from .errors import CheckpointError, VlpackError
 
 MAX_JSON_BYTES = 10_000_000
 """Largest config-like JSON file; the biggest real ones are a few hundred kB."""
@@ -33,6 +33,29 @@ def quote(name: object) -> str:
     """An untrusted value for a message: escaped and at most about a hundred characters long."""
     text = ascii(name[:200] if isinstance(name, str) else name)
     return text if len(text) <= 120 else f"{text[:100]}…{text[-1]}"
+
+
+def existing_folder(
+    folder: str | os.PathLike[str], error: type[VlpackError] = CheckpointError, hint: str | None = None
+) -> Path:
+    """A folder that is there, ``~`` expanded; else an ``error`` that says what is there instead."""
+    if folder == "":  # Path("") is the current folder, which nobody means who passes an empty variable
+        raise error("The folder is an empty name.", hint)
+    try:
+        path = Path(folder).expanduser()
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    except (OSError, ValueError, RuntimeError) as reason:  # permission, name too long, a null byte, no such ~user
+        raise error(f"{quote(str(folder))} cannot be opened: {_reason(reason)}.") from reason
+    if exists:
+        raise error(f"{path} is a file, not a folder.", f"Give the folder it is in: {path.absolute().parent}.")
+    raise error(f"There is no folder {quote(str(path))}.", hint)
+
+
+def _reason(error: Exception) -> str:
+    """Without the name again, which the sentence has already."""
+    return getattr(error, "strerror", None) or quote_error(error)
 
 
 def check_plain_name(name: str, where: str) -> str:

@@ -12,14 +12,21 @@ _lock = threading.Lock()
 
 
 class StageClock:
-    """While it is entered, notes when the runtime logs an output; of several at once, only the first gets the log."""
+    """While it is entered, notes when the runtime logs an output; of several at once, only the first gets the log.
 
-    def __init__(self) -> None:
+    The log is the process's: a callback that the program has set itself is gone afterwards, as the runtime tells nobody
+    which one it had.
+
+    Args:
+        wanted: without it, nothing is touched and nothing measured.
+    """
+
+    def __init__(self, wanted: bool) -> None:
         self._times: dict[str, float] = {}
-        self._listening = False
+        self._wanted, self._listening = wanted, False
 
     def __enter__(self) -> StageClock:
-        self._listening = _lock.acquire(blocking=False)
+        self._listening = self._wanted and _lock.acquire(blocking=False)
         if self._listening:
             og.set_log_callback(self._hear)
             og.set_log_options(enabled=True, ansi_tags=False, model_output_shapes=True)
@@ -40,6 +47,6 @@ class StageClock:
                 # several calls for one stage (unequal images): the last counts
                 self._times[line.split()[1]] = now
 
-    def seconds_until(self, output: str, start: float) -> float:
-        """From ``start`` to the last output of that name; 0 where there was none."""
-        return max(0.0, self._times.get(output, start) - start)
+    def seconds_until(self, output: str, start: float) -> float | None:
+        """From ``start`` to the last output of that name; None where none was heard."""
+        return self._times[output] - start if output in self._times else None

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 import vlpack
 from vlpack.checkpoint import Checkpoint, sha256_file
 from vlpack.errors import PackageError
 from vlpack.graph import Graph, Weight
 from vlpack.precision import Policy
+from vlpack.safefile import existing_folder
 from vlpack.tasks import GENERATE
 
 MANIFEST = "vlpack.json"
@@ -52,6 +54,7 @@ def write_manifest(
         encoder: `encoder_section`'s, for a model that does not generate.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
+    written: dict[tuple[str, int], str] = {}
     manifest = {
         "format": FORMAT,
         "vlpack": vlpack.__version__,
@@ -64,7 +67,7 @@ def write_manifest(
         "execution_provider": policy.provider,
         "activations": policy.dtype,
         "policy": policy.described(),
-        "parts": {name: _part(graph) for name, graph in graphs.items()},
+        "parts": {name: _part(graph, written) for name, graph in graphs.items()},
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": known_sha256.get(path.name) or sha256_file(path)}
             for path in files
@@ -80,7 +83,7 @@ def _sealed(manifest: Mapping[str, Any]) -> str:
     return json.dumps({**body, "sha256": digest}, indent=1) + "\n"
 
 
-def _part(graph: Graph) -> dict[str, Any]:
+def _part(graph: Graph, written: dict[tuple[str, int], str]) -> dict[str, Any]:
     ports = {
         kind: {
             value.name: [str(value.dtype), [d if isinstance(d, int) else str(d) for d in value.shape or ()]]
@@ -88,14 +91,27 @@ def _part(graph: Graph) -> dict[str, Any]:
         }
         for kind, values in (("inputs", graph.model.graph.inputs), ("outputs", graph.model.graph.outputs))
     }
-    return {"name": graph.name, **ports, "weights": {weight.path: _weight(weight) for weight in graph.weights}}
+    return {"name": graph.name, **ports, "weights": {weight.path: _weight(weight, written) for weight in graph.weights}}
 
 
-def _weight(weight: Weight) -> dict[str, Any]:
+def _weight(weight: Weight, written: dict[tuple[str, int], str]) -> dict[str, Any]:
+    """Of one that is ``written`` already, place → path, ``shared_with`` tells where."""
     arrays = weight.storage.arrays(weight.rows, weight.cols).values()
     size = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in arrays)
     shape = [weight.rows] if weight.cols == 1 else [weight.rows, weight.cols]
-    return {"storage": weight.storage.label, "shape": shape, "bytes": size}
+    entry = {"storage": weight.storage.label, "shape": shape, "bytes": size}
+    place = _place(weight)
+    if place in written:
+        entry["shared_with"] = written[place]
+    else:
+        written[place] = weight.path
+    return entry
+
+
+def _place(weight: Weight) -> tuple[str, int]:
+    tensor = next(iter(weight.parameters.values())).const_value
+    assert isinstance(tensor, ir.ExternalTensor), "a package's weights are written before its manifest"
+    return str(tensor.location), tensor.offset or 0
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -127,8 +143,7 @@ def whole_package(folder: Path) -> dict[str, Any]:
     Raises:
         PackageError: it is none, or files are missing or of other sizes.
     """
-    if not folder.is_dir():
-        raise PackageError(f"There is no folder {folder}.")
+    existing_folder(folder, PackageError, "Give the folder of a package that `vlpack build` made.")
     manifest = read_manifest(folder)
     problems = damaged_files(folder, manifest, hashes=False)
     if problems:

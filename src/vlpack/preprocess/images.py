@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -176,6 +176,16 @@ class ImageProcessor:
 
     def with_pixel_limits(self, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageProcessor:
         """A copy with other area limits, in square pixels; None keeps the present one. OptionError if impossible."""
+        if min_pixels is None and _is_int(max_pixels) and 0 < max_pixels < self.min_pixels:
+            raise OptionError(
+                f"max_pixels is {max_pixels}; the model's own min_pixels is {self.min_pixels}.",
+                "Give at least that, or min_pixels too.",
+            )
+        if max_pixels is None and _is_int(min_pixels) and min_pixels > self.max_pixels:
+            raise OptionError(
+                f"min_pixels is {min_pixels}; the model's own max_pixels is {self.max_pixels}.",
+                "Give at most that, or max_pixels too.",
+            )
         return dataclasses.replace(
             self,
             min_pixels=self.min_pixels if min_pixels is None else min_pixels,
@@ -274,7 +284,7 @@ class ImageProcessor:
                 out[row, :, channel] = values.reshape(-1, 1, patch * patch)  # the frame, T times
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
