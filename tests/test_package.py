@@ -14,12 +14,15 @@ import numpy as np
 import onnx
 import onnxruntime_genai as og
 import pytest
+from PIL import Image
 
 from samples import ANSWERS, DIGITS, IMAGES, QUERY, READ, content, copy_digits, edit_json, vlpack
 from vlpack.builder import build
 from vlpack.errors import PackageError, VlpackError
 from vlpack.inspection import inspect
 from vlpack.options import parse_extra_options
+from vlpack.package.processor_config import grid_difference
+from vlpack.preprocess import ImageProcessor
 from vlpack.runtime import Model, Sampling, check_package
 
 Capsys = pytest.CaptureFixture[str]
@@ -290,6 +293,43 @@ def test_the_model_card_names_the_source_and_the_policy(packages: Callable[..., 
     assert "`vision.onnx`" in card
     assert "--image" not in (packages("text") / "README.md").read_text(encoding="utf-8")
     assert "--part all" in (packages("vision") / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_model_card_s_example_of_a_grid_is_true(packages: Callable[..., Path], tmp_path: Path) -> None:
+    folder = packages()
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"\((\d+)×(\d+): (\d+)×(\d+) patches instead of (\d+)×(\d+)\)", card)
+    assert found
+    width, height, *grids = map(int, found.groups())
+    Image.new("RGB", (width, height)).save(tmp_path / "image.png")
+    ours = Model(folder).prompt(READ, [tmp_path / "image.png"])
+    processor = og.Model(str(folder)).create_multimodal_processor()
+    inputs = processor(ours.text, images=og.Images.open(str(tmp_path / "image.png")))
+    assert np.array(inputs["image_grid_thw"].as_numpy()).tolist() == [[1, *grids[:2]]]
+    assert ours.image_grid_thw is not None
+    assert ours.image_grid_thw.tolist() == [[1, *grids[2:]]]
+    assert grids[:2] != grids[2:]
+
+
+@pytest.mark.parametrize(("patch_size", "merge_size"), [(16, 2), (14, 2), (8, 2), (15, 1)])
+def test_the_grid_example_follows_patch_and_merge_size(patch_size: int, merge_size: int) -> None:
+    processor = ImageProcessor(patch_size, merge_size=merge_size, min_pixels=65536, max_pixels=16777216)
+    difference = grid_difference(processor)
+    if patch_size == 15:  # an odd factor has no halves
+        assert difference is None
+        return
+    assert difference is not None
+    theirs = processor.target_size(difference.height, difference.width)
+    assert difference.transformers == (theirs[0] // patch_size, theirs[1] // patch_size)
+    assert difference.runtime != difference.transformers
+    if patch_size == 16:  # Qwen3-VL's own
+        assert difference == (1280, 720, (46, 80), (44, 80))
+
+
+def test_a_decoder_alone_says_what_it_takes(packages: Callable[..., Path]) -> None:
+    card = (packages("text", "exclude_embeds=true") / "README.md").read_text(encoding="utf-8")
+    assert "The decoder takes `inputs_embeds` and `per_layer_inputs`" in card
+    assert "The decoder takes" not in (packages("text") / "README.md").read_text(encoding="utf-8")
 
 
 # the stock runtime alone: what users in C#, C++ and Java do

@@ -19,7 +19,7 @@ from vlpack.package.encoder_card import encoder_card
 from vlpack.package.encoder_section import CHAT
 from vlpack.package.genai_config import genai_config, search_notes
 from vlpack.package.model_card import model_card
-from vlpack.package.processor_config import processor_config
+from vlpack.package.processor_config import grid_difference, processor_config
 from vlpack.precision import Policy
 from vlpack.preprocess import ImageProcessor, PromptBuilder, Tokenizer
 from vlpack.safefile import locate
@@ -77,11 +77,20 @@ def write_beside(
         architecture, names, policy.provider, Section(checkpoint.config), generation, shared_cache=shared_cache
     )
     _write_json(folder / "genai_config.json", config)
+    difference = None
     if "vision" in names:
         _write_image_settings(folder, checkpoint)
         processor = ImageProcessor.from_folder(checkpoint.folder)
         _write_json(folder / "processor_config.json", processor_config(architecture, processor))
-    card = model_card(origin, policy, config["model"]["type"], names)
+        difference = grid_difference(processor)
+    card = model_card(
+        origin,
+        policy,
+        config["model"]["type"],
+        names,
+        decoder_inputs=config["model"].get("decoder", {}).get("inputs", ()),
+        difference=difference,
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
     notes = search_notes(generation) if {"text", "decoder"} & set(names) else []
     image_token_id = architecture.vision.image_token_id if architecture.vision and "vision" in names else None

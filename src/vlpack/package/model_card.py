@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jinja2
 
 import vlpack
+from vlpack.package.processor_config import GridDifference
 from vlpack.precision import Policy
 
 _CARD = """\
@@ -28,21 +29,24 @@ Made from the folder `{{ source.name }}`{% endif %} \
 by vlpack {{ version }}, for the stock onnxruntime-genai (0.18 or newer).
 
 {% if complete -%}
+With vlpack installed:
+
 ```
-pip install vlpack
 vlpack run . --image picture.jpg "What is in the picture?"
 ```
 {% elif runnable -%}
-The text decoder alone; it sees no images.
+The text decoder alone; it sees no images. With vlpack installed:
 
 ```
-pip install vlpack
 vlpack run . "Why is the sky blue?"
 ```
 {% else -%}
 Only these parts of the model: {{ parts | join(", ") }}. The runtime needs decoder, vision and embedding together; build
 with `--part all` for a package that runs by itself.
-{% endif %}
+{% if "decoder" in files %}
+The decoder takes `inputs_embeds`{% if "per_layer_inputs" in decoder_inputs %} and `per_layer_inputs`, the DeepStack \
+features of the image tokens (zeros for text){% endif %}.
+{% endif %}{% endif %}
 {% if complete or runnable -%}
 `max_length` in `genai_config.json` is at most 4096 tokens, as the runtime allots the cache for all of them; set the \
 search option for longer ones (a large image alone can take thousands). `vlpack run` does so by itself.
@@ -69,8 +73,11 @@ decides:
 `processor_config.json` drives the runtime's own image processor. It is close to transformers' but not equal to it; \
 vlpack's Python side is. Where they differ:
 
-- Sizes: halves are rounded up where Python rounds them to even, so a few image sizes give another grid (1280×720: \
-46×80 patches instead of 44×80). The answer may change slightly; nothing fails.
+{% if difference -%}
+- Sizes: halves are rounded up where Python rounds them to even, so a few image sizes give another grid \
+({{ difference.width }}×{{ difference.height }}: {{ difference.runtime | join("×") }} patches instead of \
+{{ difference.transformers | join("×") }}). The answer may change slightly; nothing fails.
+{% endif -%}
 - JPEG decoding differs by about one level in 255, and transparency is treated differently.
 - There is no video.
 
@@ -80,7 +87,15 @@ tensors, with `input_ids` whose image placeholders are expanded, and `num_image_
 """
 
 
-def model_card(source: Mapping[str, Any], policy: Policy, genai_type: str, files: Mapping[str, str]) -> str:
+def model_card(
+    source: Mapping[str, Any],
+    policy: Policy,
+    genai_type: str,
+    files: Mapping[str, str],
+    *,
+    decoder_inputs: Collection[str] = (),
+    difference: GridDifference | None = None,
+) -> str:
     """The card as Markdown."""
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     nowhere = {"repo_id": None, "commit": None, "name": None}
@@ -93,5 +108,7 @@ def model_card(source: Mapping[str, Any], policy: Policy, genai_type: str, files
         parts=list(files),
         complete={"decoder", "vision", "embedding"} <= set(files),
         runnable="text" in files,
+        decoder_inputs=decoder_inputs,
+        difference=difference,
         version=vlpack.__version__,
     )

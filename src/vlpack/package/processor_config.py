@@ -6,11 +6,14 @@ where); Python callers get transformers' pixels from `vlpack.preprocess`.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 from vlpack.architectures.base import Architecture, VisionFacts
 from vlpack.errors import CheckpointError
-from vlpack.preprocess import ImageProcessor
+from vlpack.preprocess import ImageProcessor, smart_resize
+
+_SIZES = ((1280, 720), (1920, 1080), (1024, 768), (640, 480), (800, 600), (854, 480), (600, 400), (400, 400))
 
 
 def processor_config(architecture: Architecture, processor: ImageProcessor) -> dict[str, Any]:
@@ -70,3 +73,27 @@ def check_processor(facts: VisionFacts, processor: ImageProcessor) -> None:
                 f"The checkpoint's image settings have {name} {found}, its config.json has {wanted}.",
                 "Take preprocessor_config.json and config.json from the same checkpoint.",
             )
+
+
+class GridDifference(NamedTuple):
+    """An image size, and its patches along height and width in the runtime's processor and in transformers'."""
+
+    width: int
+    height: int
+    runtime: tuple[int, int]
+    transformers: tuple[int, int]
+
+
+def grid_difference(processor: ImageProcessor) -> GridDifference | None:
+    """The first size, common ones before others, at which the two round differently; None where there is none."""
+    factor, patch = processor.factor, processor.patch_size
+    limits = (factor, processor.min_pixels, processor.max_pixels)
+    # at an even number of blocks and a half, Python rounds down and the runtime up
+    made = [(2 * blocks * factor + factor // 2,) * 2 for blocks in range(1, 33)]
+    for width, height in (*_SIZES, *made):
+        theirs = smart_resize(height, width, *limits)
+        runtime = smart_resize(height, width, *limits, rounded=lambda value: math.floor(value + 0.5))
+        if runtime != theirs:
+            grids = [(size[0] // patch, size[1] // patch) for size in (runtime, theirs)]
+            return GridDifference(width, height, grids[0], grids[1])
+    return None

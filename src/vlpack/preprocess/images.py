@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
@@ -32,7 +32,13 @@ _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def smart_resize(
-    height: int, width: int, factor: int = 28, min_pixels: int = 56 * 56, max_pixels: int = 28 * 28 * 1280
+    height: int,
+    width: int,
+    factor: int = 28,
+    min_pixels: int = 56 * 56,
+    max_pixels: int = 28 * 28 * 1280,
+    *,
+    rounded: Callable[[float], int] = round,
 ) -> tuple[int, int]:
     """The size, in pixels, to which an image is resized: multiples of `factor`, area within limits, shape kept.
 
@@ -45,6 +51,7 @@ def smart_resize(
         factor: patch_size * merge_size, pixels.
         min_pixels: smallest area, in square pixels.
         max_pixels: largest area, in square pixels.
+        rounded: how to round; only for telling where another program's sizes differ.
 
     Returns:
         (height, width) in pixels.
@@ -62,7 +69,7 @@ def smart_resize(
             hint="Crop or pad the image.",
         )
     area = height * width
-    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    new_height, new_width = rounded(height / factor) * factor, rounded(width / factor) * factor
     if new_height * new_width > max_pixels:
         shrink = math.sqrt(area / max_pixels)
         new_height = max(factor, math.floor(height / shrink / factor) * factor)
