@@ -476,6 +476,11 @@ def test_the_card_says_how_to_run_it(loaded: Any) -> None:
         ports = [port.name for file in model.folder.glob("*.onnx") for port in ort.InferenceSession(file).get_inputs()]
         assert all(f"`{port}`" in card for port in ports)
         assert (".score(" if task == "reranker" else ".embed(") in card
+        if task == "reranker":
+            prompt = model._form.reranker("QUERY", "DOCUMENT", model.instruction, "")
+            assert f"```\n{prompt.text}```" in card
+        elif name == "vision":
+            assert f"```\n{model._form.embedding('TEXT', None, model.instruction, '').text}```" in card
     # the whole of it for a text: what other languages do
     model = loaded("text", "embedding")
     session = ort.InferenceSession(model.folder / "model.onnx")

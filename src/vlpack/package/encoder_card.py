@@ -8,7 +8,10 @@ from typing import Any
 import jinja2
 
 import vlpack
+from vlpack.package.encoder_section import CHAT
 from vlpack.precision import Policy
+from vlpack.preprocess.encoder_prompts import AFTER, BEFORE, JUDGE, plain_pair
+from vlpack.tasks import EMBEDDING, RERANKER
 
 _CARD = """\
 ---
@@ -64,41 +67,15 @@ and count rows and columns from the same start, and what follows begins after th
 {%- endif %}
 
 ## Prompt
-{% if reranker -%}
+{% if prompt -%}
 ```
-<|im_start|>system
-Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that the answer \
-can only be "yes" or "no".<|im_end|>
-<|im_start|>user
-<Instruct>: {{ instruction }}{% if chat %}<Query>:QUERY
-<Document>:DOCUMENT<|im_end|>
-<|im_start|>assistant
-{% else %}
-<Query>: QUERY
-<Document>: DOCUMENT<|im_end|>
-<|im_start|>assistant
-<think>
-
-</think>
-
-{% endif %}
-```
-{% elif chat -%}
-```
-<|im_start|>system
-{{ instruction }}<|im_end|>
-<|im_start|>user
-TEXT<|im_end|>
-<|im_start|>assistant
-
-```
+{{ prompt }}```
+The last line break is part of it. \
+{% if chat %}An image is `<|vision_start|><|image_pad|><|vision_end|>` before its text, the placeholder repeated once \
+per feature.{% endif %}
 {% else -%}
 Documents are their text, queries `Instruct: INSTRUCTION`, a line break and `Query:TEXT`; both with the special tokens \
 that the tokenizer adds.
-{% endif %}
-{%- if chat %}
-It ends with a line break. An image is `<|vision_start|><|image_pad|><|vision_end|>` before the text, its placeholder \
-repeated once per feature.
 {% endif %}
 {%- for name, prompt in encoder.prompts.items() %}
 Prompt `{{ name }}`: `{{ prompt | replace("\\n", "\\\\n") }}`
@@ -136,17 +113,28 @@ def encoder_card(
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     environment.filters["shown"] = lambda port: f"`{port.name}` [{', '.join(map(str, port.shape))}]"
     default = encoder["default_prompt"]
+    instruction = (encoder["prompts"][default] if default is not None else "") or encoder["instruction"]
     return environment.from_string(_CARD).render(
         source={"repo_id": None, "commit": None, "name": None, **source},
         policy=policy,
         task=task,
-        reranker=task == "reranker",
-        chat=encoder["form"] == "chat",
+        reranker=task == RERANKER,
+        chat=encoder["form"] == CHAT,
         images="image" in encoder,
-        instruction=encoder["instruction"] if default is None else encoder["prompts"][default],
+        prompt=_prompt(task, encoder["form"], instruction or ""),
         encoder=encoder,
         files=files,
         parts={name: part for name, part in parts.items() if name in files},
         runnable="text" in files or {"decoder", "vision", "embedding"} <= set(files),
         version=vlpack.__version__,
     )
+
+
+def _prompt(task: str, form: str, instruction: str) -> str:
+    """The prompt with words in capitals for what differs; empty where it is the text alone."""
+    if form != CHAT:
+        return "" if task == EMBEDDING else BEFORE + plain_pair(instruction, "QUERY", "DOCUMENT") + AFTER
+    system, user = instruction, "TEXT"
+    if task == RERANKER:
+        system, user = JUDGE, f"<Instruct>: {instruction}<Query>:QUERY\n<Document>:DOCUMENT"
+    return f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n"

@@ -25,9 +25,9 @@ JUDGE = (
     "Judge whether the Document meets the requirements based on the Query and the Instruct provided. "
     'Note that the answer can only be "yes" or "no".'
 )
-_BEFORE = f"<|im_start|>system\n{JUDGE}<|im_end|>\n<|im_start|>user\n"
+BEFORE = f"<|im_start|>system\n{JUDGE}<|im_end|>\n<|im_start|>user\n"
 # a reranker of the thinking models is asked for its answer after an empty thought
-_AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
 class PlainPrompts:
@@ -58,9 +58,14 @@ class PlainPrompts:
             texts, images, _ = read_input(item, name)
             _refuse_images(images, name)
             pair.append("".join(texts))
-        body = f"<Instruct>: {instruction}\n<Query>: {pair[0]}\n<Document>: {pair[1]}"
-        ids = [token_id for text in (_BEFORE, body, _AFTER) for token_id in self.tokenizer.encode(text)]
-        return _text_prompt(ids, _BEFORE + body + _AFTER)
+        body = plain_pair(instruction, *pair)
+        ids = [token_id for text in (BEFORE, body, AFTER) for token_id in self.tokenizer.encode(text)]
+        return _text_prompt(ids, BEFORE + body + AFTER)
+
+
+def plain_pair(instruction: str, query: str, document: str) -> str:
+    """What a reranker of texts is asked, between `BEFORE` and `AFTER`."""
+    return f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
 
 
 class ChatPrompts:
