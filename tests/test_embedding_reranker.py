@@ -296,6 +296,18 @@ def test_every_pair_is_a_sound_model(source: Any, tmp_path: Path, task: str, pro
             assert list(inferred.graph.output) == list(model.graph.output)
 
 
+@pytest.mark.parametrize("name", ["text", "vision"])
+def test_attention_in_plain_operators(loaded: Any, source: Any, tmp_path: Path, name: str) -> None:
+    """As fp32 on CUDA needs it; here the CPU computes it."""
+    folder = vlpack.build(
+        source(name), tmp_path / "p", task="embedding", precision="fp32", execution_provider="cuda"
+    ).folder
+    edit_json(folder / "vlpack.json", "execution_provider", value="cpu")
+    graph = onnx.load(folder / ("model.onnx" if name == "text" else "decoder.onnx"), load_external_data=False)
+    assert "GroupQueryAttention" not in {node.op_type for node in graph.graph.node}
+    assert same(vlpack.load(folder).embed(TEXTS), loaded(name, "embedding").embed(TEXTS))
+
+
 # positions
 
 

@@ -139,6 +139,7 @@ class TextDecoder:
             options.dtype,
             deepstack,
             self.embed_tokens() if deepstack is None else None,
+            cache_lengths if options.grouped_kernel else mask_bias,
         )
         return pooled_part(name, module, facts, options, deepstack, bool(answers))
 

@@ -10,7 +10,7 @@ from onnxscript import OpBuilder, nn
 
 from vlpack.deepstack import SideChannel
 from vlpack.layers import ops
-from vlpack.layers.attention import cache_lengths
+from vlpack.layers.attention import MakeAttend, cache_lengths
 from vlpack.layers.decoder import RopeOf, TextModel
 from vlpack.layers.linear import Embedding, Stored
 from vlpack.sources import Part, Rows, Source, stacked
@@ -70,11 +70,13 @@ class PooledModel(nn.Module):
         dtype: ir.DataType,
         deepstack: SideChannel | None = None,
         embed_tokens: Embedding | None = None,
+        make_attend: MakeAttend = cache_lengths,
     ) -> None:
         super().__init__()
         self.model = model
         self.head = head
         self.embed_tokens = embed_tokens
+        self.make_attend = make_attend
         self.rope_of, self.cache, self.dtype, self.deepstack = rope_of, cache, dtype, deepstack
 
     def forward(self, op: OpBuilder, tokens: ir.Value, attention_mask: ir.Value, *rest: ir.Value) -> list[ir.Value]:
@@ -84,10 +86,10 @@ class PooledModel(nn.Module):
                 levels = self.deepstack.levels_of(op, rest[1])
         else:
             x, position_ids, levels = self.embed_tokens(op, tokens), _count(op, tokens), []
-        rope, lengths = self.rope_of(op, position_ids), cache_lengths(op, attention_mask)
+        rope, attend = self.rope_of(op, position_ids), self.make_attend(op, attention_mask, position_ids)
         past = (self._empty_cache(op, attention_mask),) * (2 * len(self.model.layers))
-        x, _ = self.model(op, x, rope, lengths, past, levels, False)  # [B, S, H]
-        last = op.Unsqueeze(op.Cast(lengths.seqlens_k, to=ops.INT64), [1])
+        x, _ = self.model(op, x, rope, attend, past, levels, False)  # [B, S, H]
+        last = op.Sub(op.ReduceSum(attention_mask, [1], keepdims=1), 1)  # [B, 1]
         return [self.head(op, op.GatherND(x, last, batch_dims=1))]
 
     def _empty_cache(self, op: OpBuilder, attention_mask: ir.Value) -> ir.Value:
