@@ -69,7 +69,8 @@ def mat_mul_n_bits(
 
 def divide_by_peak(op: OpBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Every row of fp32 ``x [.., cols]`` divided by its own max |x|, and that ``[.., 1]``, to multiply back with."""
-    peak = op.Max(op.ReduceMax(op.Abs(x), [-1], keepdims=1), constant(op, 1e-20))
+    # added for rows of zeros, and lost in any other; WebGPU has no Max
+    peak = op.Add(op.ReduceMax(op.Abs(x), [-1], keepdims=1), 1e-20)
     return op.Div(x, peak), peak
 
 
