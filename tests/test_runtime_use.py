@@ -356,15 +356,15 @@ def test_no_other_wheel_for_a_broken_cpu_package(package: Path, tmp_path: Path) 
 def test_cores_are_those_of_the_process() -> None:
     script = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from vlpack import builder, cores, runtime\n"
-        "assert (cores.available_cores(), builder.default_threads(), runtime.available_cores()) == (1, 1, 1)"
+        "from vlpack import builder, cores, loading\n"
+        "assert (cores.available_cores(), builder.default_threads(), loading.checked_threads(None)) == (1, 1, 1)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_all_cores_are_the_runtime_s_threads(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr(runtime, "available_cores", lambda: 3)
+    monkeypatch.setattr("vlpack.loading.available_cores", lambda: 3)
     monkeypatch.setattr(runtime, "_load", lambda folder, model, threads, provider: seen.append(threads))
     vlpack.load(package)
     assert seen == [3]
