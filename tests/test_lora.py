@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from family import ROPE, Member, make_member
 from parity import Package, Reference, make_inputs, relative
 from retrieval import Recipe, make_text
-from samples import DIGITS, content, edit_json, vlpack
+from samples import DIGITS, content, copy_digits, edit_json, vlpack
 from test_parity_runtime import QUESTION, TOKENS, check, make_images
 from tiny import Tiny, make_checkpoint
 from vlpack import storage
@@ -234,6 +234,7 @@ def test_an_embedding_model(tmp_path: Path) -> None:
     before = recipe.text("a text")
     recipe.body = peft.PeftModel.from_pretrained(recipe.body, adapter).merge_and_unload().eval()
     build(base, tmp_path / "package", precision="fp32", task="embedding", lora=adapter)
+    assert "adapter `adapter` merged into it, by" in (tmp_path / "package" / "README.md").read_text(encoding="utf-8")
     got = load(tmp_path / "package").embed(["a text"])[0]
     assert relative(got, recipe.text("a text")) < TOLERANCE
     assert relative(got, before) > 0.1
@@ -431,6 +432,17 @@ def test_what_was_trained_tied_is_stored_once(together: bool, tmp_path: Path) ->
     assert (size - plain > values.nbytes // 2) == (not together)
 
 
+def test_buffers_of_a_saved_module_need_not_be_there(tmp_path: Path) -> None:
+    base = copy_digits(tmp_path / "base")
+    weights = {name: tensor.astype(np.float32) for name, tensor in load_file(base / "model.safetensors").items()}
+    (base / "model.safetensors").unlink()  # a hard link
+    save_file(weights | {"model.visual.rotary_pos_emb.inv_freq": np.ones(4, np.float32)}, base / "model.safetensors")
+    encoder = {PREFIX + name: tensor for name, tensor in weights.items() if name.startswith("model.visual.")}
+    build(base, tmp_path / "a", lora=write_adapter(tmp_path / "adapter", encoder, modules_to_save=["visual"]))
+    build(base, tmp_path / "b")
+    assert content(tmp_path / "a")["vision.onnx.data"] == content(tmp_path / "b")["vision.onnx.data"]
+
+
 def test_provenance(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = vlpack(capsys, "build", DIGITS, "-o", tmp_path / "package", "--lora", adapter)
     assert done.code == 0
@@ -439,7 +451,9 @@ def test_provenance(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     hashes = {name: sha256_file(adapter / name) for name in (CONFIG, WEIGHTS)}
     assert source["adapters"] == [{"name": "my-adapter", "files": hashes}]
     assert str(tmp_path) not in json.dumps(source)
-    assert "LoRA adapter `my-adapter` merged" in (tmp_path / "package" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "package" / "README.md").read_text(encoding="utf-8")
+    origin = "the folder `digits-qwen3-vl`, with the LoRA adapter `my-adapter` merged into it, by vlpack"
+    assert f"Made from {origin}" in card
     shown = vlpack(capsys, "inspect", tmp_path / "package")
     assert "with the adapter my-adapter by vlpack" in " ".join(shown.out.split())
     as_json = json.loads(vlpack(capsys, "inspect", tmp_path / "package", "--json").out)

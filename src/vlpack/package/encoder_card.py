@@ -9,6 +9,7 @@ import jinja2
 
 import vlpack
 from vlpack.package.encoder_section import CHAT
+from vlpack.package.origin import made_from
 from vlpack.precision import Policy
 from vlpack.preprocess.encoder_prompts import AFTER, BEFORE, JUDGE, plain_pair
 from vlpack.tasks import EMBEDDING, RERANKER
@@ -22,10 +23,8 @@ tags: [onnx, onnxruntime, {{ task }}, vlpack]
 ---
 # {{ source.repo_id or source.name }}, {{ policy.precision }} for {{ policy.provider }}
 
-{% if source.repo_id %}Made from [{{ source.repo_id }}](https://huggingface.co/{{ source.repo_id }})\
-{% if source.commit %} at `{{ source.commit }}`{% endif %}{% else %}\
-Made from the folder `{{ source.name }}`{% endif %} \
-by vlpack {{ version }}, for the task {{ task }}. It runs on plain onnxruntime; onnxruntime-genai has no such models.
+{{ made_from }} by vlpack {{ version }}, \
+for the task {{ task }}. It runs on plain onnxruntime; onnxruntime-genai has no such models.
 
 {% if not runnable -%}
 Only these parts of the model: {{ files | join(", ") }}. Build with `--part all` for a package that runs by itself.
@@ -115,7 +114,8 @@ def encoder_card(
     default = encoder["default_prompt"]
     instruction = (encoder["prompts"][default] if default is not None else "") or encoder["instruction"]
     return environment.from_string(_CARD).render(
-        source={"repo_id": None, "commit": None, "name": None, **source},
+        source={"repo_id": None, "name": None, **source},
+        made_from=made_from(source),
         policy=policy,
         task=task,
         reranker=task == RERANKER,

@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 import vlpack
+from vlpack.package.origin import made_from
 from vlpack.package.processor_config import GridDifference
 from vlpack.precision import Policy
 
@@ -19,14 +20,7 @@ library_name: onnxruntime-genai
 ---
 # {{ source.repo_id or source.name }}, {{ policy.precision }} for {{ policy.provider }}
 
-{% if source.repo_id %}Made from [{{ source.repo_id }}](https://huggingface.co/{{ source.repo_id }})\
-{% if source.commit %} at `{{ source.commit }}`{% endif %}{% else %}\
-Made from the folder `{{ source.name }}`{% endif %} \
-{% for adapter in source.adapters %}with the LoRA adapter \
-{% if adapter.repo_id %}[{{ adapter.repo_id }}](https://huggingface.co/{{ adapter.repo_id }})\
-{% if adapter.commit %} at `{{ adapter.commit }}`{% endif %}{% else %}`{{ adapter.name }}`{% endif %} merged into it, \
-{% endfor %}\
-by vlpack {{ version }}, for the stock onnxruntime-genai (0.18 or newer).
+{{ made_from }} by vlpack {{ version }}, for the stock onnxruntime-genai (0.18 or newer).
 
 {% if complete -%}
 With vlpack installed:
@@ -98,10 +92,9 @@ def model_card(
 ) -> str:
     """The card as Markdown."""
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
-    nowhere = {"repo_id": None, "commit": None, "name": None}
-    adapters = [{**nowhere, **adapter} for adapter in source.get("adapters", [])]
     return environment.from_string(_CARD).render(
-        source={**nowhere, **source, "adapters": adapters},
+        source={"repo_id": None, "name": None, **source},
+        made_from=made_from(source),
         policy=policy,
         genai_type=genai_type,
         files=files,
