@@ -56,39 +56,6 @@ class PrecisionFacts:
 
 
 @dataclass(frozen=True)
-class Policy:
-    """How a package is stored and computed; printed by ``inspect``, written to the manifest.
-
-    Args:
-        precision: its name, one of `PRECISIONS`.
-        provider: the execution provider it is made for.
-        dtype: of activations: ``float32`` or ``float16``. Norms, rotary angles and residual sums are fp32 in both.
-        rules: the first that fits wins.
-    """
-
-    precision: str
-    provider: str
-    dtype: str
-    rules: tuple[Rule, ...]
-
-    def storage(self, role: str, path: str = "") -> Storage:
-        """How the weight of the module at ``path`` is kept, whose role is ``role``."""
-        for rule in self.rules:
-            if fnmatchcase(role, rule.role) and fnmatchcase(path, rule.modules):
-                return rule.storage
-        raise AssertionError(f"no rule for {role} at {path}: the last rule must match everything")
-
-    @property
-    def ir_dtype(self) -> ir.DataType:
-        """`dtype` as onnx_ir has it."""
-        return ir.DataType.FLOAT if self.dtype == "float32" else ir.DataType.FLOAT16
-
-    def described(self) -> list[dict[str, str]]:
-        """The rules as JSON."""
-        return [{"role": rule.role, "modules": rule.modules, "storage": rule.storage.label} for rule in self.rules]
-
-
-@dataclass(frozen=True)
 class QuantizationOptions:
     """What can be chosen about quantized weights.
 
@@ -105,6 +72,41 @@ class QuantizationOptions:
     accuracy_level: int = 4
     mixed: Mapping[str, str] = field(default_factory=dict)
     vision: str | None = None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a package is stored and computed; printed by ``inspect``, written to the manifest.
+
+    Args:
+        precision: its name, one of `PRECISIONS`.
+        provider: the execution provider it is made for.
+        dtype: of activations: ``float32`` or ``float16``. Norms, rotary angles and residual sums are fp32 in both.
+        rules: the first that fits wins.
+        options: the choices that they were made by.
+    """
+
+    precision: str
+    provider: str
+    dtype: str
+    rules: tuple[Rule, ...]
+    options: QuantizationOptions
+
+    def storage(self, role: str, path: str = "") -> Storage:
+        """How the weight of the module at ``path`` is kept, whose role is ``role``."""
+        for rule in self.rules:
+            if fnmatchcase(role, rule.role) and fnmatchcase(path, rule.modules):
+                return rule.storage
+        raise AssertionError(f"no rule for {role} at {path}: the last rule must match everything")
+
+    @property
+    def ir_dtype(self) -> ir.DataType:
+        """`dtype` as onnx_ir has it."""
+        return ir.DataType.FLOAT if self.dtype == "float32" else ir.DataType.FLOAT16
+
+    def described(self) -> list[dict[str, str]]:
+        """The rules as JSON."""
+        return [{"role": rule.role, "modules": rule.modules, "storage": rule.storage.label} for rule in self.rules]
 
 
 def make_policy(
@@ -132,7 +134,7 @@ def make_policy(
         *_expert_rules(precision, provider, dtype, options, facts.expert_size),
         *_text_rules(precision, provider, dtype, options),
     )
-    return Policy(precision, provider, dtype, rules)
+    return Policy(precision, provider, dtype, rules, options)
 
 
 def _blocks(bits: int, dtype: str, options: QuantizationOptions) -> Blocks:

@@ -7,15 +7,15 @@ from a reader of row slabs so that no weight is held whole unless its layout nee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from vlpack.quantize.blocks import block_shapes, quantize_blocks
-from vlpack.quantize.channel import ZERO_POINT, quantize_rows
+from vlpack.quantize.blocks import QuantizedBlocks, block_shapes, dequantize_blocks, quantize_blocks
+from vlpack.quantize.channel import ZERO_POINT, dequantize_rows, quantize_rows
 
 Array = npt.NDArray[Any]
 #: ``read(start, stop)`` → rows [stop - start, cols] of the checkpoint's weight, in its own dtype
@@ -47,6 +47,9 @@ class Storage(Protocol):
     def chunks(self, read: RowReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
         """Contiguous pieces of the arrays, each array whole before the next begins."""
 
+    def values(self, arrays: Mapping[str, Array], rows: int, cols: int) -> Array:
+        """The float32 ``[rows, cols]`` that arrays of these contents stand for, whatever shapes a graph gives them."""
+
 
 @dataclass(frozen=True)
 class Float:
@@ -64,6 +67,9 @@ class Float:
     def chunks(self, read: RowReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
         for start, stop in slabs(rows, cols):
             yield "weight", cast(read(start, stop), self.dtype)
+
+    def values(self, arrays: Mapping[str, Array], rows: int, cols: int) -> Array:
+        return arrays["weight"].reshape(rows, cols).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,9 @@ class Transposed:
         whole = read(0, rows)
         for start, stop in slabs(cols, rows):
             yield "weight", cast(np.ascontiguousarray(whole[:, start:stop].T), self.dtype)
+
+    def values(self, arrays: Mapping[str, Array], rows: int, cols: int) -> Array:
+        return np.ascontiguousarray(arrays["weight"].reshape(cols, rows).T, np.float32)
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,10 @@ class ChannelInt8:
             yield "qweight", np.ascontiguousarray(whole[:, start:stop].T)
         yield "scales", scales
         yield "zero_points", np.full(rows, ZERO_POINT, np.uint8)
+
+    def values(self, arrays: Mapping[str, Array], rows: int, cols: int) -> Array:
+        codes = arrays["qweight"].reshape(cols, rows).T
+        return dequantize_rows(codes, arrays["scales"], arrays["zero_points"])
 
 
 @dataclass(frozen=True)
@@ -153,6 +166,12 @@ class Blocks:
                 small["zero_points"][start:stop] = blocks.zero_points
             yield "qweight", blocks.qweight
         yield from small.items()
+
+    def values(self, arrays: Mapping[str, Array], rows: int, cols: int) -> Array:
+        shapes = block_shapes(rows, cols, self.bits, self.block_size)
+        zeros = None if self.symmetric else arrays["zero_points"].reshape(shapes.zero_points)
+        qweight, scales = arrays["qweight"].reshape(shapes.qweight), arrays["scales"].reshape(shapes.scales)
+        return dequantize_blocks(QuantizedBlocks(qweight, scales, zeros), cols, self.bits)
 
 
 def cast(array: Array, dtype: str) -> Array:

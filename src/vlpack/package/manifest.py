@@ -10,6 +10,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ def write_manifest(
         "execution_provider": policy.provider,
         "activations": policy.dtype,
         "policy": policy.described(),
+        "quantization": asdict(policy.options),
         "parts": {name: _part(graph, written) for name, graph in graphs.items()},
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": known_sha256.get(path.name) or sha256_file(path)}

@@ -32,6 +32,8 @@ def quantize_rows(weight: Array) -> tuple[Array, Array]:
     return weight.astype(np.uint8), scales
 
 
-def dequantize_rows(codes: Array, scales: Array) -> Array:
-    """The float32 [rows, cols] that the codes stand for."""
-    return (codes.astype(np.float32) - ZERO_POINT) * scales[:, None]
+def dequantize_rows(codes: Array, scales: Array, zero_points: Array | int = ZERO_POINT) -> Array:
+    """The float32 [rows, cols] that the codes stand for; ``zero_points`` is one number or uint8 [rows]."""
+    zeros = np.broadcast_to(np.asarray(zero_points, np.float32), scales.shape)
+    values: Array = (codes.astype(np.float32) - zeros[:, None]) * scales[:, None]
+    return values
