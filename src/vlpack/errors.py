@@ -34,3 +34,7 @@ class PackageError(VlpackError):
 
 class InputError(VlpackError):
     """An image, prompt or message cannot be used."""
+
+
+class VerifyError(VlpackError):
+    """A verification that cannot be done."""

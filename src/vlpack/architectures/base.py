@@ -108,6 +108,7 @@ class TextFacts:
 class VisionFacts:
     """What the runtime's image handling needs: patch sizes, and the ids of the tokens around and for an image."""
 
+    depth: int
     pixels: int
     patch_size: int
     temporal_patch_size: int
@@ -122,6 +123,7 @@ class VisionFacts:
     def read(cls, root: Section, vision: Section) -> VisionFacts:
         """From a config.json and its vision part; Qwen's ids where the config has none."""
         return cls(
+            depth=vision.integer("depth", high=1024),
             pixels=pixels_of(vision),
             patch_size=patch_size(vision),
             temporal_patch_size=temporal_patch_size(vision),

@@ -1,0 +1,103 @@
+"""What is asked in a verification: built-in prompts and pictures, or the user's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from vlpack.errors import InputError
+from vlpack.preprocess import load_image
+
+MAX_CASES = 1000
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt with its images.
+
+    Args:
+        name: for people.
+        prompt: the question.
+        images: already decoded.
+        labels: of the images: their file names, or sizes.
+    """
+
+    name: str
+    prompt: str
+    images: tuple[Image.Image, ...] = ()
+    labels: tuple[str, ...] = ()
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    """A picture with edges, gradients and text, the same for the same arguments."""
+    shades = Image.linear_gradient("L").resize((width, height))
+    image = Image.merge("RGB", (shades, shades.rotate(180), shades.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
+    draw = ImageDraw.Draw(image)
+    for index in range(6):
+        x, y = (37 * (seed + index) * (index + 3)) % width, (53 * (seed + 2 * index) + 11) % height
+        box = (x, y, x + width // (3 + index), y + height // (2 + index))
+        color = tuple((seed * 97 + index * 71 + channel * 113) % 256 for channel in range(3))
+        (draw.ellipse if index % 2 else draw.rectangle)(box, fill=color)
+    draw.text((width // 8, height // 3), f"Invoice {1000 + seed}", fill=(0, 0, 0))
+    draw.text((width // 8, height // 2), "Total 42.50 EUR", fill=(255, 255, 255))
+    return image
+
+
+def built_in(*, sees: bool) -> list[Case]:
+    """Text, short and long; and where the model ``sees``, one image and two unequal ones."""
+    long = "The river rose in the night, and by morning the lower fields stood under water. " * 6
+    cases = [
+        Case("text", "What is the capital of France?"),
+        Case("long text", f"{long}\nSummarize this in one sentence."),
+    ]
+    if sees:
+        one, wide, tall = picture(320, 224, 1), picture(416, 128, 2), picture(160, 288, 3)
+        cases.append(Case("one image", "What is the total on this receipt?", (one,), ("320 x 224",)))
+        cases.append(Case("two images", "What differs between these?", (wide, tall), ("416 x 128", "160 x 288")))
+    return cases
+
+
+def own(prompts: Sequence[str], images: Sequence[str]) -> list[Case]:
+    """The user's prompts, each with all of the user's images.
+
+    Raises:
+        InputError: an image cannot be read.
+    """
+    loaded, labels = tuple(load_image(image) for image in images), tuple(Path(image).name for image in images)
+    prompts = prompts or ["Describe what you see."]
+    return [Case(f"prompt {number}", prompt, loaded, labels) for number, prompt in enumerate(prompts, 1)]
+
+
+def from_file(path: Path) -> list[Case]:
+    """Cases of a JSONL file: an object with ``prompt`` and perhaps ``images`` (paths from the file's folder) a line.
+
+    Raises:
+        InputError: the file cannot be read, or a line is something else.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}.") from None
+    cases = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            prompt, images = entry["prompt"], entry.get("images", [])
+            if not isinstance(prompt, str) or not all(isinstance(image, str) for image in images):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise InputError(
+                f"{path}, line {number} is not a case.",
+                'Each line is an object such as {"prompt": "What is this?", "images": ["a.png"]}.',
+            ) from None
+        loaded = tuple(load_image(path.parent / image) for image in images)
+        cases.append(Case(f"line {number}", prompt, loaded, tuple(Path(image).name for image in images)))
+    if not cases or len(cases) > MAX_CASES:
+        raise InputError(f"{path} has {len(cases)} cases; it must have 1 to {MAX_CASES}.")
+    return cases

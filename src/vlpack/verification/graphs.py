@@ -1,0 +1,218 @@
+"""A package's graphs in plain onnxruntime, with outputs where the reference is watched, and with exact arithmetic.
+
+The graphs are the package's own; in memory a few nodes are changed. *Probes* make values between the layers outputs.
+*Exact* arithmetic multiplies by the dequantized weights in fp32, where the package rounds activations to 8 bits, so
+that what is left of a difference is the graph's. Weights stay in the package's files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from vlpack.errors import PackageError
+
+Array = npt.NDArray[Any]
+MICROSOFT = "com.microsoft"
+_PROBE = "probe:"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a package made of a prompt; fields as `vlpack.verification.reference.Trace`'s."""
+
+    blocks: list[Array]
+    features: Array | None
+    levels: list[Array]
+    embeds: Array
+    layers: list[Array]
+    logits: Array
+
+
+class Graphs:
+    """The graphs of a package.
+
+    Args:
+        folder: the package.
+        files: part name → file name.
+        prefix: of the decoder's modules.
+        hidden_size: of the decoder.
+        num_hidden_layers: likewise.
+        depth: blocks of the vision encoder; 0 to leave them alone.
+        threads: of onnxruntime.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Mapping[str, str],
+        prefix: str,
+        hidden_size: int,
+        num_hidden_layers: int,
+        depth: int,
+        threads: int,
+    ) -> None:
+        self.folder, self.files, self.threads = folder, files, threads
+        self.hidden_size = hidden_size
+        self.norms = [f"{prefix}.layers.{layer}.input_layernorm.weight" for layer in range(1, num_hidden_layers)]
+        self.norms.append(f"{prefix}.norm.weight")
+        self.block_norms = [f"model.visual.blocks.{block}.norm1.weight" for block in range(depth)]
+
+    def load(self, part: str) -> ir.Model:
+        """A graph, its weights left in their files."""
+        try:
+            return ir.load(self.folder / self.files[part])
+        except Exception as error:  # protobuf's and onnx_ir's errors have no common class
+            raise PackageError(f"{self.folder / self.files[part]} cannot be read: {error}.") from None
+
+    def run(self, ids: Array, pixels: Array | None, grid: Array | None, positions: Array, *, exact: bool) -> Run:
+        """Everything on the way from a prompt ``ids [1, S]`` to the logits of all its positions.
+
+        Images go through the vision graph one by one, as in the runtime. Each session lives only as long as it is used.
+        """
+        blocks: list[Array] = []
+        features = None
+        if pixels is not None and grid is not None:
+            blocks, features = self._vision(pixels, grid, exact)
+        if "embedding" in self.files:
+            with self._session("embedding", [], exact) as embedding:
+                width = embedding.get_inputs()[1].shape[1]
+                given = np.zeros((0, width), np.float32) if features is None else features
+                tokens = _call(embedding, {"input_ids": ids, "image_features": given})
+            embeds = tokens["inputs_embeds"]
+        else:
+            tokens, embeds = {"input_ids": ids}, np.zeros((1, 0, self.hidden_size))
+        part = "text" if "text" in self.files else "decoder"
+        with self._session(part, self.norms, exact) as decoder:
+            inputs = {**tokens, "position_ids": positions, "attention_mask": np.ones(ids.shape, np.int64)}
+            for port in decoder.get_inputs():
+                if port.name.startswith("past_key_values"):
+                    inputs[port.name] = np.zeros((1, port.shape[1], 0, port.shape[3]), np.float32)
+            out = _call(decoder, inputs)
+        merged, levels = None, []
+        if features is not None:
+            split = np.split(features, features.shape[1] // self.hidden_size, axis=1)
+            merged, levels = split[0], split[1:]
+        layers = [out[_PROBE + name][0] for name in self.norms]
+        return Run(blocks, merged, levels, embeds[0], layers, out["logits"][0])
+
+    def _vision(self, pixels: Array, grid: Array, exact: bool) -> tuple[list[Array], Array]:
+        features, blocks = [], []
+        with self._session("vision", self.block_norms, exact) as vision:
+            for image, end in zip(grid, np.cumsum(grid.prod(1)), strict=True):
+                own = pixels[end - image.prod() : end]
+                out = _call(vision, {"pixel_values": own, "image_grid_thw": image[None]})
+                features.append(out["image_features"])
+                blocks.append([out[_PROBE + name].reshape(len(own), -1) for name in self.block_norms])
+        return [np.concatenate(parts) for parts in zip(*blocks, strict=True)], np.concatenate(features)
+
+    @contextmanager
+    def _session(self, part: str, norms: list[str], exact: bool) -> Iterator[ort.InferenceSession]:
+        model = self.load(part)
+        _probe(model.graph, norms)
+        _all_logits(model.graph)
+        if exact:
+            _make_exact(model.graph)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = self.threads, 3
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
+        if exact:  # onnxruntime would make of dequantized weights quantized products again
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # 8-bit experts know no other way to fp32 activations
+        variable, before = "ORT_QMOE_CPU_QNBIT_GEMM", os.environ.get("ORT_QMOE_CPU_QNBIT_GEMM")
+        if exact:
+            os.environ[variable] = "fp32"
+        try:
+            text = ir.to_proto(model).SerializeToString()
+            session = ort.InferenceSession(text, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # of onnxruntime, which has no common class either
+            raise PackageError(
+                f"onnxruntime cannot load {self.folder / self.files[part]}: {str(error)[:300]}"
+            ) from None
+        finally:
+            if before is None:
+                os.environ.pop(variable, None)
+            else:
+                os.environ[variable] = before
+        yield session
+
+
+def _call(session: ort.InferenceSession, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The outputs but the cache, floats as fp32 whatever the graph has."""
+    types = {port.name: port.type for port in session.get_inputs()}
+    given = {
+        name: value.astype(np.float16)
+        if types[name] == "tensor(float16)"
+        else value.astype(np.float32)
+        if types[name] == "tensor(float)"
+        else value.astype(np.int64)
+        for name, value in inputs.items()
+    }
+    names = [port.name for port in session.get_outputs() if not port.name.startswith("present.")]
+    values = session.run(names, given)
+    return {
+        name: value.astype(np.float32) if value.dtype == np.float16 else value
+        for name, value in zip(names, values, strict=True)
+    }
+
+
+def _probe(graph: ir.Graph, norms: list[str]) -> None:
+    """Make the input of each norm, known by its weight, an output."""
+    for name in norms:
+        value = _normalized(graph, name)
+        if value.producer() is not None and value.producer().op_type == "Slice":  # type: ignore[union-attr]
+            value = value.producer().inputs[0]  # type: ignore[union-attr,assignment]
+        output = ir.Value(name=_PROBE + name, shape=value.shape, type=value.type)
+        graph.append(ir.node("Identity", [value], outputs=[output], name=_PROBE + name))
+        graph.outputs.append(output)
+
+
+def _normalized(graph: ir.Graph, weight: str) -> ir.Value:
+    value = graph.initializers.get(weight)
+    consumers = [] if value is None else [use.node for use in value.uses()]
+    if not consumers:
+        raise PackageError(f"The graph {graph.name} has no norm with the weight {weight}.")
+    node = consumers[0]
+    if node.op_type == "Mul":  # written out, for older operator sets: (x / sqrt(mean(x²) + eps)) · weight
+        node = node.inputs[0].producer()  # type: ignore[union-attr,assignment]
+    return node.inputs[0]  # type: ignore[return-value]
+
+
+def _all_logits(graph: ir.Graph) -> None:
+    """Take away the choice of the last token, where there is one."""
+    logits = next((value for value in graph.outputs if value.name == "logits"), None)
+    if logits is None:
+        return
+    logits.shape = ir.Shape(["batch_size", "sequence_length", logits.shape[-1]])  # type: ignore[index]
+    for node in list(graph):
+        if node.op_type == "Slice" and (node.name or "").count("/") and _feeds_norm(node):
+            node.outputs[0].replace_all_uses_with(node.inputs[0])  # type: ignore[arg-type]
+
+
+def _feeds_norm(node: ir.Node) -> bool:
+    return any(use.node.op_type in ("RMSNormalization", "Pow") for use in node.outputs[0].uses())
+
+
+def _make_exact(graph: ir.Graph) -> None:
+    """Multiply by the weights in fp32, activations as they are."""
+    for node in list(graph):
+        if node.domain != MICROSOFT:
+            continue
+        if node.op_type in ("MatMulNBits", "QMoE") and "accuracy_level" in node.attributes:
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+        elif node.op_type == "DynamicQuantizeMatMul":
+            x, weight, scales, zeros = node.inputs[:4]
+            wide, product = ir.Value(name=f"{node.name}:weight"), ir.Value(name=f"{node.name}:exact")
+            dequantize = ir.node("DequantizeLinear", [weight, scales, zeros], {"axis": 1}, outputs=[wide])
+            graph.insert_before(node, [dequantize, ir.node("MatMul", [x, wide], outputs=[product])])
+            node.outputs[0].replace_all_uses_with(product)
+            graph.remove(node, safe=True)

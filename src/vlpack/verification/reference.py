@@ -1,0 +1,179 @@
+"""The reference: transformers' own model, whose weights come and go layer by layer where they do not fit.
+
+Nothing of the model is approximated: modules, attention and caches are transformers'; only where a module's parameters
+live is decided here. They are put in when the module is called and, where the model is streamed, taken out after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vlpack.errors import VerifyError
+
+Array = npt.NDArray[Any]
+GetParameter = Callable[[str, tuple[int, ...]], Array]
+
+
+@dataclass
+class Trace:
+    """What the reference made of a case; arrays are float32.
+
+    Args:
+        positions: int64 ``[3, B, S]`` or ``[B, S]``.
+        blocks: input of each vision block, ``[N, H]``.
+        features: merged, ``[tokens, H]``.
+        levels: of DeepStack, ``[tokens, H]`` each.
+        embeds: with the features in place, ``[S, H]``.
+        layers: input of each decoder layer after the first, and of the final norm, ``[S, H]``.
+        logits: ``[S, V]``.
+    """
+
+    positions: Array
+    logits: Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    blocks: list[Array] = field(default_factory=list)
+    features: Array | None = None
+    levels: list[Array] = field(default_factory=list)
+    embeds: Array | None = None
+    layers: list[Array] = field(default_factory=list)
+
+
+class Reference:
+    """A checkpoint in transformers, fp32, eager attention.
+
+    Args:
+        folder: the checkpoint.
+        prefix: of the decoder's modules, such as ``model.language_model``.
+        parameters: gives a parameter's values by its name.
+        streamed: take parameters out again after each use: as much memory as the largest module needs.
+
+    Raises:
+        VerifyError: transformers does not know the model, or is not there.
+    """
+
+    def __init__(self, folder: Path, prefix: str, parameters: GetParameter, *, streamed: bool) -> None:
+        try:
+            import accelerate
+            import torch
+            import transformers
+        except ImportError as error:
+            raise VerifyError(
+                f"Verifying needs torch, transformers and accelerate ({error}).", "pip install 'vlpack[verify]'"
+            ) from None
+        self.prefix, self.parameters, self.streamed = prefix, parameters, streamed
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder)
+            model_class = getattr(transformers, config.architectures[0])
+            config._attn_implementation = "eager"
+            with accelerate.init_empty_weights(include_buffers=False):
+                self.model = model_class(config)
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise VerifyError(f"transformers cannot read {folder}: {error}.") from None
+        self.model = self.model.float().eval()
+        torch.set_grad_enabled(False)
+        for name, module in self.model.named_modules():
+            if module._parameters:
+                module.register_forward_pre_hook(_bring(name, parameters))
+                if streamed:
+                    module.register_forward_hook(_take)
+
+    @property
+    def sees(self) -> bool:
+        """Whether it has a vision encoder."""
+        return hasattr(getattr(self.model, "model", None), "visual")
+
+    def positions(self, ids: Array, grid: Array | None, image_token_id: int | None) -> Array:
+        """Position ids as the model makes them, ``[3, 1, S]`` or ``[1, S]``."""
+        import torch
+
+        if not self.sees:
+            return np.arange(ids.shape[1], dtype=np.int64)[None]
+        if grid is None:
+            return np.tile(np.arange(ids.shape[1], dtype=np.int64), (3, 1, 1))
+        tokens, kinds = torch.tensor(ids), torch.tensor(ids == image_token_id).int()
+        positions, _ = self.model.model.get_rope_index(tokens, kinds, image_grid_thw=torch.tensor(grid))
+        return np.array(positions)
+
+    def __call__(self, ids: Array, pixels: Array | None, grid: Array | None, image_token_id: int | None) -> Trace:
+        """One forward pass over ``ids [1, S]``, and everything on its way."""
+        import torch
+
+        trace = Trace(self.positions(ids, grid, image_token_id))
+        arguments: dict[str, Any] = {"input_ids": torch.tensor(ids), "use_cache": False}
+        arguments["position_ids"] = torch.tensor(trace.positions)
+        if pixels is not None and grid is not None:
+            arguments |= {"pixel_values": torch.tensor(pixels), "image_grid_thw": torch.tensor(grid)}
+            arguments["mm_token_type_ids"] = (arguments["input_ids"] == image_token_id).int()
+        with self._watched(trace, grid), torch.no_grad():
+            trace.logits = self.model(**arguments).logits[0].numpy()
+        return trace
+
+    @contextmanager
+    def _watched(self, trace: Trace, grid: Array | None) -> Iterator[None]:
+        decoder = self.model.get_submodule(self.prefix)
+        hooks = [decoder.layers[0].register_forward_pre_hook(_see(lambda x: setattr(trace, "embeds", x[0])))]
+        for module in [*decoder.layers[1:], decoder.norm]:
+            hooks.append(module.register_forward_pre_hook(_see(lambda x: trace.layers.append(x[0]))))
+        if self.sees:
+            visual = self.model.model.visual
+            for block in visual.blocks:
+                hooks.append(block.register_forward_pre_hook(_see(trace.blocks.append)))
+
+            def see_features(module: Any, inputs: Any, output: Any) -> None:
+                trace.features = output.pooler_output.numpy()
+                trace.levels = [level.numpy() for level in getattr(output, "deepstack_features", None) or []]
+
+            hooks.append(visual.register_forward_hook(see_features))
+        try:
+            yield
+            self._straighten(trace, grid)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _straighten(self, trace: Trace, grid: Array | None) -> None:
+        """Where the encoder keeps the patches window by window, put them back into the image's order."""
+        visual: Any = getattr(getattr(self.model, "model", None), "visual", None)
+        if grid is None or not hasattr(visual, "window_size"):
+            return
+        import torch
+
+        if hasattr(visual, "get_window_index"):  # of transformers 5's first versions
+            index, _ = visual.get_window_index(torch.tensor(grid))
+        else:
+            from transformers.vision_utils import get_vision_window_index
+
+            sizes = (visual.spatial_merge_size, visual.window_size, visual.patch_size)
+            index, _ = get_vision_window_index(torch.tensor(grid), *sizes)
+        order, group = np.argsort(np.asarray(index)), visual.spatial_merge_unit
+        for number, block in enumerate(trace.blocks):
+            groups = block.reshape(len(order), group, -1)
+            trace.blocks[number] = groups[order].reshape(block.shape)
+
+
+def _see(keep: Callable[[Array], None]) -> Any:
+    return lambda module, inputs: keep(inputs[0].numpy().copy())
+
+
+def _bring(name: str, parameters: GetParameter) -> Any:
+    import torch
+
+    def hook(module: Any, inputs: Any) -> None:
+        for own, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                values = parameters(f"{name}.{own}" if name else own, tuple(parameter.shape))
+                module._parameters[own] = torch.nn.Parameter(torch.from_numpy(np.array(values)), requires_grad=False)
+
+    return hook
+
+
+def _take(module: Any, inputs: Any, output: Any) -> None:
+    for own, parameter in module._parameters.items():
+        if parameter is not None:
+            module._parameters[own] = parameter.to("meta")

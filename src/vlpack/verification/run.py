@@ -1,0 +1,372 @@
+"""The verification itself: the package and the reference over the same cases, compared stage by stage."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vlpack.architectures import Architecture, architecture_of
+from vlpack.checkpoint import Checkpoint
+from vlpack.errors import VerifyError
+from vlpack.hub import resolve
+from vlpack.memory import peak_memory_bytes, total_memory_bytes
+from vlpack.package.manifest import damaged_files, read_manifest
+from vlpack.precision import Policy
+from vlpack.preprocess import Prompt
+from vlpack.runtime import AnswerStream, Model, Sampling
+from vlpack.verification.cases import Case, built_in
+from vlpack.verification.graphs import Graphs, Run
+from vlpack.verification.measure import (
+    GRAPH_TOLERANCE,
+    KL_TOLERANCE,
+    QUANTIZED_TOLERANCE,
+    Difference,
+    agreement,
+    difference,
+)
+from vlpack.verification.reference import Reference, Trace
+from vlpack.verification.result import CaseResult, Finding, ImageMap, Report, Stage, WeightResult
+from vlpack.verification.weights import Parameters, Weights, policy_of
+
+Array = npt.NDArray[Any]
+Say = Callable[[str], None]
+TIE = 1e-3
+"""Logits of the reference's two best tokens that are no further apart may come out either way."""
+
+
+@dataclass
+class _Asked:
+    """A case on its way: the prompt, the package's answer, and what both sides made of prompt and answer."""
+
+    case: Case
+    prompt: Prompt
+    tokens: list[int]
+    ids: Array  # [1, S]: the prompt and all of the answer but its last token
+    original: Trace | None = None
+    exact: list[tuple[str, Difference]] = field(default_factory=list)
+
+
+def verify(
+    package: str | os.PathLike[str],
+    reference: str | os.PathLike[str],
+    *,
+    cases: Sequence[Case] | None = None,
+    tokens: int = 32,
+    streamed: bool | None = None,
+    threads: int | None = None,
+    say: Say | None = None,
+) -> Report:
+    """Compare a package with the checkpoint that it should be.
+
+    Args:
+        package: its folder.
+        reference: the checkpoint's folder or Hub id.
+        cases: what is asked; by default `built_in` ones.
+        tokens: of each answer.
+        streamed: keep only one module of the reference in memory at a time; by default where it would take more than a
+            third of the machine's memory.
+        threads: of onnxruntime.
+        say: told what is being done.
+
+    Raises:
+        VlpackError: the comparison could not be made.
+    """
+    started = time.perf_counter()
+    say = say or (lambda text: None)
+    folder = Path(package).expanduser()
+    manifest = read_manifest(folder)
+    findings = [Finding("files", problem) for problem in damaged_files(folder, manifest, hashes=True)]
+    found = resolve(reference)
+    with Checkpoint.open(found.folder) as checkpoint:
+        architecture = architecture_of(checkpoint)
+        if checkpoint.architecture != manifest["source"]["architecture"]:
+            raise VerifyError(
+                f"The package is a {manifest['source']['architecture']}, the reference a {checkpoint.architecture}.",
+                "Give the checkpoint that the package was built from.",
+            )
+        policy = policy_of(manifest, architecture.precision_facts)
+        if streamed is None:
+            streamed = 2 * checkpoint.total_bytes() > (total_memory_bytes() or 1 << 62) / 3
+        model = Model(folder, threads=threads)
+        comparison = _Comparison(folder, manifest, architecture, checkpoint, policy, model, streamed, say)
+        asked = [comparison.ask(case, tokens) for case in cases or built_in(sees=architecture.vision is not None)]
+        findings += comparison.check_prompts(asked)
+        findings += comparison.check_stops()
+        del model, comparison.model
+        weights = comparison.compare_weights()
+        results = comparison.compare(asked, weights)
+    findings += _judge_weights(weights) + _judge(results, policy)
+    return Report(
+        package=folder.resolve().name,
+        reference=found.repo_id or found.folder.resolve().name,
+        architecture=checkpoint.architecture,
+        precision=policy.precision,
+        provider=policy.provider,
+        cases=results,
+        weights=weights,
+        findings=findings,
+        versions=_versions(),
+        seconds=time.perf_counter() - started,
+        peak_memory=peak_memory_bytes(),
+        streamed=streamed,
+    )
+
+
+class _Comparison:
+    """A package and a checkpoint side by side."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        architecture: Architecture,
+        checkpoint: Checkpoint,
+        policy: Policy,
+        model: Model,
+        streamed: bool,
+        say: Say,
+    ) -> None:
+        self.folder, self.architecture, self.checkpoint, self.policy = folder, architecture, checkpoint, policy
+        self.model, self.streamed, self.say = model, streamed, say
+        self.config, self.tokenizer = model.config, model.tokenizer
+        self.image_token_id = architecture.vision.image_token_id if architecture.vision else None
+        files = {part["name"]: name for name, part in manifest["parts"].items()}
+        text = architecture.text
+        self.graphs = Graphs(
+            folder,
+            files,
+            architecture.decoder.prefix,
+            text.hidden_size,
+            text.num_hidden_layers,
+            architecture.vision.depth if architecture.vision else 0,
+            os.cpu_count() or 1,
+        )
+        self.weights = Weights(architecture, checkpoint, policy, {part: self.graphs.load(part) for part in files})
+
+    def ask(self, case: Case, tokens: int) -> _Asked:
+        """The package's greedy answer, through the runtime."""
+        self.say(f"asking: {case.name}")
+        content = [*({"type": "image"} for _ in case.images), {"type": "text", "text": case.prompt}]
+        prompt = self.model.prompt([{"role": "user", "content": content if case.images else case.prompt}], case.images)
+        stream = AnswerStream(self.model, prompt, tokens, Sampling(temperature=0).search_options(), 0.0)
+        for _ in stream:
+            pass
+        answer = stream.answer.tokens
+        ids = np.concatenate([prompt.input_ids[0], answer[:-1]]).astype(np.int64)[None]
+        return _Asked(case, prompt, answer, ids)
+
+    def check_prompts(self, asked: Sequence[_Asked]) -> list[Finding]:
+        """Token ids and pixels against those of the checkpoint's own tokenizer and image settings, in transformers."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.folder)
+        for one in asked:
+            if tokenizer.chat_template is not None:
+                ids = tokenizer(one.prompt.text, add_special_tokens=False)["input_ids"]
+                mine = one.prompt.input_ids[0]
+                if one.case.images:  # placeholders are one token before they are expanded
+                    starts = np.concatenate([[True], (mine[1:] != self.image_token_id) | (mine[:-1] != mine[1:])])
+                    mine = mine[starts]
+                if list(mine) != list(ids):
+                    return [Finding("prompt", f"{one.case.name}: the package's tokens are not the checkpoint's.")]
+            if one.case.images and (problem := self._pixels(one)):
+                return [Finding("pixels", f"{one.case.name}: {problem}")]
+        return []
+
+    def _pixels(self, one: _Asked) -> str | None:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        processor = Qwen2VLImageProcessorPil.from_pretrained(self.checkpoint.folder)
+        wanted = processor(images=list(one.case.images), return_tensors="np")
+        grid, pixels = one.prompt.image_grid_thw, one.prompt.pixel_values
+        assert grid is not None
+        assert pixels is not None
+        if grid.tolist() != wanted["image_grid_thw"].tolist():
+            return f"the images are {grid.tolist()} patches, transformers' {wanted['image_grid_thw'].tolist()}."
+        apart = difference(pixels, wanted["pixel_values"])
+        return None if apart.relative < 1e-3 else f"pixels are {apart.relative:.2g} away from transformers'."
+
+    def check_stops(self) -> list[Finding]:
+        """The tokens that end an answer are those of the checkpoint."""
+        generation = self.checkpoint.json("generation_config.json") or {}
+        text = self.checkpoint.config.get("text_config") or {}
+        wanted = generation.get("eos_token_id") or self.checkpoint.config.get("eos_token_id") or text["eos_token_id"]
+        ends = self.config["model"]["eos_token_id"]
+        mine, theirs = (set(ids if isinstance(ids, list) else [ids]) for ids in (ends, wanted))
+        if mine == theirs:
+            return []
+        return [Finding("stop tokens", f"Answers end at {sorted(mine)} where the checkpoint ends at {sorted(theirs)}.")]
+
+    def compare_weights(self) -> list[WeightResult]:
+        """Every weight."""
+        self.say("comparing weights")
+        return list(self.weights.compare())
+
+    def compare(self, asked: Sequence[_Asked], weights: Sequence[WeightResult]) -> list[CaseResult]:
+        """All cases: the reference as it is, then with the package's weights where these are others."""
+        reference = self._reference(stored=False)
+        for one in asked:
+            self.say(f"reference: {one.case.name}")
+            one.original = self._trace(reference, one)
+        del reference
+        totals = [self._run(one, exact=False) for one in asked]
+        other = self._reference(stored=True) if any(weight.error > 0 for weight in weights) else None
+        results = []
+        for one, total in zip(asked, totals, strict=True):
+            self.say(f"graph: {one.case.name}")
+            assert one.original is not None
+            own = one.original if other is None else self._trace(other, one)
+            graph = _differences(self._run(one, exact=True), own)
+            results.append(self._result(one, graph, total))
+            one.original = None
+        return results
+
+    def _reference(self, *, stored: bool) -> Reference:
+        self.say("loading the reference" + (" with the package's weights" if stored else ""))
+        parameters = Parameters(self.weights, stored=stored)
+        return Reference(self.checkpoint.folder, self.architecture.decoder.prefix, parameters, streamed=self.streamed)
+
+    def _trace(self, reference: Reference, one: _Asked) -> Trace:
+        return reference(one.ids, one.prompt.pixel_values, one.prompt.image_grid_thw, self.image_token_id)
+
+    def _run(self, one: _Asked, *, exact: bool) -> Run:
+        assert one.original is not None
+        prompt = one.prompt
+        return self.graphs.run(one.ids, prompt.pixel_values, prompt.image_grid_thw, one.original.positions, exact=exact)
+
+    def _result(self, one: _Asked, graph: list[tuple[str, Difference]], run: Run) -> CaseResult:
+        assert one.original is not None
+        total = _differences(run, one.original)
+        tolerance, limit = GRAPH_TOLERANCE[self.policy.dtype], QUANTIZED_TOLERANCE[self.policy.precision]
+        if self.policy.dtype == "float32" and "fp16" in (self.policy.options.vision, self.policy.precision):
+            tolerance = GRAPH_TOLERANCE["float16"]
+        stages = [
+            Stage(name, exact, whole, tolerance, limit) for (name, exact), (_, whole) in zip(graph, total, strict=True)
+        ]
+        start = one.prompt.input_ids.shape[1] - 1
+        logits = one.original.logits[start:]
+        best = np.argsort(logits, axis=1)[:, :-3:-1]
+        decisive = np.take_along_axis(logits, best, axis=1)
+        wanted = [int(token) for token in best[:, 0]]
+        tokenizer = self.tokenizer
+        return CaseResult(
+            name=one.case.name,
+            prompt=one.case.prompt,
+            images=list(one.case.labels),
+            stages=stages,
+            logits=agreement(run.logits, one.original.logits),
+            tokens=one.tokens,
+            pieces=[tokenizer.decode([token]) for token in one.tokens],
+            reference_tokens=wanted,
+            reference_pieces=[tokenizer.decode([token]) for token in wanted],
+            decisive=[float(gap) for gap in decisive[:, 0] - decisive[:, 1]],
+            maps=self._maps(one, run),
+        )
+
+    def _maps(self, one: _Asked, run: Run) -> list[ImageMap]:
+        if run.features is None or one.original is None or one.original.features is None:
+            return []
+        gap = np.linalg.norm(run.features - one.original.features, axis=1)
+        size = np.linalg.norm(one.original.features, axis=1)
+        relative = gap / np.maximum(size, 1e-12)
+        maps, first = [], 0
+        facts = self.architecture.vision
+        grid = one.prompt.image_grid_thw
+        assert facts is not None
+        assert grid is not None
+        for image, (_, height, width) in zip(one.case.images, grid, strict=True):
+            rows, columns = int(height) // facts.spatial_merge_size, int(width) // facts.spatial_merge_size
+            values = relative[first : first + rows * columns].reshape(rows, columns)
+            first += rows * columns
+            small = image.convert("RGB")
+            small.thumbnail((640, 640))
+            file = io.BytesIO()
+            small.save(file, "PNG")
+            maps.append(ImageMap([[float(value) for value in row] for row in values], file.getvalue()))
+        return maps
+
+
+def _differences(run: Run, trace: Trace) -> list[tuple[str, Difference]]:
+    """Every stage that both sides have, in the order of the computation."""
+    stages: list[tuple[str, Any, Any]] = []
+    for index, pair in enumerate(zip(run.blocks, trace.blocks, strict=True)):
+        stages.append((f"input of vision block {index}", *pair))
+    if run.features is not None:
+        stages.append(("vision features", run.features, trace.features))
+        stages += [(f"DeepStack {i}", *pair) for i, pair in enumerate(zip(run.levels, trace.levels, strict=True))]
+    if run.embeds.size:
+        stages.append(("embedding", run.embeds, trace.embeds))
+    stages += [(f"layer {index}", *pair) for index, pair in enumerate(zip(run.layers, trace.layers, strict=True))]
+    stages.append(("logits", run.logits, trace.logits))
+    return [(name, difference(value, wanted)) for name, value, wanted in stages]
+
+
+def _judge_weights(weights: Sequence[WeightResult]) -> list[Finding]:
+    altered = [weight for weight in weights if not weight.same]
+    if not altered:
+        return []
+    worst = max(altered, key=lambda weight: weight.error - weight.expected)
+    more = f", and {len(altered) - 1} more are not" if len(altered) > 1 else ""
+    return [
+        Finding(
+            "weights",
+            f"{worst.path} in the {worst.part} graph is not what vlpack makes of the checkpoint: {worst.error:.2g} "
+            f"away from it where {worst.expected:.2g} is {worst.storage}'s share{more}.",
+        )
+    ]
+
+
+def _judge(cases: Sequence[CaseResult], policy: Policy) -> list[Finding]:
+    findings = []
+    for case in cases:
+        if stage := case.first_bad:
+            exact = stage.graph is not None and stage.graph.relative > stage.tolerance
+            apart = stage.graph.relative if exact and stage.graph else stage.total.relative
+            bound = stage.tolerance if exact else stage.limit
+            how = "in exact arithmetic, weights being equal" if exact else "as the package runs"
+            findings.append(
+                Finding(
+                    stage.name,
+                    f"{case.name}: {stage.name} is {apart:.2g} away from the reference {how}; at most {bound:.2g} is "
+                    "rounding.",
+                )
+            )
+        elif case.logits.mean_kl > KL_TOLERANCE[policy.precision]:
+            findings.append(
+                Finding(
+                    "logits", f"{case.name}: the next token's distribution differs by {case.logits.mean_kl:.2g} nats."
+                )
+            )
+        elif policy.precision == "fp32" and (at := _wrong_token(case)) is not None:
+            findings.append(
+                Finding(
+                    "tokens",
+                    f"{case.name}: token {at + 1} of the answer is {case.pieces[at]!r} through the runtime, and "
+                    f"{case.reference_pieces[at]!r} in the reference, although the graphs agree.",
+                )
+            )
+    return findings
+
+
+def _wrong_token(case: CaseResult) -> int | None:
+    at = case.same_tokens
+    return None if at == len(case.tokens) or case.decisive[at] < TIE else at
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in ("vlpack", "transformers", "torch", "onnxruntime", "onnxruntime-genai", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions

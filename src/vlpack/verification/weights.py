@@ -1,0 +1,181 @@
+"""The weights of a package and of the checkpoint it was made from, side by side, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from vlpack.architectures import Architecture
+from vlpack.architectures.base import GraphOptions, Part
+from vlpack.checkpoint import Checkpoint
+from vlpack.datafile import encode
+from vlpack.errors import PackageError, VerifyError, VlpackError
+from vlpack.graph import Weight, declare
+from vlpack.precision import Policy, PrecisionFacts, QuantizationOptions, make_policy
+from vlpack.sources import Source, Stacked
+from vlpack.verification.measure import difference
+from vlpack.verification.result import WeightResult
+
+Array = npt.NDArray[Any]
+
+
+def policy_of(manifest: Mapping[str, Any], facts: PrecisionFacts) -> Policy:
+    """The policy by which a package was built.
+
+    Raises:
+        PackageError: the manifest does not say, or what it says is not a policy.
+    """
+    try:
+        options = QuantizationOptions(**manifest["quantization"])
+        policy = make_policy(manifest["precision"], manifest["execution_provider"], options, facts)
+    except (KeyError, TypeError, VlpackError) as error:
+        raise PackageError(
+            f"vlpack.json does not say how the weights are stored ({error!r}).", "Build again."
+        ) from None
+    if policy.described() != manifest["policy"]:
+        raise PackageError("vlpack.json's policy is not the one that this vlpack makes.", "Build the package again.")
+    return policy
+
+
+class Weights:
+    """All weights of a model, as the checkpoint has them and as a package holds them.
+
+    Args:
+        architecture: of both.
+        checkpoint: the reference.
+        policy: of the package.
+        graphs: part name → the package's graph, its weights not loaded.
+    """
+
+    def __init__(
+        self, architecture: Architecture, checkpoint: Checkpoint, policy: Policy, graphs: Mapping[str, ir.Model]
+    ) -> None:
+        self.checkpoint, self.graphs = checkpoint, graphs
+        self.by_part: dict[str, list[Weight]] = {}
+        for part in _parts(architecture, policy, graphs):
+            self.by_part[part.name] = declare(part, policy)
+
+    def all(self) -> Iterator[tuple[str, Weight]]:
+        """Part and weight; a weight that two parts share comes twice."""
+        for part, weights in self.by_part.items():
+            for weight in weights:
+                yield part, weight
+
+    def original(self, weight: Weight) -> Array:
+        """The checkpoint's values, float32 ``[rows, cols]``."""
+        return weight.source.read(self.checkpoint, 0, weight.rows).astype(np.float32)
+
+    def held(self, part: str, weight: Weight) -> dict[str, Array]:
+        """The package's arrays.
+
+        Raises:
+            PackageError: the graph lacks one, or it has another size.
+        """
+        arrays = {}
+        initializers = self.graphs[part].graph.initializers
+        for name, (dtype, shape) in weight.storage.arrays(weight.rows, weight.cols).items():
+            own = weight.path if name == "weight" and weight.cols == 1 else f"{weight.path}.{name}"
+            value = initializers.get(own)
+            array = None if value is None or value.const_value is None else value.const_value.numpy()
+            if array is None or array.dtype != dtype or array.size != np.prod(shape):
+                raise PackageError(f"The {part} graph has no {own} of the type {dtype} and the shape {list(shape)}.")
+            arrays[name] = array.reshape(shape)
+        return arrays
+
+    def stored(self, part: str, weight: Weight) -> Array:
+        """What the package holds, float32 ``[rows, cols]``."""
+        return weight.storage.values(self.held(part, weight), weight.rows, weight.cols)
+
+    def compare(self) -> Iterator[WeightResult]:
+        """Every weight of the package against the checkpoint, and against what vlpack makes of it."""
+        for part, weight in self.all():
+            held = self.held(part, weight)
+            made = _collect(encode(self.checkpoint, weight))
+            same = all(np.array_equal(held[name].reshape(-1), made[name]) for name in made)
+            original = self.original(weight)
+            error = difference(weight.storage.values(held, weight.rows, weight.cols), original).relative
+            expected = (
+                error if same else difference(weight.storage.values(made, weight.rows, weight.cols), original).relative
+            )
+            yield WeightResult(weight.path, part, weight.storage.label, error, expected, same)
+
+
+def _collect(chunks: Iterator[tuple[str, Array]]) -> dict[str, Array]:
+    pieces: dict[str, list[Array]] = {}
+    for name, chunk in chunks:
+        pieces.setdefault(name, []).append(chunk.reshape(-1))
+    return {name: np.concatenate(parts) for name, parts in pieces.items()}
+
+
+def _parts(architecture: Architecture, policy: Policy, graphs: Mapping[str, ir.Model]) -> list[Part]:
+    options = GraphOptions(policy.ir_dtype)
+    if "text" in graphs:
+        return [architecture.text_part(options)]
+    return [part for part in architecture.parts(options) if part.name in graphs]
+
+
+class Parameters:
+    """The weights under the names that transformers' modules have for them.
+
+    Args:
+        weights: of the model.
+        stored: give the package's values, not the checkpoint's.
+    """
+
+    def __init__(self, weights: Weights, *, stored: bool) -> None:
+        self.weights, self.from_package = weights, stored
+        self._places: dict[str, tuple[str, Weight, int, int]] = {}
+        self._fused: dict[str, tuple[str, Weight]] = {}
+        self._last: tuple[Any, Array] | None = None
+        for part, weight in weights.all():
+            for name, first, stop in _named_rows(weight):
+                self._places.setdefault(name, (part, weight, first, stop))
+            if ".experts." in weight.path:
+                self._fused[weight.path] = (part, weight)
+
+    def __call__(self, name: str, shape: tuple[int, ...]) -> Array:
+        """A parameter's values, float32, in the shape that the module wants.
+
+        Raises:
+            VerifyError: the model has no such weight.
+        """
+        if name in self._fused:
+            return self._experts(name, shape)
+        if name not in self._places:
+            raise VerifyError(f"The reference has a parameter {name} that the package does not know.")
+        part, weight, first, stop = self._places[name]
+        return np.ascontiguousarray(self._matrix(part, weight)[first:stop]).reshape(shape)
+
+    def _experts(self, name: str, shape: tuple[int, ...]) -> Array:
+        """``[E, 2 · I, H]`` with gate above up, which alternate in the package, or ``[E, H, I]``."""
+        matrix = self._matrix(*self._fused[name]).reshape(shape)
+        if name.endswith("gate_up_proj"):
+            matrix = np.concatenate([matrix[:, 0::2], matrix[:, 1::2]], axis=1)
+        return matrix
+
+    def _matrix(self, part: str, weight: Weight) -> Array:
+        # q, k and v are three parameters and one weight, and are asked for one after the other
+        key = (part, weight.path)
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            values = self.weights.stored(part, weight) if self.from_package else self.weights.original(weight)
+            self._last = (key, values)
+        return self._last[1]
+
+
+def _named_rows(weight: Weight) -> Iterator[tuple[str, int, int]]:
+    """The checkpoint's tensors in a weight, and its rows that they are."""
+    source = weight.source
+    own = weight.path if weight.cols == 1 else f"{weight.path}.weight"
+    parts = source.parts if isinstance(source, Stacked) else (source,)
+    first = 0
+    for part in parts:
+        if isinstance(part, Source):
+            yield part.name, first, first + part.rows
+        first += part.rows
+    if len(parts) == 1:
+        yield own, 0, weight.rows
