@@ -19,6 +19,7 @@ __all__ = [
     "build",
     "inspect",
     "load",
+    "verify",
 ]
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from vlpack.options import ExtraOptions
     from vlpack.preprocess import Prompt
     from vlpack.runtime import Answer, Model, Sampling
+    from vlpack.verification import verify
 
 _WHERE = {
     "Answer": "runtime",
@@ -44,6 +46,7 @@ _WHERE = {
     "build": "builder",
     "inspect": "inspection",
     "load": "loading",
+    "verify": "verification",
 }
 
 

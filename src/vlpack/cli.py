@@ -267,6 +267,44 @@ def inspect(
 
 
 @app.command()
+def verify(
+    package: Annotated[Path, typer.Argument(help="Folder of a package.")],
+    reference: Annotated[str, typer.Option("--reference", help="Checkpoint it should be: a folder or a Hub id.")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Ask this; again for more.")] = None,
+    image: Annotated[list[str] | None, typer.Option("--image", help="With these images; again for more.")] = None,
+    cases: Annotated[
+        Path | None, typer.Option("--cases", help='JSONL file: {"prompt": "…", "images": ["a.png"]} a line.')
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, max=4096, help="Of each greedy answer.")] = 32,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Keep one module of the reference in memory at a time. (default: where it is large for this machine)",
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Of the runtime. (default: all cores)")
+    ] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Write a page to look at: report.html.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a package with its checkpoint in transformers; exit with 1 where it is not the model."""
+    from vlpack.verification import verify as run_verify
+    from vlpack.verification.cases import from_file, own
+
+    if cases is not None and (prompt or image):
+        raise OptionError("--cases has its own prompts and images.", "Leave --prompt and --image away.")
+    asked = from_file(cases) if cases else own(prompt or [], image or []) if prompt or image else None
+    result = run_verify(
+        package, reference, cases=asked, tokens=tokens, streamed=stream, threads=threads, say=console.say_progress
+    )
+    console.show_verification(result, report, as_json=as_json)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
 def architectures(as_json: Json = False) -> None:
     """List the architectures that are supported and what each needs."""
     from vlpack.architectures import described

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from vlpack.builder import BuildResult
     from vlpack.demo import Row
     from vlpack.runtime import AnswerStream
+    from vlpack.verification.result import Report
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -202,6 +204,45 @@ def show_inspection(description: dict[str, Any], *, as_json: bool) -> None:
         _show_checkpoint(description)
     else:
         _show_package(description)
+
+
+def say_progress(text: str) -> None:
+    """What is being done, where somebody watches."""
+    if err.is_terminal:
+        err.print(text, style="dim")
+
+
+def show_verification(report: Report, page: Path | None, *, as_json: bool) -> None:
+    """Verdict, cases and findings; and the page, where one is wanted."""
+    from vlpack.verification.report import as_json as to_json
+    from vlpack.verification.report import html
+
+    if page is not None:
+        try:
+            page.write_text(html(report), encoding="utf-8")
+        except OSError as error:
+            raise VlpackError(f"{page} cannot be written: {error.strerror}.") from None
+    if as_json:
+        print(json.dumps(to_json(report), indent=1))
+        return
+    columns = ("case", "graph error", "whole error", "KL, nats", "same top token", "answer's tokens agree")
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for case in report.cases:
+        graph = max((stage.graph.relative for stage in case.stages if stage.graph), default=0.0)
+        whole = max(stage.total.relative for stage in case.stages)
+        kl, top = f"{case.logits.mean_kl:.1e}", f"{case.logits.top1:.1%}"
+        table.add_row(case.name, f"{graph:.1e}", f"{whole:.1e}", kl, top, f"{case.same_tokens} of {len(case.tokens)}")
+    out.print(table)
+    same = sum(weight.same for weight in report.weights)
+    out.print(f"{same} of {len(report.weights)} weights are byte for byte what vlpack makes of the checkpoint.")
+    for finding in report.findings:
+        out.print(f"[bold red]{escape(finding.stage)}:[/] {escape(finding.message)}")
+    model = f"{escape(report.package)} ({report.precision} for {report.provider})"
+    verdict = "[bold green]is[/]" if report.ok else "[bold red]is not[/]"
+    took = f"{report.seconds:.0f} s, peak memory {size(report.peak_memory)}"
+    out.print(
+        f"{model} {verdict} {escape(report.reference)}. {took}{', reference streamed' if report.streamed else ''}."
+    )
 
 
 def show_architectures(rows: list[dict[str, str]], *, as_json: bool) -> None:

@@ -98,7 +98,7 @@ class Reference:
             return np.tile(np.arange(ids.shape[1], dtype=np.int64), (3, 1, 1))
         tokens, kinds = torch.tensor(ids), torch.tensor(ids == image_token_id).int()
         positions, _ = self.model.model.get_rope_index(tokens, kinds, image_grid_thw=torch.tensor(grid))
-        return np.array(positions)
+        return np.asarray(positions.numpy())
 
     def __call__(self, ids: Array, pixels: Array | None, grid: Array | None, image_token_id: int | None) -> Trace:
         """One forward pass over ``ids [1, S]``, and everything on its way."""

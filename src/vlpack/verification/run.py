@@ -84,7 +84,6 @@ def verify(
     say = say or (lambda text: None)
     folder = Path(package).expanduser()
     manifest = read_manifest(folder)
-    findings = [Finding("files", problem) for problem in damaged_files(folder, manifest, hashes=True)]
     found = resolve(reference)
     with Checkpoint.open(found.folder) as checkpoint:
         architecture = architecture_of(checkpoint)
@@ -96,15 +95,16 @@ def verify(
         policy = policy_of(manifest, architecture.precision_facts)
         if streamed is None:
             streamed = 2 * checkpoint.total_bytes() > (total_memory_bytes() or 1 << 62) / 3
-        model = Model(folder, threads=threads)
-        comparison = _Comparison(folder, manifest, architecture, checkpoint, policy, model, streamed, say)
-        asked = [comparison.ask(case, tokens) for case in cases or built_in(sees=architecture.vision is not None)]
-        findings += comparison.check_prompts(asked)
-        findings += comparison.check_stops()
-        del model, comparison.model
-        weights = comparison.compare_weights()
-        results = comparison.compare(asked, weights)
-    findings += _judge_weights(weights) + _judge(results, policy)
+        findings = [Finding("files", problem) for problem in damaged_files(folder, manifest, hashes=True)]
+        results: list[CaseResult] = []
+        weights: list[WeightResult] = []
+        if not findings:  # what is damaged is not looked at any closer
+            comparison = _Comparison(folder, manifest, architecture, checkpoint, policy, streamed, threads, say)
+            asked = comparison.ask(cases, tokens)
+            findings += comparison.check_prompts(asked) + comparison.check_stops()
+            weights = comparison.compare_weights()
+            results = comparison.compare(asked, weights)
+            findings += _judge_weights(weights) + _judge(results, policy)
     return Report(
         package=folder.resolve().name,
         reference=found.repo_id or found.folder.resolve().name,
@@ -131,13 +131,12 @@ class _Comparison:
         architecture: Architecture,
         checkpoint: Checkpoint,
         policy: Policy,
-        model: Model,
         streamed: bool,
+        threads: int | None,
         say: Say,
     ) -> None:
         self.folder, self.architecture, self.checkpoint, self.policy = folder, architecture, checkpoint, policy
-        self.model, self.streamed, self.say = model, streamed, say
-        self.config, self.tokenizer = model.config, model.tokenizer
+        self.streamed, self.threads, self.say = streamed, threads, say
         self.image_token_id = architecture.vision.image_token_id if architecture.vision else None
         files = {part["name"]: name for name, part in manifest["parts"].items()}
         text = architecture.text
@@ -148,16 +147,21 @@ class _Comparison:
             text.hidden_size,
             text.num_hidden_layers,
             architecture.vision.depth if architecture.vision else 0,
-            os.cpu_count() or 1,
+            threads or os.cpu_count() or 1,
         )
         self.weights = Weights(architecture, checkpoint, policy, {part: self.graphs.load(part) for part in files})
 
-    def ask(self, case: Case, tokens: int) -> _Asked:
-        """The package's greedy answer, through the runtime."""
+    def ask(self, cases: Sequence[Case] | None, tokens: int) -> list[_Asked]:
+        """The package's greedy answers, through the runtime, which is gone when this returns."""
+        model = Model(self.folder, threads=self.threads)
+        self.config, self.tokenizer = model.config, model.tokenizer
+        return [self._ask(model, case, tokens) for case in cases or built_in(sees="vision" in self.graphs.files)]
+
+    def _ask(self, model: Model, case: Case, tokens: int) -> _Asked:
         self.say(f"asking: {case.name}")
         content = [*({"type": "image"} for _ in case.images), {"type": "text", "text": case.prompt}]
-        prompt = self.model.prompt([{"role": "user", "content": content if case.images else case.prompt}], case.images)
-        stream = AnswerStream(self.model, prompt, tokens, Sampling(temperature=0).search_options(), 0.0)
+        prompt = model.prompt([{"role": "user", "content": content if case.images else case.prompt}], case.images)
+        stream = AnswerStream(model, prompt, tokens, Sampling(temperature=0).search_options(), 0.0)
         for _ in stream:
             pass
         answer = stream.answer.tokens
