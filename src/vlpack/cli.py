@@ -304,6 +304,46 @@ def verify(
         raise typer.Exit(1)
 
 
+@app.command(name="eval")
+def evaluate(
+    package: Annotated[Path, typer.Argument(help="Folder of a package.")],
+    data: Annotated[
+        Path, typer.Argument(help='JSONL: {"image": "a.png", "question": "…", "answer": "…", "choices": […]} a line.')
+    ],
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="exact, choice or anls. (default: choice where there are choices)")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option("--reference", help="Ask this checkpoint in transformers too: a folder.")
+    ] = None,
+    without_deepstack: Annotated[
+        bool, typer.Option("--without-deepstack", help="Ask once more with DeepStack's features set to zero.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many questions.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of an answer at most.")] = 32,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Of the runtime. (default: all cores)")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a package on questions about images, with confidence intervals."""
+    from vlpack.evaluation import evaluate as run_evaluate
+
+    with console.question_progress() as progress:
+        result = run_evaluate(
+            package,
+            data,
+            metric=metric,
+            reference=reference,
+            without_deepstack=without_deepstack,
+            limit=limit,
+            max_tokens=max_tokens,
+            threads=threads,
+            progress=progress,
+        )
+    console.show_evaluation(result, as_json=as_json)
+
+
 @app.command()
 def architectures(as_json: Json = False) -> None:
     """List the architectures that are supported and what each needs."""

@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Progress as Bar
 from rich.table import Table
 
@@ -24,6 +31,7 @@ from vlpack.errors import InputError, OptionError, VlpackError
 if TYPE_CHECKING:
     from vlpack.builder import BuildResult
     from vlpack.demo import Row
+    from vlpack.evaluation import Evaluation
     from vlpack.runtime import AnswerStream
     from vlpack.verification.result import Report
 
@@ -243,6 +251,43 @@ def show_verification(report: Report, page: Path | None, *, as_json: bool) -> No
     out.print(
         f"{model} {verdict} {escape(report.reference)}. {took}{', reference streamed' if report.streamed else ''}."
     )
+
+
+@contextmanager
+def question_progress() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar over the questions; None where standard error is not a terminal."""
+    if not err.is_terminal:
+        yield None
+        return
+    with Bar(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err,
+        transient=True,
+    ) as bar:  # fmt: skip
+        tasks: dict[str, Any] = {}
+
+        def advance(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=total)
+            bar.update(tasks[name], completed=done)
+
+        yield advance
+
+
+def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
+    """Scores and what they differ by."""
+    if as_json:
+        print(json.dumps(asdict(evaluation), indent=1, ensure_ascii=False))
+        return
+    table = Table("model", f"{evaluation.metric}, %", "95% interval", box=box.SIMPLE_HEAD, pad_edge=False)
+    for score in evaluation.scores:
+        table.add_row(score.name, f"{100 * score.mean:.1f}", f"{100 * score.low:.1f} to {100 * score.high:.1f}")
+    out.print(table)
+    out.print(f"{evaluation.questions} questions.")
+    for one in evaluation.comparisons:
+        out.print(
+            f"{one.first} against {one.second}: {100 * one.mean:+.1f} points ({100 * one.low:+.1f} to "
+            f"{100 * one.high:+.1f})."
+        )
 
 
 def show_architectures(rows: list[dict[str, str]], *, as_json: bool) -> None:
