@@ -138,7 +138,14 @@ def experts(
     options |= {"activation_alpha": 1.0, "activation_beta": 0.0}
     match storages:
         case Float(), Float():
+            # onnxruntime 1.31's MoE returns zeros in fp16 where the shares are not made to sum to 1
+            scaled = dtype != FLOAT and not normalize
+            options["normalize_routing_weights"] = int(normalize or scaled)
             y = microsoft(op).MoE(x, cast(op, logits, dtype), gate_up[0], None, down[0], **options)
+            if scaled:
+                chosen, _ = op.TopK(op.Softmax(logits, axis=-1), [k], _outputs=2)  # [B · S, k]
+                total = op.Reshape(op.ReduceSum(chosen, [-1]), op.Concat(op.Shape(x, end=-1), [1], axis=0))
+                return op.Mul(cast(op, typed(y, dtype, shape_of(x)), FLOAT), total)
         case Blocks() as first, Blocks() as second:
             options |= {"expert_weight_bits": first.bits, "block_size": first.block_size, "weights_prepacked": 0}
             if dtype == FLOAT:
