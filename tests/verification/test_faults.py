@@ -48,6 +48,7 @@ def test_no_fault(source: Path, precision: str, tmp_path: Path) -> None:
     assert len(images.maps) == 2
     assert len(images.tokens) == len(images.reference_tokens) == len(images.decisive) == 8
     names = [stage.name for stage in images.stages]
+    assert names.pop(0) == "positions"
     assert names[:3] == [f"input of vision block {index}" for index in range(3)]
     assert names[3:] == ["vision features", "DeepStack 0", "DeepStack 1", "DeepStack 2", "embedding"] + [
         f"layer {index}" for index in range(TINY.layers)

@@ -30,6 +30,7 @@ _PROBE = "probe:"
 class Run:
     """What a package made of a prompt; fields as `vlpack.verification.reference.Trace`'s."""
 
+    positions: Array
     blocks: list[Array]
     features: Array | None
     levels: list[Array]
@@ -103,7 +104,7 @@ class Graphs:
             split = np.split(features, features.shape[1] // self.hidden_size, axis=1)
             merged, levels = split[0], split[1:]
         layers = [out[_PROBE + name][0] for name in self.norms]
-        return Run(blocks, merged, levels, embeds[0], layers, out["logits"][0])
+        return Run(positions, blocks, merged, levels, embeds[0], layers, out["logits"][0])
 
     def _vision(self, pixels: Array, grid: Array, exact: bool) -> tuple[list[Array], Array]:
         features, blocks = [], []

@@ -22,7 +22,9 @@ from vlpack.memory import peak_memory_bytes, total_memory_bytes
 from vlpack.package.manifest import damaged_files, read_manifest
 from vlpack.precision import Policy
 from vlpack.preprocess import Prompt
+from vlpack.preprocess.mrope import mrope_positions
 from vlpack.runtime import AnswerStream, Model, Sampling
+from vlpack.tasks import GENERATE, manifest_task
 from vlpack.verification.cases import Case, built_in
 from vlpack.verification.graphs import Graphs, Run
 from vlpack.verification.measure import (
@@ -84,6 +86,8 @@ def verify(
     say = say or (lambda text: None)
     folder = Path(package).expanduser()
     manifest = read_manifest(folder)
+    if manifest_task(folder, manifest) != GENERATE:
+        raise VerifyError(f"{folder} does not generate; embedding models and rerankers cannot be verified yet.")
     found = resolve(reference)
     with Checkpoint.open(found.folder) as checkpoint:
         architecture = architecture_of(checkpoint)
@@ -165,6 +169,13 @@ class _Comparison:
         for _ in stream:
             pass
         answer = stream.answer.tokens
+        facts = self.architecture.vision
+        stray = [
+            index
+            for index, token in enumerate(answer)
+            if facts and token in (facts.image_token_id, facts.video_token_id)
+        ]
+        answer = answer[: stray[0]] if stray else answer  # the reference takes such a token for an image's
         ids = np.concatenate([prompt.input_ids[0], answer[:-1]]).astype(np.int64)[None]
         return _Asked(case, prompt, answer, ids)
 
@@ -245,7 +256,17 @@ class _Comparison:
     def _run(self, one: _Asked, *, exact: bool) -> Run:
         assert one.original is not None
         prompt = one.prompt
-        return self.graphs.run(one.ids, prompt.pixel_values, prompt.image_grid_thw, one.original.positions, exact=exact)
+        return self.graphs.run(one.ids, prompt.pixel_values, prompt.image_grid_thw, self._positions(one), exact=exact)
+
+    def _positions(self, one: _Asked) -> Array:
+        """As vlpack makes them; the runtime makes its own, which show in the tokens of its answer."""
+        facts, grid = self.architecture.vision, one.prompt.image_grid_thw
+        length = one.ids.shape[1]
+        if facts is None:
+            return np.arange(length, dtype=np.int64)[None]
+        if grid is None:
+            return np.tile(np.arange(length, dtype=np.int64), (3, 1, 1))
+        return mrope_positions(one.ids[0], grid, facts.image_token_id, facts.spatial_merge_size)[:, None]
 
     def _result(self, one: _Asked, graph: list[tuple[str, Difference]], run: Run) -> CaseResult:
         assert one.original is not None
@@ -257,7 +278,7 @@ class _Comparison:
             Stage(name, exact, whole, tolerance, limit) for (name, exact), (_, whole) in zip(graph, total, strict=True)
         ]
         start = one.prompt.input_ids.shape[1] - 1
-        logits = one.original.logits[start:]
+        logits = one.original.logits[start : start + len(one.tokens)]
         best = np.argsort(logits, axis=1)[:, :-3:-1]
         decisive = np.take_along_axis(logits, best, axis=1)
         wanted = [int(token) for token in best[:, 0]]
@@ -301,7 +322,7 @@ class _Comparison:
 
 def _differences(run: Run, trace: Trace) -> list[tuple[str, Difference]]:
     """Every stage that both sides have, in the order of the computation."""
-    stages: list[tuple[str, Any, Any]] = []
+    stages: list[tuple[str, Any, Any]] = [("positions", run.positions, trace.positions)]
     for index, pair in enumerate(zip(run.blocks, trace.blocks, strict=True)):
         stages.append((f"input of vision block {index}", *pair))
     if run.features is not None:
