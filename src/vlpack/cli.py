@@ -96,6 +96,9 @@ def build(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="That encode weights. (default: all cores, at most 8)")
     ] = None,
+    verify_it: Annotated[
+        bool, typer.Option("--verify", help="Compare with transformers when built, and say so in the package's card.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Build a package from a checkpoint."""
@@ -127,7 +130,17 @@ def build(
             progress=progress,
             lora=lora or (),
         )
-    console.show_build(result, as_json=as_json)
+    report = None
+    if verify_it:
+        from vlpack.verification import verify as run_verify
+        from vlpack.verification.card import record
+
+        source_name = f"{given[0]}@{revision}" if revision else str(given[0])
+        report = run_verify(output, source_name, threads=threads, say=console.say_progress)
+        record(output, report)
+    console.show_build(result, report, as_json=as_json)
+    if report and not report.ok:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -102,10 +102,13 @@ def build_progress() -> Iterator[_BuildBar | None]:
         yield _BuildBar(bar)
 
 
-def show_build(result: BuildResult, *, as_json: bool) -> None:
-    """The summary of a build."""
+def show_build(result: BuildResult, report: Report | None = None, *, as_json: bool) -> None:
+    """The summary of a build, and of its verification."""
     if as_json:
-        print(json.dumps({**asdict(result), "folder": str(result.folder)}, indent=1))
+        from vlpack.verification.report import as_json as to_json
+
+        verification = {"verification": to_json(report)} if report else {}
+        print(json.dumps({**asdict(result), "folder": str(result.folder), **verification}, indent=1))
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("part", "file", "size", "weights stored as"):
@@ -120,6 +123,8 @@ def show_build(result: BuildResult, *, as_json: bool) -> None:
         f"{escape(str(result.folder))}: {size(result.total_bytes)} from {size(result.source_bytes)} in "
         f"{result.seconds:.1f} s, peak memory {size(result.peak_memory)}"
     )
+    if report:
+        show_verification(report, None, as_json=False)
 
 
 def question_from_stdin() -> str:
@@ -222,22 +227,22 @@ def say_progress(text: str) -> None:
 
 def show_verification(report: Report, page: Path | None, *, as_json: bool) -> None:
     """Verdict, cases and findings; and the page, where one is wanted."""
-    from vlpack.verification.report import as_json as to_json
-    from vlpack.verification.report import html
-
     if page is not None:
+        from vlpack.verification.report import html
+
         try:
             page.write_text(html(report), encoding="utf-8")
         except OSError as error:
             raise VlpackError(f"{page} cannot be written: {error.strerror}.") from None
     if as_json:
+        from vlpack.verification.report import as_json as to_json
+
         print(json.dumps(to_json(report), indent=1))
         return
     columns = ("case", "graph error", "whole error", "KL, nats", "same top token", "answer's tokens agree")
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for case in report.cases:
-        graph = max((stage.graph.relative for stage in case.stages if stage.graph), default=0.0)
-        whole = max(stage.total.relative for stage in case.stages)
+        graph, whole = case.worst
         kl, top = f"{case.logits.mean_kl:.1e}", f"{case.logits.top1:.1%}"
         table.add_row(case.name, f"{graph:.1e}", f"{whole:.1e}", kl, top, f"{case.same_tokens} of {len(case.tokens)}")
     out.print(table)

@@ -78,6 +78,14 @@ def write_manifest(
     (folder / MANIFEST).write_text(_sealed(manifest), encoding="utf-8")
 
 
+def refresh(folder: Path, name: str) -> None:
+    """Bring the manifest's entry of a file that vlpack has rewritten up to date."""
+    manifest = read_manifest(folder)
+    path = folder / name
+    manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    (folder / MANIFEST).write_text(_sealed(manifest), encoding="utf-8")
+
+
 def _sealed(manifest: Mapping[str, Any]) -> str:
     """The manifest's text, with its own hash at the end."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}

@@ -77,6 +77,12 @@ class CaseResult:
     maps: list[ImageMap]
 
     @property
+    def worst(self) -> tuple[float, float]:
+        """The largest relative errors of all stages: the graph's, and the whole package's."""
+        graph = max((stage.graph.relative for stage in self.stages if stage.graph), default=0.0)
+        return graph, max(stage.total.relative for stage in self.stages)
+
+    @property
     def first_bad(self) -> Stage | None:
         """The first stage that is beyond its tolerance."""
         return next((stage for stage in self.stages if not stage.ok), None)

@@ -1,0 +1,54 @@
+"""A verification's result in the package itself: a section of its README.md, and the manifest brought up to date."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlpack.errors import PackageError
+from vlpack.package.manifest import refresh
+from vlpack.verification.result import Report
+
+HEADING = "## Verification"
+CARD = "README.md"
+
+
+def record(folder: Path, report: Report) -> None:
+    """Write the result into the package's card, in place of an earlier one.
+
+    Raises:
+        PackageError: the card cannot be read or written.
+    """
+    path = folder / CARD
+    try:
+        text = path.read_text(encoding="utf-8").partition(f"\n{HEADING}\n")[0].rstrip("\n")
+        path.write_text(f"{text}\n\n{section(report)}", encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PackageError(f"{path} cannot be written: {error}.") from None
+    refresh(folder, CARD)
+
+
+def section(report: Report) -> str:
+    """The result as Markdown."""
+    verdict = "is" if report.ok else "**is not**"
+    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    lines = [
+        HEADING,
+        "",
+        f"`vlpack verify` compared this package with {report.reference} in transformers, fp32, stage by stage: it "
+        f"{verdict} the model. Errors are relative L2, the worst of all stages. *Graph* is the package's graph with "
+        "exact arithmetic against the reference with the package's own weights, *whole* the package as it runs against the "
+        "reference as it is.",
+        "",
+        "| case | graph | whole | KL, nats | same top token | answer's tokens that agree |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for case in report.cases:
+        graph, whole = case.worst
+        lines.append(
+            f"| {case.name} | {graph:.1e} | {whole:.1e} | {case.logits.mean_kl:.1e} | {case.logits.top1:.1%} | "
+            f"{case.same_tokens} of {len(case.tokens)} |"
+        )
+    same = sum(weight.same for weight in report.weights)
+    lines += ["", f"{same} of {len(report.weights)} weights are byte for byte what vlpack makes of the checkpoint."]
+    lines += [f"\n- {finding.stage}: {finding.message}" for finding in report.findings]
+    return "\n".join([*lines, "", f"With {versions}.", ""])

@@ -1,0 +1,68 @@
+"""`vlpack verify` and `vlpack build --verify` as commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from samples import DIGITS, IMAGES, vlpack
+from vlpack.builder import build
+from vlpack.inspection import inspect
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+Capsys = pytest.CaptureFixture[str]
+
+
+def test_build_and_verify(tmp_path: Path, capsys: Capsys) -> None:
+    package = tmp_path / "package"
+    done = vlpack(capsys, "build", DIGITS, "-o", package, "-p", "int4", "--verify")
+    assert done.code == 0
+    assert f"package (int4 for cpu) is {DIGITS.name}" in " ".join(done.out.split())
+    card = (package / "README.md").read_text(encoding="utf-8")
+    assert "it is the model" in " ".join(card.split())
+    assert "| two images |" in card
+    assert inspect(package)["problems"] == []  # the manifest knows the card as it is now
+
+    again = vlpack(capsys, "build", DIGITS, "-o", package, "-p", "int8", "--force", "--verify")
+    assert again.code == 0
+    assert (package / "README.md").read_text(encoding="utf-8").count("## Verification") == 1
+
+
+def test_the_verdict_is_the_exit_code(tmp_path: Path, capsys: Capsys) -> None:
+    package = tmp_path / "package"
+    build(DIGITS, package)
+    image = str(IMAGES / "00.png")
+    options = ("--reference", DIGITS, "--image", image, "--prompt", "Read the digits.", "--tokens", "4")
+    done = vlpack(capsys, "verify", package, *options, "--json", "--report", tmp_path / "report.html")
+    shown = json.loads(done.out)
+    assert done.code == 0
+    assert shown["ok"] is True
+    assert len(shown["cases"]) == 1
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    with open(package / "decoder.onnx.data", "r+b") as file:
+        file.seek(5000)
+        file.write(b"\x00\x01\x02")
+    done = vlpack(capsys, "verify", package, *options)
+    assert done.code == 1
+    assert "decoder.onnx.data was altered" in done.out
+    assert "is not" in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--reference", "nowhere/at/all"), "There is no folder"),
+        (("--reference", str(DIGITS), "--image", "missing.png"), "missing.png"),
+        (("--reference", str(DIGITS), "--cases", "missing.jsonl"), "missing.jsonl cannot be read"),
+        (("--reference", str(DIGITS), "--cases", "a.jsonl", "--prompt", "b"), "its own prompts"),
+    ],
+)
+def test_mistakes(options: tuple[str, ...], words: str, tmp_path: Path, capsys: Capsys) -> None:
+    build(DIGITS, tmp_path / "package", part="text")
+    done = vlpack(capsys, "verify", tmp_path / "package", *options)
+    assert done.code == 2
+    assert words in done.err
