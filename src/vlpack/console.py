@@ -105,10 +105,12 @@ def build_progress() -> Iterator[_BuildBar | None]:
 def show_build(result: BuildResult, report: Report | None = None, *, as_json: bool) -> None:
     """The summary of a build, and of its verification."""
     if as_json:
-        from vlpack.verification.report import as_json as to_json
+        shown = {**asdict(result), "folder": str(result.folder)}
+        if report:
+            from vlpack.verification.report import as_json as to_json
 
-        verification = {"verification": to_json(report)} if report else {}
-        print(json.dumps({**asdict(result), "folder": str(result.folder), **verification}, indent=1))
+            shown["verification"] = to_json(report)
+        print(json.dumps(shown, indent=1))
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("part", "file", "size", "weights stored as"):
