@@ -34,10 +34,10 @@ def section(report: Report) -> str:
     lines = [
         HEADING,
         "",
-        f"`vlpack verify` compared this package with {report.reference} in transformers, fp32, stage by stage: it "
-        f"{verdict} the model. Errors are relative L2, the worst of all stages. *Graph* is the package's graph in exact "
-        "arithmetic against the reference with the package's own weights, *whole* is the package as it runs against "
-        "the reference as it is.",
+        f"`vlpack verify` compared this package with {report.reference} in transformers, fp32, stage by stage:",
+        f"it {verdict} the model. Errors are relative L2, the worst of all stages. *Graph* is the package's graph in",
+        "exact arithmetic against the reference with the package's own weights, *whole* the package as it runs",
+        "against the reference as it is.",
         "",
         "| case | graph | whole | KL, nats | same top token | answer's tokens that agree |",
         "| --- | --- | --- | --- | --- | --- |",

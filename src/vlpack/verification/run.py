@@ -23,7 +23,7 @@ from vlpack.package.manifest import damaged_files, read_manifest
 from vlpack.precision import Policy
 from vlpack.preprocess import Prompt
 from vlpack.preprocess.mrope import mrope_positions
-from vlpack.runtime import AnswerStream, Model, Sampling
+from vlpack.runtime import Model, Sampling
 from vlpack.tasks import GENERATE, manifest_task
 from vlpack.verification.cases import Case, built_in
 from vlpack.verification.graphs import Graphs, Run
@@ -165,10 +165,7 @@ class _Comparison:
         self.say(f"asking: {case.name}")
         content = [*({"type": "image"} for _ in case.images), {"type": "text", "text": case.prompt}]
         prompt = model.prompt([{"role": "user", "content": content if case.images else case.prompt}], case.images)
-        stream = AnswerStream(model, prompt, tokens, Sampling(temperature=0).search_options(), 0.0)
-        for _ in stream:
-            pass
-        answer = stream.answer.tokens
+        answer = model.generate(prompt, max_tokens=tokens, sampling=Sampling(temperature=0)).tokens
         facts = self.architecture.vision
         stray = [
             index
