@@ -287,9 +287,9 @@ class _Comparison:
             stages=stages,
             logits=agreement(run.logits, one.original.logits),
             tokens=one.tokens,
-            pieces=[tokenizer.decode([token]) for token in one.tokens],
+            pieces=[tokenizer.decode([token], skip_special_tokens=False) for token in one.tokens],
             reference_tokens=wanted,
-            reference_pieces=[tokenizer.decode([token]) for token in wanted],
+            reference_pieces=[tokenizer.decode([token], skip_special_tokens=False) for token in wanted],
             decisive=[float(gap) for gap in decisive[:, 0] - decisive[:, 1]],
             maps=self._maps(one, run),
         )
