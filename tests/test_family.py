@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,18 @@ def test_a_question_is_a_text_to_the_template(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     build(folder, tmp_path / "package", precision="fp32")
     assert Model(tmp_path / "package", threads=1).prompt("What is here?").text == "user: What is here?"
+
+
+@pytest.mark.parametrize("member", TEXT_MEMBERS + VISION_MEMBERS, **IDS)
+def test_an_epsilon_that_is_not_there(member: Member, family: Any) -> None:
+    """Where the config leaves it away, it is the reference's."""
+    from vlpack.architectures import ARCHITECTURES
+
+    config = json.loads((family(member).checkpoint / "config.json").read_text(encoding="utf-8"))
+    config.pop("rms_norm_eps", None)
+    config.get("text_config", {}).pop("rms_norm_eps", None)
+    reference = type(family(member).reference.config)(**config).get_text_config()
+    assert ARCHITECTURES[config["architectures"][0]](config).decoder.eps == reference.rms_norm_eps
 
 
 @pytest.mark.parametrize(

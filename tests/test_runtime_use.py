@@ -332,7 +332,7 @@ def test_a_ready_prompt_takes_nothing_more(model: vlpack.Model, tmp_path: Path) 
     ("provider", "wheel"),
     [
         ("cuda", "onnxruntime-genai-cuda in place"),
-        ("dml", "onnxruntime-genai-directml in place"),
+        ("dml", "onnxruntime-genai-winml in place"),
         ("webgpu", "a build of onnxruntime-genai with webgpu in place"),
     ],
 )

@@ -27,6 +27,10 @@ OFFERED: Mapping[str, tuple[str, ...]] = {
 }
 """Execution provider → its precisions. int8 is the CPU's own: other providers lack DynamicQuantizeMatMul."""
 
+ROLES = tuple(f"text.{kind}" for kind in ("linear", "embedding", "head", "answers", "router", "expert"))
+ROLES += tuple(f"vision.{kind}" for kind in ("linear", "table", "patches"))
+"""What a weight may be for."""
+
 EXPERT_PROVIDERS = ("cpu", "cuda")
 """Those with kernels for ORT's MoE and QMoE operators as they are used here."""
 
@@ -94,6 +98,7 @@ class Policy:
 
     def storage(self, role: str, path: str = "") -> Storage:
         """How the weight of the module at ``path`` is kept, whose role is ``role``."""
+        assert role in ROLES, f"{role} at {path} is no role"
         for rule in self.rules:
             if fnmatchcase(role, rule.role) and fnmatchcase(path, rule.modules):
                 return rule.storage

@@ -411,7 +411,7 @@ def _wheel(provider: object) -> str | None:
     """What to do where a package is for another provider than the installed runtime may have."""
     if provider == "cpu":
         return None
-    wheels = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}
+    wheels = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-winml"}
     wheel = wheels.get(str(provider), f"a build of onnxruntime-genai with {provider}")
     return f"The package is for {provider}: it needs {wheel} in place of onnxruntime-genai. Or build with -e cpu."
 

@@ -112,6 +112,7 @@ class Qwen2VL(Architecture):
             qkv_bias=True,
             o_bias=False,
             theta=1000000.0,
+            eps=1e-5,
             weave=chunked_axes,
             sections=(16, 24, 24),
         )

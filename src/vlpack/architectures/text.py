@@ -63,6 +63,7 @@ class TextDecoder:
         qkv_bias: bool,
         o_bias: bool,
         theta: float,
+        eps: float = 1e-6,
         mlp_bias: bool = False,
         weave: Weave | None = None,
         sections: tuple[int, int, int] = (0, 0, 0),
@@ -77,6 +78,7 @@ class TextDecoder:
             qkv_bias: see the class.
             o_bias: see the class.
             theta: of the rotary embedding where the config has none.
+            eps: of the norms, likewise.
             mlp_bias: biases on the feed-forward matrices.
             weave: how M-RoPE's three axes share the frequencies; None for plain positions.
             sections: of M-RoPE, where the config has none.
@@ -92,7 +94,7 @@ class TextDecoder:
             facts=facts,
             prefix=prefix,
             tied=root.flag("tie_word_embeddings", text.flag("tie_word_embeddings", False)),
-            eps=text.number("rms_norm_eps", 1e-6),
+            eps=text.number("rms_norm_eps", eps),
             qkv_bias=qkv_bias,
             o_bias=o_bias,
             qk_norm=qk_norm,
