@@ -347,3 +347,22 @@ def test_pixel_limits_and_preprocessor_errors(tmp_path: Path) -> None:
         shutil.copy(DIGITS / name, tmp_path)
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
         PromptBuilder.from_folder(tmp_path, image_token_id=IMAGE_ID)
+
+
+class PanicException(BaseException):
+    """As the Rust library's is: no Exception, and found by its name alone."""
+
+
+def test_a_tokenizer_that_panics(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlpack.preprocess.tokenizer import Tokenizer
+
+    def panic(*arguments: object, **options: object) -> None:
+        raise PanicException("range end index out of range")
+
+    tokenizer = Tokenizer.from_folder(DIGITS)
+    monkeypatch.setattr("tokenizers.Tokenizer.from_file", panic)
+    with pytest.raises(CheckpointError, match="not a usable tokenizer: range end index"):
+        Tokenizer.from_folder(DIGITS)
+    monkeypatch.setattr(tokenizer, "_tokenizer", type("Broken", (), {"encode": panic})())
+    with pytest.raises(CheckpointError, match="fails on a text"):
+        tokenizer.encode("x")

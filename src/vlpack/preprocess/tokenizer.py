@@ -11,6 +11,11 @@ import tokenizers
 from vlpack.errors import CheckpointError, InputError
 
 
+def _is_panic(error: BaseException) -> bool:
+    """Whether the Rust library gave up; its exception is no `Exception` and has no name that could be imported."""
+    return type(error).__name__ == "PanicException"
+
+
 class Tokenizer:
     """tokenizers.Tokenizer without the truncation and padding that a tokenizer.json may carry.
 
@@ -38,8 +43,10 @@ class Tokenizer:
             )
         try:
             return cls(tokenizers.Tokenizer.from_file(str(file)), str(file))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise CheckpointError(f"{file} is not a usable tokenizer: {error}.") from error
+        except BaseException as error:  # tokenizers raises bare Exception, and panics
+            if isinstance(error, Exception) or _is_panic(error):
+                raise CheckpointError(f"{file} is not a usable tokenizer: {error}.") from error
+            raise
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text. Special tokens written in it become their ids.
@@ -52,6 +59,10 @@ class Tokenizer:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeError) as error:  # lone surrogates
             raise InputError(f"The prompt is not valid Unicode text: {error}.") from error
+        except BaseException as error:
+            if isinstance(error, Exception) or _is_panic(error):
+                raise CheckpointError(f"{self.where} fails on a text: {error}.") from error
+            raise
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
