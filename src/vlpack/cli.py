@@ -113,6 +113,10 @@ def build(
         )
     if output is None or output == Path():
         raise OptionError("Where should the package go?", "Give its folder with -o.")
+    if verify_it:
+        from vlpack.verification.reference import require
+
+        require()  # told before anything is built
     with console.build_progress() as progress:
         result = run_build(
             given[0],

@@ -271,7 +271,7 @@ def _reference(folder: Path, model: Model, max_tokens: int) -> Answerer:
         import transformers
     except ImportError as error:
         raise VerifyError(
-            f"The reference needs torch and transformers ({error}).", "pip install 'vlpack[verify]'"
+            f"The reference needs torch and transformers ({error}).", "pip install accelerate torch transformers"
         ) from None
     try:
         config = transformers.AutoConfig.from_pretrained(folder)

@@ -66,3 +66,14 @@ def test_mistakes(options: tuple[str, ...], words: str, tmp_path: Path, capsys: 
     done = vlpack(capsys, "verify", tmp_path / "package", *options)
     assert done.code == 2
     assert words in done.err
+
+
+def test_without_the_libraries(tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(DIGITS, tmp_path / "package", part="text")
+    monkeypatch.setattr("vlpack.verification.reference.find_spec", lambda name: None if name == "torch" else object())
+    done = vlpack(capsys, "verify", tmp_path / "package", "--reference", DIGITS)
+    assert done.code == 2
+    assert "Verifying needs torch, which is not installed." in done.err
+    done = vlpack(capsys, "build", DIGITS, "-o", tmp_path / "other", "--verify")
+    assert done.code == 2
+    assert not (tmp_path / "other").exists()

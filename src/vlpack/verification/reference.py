@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,20 @@ from vlpack.errors import VerifyError
 
 Array = npt.NDArray[Any]
 GetParameter = Callable[[str, tuple[int, ...]], Array]
+
+
+def require() -> None:
+    """The libraries that the reference is made of are there.
+
+    Raises:
+        VerifyError: one is not.
+    """
+    missing = [name for name in ("accelerate", "torch", "transformers") if find_spec(name) is None]
+    if missing:
+        raise VerifyError(
+            f"Verifying needs {', '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed.",
+            f"pip install {' '.join(missing)}",
+        )
 
 
 @dataclass
@@ -58,14 +73,10 @@ class Reference:
     """
 
     def __init__(self, folder: Path, prefix: str, parameters: GetParameter, *, streamed: bool) -> None:
-        try:
-            import accelerate
-            import torch
-            import transformers
-        except ImportError as error:
-            raise VerifyError(
-                f"Verifying needs torch, transformers and accelerate ({error}).", "pip install 'vlpack[verify]'"
-            ) from None
+        require()
+        import accelerate
+        import transformers
+
         self.prefix, self.parameters, self.streamed = prefix, parameters, streamed
         try:
             config = transformers.AutoConfig.from_pretrained(folder)
@@ -76,7 +87,6 @@ class Reference:
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise VerifyError(f"transformers cannot read {folder}: {error}.") from None
         self.model = self.model.float().eval()
-        torch.set_grad_enabled(False)
         for name, module in self.model.named_modules():
             if module._parameters:
                 module.register_forward_pre_hook(_bring(name, parameters))

@@ -35,7 +35,7 @@ from vlpack.verification.measure import (
     agreement,
     difference,
 )
-from vlpack.verification.reference import Reference, Trace
+from vlpack.verification.reference import Reference, Trace, require
 from vlpack.verification.result import CaseResult, Finding, ImageMap, Report, Stage, WeightResult
 from vlpack.verification.weights import Parameters, Weights, policy_of
 
@@ -82,6 +82,7 @@ def verify(
     Raises:
         VlpackError: the comparison could not be made.
     """
+    require()
     started = time.perf_counter()
     say = say or (lambda text: None)
     folder = Path(package).expanduser()
