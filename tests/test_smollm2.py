@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from parity import Package, relative
-from smollm2 import convert, fetch
+from smollm2 import UnavailableError, convert, fetch
 from vlpack.builder import build
 from vlpack.options import parse_extra_options
 from vlpack.preprocess.tokenizer import Tokenizer
@@ -27,7 +27,9 @@ PARAGRAPH = (
     "around the city joined its great stations. Today about two million people live inside its limits and more "
     "than ten million in the region around it. They work in banks, museums, laboratories, kitchens and theatres; "
     "they travel by metro, by bicycle and on foot; and in the evening they sit along the quays of the river and "
-    "talk."
+    "talk. Visitors come for the paintings, the churches and the food, and most of them climb the iron tower that was "
+    "built for the world's fair of 1889. It was meant to stand for twenty years. By then it had become useful as an "
+    "antenna for the radio, and so it was kept; now it is the picture that everyone has of the city."
 )
 
 
@@ -36,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smollm2")
     try:
         path = fetch(folder)
-    except (OSError, RuntimeError) as error:
+    except UnavailableError as error:
         pytest.skip(f"SmolLM2's weights cannot be had here: {error}")
     return convert(path, folder / "checkpoint")
 
@@ -77,7 +79,9 @@ def test_the_reference_reads_english(wanted: np.ndarray, ids: np.ndarray) -> Non
 
 
 def test_logits_are_transformers(checkpoint: Path, ids: np.ndarray, wanted: np.ndarray, tmp_path: Path) -> None:
-    assert relative(logits(checkpoint, "fp32", ids, tmp_path / "package"), wanted) < 1e-5
+    distance = relative(logits(checkpoint, "fp32", ids, tmp_path / "package"), wanted)
+    print(f"fp32: L2 {distance:.2g}")
+    assert distance < 1e-5
 
 
 def test_as_llama(checkpoint: Path, ids: np.ndarray, wanted: np.ndarray, tmp_path: Path) -> None:
@@ -114,7 +118,8 @@ def test_what_bits_cost(
     found = logits(checkpoint, precision, ids, tmp_path / "package", *extra)
     p, q = log_softmax(wanted), log_softmax(found)
     divergence, agree = float((np.exp(p) * (p - q)).sum(axis=1).mean()), float((p.argmax(1) == q.argmax(1)).mean())
-    print(f"{precision} {extra}: KL {divergence:.4f} nats, same top token {agree:.1%} of {ids.shape[1]}")
+    cost = f"L2 {relative(found, wanted):.3g}, KL {divergence:.4f} nats, same top token {agree:.1%}"
+    print(f"{precision} {extra}: {cost} of {ids.shape[1]}")
     assert divergence < kl
     assert agree > top1
 
