@@ -1,38 +1,196 @@
 """A `Report` as JSON for scripts and as one page for people: no script, nothing from elsewhere, plots as SVG.
 
-All text in a report (tokens, prompts, file names) may come from anybody: the template escapes it.
+All text in a report (tokens, prompts, file names) may come from anybody: the template escapes it, what cannot be
+printed is spelled out, and the page's own policy forbids scripts and everything that is not in it.
 """
 
 from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.resources import files
-from itertools import groupby
 from typing import Any
 
 import jinja2
 
-from vlpack.verification.measure import KL_TOLERANCE
-from vlpack.verification.result import CaseResult, ImageMap, Report, WeightResult
+from vlpack.verification.drawing import heat, heat_scale, modules, number, stages_plot
+from vlpack.verification.measure import KL_TOLERANCE, Difference
+from vlpack.verification.result import CaseResult, Finding, Report, Stage
 from vlpack.verification.run import TIE
 
-WIDTH, HEIGHT, LEFT, TOP = 720, 240, 48, 10
 LISTED = 20
+"""Findings, and weights, that are listed one by one."""
+CHIPS = 200
+"""Tokens of an answer that are shown."""
+OPEN = 4
+"""Cases are unfolded where there are no more of them."""
+PIXELS = 2_500_000
+"""Of all pictures together, which keeps a page of many images below 5 MB."""
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The whole, with the verdict as ``ok``; numbers that are not finite are null, pictures base64."""
-    shown = {"ok": report.ok, **_finite(asdict(report))}
+    """The whole, with the verdict as ``ok`` and ``verdict``; numbers that are not finite are null, pictures base64."""
+    shown = {"ok": report.ok, "verdict": verdict(report), **_finite(asdict(report))}
     for case, result in zip(shown["cases"], report.cases, strict=True):
         case["first_bad"] = result.first_bad.name if result.first_bad else None
         case["same_tokens"] = result.same_tokens
-        case["mean_kl"], case["top1"] = _finite(result.logits.mean_kl), result.logits.top1
+        case["mean_kl"], case["top1"] = _finite(_mean(result.logits.kl)), _finite(_mean(result.logits.same_top))
         for stage, found in zip(case["stages"], result.stages, strict=True):
             stage["ok"] = found.ok
     return shown
+
+
+def verdict(report: Report) -> str:
+    """One sentence."""
+    if report.ok:
+        return f"The package is the model: it computes what {report.reference} does, within what rounding allows."
+    first = report.findings[0]
+    case = next((f" in “{case.name}”" for case in report.cases if _about(first, case)), "")
+    return f"The package is not the model: it parts at {first.stage}{case}."
+
+
+def html(report: Report) -> str:
+    """The page, below 5 MB for hundreds of stages, tens of thousands of weights and dozens of cases with images too."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, finalize=_printable, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "percent": _percent}
+    template = environment.from_string(files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"))
+    maps = [image for case in report.cases for image in case.maps]
+    worst = max((v for image in maps for row in image.values for v in row if math.isfinite(v)), default=0.0)
+    side = int(min(640, math.sqrt(PIXELS / max(len(maps), 1))))
+    stages = _worst_stages(report.cases)
+    rows, exact = modules(report.weights)
+    altered = [weight for weight in report.weights if not weight.same]
+    rounded = [weight for weight in report.weights if weight.error]
+    return template.render(
+        report=report,
+        verdict=verdict(report),
+        stages=stages,
+        plot=stages_plot(stages),
+        tiles=_tiles(report, stages),
+        cases=[_case(case, report, worst, side) for case in report.cases],
+        scale=heat_scale(),
+        heat_worst=worst,
+        rows=rows,
+        exact=exact,
+        altered=sorted(altered, key=lambda weight: _last(weight.error - weight.expected), reverse=True)[:LISTED],
+        altered_count=len(altered),
+        largest=sorted(rounded, key=lambda weight: _last(weight.error), reverse=True)[:LISTED],
+        kl_limit=KL_TOLERANCE[report.precision],
+        positions=sum(len(case.logits.kl) for case in report.cases),
+        chips=CHIPS,
+        listed=LISTED,
+    )
+
+
+def _case(case: CaseResult, report: Report, worst: float, side: int) -> dict[str, Any]:
+    ok = case.first_bad is None and not any(_about(finding, case) for finding in report.findings)
+    answer = zip(case.tokens, case.pieces, case.reference_tokens, case.reference_pieces, case.decisive, strict=True)
+    tokens = [
+        {
+            "text": _visible(piece, token),
+            "other": _visible(other, wanted),
+            "kind": "same" if token == wanted else "tie" if gap < TIE else "differs",
+        }
+        for token, piece, wanted, other, gap in answer
+    ]
+    labels = [*case.images, *(f"image {index + 1}" for index in range(len(case.images), len(case.maps)))]
+    return {
+        "result": case,
+        "ok": ok,
+        "open": not ok or len(report.cases) <= OPEN,
+        "graph": max((stage.graph.relative for stage in case.stages if stage.graph), default=None),
+        "whole": max((stage.total.relative for stage in case.stages), default=None),
+        "kl": _mean(case.logits.kl),
+        "top1": _mean(case.logits.same_top),
+        "plot": stages_plot(case.stages) if len(report.cases) > 1 else None,
+        "tokens": tokens[:CHIPS],
+        "agreeing": sum(token["kind"] == "same" for token in tokens),
+        "ties": sum(token["kind"] == "tie" for token in tokens),
+        "maps": [{"label": name, **heat(image, worst, side)} for name, image in zip(labels, case.maps, strict=False)],
+    }
+
+
+def _tiles(report: Report, stages: Sequence[Stage]) -> list[dict[str, Any]]:
+    """The few numbers that say how close the package is, each with its bound and whether it keeps it."""
+    tiles = []
+
+    def tile(title: str, value: str, note: str, ok: bool | None = None) -> None:
+        tiles.append({"title": title, "value": value, "note": note, "ok": ok})
+
+    graph = [(stage.graph.relative, stage.tolerance) for stage in stages if stage.graph]
+    whole = [(stage.total.relative, stage.limit) for stage in stages]
+    for title, pairs in (("Graph error", graph), ("Whole error", whole)):
+        if pairs:
+            value, bound = max(error for error, _ in pairs), min(bound for _, bound in pairs)
+            tile(title, number(value), f"at most {number(bound)}", all(error <= most for error, most in pairs))
+    if found := [_last(_mean(case.logits.kl)) for case in report.cases if case.logits.kl]:
+        kl, bound = max(found), KL_TOLERANCE[report.precision]
+        tile("Next token, KL", number(kl), f"nats, worst case; at most {number(bound)}", kl <= bound)
+    if tokens := sum(len(case.tokens) for case in report.cases):
+        pairs_of = (zip(case.tokens, case.reference_tokens, strict=True) for case in report.cases)
+        agree = sum(mine == wanted for pairs in pairs_of for mine, wanted in pairs)
+        tile("Answers", f"{agree:,} of {tokens:,}", "tokens are the reference’s choice")
+    if total := len(report.weights):
+        same = sum(weight.same for weight in report.weights)
+        tile("Weights", f"{same:,} of {total:,}", "are as vlpack makes them", same == total)
+    return tiles
+
+
+def _worst_stages(cases: Iterable[CaseResult]) -> list[Stage]:
+    """Every stage of any case, in order, with the largest errors and the narrowest bounds of all cases."""
+    found: dict[str, list[Stage]] = {}
+    for case in sorted(cases, key=lambda case: len(case.stages), reverse=True):  # the longest has them all, in order
+        for stage in case.stages:
+            found.setdefault(stage.name, []).append(stage)
+    return [
+        Stage(
+            name,
+            max((stage.graph for stage in stages if stage.graph), key=_relative, default=None),
+            max((stage.total for stage in stages), key=_relative),
+            min(stage.tolerance for stage in stages),
+            min(stage.limit for stage in stages),
+        )
+        for name, stages in found.items()
+    ]
+
+
+def _relative(apart: Difference) -> float:
+    return apart.relative
+
+
+def _last(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
+
+
+def _about(finding: Finding, case: CaseResult) -> bool:
+    return finding.message.startswith(f"{case.name}: ")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values) if values and all(map(math.isfinite, values)) else math.nan
+
+
+def _percent(share: float) -> str:
+    """Rounded down: 100% is all of them."""
+    return f"{math.floor(share * 1000) / 10:g}%" if math.isfinite(share) else "–"
+
+
+def _visible(piece: str, token: int) -> str:
+    """A token as one can see it: spaces and line breaks marked, its id where it is no text by itself."""
+    shown = piece.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+    return shown if shown and "\N{REPLACEMENT CHARACTER}" not in shown else f"#{token}"
+
+
+def _printable(value: Any) -> Any:
+    """What jinja2 writes: control characters, directions of writing and lone surrogates by their numbers."""
+    if not isinstance(value, str) or value.replace("\n", "").isprintable():
+        return value
+    spelled = "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in value)
+    return type(value)(spelled)  # markup, which macros return, remains markup
 
 
 def _finite(value: Any) -> Any:
@@ -43,124 +201,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, bytes):
         return base64.b64encode(value).decode()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def html(report: Report) -> str:
-    """The page."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"number": _number, "megabytes": lambda count: f"{count / 1e6:,.0f} MB"}
-    template = environment.from_string(files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"))
-    altered = [weight for weight in report.weights if not weight.same]
-    return template.render(
-        report=report,
-        cases=[_case(case) for case in report.cases],
-        groups=_groups(report.weights),
-        altered=sorted(altered, key=lambda weight: weight.error, reverse=True)[:LISTED],
-        altered_count=len(altered),
-        kl_limit=KL_TOLERANCE[report.precision],
-    )
-
-
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        return "not finite"
-    return "0" if value == 0 else f"{value:.1e}" if value < 1e-2 else f"{value:.3g}"
-
-
-def _case(case: CaseResult) -> dict[str, Any]:
-    graph, whole = case.worst
-    tokens = [
-        {
-            "text": piece,
-            "other": other,
-            "kind": "same" if mine == theirs else "tie" if gap < TIE else "differs",
-        }
-        for piece, other, mine, theirs, gap in zip(
-            case.pieces, case.reference_pieces, case.tokens, case.reference_tokens, case.decisive, strict=True
-        )
-    ]
-    labels = zip(case.images, case.maps, strict=False)
-    return {
-        "result": case,
-        "graph": graph,
-        "whole": whole,
-        "plot": _plot(case),
-        "tokens": tokens,
-        "maps": [{"label": label, **_heat(image)} for label, image in labels],
-    }
-
-
-def _plot(case: CaseResult) -> dict[str, Any]:
-    """Both errors of every stage on a logarithmic scale, as points of an SVG of `WIDTH` × `HEIGHT`."""
-    stages = [stage for stage in case.stages if stage.name != "positions"]
-    lines = {
-        "graph": [stage.graph.relative if stage.graph else 0.0 for stage in stages],
-        "whole": [stage.total.relative for stage in stages],
-    }
-    bounds = [stages[0].tolerance, stages[0].limit] if stages else []
-    logs = [_log(value) for value in (*lines["graph"], *lines["whole"], *bounds)]
-    low, high = math.floor(min(logs, default=-8)), math.ceil(max(logs, default=0) + 0.2)
-
-    def x(index: int) -> float:
-        return round(LEFT + (WIDTH - LEFT - 10) * (index + 0.5) / max(len(stages), 1), 1)
-
-    def y(value: float) -> float:
-        return round(TOP + (HEIGHT - TOP - 20) * (high - _log(value)) / max(high - low, 1), 1)
-
-    return {
-        "ticks": [{"y": y(10.0**power), "label": f"1e{power}"} for power in range(low, high + 1)],
-        "lines": [
-            {
-                "kind": kind,
-                "points": " ".join(f"{x(index)},{y(value)}" for index, value in enumerate(values)),
-                "dots": [
-                    {"x": x(index), "y": y(value), "title": f"{stage.name}: {_number(value)}", "ok": stage.ok}
-                    for index, (stage, value) in enumerate(zip(stages, values, strict=True))
-                ],
-            }
-            for kind, values in lines.items()
-        ],
-        "bound": y(bounds[0]) if bounds else None,
-        "first": stages[0].name if stages else "",
-        "last": stages[-1].name if stages else "",
-    }
-
-
-def _log(value: float) -> float:
-    return math.log10(min(max(value, 1e-9), 1e3)) if math.isfinite(value) else 3.0
-
-
-def _heat(image: ImageMap) -> dict[str, Any]:
-    worst = max((value for row in image.values for value in row), default=0.0)
-    cells = [
-        {"x": column, "y": row, "share": round(value / worst, 3) if worst else 0.0, "value": _number(value)}
-        for row, values in enumerate(image.values)
-        for column, value in enumerate(values)
-    ]
-    return {
-        "png": base64.b64encode(image.png).decode(),
-        "columns": len(image.values[0]) if image.values else 1,
-        "rows": len(image.values) or 1,
-        "cells": cells,
-        "worst": worst,
-    }
-
-
-def _groups(weights: Iterable[WeightResult]) -> list[dict[str, Any]]:
-    """Weights of one name and storage in all layers, as one row; vectors, which no precision rounds, are left out."""
-
-    def key(weight: WeightResult) -> tuple[str, str, str]:
-        name = ".".join("*" if part.isdigit() else part for part in weight.path.split("."))
-        return weight.part, name, weight.storage
-
-    rows = []
-    for (part, name, storage), group in groupby(sorted(weights, key=key), key):
-        members = list(group)
-        errors = [weight.error for weight in members]
-        if max(errors) == 0 and name.endswith((".bias", "norm.weight")):
-            continue
-        rows.append(
-            {"part": part, "name": name, "storage": storage, "count": len(members), "mean": sum(errors) / len(errors)}
-            | {"worst": max(errors), "same": sum(weight.same for weight in members)}
-        )
-    return rows
