@@ -59,9 +59,10 @@ def html(report: Report) -> str:
     environment.filters |= {"number": number, "percent": _percent}
     template = environment.from_string(files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8"))
     maps = [image for case in report.cases for image in case.maps]
-    worst = max((v for image in maps for row in image.values for v in row if math.isfinite(v)), default=0.0)
+    values = (value for image in maps for row in image.values for value in row if math.isfinite(value))
     side = int(min(640, math.sqrt(PIXELS / max(len(maps), 1))))
     stages = _worst_stages(report.cases)
+    worst = max([*values, *(stage.tolerance for stage in stages)], default=0.0)  # rounding alone is nothing to look at
     rows, exact = modules(report.weights)
     altered = [weight for weight in report.weights if not weight.same]
     rounded = [weight for weight in report.weights if weight.error]
