@@ -25,6 +25,7 @@ LABELS = 14
 """Numbers below a plot."""
 HEAT = np.array([[255, 224, 102, 0], [255, 193, 61, 100], [240, 110, 30, 180], [205, 20, 45, 220], [120, 0, 60, 240]])
 """Colour and opacity from no error to the largest, at equal steps."""
+SHADES = 64
 NOT_FINITE = (0, 0, 0, 255)
 WIDEST = 24.0
 """How wide and high a picture is shown, in widths of a letter (rem)."""
@@ -143,14 +144,15 @@ def heat(image: ImageMap, worst: float, side: int) -> dict[str, Any]:
     if values.ndim != 2 or not values.size:
         values = np.zeros((1, 1))
     finite = np.isfinite(values)
-    share = np.where(finite, values, 0.0) / (worst or 1.0)
-    steps = np.linspace(0, 1, len(HEAT))
-    pixels = np.stack([np.interp(share, steps, HEAT[:, channel]) for channel in range(4)], -1).round().astype(np.uint8)
-    pixels[~finite] = NOT_FINITE
+    share = np.clip(np.where(finite, values, 0.0) / (worst or 1.0), 0, 1)
+    steps, shades = np.linspace(0, 1, len(HEAT)), np.linspace(0, 1, SHADES)
+    palette = np.stack([np.interp(shades, steps, HEAT[:, channel]) for channel in range(4)], -1).round().astype(int)
+    overlay = Image.fromarray(np.where(finite, share * (SHADES - 1), SHADES).round().astype(np.uint8))
+    overlay.putpalette([*palette.ravel().tolist(), *NOT_FINITE], "RGBA")
     row, column = np.unravel_index(int(np.argmax(np.where(finite, values, np.inf))), values.shape)
     height, width = values.shape
     return {
-        "overlay": _data("png", Image.fromarray(pixels)),
+        "overlay": _data("png", overlay),
         "picture": _picture(image.png, side),
         "rows": height,
         "columns": width,
