@@ -1,145 +1,23 @@
-"""The page and the JSON of a verification: whole, inert whatever a token says, readable in a browser."""
+"""The page and the JSON of a verification: whole, and inert whatever a token says."""
 
 from __future__ import annotations
 
 import base64
-import html as escaping
 import io
 import json
-import re
-import shutil
-import subprocess
 import time
 from dataclasses import replace
-from functools import cache
 from html.parser import HTMLParser
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from samples import IMAGES
+from verification.reports import REPORTS, case, failed, huge, report, stage
 from vlpack.verification.drawing import heat, modules, number, stages_plot
-from vlpack.verification.measure import Agreement, Difference
 from vlpack.verification.report import as_json, html, verdict
-from vlpack.verification.result import CaseResult, Finding, ImageMap, Report, Stage, WeightResult
-
-HOSTILE = "</style></title><script>alert(\"x\")</script><img src=x onerror='alert(1)'>\u202e\ud800\x00"
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-INT4 = "int4 block 32"
-
-
-def stage(name: str, graph: float | None, total: float, tolerance: float = 3e-5, limit: float = 0.6) -> Stage:
-    exact = None if graph is None else Difference(graph, 1.0, 1.0)
-    return Stage(name, exact, Difference(total, 1.0, 0.999), tolerance, limit)
-
-
-def stages(layers: int = 12, blocks: int = 6) -> list[Stage]:
-    names = [f"input of vision block {index}" for index in range(blocks)]
-    names += ["vision features", "DeepStack 0", "DeepStack 1"] if blocks else []
-    names += ["embedding", *(f"layer {index}" for index in range(layers)), "logits"]
-    return [stage("positions", 0.0, 0.0)] + [
-        stage(name, 1e-7 * 1.02**i, 0.01 * 1.02**i) for i, name in enumerate(names)
-    ]
-
-
-def case(**changes: Any) -> CaseResult:
-    whole = CaseResult(
-        name="one image",
-        prompt="What is the total on this receipt?",
-        images=["320 x 224"],
-        stages=stages(),
-        logits=Agreement([0.01, 0.02], [True, False]),
-        tokens=[1, 2, 3, 9],
-        pieces=["The", " end", "", "\ufffd"],
-        reference_tokens=[1, 4, 5, 9],
-        reference_pieces=["The", " other", "\n", "\ufffd"],
-        decisive=[3.0, 2.0, 1e-5, 1.0],
-        maps=[ImageMap([[0.0, 0.1, 0.2], [0.3, 0.4, 0.5]], (IMAGES / "00.png").read_bytes())],
-    )
-    return replace(whole, **changes)
-
-
-def report(**changes: Any) -> Report:
-    weights = [
-        WeightResult(f"model.language_model.layers.{layer}.mlp.{name}", "decoder", storage, error, error, True)
-        for layer in range(12)
-        for name, storage, error in (("down_proj", INT4, 0.09 + layer / 1e3), ("norm.weight", "float32", 0.0))
-    ]
-    text = case(name="text", images=[], maps=[], stages=stages(blocks=0))
-    whole = Report(
-        "package", "checkpoint", "Qwen3VLForConditionalGeneration", "int4", "cpu", [text, case()], weights, [],
-        {"vlpack": "0.1", "torch": "2.13"}, 12.0, 10**9, True,
-    )  # fmt: skip
-    return replace(whole, **changes)
-
-
-def exact() -> Report:
-    """At fp32, one case, no weight is rounded."""
-    fine = [replace(s, total=s.graph or s.total, limit=3e-5) for s in stages()]
-    weights = [replace(weight, storage="float32", error=0.0, expected=0.0) for weight in report().weights]
-    agreed = Agreement([1e-12, 1e-13], [True, True])
-    only = case(stages=fine, logits=agreed, reference_tokens=[1, 2, 3, 9], maps=[ImageMap([[1e-6, 2e-6]], b"no PNG")])
-    return report(precision="fp32", cases=[only], weights=weights)
-
-
-def failed() -> Report:
-    good = report()
-    bad = [replace(s, graph=Difference(0.5, 1.0, 0.8)) if s.name in {"layer 7", "layer 8"} else s for s in stages()]
-    bad[-1] = stage("logits", 0.5, float("inf"))
-    maps = [ImageMap([[0.0, float("inf")]], case().maps[0].png)]
-    weights = [replace(good.weights[6], error=0.4, same=False)]
-    findings = [
-        Finding("layer 7", "one image: layer 7 is 0.5 away"),
-        Finding("weights", f"{weights[0].path} in the decoder graph is not what vlpack makes of the checkpoint."),
-    ]
-    cases = [good.cases[0], case(stages=bad, maps=maps, logits=Agreement([float("nan")], [False]))]
-    return replace(good, cases=cases, weights=[*good.weights[:6], *weights, *good.weights[7:]], findings=findings)
-
-
-def hostile() -> Report:
-    bad = [replace(s, name=HOSTILE) for s in failed().cases[1].stages[:9]] + [stage(HOSTILE, 1.0, 2.0)]
-    evil = case(name=HOSTILE, prompt=HOSTILE, images=[HOSTILE], stages=bad)
-    evil = replace(evil, pieces=[HOSTILE] * 4, reference_pieces=[HOSTILE] * 4)
-    weights = [WeightResult(HOSTILE, HOSTILE, HOSTILE, 0.1, 0.2, same) for same in (True, False)]
-    findings = [Finding(HOSTILE, f"{HOSTILE}: {HOSTILE}")]
-    return Report(HOSTILE, HOSTILE, HOSTILE, "int4", HOSTILE, [evil], weights, findings, {HOSTILE: HOSTILE})
-
-
-@cache
-def huge() -> Report:
-    """A hundred layers, 64 cases with two noisy images of 3,000 tokens, answers of 500 tokens, 20,000 weights."""
-    random = np.random.default_rng(0)
-    file = io.BytesIO()
-    Image.fromarray(random.integers(0, 256, (640, 480, 3), np.uint8)).save(file, "PNG")
-    maps = [ImageMap(random.random((60, 50)).tolist(), file.getvalue())] * 2
-    tokens, other = random.integers(0, 9, (2, 500)).tolist()
-    pieces = [" word"] * 500
-    many = case(
-        prompt="Why? " * 5000, images=["a.png", "b.png"], stages=stages(100, 32), maps=maps, decisive=[1.0] * 500,
-        tokens=tokens, reference_tokens=other, pieces=pieces, reference_pieces=pieces,
-    )  # fmt: skip
-    bad = replace(many, stages=[*many.stages[:-1], stage("logits", 0.1, 0.9)])
-    weights = [
-        WeightResult(f"model.layers.{i % 100}.mlp.experts.{i // 700}.w{i % 7}", "decoder", INT4, 0.1, 0.09, i % 2 == 0)
-        for i in range(20_000)
-    ]
-    cases = [replace(bad if index % 2 else many, name=f"case {index}") for index in range(64)]
-    findings = [Finding("logits", f"{c.name}: logits is 0.1 away") for c in cases[1::2]]
-    return report(cases=cases, weights=weights, findings=findings)
-
-
-REPORTS = {
-    "good": report,
-    "exact": exact,
-    "failed": failed,
-    "hostile": hostile,
-    "text": lambda: report(cases=report().cases[:1]),
-    "damaged": lambda: report(cases=[], weights=[], findings=[Finding("files", "decoder.onnx was altered.")]),
-    "empty": lambda: report(cases=[case(stages=[], logits=Agreement([], []), maps=[ImageMap([], b"")])], versions={}),
-    "huge": huge,
-}
+from vlpack.verification.result import ImageMap, WeightResult
 
 
 class Checked(HTMLParser):
@@ -320,98 +198,3 @@ def test_modules() -> None:
     assert [bar["layer"] for bar in bars] == list(range(12))
     assert max(bars, key=lambda bar: bar["share"])["layer"] == 3
     assert rows[1]["bars"][0]["share"] == 1.0  # of its own storage
-
-
-PROBE = r"""
-const linear = (v) => v / 255 <= .03928 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
-const bright = (c) => { const l = c.slice(0, 3).map(linear);
-  return .2126 * l[0] + .7152 * l[1] + .0722 * l[2]; };
-const rgb = (text) => (text.match(/[\d.]+/g) || []).map(Number);
-const behind = (e, view) => { const c = rgb(view.getComputedStyle(e).backgroundColor);
-  return c.length === 3 ? c : behind(e.parentElement, view); };
-const look = (frame) => {
-  const view = frame.contentWindow, page = view.document, all = (s) => [...page.querySelectorAll(s)];
-  const box = (e) => { const r = e.getBoundingClientRect(); return [r.width, r.height]; };
-  const size = (s) => all(s).filter((e) => e.checkVisibility()).map(box);
-  const style = (e) => view.getComputedStyle(e);
-  const found = { name: frame.name, width: view.innerWidth, folded: page.documentElement.scrollWidth,
-    dark: view.matchMedia("(prefers-color-scheme: dark)").matches, h1: all("h1")[0].getBoundingClientRect(),
-    words: page.body.innerText.slice(0, 300) };
-  for (const e of all("details")) e.open = true;
-  found.unfolded = page.documentElement.scrollWidth;
-  found.plots = size(".area > svg"); found.bars = size(".bars svg"); found.heat = size(".heat");
-  found.over = all(".heat").map((e) => [...e.children].map((i) => [i.naturalWidth, box(i)[0]]));
-  found.letters = Math.min(...all(".plot span").map((e) => parseFloat(style(e).fontSize)));
-  const worded = (e) => [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) && e.checkVisibility();
-  const contrast = (e) => { const pair = [bright(rgb(style(e).color)), bright(behind(e, view))];
-    return (Math.max(...pair) + .05) / (Math.min(...pair) + .05); };
-  found.pale = all("body *:not(svg *)").filter(worded).filter((e) => contrast(e) < 4.5)
-    .map((e) => e.className + ": " + e.textContent.slice(0, 20)).slice(0, 5);
-  const check = all("figcaption input")[0];
-  if (check) { const over = check.closest("figure").querySelector(".over");
-    found.toggle = [style(over).visibility]; check.click(); found.toggle.push(style(over).visibility); }
-  return found; };
-addEventListener("load", () => {
-  document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(look)); });
-"""
-
-
-@pytest.fixture(scope="module")
-def looked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """Every page as a real browser lays it out, on a phone and a desk, light and dark; and what the browser logged."""
-    if BROWSER is None:
-        pytest.skip("there is no Chromium to look at the page with")
-    folder = tmp_path_factory.mktemp("browser")
-    frames = [(name, width, scheme) for name in REPORTS for width in (400, 1280) for scheme in ("light", "dark")]
-    frames = [frame for frame in frames if frame[0] != "huge" or frame[1:] == (400, "dark")]
-    page = folder / "frames.html"
-    page.write_text(
-        f"<!doctype html><meta charset=utf-8><title>-</title><script>{PROBE}</script>"
-        + "".join(
-            f'<iframe name="{name} {width} {scheme}" style="width: {width}px; height: 900px; border: 0; '
-            f'color-scheme: {scheme}" srcdoc="{escaping.escape(html(REPORTS[name]()))}"></iframe>'
-            for name, width, scheme in frames
-        ),
-        encoding="utf-8",
-    )
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-    command += ["--hide-scrollbars", "--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom"]
-    done = subprocess.run([*command, page.as_uri()], capture_output=True, encoding="utf-8", timeout=180, check=True)
-    found = re.search(r"<title>(\[.*?\])</title>", done.stdout, re.DOTALL)
-    assert found, done.stdout[:500] + done.stderr[-2000:]
-    return {item["name"]: item for item in json.loads(escaping.unescape(found[1]))}, done.stderr
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1280])
-@pytest.mark.parametrize("name", REPORTS)
-def test_in_a_browser(name: str, width: int, scheme: str, looked: tuple[dict[str, Any], str]) -> None:
-    if name == "huge" and (width, scheme) != (400, "dark"):
-        pytest.skip("once is enough")
-    made, seen = REPORTS[name](), looked[0][f"{name} {width} {scheme}"]
-    assert seen["width"] == width
-    assert seen["dark"] is (scheme == "dark")
-    assert seen["folded"] <= width  # nothing is wider than the window
-    assert seen["unfolded"] <= width
-    assert verdict(made)[:24] in seen["words"]  # first of all, and where one sees it without scrolling
-    assert 0 < seen["h1"]["y"] < 100
-    assert seen["h1"]["height"] > 20
-    assert seen["pale"] == []  # WCAG AA's contrast
-    drawn = [one for one in made.cases if one.stages]
-    assert len(seen["plots"]) == (len(drawn) + 1 if len(made.cases) > 1 else len(drawn))
-    assert all(wide > 200 and high > 100 for wide, high in seen["plots"] + [[999, 999]])
-    assert all(wide > 50 and high > 10 for wide, high in seen["bars"])
-    assert len(seen["heat"]) == sum(len(one.maps) for one in made.cases)
-    assert all(wide > 50 and high > 5 for wide, high in seen["heat"])
-    for layers in seen["over"]:
-        assert all(pixels > 0 for pixels, _ in layers)  # the browser could read the pictures
-        assert len({wide for _, wide in layers}) == 1  # and lays one exactly over the other
-    if drawn:
-        assert seen["letters"] >= 11
-    if name in {"good", "failed"}:
-        assert seen["toggle"] == ["visible", "hidden"]
-
-
-def test_the_browser_has_nothing_to_say(looked: tuple[dict[str, Any], str]) -> None:
-    """No error, no blocked script, nothing that was wanted from elsewhere."""
-    assert [line for line in looked[1].splitlines() if "CONSOLE" in line] == []
