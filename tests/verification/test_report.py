@@ -17,7 +17,7 @@ from samples import IMAGES
 from verification.reports import REPORTS, case, failed, huge, report, stage
 from vlpack.verification.drawing import heat, modules, number, stages_plot
 from vlpack.verification.report import as_json, html, verdict
-from vlpack.verification.result import ImageMap, WeightResult
+from vlpack.verification.result import Finding, ImageMap, WeightResult
 
 
 class Checked(HTMLParser):
@@ -95,8 +95,16 @@ def test_a_failed_page() -> None:
     assert "✗ 1 altered" in seen.text
     assert "not finite (black)" in seen.text
     assert "✗ layer 7" in seen.text
+    for tile in ("Graph error ✗ off", "Whole error ✗ off", "Next token, KL ✗ off", "Weights ✗ off"):
+        assert tile in seen.text
     assert page.count('class="off"') == 1  # the bar of the altered weight
     assert seen.text.index("✗ 1 altered") < seen.text.index("Kept" if "Also" not in seen.text else "Also kept")
+
+
+def test_a_case_beyond_its_bounds_is_marked_whatever_the_findings_say() -> None:
+    seen = Checked(html(replace(failed(), findings=[Finding("weights", "altered")])))
+    assert "text ✓ ok" in seen.text
+    assert "one image ✗ off" in seen.text
 
 
 def test_what_is_wrong_with_the_package_has_no_case() -> None:
@@ -113,6 +121,7 @@ def test_a_huge_page_stays_small() -> None:
     assert page.count('<details class="case" open>') == 32  # those that failed
     assert "and 12 more, which" in page
     assert "and 300 more" in page
+    assert page.count('class="chip ') == 64 * 200
 
 
 def test_json() -> None:
@@ -176,13 +185,14 @@ def test_the_plot_is_logarithmic() -> None:
 
 
 def test_colours_of_a_heat_map_lie_where_the_errors_are() -> None:
-    values = [[0.0, 0.5, 0.0], [0.0, 0.0, 1.0]]
+    values = [[0.0, 0.5, 0.0], [float("inf"), 0.0, 1.0]]
     drawn = heat(ImageMap(values, case().maps[0].png), 1.0, 100)
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(drawn["overlay"].split(",")[1]))).convert("RGBA"))
     assert pixels.shape == (2, 3, 4)
     assert (pixels[..., 3] > 0).tolist() == (np.array(values) > 0).tolist()
     assert pixels[1, 2, 3] > pixels[0, 1, 3]
-    assert drawn["where"] == "row 2 of 2, column 3 of 3"
+    assert pixels[1, 0].tolist() == [0, 0, 0, 255]
+    assert (drawn["not_finite"], drawn["where"]) == (1, "row 2 of 2, column 1 of 3")
     assert Image.open(io.BytesIO(base64.b64decode(drawn["picture"].split(",")[1]))).size <= (100, 100)
 
 

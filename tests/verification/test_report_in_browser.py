@@ -33,6 +33,8 @@ const look = (frame) => {
     dark: view.matchMedia("(prefers-color-scheme: dark)").matches, h1: all("h1")[0].getBoundingClientRect(),
     words: page.body.innerText.slice(0, 300) };
   for (const e of all("details")) e.open = true;
+  found.paper = bright(rgb(style(page.body).backgroundColor));
+  found.right = Math.max(...all("main *:not(.scroll *, .plot *)").map((e) => e.getBoundingClientRect().right));
   found.unfolded = page.documentElement.scrollWidth;
   found.plots = size(".area > svg"); found.bars = size(".bars svg"); found.heat = size(".heat");
   found.over = all(".heat").map((e) => [...e.children].map((i) => [i.naturalWidth, box(i)[0]]));
@@ -82,13 +84,15 @@ def test_in_a_browser(name: str, width: int, scheme: str, looked: tuple[dict[str
     assert seen["dark"] is (scheme == "dark")
     assert seen["folded"] <= width  # nothing is wider than the window
     assert seen["unfolded"] <= width
+    assert seen["right"] <= width - 16 + 0.5  # nor reaches into the margin
+    assert seen["paper"] < 0.1 if scheme == "dark" else seen["paper"] > 0.9
     assert verdict(made)[:24] in seen["words"]  # first of all, and where one sees it without scrolling
     assert 0 < seen["h1"]["y"] < 100
     assert seen["h1"]["height"] > 20
     assert seen["pale"] == []  # WCAG AA's contrast
     drawn = [one for one in made.cases if one.stages]
     assert len(seen["plots"]) == (len(drawn) + 1 if len(made.cases) > 1 else len(drawn))
-    assert all(wide > 200 and high > 100 for wide, high in seen["plots"] + [[999, 999]])
+    assert all(wide > 200 and 150 < high < 300 for wide, high in seen["plots"])
     assert all(wide > 50 and high > 10 for wide, high in seen["bars"])
     assert len(seen["heat"]) == sum(len(one.maps) for one in made.cases)
     assert all(wide > 50 and high > 5 for wide, high in seen["heat"])
