@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from samples import IMAGES
-from verification.reports import REPORTS, case, failed, huge, report, stage
+from verification.reports import REPORTS, case, failed, huge, report, stage, stages
 from vlpack.verification.drawing import heat, modules, number, stages_plot
 from vlpack.verification.report import as_json, html, verdict
 from vlpack.verification.result import Finding, ImageMap, WeightResult
@@ -108,7 +108,51 @@ def test_a_case_beyond_its_bounds_is_marked_whatever_the_findings_say() -> None:
 
 
 def test_what_is_wrong_with_the_package_has_no_case() -> None:
-    assert verdict(REPORTS["damaged"]()) == "The package is not the model: it parts at files."
+    assert verdict(REPORTS["damaged"]()) == ("The package is not the model: its files are not those that were written.")
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_what_is_not_a_number_is_off_in_any_case(first: bool) -> None:
+    nan = float("nan")
+    bad = case(name="bad", stages=[*stages()[:-1], stage("logits", nan, nan)])
+    found = [Finding("logits", "bad: logits is nan away")]
+    seen = Checked(html(report(cases=[bad, case()] if first else [case(), bad], findings=found)))
+    for tile in ("Graph error ✗ off not finite", "Whole error ✗ off not finite"):
+        assert tile in seen.text
+    assert "bad ✗ off not finite not finite" in seen.text
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_weight_that_is_not_a_number_has_the_highest_bar(first: bool) -> None:
+    bad = WeightResult("layers.3.experts.0.w", "decoder", "int4", float("nan"), 0.1, False)
+    good = replace(bad, path="layers.3.experts.1.w", error=0.1, same=True)
+    weights = [bad, good] if first else [good, bad]
+    (row,), _ = modules(weights)
+    assert row["bars"] == [{"layer": 3, "error": float("inf"), "same": False, "share": 1.0}]
+    assert row["worst"] == float("inf")
+    assert "v-nan" not in html(report(weights=weights))
+
+
+def test_no_text_makes_a_page_large() -> None:
+    """Names, tokens and prompts of any length, and modules without number, of which one could be anything."""
+    long = "x" * 2_000_000
+    one = case(
+        name=long, prompt=long, images=[long, *["a" * 200] * 5000], pieces=[long] * 4, reference_pieces=[long] * 4
+    )
+    weights = [WeightResult(f"m{'y' * i}.w", "decoder", "int4", 0.1, 0.1, True) for i in range(2000)]
+    weights += [WeightResult(f"layers.{'9' * 5000}.w", long, "int4", 0.2, 0.1, False)]
+    page = html(report(cases=[one] * 9, weights=weights, package=long, findings=[Finding(long, long)]))
+    assert len(page.encode()) < 5_000_000
+    assert "and 1,701 more modules" in page
+    assert "✗ 1 altered" in Checked(page).text  # what was altered is not among those left out
+
+
+def test_what_the_page_draws_is_never_cut() -> None:
+    made = report(cases=[case(stages=stages(400, 60))])
+    plot = stages_plot(made.cases[0].stages)
+    assert plot is not None
+    assert len(plot["lines"][0]["path"]) > 1000
+    assert f'd="{plot["lines"][0]["path"]}"' in html(made)
 
 
 def test_a_huge_page_stays_small() -> None:

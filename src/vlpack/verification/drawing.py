@@ -194,7 +194,7 @@ def modules(weights: Iterable[WeightResult]) -> tuple[list[dict[str, Any]], dict
     groups: dict[tuple[str, str, str], dict[int, list[WeightResult]]] = {}
     for weight in weights:
         parts = weight.path.split(".")
-        layer = next((int(part) for part in parts if part.isdecimal()), 0)
+        layer = next((int(part) for part in parts if part.isdecimal() and len(part) < 10), 0)
         name = ".".join("*" if part.isdecimal() else part for part in parts)
         name = re.sub(r"^(model\.|language_model\.|visual\.)+", "", name)
         groups.setdefault((weight.part, name, weight.storage), {}).setdefault(layer, []).append(weight)
@@ -203,14 +203,18 @@ def modules(weights: Iterable[WeightResult]) -> tuple[list[dict[str, Any]], dict
     rows: list[dict[str, Any]] = []
     for (part, name, storage), layers in groups.items():
         members = [weight for found in layers.values() for weight in found]
-        errors = [weight.error for weight in members]
+        errors = [_or_inf(weight.error) for weight in members]
         altered = sum(not weight.same for weight in members)
         if not any(errors) and not altered:
             exact[storage] = exact.get(storage, 0) + len(members)
             continue
         top[storage] = max([top.get(storage, 0.0), *filter(math.isfinite, errors)])
         bars = [
-            {"layer": layer, "error": max(weight.error for weight in found), "same": all(w.same for w in found)}
+            {
+                "layer": layer,
+                "error": max(_or_inf(weight.error) for weight in found),
+                "same": all(w.same for w in found),
+            }
             for layer, found in sorted(layers.items())
         ]
         rows.append(
@@ -221,3 +225,8 @@ def modules(weights: Iterable[WeightResult]) -> tuple[list[dict[str, Any]], dict
         for bar in row["bars"]:
             bar["share"] = min(bar["error"] / (top[row["storage"]] or 1.0), 1.0)
     return sorted(rows, key=lambda row: not row["altered"]), exact
+
+
+def _or_inf(value: float) -> float:
+    """What is not a number is farther away than any number: `max` would keep or lose it by its place."""
+    return value if math.isfinite(value) else math.inf

@@ -24,6 +24,10 @@ LISTED = 20
 """Findings, and weights, that are listed one by one."""
 CHIPS = 200
 """Tokens of an answer that are shown."""
+PIECE, TEXT = 40, 1000
+"""Characters that are shown of a token, and of any other text: a name may be as long as somebody likes."""
+MODULES = 300
+"""Rows of modules; the largest models have a few dozen."""
 OPEN = 4
 """Cases are unfolded where there are no more of them."""
 PIXELS = 2_500_000
@@ -47,6 +51,8 @@ def verdict(report: Report) -> str:
     if report.ok:
         return f"The package is the model: it computes what {report.reference} does, within what rounding allows."
     first = report.findings[0]
+    if first.stage == "files":
+        return "The package is not the model: its files are not those that were written."
     case = next((f" in “{case.name}”" for case in report.cases if _about(first, case)), "")
     return f"The package is not the model: it parts at {first.stage}{case}."
 
@@ -75,7 +81,8 @@ def html(report: Report) -> str:
         cases=[_case(case, report, worst, side) for case in report.cases],
         scale=heat_scale(),
         heat_worst=worst,
-        rows=rows,
+        rows=rows[:MODULES],
+        more_rows=len(rows) - MODULES,
         exact=exact,
         altered=sorted(altered, key=lambda weight: _last(weight.error - weight.expected), reverse=True)[:LISTED],
         altered_count=len(altered),
@@ -103,8 +110,8 @@ def _case(case: CaseResult, report: Report, worst: float, side: int) -> dict[str
         "result": case,
         "ok": ok,
         "open": not ok or len(report.cases) <= OPEN,
-        "graph": max((stage.graph.relative for stage in case.stages if stage.graph), default=None),
-        "whole": max((stage.total.relative for stage in case.stages), default=None),
+        "graph": max((stage.graph.relative for stage in case.stages if stage.graph), key=_last, default=None),
+        "whole": max((stage.total.relative for stage in case.stages), key=_last, default=None),
         "kl": _mean(case.logits.kl),
         "top1": _mean(case.logits.same_top),
         "plot": stages_plot(case.stages) if len(report.cases) > 1 else None,
@@ -126,7 +133,7 @@ def _tiles(report: Report, stages: Sequence[Stage]) -> list[dict[str, Any]]:
     whole = [(stage.total.relative, stage.limit) for stage in stages]
     for title, pairs in (("Graph error", graph), ("Whole error", whole)):
         if pairs:
-            value, bound = max(error for error, _ in pairs), min(bound for _, bound in pairs)
+            value, bound = max((error for error, _ in pairs), key=_last), min(bound for _, bound in pairs)
             tile(title, number(value), f"at most {number(bound)}", all(error <= most for error, most in pairs))
     if found := [_last(_mean(case.logits.kl)) for case in report.cases if case.logits.kl]:
         kl, bound = max(found), KL_TOLERANCE[report.precision]
@@ -160,7 +167,7 @@ def _worst_stages(cases: Iterable[CaseResult]) -> list[Stage]:
 
 
 def _relative(apart: Difference) -> float:
-    return apart.relative
+    return _last(apart.relative)
 
 
 def _last(value: float) -> float:
@@ -183,11 +190,18 @@ def _percent(share: float) -> str:
 def _visible(piece: str, token: int) -> str:
     """A token as one can see it: spaces and line breaks marked, its id where it is no text by itself."""
     shown = piece.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
-    return shown if shown and "\N{REPLACEMENT CHARACTER}" not in shown else f"#{token}"
+    if not shown or "\N{REPLACEMENT CHARACTER}" in shown:
+        return f"#{token}"
+    return shown if len(shown) <= PIECE else f"{shown[:PIECE]}…"
 
 
 def _printable(value: Any) -> Any:
-    """What jinja2 writes: control characters, directions of writing and lone surrogates by their numbers."""
+    """What jinja2 writes: no more than `TEXT` of a text (what is marked as safe is the page's own and stays whole).
+
+    Control characters, directions of writing and lone surrogates are written as their numbers.
+    """
+    if type(value) is str and len(value) > TEXT:
+        value = f"{value[:TEXT]}…"
     if not isinstance(value, str) or value.replace("\n", "").isprintable():
         return value
     spelled = "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in value)
