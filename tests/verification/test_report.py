@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -143,7 +144,9 @@ def test_no_text_makes_a_page_large() -> None:
     weights += [WeightResult(f"layers.{'9' * 5000}.w", long, "int4", 0.2, 0.1, False)]
     page = html(report(cases=[one] * 9, weights=weights, package=long, findings=[Finding(long, long)]))
     assert len(page.encode()) < 5_000_000
+    assert page.count('<div class="bars">') == 300
     assert "and 1,701 more modules" in page
+    assert max(map(len, re.findall(r">([^<]*)</bdi>", page[page.index('class="chip') :]))) < 100
     assert "✗ 1 altered" in Checked(page).text  # what was altered is not among those left out
 
 
