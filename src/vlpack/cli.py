@@ -310,6 +310,8 @@ def verify(
     from vlpack.verification import verify as run_verify
     from vlpack.verification.cases import from_file, own
 
+    if report is not None and not report.absolute().parent.is_dir():  # told before the work
+        raise OptionError(f"There is no folder {report.absolute().parent} for the report.")
     if cases is not None and (prompt or image):
         raise OptionError("--cases has its own prompts and images.", "Leave --prompt and --image away.")
     asked = from_file(cases) if cases else own(prompt or [], image or []) if prompt or image else None

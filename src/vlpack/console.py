@@ -248,8 +248,9 @@ def show_verification(report: Report, page: Path | None, *, as_json: bool) -> No
         kl, top = f"{case.logits.mean_kl:.1e}", f"{case.logits.top1:.1%}"
         table.add_row(case.name, f"{graph:.1e}", f"{whole:.1e}", kl, top, f"{case.same_tokens} of {len(case.tokens)}")
     out.print(table)
-    same = sum(weight.same for weight in report.weights)
-    out.print(f"{same} of {len(report.weights)} weights are byte for byte what vlpack makes of the checkpoint.")
+    if report.weights:  # damaged files are not looked into
+        same = sum(weight.same for weight in report.weights)
+        out.print(f"{same} of {len(report.weights)} weights are byte for byte what vlpack makes of the checkpoint.")
     for finding in report.findings:
         out.print(f"[bold red]{escape(finding.stage)}:[/] {escape(finding.message)}")
     model = f"{escape(report.package)} ({report.precision} for {report.provider})"

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from vlpack.errors import InputError, OptionError, PackageError
 from vlpack.loading import checked_threads
-from vlpack.package.manifest import whole_package
+from vlpack.package.manifest import graph_files, whole_package
 from vlpack.preprocess import Prompt, PromptBuilder, Tokenizer
 from vlpack.preprocess.encoder_prompts import ChatPrompts, Input, PlainPrompts
 from vlpack.preprocess.mrope import mrope_positions
@@ -67,7 +67,7 @@ class Encoder(Loaded):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(os.path.expanduser(folder))
         threads = checked_threads(threads)
         started = time.perf_counter()
         self.manifest = whole_package(self.folder)
@@ -120,15 +120,12 @@ class Encoder(Loaded):
         return ChatPrompts(builder)
 
     def _load_sessions(self, threads: int) -> dict[str, Any]:
-        parts = self.manifest.get("parts")
-        files = {part["name"]: name for name, part in parts.items()} if isinstance(parts, dict) else {}
+        files = graph_files(self.folder, self.manifest)
         if "text" not in files and not {"decoder", "vision", "embedding"} <= set(files):
             raise PackageError(
                 f"{self.folder} holds only {', '.join(files) or 'no part'} of a model and does not run by itself.",
                 "Build it with --part all or --part text.",
             )
-        if set(files.values()) - set(self.manifest["files"]):
-            raise PackageError(f"{self.folder}: the manifest names graphs that are not its files.", "Build it again.")
         asked = str(self.manifest.get("execution_provider"))
         provider, wheel = _PROVIDERS.get(asked, (asked, "another build of onnxruntime"))
         if provider not in ort.get_available_providers():

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from vlpack.deepstack import CHANNEL
-from vlpack.errors import InputError, OptionError, VerifyError
+from vlpack.errors import OptionError, VerifyError
+from vlpack.jsonl import read_jsonl
 from vlpack.runtime import Model, Sampling
+from vlpack.verification.reference import require
 
 METRICS = ("exact", "choice", "anls")
 LETTERS = string.ascii_uppercase
@@ -163,23 +165,8 @@ def read_questions(path: Path) -> list[Question]:
     Raises:
         InputError: a line is not a question, or its image is not there.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from None
-    questions = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                questions.append(_question(json.loads(line), path.parent))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise InputError(
-                    f"{path}, line {number} is not a question: {error}.",
-                    'A line is {"image": "a.png", "question": "…", "answer": "…"}, perhaps with "choices": […].',
-                ) from None
-    if not questions:
-        raise InputError(f"{path} has no questions.")
-    return questions
+    example = '{"image": "a.png", "question": "…", "answer": "…"}, perhaps with "choices": […]'
+    return [question for _, question in read_jsonl(path, lambda entry: _question(entry, path.parent), example)]
 
 
 def _question(entry: Mapping[str, Any], folder: Path) -> Question:
@@ -266,13 +253,10 @@ def _bootstrap(array: Any) -> tuple[float, float, float]:
 
 def _reference(folder: Path, model: Model, max_tokens: int) -> Answerer:
     """The checkpoint in transformers, asked with the package's own prompts and pixels."""
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise VerifyError(
-            f"The reference needs torch and transformers ({error}).", "pip install accelerate torch transformers"
-        ) from None
+    require()
+    import torch
+    import transformers
+
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         kind = getattr(transformers, config.architectures[0])

@@ -49,6 +49,7 @@ def test_the_verdict_is_the_exit_code(tmp_path: Path, capsys: Capsys) -> None:
     done = vlpack(capsys, "verify", package, *options)
     assert done.code == 1
     assert "decoder.onnx.data was altered" in done.out
+    assert "0 of 0" not in done.out
     assert "is not" in done.out
 
 
@@ -59,6 +60,7 @@ def test_the_verdict_is_the_exit_code(tmp_path: Path, capsys: Capsys) -> None:
         (("--reference", str(DIGITS), "--image", "missing.png"), "missing.png"),
         (("--reference", str(DIGITS), "--cases", "missing.jsonl"), "missing.jsonl cannot be read"),
         (("--reference", str(DIGITS), "--cases", "a.jsonl", "--prompt", "b"), "its own prompts"),
+        (("--reference", str(DIGITS), "--report", "no/such/folder/a.html"), "There is no folder"),
     ],
 )
 def test_mistakes(options: tuple[str, ...], words: str, tmp_path: Path, capsys: Capsys) -> None:
@@ -77,3 +79,28 @@ def test_without_the_libraries(tmp_path: Path, capsys: Capsys, monkeypatch: pyte
     done = vlpack(capsys, "build", DIGITS, "-o", tmp_path / "other", "--verify")
     assert done.code == 2
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"parts": {"../../vision.onnx": {"name": "vision"}}}, "graphs that are not its files"),
+        ({"parts": ["vision.onnx"]}, "which parts there are"),
+        ({"parts": {"model.onnx": 5}}, "which parts there are"),
+        ({"quantization": None}, "does not say how the weights are stored"),
+        ({"quantization": {"mixed": 5}}, "does not say how the weights are stored"),
+        ({"quantization": {"block_size": "x", "mixed": {}}}, "vlpack.json"),
+        ({"quantization": {"mixed": {"last_matmul": "x"}}}, "does not say how the weights are stored"),
+        ({"policy": None}, "policy is not the one"),
+    ],
+)
+def test_manifests_of_anybody(change: dict[str, object], words: str, tmp_path: Path, capsys: Capsys) -> None:
+    from vlpack.package.manifest import MANIFEST, _sealed
+
+    package = tmp_path / "package"
+    build(DIGITS, package, part="text", precision="int4")
+    manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))
+    (package / MANIFEST).write_text(_sealed({**manifest, **change}), encoding="utf-8")
+    done = vlpack(capsys, "verify", package, "--reference", DIGITS)
+    assert done.code == 2
+    assert words in done.err

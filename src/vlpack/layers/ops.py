@@ -77,8 +77,9 @@ def divide_by_peak(op: OpBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
 def dynamic_quantize_mat_mul(op: OpBuilder, x: ir.Value, weight: Sequence[ir.Value], rows: int) -> ir.Value:
     """``x [.., cols] → [.., rows]`` with 8-bit weights per channel and 8-bit activations **per row**.
 
-    DynamicQuantizeMatMul takes one scale for the whole of ``x``, and one outlier token would cost all the others their
-    precision. Dividing every row by its own max |x| before, and multiplying it back after, makes the scale per row.
+    DynamicQuantizeMatMul takes one range for the whole of ``x``, and one outlier token would cost all the others their
+    precision. Dividing every row by its own max |x| before, and multiplying it back after, makes the scale follow the
+    row. The range is at most -1 … 1 then; whether it is narrower on a side is still up to all rows together.
     """
     divided, peak = divide_by_peak(op, x)
     y = microsoft(op).DynamicQuantizeMatMul(divided, *weight)

@@ -161,6 +161,21 @@ def whole_package(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def graph_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Part → file name of its graph, which is one of the package's files.
+
+    Raises:
+        PackageError: the manifest, which anybody may have written, says something else.
+    """
+    try:
+        files = {str(part["name"]): name for name, part in manifest["parts"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise PackageError(f"{folder}: the manifest does not say which parts there are.", "Build it again.") from None
+    if set(files.values()) - set(manifest["files"]):
+        raise PackageError(f"{folder}: the manifest names graphs that are not its files.", "Build it again.")
+    return files
+
+
 def damaged_files(folder: Path, manifest: Mapping[str, Any], *, hashes: bool) -> Sequence[str]:
     """A sentence for every file of the manifest that is missing or altered.
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
 from vlpack.errors import InputError
+from vlpack.jsonl import read_jsonl
 from vlpack.preprocess import load_image
 
 MAX_CASES = 1000
@@ -78,26 +79,19 @@ def from_file(path: Path) -> list[Case]:
     Raises:
         InputError: the file cannot be read, or a line is something else.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from None
+
+    def parse(entry: Any) -> tuple[str, list[str]]:
+        prompt, images = entry["prompt"], entry.get("images", [])
+        if not isinstance(prompt, str) or not isinstance(images, list):
+            raise TypeError("the prompt must be a text and the images a list")
+        if not all(isinstance(image, str) for image in images):
+            raise TypeError("images are file names")
+        return prompt, images
+
     cases = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            prompt, images = entry["prompt"], entry.get("images", [])
-            if not isinstance(prompt, str) or not all(isinstance(image, str) for image in images):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(
-                f"{path}, line {number} is not a case.",
-                'Each line is an object such as {"prompt": "What is this?", "images": ["a.png"]}.',
-            ) from None
+    for number, (prompt, images) in read_jsonl(path, parse, '{"prompt": "What is this?", "images": ["a.png"]}'):
         loaded = tuple(load_image(path.parent / image) for image in images)
         cases.append(Case(f"line {number}", prompt, loaded, tuple(Path(image).name for image in images)))
-    if not cases or len(cases) > MAX_CASES:
-        raise InputError(f"{path} has {len(cases)} cases; it must have 1 to {MAX_CASES}.")
+    if len(cases) > MAX_CASES:
+        raise InputError(f"{path} has {len(cases)} cases; {MAX_CASES} are the most.")
     return cases

@@ -78,12 +78,14 @@ def agreement(value: Array, reference: Array) -> Agreement:
     kl, same = [], []
     for row, wanted in zip(value, reference, strict=True):
         p, q = _log_softmax(wanted), _log_softmax(row)
-        kl.append(max(0.0, float(np.sum(np.exp(p) * (p - q)))))
+        divergence = float(np.sum(np.exp(p) * (p - q)))
+        kl.append(max(divergence, 0.0) if np.isfinite(divergence) else float("inf"))  # max would make 0 of NaN
         same.append(int(np.argmax(row)) == int(np.argmax(wanted)))
     return Agreement(kl, same)
 
 
 def _log_softmax(row: Array) -> Array:
     row = np.asarray(row, np.float64)
-    row = row - row.max()
+    with np.errstate(invalid="ignore"):  # infinite logits, whose distance is infinite
+        row = row - row.max()
     return np.asarray(row - np.log(np.exp(row).sum()))

@@ -10,12 +10,12 @@ from vlpack.verification.measure import Agreement, Difference
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of one case: pixels, a vision block, DeepStack's level, the embedding, a decoder layer, the logits.
+    """One stage of one case: positions, a vision block, DeepStack's level, the embedding, a decoder layer, the logits.
 
     Args:
-        name: such as ``pixels``, ``vision block 3``, ``DeepStack 1``, ``layer 12``, ``logits``.
+        name: such as ``positions``, ``input of vision block 3``, ``DeepStack 1``, ``layer 12``, ``logits``.
         graph: the package's graph with exact arithmetic against the reference with the package's own weights: what the
-            graph does wrong. None where the stage has no weights before it.
+            graph does wrong. None for what is not computed with weights.
         total: the package as it runs against the reference as it is: what its user gets.
         tolerance: that ``graph.relative`` (``total.relative`` where there is no ``graph``) must not exceed.
         limit: that ``total.relative`` must not exceed.
@@ -30,7 +30,14 @@ class Stage:
     @property
     def ok(self) -> bool:
         """Within both of its bounds."""
-        return (self.graph is None or self.graph.relative <= self.tolerance) and self.total.relative <= self.limit
+        return self.wrong is None
+
+    @property
+    def wrong(self) -> tuple[Difference, float] | None:
+        """What is beyond its bound, and the bound; the graph's error goes first."""
+        first = self.total if self.graph is None else self.graph
+        pairs = ((first, self.tolerance), (self.total, self.limit))
+        return next(((apart, bound) for apart, bound in pairs if not apart.relative <= bound), None)
 
 
 @dataclass(frozen=True)

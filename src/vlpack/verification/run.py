@@ -6,8 +6,9 @@ import io
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from vlpack.architectures import Architecture, architecture_of
 from vlpack.checkpoint import Checkpoint
 from vlpack.errors import VerifyError
 from vlpack.hub import resolve
+from vlpack.loading import checked_threads
 from vlpack.memory import peak_memory_bytes, total_memory_bytes
-from vlpack.package.manifest import damaged_files, read_manifest
+from vlpack.package.manifest import damaged_files, graph_files, read_manifest
 from vlpack.precision import Policy
 from vlpack.preprocess import Prompt
 from vlpack.preprocess.mrope import mrope_positions
@@ -41,6 +43,8 @@ from vlpack.verification.weights import Parameters, Weights, policy_of
 
 Array = npt.NDArray[Any]
 Say = Callable[[str], None]
+POSITIONS = "positions"
+"""The stage that no weights go into."""
 TIE = 1e-3
 """Logits of the reference's two best tokens that are no further apart may come out either way."""
 
@@ -54,7 +58,6 @@ class _Asked:
     tokens: list[int]
     ids: Array  # [1, S]: the prompt and all of the answer but its last token
     original: Trace | None = None
-    exact: list[tuple[str, Difference]] = field(default_factory=list)
 
 
 def verify(
@@ -143,7 +146,7 @@ class _Comparison:
         self.folder, self.architecture, self.checkpoint, self.policy = folder, architecture, checkpoint, policy
         self.streamed, self.threads, self.say = streamed, threads, say
         self.image_token_id = architecture.vision.image_token_id if architecture.vision else None
-        files = {part["name"]: name for name, part in manifest["parts"].items()}
+        files = graph_files(folder, manifest)
         text = architecture.text
         self.graphs = Graphs(
             folder,
@@ -152,7 +155,7 @@ class _Comparison:
             text.hidden_size,
             text.num_hidden_layers,
             architecture.vision.depth if architecture.vision else 0,
-            threads or os.cpu_count() or 1,
+            checked_threads(threads),
         )
         self.weights = Weights(architecture, checkpoint, policy, {part: self.graphs.load(part) for part in files})
 
@@ -168,12 +171,9 @@ class _Comparison:
         prompt = model.prompt([{"role": "user", "content": content if case.images else case.prompt}], case.images)
         answer = model.generate(prompt, max_tokens=tokens, sampling=Sampling(temperature=0)).tokens
         facts = self.architecture.vision
-        stray = [
-            index
-            for index, token in enumerate(answer)
-            if facts and token in (facts.image_token_id, facts.video_token_id)
-        ]
-        answer = answer[: stray[0]] if stray else answer  # the reference takes such a token for an image's
+        visual = (facts.image_token_id, facts.video_token_id) if facts else ()
+        # the reference takes such a token, which a model may write, for an image's
+        answer = list(takewhile(lambda token: token not in visual, answer))
         ids = np.concatenate([prompt.input_ids[0], answer[:-1]]).astype(np.int64)[None]
         return _Asked(case, prompt, answer, ids)
 
@@ -259,12 +259,10 @@ class _Comparison:
     def _positions(self, one: _Asked) -> Array:
         """As vlpack makes them; the runtime makes its own, which show in the tokens of its answer."""
         facts, grid = self.architecture.vision, one.prompt.image_grid_thw
-        length = one.ids.shape[1]
         if facts is None:
-            return np.arange(length, dtype=np.int64)[None]
-        if grid is None:
-            return np.tile(np.arange(length, dtype=np.int64), (3, 1, 1))
-        return mrope_positions(one.ids[0], grid, facts.image_token_id, facts.spatial_merge_size)[:, None]
+            return np.arange(one.ids.shape[1], dtype=np.int64)[None]
+        grids = np.zeros((0, 3), np.int64) if grid is None else grid
+        return mrope_positions(one.ids[0], grids, facts.image_token_id, facts.spatial_merge_size)[:, None]
 
     def _result(self, one: _Asked, graph: list[tuple[str, Difference]], run: Run) -> CaseResult:
         assert one.original is not None
@@ -273,7 +271,8 @@ class _Comparison:
         if self.policy.dtype == "float32" and "fp16" in (self.policy.options.vision, self.policy.precision):
             tolerance = GRAPH_TOLERANCE["float16"]
         stages = [
-            Stage(name, exact, whole, tolerance, limit) for (name, exact), (_, whole) in zip(graph, total, strict=True)
+            Stage(name, None if name == POSITIONS else exact, whole, tolerance, limit)
+            for (name, exact), (_, whole) in zip(graph, total, strict=True)
         ]
         start = one.prompt.input_ids.shape[1] - 1
         logits = one.original.logits[start : start + len(one.tokens)]
@@ -320,7 +319,7 @@ class _Comparison:
 
 def _differences(run: Run, trace: Trace) -> list[tuple[str, Difference]]:
     """Every stage that both sides have, in the order of the computation."""
-    stages: list[tuple[str, Any, Any]] = [("positions", run.positions, trace.positions)]
+    stages: list[tuple[str, Any, Any]] = [(POSITIONS, run.positions, trace.positions)]
     for index, pair in enumerate(zip(run.blocks, trace.blocks, strict=True)):
         stages.append((f"input of vision block {index}", *pair))
     if run.features is not None:
@@ -351,16 +350,14 @@ def _judge_weights(weights: Sequence[WeightResult]) -> list[Finding]:
 def _judge(cases: Sequence[CaseResult], policy: Policy) -> list[Finding]:
     findings = []
     for case in cases:
-        if stage := case.first_bad:
-            exact = stage.graph is not None and stage.graph.relative > stage.tolerance
-            apart = stage.graph.relative if exact and stage.graph else stage.total.relative
-            bound = stage.tolerance if exact else stage.limit
-            how = "in exact arithmetic, weights being equal" if exact else "as the package runs"
+        if (stage := case.first_bad) and stage.wrong:
+            apart, bound = stage.wrong
+            how = "in exact arithmetic, weights being equal" if apart is stage.graph else "as the package runs"
             findings.append(
                 Finding(
                     stage.name,
-                    f"{case.name}: {stage.name} is {apart:.2g} away from the reference {how}; at most {bound:.2g} is "
-                    "rounding.",
+                    f"{case.name}: {stage.name} is {apart.relative:.2g} away from the reference {how}; at most "
+                    f"{bound:.2g} is rounding.",
                 )
             )
         elif case.logits.mean_kl > KL_TOLERANCE[policy.precision]:

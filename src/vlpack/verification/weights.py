@@ -32,11 +32,12 @@ def policy_of(manifest: Mapping[str, Any], facts: PrecisionFacts) -> Policy:
     try:
         options = QuantizationOptions(**manifest["quantization"])
         policy = make_policy(manifest["precision"], manifest["execution_provider"], options, facts)
-    except (KeyError, TypeError, VlpackError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, VlpackError):
         raise PackageError(
-            f"vlpack.json does not say how the weights are stored ({error!r}).", "Build again."
+            "vlpack.json does not say how the weights are stored, or not in a way that this vlpack knows.",
+            "Build the package again.",
         ) from None
-    if policy.described() != manifest["policy"]:
+    if policy.described() != manifest.get("policy"):
         raise PackageError("vlpack.json's policy is not the one that this vlpack makes.", "Build the package again.")
     return policy
 
