@@ -23,7 +23,8 @@ from samples import DIGITS, EMBEDDING, IMAGES, READ, Tensor, content, copy_digit
 from vlpack import datafile
 from vlpack.builder import build
 from vlpack.errors import CheckpointError, OptionError
-from vlpack.runtime import Model, Sampling
+from vlpack.runtime import Model
+from vlpack.sampling import Sampling
 
 RANDOM_HASHES = "import sys; from vlpack.builder import build; build(*sys.argv[1:3], threads=int(sys.argv[3]))"
 

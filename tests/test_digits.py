@@ -19,7 +19,8 @@ from vlpack.builder import build
 from vlpack.deepstack import SideChannel
 from vlpack.demo import QUESTIONS
 from vlpack.layers.rope import chunked_axes
-from vlpack.runtime import Model, Sampling
+from vlpack.runtime import Model
+from vlpack.sampling import Sampling
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,8 @@ from vlpack.builder import build
 from vlpack.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError, OptionError
 from vlpack.options import parse_extra_options
-from vlpack.runtime import Model, Sampling
+from vlpack.runtime import Model
+from vlpack.sampling import Sampling
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

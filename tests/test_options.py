@@ -18,7 +18,8 @@ from vlpack.cli import spread_extra_options
 from vlpack.errors import OptionError
 from vlpack.options import _PARSERS, ExtraOptions, parse_extra_options
 from vlpack.precision import OFFERED, PRECISIONS
-from vlpack.runtime import Model, Sampling
+from vlpack.runtime import Model
+from vlpack.sampling import Sampling
 
 Capsys = pytest.CaptureFixture[str]
 Make = Callable[..., Path]

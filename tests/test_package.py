@@ -23,7 +23,8 @@ from vlpack.inspection import inspect
 from vlpack.options import parse_extra_options
 from vlpack.package.processor_config import grid_difference
 from vlpack.preprocess import ImageProcessor
-from vlpack.runtime import Model, Sampling, check_package
+from vlpack.runtime import Model, check_package
+from vlpack.sampling import Sampling
 
 Capsys = pytest.CaptureFixture[str]
 GREEDY = Sampling(temperature=0)

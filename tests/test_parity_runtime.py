@@ -10,7 +10,8 @@ import onnxruntime_genai as og
 import pytest
 
 from tiny import FIRST_SPECIAL, Tiny
-from vlpack.runtime import Model, Sampling
+from vlpack.runtime import Model
+from vlpack.sampling import Sampling
 
 TOKENS = 40
 TINY = Tiny(seed=1)

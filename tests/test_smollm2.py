@@ -14,7 +14,8 @@ from smollm2 import UnavailableError, convert, fetch
 from vlpack.builder import build
 from vlpack.options import parse_extra_options
 from vlpack.preprocess.tokenizer import Tokenizer
-from vlpack.runtime import Model, Sampling
+from vlpack.runtime import Model
+from vlpack.sampling import Sampling
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

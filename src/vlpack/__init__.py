@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from vlpack.loading import load
     from vlpack.options import ExtraOptions
     from vlpack.preprocess import Prompt
-    from vlpack.runtime import Answer, Model, Sampling
+    from vlpack.runtime import Answer, Model
+    from vlpack.sampling import Sampling
     from vlpack.verification import verify
 
 _WHERE = {
@@ -41,7 +42,7 @@ _WHERE = {
     "Model": "runtime",
     "Prompt": "preprocess",
     "Reranker": "encoder",
-    "Sampling": "runtime",
+    "Sampling": "sampling",
     "VlpackError": "errors",
     "build": "builder",
     "inspect": "inspection",

@@ -183,7 +183,8 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Ask a package a question, about images or without."""
-    from vlpack.runtime import Model, Sampling
+    from vlpack.runtime import Model
+    from vlpack.sampling import Sampling
 
     question = console.question_from_stdin() if question is None else question
     if not question.strip():

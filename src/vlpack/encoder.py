@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlpack.errors import InputError, OptionError, PackageError
-from vlpack.loading import checked_threads
+from vlpack.loading import check_pixel_limits, checked_threads
 from vlpack.package.manifest import graph_files, whole_package
 from vlpack.preprocess import Prompt, PromptBuilder, Tokenizer
 from vlpack.preprocess.encoder_prompts import ChatPrompts, Input, PlainPrompts
@@ -77,8 +77,7 @@ class Encoder(Loaded):
         self.max_length: int = section["max_length"]
         self.hidden_size: int = section["hidden_size"]
         self.image: dict[str, int] | None = section.get("image")
-        if self.image is None and (min_pixels is not None or max_pixels is not None):
-            raise OptionError(f"min_pixels and max_pixels have no effect: {self.folder} has no vision encoder.")
+        check_pixel_limits(self.folder, self.image is not None, min_pixels, max_pixels)
         self.default_prompt: str | None = section["default_prompt"]
         self.instruction: str = section["instruction"] or ""
         """What the model is told where neither a call nor a prompt says it."""
@@ -208,10 +207,9 @@ class Encoder(Loaded):
         positions = np.zeros((3, *ids.shape), np.int64)
         assert self.image is not None, "a package with a vision graph has image settings"
         for row, prompt in enumerate(prompts):
-            grids = np.zeros((0, 3), np.int64) if prompt.image_grid_thw is None else prompt.image_grid_thw
             row_ids = prompt.input_ids[0]
             positions[:, row, : len(row_ids)] = mrope_positions(
-                row_ids, grids, self.image["image_token_id"], self.image["spatial_merge_size"]
+                row_ids, prompt.grids, self.image["image_token_id"], self.image["spatial_merge_size"]
             )
         return self._session("decoder", {**tokens, "attention_mask": mask, "position_ids": positions})[0]
 
@@ -221,12 +219,8 @@ class Encoder(Loaded):
         dtype = np.float16 if port.type == "tensor(float16)" else np.float32
         features: list[npt.NDArray[Any]] = [np.zeros((0, port.shape[1]), dtype)]
         for prompt in prompts:
-            if prompt.pixel_values is None or prompt.image_grid_thw is None:
-                continue
-            ends = np.cumsum(prompt.image_grid_thw.prod(1))
-            for grid, end in zip(prompt.image_grid_thw, ends, strict=True):
-                pixels = prompt.pixel_values[end - grid.prod() : end]
-                features += self._session("vision", {"pixel_values": pixels, "image_grid_thw": grid[None]})
+            for pixels, grid in prompt.images():
+                features += self._session("vision", {"pixel_values": pixels, "image_grid_thw": grid})
         return np.concatenate(features)
 
     def _session(self, part: str, inputs: Arrays) -> list[npt.NDArray[Any]]:

@@ -19,7 +19,8 @@ import numpy as np
 from vlpack.deepstack import CHANNEL
 from vlpack.errors import OptionError, VerifyError
 from vlpack.jsonl import read_jsonl
-from vlpack.runtime import Model, Sampling
+from vlpack.runtime import Model
+from vlpack.sampling import Sampling
 from vlpack.verification.reference import require
 
 METRICS = ("exact", "choice", "anls")

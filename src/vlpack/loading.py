@@ -47,3 +47,9 @@ def checked_threads(threads: int | None) -> int:
     if threads is not None and not 1 <= threads <= max(64, 4 * cores):
         raise OptionError(f"threads is {threads}; this process may use {cores} cores.")
     return threads or cores
+
+
+def check_pixel_limits(folder: Path, sees: bool, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Raises an OptionError where limits are given to a package that does not see."""
+    if not sees and (min_pixels is not None or max_pixels is not None):
+        raise OptionError(f"min_pixels and max_pixels have no effect: {folder} has no vision encoder.")

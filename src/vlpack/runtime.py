@@ -13,71 +13,17 @@ from typing import Any
 
 from vlpack.errors import CheckpointError, InputError, OptionError, PackageError
 from vlpack.genai import og
-from vlpack.loading import checked_threads
+from vlpack.loading import check_pixel_limits, checked_threads
 from vlpack.memory import peak_memory_bytes, total_memory_bytes
 from vlpack.package.manifest import whole_package
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder
 from vlpack.safefile import read_json
+from vlpack.sampling import Sampling, check_number
 from vlpack.tasks import GENERATE, Loaded, check_package_task
 from vlpack.timing import StageClock
 
 RUNTIME_NEEDED = (0, 18)
 """onnxruntime-genai's first version that carries DeepStack's channel."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; None leaves it to the package's generation settings.
-
-    Args:
-        temperature: 0 takes the likeliest token always.
-        top_k: only the k likeliest.
-        top_p: only the likeliest whose probabilities sum to p.
-        repetition_penalty: above 1 makes tokens that have occurred less likely.
-        seed: the same seed gives the same answer.
-    """
-
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-
-    def search_options(self) -> dict[str, Any]:
-        """As the runtime takes them.
-
-        Raises:
-            OptionError: a value is out of its range.
-        """
-        _check("temperature", self.temperature, 0, 100)
-        _check("top_k", self.top_k, 1, 2**31 - 1, whole=True)
-        _check("top_p", self.top_p, 1e-9, 1)
-        _check("repetition_penalty", self.repetition_penalty, 0.01, 100)
-        _check("seed", self.seed, 0, 2**31 - 1, whole=True)
-        options: dict[str, Any] = {}
-        if self.temperature == 0:
-            if self.top_k is not None or self.top_p is not None:
-                raise OptionError("With temperature 0 the likeliest token is taken, so top_k and top_p have no effect.")
-            options["do_sample"] = False
-        elif self.temperature is not None or self.top_k is not None or self.top_p is not None:
-            options["do_sample"] = True
-        if self.temperature:
-            options["temperature"] = self.temperature
-        for name in ("top_k", "top_p", "repetition_penalty"):
-            if getattr(self, name) is not None:
-                options[name] = getattr(self, name)
-        if self.seed is not None:
-            options["random_seed"] = self.seed
-        return options
-
-
-def _check(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
-    if value is None:
-        return
-    kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        kind = "a whole number" if whole else "a number"
-        raise OptionError(f"{name} is {value!r}; it must be {kind} from {low:g} to {high:g}.")
 
 
 @dataclass
@@ -143,8 +89,7 @@ class Model(Loaded):
         model = self.config["model"]
         self.context_length: int = model["context_length"]
         self.vocab_size: int = model["vocab_size"]
-        if "image_token_id" not in model and (min_pixels is not None or max_pixels is not None):
-            raise OptionError(f"min_pixels and max_pixels have no effect: {self.folder} has no vision encoder.")
+        check_pixel_limits(self.folder, "image_token_id" in model, min_pixels, max_pixels)
         self._prompts = PromptBuilder.from_folder(
             self.folder,
             image_token_id=model.get("image_token_id"),
@@ -219,7 +164,7 @@ class Model(Loaded):
             InputError: the messages or images are not usable, or do not fit the model's context.
             OptionError: an option is out of its range.
         """
-        _check("max_tokens", max_tokens, 1, 2**31 - 1, whole=True)
+        check_number("max_tokens", max_tokens, 1, 2**31 - 1, whole=True)
         if sampling is not None and not isinstance(sampling, Sampling):
             raise OptionError("sampling must be a vlpack.Sampling.", "vlpack.Sampling(temperature=0), for example.")
         if isinstance(images, (str, bytes, os.PathLike)):

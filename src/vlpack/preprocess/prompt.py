@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,19 @@ class Prompt:
     def has_images(self) -> bool:
         """Whether any image is in the prompt."""
         return self.pixel_values is not None
+
+    @property
+    def grids(self) -> npt.NDArray[np.int64]:
+        """`image_grid_thw`, int64 [images, 3]; no rows for text."""
+        return np.zeros((0, 3), np.int64) if self.image_grid_thw is None else self.image_grid_thw
+
+    def images(self) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
+        """Each image's pixels [patches, C*T*p*p] and grid [1, 3]: unequal ones go through a vision graph one by one."""
+        end = 0
+        for grid in self.grids:
+            start, end = end, end + int(grid.prod())
+            assert self.pixel_values is not None, "a grid has pixels"
+            yield self.pixel_values[start:end], grid[None]
 
     def named_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """The arrays by the names that the runtime gives its inputs; without the image ones for text."""

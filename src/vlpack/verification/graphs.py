@@ -20,6 +20,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from vlpack.errors import PackageError
+from vlpack.preprocess import Prompt
 
 Array = npt.NDArray[Any]
 MICROSOFT = "com.microsoft"
@@ -75,15 +76,15 @@ class Graphs:
         except Exception as error:  # protobuf's and onnx_ir's errors have no common class
             raise PackageError(f"{self.folder / self.files[part]} cannot be read: {error}.") from None
 
-    def run(self, ids: Array, pixels: Array | None, grid: Array | None, positions: Array, *, exact: bool) -> Run:
-        """Everything on the way from a prompt ``ids [1, S]`` to the logits of all its positions.
+    def run(self, ids: Array, prompt: Prompt, positions: Array, *, exact: bool) -> Run:
+        """Everything on the way from ``ids [1, S]``, which begin with the prompt, to the logits of all positions.
 
         Images go through the vision graph one by one, as in the runtime. Each session lives only as long as it is used.
         """
         blocks: list[Array] = []
         features = None
-        if pixels is not None and grid is not None:
-            blocks, features = self._vision(pixels, grid, exact)
+        if prompt.has_images:
+            blocks, features = self._vision(prompt, exact)
         if "embedding" in self.files:
             with self._session("embedding", [], exact) as embedding:
                 width = embedding.get_inputs()[1].shape[1]
@@ -106,14 +107,13 @@ class Graphs:
         layers = [out[_PROBE + name][0] for name in self.norms]
         return Run(positions, blocks, merged, levels, embeds[0], layers, out["logits"][0])
 
-    def _vision(self, pixels: Array, grid: Array, exact: bool) -> tuple[list[Array], Array]:
+    def _vision(self, prompt: Prompt, exact: bool) -> tuple[list[Array], Array]:
         features, blocks = [], []
         with self._session("vision", self.block_norms, exact) as vision:
-            for image, end in zip(grid, np.cumsum(grid.prod(1)), strict=True):
-                own = pixels[end - image.prod() : end]
-                out = _call(vision, {"pixel_values": own, "image_grid_thw": image[None]})
+            for pixels, grid in prompt.images():
+                out = _call(vision, {"pixel_values": pixels, "image_grid_thw": grid})
                 features.append(out["image_features"])
-                blocks.append([out[_PROBE + name].reshape(len(own), -1) for name in self.block_norms])
+                blocks.append([out[_PROBE + name].reshape(len(pixels), -1) for name in self.block_norms])
         return [np.concatenate(parts) for parts in zip(*blocks, strict=True)], np.concatenate(features)
 
     @contextmanager

@@ -25,7 +25,8 @@ from vlpack.package.manifest import damaged_files, graph_files, read_manifest
 from vlpack.precision import Policy
 from vlpack.preprocess import Prompt
 from vlpack.preprocess.mrope import mrope_positions
-from vlpack.runtime import Model, Sampling
+from vlpack.runtime import Model
+from vlpack.sampling import Sampling
 from vlpack.tasks import GENERATE, manifest_task
 from vlpack.verification.cases import Case, built_in
 from vlpack.verification.graphs import Graphs, Run
@@ -200,8 +201,7 @@ class _Comparison:
 
         processor = Qwen2VLImageProcessorPil.from_pretrained(self.checkpoint.folder)
         wanted = processor(images=list(one.case.images), return_tensors="np")
-        grid, pixels = one.prompt.image_grid_thw, one.prompt.pixel_values
-        assert grid is not None
+        grid, pixels = one.prompt.grids, one.prompt.pixel_values
         assert pixels is not None
         if grid.tolist() != wanted["image_grid_thw"].tolist():
             return f"the images are {grid.tolist()} patches, transformers' {wanted['image_grid_thw'].tolist()}."
@@ -252,17 +252,14 @@ class _Comparison:
         return reference(one.ids, one.prompt.pixel_values, one.prompt.image_grid_thw, self.image_token_id)
 
     def _run(self, one: _Asked, *, exact: bool) -> Run:
-        assert one.original is not None
-        prompt = one.prompt
-        return self.graphs.run(one.ids, prompt.pixel_values, prompt.image_grid_thw, self._positions(one), exact=exact)
+        return self.graphs.run(one.ids, one.prompt, self._positions(one), exact=exact)
 
     def _positions(self, one: _Asked) -> Array:
         """As vlpack makes them; the runtime makes its own, which show in the tokens of its answer."""
-        facts, grid = self.architecture.vision, one.prompt.image_grid_thw
+        facts = self.architecture.vision
         if facts is None:
             return np.arange(one.ids.shape[1], dtype=np.int64)[None]
-        grids = np.zeros((0, 3), np.int64) if grid is None else grid
-        return mrope_positions(one.ids[0], grids, facts.image_token_id, facts.spatial_merge_size)[:, None]
+        return mrope_positions(one.ids[0], one.prompt.grids, facts.image_token_id, facts.spatial_merge_size)[:, None]
 
     def _result(self, one: _Asked, graph: list[tuple[str, Difference]], run: Run) -> CaseResult:
         assert one.original is not None
@@ -302,10 +299,8 @@ class _Comparison:
         relative = gap / np.maximum(size, 1e-12)
         maps, first = [], 0
         facts = self.architecture.vision
-        grid = one.prompt.image_grid_thw
         assert facts is not None
-        assert grid is not None
-        for image, (_, height, width) in zip(one.case.images, grid, strict=True):
+        for image, (_, height, width) in zip(one.case.images, one.prompt.grids, strict=True):
             rows, columns = int(height) // facts.spatial_merge_size, int(width) // facts.spatial_merge_size
             values = relative[first : first + rows * columns].reshape(rows, columns)
             first += rows * columns
