@@ -677,3 +677,22 @@ def test_a_base_that_does_not_fit_itself_is_named(adapter: Path, tmp_path: Path)
     edit_json(base / "config.json", "text_config", "intermediate_size", value=128)
     with pytest.raises(CheckpointError, match="do not belong together"):
         build(base, tmp_path / "package", lora=adapter)
+
+
+def test_verified_with_its_adapters(checkpoint: Callable[[Tiny], Path], everything: Path, tmp_path: Path) -> None:
+    from vlpack.verification.cases import built_in
+    from vlpack.verification.run import verify
+
+    base = checkpoint(TINY)
+    build(base, tmp_path / "package", precision="int4", threads=1, lora=everything)
+    cases = built_in(sees=True)[2:3]
+    assert verify(tmp_path / "package", base, cases=cases, tokens=4, lora=everything).findings == []
+    without = verify(tmp_path / "package", base, cases=cases, tokens=4)
+    assert without.findings[0].stage == "weights"
+    merged_reference(base, everything).model.save_pretrained(tmp_path / "merged")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json"):
+        shutil.copyfile(base / name, tmp_path / "merged" / name)
+    shutil.copyfile(base / "generation_config.json", tmp_path / "merged" / "generation_config.json")
+    report = verify(tmp_path / "package", tmp_path / "merged", cases=cases, tokens=4)
+    assert {finding.stage for finding in report.findings} <= {"weights"}  # peft sums in another order
+    assert max(stage.graph.relative for stage in report.cases[0].stages if stage.graph) < 1e-5

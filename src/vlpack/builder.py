@@ -22,7 +22,7 @@ from vlpack.fit import check_tensors
 from vlpack.graph import Graph, Weight, trace
 from vlpack.hub import resolve
 from vlpack.layers.attention import has_grouped_kernel
-from vlpack.lora import FILES, Adapter, adapter_notes, merge_all
+from vlpack.lora import adapter_notes, merge_all, open_adapters, places_of
 from vlpack.memory import peak_memory_bytes
 from vlpack.options import ExtraOptions, check_effects
 from vlpack.package.beside import write_beside
@@ -118,10 +118,8 @@ def build(
     output = Path(os.path.expanduser(output))
     check_free(output, force=force)
     # adapters first: they are small, and what is wrong with them is told before the model is downloaded
-    places = [lora] if isinstance(lora, str | os.PathLike) else lora
-    adapters = [
-        Adapter.open(resolve(place, cache_dir=cache_dir, token=extra.hf_token, patterns=FILES)) for place in places
-    ]
+    places = places_of(lora)
+    adapters = open_adapters(places, cache_dir, extra.hf_token)
     found = resolve(source, revision=revision, cache_dir=cache_dir, token=extra.hf_token)
     notes = _unused_hub_options([source, *places], cache_dir, extra)
 
@@ -143,7 +141,7 @@ def build(
         policy = make_policy(precision, execution_provider, quantization, architecture.precision_facts)
         check_tensors(architecture, base, policy)
         merged = merge_all(base, adapters, architecture)
-        checkpoint = merged[-1] if merged else base
+        checkpoint = [base, *merged][-1]
         graphs = {_filename(p, extra): trace(p, policy) for p in _parts(architecture, part, policy, extra)}
         notes += _check_sharing(architecture, policy, extra)
         notes += adapter_notes(merged, found, [weight for graph in graphs.values() for weight in graph.weights])

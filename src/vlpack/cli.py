@@ -114,9 +114,12 @@ def build(
     if output is None or output == Path():
         raise OptionError("Where should the package go?", "Give its folder with -o.")
     if verify_it:
+        from vlpack.tasks import AUTO, GENERATE
         from vlpack.verification.reference import require
 
         require()  # told before anything is built
+        if task not in (AUTO, GENERATE):
+            raise OptionError(f"--verify is for models that generate, not for the task {task}.")
     with console.build_progress() as progress:
         result = run_build(
             given[0],
@@ -140,7 +143,7 @@ def build(
         from vlpack.verification.card import record
 
         source_name = f"{given[0]}@{revision}" if revision else str(given[0])
-        report = run_verify(output, source_name, threads=threads, say=console.say_progress)
+        report = run_verify(output, source_name, threads=threads, lora=lora or (), say=console.say_progress)
         record(output, report)
     console.show_build(result, report, as_json=as_json)
     if report and not report.ok:
@@ -304,6 +307,9 @@ def verify(
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Of the runtime. (default: all cores)")
     ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option("--lora", help="Adapter that was merged; again for another.")
+    ] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write a page to look at: report.html.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -317,7 +323,14 @@ def verify(
         raise OptionError("--cases has its own prompts and images.", "Leave --prompt and --image away.")
     asked = from_file(cases) if cases else own(prompt or [], image or []) if prompt or image else None
     result = run_verify(
-        package, reference, cases=asked, tokens=tokens, streamed=stream, threads=threads, say=console.say_progress
+        package,
+        reference,
+        cases=asked,
+        tokens=tokens,
+        streamed=stream,
+        threads=threads,
+        lora=lora or (),
+        say=console.say_progress,
     )
     console.show_verification(result, report, as_json=as_json)
     if not result.ok:

@@ -9,6 +9,7 @@ Source: Hu et al. 2021 (arXiv:2106.09685); ``merge_and_unload`` of peft.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -22,7 +23,7 @@ from vlpack.checkpoint import Checkpoint, new_name
 from vlpack.errors import CheckpointError
 from vlpack.fit import HEAD, UNUSED, check_equal
 from vlpack.graph import Weight
-from vlpack.hub import ResolvedSource
+from vlpack.hub import ResolvedSource, resolve
 from vlpack.lora_config import MERGE_WITH_PEFT, LoraConfig
 from vlpack.safefile import locate, quote, read_json
 from vlpack.sources import check_finite
@@ -211,6 +212,27 @@ class Merged(Checkpoint):
         if name not in self.changed:
             return self._base.read(name)
         return self.rows(name, 0, shape[0]) if shape else self._places[name][0].read(self._places[name][1])
+
+
+Place = str | os.PathLike[str]
+
+
+def places_of(lora: Place | Sequence[Place]) -> Sequence[Place]:
+    """One place, or several, as several."""
+    return [lora] if isinstance(lora, str | os.PathLike) else lora
+
+
+def open_adapters(
+    places: Sequence[Place],
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+) -> list[Adapter]:
+    """The adapters at folders or Hub ids, opened and checked.
+
+    Raises:
+        CheckpointError: one cannot be had, or is not usable.
+    """
+    return [Adapter.open(resolve(place, cache_dir=cache_dir, token=token, patterns=FILES)) for place in places]
 
 
 def merge_all(base: Checkpoint, adapters: Sequence[Adapter], architecture: Architecture) -> list[Merged]:

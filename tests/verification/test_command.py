@@ -81,6 +81,13 @@ def test_without_the_libraries(tmp_path: Path, capsys: Capsys, monkeypatch: pyte
     assert not (tmp_path / "other").exists()
 
 
+def test_build_and_verify_of_another_task(tmp_path: Path, capsys: Capsys) -> None:
+    done = vlpack(capsys, "build", DIGITS, "-o", tmp_path / "package", "--verify", "--task", "embedding")
+    assert done.code == 2
+    assert "models that generate" in done.err
+    assert not (tmp_path / "package").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -6,6 +6,7 @@ import io
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
@@ -18,8 +19,10 @@ import numpy.typing as npt
 from vlpack.architectures import Architecture, architecture_of
 from vlpack.checkpoint import Checkpoint
 from vlpack.errors import VerifyError
+from vlpack.fit import check_tensors
 from vlpack.hub import resolve
 from vlpack.loading import checked_threads
+from vlpack.lora import merge_all, open_adapters, places_of
 from vlpack.memory import peak_memory_bytes, total_memory_bytes
 from vlpack.package.manifest import damaged_files, graph_files, read_manifest
 from vlpack.precision import Policy
@@ -69,6 +72,7 @@ def verify(
     tokens: int = 32,
     streamed: bool | None = None,
     threads: int | None = None,
+    lora: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     say: Say | None = None,
 ) -> Report:
     """Compare a package with the checkpoint that it should be.
@@ -81,6 +85,7 @@ def verify(
         streamed: keep only one module of the reference in memory at a time; by default where it would take more than a
             third of the machine's memory.
         threads: of onnxruntime.
+        lora: adapters that were merged when the package was built, as there.
         say: told what is being done.
 
     Raises:
@@ -93,15 +98,20 @@ def verify(
     manifest = read_manifest(folder)
     if manifest_task(folder, manifest) != GENERATE:
         raise VerifyError(f"{folder} does not generate; embedding models and rerankers cannot be verified yet.")
+    adapters = open_adapters(places_of(lora))
     found = resolve(reference)
-    with Checkpoint.open(found.folder) as checkpoint:
-        architecture = architecture_of(checkpoint)
-        if checkpoint.architecture != manifest["source"]["architecture"]:
+    with ExitStack() as stack, Checkpoint.open(found.folder) as base:
+        for adapter in adapters:
+            stack.callback(adapter.close)
+        architecture = architecture_of(base)
+        if base.architecture != manifest["source"]["architecture"]:
             raise VerifyError(
-                f"The package is a {manifest['source']['architecture']}, the reference a {checkpoint.architecture}.",
+                f"The package is a {manifest['source']['architecture']}, the reference a {base.architecture}.",
                 "Give the checkpoint that the package was built from.",
             )
         policy = policy_of(manifest, architecture.precision_facts)
+        check_tensors(architecture, base, policy)
+        checkpoint = [base, *merge_all(base, adapters, architecture)][-1]
         if streamed is None:
             streamed = 2 * checkpoint.total_bytes() > (total_memory_bytes() or 1 << 62) / 3
         findings = [Finding("files", problem) for problem in damaged_files(folder, manifest, hashes=True)]
