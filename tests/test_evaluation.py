@@ -10,7 +10,7 @@ import pytest
 
 from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, vlpack
 from vlpack.builder import build
-from vlpack.errors import InputError, OptionError
+from vlpack.errors import CheckpointError, InputError, OptionError
 from vlpack.evaluation import Question, evaluate, interval, read_questions, score
 
 CHOICES = ("red", "green", "A car")
@@ -146,6 +146,10 @@ def test_options(package: Path, data: Path, tmp_path: Path) -> None:
         evaluate(package, data, metric="bleu")
     with pytest.raises(OptionError, match="needs choices"):
         evaluate(package, data, metric="choice")
+    asked: list[object] = []
+    with pytest.raises(CheckpointError, match="There is no folder './no/where'"):
+        evaluate(package, data, reference="./no/where", progress=lambda *where: asked.append(where))
+    assert asked == []
     build(DIGITS, tmp_path / "text", part="text")
     text = write(tmp_path, {"question": "How many?", "answer": "3"})
     with pytest.raises(OptionError, match="no DeepStack"):

@@ -347,7 +347,7 @@ def evaluate(
         str | None, typer.Option("--metric", help="exact, choice or anls. (default: choice where there are choices)")
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option("--reference", help="Ask this checkpoint in transformers too: a folder.")
+        str | None, typer.Option("--reference", help="Ask this checkpoint in transformers too: a folder or a Hub id.")
     ] = None,
     without_deepstack: Annotated[
         bool, typer.Option("--without-deepstack", help="Ask once more with DeepStack's features set to zero.")

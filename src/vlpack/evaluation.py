@@ -18,6 +18,7 @@ import numpy as np
 
 from vlpack.deepstack import CHANNEL
 from vlpack.errors import OptionError, VerifyError
+from vlpack.hub import resolve
 from vlpack.jsonl import read_jsonl
 from vlpack.runtime import Model
 from vlpack.sampling import Sampling
@@ -111,7 +112,7 @@ def evaluate(
         metric: ``exact`` (equal but for case, spaces and punctuation), ``choice`` (the right letter or text), ``anls``
             (Biten et al. 2019, arXiv:1905.13648: 1 - edit distance / length where that is at least one half); by
             default ``choice`` where there are choices and ``exact`` elsewhere.
-        reference: a checkpoint's folder, asked the same in transformers.
+        reference: a checkpoint's folder or Hub id, asked the same in transformers.
         without_deepstack: ask the package once more with DeepStack's features set to zero.
         limit: only the first so many questions.
         max_tokens: of an answer.
@@ -127,6 +128,10 @@ def evaluate(
         raise OptionError(f"Unknown metric '{metric}'.", f"Metrics are {', '.join(METRICS)}.")
     if metric == "choice" and not all(question.choices for question in questions):
         raise OptionError("The metric choice needs choices with every question.")
+    checkpoint = None
+    if reference is not None:  # what is missing is told before the questions are asked
+        require()
+        checkpoint = resolve(reference).folder
     folder = Path(package).expanduser()
     model = Model(folder, threads=threads)
 
@@ -147,8 +152,8 @@ def evaluate(
         return Score(name, *interval(values), values, answers)
 
     scores = [run("package", ask_with(model))]
-    if reference is not None:
-        scores.append(run("reference", _reference(Path(reference), model, max_tokens)))
+    if checkpoint is not None:
+        scores.append(run("reference", _reference(checkpoint, model, max_tokens)))
     del model
     if without_deepstack:
         with _without_deepstack(folder) as copy:
@@ -254,7 +259,6 @@ def _bootstrap(array: Any) -> tuple[float, float, float]:
 
 def _reference(folder: Path, model: Model, max_tokens: int) -> Answerer:
     """The checkpoint in transformers, asked with the package's own prompts and pixels."""
-    require()
     import torch
     import transformers
 
@@ -263,7 +267,7 @@ def _reference(folder: Path, model: Model, max_tokens: int) -> Answerer:
         kind = getattr(transformers, config.architectures[0])
         loaded = kind.from_pretrained(folder, dtype=torch.float32).eval()
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise VerifyError(f"transformers cannot load {folder}: {error}.") from None
+        raise VerifyError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from None
     image_token = model.config["model"].get("image_token_id")
 
     def answer(question: Question) -> str:

@@ -25,8 +25,10 @@ def read_jsonl(path: Path, parse: Callable[[Any], T], example: str) -> list[tupl
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text.") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
     parsed = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -85,7 +85,7 @@ class Reference:
             with accelerate.init_empty_weights(include_buffers=False):
                 self.model = model_class(config)
         except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise VerifyError(f"transformers cannot read {folder}: {error}.") from None
+            raise VerifyError(f"transformers cannot read {folder}: {str(error).splitlines()[0]}") from None
         self.model = self.model.float().eval()
         for name, module in self.model.named_modules():
             if module._parameters:
