@@ -147,7 +147,7 @@ def test_options(package: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="needs choices"):
         evaluate(package, data, metric="choice")
     asked: list[object] = []
-    with pytest.raises(CheckpointError, match="There is no folder './no/where'"):
+    with pytest.raises(CheckpointError, match=r"There is no folder '\./no/where'"):
         evaluate(package, data, reference="./no/where", progress=lambda *where: asked.append(where))
     assert asked == []
     build(DIGITS, tmp_path / "text", part="text")
