@@ -17,6 +17,7 @@ from parity import Package, relative
 from vlpack.builder import build
 from vlpack.errors import CheckpointError, OptionError
 from vlpack.options import parse_extra_options
+from vlpack.precision import PrecisionFacts, QuantizationOptions, make_policy
 from vlpack.sources import Alternating, Part, Rows, Source, Stacked, Turned
 
 pytest.importorskip("torch")
@@ -106,6 +107,21 @@ def test_precisions(
     assert 1e-5 < error < bound
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+def test_shares_in_fp16(normalized: bool, tmp_path: Path) -> None:
+    """Experts that weigh as much as the rest, so that their shares show: of all experts, or of the chosen ones."""
+    member = replace(MEMBER, text=EXPERTS | {"norm_topk_prob": normalized})
+
+    def loud(tensors: dict[str, Any]) -> None:
+        tensors.update({name: 8 * values for name, values in tensors.items() if ".experts." in name})
+
+    source = spoil(make_member(tmp_path / "source", member), tmp_path / "loud", loud)
+    options = parse_extra_options(["prune_lm_head=false"])
+    for precision in ("fp32", "fp16"):
+        build(source, tmp_path / precision, precision=precision, extra_options=options)
+    assert relative(logits(tmp_path / "fp16"), logits(tmp_path / "fp32")) < 5e-3
+
+
 def test_mixed_layers_reach_the_experts(mixture: Path, tmp_path: Path) -> None:
     from vlpack.inspection import inspect
 
@@ -125,6 +141,13 @@ def test_a_dense_model_has_no_rules_for_experts(tmp_path: Path) -> None:
 
     build(DIGITS, tmp_path / "package")
     assert not {"text.router", "text.expert"} & {rule["role"] for rule in inspect(tmp_path / "package")["policy"]}
+
+
+def test_a_role_that_is_none() -> None:
+    policy = make_policy("int4", "cpu", QuantizationOptions(), PrecisionFacts())
+    assert policy.storage("text.linear").label == "int4 block 32"
+    with pytest.raises(AssertionError, match="no role"):
+        policy.storage("text.linaer")
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from safetensors.numpy import load_file
 
 from tiny import Tiny
 from vlpack.builder import build
 from vlpack.errors import PackageError, VerifyError
 from vlpack.package.manifest import MANIFEST, _sealed, sha256_file
 from vlpack.verification.cases import built_in, from_file
+from vlpack.verification.reference import Reference
 from vlpack.verification.result import Report
 from vlpack.verification.run import verify
 
@@ -221,6 +223,22 @@ def test_streamed_is_the_same(source: Path, tmp_path: Path) -> None:
     reports = [verify(tmp_path / "package", source, cases=cases, tokens=4, streamed=s) for s in (False, True)]
     assert [report.streamed for report in reports] == [False, True]
     assert reports[0].cases[0].stages == reports[1].cases[0].stages
+
+
+def test_streaming_takes_weights_out_again(source: Path) -> None:
+    """Only what is in use is in memory: no parameter is left after a pass, and few are there at any moment."""
+    tensors = load_file(source / "model.safetensors")
+    held: list[int] = []
+
+    def parameters(name: str, shape: tuple[int, ...]) -> Any:
+        held.append(sum(p.numel() for p in reference.model.parameters() if not p.is_meta))
+        return tensors[name if name in tensors else "model.language_model.embed_tokens.weight"].astype(np.float32)
+
+    reference = Reference(source, "model.language_model", parameters, streamed=True)
+    reference(np.arange(8)[None], None, None, None)
+    assert all(p.is_meta for p in reference.model.parameters())
+    assert len(held) > 20
+    assert max(held) <= max(values.size for values in tensors.values())
 
 
 def test_another_checkpoint(source: Path, checkpoint: Any, tmp_path: Path) -> None:
