@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from vlpack import cli
+from vlpack.package.manifest import MANIFEST, _sealed, sha256_file
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DIGITS = EXAMPLES / "digits-qwen3-vl"
@@ -132,3 +133,12 @@ def vlpack(capsys: pytest.CaptureFixture[str], *arguments: object) -> Output:
             signal.signal(number, handler)
     code = caught.value.code
     return Output(code if isinstance(code, int) else 0 if code is None else 1, *capsys.readouterr())
+
+
+def seal(package: Path) -> None:
+    """Make the manifest agree with altered files, as whoever breaks a package on purpose would."""
+    path = package / MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    for name, entry in manifest["files"].items():
+        entry |= {"bytes": (package / name).stat().st_size, "sha256": sha256_file(package / name)}
+    path.write_text(_sealed(manifest), encoding="utf-8")

@@ -241,12 +241,13 @@ def show_verification(report: Report, page: Path | None, *, as_json: bool) -> No
 
         print(json.dumps(to_json(report), indent=1))
         return
+    from vlpack.verification.card import spoken
+
     columns = ("case", "graph error", "whole error", "KL, nats", "same top token", "answer's tokens agree")
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for case in report.cases:
         graph, whole = case.worst
-        kl, top = f"{case.logits.mean_kl:.1e}", f"{case.logits.top1:.1%}"
-        table.add_row(case.name, f"{graph:.1e}", f"{whole:.1e}", kl, top, f"{case.same_tokens} of {len(case.tokens)}")
+        table.add_row(case.name, f"{graph:.1e}", f"{whole:.1e}", *spoken(case))
     out.print(table)
     if report.weights:  # damaged files are not looked into
         same = sum(weight.same for weight in report.weights)

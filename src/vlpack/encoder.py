@@ -259,8 +259,7 @@ class Embedder(Encoder):
             InputError: an input is not usable, or longer than the model's context; it is named by number, from 1.
             OptionError: an option is not usable.
         """
-        if instruction is not None and prompt is not None:
-            raise OptionError("instruction and prompt are both given.", "Give one of them.")
+        _check_one(instruction, prompt)
         size = self.hidden_size
         if dimensions is not None and not (type(dimensions) is int and 1 <= dimensions <= size):
             raise OptionError(f"dimensions is {dimensions!r}; it must be a whole number from 1 to {size}.")
@@ -275,6 +274,10 @@ class Embedder(Encoder):
         rows = rows[:, :dimensions]
         short: Floats = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-12))
         return short
+
+    def prompt(self, item: Input) -> Prompt:
+        """The prompt that `embed` makes of an input without instruction; `run` takes it."""
+        return self._form.embedding(item, None, self._chosen(None), "The input")
 
 
 class Reranker(Encoder):
@@ -304,8 +307,7 @@ class Reranker(Encoder):
             InputError: query or documents are not usable, or too long together; named by number, from 1.
             OptionError: an option is not usable.
         """
-        if instruction is not None and prompt is not None:
-            raise OptionError("instruction and prompt are both given.", "Give one of them.")
+        _check_one(instruction, prompt)
         _check_list(documents, "documents")
         told = self._chosen(prompt) if instruction is None else instruction
         scores = self.run(
@@ -314,8 +316,17 @@ class Reranker(Encoder):
         )
         return [float(score) for score in scores]
 
+    def prompt(self, query: Input, document: Input) -> Prompt:
+        """The prompt that `score` makes of a pair without instruction; `run` takes it."""
+        return self._form.reranker(query, document, self._chosen(None), "The document")
+
 
 _IMAGE = ("image_token_id", "video_token_id", "spatial_merge_size", "min_pixels", "max_pixels")
+
+
+def _check_one(instruction: str | None, prompt: str | None) -> None:
+    if instruction is not None and prompt is not None:
+        raise OptionError("instruction and prompt are both given.", "Give one of them.")
 
 
 def _check_list(items: object, name: str) -> None:

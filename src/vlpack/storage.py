@@ -47,8 +47,14 @@ class Storage(Protocol):
     def chunks(self, read: RowReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
         """Contiguous pieces of the arrays, each array whole before the next begins."""
 
-    def values(self, arrays: Mapping[str, Array], rows: int, cols: int) -> Array:
-        """The float32 ``[rows, cols]`` that arrays of these contents stand for, whatever shapes a graph gives them."""
+    def values(
+        self, arrays: Mapping[str, Array], rows: int, cols: int, start: int = 0, stop: int | None = None
+    ) -> Array:
+        """What arrays of these contents stand for, whatever shapes a graph gives them.
+
+        Returns:
+            Rows ``[start, stop)`` of the weight, float32.
+        """
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,10 @@ class Float:
         for start, stop in slabs(rows, cols):
             yield "weight", cast(read(start, stop), self.dtype)
 
-    def values(self, arrays: Mapping[str, Array], rows: int, cols: int) -> Array:
-        return arrays["weight"].reshape(rows, cols).astype(np.float32)
+    def values(
+        self, arrays: Mapping[str, Array], rows: int, cols: int, start: int = 0, stop: int | None = None
+    ) -> Array:
+        return arrays["weight"].reshape(rows, cols)[start:stop].astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -90,8 +98,10 @@ class Transposed:
         for start, stop in slabs(cols, rows):
             yield "weight", cast(np.ascontiguousarray(whole[:, start:stop].T), self.dtype)
 
-    def values(self, arrays: Mapping[str, Array], rows: int, cols: int) -> Array:
-        return np.ascontiguousarray(arrays["weight"].reshape(cols, rows).T, np.float32)
+    def values(
+        self, arrays: Mapping[str, Array], rows: int, cols: int, start: int = 0, stop: int | None = None
+    ) -> Array:
+        return np.ascontiguousarray(arrays["weight"].reshape(cols, rows)[:, start:stop].T, np.float32)
 
 
 @dataclass(frozen=True)
@@ -123,9 +133,11 @@ class ChannelInt8:
         yield "scales", scales
         yield "zero_points", np.full(rows, ZERO_POINT, np.uint8)
 
-    def values(self, arrays: Mapping[str, Array], rows: int, cols: int) -> Array:
-        codes = arrays["qweight"].reshape(cols, rows).T
-        return dequantize_rows(codes, arrays["scales"], arrays["zero_points"])
+    def values(
+        self, arrays: Mapping[str, Array], rows: int, cols: int, start: int = 0, stop: int | None = None
+    ) -> Array:
+        codes = arrays["qweight"].reshape(cols, rows)[:, start:stop].T
+        return dequantize_rows(codes, arrays["scales"][start:stop], arrays["zero_points"][start:stop])
 
 
 @dataclass(frozen=True)
@@ -167,11 +179,13 @@ class Blocks:
             yield "qweight", blocks.qweight
         yield from small.items()
 
-    def values(self, arrays: Mapping[str, Array], rows: int, cols: int) -> Array:
+    def values(
+        self, arrays: Mapping[str, Array], rows: int, cols: int, start: int = 0, stop: int | None = None
+    ) -> Array:
         shapes = block_shapes(rows, cols, self.bits, self.block_size)
-        zeros = None if self.symmetric else arrays["zero_points"].reshape(shapes.zero_points)
+        zeros = None if self.symmetric else arrays["zero_points"].reshape(shapes.zero_points)[start:stop]
         qweight, scales = arrays["qweight"].reshape(shapes.qweight), arrays["scales"].reshape(shapes.scales)
-        return dequantize_blocks(QuantizedBlocks(qweight, scales, zeros), cols, self.bits)
+        return dequantize_blocks(QuantizedBlocks(qweight[start:stop], scales[start:stop], zeros), cols, self.bits)
 
 
 def cast(array: Array, dtype: str) -> Array:

@@ -82,10 +82,16 @@ def test_without_the_libraries(tmp_path: Path, capsys: Capsys, monkeypatch: pyte
 
 
 def test_build_and_verify_of_another_task(tmp_path: Path, capsys: Capsys) -> None:
-    done = vlpack(capsys, "build", DIGITS, "-o", tmp_path / "package", "--verify", "--task", "embedding")
-    assert done.code == 2
-    assert "models that generate" in done.err
-    assert not (tmp_path / "package").exists()
+    package, page = tmp_path / "package", tmp_path / "report.html"
+    done = vlpack(capsys, "build", DIGITS, "-o", package, "--verify", "--task", "embedding")
+    assert done.code == 0
+    assert " | - | - | - |" in (package / "README.md").read_text(encoding="utf-8")
+    options = ("--prompt", "A river.", "--report", page)
+    done = vlpack(capsys, "verify", package, "--reference", DIGITS, *options, "--json")
+    shown = json.loads(done.out)
+    assert shown["cases"][0]["stages"][-1]["name"] == "vector"
+    assert shown["cases"][0]["mean_kl"] is None
+    assert "vector" in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file
 
+from samples import seal
 from tiny import Tiny
 from vlpack.builder import build
 from vlpack.errors import PackageError, VerifyError
-from vlpack.package.manifest import MANIFEST, _sealed, sha256_file
 from vlpack.verification.cases import built_in, from_file
 from vlpack.verification.reference import Reference
 from vlpack.verification.result import Report
@@ -139,15 +139,6 @@ def test_graph_faults(fault: str, precision: str, source: Path, tmp_path: Path) 
     assert report.findings[0].stage == stage
     assert "in exact arithmetic" in report.findings[0].message
     assert all(weight.same for weight in report.weights)
-
-
-def seal(package: Path) -> None:
-    """Make the manifest agree with altered files, as whoever breaks a package on purpose would."""
-    path = package / MANIFEST
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    for name, entry in manifest["files"].items():
-        entry |= {"bytes": (package / name).stat().st_size, "sha256": sha256_file(package / name)}
-    path.write_text(_sealed(manifest), encoding="utf-8")
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

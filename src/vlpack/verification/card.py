@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlpack.errors import PackageError
 from vlpack.package.manifest import refresh
-from vlpack.verification.result import Report
+from vlpack.verification.result import CaseResult, Report
 
 HEADING = "## Verification"
 CARD = "README.md"
@@ -27,6 +27,14 @@ def record(folder: Path, report: Report) -> None:
     refresh(folder, CARD)
 
 
+def spoken(case: CaseResult) -> tuple[str, str, str]:
+    """KL, share of the same top tokens, and tokens of the answer that agree; dashes where nothing is generated."""
+    if not case.speaks:
+        return "-", "-", "-"
+    logits = case.logits
+    return f"{logits.mean_kl:.1e}", f"{logits.top1:.1%}", f"{case.same_tokens} of {len(case.tokens)}"
+
+
 def section(report: Report) -> str:
     """The result as Markdown."""
     verdict = "is" if report.ok else "**is not**"
@@ -44,10 +52,7 @@ def section(report: Report) -> str:
     ]
     for case in report.cases:
         graph, whole = case.worst
-        lines.append(
-            f"| {case.name} | {graph:.1e} | {whole:.1e} | {case.logits.mean_kl:.1e} | {case.logits.top1:.1%} | "
-            f"{case.same_tokens} of {len(case.tokens)} |"
-        )
+        lines.append(f"| {case.name} | {graph:.1e} | {whole:.1e} | {' | '.join(spoken(case))} |")
     same = sum(weight.same for weight in report.weights)
     lines += ["", f"{same} of {len(report.weights)} weights are byte for byte what vlpack makes of the checkpoint."]
     lines += [f"\n- {finding.stage}: {finding.message}" for finding in report.findings]

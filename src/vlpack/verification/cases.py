@@ -14,6 +14,10 @@ from vlpack.jsonl import read_jsonl
 from vlpack.preprocess import load_image
 
 MAX_CASES = 1000
+DOCUMENT = "Paris is the capital and the largest city of France."
+"""What a reranker scores where a case has no document of its own."""
+LINE = '{"prompt": "What is this?", "images": ["a.png"]}'
+"""Of a file of cases."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,14 @@ class Case:
         prompt: the question.
         images: already decoded.
         labels: of the images: their file names, or sizes.
+        document: for a reranker, whose query the prompt is and whose images are the document's; `DOCUMENT` by default.
     """
 
     name: str
     prompt: str
     images: tuple[Image.Image, ...] = ()
     labels: tuple[str, ...] = ()
+    document: str | None = None
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
@@ -74,24 +80,29 @@ def own(prompts: Sequence[str], images: Sequence[str]) -> list[Case]:
 
 
 def from_file(path: Path) -> list[Case]:
-    """Cases of a JSONL file: an object with ``prompt`` and perhaps ``images`` (paths from the file's folder) a line.
+    """Cases of a JSONL file: an object a line, with ``prompt`` and perhaps ``images`` (paths from the file's folder).
+
+    Where a reranker is verified, ``document`` may say what it scores.
 
     Raises:
         InputError: the file cannot be read, or a line is something else.
     """
 
-    def parse(entry: Any) -> tuple[str, list[str]]:
-        prompt, images = entry["prompt"], entry.get("images", [])
-        if not isinstance(prompt, str) or not isinstance(images, list):
-            raise TypeError("the prompt must be a text and the images a list")
+    def parse(entry: Any) -> tuple[str, list[str], str | None]:
+        prompt, images, document = entry["prompt"], entry.get("images", []), entry.get("document")
+        if not isinstance(prompt, str) or not isinstance(images, list) or not isinstance(document, str | None):
+            raise TypeError("prompt and document must be texts and the images a list")
         if not all(isinstance(image, str) for image in images):
             raise TypeError("images are file names")
-        return prompt, images
+        return prompt, images, document
 
     cases = []
-    for number, (prompt, images) in read_jsonl(path, parse, '{"prompt": "What is this?", "images": ["a.png"]}'):
+    for number, (prompt, images, document) in read_jsonl(
+        path, parse, '{"prompt": "What is this?", "images": ["a.png"]}'
+    ):
         loaded = tuple(load_image(path.parent / image) for image in images)
-        cases.append(Case(f"line {number}", prompt, loaded, tuple(Path(image).name for image in images)))
+        labels = tuple(Path(image).name for image in images)
+        cases.append(Case(f"line {number}", prompt, loaded, labels, document))
     if len(cases) > MAX_CASES:
         raise InputError(f"{path} has {len(cases)} cases; {MAX_CASES} are the most.")
     return cases

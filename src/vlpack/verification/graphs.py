@@ -37,7 +37,7 @@ class Run:
     levels: list[Array]
     embeds: Array
     layers: list[Array]
-    logits: Array
+    result: Array
 
 
 class Graphs:
@@ -96,6 +96,9 @@ class Graphs:
         part = "text" if "text" in self.files else "decoder"
         with self._session(part, self.norms, exact) as decoder:
             inputs = {**tokens, "position_ids": positions, "attention_mask": np.ones(ids.shape, np.int64)}
+            names = [port.name for port in decoder.get_inputs()]
+            if "position_ids" not in names:  # an embedding model counts by itself
+                del inputs["position_ids"]
             for port in decoder.get_inputs():
                 if port.name.startswith("past_key_values"):
                     inputs[port.name] = np.zeros((1, port.shape[1], 0, port.shape[3]), np.float32)
@@ -105,7 +108,7 @@ class Graphs:
             split = np.split(features, features.shape[1] // self.hidden_size, axis=1)
             merged, levels = split[0], split[1:]
         layers = [out[_PROBE + name][0] for name in self.norms]
-        return Run(positions, blocks, merged, levels, embeds[0], layers, out["logits"][0])
+        return Run(positions, blocks, merged, levels, embeds[0], layers, _result(out))
 
     def _vision(self, prompt: Prompt, exact: bool) -> tuple[list[Array], Array]:
         features, blocks = [], []
@@ -145,6 +148,14 @@ class Graphs:
             else:
                 os.environ[variable] = before
         yield session
+
+
+def _result(out: Mapping[str, Array]) -> Array:
+    """The logits, the vector, or the probabilities of yes and no."""
+    if "scores" in out:
+        return np.concatenate([out["scores"], 1 - out["scores"]])
+    result: Array = out["sentence_embedding" if "sentence_embedding" in out else "logits"][0]
+    return result
 
 
 def _call(session: ort.InferenceSession, inputs: Mapping[str, Array]) -> dict[str, Array]:

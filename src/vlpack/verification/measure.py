@@ -37,17 +37,46 @@ class Difference:
     cosine: float
 
 
+_PIECE = 1 << 20
+"""Values that are compared at a time: an embedding has 600 million, of which no copies in float64 can be made."""
+
+
+class Gap:
+    """A `Difference` in the making: arrays come piece by piece, and anything not finite makes them infinitely apart."""
+
+    def __init__(self) -> None:
+        self._gap = self._value = self._reference = self._product = self._largest = 0.0
+
+    def add(self, value: Array, reference: Array) -> None:
+        """The next piece of both, of one shape."""
+        if np.shape(value) != np.shape(reference):
+            raise ValueError(f"{np.shape(value)} is not {np.shape(reference)}")
+        value, reference = np.ravel(value), np.ravel(reference)
+        for start in range(0, value.size, _PIECE):
+            a = value[start : start + _PIECE].astype(np.float64)
+            b = reference[start : start + _PIECE].astype(np.float64)
+            self._value, self._reference = self._value + float(a @ a), self._reference + float(b @ b)
+            self._product += float(a @ b)
+            with np.errstate(invalid="ignore"):  # infinity less infinity: told in `difference`
+                a -= b
+            self._gap += float(a @ a)
+            self._largest = max(self._largest, float(np.abs(a, out=a).max()))
+
+    @property
+    def difference(self) -> Difference:
+        """Of all pieces."""
+        if not np.isfinite([self._value, self._reference, self._gap]).all():
+            return Difference(float("inf"), float("inf"), float("nan"))
+        gap, a, b = (float(np.sqrt(square)) for square in (self._gap, self._value, self._reference))
+        relative = gap / b if b else (0.0 if gap == 0 else float("inf"))
+        return Difference(relative, self._largest, self._product / (a * b) if a and b else float(a == b))
+
+
 def difference(value: Array, reference: Array) -> Difference:
     """Compare two arrays of the same shape; anything not finite makes them infinitely far apart."""
-    a, b = np.asarray(value, np.float64).ravel(), np.asarray(reference, np.float64).ravel()
-    if a.shape != b.shape:
-        raise ValueError(f"{np.shape(value)} is not {np.shape(reference)}")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return Difference(float("inf"), float("inf"), float("nan"))
-    gap, size_a, size_b = float(np.linalg.norm(a - b)), float(np.linalg.norm(a)), float(np.linalg.norm(b))
-    relative = gap / size_b if size_b else (0.0 if gap == 0 else float("inf"))
-    cosine = float(a @ b / (size_a * size_b)) if size_a and size_b else float(size_a == size_b)
-    return Difference(relative, float(np.abs(a - b).max(initial=0.0)), cosine)
+    gap = Gap()
+    gap.add(value, reference)
+    return gap.difference
 
 
 @dataclass(frozen=True)
@@ -64,13 +93,13 @@ class Agreement:
 
     @property
     def mean_kl(self) -> float:
-        """Over all positions."""
-        return float(np.mean(self.kl))
+        """Over all positions; 0 where there are none."""
+        return float(np.mean(self.kl)) if self.kl else 0.0
 
     @property
     def top1(self) -> float:
-        """Share of positions with the same likeliest token."""
-        return float(np.mean(self.same_top))
+        """Share of positions with the same likeliest token; 1 where there are none."""
+        return float(np.mean(self.same_top)) if self.same_top else 1.0
 
 
 def agreement(value: Array, reference: Array) -> Agreement:

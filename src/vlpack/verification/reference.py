@@ -47,11 +47,12 @@ class Trace:
         levels: of DeepStack, ``[tokens, H]`` each.
         embeds: with the features in place, ``[S, H]``.
         layers: input of each decoder layer after the first, and of the final norm, ``[S, H]``.
-        logits: ``[S, V]``.
+        result: logits ``[S, V]``; of an embedding model its vector ``[H]``, of a reranker the probabilities of yes and
+            no.
     """
 
     positions: Array
-    logits: Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    result: Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     blocks: list[Array] = field(default_factory=list)
     features: Array | None = None
     levels: list[Array] = field(default_factory=list)
@@ -67,23 +68,35 @@ class Reference:
         prefix: of the decoder's modules, such as ``model.language_model``.
         parameters: gives a parameter's values by its name.
         streamed: take parameters out again after each use: as much memory as the largest module needs.
+        head: what an embedding model or reranker makes of the last token's state ``[H]``; None where logits are wanted.
 
     Raises:
         VerifyError: transformers does not know the model, or is not there.
     """
 
-    def __init__(self, folder: Path, prefix: str, parameters: GetParameter, *, streamed: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        parameters: GetParameter,
+        *,
+        streamed: bool,
+        head: Callable[[Array], Array] | None = None,
+    ) -> None:
         require()
         import accelerate
+        import torch
         import transformers
 
-        self.prefix, self.parameters, self.streamed = prefix, parameters, streamed
+        self.prefix, self.parameters, self.streamed, self.head = prefix, parameters, streamed, head
         try:
             config = transformers.AutoConfig.from_pretrained(folder)
             model_class = getattr(transformers, config.architectures[0])
             config._attn_implementation = "eager"
             with accelerate.init_empty_weights(include_buffers=False):
                 self.model = model_class(config)
+                if head is not None and not hasattr(self.model, "model"):  # saved without a head: as if within one
+                    self.model = torch.nn.ModuleDict({"model": self.model})
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise VerifyError(f"transformers cannot read {folder}: {str(error).splitlines()[0]}") from None
         self.model = self.model.float().eval()
@@ -121,7 +134,10 @@ class Reference:
             arguments |= {"pixel_values": torch.tensor(pixels), "image_grid_thw": torch.tensor(grid)}
             arguments["mm_token_type_ids"] = (arguments["input_ids"] == image_token_id).int()
         with self._watched(trace, grid), torch.no_grad():
-            trace.logits = self.model(**arguments).logits[0].numpy()
+            if self.head is None:
+                trace.result = self.model(**arguments).logits[0].numpy()
+            else:
+                trace.result = self.head(self.model.model(**arguments).last_hidden_state[0, -1].numpy())
         return trace
 
     @contextmanager
@@ -178,7 +194,7 @@ def _bring(name: str, parameters: GetParameter) -> Any:
         for own, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 values = parameters(f"{name}.{own}" if name else own, tuple(parameter.shape))
-                module._parameters[own] = torch.nn.Parameter(torch.from_numpy(np.array(values)), requires_grad=False)
+                module._parameters[own] = torch.nn.Parameter(torch.from_numpy(values), requires_grad=False)
 
     return hook
 

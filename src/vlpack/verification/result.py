@@ -10,7 +10,8 @@ from vlpack.verification.measure import Agreement, Difference
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of one case: positions, a vision block, DeepStack's level, the embedding, a decoder layer, the logits.
+    """One stage of one case: positions, a vision block, DeepStack's level, the embedding, a decoder layer, the logits;
+    of an embedding model its vector, of a reranker its score.
 
     Args:
         name: such as ``positions``, ``input of vision block 3``, ``DeepStack 1``, ``layer 12``, ``logits``.
@@ -62,7 +63,8 @@ class CaseResult:
         prompt: its text, as a person would write it.
         images: names or sizes of its images.
         stages: in the order in which they are computed.
-        logits: agreement of the next token at every position, package as it runs against reference as it is.
+        logits: agreement of the next token at every position, package as it runs against reference as it is; empty, as
+            the tokens are, where the model does not generate.
         tokens: the package's greedy answer through the runtime, ids.
         pieces: the same as text, token by token.
         reference_tokens: what the reference likes best after each of the package's own prefixes.
@@ -93,6 +95,11 @@ class CaseResult:
     def first_bad(self) -> Stage | None:
         """The first stage that is beyond its tolerance."""
         return next((stage for stage in self.stages if not stage.ok), None)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether it is of a model that generates, so that there are next tokens to compare."""
+        return bool(self.logits.kl)
 
     @property
     def same_tokens(self) -> int:

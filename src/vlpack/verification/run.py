@@ -7,9 +7,8 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +25,22 @@ from vlpack.lora import merge_all, open_adapters, places_of
 from vlpack.memory import peak_memory_bytes, total_memory_bytes
 from vlpack.package.manifest import damaged_files, graph_files, read_manifest
 from vlpack.precision import Policy
-from vlpack.preprocess import Prompt
+from vlpack.preprocess import Tokenizer
 from vlpack.preprocess.mrope import mrope_positions
-from vlpack.runtime import Model
-from vlpack.sampling import Sampling
-from vlpack.tasks import GENERATE, manifest_task
+from vlpack.tasks import EMBEDDING, GENERATE, RERANKER, manifest_task
+from vlpack.verification.asking import Answers, Asked, ask
 from vlpack.verification.cases import Case, built_in
 from vlpack.verification.graphs import Graphs, Run
 from vlpack.verification.measure import (
     GRAPH_TOLERANCE,
     KL_TOLERANCE,
     QUANTIZED_TOLERANCE,
+    Agreement,
     Difference,
     agreement,
     difference,
 )
+from vlpack.verification.prompts import check_prompts, check_stops
 from vlpack.verification.reference import Reference, Trace, require
 from vlpack.verification.result import CaseResult, Finding, ImageMap, Report, Stage, WeightResult
 from vlpack.verification.weights import Parameters, Weights, policy_of
@@ -49,19 +49,12 @@ Array = npt.NDArray[Any]
 Say = Callable[[str], None]
 POSITIONS = "positions"
 """The stage that no weights go into."""
+RESULTS = {GENERATE: "logits", EMBEDDING: "vector", RERANKER: "score"}
+"""The last stage, by task."""
+VECTOR_SLACK = 1.5
+"""An embedding is one vector, further off than a mean over a prompt's positions may be."""
 TIE = 1e-3
 """Logits of the reference's two best tokens that are no further apart may come out either way."""
-
-
-@dataclass
-class _Asked:
-    """A case on its way: the prompt, the package's answer, and what both sides made of prompt and answer."""
-
-    case: Case
-    prompt: Prompt
-    tokens: list[int]
-    ids: Array  # [1, S]: the prompt and all of the answer but its last token
-    original: Trace | None = None
 
 
 def verify(
@@ -96,14 +89,13 @@ def verify(
     say = say or (lambda text: None)
     folder = Path(package).expanduser()
     manifest = read_manifest(folder)
-    if manifest_task(folder, manifest) != GENERATE:
-        raise VerifyError(f"{folder} does not generate; embedding models and rerankers cannot be verified yet.")
+    task = manifest_task(folder, manifest)
     adapters = open_adapters(places_of(lora))
     found = resolve(reference)
     with ExitStack() as stack, Checkpoint.open(found.folder) as base:
         for adapter in adapters:
             stack.callback(adapter.close)
-        architecture = architecture_of(base)
+        architecture = architecture_of(base, task)
         if base.architecture != manifest["source"]["architecture"]:
             raise VerifyError(
                 f"The package is a {manifest['source']['architecture']}, the reference a {base.architecture}.",
@@ -119,10 +111,14 @@ def verify(
         weights: list[WeightResult] = []
         if not findings:  # what is damaged is not looked at any closer
             comparison = _Comparison(folder, manifest, architecture, checkpoint, policy, streamed, threads, say)
-            asked = comparison.ask(cases, tokens)
-            findings += comparison.check_prompts(asked) + comparison.check_stops()
+            facts = architecture.vision
+            visual = (facts.image_token_id, facts.video_token_id) if facts else ()
+            cases = cases or built_in(sees="vision" in comparison.graphs.files)
+            answers = ask(folder, cases, tokens=tokens, threads=threads, visual=visual, say=say)
+            findings += check_prompts(answers, checkpoint, comparison.image_token_id)
+            findings += check_stops(answers, checkpoint)
             weights = comparison.compare_weights()
-            results = comparison.compare(asked, weights)
+            results = comparison.compare(answers, weights)
             findings += _judge_weights(weights) + _judge(results, policy)
     return Report(
         package=folder.resolve().name,
@@ -156,6 +152,7 @@ class _Comparison:
     ) -> None:
         self.folder, self.architecture, self.checkpoint, self.policy = folder, architecture, checkpoint, policy
         self.streamed, self.threads, self.say = streamed, threads, say
+        self.result = RESULTS[architecture.task]
         self.image_token_id = architecture.vision.image_token_id if architecture.vision else None
         files = graph_files(folder, manifest)
         text = architecture.text
@@ -170,72 +167,14 @@ class _Comparison:
         )
         self.weights = Weights(architecture, checkpoint, policy, {part: self.graphs.load(part) for part in files})
 
-    def ask(self, cases: Sequence[Case] | None, tokens: int) -> list[_Asked]:
-        """The package's greedy answers, through the runtime, which is gone when this returns."""
-        model = Model(self.folder, threads=self.threads)
-        self.config, self.tokenizer = model.config, model.tokenizer
-        return [self._ask(model, case, tokens) for case in cases or built_in(sees="vision" in self.graphs.files)]
-
-    def _ask(self, model: Model, case: Case, tokens: int) -> _Asked:
-        self.say(f"asking: {case.name}")
-        content = [*({"type": "image"} for _ in case.images), {"type": "text", "text": case.prompt}]
-        prompt = model.prompt([{"role": "user", "content": content if case.images else case.prompt}], case.images)
-        answer = model.generate(prompt, max_tokens=tokens, sampling=Sampling(temperature=0)).tokens
-        facts = self.architecture.vision
-        visual = (facts.image_token_id, facts.video_token_id) if facts else ()
-        # the reference takes such a token, which a model may write, for an image's
-        answer = list(takewhile(lambda token: token not in visual, answer))
-        ids = np.concatenate([prompt.input_ids[0], answer[:-1]]).astype(np.int64)[None]
-        return _Asked(case, prompt, answer, ids)
-
-    def check_prompts(self, asked: Sequence[_Asked]) -> list[Finding]:
-        """Token ids and pixels against those of the checkpoint's own tokenizer and image settings, in transformers."""
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.folder)
-        for one in asked:
-            if tokenizer.chat_template is not None:
-                ids = tokenizer(one.prompt.text, add_special_tokens=False)["input_ids"]
-                mine = one.prompt.input_ids[0]
-                if one.case.images:  # placeholders are one token before they are expanded
-                    starts = np.concatenate([[True], (mine[1:] != self.image_token_id) | (mine[:-1] != mine[1:])])
-                    mine = mine[starts]
-                if list(mine) != list(ids):
-                    return [Finding("prompt", f"{one.case.name}: the package's tokens are not the checkpoint's.")]
-            if one.case.images and (problem := self._pixels(one)):
-                return [Finding("pixels", f"{one.case.name}: {problem}")]
-        return []
-
-    def _pixels(self, one: _Asked) -> str | None:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        processor = Qwen2VLImageProcessorPil.from_pretrained(self.checkpoint.folder)
-        wanted = processor(images=list(one.case.images), return_tensors="np")
-        grid, pixels = one.prompt.grids, one.prompt.pixel_values
-        assert pixels is not None
-        if grid.tolist() != wanted["image_grid_thw"].tolist():
-            return f"the images are {grid.tolist()} patches, transformers' {wanted['image_grid_thw'].tolist()}."
-        apart = difference(pixels, wanted["pixel_values"])
-        return None if apart.relative < 1e-3 else f"pixels are {apart.relative:.2g} away from transformers'."
-
-    def check_stops(self) -> list[Finding]:
-        """The tokens that end an answer are those of the checkpoint."""
-        generation = self.checkpoint.json("generation_config.json") or {}
-        text = self.checkpoint.config.get("text_config") or {}
-        wanted = generation.get("eos_token_id") or self.checkpoint.config.get("eos_token_id") or text["eos_token_id"]
-        ends = self.config["model"]["eos_token_id"]
-        mine, theirs = (set(ids if isinstance(ids, list) else [ids]) for ids in (ends, wanted))
-        if mine == theirs:
-            return []
-        return [Finding("stop tokens", f"Answers end at {sorted(mine)} where the checkpoint ends at {sorted(theirs)}.")]
-
     def compare_weights(self) -> list[WeightResult]:
         """Every weight."""
         self.say("comparing weights")
         return list(self.weights.compare())
 
-    def compare(self, asked: Sequence[_Asked], weights: Sequence[WeightResult]) -> list[CaseResult]:
+    def compare(self, answers: Answers, weights: Sequence[WeightResult]) -> list[CaseResult]:
         """All cases: the reference as it is, then with the package's weights where these are others."""
+        asked = answers.asked
         reference = self._reference(stored=False)
         for one in asked:
             self.say(f"reference: {one.case.name}")
@@ -248,32 +187,33 @@ class _Comparison:
             self.say(f"graph: {one.case.name}")
             assert one.original is not None
             own = one.original if other is None else self._trace(other, one)
-            graph = _differences(self._run(one, exact=True), own)
-            results.append(self._result(one, graph, total))
+            graph = _differences(self._run(one, exact=True), own, self.result)
+            results.append(self._result(one, answers.tokenizer, graph, total))
             one.original = None
         return results
 
     def _reference(self, *, stored: bool) -> Reference:
         self.say("loading the reference" + (" with the package's weights" if stored else ""))
         parameters = Parameters(self.weights, stored=stored)
-        return Reference(self.checkpoint.folder, self.architecture.decoder.prefix, parameters, streamed=self.streamed)
+        prefix, head = self.architecture.decoder.prefix, self.weights.head(self.architecture.task, stored=stored)
+        return Reference(self.checkpoint.folder, prefix, parameters, streamed=self.streamed, head=head)
 
-    def _trace(self, reference: Reference, one: _Asked) -> Trace:
+    def _trace(self, reference: Reference, one: Asked) -> Trace:
         return reference(one.ids, one.prompt.pixel_values, one.prompt.image_grid_thw, self.image_token_id)
 
-    def _run(self, one: _Asked, *, exact: bool) -> Run:
+    def _run(self, one: Asked, *, exact: bool) -> Run:
         return self.graphs.run(one.ids, one.prompt, self._positions(one), exact=exact)
 
-    def _positions(self, one: _Asked) -> Array:
+    def _positions(self, one: Asked) -> Array:
         """As vlpack makes them; the runtime makes its own, which show in the tokens of its answer."""
         facts = self.architecture.vision
         if facts is None:
             return np.arange(one.ids.shape[1], dtype=np.int64)[None]
         return mrope_positions(one.ids[0], one.prompt.grids, facts.image_token_id, facts.spatial_merge_size)[:, None]
 
-    def _result(self, one: _Asked, graph: list[tuple[str, Difference]], run: Run) -> CaseResult:
+    def _result(self, one: Asked, tokenizer: Tokenizer, graph: list[tuple[str, Difference]], run: Run) -> CaseResult:
         assert one.original is not None
-        total = _differences(run, one.original)
+        total = _differences(run, one.original, self.result)
         tolerance, limit = GRAPH_TOLERANCE[self.policy.dtype], QUANTIZED_TOLERANCE[self.policy.precision]
         if self.policy.dtype == "float32" and "fp16" in (self.policy.options.vision, self.policy.precision):
             tolerance = GRAPH_TOLERANCE["float16"]
@@ -281,18 +221,20 @@ class _Comparison:
             Stage(name, None if name == POSITIONS else exact, whole, tolerance, limit)
             for (name, exact), (_, whole) in zip(graph, total, strict=True)
         ]
+        if self.result == RESULTS[EMBEDDING]:
+            stages[-1] = replace(stages[-1], limit=VECTOR_SLACK * limit)
+        speaks = self.architecture.task == GENERATE
+        logits = one.original.result if speaks else np.zeros((0, 2))  # [S, V]
         start = one.prompt.input_ids.shape[1] - 1
-        logits = one.original.logits[start : start + len(one.tokens)]
-        best = np.argsort(logits, axis=1)[:, :-3:-1]
-        decisive = np.take_along_axis(logits, best, axis=1)
+        best = np.argsort(logits[start : start + len(one.tokens)], axis=1)[:, :-3:-1]
+        decisive = np.take_along_axis(logits[start : start + len(one.tokens)], best, axis=1)
         wanted = [int(token) for token in best[:, 0]]
-        tokenizer = self.tokenizer
         return CaseResult(
             name=one.case.name,
             prompt=one.case.prompt,
             images=list(one.case.labels),
             stages=stages,
-            logits=agreement(run.logits, one.original.logits),
+            logits=agreement(run.result, logits) if speaks else Agreement([], []),
             tokens=one.tokens,
             pieces=[tokenizer.decode([token], skip_special_tokens=False) for token in one.tokens],
             reference_tokens=wanted,
@@ -301,7 +243,7 @@ class _Comparison:
             maps=self._maps(one, run),
         )
 
-    def _maps(self, one: _Asked, run: Run) -> list[ImageMap]:
+    def _maps(self, one: Asked, run: Run) -> list[ImageMap]:
         if run.features is None or one.original is None or one.original.features is None:
             return []
         gap = np.linalg.norm(run.features - one.original.features, axis=1)
@@ -322,7 +264,7 @@ class _Comparison:
         return maps
 
 
-def _differences(run: Run, trace: Trace) -> list[tuple[str, Difference]]:
+def _differences(run: Run, trace: Trace, result: str) -> list[tuple[str, Difference]]:
     """Every stage that both sides have, in the order of the computation."""
     stages: list[tuple[str, Any, Any]] = [(POSITIONS, run.positions, trace.positions)]
     for index, pair in enumerate(zip(run.blocks, trace.blocks, strict=True)):
@@ -333,7 +275,7 @@ def _differences(run: Run, trace: Trace) -> list[tuple[str, Difference]]:
     if run.embeds.size:
         stages.append(("embedding", run.embeds, trace.embeds))
     stages += [(f"layer {index}", *pair) for index, pair in enumerate(zip(run.layers, trace.layers, strict=True))]
-    stages.append(("logits", run.logits, trace.logits))
+    stages.append((result, run.result, trace.result))
     return [(name, difference(value, wanted)) for name, value, wanted in stages]
 
 

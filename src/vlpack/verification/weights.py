@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ from vlpack.errors import PackageError, VerifyError, VlpackError
 from vlpack.graph import Weight, declare
 from vlpack.precision import Policy, PrecisionFacts, QuantizationOptions, make_policy
 from vlpack.sources import Source, Stacked
-from vlpack.verification.measure import difference
+from vlpack.storage import slabs
+from vlpack.tasks import EMBEDDING, GENERATE
+from vlpack.verification.measure import Gap
 from vlpack.verification.result import WeightResult
 
 Array = npt.NDArray[Any]
@@ -60,6 +62,27 @@ class Weights:
         for part in _parts(architecture, policy, graphs):
             self.by_part[part.name] = declare(part, policy)
 
+    def head(self, task: str, *, stored: bool) -> Callable[[Array], Array] | None:
+        """What an embedding model or reranker makes of its last token's state ``[H]``; None where a model generates.
+
+        Args:
+            task: of the package.
+            stored: with the package's values of the rows of yes and no, not the checkpoint's.
+        """
+        if task == GENERATE:
+            return None
+        if task == EMBEDDING:
+            return lambda state: state / np.linalg.norm(state)
+        part, weight = next(found for found in self.all() if found[1].path.endswith(".answers"))
+        rows = self.stored(part, weight) if stored else self.original(weight)  # [2, H]
+
+        def probabilities(state: Array) -> Array:
+            logits = rows @ state
+            shares = np.exp(logits - logits.max())
+            return np.asarray(shares / shares.sum())
+
+        return probabilities
+
     def all(self) -> Iterator[tuple[str, Weight]]:
         """Part and weight; a weight that two parts share comes twice."""
         for part, weights in self.by_part.items():
@@ -95,14 +118,26 @@ class Weights:
         """Every weight of the package against the checkpoint, and against what vlpack makes of it."""
         for part, weight in self.all():
             held = self.held(part, weight)
-            made = _collect(encode(self.checkpoint, weight))
-            same = all(np.array_equal(held[name].reshape(-1), made[name]) for name in made)
-            original = self.original(weight)
-            error = difference(weight.storage.values(held, weight.rows, weight.cols), original).relative
-            expected = (
-                error if same else difference(weight.storage.values(made, weight.rows, weight.cols), original).relative
-            )
+            same, error = self._same(weight, held), self._error(weight, held)
+            expected = error if same else self._error(weight, _collect(encode(self.checkpoint, weight)))
             yield WeightResult(weight.path, part, weight.storage.label, error, expected, same)
+
+    def _same(self, weight: Weight, held: Mapping[str, Array]) -> bool:
+        """Whether the arrays are, byte for byte, what a build makes."""
+        done = dict.fromkeys(held, 0)
+        for name, chunk in encode(self.checkpoint, weight):
+            start, done[name] = done[name], done[name] + chunk.size
+            if not np.array_equal(held[name].reshape(-1)[start : done[name]], chunk.reshape(-1)):
+                return False
+        return True
+
+    def _error(self, weight: Weight, arrays: Mapping[str, Array]) -> float:
+        """How far arrays are from the checkpoint's values, relative L2; a slab of rows is in memory at a time."""
+        gap, rows, cols = Gap(), weight.rows, weight.cols
+        for start, stop in slabs(rows, cols):
+            stored = weight.storage.values(arrays, rows, cols, start, stop)
+            gap.add(stored, weight.source.read(self.checkpoint, start, stop).astype(np.float32))
+        return gap.difference.relative
 
 
 def _collect(chunks: Iterator[tuple[str, Array]]) -> dict[str, Array]:
