@@ -130,7 +130,7 @@ def test_matmul_mixed_precision(make: Make) -> None:
         "int4 block 32",
     )
     assert mixed["model.language_model.layers.2.self_attn.qkv_proj"] == "int8 block 32"
-    assert mixed["model.language_model.layers.2.mlp.gate_up_proj"] == "int4 block 32"
+    assert mixed["model.language_model.layers.2.mlp.gate_proj"] == "int4 block 32"
     assert right(folder) >= 6
 
 

@@ -286,7 +286,6 @@ def dequantized(precision: str, provider: str = "cpu", **options):
     """Weight name → the storage's values of it, as `Reference.with_weights` takes it."""
     policy = make_policy(precision, provider, QuantizationOptions(**options), PrecisionFacts(TINY.layers))
     joined = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
-    joined |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 
     def change(name: str, weight: np.ndarray) -> np.ndarray:
         parent, _, own = name.removesuffix(".weight").rpartition(".")
@@ -299,13 +298,10 @@ def dequantized(precision: str, provider: str = "cpu", **options):
 
 
 def rounded_per_token(x):
-    """What DynamicQuantizeMatMul makes of an input whose rows are divided by their own largest values."""
-    peak = x.abs().amax(-1, keepdim=True).clamp(min=1e-20)
-    x = x / peak
-    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
-    scale = (high - low) / 255
-    zero = (-low / scale).round().clamp(0, 255)
-    return (((x / scale).round() + zero).clamp(0, 255) - zero) * scale * peak
+    """Each row in 255 steps of its own largest value."""
+    step = float(np.float32(1 / 127))
+    peak = x.abs().amax(-1, keepdim=True) + 1e-20
+    return (x / peak / step).round() * step * peak
 
 
 def rounded_per_block(x, size: int = 32):

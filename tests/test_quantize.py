@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vlpack.quantize.blocks import block_shapes, dequantize_blocks, quantize_blocks
 from vlpack.quantize.channel import dequantize_rows, quantize_rows
+from vlpack.storage import ChannelInt8
 
 SIZES = [16, 32, 64, 128, 256]
 FLOATS = st.floats(-1e4, 1e4, width=32)
@@ -64,8 +65,8 @@ def test_blocks_move_values_by_half_a_step_at_most(weight, bits, block_size, sym
 def test_rows_move_values_by_half_a_step_at_most(weight):
     codes, scales = quantize_rows(weight.copy())
     assert codes.shape == weight.shape
-    assert codes.dtype == np.uint8
-    assert codes.min() >= 1
+    assert codes.dtype == np.int8
+    assert codes.min() >= -127
     assert scales.shape == weight.shape[:1]
     assert scales.dtype == np.float32
     back = dequantize_rows(codes, scales)
@@ -99,6 +100,7 @@ def test_zero_points_pay_off_where_values_have_one_sign(bits):
 def run(node, inputs: dict[str, np.ndarray], feeds: dict[str, np.ndarray]) -> np.ndarray:
     """One of onnxruntime's own operators."""
     types = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
+    types[np.dtype(np.uint8)] = TensorProto.UINT8
     graph = helper.make_graph(
         [node],
         "one",
@@ -139,11 +141,19 @@ def test_onnxruntime_reads_blocks_alike(bits, symmetric, block_size, cols):
     assert not rows[:, cols:].any()
 
 
-def test_onnxruntime_reads_rows_alike():
+@pytest.mark.parametrize("signed", [True, False])
+def test_onnxruntime_reads_rows_alike(signed: bool) -> None:
+    """The identity's product is the weight itself, from bytes of either kind."""
     weight = random(12, 64)
-    codes, scales = quantize_rows(weight.copy())
-    arrays = {"codes": np.ascontiguousarray(codes.T), "scales": scales, "zero_points": np.full(12, 128, np.uint8)}
-    multiply = helper.make_node("DynamicQuantizeMatMul", ["x", *arrays], ["y"], domain="com.microsoft")
-    # 255 and 0 are codes of their own, so this x is not rounded
-    product = run(multiply, arrays, {"x": np.eye(64, dtype=np.float32)})
-    assert np.allclose(product.T, dequantize_rows(codes, scales), rtol=1e-6, atol=0)
+    arrays, zeros = {}, ["a_zero"] if signed else ["a_zero", "b_zero"]
+    for name, chunk in ChannelInt8(signed).chunks(lambda start, stop: weight[start:stop], 12, 64):
+        arrays[name] = chunk
+    constants = {"one": np.array(1, np.float32), "a_zero": np.array(128, np.uint8), "b_zero": np.array(128, np.uint8)}
+    multiply = helper.make_node(
+        "MatMulIntegerToFloat", ["x", "qweight", "one", "scales", *zeros], ["y"], domain="com.microsoft"
+    )
+    used = {name: value for name, value in constants.items() if name in ("one", *zeros)}
+    product = run(multiply, arrays | used, {"x": np.eye(64, dtype=np.uint8) + np.uint8(128)})
+    wanted = dequantize_rows(*quantize_rows(weight.copy()))
+    assert np.allclose(product.T, wanted, rtol=1e-6, atol=0)
+    assert np.array_equal(ChannelInt8(signed).values(arrays, 12, 64, 3, 7), wanted[3:7])

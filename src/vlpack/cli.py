@@ -6,6 +6,7 @@ import io
 import signal
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -434,6 +435,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="vlpack.plainer")
     arguments = sys.argv[1:] if arguments is None else arguments
+    warnings.showwarning = console.show_warning
     try:
         if "" in arguments:  # typer would say something about "extra arguments ()"
             raise OptionError(f"Argument {arguments.index('') + 1} is empty.", "Is a variable of your shell not set?")

@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from vlpack.errors import InputError, OptionError, VlpackError
+from vlpack.errors import InputError, OptionError, VlpackError, VlpackWarning
 
 if TYPE_CHECKING:
     from vlpack.builder import BuildResult
@@ -63,6 +63,14 @@ def show_error(error: VlpackError) -> None:
     err.print(f"[bold red]error:[/] {escape(error.message)}")
     if error.hint:
         err.print(escape(error.hint))
+
+
+def show_warning(message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
+    """vlpack's own warnings are for people; where in its code they came up is not."""
+    if issubclass(category, VlpackWarning):
+        err.print(f"[bold yellow]warning:[/] {escape(str(message))}")
+    else:
+        err.print(escape(f"{category.__name__}: {message}"), style="dim")
 
 
 def size(count: int) -> str:

@@ -17,6 +17,7 @@ from vlpack.package.manifest import graph_files, whole_package
 from vlpack.preprocess import Prompt, PromptBuilder, Tokenizer
 from vlpack.preprocess.encoder_prompts import ChatPrompts, Input, PlainPrompts
 from vlpack.preprocess.mrope import mrope_positions
+from vlpack.saturation import warn_of_saturation
 from vlpack.tasks import EMBEDDING, RERANKER, Loaded, check_package_task
 
 try:
@@ -82,6 +83,7 @@ class Encoder(Loaded):
         self.instruction: str = section["instruction"] or ""
         """What the model is told where neither a call nor a prompt says it."""
         self._form = self._prompt_form(section["form"], min_pixels, max_pixels)
+        warn_of_saturation(self.manifest)
         self._sessions = self._load_sessions(threads)
         self.load_seconds = time.perf_counter() - started
 

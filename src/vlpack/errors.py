@@ -38,3 +38,7 @@ class InputError(VlpackError):
 
 class VerifyError(VlpackError):
     """A verification that cannot be done."""
+
+
+class VlpackWarning(UserWarning):
+    """Something that works, and not as well as it could; the text says what to do."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlpack.errors import OptionError
 from vlpack.precision import Policy, QuantizationOptions
-from vlpack.storage import Blocks, Storage
+from vlpack.storage import Blocks, ChannelInt8, Storage
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class ExtraOptions:
         block_size: of weights in blocks: 16, 32 (the default), 64, 128 or 256.
         is_symmetric: weights in blocks without zero points, the default.
         accuracy_level: of MatMulNBits on the CPU: 1 to 3 fp32 activations, 4 (the default) 8-bit ones.
+        weight_type: of matrices in int8: ``int8`` (the default), or ``uint8`` for x86 processors without VNNI.
         algo_config: rounding method: ``default`` and ``rtn`` to the nearest; ``rtn_last`` also has an 8-bit head.
         matmul_mixed_precision: ``last_matmul`` (the head) and ``mixed_layers`` → ``int4`` or ``int8``.
         exclude_embeds: with ``--part text``: the decoder takes ``inputs_embeds``.
@@ -32,6 +33,7 @@ class ExtraOptions:
     block_size: int | None = None
     is_symmetric: bool | None = None
     accuracy_level: int | None = None
+    weight_type: str | None = None
     algo_config: str | None = None
     matmul_mixed_precision: Mapping[str, str] | None = None
     exclude_embeds: bool | None = None
@@ -55,6 +57,7 @@ class ExtraOptions:
             "block_size": self.block_size,
             "is_symmetric": self.is_symmetric,
             "accuracy_level": self.accuracy_level,
+            "weight_type": self.weight_type,
             "mixed": {**mixed, **(self.matmul_mixed_precision or {})},
             "vision": vision,
         }
@@ -115,6 +118,8 @@ def _check_quantization(extra: ExtraOptions, part: str, policy: Policy, storages
         raise OptionError(
             f"accuracy_level has no effect {where}.", "It is for weights in blocks that the CPU multiplies."
         )
+    if extra.weight_type is not None and not any(isinstance(storage, ChannelInt8) for storage in storages.values()):
+        raise OptionError(f"weight_type has no effect {where}: no matrix is stored in int8 per channel.")
     mixed = extra.matmul_mixed_precision or {}
     if extra.algo_config == "rtn_last":
         if policy.precision != "int4" or "text.head" not in storages:
@@ -174,6 +179,7 @@ _PARSERS: Mapping[str, Callable[[str, str], Any]] = {
     "block_size": _one_of(16, 32, 64, 128, 256),
     "is_symmetric": _boolean,
     "accuracy_level": _one_of(1, 2, 3, 4),
+    "weight_type": _one_of("int8", "uint8"),
     "algo_config": _one_of("default", "rtn", "rtn_last"),
     "matmul_mixed_precision": _mixed,
     "exclude_embeds": _boolean,

@@ -67,6 +67,7 @@ class QuantizationOptions:
         block_size: values that share a scale in int4 (and in the int8 embedding and head).
         is_symmetric: no zero points.
         accuracy_level: of MatMulNBits on the CPU: 1 computes with fp32 activations, 4 with 8-bit ones.
+        weight_type: of int8 matrices, ``int8`` or ``uint8``; see `vlpack.storage.ChannelInt8`.
         mixed: selector → ``int4`` or ``int8`` for parts of the decoder, as the builder's ``matmul_mixed_precision``.
         vision: precision of the vision encoder where it is not to follow from the package's.
     """
@@ -74,6 +75,7 @@ class QuantizationOptions:
     block_size: int = 32
     is_symmetric: bool = True
     accuracy_level: int = 4
+    weight_type: str = "int8"
     mixed: Mapping[str, str] = field(default_factory=dict)
     vision: str | None = None
 
@@ -146,6 +148,10 @@ def _blocks(bits: int, dtype: str, options: QuantizationOptions) -> Blocks:
     return Blocks(bits, options.block_size, options.is_symmetric, dtype, options.accuracy_level)
 
 
+def _channels(options: QuantizationOptions) -> ChannelInt8:
+    return ChannelInt8(signed=options.weight_type == "int8")
+
+
 def _text_rules(precision: str, provider: str, dtype: str, options: QuantizationOptions) -> list[Rule]:
     if precision in ("fp32", "fp16"):
         kept = Float(dtype)
@@ -156,7 +162,7 @@ def _text_rules(precision: str, provider: str, dtype: str, options: Quantization
     embedding: Storage = head if provider == "cpu" else Float(dtype)
     rules = [Rule("text.embedding", embedding), Rule("text.head", head)]
     if precision == "int8":
-        return [*rules, Rule("text.*", ChannelInt8())]
+        return [*rules, Rule("text.*", _channels(options))]
     return [*rules, Rule("text.*", _blocks(4, dtype, options))]
 
 
@@ -198,7 +204,7 @@ def _vision_rules(precision: str, provider: str, dtype: str, options: Quantizati
     if vision not in OFFERED[provider]:
         raise OptionError(f"Vision precision '{vision}' is not offered on {provider}.")
     if vision == "int8":
-        storage: Storage = ChannelInt8()
+        storage: Storage = _channels(options)
     elif vision == "int4":
         storage = _blocks(4, dtype, options)
     else:

@@ -19,6 +19,7 @@ from vlpack.package.manifest import whole_package
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder
 from vlpack.safefile import read_json
 from vlpack.sampling import Sampling, check_number
+from vlpack.saturation import warn_of_saturation
 from vlpack.tasks import GENERATE, Loaded, check_package_task
 from vlpack.timing import StageClock
 
@@ -98,6 +99,7 @@ class Model(Loaded):
             max_pixels=max_pixels,
         )
         self.tokenizer = self._prompts.tokenizer
+        warn_of_saturation(self.manifest)
         self._model = _load(self.folder, model, threads, self.manifest.get("execution_provider"))
         self.load_seconds = time.perf_counter() - started
 

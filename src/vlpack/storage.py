@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlpack.quantize.blocks import QuantizedBlocks, block_shapes, dequantize_blocks, quantize_blocks
-from vlpack.quantize.channel import ZERO_POINT, dequantize_rows, quantize_rows
+from vlpack.quantize.channel import ZERO_POINT, dequantize_rows, quantize_rows, unsigned
 
 Array = npt.NDArray[Any]
 #: ``read(start, stop)`` → rows [stop - start, cols] of the checkpoint's weight, in its own dtype
@@ -106,38 +106,40 @@ class Transposed:
 
 @dataclass(frozen=True)
 class ChannelInt8:
-    """8 bits, one scale per output channel, transposed for DynamicQuantizeMatMul.
+    """8 bits, one scale per output channel, transposed for MatMulIntegerToFloat.
 
-    Kept as uint8 around 128 and not as int8: without VNNI, x86's u8 × s8 products are summed in 16 bits and saturate,
-    while the u8 × u8 kernel is exact; with VNNI or AMX both run the same instructions.
+    ``signed`` codes are two to three times as fast where the processor has instructions for u8 × s8 (VNNI, AMX, ARM's).
+    Other x86 processors sum such products in pairs of 16 bits, which saturate (see `vlpack.saturation`): there unsigned
+    codes around 128 have an exact kernel.
     """
+
+    signed: bool = True
 
     @property
     def label(self) -> str:
-        return "int8"
+        return "int8" if self.signed else "uint8"
 
     def arrays(self, rows: int, cols: int) -> ArraySpecs:
         return {
-            "qweight": (np.dtype(np.uint8), (cols, rows)),
+            "qweight": (np.dtype(np.int8 if self.signed else np.uint8), (cols, rows)),
             "scales": (np.dtype(np.float32), (rows,)),
-            "zero_points": (np.dtype(np.uint8), (rows,)),
         }
 
     def chunks(self, read: RowReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
-        whole = np.empty((rows, cols), np.uint8)
+        whole = np.empty((rows, cols), np.int8)
         scales = np.empty(rows, np.float32)
         for start, stop in slabs(rows, cols):
             whole[start:stop], scales[start:stop] = quantize_rows(read(start, stop).astype(np.float32))
         for start, stop in slabs(cols, rows):
-            yield "qweight", np.ascontiguousarray(whole[:, start:stop].T)
+            codes = np.ascontiguousarray(whole[:, start:stop].T)
+            yield "qweight", codes if self.signed else unsigned(codes)
         yield "scales", scales
-        yield "zero_points", np.full(rows, ZERO_POINT, np.uint8)
 
     def values(
         self, arrays: Mapping[str, Array], rows: int, cols: int, start: int = 0, stop: int | None = None
     ) -> Array:
         codes = arrays["qweight"].reshape(cols, rows)[:, start:stop].T
-        return dequantize_rows(codes, arrays["scales"][start:stop], arrays["zero_points"][start:stop])
+        return dequantize_rows(codes, arrays["scales"][start:stop], 0 if self.signed else ZERO_POINT)
 
 
 @dataclass(frozen=True)

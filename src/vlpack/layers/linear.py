@@ -117,7 +117,7 @@ class Linear(Stored):
             case Float():
                 return self._tied_head(op, x, weight[0])
             case ChannelInt8():
-                return ops.dynamic_quantize_mat_mul(op, x, weight, self.rows)
+                return ops.integer_mat_mul(op, x, weight, self.rows, self.storage)
             case Blocks():
                 return ops.mat_mul_n_bits(op, x, weight, self.rows, self.cols, self.storage)
             case _:

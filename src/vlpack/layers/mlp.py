@@ -35,14 +35,14 @@ class GatedMLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, bias: bool = False) -> None:
         super().__init__()
-        stacked = [("gate_proj", intermediate_size), ("up_proj", intermediate_size)]
-        self.gate_up_proj = Linear(hidden_size, 2 * intermediate_size, bias=bias, stacked=stacked)
+        # joined, they would be one product, and a copy to take it apart, which costs more than a second product
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, wide=True)
         self.hidden_act = hidden_act
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        halves = op.Split(self.gate_up_proj(op, x), axis=-1, num_outputs=2, _outputs=2)
-        gate, up = (ops.cast(op, half, ops.FLOAT) for half in halves)
+        gate, up = (ops.cast(op, half(op, x), ops.FLOAT) for half in (self.gate_proj, self.up_proj))
         return self.down_proj(op, op.Mul(activation(op, gate, self.hidden_act), up))
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from vlpack.storage import Blocks, Float, Storage
+from vlpack.quantize.channel import ZERO_POINT
+from vlpack.storage import Blocks, ChannelInt8, Float, Storage
 
 FLOAT = ir.DataType.FLOAT
 INT32 = ir.DataType.INT32
@@ -74,15 +75,21 @@ def divide_by_peak(op: OpBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     return op.Div(x, peak), peak
 
 
-def dynamic_quantize_mat_mul(op: OpBuilder, x: ir.Value, weight: Sequence[ir.Value], rows: int) -> ir.Value:
+def integer_mat_mul(
+    op: OpBuilder, x: ir.Value, weight: Sequence[ir.Value], rows: int, storage: ChannelInt8
+) -> ir.Value:
     """``x [.., cols] → [.., rows]`` with 8-bit weights per channel and 8-bit activations **per row**.
 
-    DynamicQuantizeMatMul takes one range for the whole of ``x``, and one outlier token would cost all the others their
-    precision. Dividing every row by its own max |x| before, and multiplying it back after, makes the scale follow the
-    row. The range is at most -1 … 1 then; whether it is narrower on a side is still up to all rows together.
+    Every row of ``x`` is divided by its own max |x| and rounded to 255 steps of -1 … 1, so that a token is rounded the
+    same in any company, which DynamicQuantizeMatMul, with one range for all of ``x``, cannot do. Where several matrices
+    multiply the same ``x``, onnxruntime merges what is written here for each.
     """
+    qweight, scales = weight
     divided, peak = divide_by_peak(op, x)
-    y = microsoft(op).DynamicQuantizeMatMul(divided, *weight)
+    step, zero = constant(op, 1 / 127), constant(op, ZERO_POINT, np.uint8)
+    codes = op.QuantizeLinear(divided, step, zero)
+    zeros = [zero] if storage.signed else [zero, zero]
+    y = microsoft(op).MatMulIntegerToFloat(codes, qweight, step, scales, *zeros)
     return op.Mul(typed(y, FLOAT, last_dim(x, rows)), peak)
 
 

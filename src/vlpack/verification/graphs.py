@@ -221,10 +221,16 @@ def _make_exact(graph: ir.Graph) -> None:
             continue
         if node.op_type in ("MatMulNBits", "QMoE") and "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
-        elif node.op_type == "DynamicQuantizeMatMul":
-            x, weight, scales, zeros = node.inputs[:4]
-            wide, product = ir.Value(name=f"{node.name}:weight"), ir.Value(name=f"{node.name}:exact")
-            dequantize = ir.node("DequantizeLinear", [weight, scales, zeros], {"axis": 1}, outputs=[wide])
-            graph.insert_before(node, [dequantize, ir.node("MatMul", [x, wide], outputs=[product])])
+        elif node.op_type == "MatMulIntegerToFloat":
+            codes, weight, _, scales, _, *zeros = node.inputs
+            x = codes.producer().inputs[0]  # type: ignore[union-attr] # what QuantizeLinear would round
+            name, wide, product = node.name, ir.Value(name=f"{node.name}:weight"), ir.Value(name=f"{node.name}:exact")
+            added = [ir.node("DequantizeLinear", [weight, scales], {"axis": 1}, outputs=[wide])]
+            if zeros and zeros[0] is not None:  # one for all, where the operator wants one for each
+                each = ir.Value(name=f"{name}:zeros")
+                size = ir.node("Shape", [scales], outputs=[ir.Value(name=f"{name}:size")])
+                expand = ir.node("Expand", [zeros[0], size.outputs[0]], outputs=[each])
+                added = [size, expand, ir.node("DequantizeLinear", [weight, scales, each], {"axis": 1}, outputs=[wide])]
+            graph.insert_before(node, [*added, ir.node("MatMul", [x, wide], outputs=[product])])
             node.outputs[0].replace_all_uses_with(product)
             graph.remove(node, safe=True)

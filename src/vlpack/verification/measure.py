@@ -10,11 +10,11 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-GRAPH_TOLERANCE = {"float32": 3e-5, "float16": 2e-2}
+GRAPH_TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
 """Relative L2 that rounding alone makes of a stage, by the dtype of activations, weights being equal. At fp32 the tests
-see 3e-6; real models are deeper and have outliers."""
+see 3e-6, and 2e-5 where the sizes are an 8B's; trained models have outliers. The smallest fault tried makes 5e-4."""
 
-QUANTIZED_TOLERANCE = {"fp32": 3e-5, "fp16": 2e-2, "int8": 0.15, "int4": 0.6}
+QUANTIZED_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.25, "int4": 1.0}
 """Relative L2 of features and logits against the original weights, by precision: beyond it something is broken, not
 merely rounded. What quantization costs is judged by `KL_TOLERANCE`."""
 
