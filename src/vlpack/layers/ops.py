@@ -46,10 +46,13 @@ def cast(op: OpBuilder, x: ir.Value, dtype: ir.DataType) -> ir.Value:
 
 
 def constant(op: OpBuilder, array: Any, dtype: Any = np.float32) -> ir.Value:
-    """A small array as an initializer inside the graph file."""
-    tensor = ir.tensor(np.asarray(array, dtype))
-    name = f"const_{len(op.builder.root.graph.initializers)}"
-    return op.builder.root.initializer(tensor, name, qualify=False)
+    """A small array as an initializer in the graph file; equal scalars are one, so that equal nodes can be merged."""
+    values = np.asarray(array, dtype)
+    initializers = op.builder.root.graph.initializers
+    name = f"const_{values.dtype}_{values}" if values.ndim == 0 else f"const_{len(initializers)}"
+    if name in initializers:
+        return initializers[name]
+    return op.builder.root.initializer(ir.tensor(values), name, qualify=False)
 
 
 def microsoft(op: OpBuilder) -> OpBuilder:

@@ -194,12 +194,14 @@ class _Comparison:
 
     def _reference(self, *, stored: bool) -> Reference:
         self.say("loading the reference" + (" with the package's weights" if stored else ""))
-        parameters = Parameters(self.weights, stored=stored)
+        self.parameters = Parameters(self.weights, stored=stored)
         prefix, head = self.architecture.decoder.prefix, self.weights.head(self.architecture.task, stored=stored)
-        return Reference(self.checkpoint.folder, prefix, parameters, streamed=self.streamed, head=head)
+        return Reference(self.checkpoint.folder, prefix, self.parameters, streamed=self.streamed, head=head)
 
     def _trace(self, reference: Reference, one: Asked) -> Trace:
-        return reference(one.ids, one.prompt.pixel_values, one.prompt.image_grid_thw, self.image_token_id)
+        trace = reference(one.ids, one.prompt.pixel_values, one.prompt.image_grid_thw, self.image_token_id)
+        self.parameters.forget()  # a graph runs next, and takes its own memory
+        return trace
 
     def _run(self, one: Asked, *, exact: bool) -> Run:
         return self.graphs.run(one.ids, one.prompt, self._positions(one), exact=exact)

@@ -186,6 +186,10 @@ class Parameters:
         part, weight, first, stop = self._places[name]
         return np.ascontiguousarray(self._matrix(part, weight)[first:stop]).reshape(shape)
 
+    def forget(self) -> None:
+        """Let go of the matrix that was asked for last, which may be gigabytes."""
+        self._last = None
+
     def _experts(self, name: str, shape: tuple[int, ...]) -> Array:
         """``[E, 2 · I, H]`` with gate above up, which alternate in the package, or ``[E, H, I]``."""
         matrix = self._matrix(*self._fused[name]).reshape(shape)
