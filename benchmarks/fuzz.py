@@ -1,4 +1,4 @@
-"""Feeds vlpack thousands of damaged checkpoints, images and packages, and counts what comes of them.
+"""Feeds vlpack thousands of damaged checkpoints, adapters, packages and images, and counts what comes of them.
 
 Each input is a valid one with a few bytes or JSON values changed. Building, inspecting or decoding it must end in
 success or in a VlpackError, within the time and memory allowed, and leave nothing behind. Anything else is printed with
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import io
 import json
 import random
@@ -26,9 +27,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
+from safetensors.numpy import save_file
 
 from vlpack.builder import build
+from vlpack.checkpoint import Checkpoint
 from vlpack.errors import VlpackError
 from vlpack.inspection import inspect
 from vlpack.preprocess import load_image
@@ -92,11 +96,11 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
                     case 0:
                         del node[key]
                     case 1 if isinstance(node, dict):
-                        node[rng.choice(["", "x", "__class__", "../y", str(key) * 9])] = rng.choice(ODD)
+                        node[rng.choice(["", "x", "__class__", "../y", str(key) * 9])] = copy.deepcopy(rng.choice(ODD))
                     case 2 if isinstance(inner, (int, float)) and not isinstance(inner, bool):
                         node[key] = inner * rng.choice([0, -1, 2, 10**9, 1e-9, 1e300])
                     case _:
-                        node[key] = rng.choice(ODD)
+                        node[key] = copy.deepcopy(rng.choice(ODD))
                 break
             node = inner
     return json.dumps(root).encode()
@@ -153,6 +157,37 @@ def fuzz_package(package: Path, work: Path, rng: random.Random) -> str:
     return name
 
 
+def fuzz_adapter(source: Path, adapter: Path, work: Path, rng: random.Random) -> str:
+    folder = work / "adapter"
+    link(adapter, folder)
+    name = damage_checkpoint(folder, rng)
+    try:
+        build(source, work / "package", precision=rng.choice(["fp32", "int8"]), threads=1, lora=folder)
+    finally:
+        shutil.rmtree(folder)
+        left = sorted(path.name for path in work.iterdir())
+        if left not in ([], ["package"]):
+            raise AssertionError(f"left behind: {left}")
+    shutil.rmtree(work / "package")
+    return name
+
+
+def make_adapter(source: Path, folder: Path) -> None:
+    """A LoRA adapter as peft writes it, for two modules of the decoder's first layer."""
+    folder.mkdir()
+    rng, tensors = np.random.default_rng(0), {}
+    with Checkpoint.open(source) as checkpoint:
+        for module in ("self_attn.q_proj", "mlp.down_proj"):
+            path = f"model.language_model.layers.0.{module}"
+            rows, cols = checkpoint.tensors[f"{path}.weight"].shape
+            for name, shape in (("lora_A", (2, cols)), ("lora_B", (rows, 2))):
+                values = rng.normal(size=shape).astype(np.float32)
+                tensors[f"base_model.model.{path}.{name}.weight"] = values
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
 def fuzz_image(images: list[bytes], work: Path, rng: random.Random) -> str:
     load_image(mutate_bytes(rng.choice(images), rng))
     return "image"
@@ -171,6 +206,14 @@ def pictures() -> list[bytes]:
         Image.linear_gradient("L").resize((64, 48)).convert("RGB").save(file, kind)
         made.append(file.getvalue())
     return made
+
+
+def prepare(checkpoint: Path, base: Path) -> None:
+    """The valid inputs, which must be seen to be valid."""
+    shutil.copytree(checkpoint, base / "checkpoint")
+    build(base / "checkpoint", base / "package", precision="int4", threads=1)
+    make_adapter(base / "checkpoint", base / "adapter")
+    build(base / "checkpoint", base / "merged", threads=1, lora=base / "adapter")
 
 
 def too_long(number: int, frame: Any) -> None:
@@ -196,8 +239,7 @@ def main() -> None:
     failures, started, slowest = 0, time.monotonic(), 0.0
     with tempfile.TemporaryDirectory(prefix="vlpack-fuzz-") as temporary:
         base, work = Path(temporary) / "base", Path(temporary) / "work"
-        shutil.copytree(arguments.checkpoint, base / "checkpoint")
-        build(base / "checkpoint", base / "package", precision="int4", threads=1)
+        prepare(arguments.checkpoint, base)
         work.mkdir()
         images = pictures()
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -206,6 +248,7 @@ def main() -> None:
         kinds: dict[str, Callable[[random.Random], str]] = {
             "checkpoint": lambda rng: fuzz_checkpoint(base / "checkpoint", work, rng),
             "package": lambda rng: fuzz_package(base / "package", work, rng),
+            "adapter": lambda rng: fuzz_adapter(base / "checkpoint", base / "adapter", work, rng),
             "image": lambda rng: fuzz_image(images, work, rng),
         }
         seeds = (
@@ -213,7 +256,7 @@ def main() -> None:
         )
         for seed in seeds:
             rng = random.Random(seed)
-            kind = rng.choices(list(kinds), [6, 2, 2])[0]
+            kind = rng.choices(list(kinds), [5, 2, 2, 1])[0]
             begun = time.monotonic()
             signal.alarm(SECONDS)
             try:

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime_genai as og
 import pytest
 from PIL import Image
 
 import vlpack
-from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, copy_digits, edit_json
+from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, copy_digits, edit_json, seal
 from vlpack import runtime
 from vlpack.errors import InputError, OptionError, PackageError
 from vlpack.timing import StageClock
@@ -182,8 +184,15 @@ def test_an_answer_ends_where_the_context_does(tmp_path: Path) -> None:
     prompt = model.prompt(READ, [IMAGES / "01.png"]).input_ids.shape[1]
     answer = read(model, "01.png")
     assert (answer.finish_reason, len(answer.tokens)) == ("length", 29 - prompt)
-    with pytest.raises(InputError, match=r"The prompt has \d+ tokens \(6 of them images\).* holds 29") as caught:
+    with pytest.raises(InputError) as caught:
         model.generate(READ + " Carefully." * 5, [IMAGES / "01.png"])
+    assert re.fullmatch(
+        r"The prompt has 5\d tokens, 2\d more than fit the model's context. Its image takes 6 of them, and without any "
+        "it would not fit either.",
+        caught.value.message,
+    )
+    with pytest.raises(InputError, match=r"Its 4 images take 24 of them; without the last 4 it would fit") as caught:
+        model.generate(READ, [IMAGES / "01.png"] * 4)
     assert "max_pixels" in str(caught.value.hint)
     assert read(model, "05.png").text == ANSWERS["05.png"]["read"]  # goes on afterwards
 
@@ -346,7 +355,10 @@ def test_the_wheel_of_another_provider_is_named(provider: str, wheel: str, tmp_p
 def test_no_other_wheel_for_a_broken_cpu_package(package: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(package, tmp_path / "package")
     graph = broken / "decoder.onnx"
-    graph.write_bytes(bytes(graph.stat().st_size))
+    model = onnx.load(graph, load_external_data=False)
+    model.graph.node[0].op_type = "Unknown"
+    onnx.save(model, graph)
+    seal(broken)
     with pytest.raises(PackageError, match="The runtime cannot load") as caught:
         vlpack.load(broken)
     assert caught.value.hint is None

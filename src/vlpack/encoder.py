@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vlpack.context import too_long
 from vlpack.errors import InputError, OptionError, PackageError
 from vlpack.loading import check_pixel_limits, checked_threads
 from vlpack.package.manifest import graph_files, whole_package
@@ -181,11 +182,7 @@ class Encoder(Loaded):
         pixels = 0
         for number, prompt in enumerate(prompts, start=1):
             if prompt.input_ids.shape[1] > self.max_length:
-                raise InputError(
-                    f"{self.item} {number} has {prompt.input_ids.shape[1]} tokens "
-                    f"({int(prompt.num_image_tokens.sum())} of them images); the context holds {self.max_length}.",
-                    "Shorten it, give fewer images, or make them smaller with max_pixels.",
-                )
+                raise too_long(f"{self.item} {number}", prompt, self.max_length)
             window.append(prompt)
             pixels += 0 if prompt.pixel_values is None else prompt.pixel_values.nbytes
             if len(window) == WINDOW_PROMPTS or pixels >= WINDOW_BYTES:

@@ -9,12 +9,15 @@ from typing import Any
 from vlpack.architectures import architecture_of
 from vlpack.architectures.base import GraphOptions
 from vlpack.checkpoint import Checkpoint
-from vlpack.errors import PackageError, VlpackError
+from vlpack.errors import CheckpointError, PackageError, VlpackError
 from vlpack.fit import check_tensors
-from vlpack.package.manifest import MANIFEST, damaged_files, read_manifest
+from vlpack.package.manifest import MANIFEST, damaged_files, graph_files, read_manifest
+from vlpack.package.outside import check_config
 from vlpack.precision import QuantizationOptions, make_policy
-from vlpack.safefile import existing_folder
+from vlpack.safefile import existing_folder, read_json
 from vlpack.tasks import AUTO, GENERATE, decide_task
+
+CONFIG = "genai_config.json"
 
 
 def inspect(path: str | os.PathLike[str], *, hashes: bool = True) -> dict[str, Any]:
@@ -40,7 +43,23 @@ def inspect_package(folder: Path, *, hashes: bool) -> dict[str, Any]:
         described = _described(manifest)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise PackageError(f"{folder / MANIFEST} is damaged: entries are missing.", "Build it again.") from None
-    return {"kind": "package", "folder": str(folder), **described, "hashes_checked": hashes, "problems": list(problems)}
+    problems = list(problems)
+    if not problems:  # the manifest may be forged to match
+        try:
+            graph_files(folder, manifest)
+            check_config(folder / CONFIG, _config(folder), manifest["files"])
+        except PackageError as error:
+            problems.append(error.message)
+    return {"kind": "package", "folder": str(folder), **described, "hashes_checked": hashes, "problems": problems}
+
+
+def _config(folder: Path) -> Any:
+    """The configuration for the runtime; None where a package is for plain onnxruntime."""
+    path = folder / CONFIG
+    try:
+        return read_json(path, path, strict=True) if path.is_file() else None
+    except CheckpointError as error:
+        raise PackageError(error.message) from None
 
 
 def _described(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -6,16 +6,18 @@ import json
 import math
 import os
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlpack.context import too_long
 from vlpack.errors import CheckpointError, InputError, OptionError, PackageError
 from vlpack.genai import og
 from vlpack.loading import check_pixel_limits, checked_threads
 from vlpack.memory import peak_memory_bytes, total_memory_bytes
-from vlpack.package.manifest import whole_package
+from vlpack.package.manifest import graph_files, whole_package
+from vlpack.package.outside import check_config
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder
 from vlpack.safefile import read_json
 from vlpack.sampling import Sampling, check_number
@@ -86,7 +88,8 @@ class Model(Loaded):
         threads = checked_threads(threads)
         started = time.perf_counter()
         self.manifest = check_package(self.folder)
-        self.config = _read_config(self.folder)
+        graph_files(self.folder, self.manifest)  # whose weights are looked at before the runtime opens them
+        self.config = _read_config(self.folder, self.manifest["files"])
         model = self.config["model"]
         self.context_length: int = model["context_length"]
         self.vocab_size: int = model["vocab_size"]
@@ -197,11 +200,7 @@ class AnswerStream(Iterator[str]):
         length = prompt.input_ids.shape[1]
         image_tokens = int(prompt.num_image_tokens.sum())
         if length >= model.context_length:
-            raise InputError(
-                f"The prompt has {length} tokens ({image_tokens} of them images); the model's context holds "
-                f"{model.context_length}.",
-                "Shorten it, give fewer images, or make them smaller with max_pixels.",
-            )
+            raise too_long("The prompt", prompt, model.context_length - 1)  # one is for the answer
         self.answer = Answer("", [], "length")
         self.answer.stats.prompt_tokens, self.answer.stats.image_tokens = length, image_tokens
         self.answer.stats.preprocess_seconds = preprocess_seconds
@@ -301,7 +300,7 @@ _INTEGERS = ("context_length", "vocab_size")
 _SIZES = ("num_hidden_layers", "num_key_value_heads", "head_size")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read_config(folder: Path, files: Mapping[str, Any]) -> dict[str, Any]:
     try:
         path = folder / "genai_config.json"
         # strict: the runtime's own reader takes the first of two equal keys, where json would keep the last
@@ -313,6 +312,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"{folder / 'genai_config.json'} asks to load a library (custom_ops_library), whose code would run.",
                 "vlpack writes no such package; do not use this one.",
             )
+        check_config(path, config, files)
         sizes = [model[name] for name in _INTEGERS] + [decoder.get(name, 1) for name in _SIZES]
         if all(isinstance(size, int) for size in sizes) and isinstance(eos, (int, list)):
             return dict(config)

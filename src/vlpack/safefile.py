@@ -99,7 +99,7 @@ def locate(folder: Path, name: str) -> Path | None:
         allowed.append(home.parent.parent / "blobs")
     if not any(target.is_relative_to(place) for place in allowed):
         raise CheckpointError(
-            f"{path} is a link that leads out of the checkpoint's folder, to {target}.",
+            f"{path} is a link that leads out of the folder, to {target}.",
             "If that is what you want, copy the file into the folder in place of the link.",
         )
     return target

@@ -20,10 +20,11 @@ import onnx_ir as ir
 
 import vlpack
 from vlpack.checkpoint import Checkpoint, sha256_file
-from vlpack.errors import PackageError
+from vlpack.errors import CheckpointError, PackageError
 from vlpack.graph import Graph, Weight
+from vlpack.package.outside import check_graphs
 from vlpack.precision import Policy
-from vlpack.safefile import existing_folder
+from vlpack.safefile import existing_folder, locate
 from vlpack.tasks import GENERATE
 
 MANIFEST = "vlpack.json"
@@ -162,10 +163,10 @@ def whole_package(folder: Path) -> dict[str, Any]:
 
 
 def graph_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Part → file name of its graph, which is one of the package's files.
+    """Part → file name of its graph, which is one of the package's files, as all files are that hold its weights.
 
     Raises:
-        PackageError: the manifest, which anybody may have written, says something else.
+        PackageError: the manifest or a graph, which anybody may have written, says something else.
     """
     try:
         files = {str(part["name"]): name for name, part in manifest["parts"].items()}
@@ -173,6 +174,7 @@ def graph_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
         raise PackageError(f"{folder}: the manifest does not say which parts there are.", "Build it again.") from None
     if set(files.values()) - set(manifest["files"]):
         raise PackageError(f"{folder}: the manifest names graphs that are not its files.", "Build it again.")
+    check_graphs(folder, files, manifest["files"])
     return files
 
 
@@ -191,7 +193,13 @@ def damaged_files(folder: Path, manifest: Mapping[str, Any], *, hashes: bool) ->
         path = folder / name
         if Path(name).name != name or not isinstance(entry, dict):
             problems.append(f"{MANIFEST} names the file {name!r}, which is not a plain name.")
-        elif not path.is_file():
+            continue
+        try:
+            there = locate(folder, name) is not None and path.is_file()
+        except CheckpointError as error:  # a link out of the folder, or to nothing
+            problems.append(error.message)
+            continue
+        if not there:
             problems.append(f"{name} is missing.")
         elif path.stat().st_size != entry.get("bytes"):
             problems.append(f"{name} has {path.stat().st_size} bytes where {entry.get('bytes')} were written.")

@@ -1,0 +1,30 @@
+"""What is said of a prompt that does not fit a model's context."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+from vlpack.errors import InputError
+from vlpack.preprocess import Prompt
+
+
+def too_long(subject: str, prompt: Prompt, room: int) -> InputError:
+    """How many tokens are too many, and how many images.
+
+    Args:
+        subject: what an error calls the prompt.
+        prompt: of more than ``room`` tokens.
+        room: the tokens that fit.
+    """
+    length = prompt.input_ids.shape[1]
+    excess, sizes = length - room, [int(size) for size in prompt.num_image_tokens]
+    said = f"{subject} has {length} tokens, {excess} more than fit the model's context."
+    if not sizes:
+        return InputError(said, "Shorten it.")
+    images = "Its image takes" if len(sizes) == 1 else f"Its {len(sizes)} images take"
+    said += f" {images} {sum(sizes)} of them"
+    enough = next((count for count, freed in enumerate(accumulate(reversed(sizes)), 1) if freed >= excess), None)
+    if enough is None:
+        return InputError(f"{said}, and without any it would not fit either.", "Shorten it.")
+    last = "it" if len(sizes) == 1 else "the last" if enough == 1 else f"the last {enough}"
+    return InputError(f"{said}; without {last} it would fit.", "Or make images smaller with max_pixels.")

@@ -1,0 +1,75 @@
+"""Builds killed at any moment: never half a package at the final name, and the next build cleans up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from samples import DIGITS
+from vlpack.builder import build
+from vlpack.inspection import inspect
+
+KILLS = 50
+
+KILLER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from vlpack.builder import build
+from vlpack.inspection import inspect
+
+source, place, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+started = time.monotonic()
+build(source, place, precision="int8")
+whole, length = inspect(place)["problems"] == [], time.monotonic() - started
+outcomes = {"whole": 0, "nothing": 0, "half": 0, "ended": 0, "leftovers": 0}
+rng = random.Random(0)
+for number in range(kills):
+    for path in place.glob("*"):
+        path.unlink()
+    place.exists() and place.rmdir()
+    child = os.fork()
+    if child == 0:
+        try:
+            build(source, place, precision="int8")
+        finally:
+            os._exit(0)
+    time.sleep((number + rng.random()) / kills * 1.05 * length)
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    outcomes["ended"] += not os.WIFSIGNALED(status)
+    outcomes["leftovers"] += any(place.parent.glob(f".{place.name}.partial-*"))
+    if not place.exists():
+        outcomes["nothing"] += 1
+    else:
+        outcomes["whole" if inspect(place)["problems"] == [] else "half"] += 1
+print(json.dumps({**outcomes, "sound": whole}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
+def test_fifty_kills(tmp_path: Path) -> None:
+    """Each at a moment of its own, spread over the whole length of a build."""
+    place = tmp_path / "package"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, DIGITS, place, str(KILLS)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    outcomes = json.loads(done.stdout)
+    assert outcomes["sound"]
+    assert outcomes["half"] == 0
+    assert outcomes["whole"] + outcomes["nothing"] == KILLS
+    # most were really killed in the middle, some while the package was being written
+    assert outcomes["nothing"] >= KILLS // 4
+    assert outcomes["leftovers"] >= 3
+    build(DIGITS, place, precision="int8", force=place.exists())
+    assert inspect(place)["problems"] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["package"]
