@@ -16,6 +16,7 @@ __all__ = [
     "Reranker",
     "Sampling",
     "VlpackError",
+    "bench",
     "build",
     "inspect",
     "load",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from vlpack.benchmark import bench
     from vlpack.builder import BuildResult, build
     from vlpack.encoder import Embedder, Reranker
     from vlpack.errors import VlpackError
@@ -44,6 +46,7 @@ _WHERE = {
     "Reranker": "encoder",
     "Sampling": "sampling",
     "VlpackError": "errors",
+    "bench": "benchmark",
     "build": "builder",
     "inspect": "inspection",
     "load": "loading",

@@ -14,7 +14,7 @@ import typer
 
 import vlpack
 from vlpack import console
-from vlpack.errors import OptionError, VlpackError
+from vlpack.errors import InputError, OptionError, VlpackError
 
 app = typer.Typer(
     name="vlpack",
@@ -373,6 +373,45 @@ def evaluate(
             progress=progress,
         )
     console.show_evaluation(result, as_json=as_json)
+
+
+@app.command()
+def bench(
+    package: Annotated[Path, typer.Argument(help="Folder of a package.")],
+    prompt_tokens: Annotated[
+        list[int] | None, typer.Option("--prompt-tokens", min=1, help="Length of a text prompt; again for another.")
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", help="Size of an image, such as 640x480; again for another.")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Of each answer.")] = 32,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Answers to each prompt.")] = 3,
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, help="Of the runtime. (default: all cores)")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result to this JSON file.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option("--compare", help="Tell how an earlier result's figures changed.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure loading, the time to the first token, the tokens after it, and memory."""
+    from vlpack import benchmark
+
+    if compare is not None and not compare.is_file():  # told before the work
+        raise InputError(f"There is no file {compare} to compare with.")
+    with console.question_progress() as progress:
+        result = benchmark.bench(
+            package,
+            prompt_tokens=prompt_tokens,
+            images=image,
+            new_tokens=new_tokens,
+            repeat=repeat,
+            threads=threads,
+            progress=progress,
+        )
+    changes = benchmark.compare(result, compare) if compare else None
+    console.show_benchmark(result, changes, output, as_json=as_json)
 
 
 @app.command()

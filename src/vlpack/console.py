@@ -29,6 +29,7 @@ from rich.table import Table
 from vlpack.errors import InputError, OptionError, VlpackError, VlpackWarning
 
 if TYPE_CHECKING:
+    from vlpack.benchmark import Benchmark
     from vlpack.builder import BuildResult
     from vlpack.demo import Row
     from vlpack.evaluation import Evaluation
@@ -288,6 +289,50 @@ def question_progress() -> Iterator[Callable[[str, int, int], None] | None]:
             bar.update(tasks[name], completed=done)
 
         yield advance
+
+
+def show_benchmark(
+    result: Benchmark,
+    changes: tuple[list[tuple[str, float, float]], list[str]] | None,
+    output: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    """The figures, medians; and how those of an earlier result changed."""
+    shown = result.as_json()
+    if changes:
+        shown["compared"] = [{"name": n, "first_token": first, "token": token} for n, first, token in changes[0]]
+        shown["differs"] = changes[1]
+    if output is not None:
+        try:
+            output.write_text(json.dumps(shown, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise VlpackError(f"{output} cannot be written: {error.strerror}.") from None
+    if as_json:
+        print(json.dumps(shown, indent=1))
+        return
+    columns = ("prompt", "tokens", "first token", "preprocessing", "vision", "prefill", "a token", "tokens/s", "memory")
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    for work in result.works:
+        parts = (work.first_token, work.preprocess, work.vision, work.prefill)
+        seconds = [f"{part.median:.2f} s" if part.high else "-" for part in parts]
+        token, memory = f"{1e3 * work.token.median:.1f} ms", f"{size(work.resident)} (peak {size(work.peak)})"
+        speed = f"{1 / work.token.median:.1f}"
+        table.add_row(work.name, str(work.prompt_tokens), *seconds, token, speed, memory)
+    out.print(table)
+    machine = result.machine
+    what, load = f"{escape(result.package)} ({result.precision}, {size(result.bytes)})", result.load.median
+    out.print(
+        f"{what} loads in {load:.2f} s, {load / result.read:.1f} times reading it. Medians of {result.repeat}, "
+        f"{result.threads} threads, {escape(str(machine['processor']))}."
+    )
+    if changes:
+        table = Table("prompt", "first token, now / then", "a token, now / then", box=box.SIMPLE_HEAD, pad_edge=False)
+        for name, first, later in changes[0]:
+            table.add_row(name, f"{first:.2f}", f"{later:.2f}")
+        out.print(table)
+        for sentence in changes[1]:
+            err.print(f"note: {escape(sentence)}")
 
 
 def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:

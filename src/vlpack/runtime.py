@@ -229,7 +229,7 @@ class AnswerStream(Iterator[str]):
         text = model.tokenizer.stream()
         started = time.perf_counter()
         with StageClock(timing and prompt.has_images) as clock:
-            generator = _prefill(model._model, prompt, options)
+            generator = prefill(model._model, prompt, options)
             generator.generate_next_token()
             first = time.perf_counter()
         stats.vision_seconds = clock.seconds_until("image_features", started) if prompt.has_images else 0.0
@@ -363,7 +363,7 @@ def _wheel(provider: object) -> str | None:
     return f"The package is for {provider}: it needs {wheel} in place of onnxruntime-genai. Or build with -e cpu."
 
 
-def _prefill(model: og.Model, prompt: Prompt, options: dict[str, Any]) -> og.Generator:
+def prefill(model: og.Model, prompt: Prompt, options: dict[str, Any]) -> og.Generator:
     """A generator that has seen the prompt."""
     params = og.GeneratorParams(model)
     params.set_search_options(**options)

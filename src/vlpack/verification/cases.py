@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from vlpack.errors import InputError
 from vlpack.jsonl import read_jsonl
+from vlpack.pictures import picture
 from vlpack.preprocess import load_image
 
 MAX_CASES = 1000
@@ -37,21 +38,6 @@ class Case:
     images: tuple[Image.Image, ...] = ()
     labels: tuple[str, ...] = ()
     document: str | None = None
-
-
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    """A picture with edges, gradients and text, the same for the same arguments."""
-    shades = Image.linear_gradient("L").resize((width, height))
-    image = Image.merge("RGB", (shades, shades.rotate(180), shades.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
-    draw = ImageDraw.Draw(image)
-    for index in range(6):
-        x, y = (37 * (seed + index) * (index + 3)) % width, (53 * (seed + 2 * index) + 11) % height
-        box = (x, y, x + width // (3 + index), y + height // (2 + index))
-        color = tuple((seed * 97 + index * 71 + channel * 113) % 256 for channel in range(3))
-        (draw.ellipse if index % 2 else draw.rectangle)(box, fill=color)
-    draw.text((width // 8, height // 3), f"Invoice {1000 + seed}", fill=(0, 0, 0))
-    draw.text((width // 8, height // 2), "Total 42.50 EUR", fill=(255, 255, 255))
-    return image
 
 
 def built_in(*, sees: bool) -> list[Case]:

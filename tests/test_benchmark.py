@@ -1,0 +1,126 @@
+"""`vlpack bench`: its figures belong together. How large they are is for people and machines to judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vlpack
+from samples import DIGITS
+from samples import vlpack as run_vlpack
+from vlpack.benchmark import Benchmark, compare, parse_size
+from vlpack.builder import build
+from vlpack.errors import InputError, OptionError, VlpackError
+
+Capsys = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "package"
+    build(DIGITS, folder, precision="int8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(package: Path) -> Benchmark:
+    return vlpack.bench(package, prompt_tokens=[20, 200], images=["64x32"], new_tokens=6, repeat=2, threads=1)
+
+
+def test_the_figures_add_up(result: Benchmark, package: Path) -> None:
+    short, long, image = result.works
+    assert [work.name for work in result.works] == ["20 tokens", "200 tokens", "64x32"]
+    assert (short.prompt_tokens, long.prompt_tokens) == (20, 200)
+    assert image.prompt_tokens > 2
+    assert short.prefill.median < long.prefill.median
+    for work in result.works:
+        assert 0 < work.token.low <= work.token.median <= work.token.high < 1
+        parts = (work.preprocess, work.vision, work.prefill)
+        assert work.first_token.low >= sum(part.low for part in parts) - 1e-9
+        assert work.first_token.high <= sum(part.high for part in parts) + 1e-9
+        assert 10_000_000 < work.resident <= work.peak
+        assert work.load > 0
+    assert (long.vision.high, long.preprocess.high) == (0, 0)
+    assert min(image.vision.low, image.preprocess.low) > 0
+    assert result.bytes == sum(path.stat().st_size for path in package.iterdir() if path.name != "vlpack.json")
+    assert result.load.low == min(work.load for work in result.works)
+    assert result.read > 0
+    assert result.machine["cores"] >= 1
+    assert result.threads == 1
+
+
+def test_an_end_token_does_not_end_the_measurement(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digits model ends its answers after a few tokens: the number of steps must be the one asked for."""
+    from vlpack import benchmark_work
+
+    steps = []
+    run = benchmark_work.prefill
+
+    def watched(*arguments: Any) -> Any:
+        steps.append(run(*arguments))
+        return steps[-1]
+
+    monkeypatch.setattr(benchmark_work, "prefill", watched)
+    asked = {"package": str(package), "threads": 1, "new": 40, "repeat": 1, "image": (64, 32)}
+    found = benchmark_work.work(asked)
+    assert steps[0].token_count() == found["prompt_tokens"] + 40
+
+
+def test_the_command(package: Path, tmp_path: Path, capsys: Capsys) -> None:
+    path = tmp_path / "result.json"
+    options = ("--prompt-tokens", 20, "--new-tokens", 4, "--repeat", 1)
+    done = run_vlpack(capsys, "bench", package, *options, "-o", path)
+    assert done.code == 0
+    assert "20 tokens" in done.out
+    assert "times reading it" in done.out
+    assert "64x32" not in done.out
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier["works"][0]["first_token"]["median"] *= 1000
+    earlier["threads"] = 77
+    path.write_text(json.dumps(earlier), encoding="utf-8")
+    done = run_vlpack(capsys, "bench", package, *options, "--compare", path, "--json")
+    (work,) = json.loads(done.out)["compared"]
+    assert 0 < work["first_token"] < 0.1 < work["token"]
+    assert any("threads was 77" in sentence for sentence in json.loads(done.out)["differs"])
+    done = run_vlpack(capsys, "bench", package, *options, "--compare", path)
+    assert "now / then" in done.out
+    assert "threads was 77" in done.err
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("{}", "not a result"), ('{"works": [{"name": "x"}]}', "not a result"), ('{"works": []}', "not a result")],
+)
+def test_what_is_no_result(text: str, problem: str, result: Benchmark, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text(text, encoding="utf-8")
+    with pytest.raises(VlpackError, match=problem):
+        compare(result, tmp_path / "other.json")
+
+
+def test_no_work_in_common(result: Benchmark, tmp_path: Path) -> None:
+    other = result.as_json()
+    other["works"] = [{**other["works"][0], "name": "7 tokens"}]
+    (tmp_path / "other.json").write_text(json.dumps(other), encoding="utf-8")
+    with pytest.raises(InputError, match="it has 7 tokens"):
+        compare(result, tmp_path / "other.json")
+
+
+def test_what_cannot_be_measured(package: Path, tmp_path: Path, capsys: Capsys) -> None:
+    with pytest.raises(InputError, match="do not fit the model's context"):
+        vlpack.bench(package, prompt_tokens=[10**6])
+    for size in ("640", "0x10", "640x-1", "x", "99999x10"):
+        with pytest.raises(OptionError, match="not the size of an image"):
+            parse_size(size)
+    with pytest.raises(OptionError, match="new_tokens is 1"):
+        vlpack.bench(package, new_tokens=1)
+    build(DIGITS, tmp_path / "text", part="text")
+    with pytest.raises(InputError, match="no vision part"):
+        vlpack.bench(tmp_path / "text", images=["64x32"])
+    build(DIGITS, tmp_path / "embedding", task="embedding")
+    with pytest.raises(VlpackError, match="for the task embedding"):
+        vlpack.bench(tmp_path / "embedding")
+    done = run_vlpack(capsys, "bench", package, "--compare", tmp_path / "none.json")
+    assert (done.code, "There is no file" in done.err) == (2, True)
