@@ -1,0 +1,36 @@
+// Times llama.cpp on a GGUF file: prefill of prompts of given lengths, and the tokens after each.
+// Usage: node llama_cpp.mjs FILE.gguf THREADS NEW_TOKENS REPEAT LENGTH [LENGTH ...]
+// Needs: npm install node-llama-cpp@3.22.1 (prebuilt llama.cpp) in the folder it runs in. Prints one JSON line.
+import {createRequire} from "module";
+import {pathToFileURL} from "url";
+const require = createRequire(process.cwd() + "/");
+const {getLlama} = await import(pathToFileURL(require.resolve("node-llama-cpp")).href);
+
+const [file, threads, fresh, repeat, ...lengths] = process.argv.slice(2);
+const llama = await getLlama({gpu: false, maxThreads: Number(threads), logLevel: "error"});
+const begun = performance.now();
+const model = await llama.loadModel({modelPath: file});
+const load = (performance.now() - begun) / 1000;
+const words = model.tokenize("The river rose in the night, and by morning the lower fields stood under water. ");
+const works = [];
+for (const length of lengths.map(Number)) {
+    const context = await model.createContext({
+        contextSize: length + Number(fresh) + 8, batchSize: 512, threads: Number(threads)
+    });
+    const tokens = Array.from({length}, (_, at) => words[at % words.length]);
+    const prefill = [], token = [];
+    for (let round = 0; round < Number(repeat); round++) {
+        const sequence = context.getSequence();
+        let start = performance.now(), count = 0;
+        for await (const _ of sequence.evaluate(tokens, {temperature: 0, yieldEogToken: true})) {
+            const now = performance.now();
+            if (count === 0) { prefill.push((now - start) / 1000); start = now; }
+            if (++count === Number(fresh)) { token.push((now - start) / 1000 / (count - 1)); break; }
+        }
+        sequence.dispose();
+    }
+    works.push({name: `${length} tokens`, prefill, token, resident: process.memoryUsage.rss()});
+    await context.dispose();
+}
+console.log(JSON.stringify({load, works}));
+process.exit(0);
