@@ -1,11 +1,13 @@
-"""Images and prompts to tensors, exactly as transformers makes them, without torch or transformers."""
+"""Images, videos and prompts to tensors, exactly as transformers makes them, without torch or transformers."""
 
 from vlpack.preprocess.chat_template import ChatTemplate
+from vlpack.preprocess.frames import VideoSource, open_clip
 from vlpack.preprocess.images import ImageProcessor, ProcessedImages, smart_resize
 from vlpack.preprocess.load import MAX_IMAGE_PIXELS, ImageSource, load_image
 from vlpack.preprocess.messages import Message, normalize_messages
 from vlpack.preprocess.prompt import Prompt, PromptBuilder
 from vlpack.preprocess.tokenizer import TextStream, Tokenizer
+from vlpack.preprocess.video import ProcessedVideo, VideoOptions, VideoProcessor
 
 __all__ = [
     "MAX_IMAGE_PIXELS",
@@ -14,11 +16,16 @@ __all__ = [
     "ImageSource",
     "Message",
     "ProcessedImages",
+    "ProcessedVideo",
     "Prompt",
     "PromptBuilder",
     "TextStream",
     "Tokenizer",
+    "VideoOptions",
+    "VideoProcessor",
+    "VideoSource",
     "load_image",
     "normalize_messages",
+    "open_clip",
     "smart_resize",
 ]

@@ -1,0 +1,366 @@
+"""Turns a video into the patches and timestamps that transformers' Qwen3-VL video processor makes of it, bit for bit.
+
+Per video: choose frames, give them all one size within a budget of pixels for the whole video, normalize, and join
+every `temporal_patch_size` frames to a temporal patch, the last frame repeated where one is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from vlpack.errors import CheckpointError, InputError, OptionError
+from vlpack.preprocess._files import read_json_object
+from vlpack.preprocess.frames import Clip, VideoSource, open_clip
+from vlpack.preprocess.images import MAX_ASPECT_RATIO
+from vlpack.preprocess.resize import FILTERS, resize_frame
+
+MAX_FRAMES = 2**14
+"""Most frames that are taken of one video."""
+
+MAX_VIDEO_PIXELS = 2**28
+"""Most pixels of all frames together after resizing: 3 GiB as floats, ten times Qwen3-VL's own limit."""
+
+
+def video_size(
+    num_frames: int, height: int, width: int, temporal_factor: int, factor: int, min_pixels: int, max_pixels: int
+) -> tuple[int, int]:
+    """The size, in pixels, that every frame of a video is given: multiples of `factor`, all frames within the limits.
+
+    Formula of transformers/models/qwen3_vl/video_processing_qwen3_vl.py ``smart_resize``. A video shorter than a
+    temporal patch, which transformers refuses, counts as one of them: that is what its frames are repeated to.
+
+    Args:
+        num_frames: that were chosen.
+        height: of a frame, pixels.
+        width: likewise.
+        temporal_factor: temporal_patch_size.
+        factor: patch_size * merge_size, pixels.
+        min_pixels: smallest area of all frames together, in square pixels.
+        max_pixels: largest area of all frames together.
+
+    Returns:
+        (height, width) in pixels.
+
+    Raises:
+        InputError: frames more than 200 times as long as wide.
+    """
+    num_frames = max(num_frames, temporal_factor)
+    if height < factor or width < factor:
+        grow = max(factor / height, factor / width)
+        height, width = int(height * grow), int(width * grow)
+    long_edge, short_edge = max(height, width), min(height, width)
+    if long_edge / short_edge > MAX_ASPECT_RATIO:
+        raise InputError(
+            f"Frames of {width}x{height} pixels have an aspect ratio of {long_edge / short_edge:.1f}; the model "
+            f"accepts at most {MAX_ASPECT_RATIO}.",
+            "Crop or pad the video.",
+        )
+    counted = round(num_frames / temporal_factor) * temporal_factor
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    volume = num_frames * height * width
+    if counted * new_height * new_width > max_pixels:
+        shrink = math.sqrt(volume / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif counted * new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / volume)
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """How one video is looked at, where the model's own settings are not wanted; None keeps those.
+
+    Attributes:
+        fps: frames a second to take of a file; of pictures, of which all are taken, how many there are a second.
+        num_frames: frames to take, evenly spaced, instead of so many a second.
+        min_frames: at least so many, as far as the video has them.
+        max_frames: at most so many.
+        total_pixels: largest area of all frames together after resizing, square pixels; a frame is never smaller than
+            one token.
+
+    Raises:
+        OptionError: one is out of its range, or fps and num_frames are both given.
+    """
+
+    fps: float | None = None
+    num_frames: int | None = None
+    min_frames: int | None = None
+    max_frames: int | None = None
+    total_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_frames", "min_frames", "max_frames", "total_pixels"):
+            value, limit = getattr(self, name), MAX_VIDEO_PIXELS if name == "total_pixels" else MAX_FRAMES
+            if value is not None and not (type(value) is int and 1 <= value <= limit):
+                raise OptionError(f"{name} is {value!r}; it must be a whole number from 1 to {limit}.")
+        if self.fps is not None and not (_is_number(self.fps) and 0 < self.fps <= 1000):
+            raise OptionError(f"fps is {self.fps!r}; it must be above 0 and at most 1000.")
+        if self.min_frames is not None and self.max_frames is not None and self.min_frames > self.max_frames:
+            raise OptionError(f"min_frames is {self.min_frames}, and max_frames only {self.max_frames}.")
+        if self.num_frames is not None:
+            for name in ("fps", "min_frames", "max_frames"):
+                if getattr(self, name) is not None:
+                    raise OptionError(f"num_frames and {name} exclude each other.", "Give one of them.")
+
+
+class ProcessedVideo(NamedTuple):
+    """One video as the model takes it.
+
+    Attributes:
+        pixel_values: float32 [T*H*W, C*t*p*p], T temporal patches of H*W patches, of t frames each.
+        grid_thw: (T, H, W) in patches, before merging.
+        timestamps: T times, in seconds from the video's beginning: the middle of each temporal patch's frames.
+        frames_indices: the frames that were taken, by their numbers in the video.
+        seconds: that reading, decoding and resizing took.
+    """
+
+    pixel_values: npt.NDArray[np.float32]
+    grid_thw: tuple[int, int, int]
+    timestamps: tuple[float, ...]
+    frames_indices: tuple[int, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class VideoProcessor:
+    """The video half of a Qwen3-VL processor; names and defaults are transformers' Qwen3VLVideoProcessor's.
+
+    `min_pixels` and `max_pixels` are `size.shortest_edge` and `size.longest_edge`: square pixels of all frames together
+    after resizing. A field out of range raises OptionError.
+    """
+
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    min_pixels: int = 128 * 32 * 32
+    max_pixels: int = 32 * 32 * 768
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    rescale_factor: float = 1 / 255
+    resample: int = Image.Resampling.BICUBIC
+    do_resize: bool = True
+    do_rescale: bool = True
+    do_normalize: bool = True
+    do_sample_frames: bool = True
+    fps: float | None = 2.0
+    num_frames: int | None = None
+    min_frames: int = 4
+    max_frames: int = 768
+    cap_pixels_per_frame: bool = False
+    max_video_tokens: int = 768
+
+    def __post_init__(self) -> None:
+        sizes = ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels")
+        for name in (*sizes, "min_frames", "max_frames", "max_video_tokens"):
+            self._require(type(getattr(self, name)) is int and getattr(self, name) > 0, name, "a positive integer")
+        for field in dataclasses.fields(self):
+            if field.type == "bool":
+                self._require(type(getattr(self, field.name)) is bool, field.name, "true or false")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            good = isinstance(values, tuple) and len(values) == 3 and all(map(_is_number, values))
+            self._require(good, name, "three finite numbers")
+        self._require(all(value > 0 for value in self.image_std), "image_std", "positive")
+        self._require(_is_number(self.rescale_factor) and self.rescale_factor > 0, "rescale_factor", "positive")
+        self._require(self.resample in FILTERS, "resample", f"one of {FILTERS}: torch's resize is rebuilt for these")
+        self._require(self.fps is None or (_is_number(self.fps) and self.fps > 0), "fps", "positive or null")
+        whole = self.num_frames is None or (type(self.num_frames) is int and self.num_frames > 0)
+        self._require(whole, "num_frames", "a positive integer or null")
+        self._require(self.min_pixels <= MAX_VIDEO_PIXELS, "min_pixels", f"at most {MAX_VIDEO_PIXELS}")
+        self._require(self.temporal_patch_size <= 256, "temporal_patch_size", "at most 256")
+        self._require(self.factor <= 4096, "patch_size", "at most 4096 after times merge_size")
+
+    def _require(self, condition: bool, name: str, wanted: str) -> None:
+        if not condition:
+            raise OptionError(f"{name} must be {wanted}, not {getattr(self, name)!r}.")
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> VideoProcessor:
+        """Reads a checkpoint's or package's video settings.
+
+        The order is transformers': `video_processor` inside processor_config.json, video_preprocessor_config.json,
+        preprocessor_config.json (of checkpoints from before videos had settings of their own).
+
+        Raises:
+            CheckpointError: none of them is there, or the settings are out of range.
+        """
+        nested = Path(folder) / "processor_config.json"
+        if nested.is_file() and isinstance(config := read_json_object(nested).get("video_processor"), dict):
+            return cls._from_config(config, f"video_processor in {nested}")
+        for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+            if (file := Path(folder) / name).is_file():
+                return cls._from_config(read_json_object(file), str(file))
+        raise CheckpointError(
+            f"{folder} has no video settings: no video_preprocessor_config.json.",
+            "Copy it from the model's page on the Hugging Face Hub.",
+        )
+
+    @classmethod
+    def _from_config(cls, config: dict[str, Any], where: str) -> VideoProcessor:
+        names = {field.name for field in dataclasses.fields(cls)} - {"min_pixels", "max_pixels"}
+        values = {name: config[name] for name in names if config.get(name) is not None}
+        for name in ("image_mean", "image_std"):
+            if name in values:
+                value = values[name]
+                values[name] = tuple(value) if isinstance(value, list) else (value,) * 3
+        for name in ("fps", "num_frames"):
+            if name in config:
+                values[name] = config[name]  # here null means: not by this
+        if values.get("num_frames") is not None and "fps" not in config:
+            values["fps"] = None
+        size = config.get("size")
+        if size is not None:
+            for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+                if not isinstance(size, dict) or size.get(edge) is None:
+                    raise CheckpointError(f"{where} has no size.{edge} (square pixels).")
+                values[name] = size[edge]
+        try:
+            return cls(**values)
+        except OptionError as error:
+            raise CheckpointError(f"{where}: {error.message}") from error
+
+    def with_options(self, options: VideoOptions) -> VideoProcessor:
+        """A copy that heeds a user's options; OptionError if the model's own settings leave no room for them."""
+        changes = {
+            name: value
+            for name in ("fps", "num_frames", "min_frames", "max_frames")
+            if (value := getattr(options, name)) is not None
+        }
+        if options.fps is not None:
+            changes["num_frames"] = None
+        if options.num_frames is not None:
+            changes["fps"] = None
+        if options.total_pixels is not None:
+            if options.total_pixels < self.min_pixels:
+                raise OptionError(
+                    f"total_pixels is {options.total_pixels}; the model's own least is {self.min_pixels}."
+                )
+            changes["max_pixels"] = options.total_pixels
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def factor(self) -> int:
+        """Edge in pixels of the block that becomes one token."""
+        return self.patch_size * self.merge_size
+
+    def sample(self, total: int, fps: float) -> list[int]:
+        """The numbers of the frames to take of `total`, of which `fps` are shown a second; they never decrease.
+
+        Source: ``Qwen3VLVideoProcessor.sample_frames``.
+        """
+        if not self.do_sample_frames:
+            return list(range(total))
+        count = self.num_frames
+        if count is None and self.fps is not None:
+            count = int(total / fps * self.fps)
+            count = min(max(count, self.min_frames), self.max_frames, total)
+        if count is None:
+            count = min(max(total, self.min_frames), self.max_frames)
+        return [int(index) for index in np.linspace(0, total - 1, count).round()]
+
+    def target_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels of the frames of a video after resizing; InputError if it has no place."""
+        if not self.do_resize:
+            if height % self.factor or width % self.factor:
+                raise InputError(
+                    f"Frames of {width}x{height} pixels are not multiples of {self.factor} and do_resize is off."
+                )
+            return height, width
+        most = self.max_pixels
+        if self.cap_pixels_per_frame:
+            frame = min(self.max_video_tokens * self.factor**2, self.max_pixels // num_frames)
+            most = max(frame, int(self.min_pixels * 1.05)) * num_frames
+        size = video_size(num_frames, height, width, self.temporal_patch_size, self.factor, self.min_pixels, most)
+        if num_frames * size[0] * size[1] > MAX_VIDEO_PIXELS:
+            raise InputError(
+                f"{num_frames} frames of {size[1]}x{size[0]} pixels are more than {MAX_VIDEO_PIXELS} pixels together.",
+                "Take fewer frames, or give total_pixels.",
+            )
+        return size
+
+    def __call__(self, source: VideoSource, options: VideoOptions | None = None) -> ProcessedVideo:
+        """Reads a video and converts it.
+
+        Args:
+            source: see `open_clip`.
+            options: instead of the settings.
+
+        Raises:
+            InputError: the video cannot be used.
+            OptionError: the options do not fit the settings or this kind of video.
+        """
+        started = time.perf_counter()
+        options = options or VideoOptions()
+        chosen = self.with_options(options)
+        with open_clip(source, options.fps) as clip:
+            if clip.sampled:
+                for name in ("num_frames", "min_frames", "max_frames"):
+                    if getattr(options, name) is not None:
+                        raise OptionError(f"{name} has no effect on {clip.name}: all of them are taken.")
+                indices = list(range(len(clip.times)))
+            else:
+                indices = chosen.sample(len(clip.times), clip.fps)
+            if len(indices) > MAX_FRAMES:
+                raise InputError(f"{clip.name}: {len(indices)} frames are too many; at most {MAX_FRAMES} are taken.")
+            pixels, grid = chosen._patches(clip, indices)
+            stamps = chosen._timestamps([clip.times[index] for index in indices])
+        return ProcessedVideo(pixels, grid, stamps, tuple(indices), time.perf_counter() - started)
+
+    def _timestamps(self, times: list[float]) -> tuple[float, ...]:
+        # transformers/models/qwen3_vl/processing_qwen3_vl.py _calculate_timestamps
+        size = self.temporal_patch_size
+        times = times + times[-1:] * (-len(times) % size)
+        return tuple((times[first] + times[first + size - 1]) / 2 for first in range(0, len(times), size))
+
+    def _patches(self, clip: Clip, indices: list[int]) -> tuple[npt.NDArray[np.float32], tuple[int, int, int]]:
+        """float32 [T*H*W, C*t*p*p] and (T, H, W); frame by frame, so that only one is alive beside the result."""
+        height, width = self.target_size(len(indices), clip.height, clip.width)
+        patch, merge, depth = self.patch_size, self.merge_size, self.temporal_patch_size
+        grid = (math.ceil(len(indices) / depth), height // patch, width // patch)
+        rows, columns = height // self.factor, width // self.factor
+        out = np.empty((grid[0], rows, columns, merge, merge, 3, depth, patch, patch), np.float32)
+        level_values = self._level_values()
+        for number, frame in enumerate(clip.frames(indices)):
+            sized = resize_frame(frame, height, width, self.resample) if self.do_resize else frame
+            blocks = sized.reshape(rows, merge, patch, columns, merge, patch, 3).transpose(6, 0, 3, 1, 4, 2, 5)
+            last = number == len(indices) - 1
+            for channel in range(3):
+                values = level_values[channel][blocks[channel]]  # [rows, columns, merge, merge, p, p]
+                for place in range(number % depth, depth if last else number % depth + 1):
+                    out[number // depth, :, :, :, :, channel, place] = values
+        return out.reshape(math.prod(grid), -1), grid
+
+    def _level_values(self) -> npt.NDArray[np.float32]:
+        """The float of each of the 256 uint8 levels, float32 [3, 256]: rescaling and normalizing as one lookup.
+
+        As in transformers/image_processing_backends.py, mean and deviation take up the rescaling where both are done,
+        all in float32; the image processor rescales first, which rounds otherwise.
+        """
+        levels = np.tile(np.arange(256, dtype=np.float32), (3, 1))
+        mean = np.array(self.image_mean, np.float32)[:, None]
+        std = np.array(self.image_std, np.float32)[:, None]
+        if self.do_rescale and self.do_normalize:
+            scale = np.float32(1.0 / self.rescale_factor)
+            levels = (levels - mean * scale) / (std * scale)
+        elif self.do_normalize:
+            levels = (levels - mean) / std
+        elif self.do_rescale:
+            levels = levels * np.float32(self.rescale_factor)
+        return levels
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
