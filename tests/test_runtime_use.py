@@ -399,7 +399,7 @@ def test_what_the_runtime_says_is_an_error_of_ours(model: vlpack.Model, monkeypa
     def fail(*arguments: object) -> None:
         raise RuntimeError("no memory for the cache\n")
 
-    monkeypatch.setattr(runtime, "_prefill", fail)
+    monkeypatch.setattr(runtime, "prefill", fail)
     with pytest.raises(PackageError, match=r"The runtime failed: no memory for the cache$"):
         model.generate("Hello")
 

@@ -96,6 +96,10 @@ def make_checkpoint(folder: Path, tiny: Tiny) -> Path:
     settings["temporal_patch_size"] = tiny.temporal_patch_size
     settings["size"] = {"shortest_edge": (tiny.patch_size * tiny.merge) ** 2, "longest_edge": 1 << 18}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    settings["size"] = {"shortest_edge": 2 * (tiny.patch_size * tiny.merge) ** 2, "longest_edge": 1 << 17}
+    settings |= {"video_processor_type": "Qwen3VLVideoProcessor"}
+    del settings["image_processor_type"]
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return folder
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "Prompt",
     "Reranker",
     "Sampling",
+    "VideoOptions",
     "VlpackError",
     "bench",
     "build",
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from vlpack.inspection import inspect
     from vlpack.loading import load
     from vlpack.options import ExtraOptions
-    from vlpack.preprocess import Prompt
+    from vlpack.preprocess import Prompt, VideoOptions
     from vlpack.runtime import Answer, Model
     from vlpack.sampling import Sampling
     from vlpack.verification import verify
@@ -45,6 +46,7 @@ _WHERE = {
     "Prompt": "preprocess",
     "Reranker": "encoder",
     "Sampling": "sampling",
+    "VideoOptions": "preprocess",
     "VlpackError": "errors",
     "bench": "benchmark",
     "build": "builder",

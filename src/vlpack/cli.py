@@ -157,6 +157,24 @@ def run(
     image: Annotated[
         list[str] | None, typer.Option("--image", help="Image file or URL; give it again for more.")
     ] = None,
+    video: Annotated[
+        list[str] | None, typer.Option("--video", help="Video file, or folder of pictures; give it again for more.")
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            "--fps", help="Frames a second to look at; how many a folder of pictures has. (default: the model's)"
+        ),
+    ] = None,
+    num_frames: Annotated[
+        int | None, typer.Option("--num-frames", help="So many frames of the video, instead of so many a second.")
+    ] = None,
+    min_frames: Annotated[int | None, typer.Option("--min-frames", help="At least so many frames of a video.")] = None,
+    max_frames: Annotated[int | None, typer.Option("--max-frames", help="At most so many frames of a video.")] = None,
+    total_pixels: Annotated[
+        int | None,
+        typer.Option("--total-pixels", help="Largest area of a video's frames together, in pixels; smaller is faster."),
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of the answer at most.")] = 512,
     temperature: Annotated[
@@ -183,7 +201,8 @@ def run(
     stats: Annotated[bool, typer.Option("--stats", help="Add a line of timing, on standard error.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Ask a package a question, about images or without."""
+    """Ask a package a question, about images and videos or without."""
+    from vlpack.preprocess import VideoOptions
     from vlpack.runtime import Model
     from vlpack.sampling import Sampling
 
@@ -191,14 +210,29 @@ def run(
     if not question.strip():
         raise OptionError("The question is empty.", 'vlpack run PACKAGE [--image FILE] "question"')
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    parts = [*({"type": "image"} for _ in image or []), {"type": "text", "text": question}]
-    messages.append({"role": "user", "content": parts if image else question})
+    seen = [*({"type": "image"} for _ in image or []), *({"type": "video"} for _ in video or [])]
+    messages.append({"role": "user", "content": [*seen, {"type": "text", "text": question}] if seen else question})
+    looked = {
+        "fps": fps,
+        "num_frames": num_frames,
+        "min_frames": min_frames,
+        "max_frames": max_frames,
+        "total_pixels": total_pixels,
+    }
+    for name, value in looked.items():
+        if value is not None and not video:
+            raise OptionError(f"--{name.replace('_', '-')} has no effect without a video.", "Give one with --video.")
+    if video and not image and (min_pixels or max_pixels):
+        raise OptionError("--min-pixels and --max-pixels are for images.", "For videos there is --total-pixels.")
+    video_options = VideoOptions(**looked)  # type: ignore[arg-type]
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     sampling.search_options()  # a wrong value is told before the model is loaded
     model = Model(package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels)
     stream = model.stream(
         messages,
         image or [],
+        video or [],
+        video_options=video_options if video else None,
         max_tokens=max_tokens,
         sampling=sampling,
         allow_private_urls=allow_private_urls,

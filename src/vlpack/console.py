@@ -205,8 +205,15 @@ def show_answer(stream: AnswerStream, load_seconds: float, *, stats: bool, as_js
     print(flush=True)
     if stats:
         s = answer.stats
-        images = f" ({s.image_tokens} of images)" if s.image_tokens else ""
+        seen = [f"{s.image_tokens} of images"] if s.image_tokens else []
+        if s.video_tokens:
+            seen.append(f"{s.video_tokens} of {s.video_frames} video frame{'s' if s.video_frames > 1 else ''}")
+        images = f" ({', '.join(seen)})" if seen else ""
         stages = {"preprocessing": s.preprocess_seconds, "vision": s.vision_seconds, "prefill": s.prefill_seconds}
+        if s.video_seconds:
+            stages = {"reading videos": s.video_seconds, **stages}
+            if s.preprocess_seconds is not None:
+                stages["preprocessing"] = max(s.preprocess_seconds - s.video_seconds, 0)
         times = " + ".join(f"{stage} {seconds:.2f}" for stage, seconds in stages.items() if seconds)
         if s.prefill_seconds is None:
             times += f" + vision and prefill {s.first_token_seconds - (s.preprocess_seconds or 0):.2f}"

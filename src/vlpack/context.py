@@ -9,7 +9,7 @@ from vlpack.preprocess import Prompt
 
 
 def too_long(subject: str, prompt: Prompt, room: int) -> InputError:
-    """How many tokens are too many, and how many images.
+    """How many tokens are too many, and how many images, or what videos have to do with it.
 
     Args:
         subject: what an error calls the prompt.
@@ -21,6 +21,9 @@ def too_long(subject: str, prompt: Prompt, room: int) -> InputError:
     said = f"{subject} has {length} tokens, {excess} more than fit the model's context."
     if not sizes:
         return InputError(said, "Shorten it.")
+    if prompt.videos:
+        said += f" {prompt.num_video_tokens} of them are of videos, {sum(sizes) - prompt.num_video_tokens} of images."
+        return InputError(said, "Take fewer frames, or make them smaller with total_pixels.")
     images = "Its image takes" if len(sizes) == 1 else f"Its {len(sizes)} images take"
     said += f" {images} {sum(sizes)} of them"
     enough = next((count for count, freed in enumerate(accumulate(reversed(sizes)), 1) if freed >= excess), None)

@@ -118,6 +118,7 @@ class Encoder(Loaded):
             video_token_id=image.get("video_token_id"),
             min_pixels=image.get("min_pixels") if min_pixels is None else min_pixels,
             max_pixels=image.get("max_pixels") if max_pixels is None else max_pixels,
+            no_videos="Embedding models and rerankers take no videos.",
         )
         return ChatPrompts(builder)
 

@@ -18,7 +18,7 @@ from vlpack.loading import check_pixel_limits, checked_threads
 from vlpack.memory import peak_memory_bytes, total_memory_bytes
 from vlpack.package.manifest import graph_files, whole_package
 from vlpack.package.outside import check_config
-from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder
+from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder, VideoOptions, VideoSource
 from vlpack.safefile import read_json
 from vlpack.sampling import Sampling, check_number
 from vlpack.saturation import warn_of_saturation
@@ -28,19 +28,29 @@ from vlpack.timing import StageClock
 RUNTIME_NEEDED = (0, 18)
 """onnxruntime-genai's first version that carries DeepStack's channel."""
 
+NO_VIDEOS = (
+    "Videos of Qwen2-VL and Qwen2.5-VL are not taken: in the runtime a video and what follows it would stand at other "
+    "positions than in the model."
+)
+"""Why only Qwen3-VL has videos: its positions are those of single images, which the runtime computes as the model."""
+
 
 @dataclass
 class Stats:
     """What an answer took: seconds, tokens, bytes.
 
     What was not measured is None: preprocessing of a prompt that was ready, and, with images, how the time up to the
-    first token divides into vision and prefill, unless ``timing`` was asked for.
+    first token divides into vision and prefill, unless ``timing`` was asked for. ``video_seconds`` is what reading and
+    resizing videos took, and a part of preprocessing.
     """
 
     prompt_tokens: int = 0
     image_tokens: int = 0
+    video_tokens: int = 0
+    video_frames: int = 0
     new_tokens: int = 0
     preprocess_seconds: float | None = None
+    video_seconds: float = 0.0
     vision_seconds: float | None = None
     prefill_seconds: float | None = None
     first_token_seconds: float = 0.0
@@ -70,7 +80,7 @@ class Model(Loaded):
         folder: the package.
         threads: of the runtime; all cores by default (its own default is half of them).
         min_pixels: smallest image area, square pixels, instead of the package's.
-        max_pixels: largest image area; smaller is faster.
+        max_pixels: largest image area; smaller is faster. Videos have limits of their own: `VideoOptions`.
 
     Raises:
         PackageError: the folder is not a complete package, or the runtime cannot load it.
@@ -100,6 +110,7 @@ class Model(Loaded):
             video_token_id=model.get("video_token_id"),
             min_pixels=min_pixels,
             max_pixels=max_pixels,
+            no_videos=None if model.get("type") == "qwen3_vl" else NO_VIDEOS,
         )
         self.tokenizer = self._prompts.tokenizer
         warn_of_saturation(self.manifest)
@@ -112,19 +123,27 @@ class Model(Loaded):
         sizes = (int(decoder[name]) for name in _SIZES)
         return 2 * math.prod(sizes) * tokens * (2 if self.manifest.get("activations") == "float16" else 4)
 
-    def prompt(self, messages: str | Sequence[Message], images: Sequence[ImageSource] = (), **options: Any) -> Prompt:
+    def prompt(
+        self,
+        messages: str | Sequence[Message],
+        images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
+        **options: Any,
+    ) -> Prompt:
         """Messages as the tensors that the package is run on; `generate` and `stream` take the result.
 
-        Options are the chat template's variables (``tools``, ``enable_thinking`` …); see
+        Options are ``video_options`` and the chat template's variables (``tools``, ``enable_thinking`` …); see
         `vlpack.preprocess.PromptBuilder`.
         """
-        return self._prompts(_as_messages(messages, images), images, **options)
+        return self._prompts(_as_messages(messages, images, videos), images, videos, **options)
 
     def generate(
         self,
         messages: str | Sequence[Message] | Prompt,
         images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
         *,
+        video_options: VideoOptions | None = None,
         max_tokens: int = 512,
         sampling: Sampling | None = None,
         allow_private_urls: bool = False,
@@ -134,6 +153,8 @@ class Model(Loaded):
         stream = self.stream(
             messages,
             images,
+            videos,
+            video_options=video_options,
             max_tokens=max_tokens,
             sampling=sampling,
             allow_private_urls=allow_private_urls,
@@ -147,7 +168,9 @@ class Model(Loaded):
         self,
         messages: str | Sequence[Message] | Prompt,
         images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
         *,
+        video_options: VideoOptions | None = None,
         max_tokens: int = 512,
         sampling: Sampling | None = None,
         allow_private_urls: bool = False,
@@ -159,6 +182,9 @@ class Model(Loaded):
             messages: a question, a conversation in OpenAI's form, or a prompt that `prompt` made of them.
             images: file names, URLs, bytes, PIL images or arrays for the image parts that name none; with a question
                 given as a string they go before it.
+            videos: likewise for the video parts: files, folders of pictures, or lists of frames; with a question given
+                as a string they go between images and question.
+            video_options: how videos are looked at whose parts do not say it themselves.
             max_tokens: of the answer at most.
             sampling: how tokens are chosen.
             allow_private_urls: let image URLs lead to this machine or its network.
@@ -174,14 +200,19 @@ class Model(Loaded):
             raise OptionError("sampling must be a vlpack.Sampling.", "vlpack.Sampling(temperature=0), for example.")
         if isinstance(images, (str, bytes, os.PathLike)):
             raise InputError("images must be a list, also for a single one.", "[image]")
+        if isinstance(videos, (str, bytes, os.PathLike)):
+            raise InputError("videos must be a list, also for a single one.", "[video]")
         options = (sampling or Sampling()).search_options()
         if "top_k" in options:  # the runtime refuses to take more tokens than there are
             options["top_k"] = min(options["top_k"], self.vocab_size)
         if isinstance(messages, Prompt):
-            _check_prompt(messages, images, allow_private_urls, self.config["model"])
+            given = {"images": len(images), "videos": len(videos), "video_options": video_options}
+            _check_prompt(messages, {**given, "allow_private_urls": allow_private_urls}, self.config["model"])
             return AnswerStream(self, messages, max_tokens, options, None, timing)
         started = time.perf_counter()
-        prompt = self.prompt(messages, images, allow_private_urls=allow_private_urls)
+        prompt = self.prompt(
+            messages, images, videos, video_options=video_options, allow_private_urls=allow_private_urls
+        )
         return AnswerStream(self, prompt, max_tokens, options, time.perf_counter() - started, timing)
 
 
@@ -198,12 +229,16 @@ class AnswerStream(Iterator[str]):
         timing: bool,
     ) -> None:
         length = prompt.input_ids.shape[1]
-        image_tokens = int(prompt.num_image_tokens.sum())
+        video_tokens = prompt.num_video_tokens
+        image_tokens = int(prompt.num_image_tokens.sum()) - video_tokens
         if length >= model.context_length:
             raise too_long("The prompt", prompt, model.context_length - 1)  # one is for the answer
         self.answer = Answer("", [], "length")
-        self.answer.stats.prompt_tokens, self.answer.stats.image_tokens = length, image_tokens
-        self.answer.stats.preprocess_seconds = preprocess_seconds
+        stats = self.answer.stats
+        stats.prompt_tokens, stats.image_tokens, stats.video_tokens = length, image_tokens, video_tokens
+        stats.video_frames = sum(len(video.frames_indices) for video in prompt.videos)
+        stats.video_seconds = sum(video.seconds for video in prompt.videos)
+        stats.preprocess_seconds = preprocess_seconds
         limit = min(length + max_tokens, model.context_length)
         needed, there = model.cache_bytes(limit), total_memory_bytes()
         if there and needed > there:
@@ -275,23 +310,26 @@ def check_package(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _as_messages(messages: str | Sequence[Message], images: Sequence[ImageSource]) -> Sequence[Message]:
+def _as_messages(
+    messages: str | Sequence[Message], images: Sequence[ImageSource], videos: Sequence[VideoSource]
+) -> Sequence[Message]:
     if not isinstance(messages, str):
         return messages
-    if not images:  # text models' templates know no parts
+    parts = [*({"type": "image"} for _ in images), *({"type": "video"} for _ in videos)]
+    if not parts:  # text models' templates know no parts
         return [{"role": "user", "content": messages}]
-    return [{"role": "user", "content": [*({"type": "image"} for _ in images), {"type": "text", "text": messages}]}]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": messages}]}]
 
 
-def _check_prompt(
-    prompt: Prompt, images: Sequence[ImageSource], allow_private_urls: bool, model: dict[str, Any]
-) -> None:
+def _check_prompt(prompt: Prompt, given: dict[str, Any], model: dict[str, Any]) -> None:
     """A ready prompt comes without what only its making could use, and from a package like this."""
-    if len(images) or allow_private_urls:
-        what = "images" if len(images) else "allow_private_urls"
-        raise InputError(f"The prompt is ready, so {what} would have no effect.", f"Give {what} to model.prompt.")
+    for what, value in given.items():
+        if value:
+            raise InputError(f"The prompt is ready, so {what} would have no effect.", f"Give {what} to model.prompt.")
     if prompt.has_images and "vision" not in model:
         raise InputError("The prompt has images, and the package has no vision part.", "Send text only.")
+    if prompt.videos and model.get("type") != "qwen3_vl":
+        raise InputError(NO_VIDEOS, "Send single images.")
     if prompt.input_ids.max(initial=0) >= model["vocab_size"]:
         raise InputError("The prompt has tokens that the package does not know.", "Make it with this model's prompt.")
 

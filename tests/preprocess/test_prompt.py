@@ -209,7 +209,7 @@ def test_openai_image_url(builder: PromptBuilder) -> None:
         ([{"role": "user"}], "Message 1 has no 'content'"),
         ([{"role": "user", "content": 7}], "Message 1.*int"),
         ([{"role": "user", "content": "x"}, user({"type": "audio"})], "Message 2, part 1.*'audio'"),
-        ([user("x", {"type": "video", "video": "a.mp4"})], "part 2.*'video'"),
+        ([user("x", {"type": "audio", "audio": "a.mp3"})], "part 2.*'audio'"),
         ([user({"type": "text"})], "no 'text'"),
         ([{"role": "user", "content": [17]}], "part 1.*int"),
         ([user({"type": "image_url", "image_url": "/etc/passwd"})], "image_url"),
@@ -232,7 +232,7 @@ def test_bad_messages(builder: PromptBuilder, messages: Any, message: str) -> No
 def test_messages_given_are_not_changed() -> None:
     messages = [user({"type": "image_url", "image_url": "http://example.com/a.png"}, "x")]
     before = json.dumps(messages)
-    normalized, sources = normalize_messages(messages)
+    normalized, sources, _ = normalize_messages(messages)
     assert json.dumps(messages) == before
     assert sources == ["http://example.com/a.png"]
     assert normalized[0]["content"][0] == {"type": "image", "url": "http://example.com/a.png"}

@@ -39,6 +39,8 @@ COPIED = (
 )
 """Files that go into the package whole, where the checkpoint has them."""
 
+_VIDEO_SETTINGS = "video_preprocessor_config.json"
+
 
 def write_beside(
     folder: Path,
@@ -137,9 +139,10 @@ def _write_encoder(
 
 
 def _write_image_settings(folder: Path, checkpoint: Checkpoint) -> None:
-    nested = (checkpoint.json("processor_config.json") or {}).get("image_processor")
-    if isinstance(nested, dict):  # transformers 5 keeps the settings there; that name is the runtime's here
-        _write_json(folder / "preprocessor_config.json", nested)
+    whole = checkpoint.json("processor_config.json") or {}
+    for key, name in (("image_processor", "preprocessor_config.json"), ("video_processor", _VIDEO_SETTINGS)):
+        if isinstance(nested := whole.get(key), dict):  # transformers 5 keeps settings there; here it is the runtime's
+            _write_json(folder / name, nested)
 
 
 def _copy(checkpoint: Checkpoint, name: str, folder: Path) -> None:

@@ -4,14 +4,15 @@ from vlpack.preprocess.chat_template import ChatTemplate
 from vlpack.preprocess.frames import VideoSource, open_clip
 from vlpack.preprocess.images import ImageProcessor, ProcessedImages, smart_resize
 from vlpack.preprocess.load import MAX_IMAGE_PIXELS, ImageSource, load_image
-from vlpack.preprocess.messages import Message, normalize_messages
-from vlpack.preprocess.prompt import Prompt, PromptBuilder
+from vlpack.preprocess.messages import Conversation, Message, normalize_messages
+from vlpack.preprocess.prompt import Prompt, PromptBuilder, PromptVideo
 from vlpack.preprocess.tokenizer import TextStream, Tokenizer
 from vlpack.preprocess.video import ProcessedVideo, VideoOptions, VideoProcessor
 
 __all__ = [
     "MAX_IMAGE_PIXELS",
     "ChatTemplate",
+    "Conversation",
     "ImageProcessor",
     "ImageSource",
     "Message",
@@ -19,6 +20,7 @@ __all__ = [
     "ProcessedVideo",
     "Prompt",
     "PromptBuilder",
+    "PromptVideo",
     "TextStream",
     "Tokenizer",
     "VideoOptions",

@@ -1,11 +1,11 @@
-"""Messages and images to the tensors a prompt is made of: what Qwen3VLProcessor does, without torch."""
+"""Messages, images and videos to the tensors a prompt is made of: what Qwen3VLProcessor does, without torch."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +13,33 @@ from PIL import Image
 
 from vlpack.errors import CheckpointError, InputError
 from vlpack.preprocess.chat_template import ChatTemplate
+from vlpack.preprocess.frames import VideoSource
 from vlpack.preprocess.images import ImageProcessor, ProcessedImages
 from vlpack.preprocess.load import ImageSource, load_image
-from vlpack.preprocess.messages import Message, normalize_messages
+from vlpack.preprocess.messages import Message, VideoPart, normalize_messages
 from vlpack.preprocess.tokenizer import Tokenizer
+from vlpack.preprocess.video import ProcessedVideo, VideoOptions, VideoProcessor
+
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+"""What stands around every temporal patch of a video, as text; the chat template writes one more pair around all."""
+
+
+class PromptVideo(NamedTuple):
+    """A video of a prompt, which is a run of its grids.
+
+    Attributes:
+        first: index of its first row in `Prompt.image_grid_thw`; it has as many as temporal patches, all (1, H, W).
+        grid_thw: (T, H, W) in patches, as transformers' video_grid_thw has it.
+        timestamps: T times in seconds, as the model is told them.
+        frames_indices: the frames that were taken, by their numbers in the video.
+        seconds: that reading, decoding and resizing took.
+    """
+
+    first: int
+    grid_thw: tuple[int, int, int]
+    timestamps: tuple[float, ...]
+    frames_indices: tuple[int, ...]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -24,11 +47,12 @@ class Prompt:
     """A prompt, ready for the runtime.
 
     Attributes:
-        input_ids: int32 [1, S], image placeholders expanded.
+        input_ids: int32 [1, S], placeholders expanded; a video's are an image's too, as the runtime wants it.
         num_image_tokens: int64 [images], placeholders per image; [0] for text.
         pixel_values: float32 [patches, C*T*p*p], None for text.
         image_grid_thw: int64 [images, 3], None for text.
         text: the rendered chat template, placeholders not expanded.
+        videos: which runs of those images are temporal patches of a video, in order.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -36,10 +60,11 @@ class Prompt:
     pixel_values: npt.NDArray[np.float32] | None
     image_grid_thw: npt.NDArray[np.int64] | None
     text: str
+    videos: tuple[PromptVideo, ...] = ()
 
     @property
     def has_images(self) -> bool:
-        """Whether any image is in the prompt."""
+        """Whether any image or video is in the prompt."""
         return self.pixel_values is not None
 
     @property
@@ -54,6 +79,45 @@ class Prompt:
             start, end = end, end + int(grid.prod())
             assert self.pixel_values is not None, "a grid has pixels"
             yield self.pixel_values[start:end], grid[None]
+
+    @property
+    def is_video(self) -> npt.NDArray[np.bool_]:
+        """Which of the images are temporal patches of a video, bool [images]."""
+        flags = np.zeros(len(self.grids), np.bool_)
+        for video in self.videos:
+            flags[video.first : video.first + video.grid_thw[0]] = True
+        return flags
+
+    @property
+    def num_video_tokens(self) -> int:
+        """How many placeholders are of videos."""
+        return int(self.num_image_tokens[self.is_video].sum())
+
+    def transformers_arrays(self, image_token_id: int, video_token_id: int) -> dict[str, npt.NDArray[Any]]:
+        """The same prompt by the names, and in the form, that transformers' models take it.
+
+        Args:
+            image_token_id: of config.json.
+            video_token_id: likewise.
+
+        Returns:
+            input_ids and mm_token_type_ids (0 text, 1 image, 2 video) int64 [1, S]; where there are any, pixel_values
+            and image_grid_thw of the images, pixel_values_videos and video_grid_thw of the videos.
+        """
+        ids = self.input_ids.astype(np.int64)
+        of_video = np.zeros(ids.shape, np.bool_)
+        of_video[ids == image_token_id] = np.repeat(self.is_video, self.num_image_tokens)
+        arrays: dict[str, npt.NDArray[Any]] = {"mm_token_type_ids": (ids == image_token_id) + of_video.astype(np.int64)}
+        arrays["input_ids"] = np.where(of_video, video_token_id, ids)
+        if self.pixel_values is not None:
+            patch_of_video = np.repeat(self.is_video, self.grids.prod(axis=1))
+            if not self.is_video.all():
+                arrays["pixel_values"] = self.pixel_values[~patch_of_video]
+                arrays["image_grid_thw"] = self.grids[~self.is_video]
+            if self.videos:
+                arrays["pixel_values_videos"] = self.pixel_values[patch_of_video]
+                arrays["video_grid_thw"] = np.array([video.grid_thw for video in self.videos], np.int64)
+        return arrays
 
     def named_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """The arrays by the names that the runtime gives its inputs; without the image ones for text."""
@@ -73,7 +137,9 @@ class PromptBuilder:
         chat_template: of the checkpoint.
         image_processor: None if the package has no vision part; images are then refused.
         image_token_id: id of the placeholder (`image_token_id` of config.json); needed with an image_processor.
-        video_token_id: id of the video placeholder, if any: it must not appear in a prompt.
+        video_token_id: id of the video placeholder, if any; needed with a video_processor.
+        video_processor: None if no videos are taken.
+        no_videos: why not, as a sentence.
 
     Raises:
         CheckpointError: the tokenizer does not know image_token_id as a token of its own.
@@ -86,6 +152,8 @@ class PromptBuilder:
         image_processor: ImageProcessor | None = None,
         image_token_id: int | None = None,
         video_token_id: int | None = None,
+        video_processor: VideoProcessor | None = None,
+        no_videos: str = "The package takes no videos.",
     ) -> None:
         if image_processor is not None and image_token_id is None:
             raise CheckpointError("An image processor needs the image_token_id of config.json.")
@@ -94,14 +162,9 @@ class PromptBuilder:
         self.image_processor = image_processor
         self.image_token_id = image_token_id
         self.video_token_id = video_token_id
+        self.video_processor, self.no_videos = video_processor, no_videos
         if image_token_id is not None:
-            # Only tokens that text is split at first expand the same as ids and, as in transformers, as text.
-            token = tokenizer.token(image_token_id) if tokenizer.is_added_token(image_token_id) else None
-            if token is None or tokenizer.encode(token * 2) != [image_token_id] * 2:
-                raise CheckpointError(
-                    f"image_token_id {image_token_id} is not a special token of {tokenizer.where}.",
-                    hint="Take config.json and tokenizer.json from the same checkpoint.",
-                )
+            self._check_token("image_token_id", image_token_id)
 
     @classmethod
     def from_folder(
@@ -112,8 +175,9 @@ class PromptBuilder:
         video_token_id: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        no_videos: str | None = None,
     ) -> PromptBuilder:
-        """Reads tokenizer, chat template and image settings of a checkpoint or package.
+        """Reads tokenizer, chat template, image and video settings of a checkpoint or package.
 
         Args:
             folder: with tokenizer.json, a chat template and preprocessor_config.json.
@@ -121,23 +185,36 @@ class PromptBuilder:
             video_token_id: from config.json, if any.
             min_pixels: smallest image area, square pixels, instead of the file's.
             max_pixels: largest image area, square pixels, instead of the file's.
+            no_videos: why videos are refused, as a sentence; None takes them, where there are settings for them. What
+                is wrong with those is told when the first video comes.
 
         Raises:
             CheckpointError: a file is missing or damaged.
             OptionError: the pixel limits are impossible.
         """
-        images = None
-        if image_token_id is not None:
+        images = videos = None
+        if image_token_id is None:
+            no_videos = "The package has no vision part, so it takes no videos."
+        else:
             images = ImageProcessor.from_folder(folder).with_pixel_limits(min_pixels, max_pixels)
-        return cls(
-            Tokenizer.from_folder(folder), ChatTemplate.from_folder(folder), images, image_token_id, video_token_id
-        )
+            if video_token_id is None:
+                no_videos = no_videos or "The package has no token for videos, so it takes none."
+        if no_videos is None:
+            try:
+                videos = VideoProcessor.from_folder(folder)
+            except CheckpointError as error:
+                no_videos = f"Videos cannot be taken. {error.message}"
+        template = ChatTemplate.from_folder(folder)
+        tokenizer = Tokenizer.from_folder(folder)
+        return cls(tokenizer, template, images, image_token_id, video_token_id, videos, no_videos or "")
 
     def __call__(
         self,
         messages: Sequence[Message],
         images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
         *,
+        video_options: VideoOptions | None = None,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         allow_private_urls: bool = False,
@@ -150,36 +227,112 @@ class PromptBuilder:
             images: for the image parts without a source of their own, in order. A PIL image is taken as it is
                 (transparency onto white, no EXIF rotation), everything else goes through `load_image`; so it is in
                 transformers.
+            videos: for the video parts without a source of their own, in order; see `open_clip`.
+            video_options: how those videos are looked at whose parts do not say it themselves.
             add_generation_prompt: end with the header of the assistant's answer.
             tools: JSON schemas of functions the model may call.
             allow_private_urls: see `load_image`.
             **variables: whatever else the chat template understands.
 
         Raises:
-            InputError: messages, images or their number are not usable.
+            InputError: messages, images, videos or their number are not usable.
+            OptionError: video_options do not fit the model's settings or a video.
         """
-        normalized, sources = normalize_messages(messages)
-        loaded = [_load(source, allow_private_urls) for source in _fill(sources, images)]
+        conversation = normalize_messages(messages)
+        loaded = [_load(source, allow_private_urls) for source in _fill("image", conversation.images, images)]
+        parts = _fill_videos(conversation.videos, videos, video_options)
         if loaded and self.image_processor is None:
             raise InputError("The package has no vision part, so it takes no images.", hint="Send text only.")
+        if parts and (self.video_processor is None or self.image_processor is None):
+            raise InputError(self.no_videos, hint="Send text or single images.")
         text = self.chat_template.render(
-            normalized, add_generation_prompt=add_generation_prompt, tools=tools, **variables
+            conversation.messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
         )
         ids = np.array(self.tokenizer.encode(text), dtype=np.int32)  # [S before expansion]
-        self._check_placeholders(ids, len(loaded))
-        if self.image_processor is None or not loaded:
+        self._check_placeholders(ids, len(loaded), len(parts))
+        if self.image_processor is None or not (loaded or parts):
             return Prompt(ids[None], np.zeros(0, dtype=np.int64), None, None, text)
         processed = self.image_processor(loaded)
+        spans: tuple[PromptVideo, ...] = ()
+        if parts:
+            clips = self._process_videos(parts)
+            processed, spans = self._join(ids, processed, clips)
+            ids = np.array(self.tokenizer.encode(self._with_timestamps(text, clips)), dtype=np.int32)
         return Prompt(
             self._expand(ids, processed)[None],
             processed.num_image_tokens,
             processed.pixel_values,
             processed.image_grid_thw,
             text,
+            spans,
         )
 
-    def _check_placeholders(self, ids: npt.NDArray[np.int32], images: int) -> None:
-        for kind, token_id, wanted in (("image", self.image_token_id, images), ("video", self.video_token_id, 0)):
+    def _check_token(self, name: str, token_id: int) -> str:
+        """A placeholder's text: a token that text is split at first, so that it expands the same as id and as text."""
+        token = self.tokenizer.token(token_id) if self.tokenizer.is_added_token(token_id) else None
+        if token is None or self.tokenizer.encode(token * 2) != [token_id] * 2:
+            raise CheckpointError(
+                f"{name} {token_id} is not a special token of {self.tokenizer.where}.",
+                hint="Take config.json and tokenizer.json from the same checkpoint.",
+            )
+        return token
+
+    def _process_videos(self, parts: Sequence[tuple[VideoSource, VideoOptions | None]]) -> list[ProcessedVideo]:
+        assert self.video_processor is not None, "checked before"
+        assert self.image_processor is not None, "checked before"
+        for name in ("patch_size", "temporal_patch_size", "merge_size"):
+            for_videos, for_images = getattr(self.video_processor, name), getattr(self.image_processor, name)
+            if for_videos != for_images:
+                raise CheckpointError(f"The video settings have {name} {for_videos}, those of images {for_images}.")
+        return [self.video_processor(source, options) for source, options in parts]
+
+    def _join(
+        self, ids: npt.NDArray[np.int32], images: ProcessedImages, videos: Sequence[ProcessedVideo]
+    ) -> tuple[ProcessedImages, tuple[PromptVideo, ...]]:
+        """Images and the videos' temporal patches in the order of their placeholders, as one run of images."""
+        assert self.image_processor is not None, "checked before"
+        pixels: list[npt.NDArray[np.float32]] = []
+        grids: list[tuple[int, int, int]] = []
+        spans: list[PromptVideo] = []
+        image = end = 0
+        for token in ids[(ids == self.image_token_id) | (ids == self.video_token_id)]:
+            if token == self.image_token_id:
+                frames, height, width = (int(side) for side in images.image_grid_thw[image])
+                start, end, image = end, end + frames * height * width, image + 1
+                pixels.append(images.pixel_values[start:end])
+                grids.append((frames, height, width))
+            else:
+                video = videos[len(spans)]
+                spans.append(PromptVideo(len(grids), video.grid_thw, *video[2:]))
+                pixels.append(video.pixel_values)
+                # transformers' vision encoder and positions, too, take a video's patches one by one
+                grids += [(1, *video.grid_thw[1:])] * video.grid_thw[0]
+        grid = np.array(grids, np.int64)
+        joined = pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
+        return ProcessedImages(joined, grid, grid.prod(axis=1) // self.image_processor.merge_size**2), tuple(spans)
+
+    def _with_timestamps(self, text: str, videos: Sequence[ProcessedVideo]) -> str:
+        """The text with every video placeholder replaced by its temporal patches, an image placeholder for each.
+
+        Source: transformers/models/qwen3_vl/processing_qwen3_vl.py replace_video_token, with the other placeholder.
+        """
+        assert self.image_token_id is not None, "checked before"
+        assert self.video_token_id is not None, "checked before"
+        for token in (VISION_START, VISION_END):
+            token_id = self.tokenizer.token_id(token)
+            if token_id is None or not self.tokenizer.is_added_token(token_id):
+                raise CheckpointError(f"{self.tokenizer.where} has no special token {token}, which videos need.")
+        image = VISION_START + self._check_token("image_token_id", self.image_token_id) + VISION_END
+        between = text.split(self._check_token("video_token_id", self.video_token_id))
+        if len(between) != len(videos) + 1:  # a tokenizer that finds the token in other text, too
+            raise InputError(f"The prompt has {len(between) - 1} video placeholders for {len(videos)} videos.")
+        pieces = [between[0]]
+        for video, after in zip(videos, between[1:], strict=True):
+            pieces += [f"<{stamp:.1f} seconds>{image}" for stamp in video.timestamps] + [after]
+        return "".join(pieces)
+
+    def _check_placeholders(self, ids: npt.NDArray[np.int32], images: int, videos: int) -> None:
+        for kind, token_id, wanted in (("image", self.image_token_id, images), ("video", self.video_token_id, videos)):
             found = 0 if token_id is None else int(np.count_nonzero(ids == token_id))
             if found != wanted:
                 token = None if token_id is None else self.tokenizer.token(token_id)
@@ -196,16 +349,26 @@ class PromptBuilder:
         return np.repeat(ids, repeats)
 
 
-def _fill(sources: Sequence[ImageSource | None], images: Sequence[ImageSource]) -> list[ImageSource]:
-    """The sources in order, parts without one taking the separately given images."""
+def _fill(kind: str, sources: Sequence[Any], given: Sequence[Any]) -> list[Any]:
+    """The sources in order, parts without one taking those that were given separately."""
     bare = sum(source is None for source in sources)
-    if bare != len(images):
+    if bare != len(given):
         raise InputError(
-            f"The messages have {bare} image parts without a source, and {len(images)} images are given.",
-            hint='Add a part {"type": "image"} for each image, or put the image into the part.',
+            f"The messages have {bare} {kind} parts without a source, and {len(given)} {kind}s are given.",
+            hint=f'Add a part {{"type": "{kind}"}} for each {kind}, or put the {kind} into the part.',
         )
-    rest = iter(images)
+    rest = iter(given)
     return [next(rest) if source is None else source for source in sources]
+
+
+def _fill_videos(
+    parts: Sequence[VideoPart], given: Sequence[VideoSource], options: VideoOptions | None
+) -> list[tuple[VideoSource, VideoOptions | None]]:
+    sources = _fill("video", [part.source for part in parts], given)
+    if options is not None and all(part.options for part in parts):
+        what = "every video says itself how it is looked at" if parts else "there are no videos"
+        raise InputError(f"video_options would have no effect: {what}.")
+    return [(source, part.options or options) for source, part in zip(sources, parts, strict=True)]
 
 
 def _load(source: ImageSource, allow_private_urls: bool) -> Image.Image:
