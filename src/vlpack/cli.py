@@ -325,6 +325,7 @@ def verify(
     reference: Annotated[str, typer.Option("--reference", help="Checkpoint it should be: a folder or a Hub id.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Ask this; again for more.")] = None,
     image: Annotated[list[str] | None, typer.Option("--image", help="With these images; again for more.")] = None,
+    video: Annotated[list[str] | None, typer.Option("--video", help="With these videos; again for more.")] = None,
     cases: Annotated[
         Path | None, typer.Option("--cases", help='JSONL file: {"prompt": "…", "images": ["a.png"]} a line.')
     ] = None,
@@ -351,9 +352,10 @@ def verify(
 
     if report is not None and not report.absolute().parent.is_dir():  # told before the work
         raise OptionError(f"There is no folder {report.absolute().parent} for the report.")
-    if cases is not None and (prompt or image):
-        raise OptionError("--cases has its own prompts and images.", "Leave --prompt and --image away.")
-    asked = from_file(cases) if cases else own(prompt or [], image or []) if prompt or image else None
+    given = (prompt or [], image or [], video or [])
+    if cases is not None and any(given):
+        raise OptionError("--cases has its own prompts and images.", "Leave --prompt, --image and --video away.")
+    asked = from_file(cases) if cases else own(*given) if any(given) else None
     result = run_verify(
         package,
         reference,

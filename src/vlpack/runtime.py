@@ -117,6 +117,11 @@ class Model(Loaded):
         self._model = _load(self.folder, model, threads, self.manifest.get("execution_provider"))
         self.load_seconds = time.perf_counter() - started
 
+    @property
+    def takes_videos(self) -> bool:
+        """Whether prompts may have videos."""
+        return self._prompts.video_processor is not None
+
     def cache_bytes(self, tokens: int) -> int:
         """What the keys and values of so many tokens take: the runtime allots them before it begins."""
         decoder = self.config["model"]["decoder"]

@@ -226,7 +226,7 @@ def test_streaming_takes_weights_out_again(source: Path) -> None:
         return tensors[name if name in tensors else "model.language_model.embed_tokens.weight"].astype(np.float32)
 
     reference = Reference(source, "model.language_model", parameters, streamed=True)
-    reference(np.arange(8)[None], None, None, None)
+    reference({"input_ids": np.arange(8)[None]})
     assert all(p.is_meta for p in reference.model.parameters())
     assert len(held) > 20
     assert max(held) <= max(values.size for values in tensors.values())

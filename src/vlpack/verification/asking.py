@@ -17,7 +17,7 @@ from vlpack.preprocess import Prompt, Tokenizer
 from vlpack.preprocess.encoder_prompts import Input
 from vlpack.runtime import Model
 from vlpack.sampling import Sampling
-from vlpack.verification.cases import DOCUMENT, Case
+from vlpack.verification.cases import DOCUMENT, Case, built_in
 
 if TYPE_CHECKING:
     from vlpack.encoder import Embedder, Reranker
@@ -68,7 +68,7 @@ class Answers:
 
 def ask(
     folder: Path,
-    cases: Sequence[Case],
+    cases: Sequence[Case] | None,
     *,
     tokens: int,
     threads: int | None,
@@ -79,7 +79,7 @@ def ask(
 
     Args:
         folder: the package.
-        cases: what is asked.
+        cases: what is asked; `built_in` ones that fit the package where None.
         tokens: of each answer at most.
         threads: of the runtime.
         visual: tokens that stand for images and videos; the reference takes one that a model writes for an image's.
@@ -89,15 +89,17 @@ def ask(
         VlpackError: the package cannot be loaded, or a case does not fit it.
     """
     package = load(folder, threads=threads)
+    sees = (folder / "vision.onnx").is_file()
     if isinstance(package, Model):
         asked = []
-        for case in cases:
+        for case in cases or built_in(sees=sees, videos=package.takes_videos):
             say(f"asking: {case.name}")
             asked.append(_answer(package, case, tokens, visual))
         eos = package.config["model"]["eos_token_id"]
         stops = frozenset(eos if isinstance(eos, list) else [eos])
         return Answers(asked, package.tokenizer, package.task, stops)
-    asked = [Asked(case, prompt, [], prompt.input_ids.astype(np.int64)) for case, prompt in _prompts(package, cases)]
+    prompts = _prompts(package, cases or built_in(sees=sees))
+    asked = [Asked(case, prompt, [], prompt.input_ids.astype(np.int64)) for case, prompt in prompts]
     image = package.image
     limits = {"shortest_edge": image["min_pixels"], "longest_edge": image["max_pixels"]} if image else None
     plain = package.manifest["encoder"]["form"] == "plain"
@@ -107,8 +109,7 @@ def ask(
 def _answer(model: Model, case: Case, tokens: int, visual: Sequence[int]) -> Asked:
     if case.document is not None:
         raise InputError(f"{case.name} has a document, and the package does not score any.", "Leave it away.")
-    content = [*({"type": "image"} for _ in case.images), {"type": "text", "text": case.prompt}]
-    prompt = model.prompt([{"role": "user", "content": content if case.images else case.prompt}], case.images)
+    prompt = model.prompt(case.prompt, case.images, case.videos, video_options=case.video_options)
     answer = model.generate(prompt, max_tokens=tokens, sampling=Sampling(temperature=0)).tokens
     answer = list(takewhile(lambda token: token not in visual, answer))
     return Asked(case, prompt, answer, np.concatenate([prompt.input_ids[0], answer[:-1]]).astype(np.int64)[None])
@@ -119,6 +120,8 @@ def _prompts(package: Embedder | Reranker, cases: Sequence[Case]) -> list[tuple[
 
     prompts = []
     for case in cases:
+        if case.videos:
+            raise InputError(f"{case.name} has a video, which the package does not take.", "Leave it away.")
         if isinstance(package, Reranker):
             prompts.append((case, package.prompt(case.prompt, _input(case.document or DOCUMENT, case))))
         elif case.document is not None:

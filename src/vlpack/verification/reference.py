@@ -6,7 +6,7 @@ live is decided here. They are put in when the module is called and, where the m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlpack.errors import VerifyError
+from vlpack.preprocess import Prompt
 
 Array = npt.NDArray[Any]
 GetParameter = Callable[[str, tuple[int, ...]], Array]
@@ -58,6 +59,23 @@ class Trace:
     levels: list[Array] = field(default_factory=list)
     embeds: Array | None = None
     layers: list[Array] = field(default_factory=list)
+
+
+def in_prompt_order(trace: Trace, prompt: Prompt) -> Trace:
+    """The trace with what is of images and of videos as they stand in the prompt, not images first."""
+    if not prompt.videos or prompt.is_video.all():
+        return trace
+    order = np.argsort(prompt.is_video, kind="stable")  # of the reference: images, then videos
+
+    def restore(array: Array, sizes: Array) -> Array:
+        pieces = np.split(array, np.cumsum(sizes[order])[:-1])
+        return np.concatenate([pieces[place] for place in np.argsort(order)])
+
+    assert trace.features is not None, "a prompt with videos has features"
+    tokens = prompt.num_image_tokens
+    trace.blocks = [restore(block, prompt.grids.prod(axis=1)) for block in trace.blocks]
+    trace.features, trace.levels = restore(trace.features, tokens), [restore(level, tokens) for level in trace.levels]
+    return trace
 
 
 class Reference:
@@ -111,29 +129,34 @@ class Reference:
         """Whether it has a vision encoder."""
         return hasattr(getattr(self.model, "model", None), "visual")
 
-    def positions(self, ids: Array, grid: Array | None, image_token_id: int | None) -> Array:
+    def positions(self, arrays: Mapping[str, Array]) -> Array:
         """Position ids as the model makes them, ``[3, 1, S]`` or ``[1, S]``."""
         import torch
 
+        length = arrays["input_ids"].shape[1]
         if not self.sees:
-            return np.arange(ids.shape[1], dtype=np.int64)[None]
-        if grid is None:
-            return np.tile(np.arange(ids.shape[1], dtype=np.int64), (3, 1, 1))
-        tokens, kinds = torch.tensor(ids), torch.tensor(ids == image_token_id).int()
-        positions, _ = self.model.model.get_rope_index(tokens, kinds, image_grid_thw=torch.tensor(grid))
+            return np.arange(length, dtype=np.int64)[None]
+        grids = {name: torch.tensor(arrays[name]) for name in ("image_grid_thw", "video_grid_thw") if name in arrays}
+        if not grids:
+            return np.tile(np.arange(length, dtype=np.int64), (3, 1, 1))
+        tokens, kinds = (torch.tensor(arrays[name]) for name in ("input_ids", "mm_token_type_ids"))
+        positions, _ = self.model.model.get_rope_index(tokens, kinds.int(), **grids)
         return np.asarray(positions.numpy())
 
-    def __call__(self, ids: Array, pixels: Array | None, grid: Array | None, image_token_id: int | None) -> Trace:
-        """One forward pass over ``ids [1, S]``, and everything on its way."""
+    def __call__(self, arrays: Mapping[str, Array]) -> Trace:
+        """One forward pass, and everything on its way.
+
+        Args:
+            arrays: ``input_ids [1, S]`` and whatever else `vlpack.preprocess.Prompt.transformers_arrays` has. Images
+                come before videos in the trace, whatever their order in the prompt.
+        """
         import torch
 
-        trace = Trace(self.positions(ids, grid, image_token_id))
-        arguments: dict[str, Any] = {"input_ids": torch.tensor(ids), "use_cache": False}
+        trace = Trace(self.positions(arrays))
+        arguments: dict[str, Any] = {name: torch.tensor(array) for name, array in arrays.items() if self.sees}
+        arguments |= {"input_ids": torch.tensor(arrays["input_ids"]), "use_cache": False}
         arguments["position_ids"] = torch.tensor(trace.positions)
-        if pixels is not None and grid is not None:
-            arguments |= {"pixel_values": torch.tensor(pixels), "image_grid_thw": torch.tensor(grid)}
-            arguments["mm_token_type_ids"] = (arguments["input_ids"] == image_token_id).int()
-        with self._watched(trace, grid), torch.no_grad():
+        with self._watched(trace, arrays.get("image_grid_thw")), torch.no_grad():
             if self.head is None:
                 trace.result = self.model(**arguments).logits[0].numpy()
             else:
@@ -146,18 +169,24 @@ class Reference:
         hooks = [decoder.layers[0].register_forward_pre_hook(_see(lambda x: setattr(trace, "embeds", x[0])))]
         for module in [*decoder.layers[1:], decoder.norm]:
             hooks.append(module.register_forward_pre_hook(_see(lambda x: trace.layers.append(x[0]))))
-        if self.sees:
-            visual = self.model.model.visual
-            for block in visual.blocks:
-                hooks.append(block.register_forward_pre_hook(_see(trace.blocks.append)))
+        visual = self.model.model.visual if self.sees else None
+        # of each call: images are one, videos another
+        blocks: list[list[Array]] = [[] for _ in visual.blocks] if visual else []
+        outputs: list[list[Array]] = []
+        if visual:
+            for kept, block in zip(blocks, visual.blocks, strict=True):
+                hooks.append(block.register_forward_pre_hook(_see(kept.append)))
 
             def see_features(module: Any, inputs: Any, output: Any) -> None:
-                trace.features = output.pooler_output.numpy()
-                trace.levels = [level.numpy() for level in getattr(output, "deepstack_features", None) or []]
+                deepstack = getattr(output, "deepstack_features", None) or []
+                outputs.append([output.pooler_output.numpy(), *(level.numpy() for level in deepstack)])
 
             hooks.append(visual.register_forward_hook(see_features))
         try:
             yield
+            if outputs:
+                trace.blocks = [np.concatenate(calls) for calls in blocks]
+                trace.features, *trace.levels = (np.concatenate(calls) for calls in zip(*outputs, strict=True))
             self._straighten(trace, grid)
         finally:
             for hook in hooks:

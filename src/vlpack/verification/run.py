@@ -29,7 +29,7 @@ from vlpack.preprocess import Tokenizer
 from vlpack.preprocess.mrope import mrope_positions
 from vlpack.tasks import EMBEDDING, GENERATE, RERANKER, manifest_task
 from vlpack.verification.asking import Answers, Asked, ask
-from vlpack.verification.cases import Case, built_in
+from vlpack.verification.cases import Case
 from vlpack.verification.graphs import Graphs, Run
 from vlpack.verification.measure import (
     GRAPH_TOLERANCE,
@@ -41,7 +41,7 @@ from vlpack.verification.measure import (
     difference,
 )
 from vlpack.verification.prompts import check_prompts, check_stops
-from vlpack.verification.reference import Reference, Trace, require
+from vlpack.verification.reference import Reference, Trace, in_prompt_order, require
 from vlpack.verification.result import CaseResult, Finding, ImageMap, Report, Stage, WeightResult
 from vlpack.verification.weights import Parameters, Weights, policy_of
 
@@ -113,9 +113,8 @@ def verify(
             comparison = _Comparison(folder, manifest, architecture, checkpoint, policy, streamed, threads, say)
             facts = architecture.vision
             visual = (facts.image_token_id, facts.video_token_id) if facts else ()
-            cases = cases or built_in(sees="vision" in comparison.graphs.files)
             answers = ask(folder, cases, tokens=tokens, threads=threads, visual=visual, say=say)
-            findings += check_prompts(answers, checkpoint, comparison.image_token_id)
+            findings += check_prompts(answers, checkpoint, facts)
             findings += check_stops(answers, checkpoint)
             weights = comparison.compare_weights()
             results = comparison.compare(answers, weights)
@@ -153,7 +152,6 @@ class _Comparison:
         self.folder, self.architecture, self.checkpoint, self.policy = folder, architecture, checkpoint, policy
         self.streamed, self.threads, self.say = streamed, threads, say
         self.result = RESULTS[architecture.task]
-        self.image_token_id = architecture.vision.image_token_id if architecture.vision else None
         files = graph_files(folder, manifest)
         text = architecture.text
         self.graphs = Graphs(
@@ -199,7 +197,13 @@ class _Comparison:
         return Reference(self.checkpoint.folder, prefix, self.parameters, streamed=self.streamed, head=head)
 
     def _trace(self, reference: Reference, one: Asked) -> Trace:
-        trace = reference(one.ids, one.prompt.pixel_values, one.prompt.image_grid_thw, self.image_token_id)
+        facts, arrays = self.architecture.vision, {"input_ids": one.ids}
+        if facts is not None and one.prompt.has_images:
+            arrays = one.prompt.transformers_arrays(facts.image_token_id, facts.video_token_id)
+            answer = one.ids[:, arrays["input_ids"].shape[1] :]
+            arrays["input_ids"] = np.concatenate([arrays["input_ids"], answer], axis=1)
+            arrays["mm_token_type_ids"] = np.concatenate([arrays["mm_token_type_ids"], np.zeros_like(answer)], axis=1)
+        trace = in_prompt_order(reference(arrays), one.prompt)
         self.parameters.forget()  # a graph runs next, and takes its own memory
         return trace
 
@@ -254,10 +258,14 @@ class _Comparison:
         maps, first = [], 0
         facts = self.architecture.vision
         assert facts is not None
-        for image, (_, height, width) in zip(one.case.images, one.prompt.grids, strict=True):
+        images = iter(one.case.images)
+        for (_, height, width), of_video in zip(one.prompt.grids, one.prompt.is_video, strict=True):
             rows, columns = int(height) // facts.spatial_merge_size, int(width) // facts.spatial_merge_size
             values = relative[first : first + rows * columns].reshape(rows, columns)
             first += rows * columns
+            if of_video:
+                continue
+            image = next(images)
             small = image.convert("RGB")
             small.thumbnail((640, 640))
             file = io.BytesIO()
