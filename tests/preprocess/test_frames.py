@@ -228,23 +228,26 @@ def test_files_that_end_early(tmp_path: Path) -> None:
             list(video.frames(range(len(video.times))))
 
 
-def test_damaged_files_are_told_or_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("suffix", "codec"), [("mp4", "libx264"), ("avi", "mpeg4"), ("webm", "libvpx-vp9")])
+def test_damaged_files_are_told_or_read(suffix: str, codec: str, tmp_path: Path) -> None:
     """Whatever is in a file, a sentence comes of it or frames."""
-    path = write_video(tmp_path / "a.mp4", pictures(30))
+    path = write_video(tmp_path / f"a.{suffix}", pictures(30), codec=codec, base=Fraction(1, 10))
     good = path.read_bytes()
     chance = random.Random(5)
     outcomes = set()
     for _ in range(150):
         data = bytearray(good)
         for _ in range(chance.choice([1, 3, 30])):
-            data[chance.randrange(len(data))] = chance.randrange(256)
+            place = chance.randrange(chance.choice([len(data), 1000]))  # most of what decides is in the beginning
+            data[place] = chance.choice([0, 1, 127, 255, chance.randrange(256)])
         try:
             with open_clip(bytes(data)) as video:
                 count = len(video.times)
                 outcomes.add(len(list(video.frames(sorted(chance.sample(range(count), min(5, count)))))))
         except InputError as error:
             outcomes.add("told" if "\n" not in error.message else error.message)
-    assert outcomes == {"told", 5}
+    assert outcomes <= {"told", 1, 2, 3, 4, 5}
+    assert outcomes >= {"told", 5}
 
 
 def test_frames_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,9 +123,10 @@ sizes = st.integers(1, 3000)
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.integers(2, 900), sizes, sizes, st.sampled_from([16, 28, 32]), st.integers(1, 10**6), st.integers(1, 10**8))
-def test_sizes(frames: int, height: int, width: int, factor: int, low: int, high: int) -> None:
-    arguments = (frames, height, width, 2, factor, low, high)
+@given(st.integers(2, 900), sizes, sizes, st.sampled_from([16, 28, 32]), st.floats(0.001, 1.1), st.floats(0.5, 2))
+def test_sizes(frames: int, height: int, width: int, factor: int, low: float, high: float) -> None:
+    volume = frames * height * width  # limits near it, where the rounding of every factor shows
+    arguments = (frames, height, width, 2, factor, int(volume * low) + 1, int(volume * high) + 1)
     try:
         wanted = smart_resize(*arguments)
     except ValueError:

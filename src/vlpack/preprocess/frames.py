@@ -222,9 +222,10 @@ class FileClip:
             yield
         except InputError:
             raise
-        except (OSError, ValueError, RuntimeError, ArithmeticError, MemoryError, StopIteration, EOFError) as error:
-            # PyAV's errors are OSError, ValueError or one of the others besides FFmpegError
+        except Exception as error:  # PyAV has an error for each of FFmpeg's, and its own for what a file lacks
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            if isinstance(error, IndexError):  # PyAV's for a packet of a track that was not there at the beginning
+                reason = "its tracks change on the way"
             raise InputError(f"{self.name} is not a video that can be read, or is damaged: {reason}.", _HINT) from error
 
     def _list_packets(self) -> None:
