@@ -73,7 +73,7 @@ vlpack's Python side is. Where they differ:
 {{ difference.transformers | join("×") }}). The answer may change slightly; nothing fails.
 {% endif -%}
 - JPEG decoding differs by about one level in 255, and transparency is treated differently.
-- There is no video.
+- There is no video; in Python vlpack has it, for Qwen3-VL.
 
 To have transformers' pixels there too, prepare `pixel_values` and `image_grid_thw` yourself and pass them as named \
 tensors, with `input_ids` whose image placeholders are expanded, and `num_image_tokens`.
