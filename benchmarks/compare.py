@@ -95,9 +95,8 @@ def main() -> None:
 
 
 def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
-    lines = [
-        "| work | who | first token, s | of the best peer's | a token, ms | of the best peer's | resident, GB | load, s |"
-    ]
+    heads = ("work", "who", "first token, s", "of best peer", "a token, ms", "of best peer", "resident, GB", "load, s")
+    lines = ["| " + " | ".join(heads) + " |"]
     lines.append("|" + " --- |" * 8)
     for work, rows in results.items():
         best = {who: {key: min(run[key] for run in runs) for key in runs[0]} for who, runs in rows.items()}
