@@ -166,6 +166,7 @@ def test_genai_config(packages: Callable[..., Path]) -> None:
     for part in ("decoder", "vision", "embedding"):
         assert (packages() / model[part]["filename"]).is_file()
         assert model[part]["session_options"]["provider_options"] == []
+        assert model[part]["session_options"].get("intra_op_num_threads") == (1 if part == "embedding" else None)
 
 
 def test_genai_config_of_the_text_part(packages: Callable[..., Path]) -> None:

@@ -389,9 +389,10 @@ def _load(folder: Path, model: dict[str, Any], threads: int, provider: object) -
             "Build it with --part all, or with --part text and without exclude_embeds.",
         )
     session = {"session_options": {"intra_op_num_threads": threads}}
+    many = {name: session for name in sections if name != "embedding"}  # which has one thread, as the package says
     try:
         config = og.Config(str(folder))
-        config.overlay(json.dumps({"model": dict.fromkeys(sections, session)}))
+        config.overlay(json.dumps({"model": many}))
         return og.Model(config)
     except Exception as error:
         raise PackageError(f"The runtime cannot load {folder}: {str(error).strip()[:500]}", _wheel(provider)) from None

@@ -60,7 +60,8 @@ def genai_config(
         model["vision"] = _vision(architecture, files["vision"], session)
     if "embedding" in files:
         model["embedding"] = {
-            "session_options": session,
+            # it looks rows up; threads that wait for more would take the decoder's cores at every token
+            "session_options": {"intra_op_num_threads": 1, **session},
             "filename": files["embedding"],
             "inputs": {"input_ids": "input_ids", "image_features": "image_features"},
             "outputs": {"inputs_embeds": "inputs_embeds", **architecture.deepstack.genai_names()},
