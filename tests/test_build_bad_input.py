@@ -123,7 +123,23 @@ def test_a_link_out_of_the_folder_is_not_copied(
 ) -> None:
     (source / name).rename(tmp_path / "secret")
     (source / name).symlink_to(tmp_path / "secret")
-    refused(source, name, "leads out of the checkpoint's folder")
+    refused(source, name, "leads out of the folder")
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "vocab.json", "added_tokens.json", "chat_template.jinja", "generation_config.json"]
+)
+def test_files_beside_the_weights_that_are_too_large_or_none(
+    source: Path, refused: Callable[..., str], name: str
+) -> None:
+    (source / name).unlink(missing_ok=True)
+    with open(source / name, "wb") as file:
+        file.truncate(1 << 34)  # sparse: 16 GB that must not be copied
+    refused(source, name, f"has {1 << 34} bytes")
+    if hasattr(os, "mkfifo"):
+        (source / name).unlink()
+        os.mkfifo(source / name)
+        refused(source, name, "not a regular file")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])

@@ -511,7 +511,7 @@ def test_links_within_the_folder_and_the_cache_are_followed(folder: Path, tmp_pa
 def test_links_out_of_the_folder_are_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
     place = tmp_path_factory.mktemp("private") / "secret"
     hide(folder, name, place)
-    refused(folder, str(folder / name), f"leads out of the checkpoint's folder, to {place.resolve()}", "copy the file")
+    refused(folder, str(folder / name), f"leads out of the folder, to {place.resolve()}", "copy the file")
 
 
 @needs_links
@@ -534,7 +534,7 @@ def test_links_out_of_the_cache_repository_are_refused(folder: Path, tmp_path: P
     Path(os.path.normpath(place)).parent.mkdir(parents=True, exist_ok=True)
     Path(os.path.normpath(place)).write_bytes(pack(header()))
     (cached / SINGLE).symlink_to(target)
-    refused(cached, SINGLE, "leads out of the checkpoint's folder")
+    refused(cached, SINGLE, "leads out of the folder")
 
 
 @needs_links
@@ -544,12 +544,12 @@ def test_blobs_that_are_a_link_are_refused(folder: Path, tmp_path: Path) -> None
     blobs = cached.parent.parent / "blobs"
     blobs.rename(tmp_path / "home")
     blobs.symlink_to(tmp_path / "home")
-    refused(cached, "leads out of the checkpoint's folder")
+    refused(cached, "leads out of the folder")
 
 
 @needs_links
 def test_a_folder_that_only_looks_like_a_cache(folder: Path, tmp_path: Path) -> None:
-    refused(snapshot(tmp_path / "hub", folder, name="datasets--org--name"), "leads out of the checkpoint's folder")
+    refused(snapshot(tmp_path / "hub", folder, name="datasets--org--name"), "leads out of the folder")
 
 
 @needs_links

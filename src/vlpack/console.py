@@ -8,13 +8,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich import box
+from rich import box, markup
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -57,6 +55,23 @@ def _plainer(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("vlpack.plainer", _plainer)
+
+
+def printable(text: object) -> str:
+    """Without what controls a terminal: names and values in a package or checkpoint may be anybody's."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else ascii(character)[1:-1] for character in str(text)
+    )
+
+
+def escape(text: object) -> str:
+    """A text of somebody else's for the inside of a marked-up one."""
+    return markup.escape(printable(text))
+
+
+def print_plain(text: str) -> None:
+    """A line of which nothing is markup."""
+    out.print(printable(text), markup=False)
 
 
 def show_error(error: VlpackError) -> None:
@@ -388,7 +403,6 @@ def _show_checkpoint(description: dict[str, Any]) -> None:
 
 def _show_ports(part: dict[str, Any]) -> None:
     """Inputs and outputs of a graph; a package may come from anybody, so nothing of it is markup."""
-    print_plain = partial(out.print, markup=False)
     for kind in ("inputs", "outputs"):
         for port, (dtype, shape) in part[kind].items():
             print_plain(f"  {kind[:-1]:6} {port} {dtype} [{', '.join(map(str, shape))}]")
@@ -398,7 +412,6 @@ def _show_package(description: dict[str, Any]) -> None:
     source = ", ".join(str(value) for name, value in description["source"].items() if value and name != "adapters")
     for adapter in description["source"].get("adapters", []):
         source += f" with the adapter {adapter.get('repo_id') or adapter.get('name')}"
-    print_plain = partial(out.print, markup=False)  # a package may come from anybody
     print_plain(
         f"{description['task']}, {description['precision']} for {description['execution_provider']}, "
         f"activations {description['activations']}; from {source} by vlpack {description['vlpack']}"

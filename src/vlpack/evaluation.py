@@ -20,6 +20,7 @@ from vlpack.deepstack import CHANNEL
 from vlpack.errors import OptionError, VerifyError
 from vlpack.hub import resolve
 from vlpack.jsonl import read_jsonl
+from vlpack.package.manifest import read_manifest
 from vlpack.runtime import Model
 from vlpack.sampling import Sampling
 from vlpack.verification.reference import require
@@ -296,14 +297,12 @@ def _without_deepstack(folder: Path) -> Iterator[Path]:
     channel = next((value for value in graph.graph.outputs if value.name == CHANNEL), None) if graph else None
     if graph is None or channel is None:
         raise OptionError(f"{folder} has no DeepStack to leave out.")
-    with tempfile.TemporaryDirectory(prefix="vlpack-eval-") as temporary:
+    with _folder_beside(folder) as temporary:
         copy = Path(temporary) / "package"
         copy.mkdir()
         for path in folder.iterdir():
-            if path.name == "vlpack.json" or path.stat().st_size < 1 << 24:
-                shutil.copyfile(path, copy / path.name)
-            else:
-                os.symlink(path.resolve(), copy / path.name)
+            if path.name not in ("vlpack.json", "embedding.onnx"):  # which are written anew
+                _link_or_copy(path, copy / path.name)
         zero = ir.tensor(np.zeros(1, channel.dtype.numpy()), name="no_deepstack")  # type: ignore[union-attr]
         factor = ir.Value(name="no_deepstack", const_value=zero, shape=ir.Shape([1]), type=channel.type)
         graph.graph.register_initializer(factor)
@@ -312,7 +311,26 @@ def _without_deepstack(folder: Path) -> Iterator[Path]:
         graph.graph.append(ir.node("Mul", [channel, factor], outputs=[product]))
         graph.graph.outputs[list(graph.graph.outputs).index(channel)] = product
         (copy / "embedding.onnx").write_bytes(ir.to_proto(graph).SerializeToString())
-        manifest = json.loads((copy / "vlpack.json").read_text(encoding="utf-8"))
+        manifest = read_manifest(folder)
         manifest["files"]["embedding.onnx"]["bytes"] = (copy / "embedding.onnx").stat().st_size
         (copy / "vlpack.json").write_text(json.dumps(manifest), encoding="utf-8")
         yield copy
+
+
+@contextmanager
+def _folder_beside(folder: Path) -> Iterator[str]:
+    """A folder for a while, on the package's own disk where that can be written, so that files can be linked."""
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix=".vlpack-eval-", dir=folder.resolve().parent)
+    except OSError:
+        temporary = tempfile.TemporaryDirectory(prefix="vlpack-eval-")
+    with temporary as name:
+        yield name
+
+
+def _link_or_copy(path: Path, place: Path) -> None:
+    """A hard link where the disk can; of links by name, packages have none that lead elsewhere."""
+    try:
+        os.link(path.resolve(), place)
+    except OSError:
+        shutil.copyfile(path, place)

@@ -9,12 +9,12 @@ from typing import Any
 from vlpack.architectures import architecture_of
 from vlpack.architectures.base import GraphOptions
 from vlpack.checkpoint import Checkpoint
-from vlpack.errors import CheckpointError, PackageError, VlpackError
+from vlpack.errors import PackageError, VlpackError
 from vlpack.fit import check_tensors
-from vlpack.package.manifest import MANIFEST, damaged_files, graph_files, read_manifest
+from vlpack.package.manifest import MANIFEST, damaged_files, graph_files, package_json, read_manifest
 from vlpack.package.outside import check_config
 from vlpack.precision import QuantizationOptions, make_policy
-from vlpack.safefile import existing_folder, read_json
+from vlpack.safefile import existing_folder
 from vlpack.tasks import AUTO, GENERATE, decide_task
 
 CONFIG = "genai_config.json"
@@ -41,25 +41,16 @@ def inspect_package(folder: Path, *, hashes: bool) -> dict[str, Any]:
     problems = damaged_files(folder, manifest, hashes=hashes)
     try:
         described = _described(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise PackageError(f"{folder / MANIFEST} is damaged: entries are missing.", "Build it again.") from None
     problems = list(problems)
     if not problems:  # the manifest may be forged to match
         try:
-            graph_files(folder, manifest)
-            check_config(folder / CONFIG, _config(folder), manifest["files"])
+            graphs = graph_files(folder, manifest)
+            check_config(folder / CONFIG, package_json(folder, CONFIG), manifest["files"], graphs)
         except PackageError as error:
             problems.append(error.message)
     return {"kind": "package", "folder": str(folder), **described, "hashes_checked": hashes, "problems": problems}
-
-
-def _config(folder: Path) -> Any:
-    """The configuration for the runtime; None where a package is for plain onnxruntime."""
-    path = folder / CONFIG
-    try:
-        return read_json(path, path, strict=True) if path.is_file() else None
-    except CheckpointError as error:
-        raise PackageError(error.message) from None
 
 
 def _described(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from vlpack.context import too_long
-from vlpack.errors import CheckpointError, InputError, OptionError, PackageError
+from vlpack.errors import InputError, OptionError, PackageError
 from vlpack.genai import og
 from vlpack.loading import check_pixel_limits, checked_threads
 from vlpack.memory import peak_memory_bytes, total_memory_bytes
-from vlpack.package.manifest import graph_files, whole_package
+from vlpack.package.manifest import graph_files, package_json, whole_package
 from vlpack.package.outside import check_config
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder, VideoOptions, VideoSource
-from vlpack.safefile import read_json
 from vlpack.sampling import Sampling, check_number
 from vlpack.saturation import warn_of_saturation
 from vlpack.tasks import GENERATE, Loaded, check_package_task
@@ -98,8 +97,8 @@ class Model(Loaded):
         threads = checked_threads(threads)
         started = time.perf_counter()
         self.manifest = check_package(self.folder)
-        graph_files(self.folder, self.manifest)  # whose weights are looked at before the runtime opens them
-        self.config = _read_config(self.folder, self.manifest["files"])
+        graphs = graph_files(self.folder, self.manifest)  # whose weights are looked at before the runtime opens them
+        self.config = _read_config(self.folder, self.manifest["files"], graphs)
         model = self.config["model"]
         self.context_length: int = model["context_length"]
         self.vocab_size: int = model["vocab_size"]
@@ -343,36 +342,21 @@ _INTEGERS = ("context_length", "vocab_size")
 _SIZES = ("num_hidden_layers", "num_key_value_heads", "head_size")
 
 
-def _read_config(folder: Path, files: Mapping[str, Any]) -> dict[str, Any]:
+def _read_config(folder: Path, files: Mapping[str, Any], graphs: Mapping[str, str]) -> dict[str, Any]:
+    path = folder / "genai_config.json"
+    config = package_json(folder, path.name)
+    if config is None:
+        raise PackageError(f"{folder} has no genai_config.json.", "Build or copy the package again.")
+    check_config(path, config, files, graphs)
     try:
-        path = folder / "genai_config.json"
-        # strict: the runtime's own reader takes the first of two equal keys, where json would keep the last
-        config = read_json(path, path, strict=True)
         model, eos = config["model"], config["model"]["eos_token_id"]
         decoder = model.get("decoder", {})
-        if _names_a_library(config):
-            raise PackageError(
-                f"{folder / 'genai_config.json'} asks to load a library (custom_ops_library), whose code would run.",
-                "vlpack writes no such package; do not use this one.",
-            )
-        check_config(path, config, files)
         sizes = [model[name] for name in _INTEGERS] + [decoder.get(name, 1) for name in _SIZES]
-        if all(isinstance(size, int) for size in sizes) and isinstance(eos, (int, list)):
-            return dict(config)
-    except CheckpointError as error:
-        raise PackageError(error.message, "Build or copy the package again.") from None
-    except (OSError, KeyError, TypeError, AttributeError) as error:
-        raise PackageError(f"{folder / 'genai_config.json'} cannot be read: {error!r}.") from None
-    raise PackageError(
-        f"{folder / 'genai_config.json'} has a {', '.join(_INTEGERS + _SIZES)} or eos_token_id of the wrong type."
-    )
-
-
-def _names_a_library(value: Any) -> bool:
-    """Whether a configuration, at any depth, asks the runtime to load a library: no package of vlpack's does."""
-    if isinstance(value, dict):
-        return any("library" in key.lower() or _names_a_library(item) for key, item in value.items())
-    return isinstance(value, list) and any(_names_a_library(item) for item in value)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PackageError(f"{path} cannot be read: {error!r}.") from None
+    if all(type(size) is int and 0 < size < 2**31 for size in sizes) and isinstance(eos, (int, list)):
+        return config
+    raise PackageError(f"{path} has a {', '.join(_INTEGERS + _SIZES)} or eos_token_id of the wrong type or size.")
 
 
 def _eos_ids(config: dict[str, Any]) -> set[int]:

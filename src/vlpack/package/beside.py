@@ -39,6 +39,9 @@ COPIED = (
 )
 """Files that go into the package whole, where the checkpoint has them."""
 
+MAX_COPIED_BYTES = 100_000_000
+"""Of each of them; the largest real ones are tokenizers of some ten megabytes."""
+
 _VIDEO_SETTINGS = "video_preprocessor_config.json"
 
 
@@ -150,6 +153,12 @@ def _copy(checkpoint: Checkpoint, name: str, folder: Path) -> None:
     target = locate(checkpoint.folder, name)
     if target is None:
         return
+    if not target.is_file():
+        raise CheckpointError(f"{checkpoint.folder / name} is not a regular file.")
+    if (size := target.stat().st_size) > MAX_COPIED_BYTES:
+        raise CheckpointError(
+            f"{checkpoint.folder / name} has {size} bytes; more than {MAX_COPIED_BYTES} are not read."
+        )
     if not os.access(target, os.R_OK):
         raise CheckpointError(f"{checkpoint.folder / name} cannot be read: permission denied.")
     shutil.copyfile(target, folder / name)

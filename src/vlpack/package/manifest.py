@@ -24,7 +24,7 @@ from vlpack.errors import CheckpointError, PackageError
 from vlpack.graph import Graph, Weight
 from vlpack.package.outside import check_graphs
 from vlpack.precision import Policy
-from vlpack.safefile import existing_folder, locate
+from vlpack.safefile import existing_folder, locate, quote, read_json
 from vlpack.tasks import GENERATE
 
 MANIFEST = "vlpack.json"
@@ -132,20 +132,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         PackageError: there is none, or it cannot be read.
     """
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PackageError(f"{folder} is not a vlpack package: it has no {MANIFEST}.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise PackageError(f"{path} cannot be read: {error}.") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+    manifest = package_json(folder, MANIFEST)
+    if manifest is None:
+        raise PackageError(f"{folder} is not a vlpack package: it has no {MANIFEST}.")
+    if not isinstance(manifest.get("files"), dict):
         raise PackageError(f"{path} is not a manifest of vlpack.")
     if manifest.get("format") != FORMAT:
         raise PackageError(
-            f"{path} has format {manifest.get('format')!r}; this vlpack reads format {FORMAT}.",
+            f"{path} has format {quote(manifest.get('format'))}; this vlpack reads format {FORMAT}.",
             "Build the package again.",
         )
     return manifest
+
+
+def package_json(folder: Path, name: str) -> dict[str, Any] | None:
+    """The object in a JSON file of a package, which anybody may have written; None where there is no such file.
+
+    Raises:
+        PackageError: it is no object, too large, no regular file, a link that leads out, or has a key twice, of which
+            another reader might take the other.
+    """
+    try:
+        target = locate(folder, name)
+        return None if target is None else read_json(folder / name, target, strict=True)
+    except CheckpointError as error:
+        raise PackageError(error.message, "Build or copy the package again.") from None
 
 
 def whole_package(folder: Path) -> dict[str, Any]:
@@ -191,8 +202,8 @@ def damaged_files(folder: Path, manifest: Mapping[str, Any], *, hashes: bool) ->
         problems.append(f"{MANIFEST} was altered: its own sha256 is another than when it was written.")
     for name, entry in manifest["files"].items():
         path = folder / name
-        if Path(name).name != name or not isinstance(entry, dict):
-            problems.append(f"{MANIFEST} names the file {name!r}, which is not a plain name.")
+        if Path(name).name != name or not name.isprintable() or not isinstance(entry, dict):
+            problems.append(f"{MANIFEST} names the file {quote(name)}, which is not a plain name.")
             continue
         try:
             there = locate(folder, name) is not None and path.is_file()

@@ -10,6 +10,9 @@ import tokenizers
 
 from vlpack.errors import CheckpointError, InputError
 
+MAX_BYTES = 100_000_000
+"""Largest tokenizer.json that is read; those of the largest vocabularies have some ten megabytes."""
+
 
 def _is_panic(error: BaseException) -> bool:
     """Whether the Rust library gave up; its exception is no `Exception` and has no name that could be imported."""
@@ -41,6 +44,8 @@ class Tokenizer:
                 f"{folder} has no tokenizer.json{found}.",
                 hint="Make it with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder).",
             )
+        if (size := file.stat().st_size) > MAX_BYTES:
+            raise CheckpointError(f"{file} has {size} bytes; more than {MAX_BYTES} are not read.")
         try:
             return cls(tokenizers.Tokenizer.from_file(str(file)), str(file))
         except BaseException as error:  # tokenizers raises bare Exception, and panics
