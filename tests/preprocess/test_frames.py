@@ -26,18 +26,14 @@ from .video_files import CLIPS, clip, decode, pictures, turn, write_video
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Collects the times of the frames that are decoded from now on."""
     times: list[int] = []
-    seek = FileClip._seek
+    decode_from = FileClip._decode
 
-    def listening(self: FileClip, stamp: int) -> None:
-        seek(self, stamp)
-        self._decoded = heard(self._decoded)
-
-    def heard(frames: Iterator[Any]) -> Iterator[Any]:
-        for frame in frames:
+    def listening(self: FileClip, key: int | None) -> Iterator[Any]:
+        for frame in decode_from(self, key):
             times.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(FileClip, "_seek", listening)
+    monkeypatch.setattr(FileClip, "_decode", listening)
     return times
 
 
@@ -152,20 +148,38 @@ def test_frames_are_turned_upright(degrees: int, tmp_path: Path) -> None:
         assert np.array_equal(frame, np.rot90(lying, -degrees // 90))
 
 
-def test_an_index_that_leads_too_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_video(tmp_path / "a.mp4", pictures(60), gop=10)
+@pytest.mark.parametrize("off", [-25, 10])
+def test_seeking_that_leads_elsewhere(off: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "a.mkv", pictures(60), gop=20)
     every = decode(path)
-    seek, calls = FileClip._seek, []
-
-    def wrong(self: FileClip, stamp: int) -> None:
-        calls.append(stamp)
-        seek(self, self._keys[-1] if len(calls) == 2 else stamp)
-
-    monkeypatch.setattr(FileClip, "_seek", wrong)
     with open_clip(path) as video:
+        assert isinstance(video, FileClip)
+        container, went = video._container, []
+
+        class Elsewhere:
+            def seek(self, stamp: int, **options: Any) -> None:
+                went.append(stamp)
+                container.seek(max(stamp + 100 * off, 0), **options | {"backward": off < 0})
+
+            demux = staticmethod(container.demux)
+
+        monkeypatch.setattr(video, "_container", Elsewhere())
         for index, frame in zip([25, 31, 59], video.frames([25, 31, 59]), strict=True):
             assert np.array_equal(frame, every[index])
-    assert len(calls) == 3
+    assert went
+
+
+@pytest.mark.parametrize("suffix", ["ts", "mpg", "h264"])
+def test_containers_without_an_index(suffix: str, tmp_path: Path) -> None:
+    codec = {"ts": "libx264", "mpg": "mpeg2video", "h264": "libx264"}[suffix]
+    frames = [frame for frame in pictures(25, 96, 128) for _ in range(4)]
+    path = write_video(tmp_path / f"a.{suffix}", frames, codec=codec, fps=25, base=Fraction(1, 25), options={"bf": "2"})
+    every = decode(path)
+    with open_clip(path) as video:
+        indices = [0, 1, 30, 31, 50, 77, 98]
+        assert len(video.times) == len(every)
+        for index, frame in zip(indices, video.frames(indices), strict=True):
+            assert np.array_equal(frame, every[index]), index
 
 
 @pytest.mark.parametrize("kind", ["paths", "folder", "arrays", "array", "images"])

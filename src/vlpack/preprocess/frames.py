@@ -180,36 +180,42 @@ class FileClip:
     sampled = False
 
     def __init__(self, file: IO[bytes], name: str) -> None:
-        av = _av()
-        self.name = name
+        self.name, self._file = name, file
         self._stack = contextlib.ExitStack()
         with self._told():
-            # No protocols: whatever else a file might name, it does not get opened.
-            options = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
-            self._container = self._stack.enter_context(av.open(file, mode="r", options=options))
-            streams = self._container.streams.video
-            if not streams:
-                raise InputError(f"{name} has no video track.", _HINT)
-            self._stream = streams[0]
-            if self._stream.codec_context is None:
-                raise InputError(f"{name} is of a kind of video that cannot be decoded here.", _HINT)
-            codec = self._stream.codec_context
-            if codec.width * codec.height > MAX_FRAME_PIXELS:
-                raise InputError(
-                    f"{name} has {codec.width}x{codec.height} pixels; at most {MAX_FRAME_PIXELS} are decoded.",
-                    "Scale it down first.",
-                )
-            self._stream.thread_type = "AUTO"
-            codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # where frames grow on the way
+            self._open()
             self._list_packets()
-            self._seekable = True
+            # in MPEG program streams most packets' times are made up from those before, and wrong after seeking
+            self._seekable = bool(self._keys) and self._container.format.name != "mpeg"
             self._passed = 0  # frames, where they are counted
             self._at: Any = None  # the frame that was asked for last
             self._ahead: Any = None  # one that was decoded beyond it
-            self._seek(self._stamps[0] if self._stamps else 0)
+            self._from_the_beginning()
             first = next(self._upright([0]))
         self.height, self.width = first.shape[:2]
         self._shape = first.shape
+
+    def _open(self) -> None:
+        av, name = _av(), self.name
+        self._stack.close()
+        self._file.seek(0)
+        # No protocols: whatever else a file might name, it does not get opened.
+        options = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
+        self._container = self._stack.enter_context(av.open(self._file, mode="r", options=options))
+        streams = self._container.streams.video
+        if not streams:
+            raise InputError(f"{name} has no video track.", _HINT)
+        self._stream = streams[0]
+        codec = self._stream.codec_context
+        if codec is None:
+            raise InputError(f"{name} is of a kind of video that cannot be decoded here.", _HINT)
+        if codec.width * codec.height > MAX_FRAME_PIXELS:
+            raise InputError(
+                f"{name} has {codec.width}x{codec.height} pixels; at most {MAX_FRAME_PIXELS} are decoded.",
+                "Scale it down first.",
+            )
+        self._stream.thread_type = "AUTO"
+        codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # where frames grow on the way
 
     def close(self) -> None:
         """Let go of the file."""
@@ -296,10 +302,10 @@ class FileClip:
             if self._ahead is None or self._ahead.pts > stamp:
                 break
             self._at, self._ahead = self._ahead, None
-        if self._at is None and self._ahead is not None and self._seekable:
-            # the container's index led too far: from the beginning, and without it from now on
+        if self._at is None and self._seekable:
+            # the container cannot be sought in as it should: from the beginning, and never again
             self._seekable = False
-            self._seek(self._stamps[0])
+            self._from_the_beginning()
             return self._by_time(stamp)
         shown = self._at or self._ahead
         # Packets need not become frames (some codecs hide a few); where many do not, the file is damaged.
@@ -317,9 +323,29 @@ class FileClip:
                 raise InputError(f"{self.name} is damaged: its frame {index + 1} cannot be decoded.")
         return self._at
 
-    def _seek(self, stamp: int) -> None:
-        self._container.seek(stamp, stream=self._stream, backward=True)
-        self._decoded, self._at, self._ahead = self._container.decode(self._stream), None, None
+    def _seek(self, key: int) -> None:
+        """Go on with a key frame, at this time or before."""
+        self._container.seek(key, stream=self._stream, backward=True)
+        self._decoded, self._at, self._ahead = self._decode(key), None, None
+
+    def _from_the_beginning(self) -> None:
+        # by opening the file again: not every container can be sought in
+        self._open()
+        self._decoded, self._at, self._ahead = self._decode(None), None, None
+
+    def _decode(self, key: int | None) -> Iterator[Any]:
+        """The frames from here on; after seeking, from the first key frame on, and none if that is beyond ``key``.
+
+        Seeking may end anywhere in some containers, and what is decoded without its key frame is not the picture.
+        """
+        for packet in self._container.demux(self._stream):
+            if key is not None:
+                if not packet.is_keyframe or packet.pts is None:
+                    continue
+                if packet.pts > key or packet.pts not in self._keys:
+                    return
+                key = None
+            yield from packet.decode()
 
 
 def _av() -> Any:
