@@ -1,5 +1,7 @@
 """Feeds vlpack thousands of damaged checkpoints, adapters, packages and images, and counts what comes of them.
 
+Packages are of two kinds: damaged ones that are inspected, and forged ones, whose manifests match, that are run.
+
 Each input is a valid one with a few bytes or JSON values changed. Building, inspecting or decoding it must end in
 success or in a VlpackError, within the time and memory allowed, and leave nothing behind. Anything else is printed with
 the seed that makes it again, and the exit code is 1.
@@ -14,6 +16,7 @@ import collections
 import copy
 import io
 import json
+import os
 import random
 import resource
 import shutil
@@ -31,12 +34,16 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import save_file
 
+import vlpack
 from vlpack.builder import build
-from vlpack.checkpoint import Checkpoint
-from vlpack.errors import VlpackError
+from vlpack.checkpoint import Checkpoint, sha256_file
+from vlpack.errors import PackageError, VlpackError
 from vlpack.inspection import inspect
+from vlpack.package.manifest import MANIFEST, _sealed
 from vlpack.preprocess import load_image
 
+KINDS = {"checkpoint": 5, "package": 2, "adapter": 2, "image": 1, "forged": 0}
+"""What is damaged, and how often; forged packages by ``--kind forged`` alone, as the runtime takes its time."""
 SECONDS = 20
 ABOVE = 3 << 30
 """Address space that an input may take beyond what the process has to begin with."""
@@ -157,6 +164,74 @@ def fuzz_package(package: Path, work: Path, rng: random.Random) -> str:
     return name
 
 
+def fuzz_forged(package: Path, work: Path, rng: random.Random) -> str:
+    """A package whose texts were changed and whose manifest was made to match, loaded and asked.
+
+    In a process of its own: the runtime is native code, and a crash of it must be seen. Graphs and weights are left
+    whole, as what they make the runtime do is not vlpack's.
+    """
+    folder = work / "package"
+    link(package, folder)
+    try:
+        path = rng.choice([path for path in sorted(folder.iterdir()) if ".onnx" not in path.name])
+        name, data = path.name, path.read_bytes()
+        changed = (mutate_json if path.suffix == ".json" and rng.random() < 0.9 else mutate_bytes)(data, rng)
+        path.unlink()  # it is a hard link
+        path.write_bytes(changed)
+        if name != MANIFEST:
+            seal(folder)
+        before = sorted(path.name for path in work.rglob("*"))
+        outcome = in_a_process(lambda: ask(folder))
+        if sorted(path.name for path in work.rglob("*")) != before:
+            raise AssertionError(f"asking wrote files after a change of {name}")
+        if outcome not in ("", "VlpackError"):
+            raise AssertionError(f"{outcome} after a change of {name}")
+    finally:
+        shutil.rmtree(folder)
+    if outcome:
+        raise PackageError(f"refused after a change of {name}")
+    return name
+
+
+def ask(folder: Path) -> None:
+    os.chdir(folder.parent)
+    image = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    model = vlpack.load(folder, threads=1)
+    model.generate("Read the digits.", [image], max_tokens=3)
+
+
+def seal(folder: Path) -> None:
+    manifest = json.loads((folder / MANIFEST).read_bytes())
+    for name, entry in manifest["files"].items():
+        entry |= {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
+    (folder / MANIFEST).unlink()
+    (folder / MANIFEST).write_text(_sealed(manifest), encoding="utf-8")
+
+
+def in_a_process(work: Callable[[], None]) -> str:
+    """How ``work`` ends in a process of its own: nothing, VlpackError, another exception's text, or a signal."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = ""
+        try:
+            signal.alarm(SECONDS)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the runtime's own code does not listen to Python
+            work()
+        except VlpackError:
+            said = "VlpackError"
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"[:300]
+        finally:
+            os.write(writer, said.encode(errors="replace"))
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as file:
+        said = file.read().decode()
+    _, status = os.waitpid(child, 0)
+    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else said
+
+
 def fuzz_adapter(source: Path, adapter: Path, work: Path, rng: random.Random) -> str:
     folder = work / "adapter"
     link(adapter, folder)
@@ -232,6 +307,7 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=KINDS, help="inputs of this kind alone")
     parser.add_argument("--only", type=int, help="one seed, with its traceback")
     arguments = parser.parse_args()
     signal.signal(signal.SIGALRM, too_long)
@@ -250,13 +326,14 @@ def main() -> None:
             "package": lambda rng: fuzz_package(base / "package", work, rng),
             "adapter": lambda rng: fuzz_adapter(base / "checkpoint", base / "adapter", work, rng),
             "image": lambda rng: fuzz_image(images, work, rng),
+            "forged": lambda rng: fuzz_forged(base / "package", work, rng),
         }
         seeds = (
             [arguments.only] if arguments.only is not None else range(arguments.seed, arguments.seed + arguments.inputs)
         )
         for seed in seeds:
             rng = random.Random(seed)
-            kind = rng.choices(list(kinds), [5, 2, 2, 1])[0]
+            kind = arguments.kind or rng.choices(list(kinds), KINDS.values())[0]
             begun = time.monotonic()
             signal.alarm(SECONDS)
             try:

@@ -191,6 +191,9 @@ def test_absurd_sizes(name: str, value: Any, package: Path) -> None:
     edit_config(package, lambda model: model["decoder"].update({name: value}))
     with pytest.raises(PackageError, match=f"{name}.* of the wrong type or size"):
         vlpack.load(package)
+    edit_config(package, lambda model: model["decoder"].pop(name))
+    with pytest.raises(PackageError, match=f"cannot be read: KeyError.*{name}"):
+        vlpack.load(package)
 
 
 @pytest.mark.parametrize("verb", ["run", "eval", "bench", "verify"])

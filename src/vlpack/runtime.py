@@ -350,8 +350,9 @@ def _read_config(folder: Path, files: Mapping[str, Any], graphs: Mapping[str, st
     check_config(path, config, files, graphs)
     try:
         model, eos = config["model"], config["model"]["eos_token_id"]
-        decoder = model.get("decoder", {})
-        sizes = [model[name] for name in _INTEGERS] + [decoder.get(name, 1) for name in _SIZES]
+        sizes = [model[name] for name in _INTEGERS]
+        if "decoder" in model:
+            sizes += [model["decoder"][name] for name in _SIZES]
     except (KeyError, TypeError, AttributeError) as error:
         raise PackageError(f"{path} cannot be read: {error!r}.") from None
     if all(type(size) is int and 0 < size < 2**31 for size in sizes) and isinstance(eos, (int, list)):
