@@ -15,7 +15,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from vlpack.quantize.blocks import quantize_blocks
-from vlpack.quantize.channel import quantize_rows
+from vlpack.quantize.channel import quantize_rows, unsigned
 
 MICROSOFT = "com.microsoft"
 
@@ -37,7 +37,7 @@ def session(op_type: str, weights: dict[str, np.ndarray], threads: int, **attrib
 def kernels(weight: np.ndarray, threads: int) -> dict[str, ort.InferenceSession]:
     rows, cols = weight.shape
     codes, scales = quantize_rows(weight.copy())
-    signed = np.ascontiguousarray((codes.astype(np.int16) - 128).astype(np.int8).T)
+    signed = np.ascontiguousarray(codes.T)
     seven = np.abs(weight).max(axis=1) / np.float32(63)
     seven_bits = np.ascontiguousarray(np.rint(weight / seven[:, None]).astype(np.int8).T)
     zeros = np.zeros(rows, np.int8)
@@ -48,7 +48,7 @@ def kernels(weight: np.ndarray, threads: int) -> dict[str, ort.InferenceSession]
         f"{dynamic} int8, 7 bits": session(dynamic, {"w": seven_bits, "s": seven, "z": zeros}, threads),
         f"{dynamic} uint8": session(
             dynamic,
-            {"w": np.ascontiguousarray(codes.T), "s": scales, "z": np.full(rows, 128, np.uint8)},
+            {"w": unsigned(signed), "s": scales, "z": np.full(rows, 128, np.uint8)},
             threads,
         ),
     }
