@@ -92,7 +92,13 @@ def test_the_command(package: Path, tmp_path: Path, capsys: Capsys) -> None:
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [("{}", "not a result"), ('{"works": [{"name": "x"}]}', "not a result"), ('{"works": []}', "not a result")],
+    [
+        ("{}", "not a result"),
+        ("[]", "must hold a JSON object"),
+        ('{"works": [{"name": "x"}]}', "not a result"),
+        ('{"works": []}', "not a result"),
+        ('{"works": [{"name": "x", "first_token": {"median": 0}, "token": {"median": 1}}]}', "not a result"),
+    ],
 )
 def test_what_is_no_result(text: str, problem: str, result: Benchmark, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text(text, encoding="utf-8")
@@ -122,5 +128,28 @@ def test_what_cannot_be_measured(package: Path, tmp_path: Path, capsys: Capsys) 
     build(DIGITS, tmp_path / "embedding", task="embedding")
     with pytest.raises(VlpackError, match="for the task embedding"):
         vlpack.bench(tmp_path / "embedding")
-    done = run_vlpack(capsys, "bench", package, "--compare", tmp_path / "none.json")
-    assert (done.code, "There is no file" in done.err) == (2, True)
+
+
+def test_files_are_looked_at_before_the_work(
+    package: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlpack.benchmark.bench", lambda *arguments, **more: pytest.fail("it was measured"))
+    (tmp_path / "other.json").write_text("{}")
+    for options, problem in (
+        (("--compare", tmp_path / "none.json"), "There is no file"),
+        (("--compare", tmp_path / "other.json"), "not a result"),
+        (("--output", tmp_path), "cannot be written"),
+        (("--output", tmp_path / "none" / "result.json"), "cannot be written"),
+    ):
+        done = run_vlpack(capsys, "bench", package, *options)
+        assert (done.code, problem in done.err, done.out) == (2, True, "")
+
+
+def test_what_was_measured_is_not_lost(package: Path, result: Benchmark, tmp_path: Path, capsys: Capsys) -> None:
+    path, output = tmp_path / "earlier.json", tmp_path / "now.json"
+    path.write_text(json.dumps(result.as_json()), encoding="utf-8")
+    options = ("--prompt-tokens", 21, "--new-tokens", 2, "--repeat", 1)
+    done = run_vlpack(capsys, "bench", package, *options, "--compare", path, "-o", output)
+    assert (done.code, "no work in common" in done.err) == (2, True)
+    assert "21 tokens" in done.out
+    assert json.loads(output.read_text(encoding="utf-8"))["works"][0]["name"] == "21 tokens"

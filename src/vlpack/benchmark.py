@@ -33,6 +33,9 @@ PROMPTS = (512, 2048)
 IMAGES = ("640x480",)
 """Likewise, where the package sees."""
 
+COMPARED = ("precision", "threads", "new_tokens", "machine", "versions")
+"""What figures hang on, and a comparison tells when it differs."""
+
 Told = Callable[[str, int, int], None]
 """Told what is being done, how many works are done, and how many there are."""
 
@@ -252,23 +255,35 @@ def compare(now: Benchmark, path: Path) -> tuple[list[tuple[str, float, float]],
     Raises:
         InputError: the file is no result, or has no work in common.
     """
+    then = earlier(path)
+    before = {work["name"]: (work["first_token"]["median"], work["token"]["median"]) for work in then["works"]}
+    differs = [
+        f"{name} was {then[name]!r} then and is {getattr(now, name)!r} now."
+        for name in COMPARED
+        if then[name] != getattr(now, name)
+    ]
+    ratios = [
+        (work.name, work.first_token.median / before[work.name][0], work.token.median / before[work.name][1])
+        for work in now.works
+        if work.name in before
+    ]
+    if not ratios:
+        raise InputError(f"{path} has no work in common: it has {', '.join(before)}.")
+    return ratios, differs
+
+
+def earlier(path: Path) -> dict[str, Any]:
+    """An earlier result that can be compared with, which is better known before minutes of measuring than after.
+
+    Raises:
+        InputError: the file is no result.
+    """
     then = read_json(path, path)
     try:
-        if not isinstance(then, dict) or not then["works"]:
+        figures = [work[part]["median"] for work in then["works"] for part in ("first_token", "token")]
+        whole = all(isinstance(work["name"], str) for work in then["works"]) and all(name in then for name in COMPARED)
+        if not (figures and whole and all(figure > 0 for figure in figures)):
             raise TypeError
-        before = {work["name"]: (work["first_token"]["median"], work["token"]["median"]) for work in then["works"]}
-        differs = [
-            f"{name} was {then[name]!r} then and is {getattr(now, name)!r} now."
-            for name in ("precision", "threads", "new_tokens", "machine", "versions")
-            if then[name] != getattr(now, name)
-        ]
-        ratios = [
-            (work.name, work.first_token.median / before[work.name][0], work.token.median / before[work.name][1])
-            for work in now.works
-            if work.name in before
-        ]
-    except (KeyError, TypeError, ZeroDivisionError):
+    except (KeyError, TypeError):
         raise InputError(f"{path} is not a result of `vlpack bench`.", "Make one with --output.") from None
-    if not ratios:
-        raise InputError(f"{path} has no work in common: it has {', '.join(before) or 'none'}.")
-    return ratios, differs
+    return then

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
 import tempfile
@@ -434,8 +435,12 @@ def bench(
     """Measure loading, the time to the first token, the tokens after it, and memory."""
     from vlpack import benchmark
 
-    if compare is not None and not compare.is_file():  # told before the work
-        raise InputError(f"There is no file {compare} to compare with.")
+    if compare is not None:  # what is wrong with either file is told before the work
+        if not compare.is_file():
+            raise InputError(f"There is no file {compare} to compare with.")
+        benchmark.earlier(compare)
+    if output is not None and (output.is_dir() or not os.access(output.absolute().parent, os.W_OK)):
+        raise OptionError(f"{output} cannot be written.", "Give the name of a file in a folder that is there.")
     with console.question_progress() as progress:
         result = benchmark.bench(
             package,
@@ -446,7 +451,11 @@ def bench(
             threads=threads,
             progress=progress,
         )
-    changes = benchmark.compare(result, compare) if compare else None
+    try:
+        changes = benchmark.compare(result, compare) if compare else None
+    except InputError:  # the minutes of measuring are not lost
+        console.show_benchmark(result, None, output, as_json=as_json)
+        raise
     console.show_benchmark(result, changes, output, as_json=as_json)
 
 
