@@ -1,7 +1,10 @@
-"""vlpack beside its peers, on the same works in one run: the time to the first token, a later token, memory.
+"""vlpack beside its peers, on the same works in one run: the time to the first token, a later token, memory, load.
 
-Every round asks each of them once, so that what else the machine does falls on all; figures are the best of the rounds,
-ratios are to the fastest peer. Peers that are not given are left out. How to make their models: docs/benchmarks.md.
+Every round asks each of them once, in a process of its own, after reading the model's files once, so that what else the
+machine does falls on all and no model is loaded from a colder disk than another. Figures are the best and the worst of
+the rounds, ratios are between bests. ``others`` is how many cores other programs kept busy meanwhile, at the least
+disturbed round: above a tenth or so, repeat the run. Peers that are not given are left out; benchmarks/peers/make.py
+makes them and prints the options.
 
 Usage: python benchmarks/compare.py --vlpack PACKAGE [PACKAGE ...] [--upstream FOLDER] [--llama FILE.gguf --node FOLDER]
        [--openvino FOLDER --openvino-python PYTHON] [--works 512 2048 640x480 ...] [--rounds 3] [--output result.json]
@@ -14,33 +17,55 @@ import json
 import os
 import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from quiet import Others
 
 from vlpack.benchmark import machine
 
 PEERS = Path(__file__).parent / "peers"
+LIMIT = 1800
+"""Seconds that one work may take."""
+
+Runs = dict[str, dict[str, list[dict[str, Any]]]]
+"""Work → who → one result for each round."""
 
 
-def commands(given: argparse.Namespace) -> dict[str, tuple[list[str], str | None]]:
-    """Name → command, to which works are added, and the folder it runs in."""
-    options = [str(given.threads), str(given.new_tokens), "1"]
-    made: dict[str, tuple[list[str], str | None]] = {}
+@dataclass(frozen=True)
+class Contender:
+    """A command to which works are added, the folder it runs in, the model's files, and whether it takes images."""
+
+    command: list[str]
+    model: Path
+    folder: str | None = None
+    sees: bool = True
+
+
+def contenders(given: argparse.Namespace) -> dict[str, Contender]:
+    options = [str(given.threads), str(given.new_tokens), str(given.answers)]
+    made = {}
     for package in given.vlpack:
-        made[f"vlpack {package.name}"] = ([sys.executable, __file__, "--one", str(package), *options], None)
+        command = [sys.executable, __file__, "--one", str(package), *options]
+        made[f"vlpack {package.name}"] = Contender(command, package, sees=(package / "vision.onnx").is_file())
     if given.upstream:
-        made["upstream int4"] = ([sys.executable, str(PEERS / "upstream_model.py"), given.upstream, *options], None)
+        command = [given.upstream_python, str(PEERS / "upstream_model.py"), str(given.upstream), *options]
+        made["upstream int4"] = Contender(command, given.upstream, sees=False)
     if given.llama:
         command = ["node", str(PEERS / "llama_cpp.mjs"), os.path.abspath(given.llama), *options]
-        made["llama.cpp Q4_0"] = (command, given.node)
+        made["llama.cpp Q4_0"] = Contender(command, given.llama, given.node, sees=False)
     if given.openvino:
-        command = [given.openvino_python, str(PEERS / "openvino_model.py"), given.openvino, *options]
-        made["OpenVINO GenAI int4"] = (command, None)
+        command = [given.openvino_python, str(PEERS / "openvino_model.py"), str(given.openvino), *options]
+        made["OpenVINO GenAI int4"] = Contender(command, given.openvino)
     return made
 
 
 def one(arguments: list[str]) -> None:
     """vlpack in the form of the peers' scripts: PACKAGE THREADS NEW_TOKENS REPEAT WORK …"""
+    from importlib.metadata import version
+
     from vlpack.benchmark_work import work
 
     package, threads, new, repeat, *works = arguments
@@ -49,19 +74,56 @@ def one(arguments: list[str]) -> None:
         asked: dict[str, Any] = {"package": package, "threads": int(threads), "new": int(new), "repeat": int(repeat)}
         asked |= {"image": tuple(map(int, name.split("x")))} if "x" in name else {"tokens": int(name)}
         found.append({"name": name if "x" in name else f"{name} tokens", **work(asked)})
-    print(json.dumps({"load": found[0]["load"], "works": found}))
+    print(json.dumps({"load": found[0]["load"], "works": found, "version": version("onnxruntime-genai")}))
 
 
-def measure(command: list[str], folder: str | None, name: str) -> dict[str, Any] | None:
-    done = subprocess.run([*command, name], cwd=folder, capture_output=True, text=True, check=False, timeout=1800)
+def read(model: Path) -> tuple[float, int]:
+    """Seconds to read a model's files once, and their bytes."""
+    files = [model] if model.is_file() else [path for path in model.rglob("*") if path.is_file()]
+    buffer, total = bytearray(1 << 22), 0
+    started = time.perf_counter()
+    for path in files:
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                total += count
+    return time.perf_counter() - started, total
+
+
+def measure(contender: Contender, name: str) -> dict[str, Any] | None:
+    """One work of one contender; None, and a word on standard error, where it fails."""
+    read(contender.model)  # into the system's cache
+    seconds, size = read(contender.model)
     try:
+        with Others() as others:
+            done = subprocess.run(
+                [*contender.command, name],
+                cwd=contender.folder,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=LIMIT,
+            )
         found = json.loads(done.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        print(f"{command[1]}: {name}: {done.stderr.strip()[-300:]}", file=sys.stderr)
+        work = found["works"][0]
+    except (IndexError, KeyError, TypeError, ValueError):
+        print(f"{contender.command[1]}: {name}: {done.stderr.strip()[-300:]}", file=sys.stderr)
         return None
-    work = found["works"][0]
-    first = min(work.get("first_token") or work["prefill"])
-    return {"first": first, "token": min(work["token"]), "resident": work["resident"], "load": found["load"]}
+    except (OSError, subprocess.TimeoutExpired) as error:
+        print(f"{contender.command[1]}: {name}: {error}", file=sys.stderr)
+        return None
+    parts = {part: min(work[part]) for part in ("preprocess", "vision", "prefill") if part in work and "x" in name}
+    return {
+        "prompt_tokens": work["prompt_tokens"],
+        "first": min(work["first_token"]),
+        "token": min(work["token"]),
+        "resident": work["resident"],
+        "load": found["load"],
+        "read": seconds,
+        "bytes": size,
+        "others": others.cores,
+        "parts": parts,
+        "version": found["version"],
+    }
 
 
 def main() -> None:
@@ -70,45 +132,69 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vlpack", type=Path, nargs="+", required=True)
-    parser.add_argument("--upstream")
-    parser.add_argument("--llama")
-    parser.add_argument("--node", default=".")
-    parser.add_argument("--openvino")
+    parser.add_argument("--upstream", type=Path)
+    parser.add_argument("--upstream-python", default=sys.executable)
+    parser.add_argument("--llama", type=Path)
+    parser.add_argument("--node", default=".", help="folder with node_modules")
+    parser.add_argument("--openvino", type=Path)
     parser.add_argument("--openvino-python", default=sys.executable)
     parser.add_argument("--works", nargs="+", default=["512", "2048", "4096", "640x480", "1024x768"])
     parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--answers", type=int, default=1, help="in each process, of which the fastest counts")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
-    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for _ in range(given.rounds):
+    everybody = contenders(given)
+    for contender in everybody.values():
+        if not contender.model.exists():
+            parser.error(f"there is no {contender.model}")
+    settings = {name: getattr(given, name) for name in ("threads", "new_tokens", "answers", "rounds")}
+    results: Runs = {}
+    for number in range(given.rounds):
         for work in given.works:
-            for name, (command, folder) in commands(given).items():
-                if "x" in work and name.startswith(("upstream", "llama")):  # which have no images here
+            for name, contender in everybody.items():
+                if "x" in work and not contender.sees:
                     continue
-                if (found := measure(command, folder, work)) is not None:
+                if (found := measure(contender, work)) is not None:
                     results.setdefault(work, {}).setdefault(name, []).append(found)
-    if given.output:
-        given.output.write_text(json.dumps({"machine": machine(), "results": results}, indent=1), encoding="utf-8")
+                    print(f"round {number + 1}: {work}: {name}: {found['first']:.2f} s", file=sys.stderr)
+            if given.output:  # as it goes, since an hour of it may be interrupted
+                whole = {"machine": machine(), **settings, "results": results}
+                given.output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     print(table(results))
 
 
-def table(results: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
-    heads = ("work", "who", "first token, s", "of best peer", "a token, ms", "of best peer", "resident, GB", "load, s")
-    lines = ["| " + " | ".join(heads) + " |"]
-    lines.append("|" + " --- |" * 8)
+HEADS = (
+    "work", "who", "tokens", "first token, s", "of best peer", "a token, ms", "of best peer", "resident, GB",
+    "load, s", "of reading", "others",
+)  # fmt: skip
+
+
+def span(runs: list[dict[str, Any]], key: str, scale: float, digits: int) -> str:
+    """Best and worst."""
+    low, high = (f"{scale * figure(run[key] for run in runs):.{digits}f}" for figure in (min, max))
+    return low if low == high else f"{low}–{high}"
+
+
+def table(results: Runs) -> str:
+    lines = ["| " + " | ".join(HEADS) + " |", "|" + " --- |" * len(HEADS)]
     for work, rows in results.items():
-        best = {who: {key: min(run[key] for run in runs) for key in runs[0]} for who, runs in rows.items()}
+        best = {
+            who: {key: min(run[key] for run in runs) for key in ("first", "token", "load", "read")}
+            for who, runs in rows.items()
+        }
         peers = [figures for who, figures in best.items() if not who.startswith("vlpack")]
-        for who, figures in best.items():
+        for who, runs in rows.items():
             ratios = {
-                key: f"{figures[key] / min(peer[key] for peer in peers):.2f}" if peers else "-"
+                key: f"{best[who][key] / min(peer[key] for peer in peers):.2f}" if peers else "-"
                 for key in ("first", "token")
             }
+            others = [run["others"] for run in runs if run["others"] is not None]
             cells = (
-                work, who, f"{figures['first']:.2f}", ratios["first"], f"{1e3 * figures['token']:.1f}",
-                ratios["token"], f"{figures['resident'] / 1e9:.2f}", f"{figures['load']:.1f}",
+                work, who, str(runs[0]["prompt_tokens"]), span(runs, "first", 1, 2), ratios["first"],
+                span(runs, "token", 1e3, 1), ratios["token"], span(runs, "resident", 1e-9, 2), span(runs, "load", 1, 1),
+                f"{best[who]['load'] / best[who]['read']:.1f}", f"{min(others):.2f}" if others else "-",
             )  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

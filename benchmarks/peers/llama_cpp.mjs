@@ -18,19 +18,21 @@ for (const length of lengths.map(Number)) {
         contextSize: length + Number(fresh) + 8, batchSize: 512, threads: Number(threads)
     });
     const tokens = Array.from({length}, (_, at) => words[at % words.length]);
-    const prefill = [], token = [];
+    const first = [], token = [];
     for (let round = 0; round < Number(repeat); round++) {
         const sequence = context.getSequence();
         let start = performance.now(), count = 0;
         for await (const _ of sequence.evaluate(tokens, {temperature: 0, yieldEogToken: true})) {
             const now = performance.now();
-            if (count === 0) { prefill.push((now - start) / 1000); start = now; }
+            if (count === 0) { first.push((now - start) / 1000); start = now; }
             if (++count === Number(fresh)) { token.push((now - start) / 1000 / (count - 1)); break; }
         }
+        if (token.length <= round) throw new Error(`an end token came after ${count} tokens`);
         sequence.dispose();
     }
-    works.push({name: `${length} tokens`, prefill, token, resident: process.memoryUsage.rss()});
+    const names = {name: `${length} tokens`, prompt_tokens: length};
+    works.push({...names, first_token: first, token, resident: process.memoryUsage.rss()});
     await context.dispose();
 }
-console.log(JSON.stringify({load, works}));
+console.log(JSON.stringify({load, works, version: `llama.cpp ${llama.llamaCppRelease.release}`}));
 process.exit(0);
