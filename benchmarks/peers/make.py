@@ -17,13 +17,19 @@ import sys
 from pathlib import Path
 
 PEERS = ("upstream", "openvino", "llama")
-TORCH = "torch==2.13.0"
-UPSTREAM = ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "onnx-ir==1.1.0", "transformers==5.23.0", TORCH)
-# optimum-intel's own requirements exclude the transformers that knows Qwen3-VL's export, so it comes without them
+UPSTREAM = (
+    "onnxruntime-genai==0.18.0",
+    "onnxruntime==1.32.0",
+    "onnx-ir==1.1.0",
+    "transformers==5.23.0",
+    "torch==2.13.0",
+)
+# torchvision's operators are found only by the torch that it was built with, so the two belong together
 OPENVINO = (
-    "openvino-genai==2026.4.1", "transformers==5.0.0", "optimum==2.3.0", "nncf==3.4.0", "torchvision==0.28.0", TORCH,
-    "huggingface-hub==1.33.0", "requests==2.34.2", "pillow==13.0.0",
+    "openvino-genai==2026.4.1", "transformers==5.0.0", "optimum==2.3.0", "nncf==3.4.0", "huggingface-hub==1.33.0",
+    "torch==2.14.1", "torchvision==0.29.1", "requests==2.34.2", "pillow==13.0.0",
 )  # fmt: skip
+# it asks for huggingface-hub below 1.22, and works with the one that is pinned above
 OPENVINO_ALONE = ("optimum-intel==2.2.0",)
 LLAMA = "node-llama-cpp@3.22.1"
 
