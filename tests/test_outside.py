@@ -252,6 +252,12 @@ def test_a_manifest_that_is_no_file(package: Path) -> None:
         inspect(package)
 
 
+def test_a_policy_that_is_none(package: Path) -> None:
+    for policy in ([{"storage": []}], [{"storage": {}}, 5], {}, None):
+        edit_json(package / "vlpack.json", "policy", value=policy)
+        assert vlpack.load(package)
+
+
 def test_names_that_control_a_terminal(package: Path, capsys: Capsys) -> None:
     evil = "\x1b[2J\x1b]0;owned\x07\u202e"
     manifest = json.loads((package / "vlpack.json").read_text(encoding="utf-8"))

@@ -45,7 +45,9 @@ def saturates() -> bool:
 def warn_of_saturation(manifest: Mapping[str, Any]) -> None:
     """Warn where a package has signed 8-bit matrices and this processor would saturate."""
     rules = manifest.get("policy")
-    labels = {rule.get("storage") for rule in rules if isinstance(rule, dict)} if isinstance(rules, list) else set()
+    labels = (
+        {str(rule.get("storage")) for rule in rules if isinstance(rule, dict)} if isinstance(rules, list) else set()
+    )
     if ChannelInt8().label in labels and saturates():
         warnings.warn(
             "This processor lacks VNNI, and products of the package's int8 weights may saturate on it: answers may be "
