@@ -114,10 +114,10 @@ def test_an_hour_is_not_decoded(tmp_path: Path, decoded: list[int]) -> None:
     with open_clip(path) as video:
         assert video.times[-1] == pytest.approx(3599.5)
         got = list(video.frames([0, 1800, 3601, 5399, 7199]))
-    assert len(got) == 5
-    for frame, number in zip(got, [0, 1800, 3601, 5399, 7199], strict=True):
-        assert abs(frame.mean() - frames[number % 60].mean()) < 1.2  # of neighbours it is 2.5
     assert len(decoded) < 5 * (20 + 30)  # the decoder's threads are a few frames ahead
+    every = decode(path)
+    for frame, number in zip(got, [0, 1800, 3601, 5399, 7199], strict=True):
+        assert np.array_equal(frame, every[number])
 
 
 def test_frames_are_held_one_at_a_time(tmp_path: Path) -> None:
