@@ -141,15 +141,20 @@ def fuzz_checkpoint(source: Path, work: Path, rng: random.Random) -> str:
     folder = work / "checkpoint"
     link(source, folder)
     name = damage_checkpoint(folder, rng)
+    build_from(folder, folder, work, precision=rng.choice(["fp32", "int8", "int4"]))
+    return name
+
+
+def build_from(damaged: Path, source: Path, work: Path, **options: Any) -> None:
+    """Build, and see that nothing but the package is left; the damaged folder goes, whatever comes."""
     try:
-        build(folder, work / "package", precision=rng.choice(["fp32", "int8", "int4"]), threads=1)
+        build(source, work / "package", threads=1, **options)
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(damaged)
         left = sorted(path.name for path in work.iterdir())
         if left not in ([], ["package"]):
             raise AssertionError(f"left behind: {left}")
     shutil.rmtree(work / "package")
-    return name
 
 
 def fuzz_package(package: Path, work: Path, rng: random.Random) -> str:
@@ -236,14 +241,7 @@ def fuzz_adapter(source: Path, adapter: Path, work: Path, rng: random.Random) ->
     folder = work / "adapter"
     link(adapter, folder)
     name = damage_checkpoint(folder, rng)
-    try:
-        build(source, work / "package", precision=rng.choice(["fp32", "int8"]), threads=1, lora=folder)
-    finally:
-        shutil.rmtree(folder)
-        left = sorted(path.name for path in work.iterdir())
-        if left not in ([], ["package"]):
-            raise AssertionError(f"left behind: {left}")
-    shutil.rmtree(work / "package")
+    build_from(folder, source, work, precision=rng.choice(["fp32", "int8"]), lora=folder)
     return name
 
 

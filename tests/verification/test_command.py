@@ -10,6 +10,7 @@ import pytest
 from samples import DIGITS, IMAGES, vlpack
 from vlpack.builder import build
 from vlpack.inspection import inspect
+from vlpack.verification.cases import built_in
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -30,6 +31,30 @@ def test_build_and_verify(tmp_path: Path, capsys: Capsys) -> None:
     again = vlpack(capsys, "build", DIGITS, "-o", package, "-p", "int8", "--force", "--verify")
     assert again.code == 0
     assert (package / "README.md").read_text(encoding="utf-8").count("## Verification") == 1
+
+
+def test_the_card_and_the_manifest_change_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stops the writing in its middle, the package is the one that it was."""
+    from vlpack.verification import card, verify
+
+    package = tmp_path / "package"
+    build(DIGITS, package)
+    report = verify(package, DIGITS, cases=built_in(sees=False)[:1], tokens=2)
+    before = (package / "README.md").read_bytes()
+
+    def die(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(card, "refresh", die)
+        with pytest.raises(KeyboardInterrupt):
+            card.record(package, report)
+    assert (package / "README.md").read_bytes() == before
+    assert inspect(package)["problems"] == []
+    card.record(package, report)
+    assert (package / "README.md").read_bytes() != before
+    assert inspect(package)["problems"] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["package"]
 
 
 def test_the_verdict_is_the_exit_code(tmp_path: Path, capsys: Capsys) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 from vlpack.errors import PackageError
-from vlpack.package.manifest import refresh
+from vlpack.package.manifest import MANIFEST, refresh
+from vlpack.package.output import output_folder
 from vlpack.verification.result import CaseResult, Report
 
 HEADING = "## Verification"
@@ -15,16 +18,31 @@ CARD = "README.md"
 def record(folder: Path, report: Report) -> None:
     """Write the result into the package's card, in place of an earlier one.
 
+    The manifest must agree with the card at any moment, so a package with both takes the place of this one.
+
     Raises:
-        PackageError: the card cannot be read or written.
+        VlpackError: the card cannot be read, or the package not be replaced.
     """
-    path = folder / CARD
     try:
-        text = path.read_text(encoding="utf-8").partition(f"\n{HEADING}\n")[0].rstrip("\n")
-        path.write_text(f"{text}\n\n{section(report)}", encoding="utf-8")
+        text = (folder / CARD).read_text(encoding="utf-8").partition(f"\n{HEADING}\n")[0].rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise PackageError(f"{path} cannot be written: {error}.") from None
-    refresh(folder, CARD)
+        raise PackageError(f"{folder / CARD} cannot be read: {error}.") from None
+    with output_folder(folder, force=True) as new:
+        for path in folder.iterdir():
+            (_copy if path.name in (CARD, MANIFEST) else _link)(path, new / path.name)
+        (new / CARD).write_text(f"{text}\n\n{section(report)}", encoding="utf-8")
+        refresh(new, CARD)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        _copy(source, target)
 
 
 def spoken(case: CaseResult) -> tuple[str, str, str]:
