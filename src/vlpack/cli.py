@@ -31,6 +31,7 @@ EXTRA_OPTIONS = (
     "prune_lm_head, shared_embeddings, filename, hf_token."
 )
 
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of the runtime. (default: all cores)")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
@@ -189,9 +190,7 @@ def run(
         float | None, typer.Option("--repetition-penalty", help="Above 1 avoids repeating.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer.")] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Of the runtime. (default: all cores)")
-    ] = None,
+    threads: Threads = None,
     min_pixels: Annotated[int | None, typer.Option("--min-pixels", help="Smallest image area, in pixels.")] = None,
     max_pixels: Annotated[
         int | None, typer.Option("--max-pixels", help="Largest image area, in pixels; smaller is faster.")
@@ -246,7 +245,6 @@ Instruction = Annotated[str | None, typer.Option("--instruction", help="What the
 NamedPrompt = Annotated[
     str | None, typer.Option("--prompt", help="Name of one of the model's own prompts instead, such as query.")
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of the runtime. (default: all cores)")]
 MaxPixels = Annotated[
     int | None, typer.Option("--max-pixels", help="Largest image area, in pixels; smaller is faster.")
 ]
@@ -338,9 +336,7 @@ def verify(
             help="Keep one module of the reference in memory at a time. (default: where it is large for this machine)",
         ),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Of the runtime. (default: all cores)")
-    ] = None,
+    threads: Threads = None,
     lora: Annotated[
         list[str] | None, typer.Option("--lora", help="Adapter that was merged; again for another.")
     ] = None,
@@ -389,9 +385,7 @@ def evaluate(
     ] = False,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many questions.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of an answer at most.")] = 32,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Of the runtime. (default: all cores)")
-    ] = None,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Score a package on questions about images, with confidence intervals."""
@@ -423,9 +417,7 @@ def bench(
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Of each answer.")] = 32,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Answers to each prompt.")] = 3,
-    threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="Of the runtime. (default: all cores)")
-    ] = None,
+    threads: Threads = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result to this JSON file.")] = None,
     compare: Annotated[
         Path | None, typer.Option("--compare", help="Tell how an earlier result's figures changed.")

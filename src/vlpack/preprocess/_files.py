@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +36,16 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}.")
     return value
+
+
+def given_settings(settings: Any, config: Mapping[str, Any], without: Sequence[str]) -> dict[str, Any]:
+    """A processor's fields that its configuration gives; those ``without`` are read otherwise.
+
+    A null means "the default" in transformers, so it does not hide one here. One mean or deviation is all channels'.
+    """
+    names = {field.name for field in dataclasses.fields(settings)} - set(without)
+    values = {name: config[name] for name in names if config.get(name) is not None}
+    for name in values.keys() & {"image_mean", "image_std"}:
+        value = values[name]
+        values[name] = tuple(value) if isinstance(value, list) else (value,) * 3
+    return values

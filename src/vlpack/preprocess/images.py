@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vlpack.errors import CheckpointError, InputError, OptionError
-from vlpack.preprocess._files import read_json_object
+from vlpack.preprocess._files import given_settings, read_json_object
 
 MAX_ASPECT_RATIO = 200
 """Longest edge over shortest edge that the Qwen processors accept."""
@@ -159,13 +159,7 @@ class ImageProcessor:
 
     @classmethod
     def _from_config(cls, config: dict[str, Any], where: str) -> ImageProcessor:
-        # A null means "the default" in transformers, so it must not hide one here.
-        names = {field.name for field in dataclasses.fields(cls)} - {"min_pixels", "max_pixels"}
-        values = {name: config[name] for name in names if config.get(name) is not None}
-        for name in ("image_mean", "image_std"):
-            if name in values:
-                value = values[name]
-                values[name] = tuple(value) if isinstance(value, list) else (value,) * 3
+        values = given_settings(cls, config, ("min_pixels", "max_pixels"))
         size = config.get("size")
         if size is None:
             size = {"shortest_edge": cls.min_pixels, "longest_edge": cls.max_pixels}

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vlpack.errors import CheckpointError, InputError, OptionError
-from vlpack.preprocess._files import read_json_object
+from vlpack.preprocess._files import given_settings, read_json_object
 from vlpack.preprocess.frames import Clip, VideoSource, open_clip
 from vlpack.preprocess.images import MAX_ASPECT_RATIO
 from vlpack.preprocess.resize import FILTERS, resize_frame
@@ -210,12 +210,7 @@ class VideoProcessor:
 
     @classmethod
     def _from_config(cls, config: dict[str, Any], where: str) -> VideoProcessor:
-        names = {field.name for field in dataclasses.fields(cls)} - {"min_pixels", "max_pixels"}
-        values = {name: config[name] for name in names if config.get(name) is not None}
-        for name in ("image_mean", "image_std"):
-            if name in values:
-                value = values[name]
-                values[name] = tuple(value) if isinstance(value, list) else (value,) * 3
+        values = given_settings(cls, config, ("min_pixels", "max_pixels"))
         for name in ("fps", "num_frames"):
             if name in config:
                 values[name] = config[name]  # here null means: not by this
