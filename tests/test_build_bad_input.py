@@ -478,6 +478,40 @@ def test_a_full_disk(
     assert list(small_disk.iterdir()) == []
 
 
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0])
+def test_a_disk_that_is_full_at_any_moment(
+    source: Path, small_disk: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """With room for a part of the package: copies, graphs, weights and, at the end, the manifest have none."""
+    monkeypatch.setattr("vlpack.builder.check_space", lambda *arguments: None)
+    build(source, small_disk.parent / "whole", precision="int4")
+    pages = sum(-(-path.stat().st_size // 4096) for path in (small_disk.parent / "whole").iterdir())
+    room = max(1, min(int(share * pages), pages - 1)) * 4096
+    subprocess.run(["mount", "-o", f"remount,size={room}", small_disk], check=True)
+    done = vlpack(capsys, "build", source, "-o", small_disk / "package", "-p", "int4")
+    assert done.code == 2
+    assert "The disk is full" in done.err
+    assert list(small_disk.iterdir()) == []
+    subprocess.run(["mount", "-o", f"remount,size={2 * pages * 4096}", small_disk], check=True)
+    build(source, small_disk / "package", precision="int4")
+    assert samples.content(small_disk / "package") == samples.content(small_disk.parent / "whole")
+
+
+def test_a_disk_that_cannot_be_written(source: Path, small_disk: Path, capsys: Capsys) -> None:
+    """Permissions do not stop root; a disk mounted for reading does."""
+    subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
+    build(source, small_disk / "package", part="embedding")
+    before = samples.content(small_disk / "package")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    for place, more in (("other", []), ("new/deep", []), ("package", ["--force"])):
+        done = vlpack(capsys, "build", source, "-o", small_disk / place, *more)
+        assert (done.code, done.out) == (2, "")
+        assert "Cannot write to" in done.err
+        assert "Read-only file system" in done.err
+    assert [path.name for path in small_disk.iterdir()] == ["package"]
+    assert samples.content(small_disk / "package") == before
+
+
 # interruptions
 
 

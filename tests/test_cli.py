@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -443,6 +444,25 @@ def test_a_reader_that_leaves(package: Path, arguments: list[str]) -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141  # as after SIGPIPE: 1 would be a damaged package
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_answer(number: signal.Signals, tmp_path: Path) -> None:
+    source = copy_digits(tmp_path / "checkpoint")
+    edit_json(source / "generation_config.json", "eos_token_id", value=2175)  # an end that never comes
+    build(source, tmp_path / "package")
+    command = [sys.executable, "-m", "vlpack.cli", "run", tmp_path / "package", READ, "--image", IMAGES / "01.png"]
+    with subprocess.Popen(
+        [*command, "--max-tokens", "4000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stderr  # noqa: PT018
+        began = process.stdout.read(1)
+        process.send_signal(number)
+        rest, said = process.communicate(timeout=20)
+    assert (process.returncode, said.decode().strip()) == (128 + number, "error: Interrupted.")
+    assert began
+    assert len(rest) < 10_000  # what was made of the answer, and not all of it
 
 
 def test_errors_of_a_process_have_no_traceback(tmp_path: Path) -> None:

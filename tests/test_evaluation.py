@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, vlpack
+from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, content, vlpack
 from vlpack.builder import build
 from vlpack.errors import CheckpointError, InputError, OptionError
 from vlpack.evaluation import Question, evaluate, interval, read_questions, score
@@ -121,7 +121,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_deepstack_is_worth_something(package: Path, data: Path) -> None:
     told: list[tuple[str, int, int]] = []
+    before = content(package)
     result = evaluate(package, data, without_deepstack=True, progress=lambda *where: told.append(where))
+    assert content(package) == before  # whose files the copy without is made of
+    assert [path.name for path in package.parent.iterdir() if path.name.startswith(".")] == []
     whole, without = result.scores
     assert (whole.name, without.name) == ("package", "without DeepStack")
     assert whole.mean > 0.9

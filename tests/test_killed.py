@@ -51,6 +51,72 @@ print(json.dumps({**outcomes, "sound": whole}))
 """
 
 
+STEPPER = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+from vlpack.package import output
+
+place, steps = Path(sys.argv[1]), 0
+NAMES = ("mkdir", "rename", "rmdir", "unlink", "open")
+
+def fill(folder, name):
+    (folder / name).write_text(name)
+    (folder / "vlpack.json").write_text(json.dumps({"format": 1, "files": {name: {}}}))
+
+def replace(kill_at):
+    count = 0
+    def counted(call):
+        def run(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+        return run
+    for name in NAMES:
+        setattr(os, name, counted(getattr(os, name)))
+    with output.output_folder(place, force=True) as folder:
+        fill(folder, "new")
+
+found = []
+for kill_at in range(1, 1000):
+    shutil.rmtree(place.parent)
+    place.mkdir(parents=True)
+    fill(place, "old")
+    child = os.fork()
+    if child == 0:
+        replace(kill_at)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    there = sorted(path.name for path in place.iterdir()) if place.exists() else []
+    with output.output_folder(place, force=True) as folder:
+        fill(folder, "next")
+    after = [sorted(path.name for path in folder.iterdir()) for folder in (place, place.parent)]
+    found.append([os.WIFSIGNALED(status), there, after])
+    if not os.WIFSIGNALED(status):
+        break
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
+def test_a_replacement_killed_before_each_of_its_steps(tmp_path: Path) -> None:
+    """The old package, or none for the moment between two renames, or the new one; never a part of either."""
+    place = tmp_path / "place" / "package"
+    place.parent.mkdir()
+    command = [sys.executable, "-c", STEPPER, place]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    old, new = ["old", "vlpack.json"], ["new", "vlpack.json"]
+    assert [killed for killed, _, _ in found] == [True] * (len(found) - 1) + [False]
+    assert all(there in (old, [], new) for _, there, _ in found)
+    assert all(after == [["next", "vlpack.json"], ["package"]] for _, _, after in found)
+    states = [there for _, there, _ in found]
+    assert states == sorted(states, key=[old, [], new].index)  # one after another
+    assert [states.count(old) > 3, states.count([]), states.count(new) > 3] == [True, 1, True]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
 def test_fifty_kills(tmp_path: Path) -> None:
     """Each at a moment of its own, spread over the whole length of a build."""

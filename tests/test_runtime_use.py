@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import dataclasses
 import gc
 import importlib
@@ -119,6 +120,34 @@ def test_stopping_early_frees_the_runtime_and_the_model_goes_on(model: vlpack.Mo
         assert piece
         break
     assert read(model, "00.png").text == ANSWERS["00.png"]["read"]
+
+
+def test_an_interrupted_answer_leaves_the_model_usable(tmp_path: Path) -> None:
+    """Control-C comes at any moment, also while the runtime computes; and so does an error of who reads the stream."""
+    source = copy_digits(tmp_path / "checkpoint")
+    edit_json(source / "generation_config.json", "eos_token_id", value=2175)  # an end that never comes
+    model = vlpack.load(vlpack.build(source, tmp_path / "package").folder)
+    expected = read(model, "01.png", max_tokens=8).tokens
+
+    def interrupted(wait: float) -> None:
+        threading.Timer(wait, _thread.interrupt_main).start()
+        read(model, "01.png", max_tokens=4000)
+
+    for wait in (0.0, 0.05, 0.3):
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(wait)
+        assert read(model, "01.png", max_tokens=8).tokens == expected
+    stream = model.stream(READ, [IMAGES / "01.png"], sampling=GREEDY, max_tokens=8)
+
+    def broken_reader() -> None:
+        for _ in stream:
+            raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        broken_reader()
+    assert read(model, "01.png", max_tokens=8).tokens == expected
+    assert "".join(stream)  # it waits, and may still be read
+    assert stream.answer.tokens == expected
 
 
 def test_two_conversations_at_once(model: vlpack.Model) -> None:
