@@ -54,16 +54,16 @@ def test_the_figures_add_up(result: Benchmark, package: Path) -> None:
 
 def test_an_end_token_does_not_end_the_measurement(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The digits model ends its answers after a few tokens: the number of steps must be the one asked for."""
-    from vlpack import benchmark_work
+    from vlpack import benchmark_work, runtime
 
     steps = []
-    run = benchmark_work.prefill
+    make = runtime.make_generator
 
     def watched(*arguments: Any) -> Any:
-        steps.append(run(*arguments))
+        steps.append(make(*arguments))
         return steps[-1]
 
-    monkeypatch.setattr(benchmark_work, "prefill", watched)
+    monkeypatch.setattr(runtime, "make_generator", watched)
     asked = {"package": str(package), "threads": 1, "new": 40, "repeat": 1, "image": (64, 32)}
     found = benchmark_work.work(asked)
     assert steps[0].token_count() == found["prompt_tokens"] + 40

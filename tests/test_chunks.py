@@ -13,9 +13,10 @@ from family import Member, make_member
 from parity import relative
 from samples import DIGITS, IMAGES, READ
 from vlpack.builder import build
+from vlpack.genai_model import make_generator
 from vlpack.package.genai_config import CHUNK_SIZE
 from vlpack.pictures import picture
-from vlpack.runtime import Model, prefill
+from vlpack.runtime import Model
 from vlpack.sampling import Sampling
 
 pytest.importorskip("torch")
@@ -38,7 +39,7 @@ MEMBERS = {
 def logits_and_tokens(model: Model, prompt: Any, chunk_size: int) -> tuple[np.ndarray, list[int]]:
     length = prompt.input_ids.shape[1] + 6
     options = {"max_length": length, "min_length": length, "do_sample": False, "chunk_size": chunk_size}
-    generator = prefill(model._model, prompt, options)
+    generator = make_generator(model._model, prompt.named_arrays(), options)
     generator.generate_next_token()
     logits = generator.get_logits().reshape(-1).copy()
     for _ in range(5):
@@ -61,7 +62,7 @@ def check(model: Model, prompt: Any) -> None:
 def test_digits(precision: str, images: tuple[str, ...], tmp_path: Path) -> None:
     """Images' features, and DeepStack's channel beside them, are cut where the tokens are."""
     build(DIGITS, tmp_path / "package", precision=precision)
-    model = Model(tmp_path / "package", threads=1)
+    model = Model(tmp_path / "package", threads=1, vision_provider="runtime")
     check(model, model.prompt(READ, [IMAGES / image for image in images]))
 
 
@@ -75,7 +76,7 @@ def test_the_text_part(tmp_path: Path) -> None:
 def test_other_families(name: str, tmp_path: Path) -> None:
     member = MEMBERS[name]
     build(make_member(tmp_path / "checkpoint", member), tmp_path / "package", precision="fp32")
-    model = Model(tmp_path / "package", threads=1)
+    model = Model(tmp_path / "package", threads=1, vision_provider="runtime" if member.vision else None)
     images = [picture(64, 48, 1), picture(40, 72, 2)] if member.vision else []
     check(model, model.prompt("What is this?", images))
 

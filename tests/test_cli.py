@@ -331,7 +331,7 @@ def test_options_out_of_range(package: Path, capsys: Capsys, arguments: list[str
 def test_wrong_options_are_told_before_the_package_is_loaded(
     package: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlpack.runtime._load", lambda *arguments: pytest.fail("was loaded"))
+    monkeypatch.setattr("vlpack.runtime.load_model", lambda *arguments: pytest.fail("was loaded"))
     for wrong in (["--top-k", "0"], ["--max-tokens", "0"]):
         assert vlpack(capsys, "run", package, *wrong, "Hello").code == 2
 

@@ -19,11 +19,12 @@ from PIL import Image
 from samples import ANSWERS, DIGITS, IMAGES, QUERY, READ, content, copy_digits, edit_json, vlpack
 from vlpack.builder import build
 from vlpack.errors import PackageError, VlpackError
+from vlpack.genai_model import check_package
 from vlpack.inspection import inspect
 from vlpack.options import parse_extra_options
 from vlpack.package.processor_config import grid_difference
 from vlpack.preprocess import ImageProcessor
-from vlpack.runtime import Model, check_package
+from vlpack.runtime import Model
 from vlpack.sampling import Sampling
 
 Capsys = pytest.CaptureFixture[str]

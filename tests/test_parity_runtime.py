@@ -48,13 +48,14 @@ QUESTION = "What is in these images, and where?"
 
 @pytest.fixture(scope="session")
 def model(built):
-    """A package in the runtime."""
+    """A package in the runtime, all of it, as it is run from other languages."""
     made: dict[object, Model] = {}
 
     def get(tiny: Tiny, **options: object) -> Model:
         key = (tiny, *sorted(options.items()))
         if key not in made:
-            made[key] = Model(built(tiny, **options), threads=1)
+            vision = None if options.get("part") == "text" else "runtime"
+            made[key] = Model(built(tiny, **options), threads=1, vision_provider=vision)
         return made[key]
 
     return get
@@ -79,6 +80,11 @@ def check(model: Model, reference, images: list[np.ndarray]) -> None:
 @pytest.mark.parametrize("images", SIZES)
 def test_images(images, model, reference):
     check(model(TINY), reference(TINY), make_images(SIZES[images]))
+
+
+@pytest.mark.parametrize("images", SIZES)
+def test_images_seen_in_a_session_of_their_own(images, built, reference):
+    check(Model(built(TINY), threads=1), reference(TINY), make_images(SIZES[images]))
 
 
 @pytest.mark.parametrize("images", ["text", "one image", "two unequal"])

@@ -102,8 +102,8 @@ def test_stopping_early_frees_the_runtime_and_the_model_goes_on(model: vlpack.Mo
         return sum(isinstance(thing, og.Generator) for stream in streams for thing in locals_of(stream))
 
     def locals_of(stream: Any) -> list[Any]:
-        frame = stream._pieces.gi_frame
-        return list(frame.f_locals.values()) if frame else []
+        inner = stream._pieces.gi_yieldfrom  # gone with the outer one
+        return list(inner.gi_frame.f_locals.values()) if inner else []
 
     expected = read(model, "01.png").tokens
     streams = [model.stream(READ, [IMAGES / "01.png"], sampling=GREEDY) for _ in range(2)]
@@ -302,7 +302,8 @@ def test_statistics(model: vlpack.Model) -> None:
     assert text.prefill_seconds  # known without the log, where there is no vision
 
 
-def test_the_runtime_s_log_is_left_to_the_program_unless_timing_is_wanted(model: vlpack.Model) -> None:
+def test_the_runtime_s_log_is_left_to_the_program_unless_timing_is_wanted(package: Path) -> None:
+    model = vlpack.load(package, vision_provider="runtime")
     heard: list[str] = []
     og.set_log_callback(heard.append)
     og.set_log_options(enabled=True, model_output_shapes=True)
@@ -320,7 +321,8 @@ def test_the_runtime_s_log_is_left_to_the_program_unless_timing_is_wanted(model:
         og.set_log_callback(None)
 
 
-def test_a_second_answer_meanwhile_is_not_timed(model: vlpack.Model) -> None:
+def test_a_second_answer_meanwhile_is_not_timed(package: Path) -> None:
+    model = vlpack.load(package, vision_provider="runtime")
     with StageClock(True):
         stats = read(model, "01.png", timing=True).stats
     assert stats.vision_seconds is None
@@ -406,7 +408,7 @@ def test_cores_are_those_of_the_process() -> None:
 def test_all_cores_are_the_runtime_s_threads(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     monkeypatch.setattr("vlpack.loading.available_cores", lambda: 3)
-    monkeypatch.setattr(runtime, "_load", lambda folder, model, threads, provider: seen.append(threads))
+    monkeypatch.setattr(runtime, "load_model", lambda folder, model, threads, *others: seen.append(threads))
     vlpack.load(package)
     assert seen == [3]
 
@@ -428,13 +430,13 @@ def test_what_the_runtime_says_is_an_error_of_ours(model: vlpack.Model, monkeypa
     def fail(*arguments: object) -> None:
         raise RuntimeError("no memory for the cache\n")
 
-    monkeypatch.setattr(runtime, "prefill", fail)
+    monkeypatch.setattr(runtime, "make_generator", fail)
     with pytest.raises(PackageError, match=r"The runtime failed: no memory for the cache$"):
         model.generate("Hello")
 
 
 def test_an_old_runtime_is_told(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.og, "__version__", "0.9.3")
+    monkeypatch.setattr(og, "__version__", "0.9.3")
     with pytest.raises(PackageError, match=r"0\.9\.3 is too old: packages need 0\.18"):
         vlpack.load(package)
 

@@ -73,7 +73,7 @@ def model(built: Callable[..., Path]) -> Callable[[Tiny], Model]:
 
     def get(tiny: Tiny) -> Model:
         if tiny not in made:
-            made[tiny] = Model(built(tiny), threads=1)
+            made[tiny] = Model(built(tiny), threads=1, vision_provider="runtime")
         return made[tiny]
 
     return get

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Answer",
     "BuildResult",
+    "Chat",
     "Embedder",
     "ExtraOptions",
     "Model",
@@ -25,21 +26,24 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from vlpack.answers import Answer
     from vlpack.benchmark import bench
     from vlpack.builder import BuildResult, build
+    from vlpack.chat import Chat
     from vlpack.encoder import Embedder, Reranker
     from vlpack.errors import VlpackError
     from vlpack.inspection import inspect
     from vlpack.loading import load
     from vlpack.options import ExtraOptions
     from vlpack.preprocess import Prompt, VideoOptions
-    from vlpack.runtime import Answer, Model
+    from vlpack.runtime import Model
     from vlpack.sampling import Sampling
     from vlpack.verification import verify
 
 _WHERE = {
-    "Answer": "runtime",
+    "Answer": "answers",
     "BuildResult": "builder",
+    "Chat": "chat",
     "Embedder": "encoder",
     "ExtraOptions": "options",
     "Model": "runtime",

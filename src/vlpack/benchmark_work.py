@@ -14,8 +14,7 @@ from vlpack.errors import InputError, VlpackError
 from vlpack.memory import peak_memory_bytes, resident_memory_bytes
 from vlpack.pictures import picture
 from vlpack.preprocess import Prompt
-from vlpack.runtime import Model, prefill
-from vlpack.timing import StageClock
+from vlpack.runtime import Model
 
 TEXT = "The river rose in the night, and by morning the lower fields stood under water. "
 QUESTION = "What is shown here?"
@@ -68,12 +67,11 @@ def _answer(model: Model, prompt: Prompt, count: int) -> dict[str, float]:
     length = prompt.input_ids.shape[1] + count
     # the least length keeps an end token from ending the answer
     options = {"max_length": length, "min_length": length, "do_sample": False}
+    if model.vision is not None:
+        model.vision.forget()  # what it made of the image for the answer before
     started = time.perf_counter()
-    with StageClock(prompt.has_images) as clock:
-        generator = prefill(model._model, prompt, options)
-        generator.generate_next_token()
-        first = time.perf_counter()
-    vision = clock.seconds_until("image_features", started) if prompt.has_images else 0.0
+    generator, vision, _ = model.begin(prompt, options, timing=True)
+    first = time.perf_counter()
     assert vision is not None, "nobody else in this process takes the runtime's log"
     for _ in range(count - 1):
         generator.generate_next_token()

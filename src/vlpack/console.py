@@ -27,11 +27,11 @@ from rich.table import Table
 from vlpack.errors import InputError, OptionError, VlpackError, VlpackWarning
 
 if TYPE_CHECKING:
+    from vlpack.answers import AnswerStream
     from vlpack.benchmark import Benchmark
     from vlpack.builder import BuildResult
     from vlpack.demo import Row
     from vlpack.evaluation import Evaluation
-    from vlpack.runtime import AnswerStream
     from vlpack.verification.result import Report
 
 

@@ -2,74 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlpack.answers import Answer, AnswerStream, Begun
+from vlpack.chat import Chat
 from vlpack.context import too_long
-from vlpack.errors import InputError, OptionError, PackageError
-from vlpack.genai import og
+from vlpack.errors import InputError, OptionError
+from vlpack.genai_model import SIZES, check_package, eos_ids, load_model, make_generator, read_config, vision_encoder
 from vlpack.loading import check_pixel_limits, checked_threads
-from vlpack.memory import peak_memory_bytes, total_memory_bytes
-from vlpack.package.manifest import graph_files, package_json, whole_package
-from vlpack.package.outside import check_config
+from vlpack.memory import total_memory_bytes
+from vlpack.package.manifest import graph_files
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder, VideoOptions, VideoSource
 from vlpack.sampling import Sampling, check_number
 from vlpack.saturation import warn_of_saturation
-from vlpack.tasks import GENERATE, Loaded, check_package_task
+from vlpack.tasks import GENERATE, Loaded
 from vlpack.timing import StageClock
-
-RUNTIME_NEEDED = (0, 18)
-"""onnxruntime-genai's first version that carries DeepStack's channel."""
 
 NO_VIDEOS = (
     "Videos of Qwen2-VL and Qwen2.5-VL are not taken: in the runtime a video and what follows it would stand at other "
     "positions than in the model."
 )
 """Why only Qwen3-VL has videos: its positions are those of single images, which the runtime computes as the model."""
-
-
-@dataclass
-class Stats:
-    """What an answer took: seconds, tokens, bytes.
-
-    What was not measured is None: preprocessing of a prompt that was ready, and, with images, how the time up to the
-    first token divides into vision and prefill, unless ``timing`` was asked for. ``video_seconds`` is what reading and
-    resizing videos took, and a part of preprocessing.
-    """
-
-    prompt_tokens: int = 0
-    image_tokens: int = 0
-    video_tokens: int = 0
-    video_frames: int = 0
-    new_tokens: int = 0
-    preprocess_seconds: float | None = None
-    video_seconds: float = 0.0
-    vision_seconds: float | None = None
-    prefill_seconds: float | None = None
-    first_token_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    peak_memory: int = 0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of decoding, the first token not counted."""
-        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
-
-
-@dataclass
-class Answer:
-    """A finished answer; ``finish_reason`` is ``stop`` (the model ended) or ``length`` (max_tokens was reached)."""
-
-    text: str
-    tokens: list[int]
-    finish_reason: str
-    stats: Stats = field(default_factory=Stats)
 
 
 class Model(Loaded):
@@ -80,8 +38,16 @@ class Model(Loaded):
         threads: of the runtime; all cores by default (its own default is half of them).
         min_pixels: smallest image area, square pixels, instead of the package's.
         max_pixels: largest image area; smaller is faster. Videos have limits of their own: `VideoOptions`.
+        vision_provider: where images are looked at. ``cpu``, the default of packages for the CPU: in a session of
+            vlpack's own, which is loaded with the first image and keeps what it made of the last ones. ``runtime``: in
+            onnxruntime-genai, loaded with the package, as other languages have it.
+
+    Attributes:
+        prompts: makes prompts of messages.
+        vision: that session's encoder; None where there is none.
 
     Raises:
+        OptionError: an option does not suit the package.
         PackageError: the folder is not a complete package, or the runtime cannot load it.
     """
 
@@ -92,18 +58,19 @@ class Model(Loaded):
         threads: int | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        vision_provider: str | None = None,
     ) -> None:
         self.folder, self.task = Path(os.path.expanduser(folder)), GENERATE
         threads = checked_threads(threads)
         started = time.perf_counter()
         self.manifest = check_package(self.folder)
         graphs = graph_files(self.folder, self.manifest)  # whose weights are looked at before the runtime opens them
-        self.config = _read_config(self.folder, self.manifest["files"], graphs)
+        self.config = read_config(self.folder, self.manifest["files"], graphs)
         model = self.config["model"]
         self.context_length: int = model["context_length"]
         self.vocab_size: int = model["vocab_size"]
         check_pixel_limits(self.folder, "image_token_id" in model, min_pixels, max_pixels)
-        self._prompts = PromptBuilder.from_folder(
+        self.prompts = PromptBuilder.from_folder(
             self.folder,
             image_token_id=model.get("image_token_id"),
             video_token_id=model.get("video_token_id"),
@@ -111,20 +78,21 @@ class Model(Loaded):
             max_pixels=max_pixels,
             no_videos=None if model.get("type") == "qwen3_vl" else NO_VIDEOS,
         )
-        self.tokenizer = self._prompts.tokenizer
+        self.tokenizer = self.prompts.tokenizer
         warn_of_saturation(self.manifest)
-        self._model = _load(self.folder, model, threads, self.manifest.get("execution_provider"))
+        self.vision = vision_encoder(self.folder, model, self.manifest, threads, vision_provider)
+        self._model = load_model(self.folder, model, threads, self.manifest.get("execution_provider"), self.vision)
         self.load_seconds = time.perf_counter() - started
 
     @property
     def takes_videos(self) -> bool:
         """Whether prompts may have videos."""
-        return self._prompts.video_processor is not None
+        return self.prompts.video_processor is not None
 
     def cache_bytes(self, tokens: int) -> int:
         """What the keys and values of so many tokens take: the runtime allots them before it begins."""
         decoder = self.config["model"]["decoder"]
-        sizes = (int(decoder[name]) for name in _SIZES)
+        sizes = (int(decoder[name]) for name in SIZES)
         return 2 * math.prod(sizes) * tokens * (2 if self.manifest.get("activations") == "float16" else 4)
 
     def prompt(
@@ -139,7 +107,7 @@ class Model(Loaded):
         Options are ``video_options`` and the chat template's variables (``tools``, ``enable_thinking`` …); see
         `vlpack.preprocess.PromptBuilder`.
         """
-        return self._prompts(_as_messages(messages, images, videos), images, videos, **options)
+        return self.prompts(_as_messages(messages, images, videos), images, videos, **options)
 
     def generate(
         self,
@@ -200,118 +168,90 @@ class Model(Loaded):
             OptionError: an option is out of its range.
         """
         check_number("max_tokens", max_tokens, 1, 2**31 - 1, whole=True)
+        check_sources(images, videos)
+        options = self.search_options(sampling)
+        prompt, preprocess_seconds = messages, None
+        if isinstance(prompt, Prompt):
+            given = {"images": len(images), "videos": len(videos), "video_options": video_options}
+            _check_prompt(prompt, {**given, "allow_private_urls": allow_private_urls}, self.config["model"])
+        else:
+            started = time.perf_counter()
+            prompt = self.prompt(
+                prompt, images, videos, video_options=video_options, allow_private_urls=allow_private_urls
+            )
+            preprocess_seconds = time.perf_counter() - started
+        limit = self.room(prompt, max_tokens)
+
+        def begin() -> Begun:
+            return self.begin(prompt, {**options, "max_length": limit}, timing)
+
+        text, ends = self.tokenizer.stream(), eos_ids(self.config)
+        return AnswerStream(prompt, begin, text, ends, max_tokens, preprocess_seconds)
+
+    def chat(self, **options: Any) -> Chat:
+        """A conversation, whose unchanged turns are not computed again; options as for `vlpack.chat.Chat`."""
+        return Chat(self, **options)
+
+    def search_options(self, sampling: Sampling | None) -> dict[str, Any]:
+        """How tokens are chosen, as the runtime takes it.
+
+        Raises:
+            OptionError: a value is out of its range.
+        """
         if sampling is not None and not isinstance(sampling, Sampling):
             raise OptionError("sampling must be a vlpack.Sampling.", "vlpack.Sampling(temperature=0), for example.")
-        if isinstance(images, (str, bytes, os.PathLike)):
-            raise InputError("images must be a list, also for a single one.", "[image]")
-        if isinstance(videos, (str, bytes, os.PathLike)):
-            raise InputError("videos must be a list, also for a single one.", "[video]")
         options = (sampling or Sampling()).search_options()
         if "top_k" in options:  # the runtime refuses to take more tokens than there are
             options["top_k"] = min(options["top_k"], self.vocab_size)
-        if isinstance(messages, Prompt):
-            given = {"images": len(images), "videos": len(videos), "video_options": video_options}
-            _check_prompt(messages, {**given, "allow_private_urls": allow_private_urls}, self.config["model"])
-            return AnswerStream(self, messages, max_tokens, options, None, timing)
-        started = time.perf_counter()
-        prompt = self.prompt(
-            messages, images, videos, video_options=video_options, allow_private_urls=allow_private_urls
-        )
-        return AnswerStream(self, prompt, max_tokens, options, time.perf_counter() - started, timing)
+        return options
 
+    def room(self, prompt: Prompt, max_tokens: int) -> int:
+        """The tokens that the cache is made for: of the prompt, and of the answer as far as the context has room.
 
-class AnswerStream(Iterator[str]):
-    """Iterates over the answer's text; `answer` is complete when it ends. Leaving early frees the runtime's state."""
-
-    def __init__(
-        self,
-        model: Model,
-        prompt: Prompt,
-        max_tokens: int,
-        options: dict[str, Any],
-        preprocess_seconds: float | None,
-        timing: bool,
-    ) -> None:
-        length = prompt.input_ids.shape[1]
-        video_tokens = prompt.num_video_tokens
-        image_tokens = int(prompt.num_image_tokens.sum()) - video_tokens
-        if length >= model.context_length:
-            raise too_long("The prompt", prompt, model.context_length - 1)  # one is for the answer
-        self.answer = Answer("", [], "length")
-        stats = self.answer.stats
-        stats.prompt_tokens, stats.image_tokens, stats.video_tokens = length, image_tokens, video_tokens
-        stats.video_frames = sum(len(video.frames_indices) for video in prompt.videos)
-        stats.video_seconds = sum(video.seconds for video in prompt.videos)
-        stats.preprocess_seconds = preprocess_seconds
-        limit = min(length + max_tokens, model.context_length)
-        needed, there = model.cache_bytes(limit), total_memory_bytes()
+        Raises:
+            InputError: the prompt does not fit the context.
+            OptionError: the cache does not fit this machine's memory.
+        """
+        length = prompt.input_ids.size
+        if length >= self.context_length:
+            raise too_long("The prompt", prompt, self.context_length - 1)  # one is for the answer
+        limit = min(length + max_tokens, self.context_length)
+        needed, there = self.cache_bytes(limit), total_memory_bytes()
         if there and needed > there:
             raise OptionError(
                 f"The cache for {limit} tokens (prompt and max_tokens) takes {needed / 1e9:.1f} GB; this machine has "
                 f"{there / 1e9:.1f} GB.",
                 "Give a smaller --max-tokens.",
             )
-        self._pieces = self._run(model, prompt, {**options, "max_length": limit}, timing)
+        return limit
 
-    def __next__(self) -> str:
-        try:
-            return next(self._pieces)
-        except RuntimeError as error:  # onnxruntime-genai's only kind
-            raise PackageError(f"The runtime failed: {str(error).strip()[:500]}") from error
+    def begin(self, prompt: Prompt, options: dict[str, Any], timing: bool = False) -> Begun:
+        """A generator that has seen the prompt, and the first token.
 
-    def close(self) -> None:
-        """Stop, and free the runtime's state."""
-        self._pieces.close()
-
-    def _run(self, model: Model, prompt: Prompt, options: dict[str, Any], timing: bool) -> Generator[str, None, None]:
-        answer, stats = self.answer, self.answer.stats
-        text = model.tokenizer.stream()
+        Args:
+            prompt: of this package.
+            options: of the search, with max_length.
+            timing: measure what looking at images takes, where the runtime does it.
+        """
         started = time.perf_counter()
-        with StageClock(timing and prompt.has_images) as clock:
-            generator = prefill(model._model, prompt, options)
+        if self.vision is not None or not prompt.has_images:
+            arrays = prompt.named_arrays() if self.vision is None else self.vision.runtime_arrays(prompt)
+            seconds = time.perf_counter() - started if prompt.has_images else 0.0
+            generator = make_generator(self._model, arrays, options)
             generator.generate_next_token()
-            first = time.perf_counter()
-        stats.vision_seconds = clock.seconds_until("image_features", started) if prompt.has_images else 0.0
-        if stats.vision_seconds is not None:
-            stats.prefill_seconds = first - started - stats.vision_seconds
-        stats.first_token_seconds = (stats.preprocess_seconds or 0.0) + first - started
-        ends = _eos_ids(model.config)
-        while True:
-            token = int(generator.get_next_tokens()[0])
-            answer.tokens.append(token)
-            stats.new_tokens += 1
-            stats.decode_seconds = time.perf_counter() - first
-            stats.peak_memory = peak_memory_bytes()
-            if token in ends:
-                answer.finish_reason = "stop"
-                break
-            if piece := text.push(token):
-                answer.text += piece
-                yield piece
-            if generator.is_done():  # max_length is reached
-                break
+            return Begun(generator, seconds)
+        with StageClock(timing) as clock:
+            generator = make_generator(self._model, prompt.named_arrays(), options)
             generator.generate_next_token()
-        if piece := text.flush():
-            answer.text += piece
-            yield piece
+        return Begun(generator, clock.seconds_until("image_features", started))
 
 
-def check_package(folder: Path) -> dict[str, Any]:
-    """The manifest of a whole package, which the runtime can run.
-
-    Raises:
-        PackageError: it cannot, with what is wrong.
-    """
-    manifest = whole_package(folder)
-    check_package_task(folder, manifest, GENERATE)
-    version = tuple(int(part) for part in og.__version__.split(".")[:2])
-    if version < RUNTIME_NEEDED:
-        needed = ".".join(map(str, RUNTIME_NEEDED))
-        raise PackageError(
-            f"onnxruntime-genai {og.__version__} is too old: packages need {needed} or newer.",
-            f"pip install -U 'onnxruntime-genai>={needed}'",
-        )
-    return manifest
+def check_sources(images: object, videos: object) -> None:
+    """Raises an InputError where one is given that should be a list of them."""
+    if isinstance(images, (str, bytes, os.PathLike)):
+        raise InputError("images must be a list, also for a single one.", "[image]")
+    if isinstance(videos, (str, bytes, os.PathLike)):
+        raise InputError("videos must be a list, also for a single one.", "[video]")
 
 
 def _as_messages(
@@ -336,72 +276,3 @@ def _check_prompt(prompt: Prompt, given: dict[str, Any], model: dict[str, Any]) 
         raise InputError(NO_VIDEOS, "Send single images.")
     if prompt.input_ids.max(initial=0) >= model["vocab_size"]:
         raise InputError("The prompt has tokens that the package does not know.", "Make it with this model's prompt.")
-
-
-_INTEGERS = ("context_length", "vocab_size")
-_SIZES = ("num_hidden_layers", "num_key_value_heads", "head_size")
-
-
-def _read_config(folder: Path, files: Mapping[str, Any], graphs: Mapping[str, str]) -> dict[str, Any]:
-    path = folder / "genai_config.json"
-    config = package_json(folder, path.name)
-    if config is None:
-        raise PackageError(f"{folder} has no genai_config.json.", "Build or copy the package again.")
-    check_config(path, config, files, graphs)
-    try:
-        model, eos = config["model"], config["model"]["eos_token_id"]
-        sizes = [model[name] for name in _INTEGERS]
-        if "decoder" in model:
-            sizes += [model["decoder"][name] for name in _SIZES]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise PackageError(f"{path} cannot be read: {error!r}.") from None
-    if all(type(size) is int and 0 < size < 2**31 for size in sizes) and isinstance(eos, (int, list)):
-        return config
-    raise PackageError(f"{path} has a {', '.join(_INTEGERS + _SIZES)} or eos_token_id of the wrong type or size.")
-
-
-def _eos_ids(config: dict[str, Any]) -> set[int]:
-    eos = config["model"]["eos_token_id"]
-    return set(eos) if isinstance(eos, list) else {eos}
-
-
-def _load(folder: Path, model: dict[str, Any], threads: int, provider: object) -> og.Model:
-    sections = [name for name in ("decoder", "vision", "embedding") if name in model]
-    embeds = "inputs_embeds" in model.get("decoder", {}).get("inputs", {})
-    if "decoder" not in model or (embeds and len(sections) < 3):
-        raise PackageError(
-            f"{folder} holds only {', '.join(sections) or 'no part'} of a model and does not run by itself.",
-            "Build it with --part all, or with --part text and without exclude_embeds.",
-        )
-    session = {"session_options": {"intra_op_num_threads": threads}}
-    many = {name: session for name in sections if name != "embedding"}  # which has one thread, as the package says
-    try:
-        config = og.Config(str(folder))
-        config.overlay(json.dumps({"model": many}))
-        return og.Model(config)
-    except Exception as error:
-        raise PackageError(f"The runtime cannot load {folder}: {str(error).strip()[:500]}", _wheel(provider)) from None
-
-
-def _wheel(provider: object) -> str | None:
-    """What to do where a package is for another provider than the installed runtime may have."""
-    if provider == "cpu":
-        return None
-    wheels = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-winml"}
-    wheel = wheels.get(str(provider), f"a build of onnxruntime-genai with {provider}")
-    return f"The package is for {provider}: it needs {wheel} in place of onnxruntime-genai. Or build with -e cpu."
-
-
-def prefill(model: og.Model, prompt: Prompt, options: dict[str, Any]) -> og.Generator:
-    """A generator that has seen the prompt."""
-    params = og.GeneratorParams(model)
-    params.set_search_options(**options)
-    generator = og.Generator(model, params)
-    if prompt.has_images:
-        tensors = og.NamedTensors()
-        for name, array in prompt.named_arrays().items():
-            tensors[name] = array
-        generator.set_inputs(tensors)
-    else:
-        generator.append_tokens(prompt.input_ids)
-    return generator

@@ -211,8 +211,8 @@ class PromptBuilder:
     def __call__(
         self,
         messages: Sequence[Message],
-        images: Sequence[ImageSource] = (),
-        videos: Sequence[VideoSource] = (),
+        images: Sequence[ImageSource | ProcessedImages] = (),
+        videos: Sequence[VideoSource | ProcessedVideo] = (),
         *,
         video_options: VideoOptions | None = None,
         add_generation_prompt: bool = True,
@@ -226,8 +226,9 @@ class PromptBuilder:
             messages: see `normalize_messages`.
             images: for the image parts without a source of their own, in order. A PIL image is taken as it is
                 (transparency onto white, no EXIF rotation), everything else goes through `load_image`; so it is in
-                transformers.
-            videos: for the video parts without a source of their own, in order; see `open_clip`.
+                transformers. What an image processor made of one image is taken as that image.
+            videos: for the video parts without a source of their own, in order; see `open_clip`. What a video processor
+                made of one is taken as that video.
             video_options: how those videos are looked at whose parts do not say it themselves.
             add_generation_prompt: end with the header of the assistant's answer.
             tools: JSON schemas of functions the model may call.
@@ -243,7 +244,7 @@ class PromptBuilder:
         parts = _fill_videos(conversation.videos, videos, video_options)
         if loaded and self.image_processor is None:
             raise InputError("The package has no vision part, so it takes no images.", hint="Send text only.")
-        if parts and (self.video_processor is None or self.image_processor is None):
+        if parts and (self.video_processor is None or self.image_processor is None):  # told before anything is done
             raise InputError(self.no_videos, hint="Send text or single images.")
         text = self.chat_template.render(
             conversation.messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
@@ -252,7 +253,7 @@ class PromptBuilder:
         self._check_placeholders(ids, len(loaded), len(parts))
         if self.image_processor is None or not (loaded or parts):
             return Prompt(ids[None], np.zeros(0, dtype=np.int64), None, None, text)
-        processed = self.image_processor(loaded)
+        processed = self._processed(loaded)
         spans: tuple[PromptVideo, ...] = ()
         if parts:
             clips = self._process_videos(parts)
@@ -267,6 +268,26 @@ class PromptBuilder:
             spans,
         )
 
+    def processed_image(self, source: ImageSource, allow_private_urls: bool = False) -> ProcessedImages:
+        """One image, for prompts that show it again and again; arguments as for `load_image`.
+
+        Raises:
+            InputError: it is not usable, or the package takes no images.
+        """
+        if self.image_processor is None:
+            raise InputError("The package has no vision part, so it takes no images.", hint="Send text only.")
+        loaded = _load(source, allow_private_urls)
+        return loaded if isinstance(loaded, ProcessedImages) else self.image_processor([loaded])
+
+    def processed_video(self, source: VideoSource, options: VideoOptions | None = None) -> ProcessedVideo:
+        """One video, likewise; arguments as for `open_clip`.
+
+        Raises:
+            InputError: it is not usable, or the package takes no videos.
+            OptionError: options do not fit the model's settings or the video.
+        """
+        return self._process_videos([(source, options)])[0]
+
     def _check_token(self, name: str, token_id: int) -> str:
         """A placeholder's text: a token that text is split at first, so that it expands the same as id and as text."""
         token = self.tokenizer.token(token_id) if self.tokenizer.is_added_token(token_id) else None
@@ -277,14 +298,28 @@ class PromptBuilder:
             )
         return token
 
-    def _process_videos(self, parts: Sequence[tuple[VideoSource, VideoOptions | None]]) -> list[ProcessedVideo]:
-        assert self.video_processor is not None, "checked before"
+    def _processed(self, images: Sequence[Image.Image | ProcessedImages]) -> ProcessedImages:
+        """One run of images; those that are processed already stay as they are."""
         assert self.image_processor is not None, "checked before"
+        bare = [image for image in images if not isinstance(image, ProcessedImages)]
+        if len(bare) == len(images):
+            return self.image_processor(bare)
+        done = [image if isinstance(image, ProcessedImages) else self.image_processor([image]) for image in images]
+        return ProcessedImages(*(np.concatenate(arrays) for arrays in zip(*done, strict=True)))
+
+    def _process_videos(
+        self, parts: Sequence[tuple[VideoSource | ProcessedVideo, VideoOptions | None]]
+    ) -> list[ProcessedVideo]:
+        if self.video_processor is None or self.image_processor is None:
+            raise InputError(self.no_videos, hint="Send text or single images.")
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
             for_videos, for_images = getattr(self.video_processor, name), getattr(self.image_processor, name)
             if for_videos != for_images:
                 raise CheckpointError(f"The video settings have {name} {for_videos}, those of images {for_images}.")
-        return [self.video_processor(source, options) for source, options in parts]
+        return [
+            source if isinstance(source, ProcessedVideo) else self.video_processor(source, options)
+            for source, options in parts
+        ]
 
     def _join(
         self, ids: npt.NDArray[np.int32], images: ProcessedImages, videos: Sequence[ProcessedVideo]
@@ -362,8 +397,8 @@ def _fill(kind: str, sources: Sequence[Any], given: Sequence[Any]) -> list[Any]:
 
 
 def _fill_videos(
-    parts: Sequence[VideoPart], given: Sequence[VideoSource], options: VideoOptions | None
-) -> list[tuple[VideoSource, VideoOptions | None]]:
+    parts: Sequence[VideoPart], given: Sequence[VideoSource | ProcessedVideo], options: VideoOptions | None
+) -> list[tuple[VideoSource | ProcessedVideo, VideoOptions | None]]:
     sources = _fill("video", [part.source for part in parts], given)
     if options is not None and all(part.options for part in parts):
         what = "every video says itself how it is looked at" if parts else "there are no videos"
@@ -371,5 +406,7 @@ def _fill_videos(
     return [(source, part.options or options) for source, part in zip(sources, parts, strict=True)]
 
 
-def _load(source: ImageSource, allow_private_urls: bool) -> Image.Image:
-    return source if isinstance(source, Image.Image) else load_image(source, allow_private_urls=allow_private_urls)
+def _load(source: ImageSource | ProcessedImages, allow_private_urls: bool) -> Image.Image | ProcessedImages:
+    if isinstance(source, (Image.Image, ProcessedImages)):
+        return source
+    return load_image(source, allow_private_urls=allow_private_urls)

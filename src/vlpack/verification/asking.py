@@ -12,11 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from vlpack.errors import InputError
+from vlpack.genai_model import RUNTIME
 from vlpack.loading import load
+from vlpack.package.manifest import whole_package
 from vlpack.preprocess import Prompt, Tokenizer
 from vlpack.preprocess.encoder_prompts import Input
 from vlpack.runtime import Model
 from vlpack.sampling import Sampling
+from vlpack.tasks import GENERATE, manifest_task
 from vlpack.verification.cases import DOCUMENT, Case, built_in
 
 if TYPE_CHECKING:
@@ -88,8 +91,10 @@ def ask(
     Raises:
         VlpackError: the package cannot be loaded, or a case does not fit it.
     """
-    package = load(folder, threads=threads)
     sees = (folder / "vision.onnx").is_file()
+    generates = manifest_task(folder, whole_package(folder)) == GENERATE
+    # all in the runtime, as the package is run from other languages
+    package = load(folder, threads=threads, **({"vision_provider": RUNTIME} if generates and sees else {}))
     if isinstance(package, Model):
         asked = []
         for case in cases or built_in(sees=sees, videos=package.takes_videos):
