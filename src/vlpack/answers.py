@@ -78,6 +78,8 @@ class Begun(NamedTuple):
 class AnswerStream(Iterator[str]):
     """Iterates over the answer's text; `answer` is complete when it ends. Leaving early frees the runtime's state.
 
+    `prompt` is what is answered.
+
     Args:
         prompt: what is answered.
         begin: shows it to the runtime.
@@ -98,7 +100,7 @@ class AnswerStream(Iterator[str]):
         preprocess_seconds: float | None,
         ended: Callable[[Answer], None] | None = None,
     ) -> None:
-        self.answer = Answer("", [], "interrupted")
+        self.answer, self.prompt = Answer("", [], "interrupted"), prompt
         stats = self.answer.stats
         stats.prompt_tokens, stats.video_tokens = prompt.input_ids.shape[1], prompt.num_video_tokens
         stats.image_tokens = int(prompt.num_image_tokens.sum()) - stats.video_tokens

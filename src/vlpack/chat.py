@@ -63,6 +63,10 @@ class Turn:
     videos: list[ProcessedVideo] = field(default_factory=list)
 
 
+_NOTHING = Turn({"role": "user", "content": "?"})
+"""A question to come, for counting what stands before it."""
+
+
 class Chat:
     """A conversation with a package. Make it with `Model.chat`.
 
@@ -101,22 +105,32 @@ class Chat:
         check_number("context", context, 2, 2**31 - 1, whole=True)
         self.model, self.max_tokens = model, max_tokens
         self.context = min(context or 2**31, model.context_length, _tokens_in_memory(model))
+        self.allow_private_urls = allow_private_urls
         self._options = model.search_options(sampling)
-        self._video_options, self._private, self._variables = video_options, allow_private_urls, variables
+        self._video_options, self._variables = video_options, variables
         messages = list(messages)
         if messages and messages[0].get("role") == "system":
             if system is not None:
                 raise InputError("There are two system messages.", "Leave one away.")
             system = _text_of(messages.pop(0))
-        self.system = system
         self.turns: list[Turn] = []
-        self._empty = 0
         self._stream: AnswerStream | None = None
         self._generator: og.Generator | None = None
         self._capacity = 0
         self._shown: list[Any] = []  # images and videos that the generator has seen
-        self._empty = self._length([])
+        self.system = system
         self._resume(messages)
+
+    @property
+    def system(self) -> str | None:
+        """The system message; a new one counts from the next question on."""
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        self._system: str | None = text
+        # which is in front of all turns, whatever they are
+        self._empty = self._prompt([_NOTHING]).input_ids.size
 
     @property
     def messages(self) -> list[Message]:
@@ -222,7 +236,7 @@ class Chat:
 
     def _length(self, more: Sequence[Turn]) -> int:
         """Tokens of the turns and ``more``, as they stand before a further question."""
-        return self._prompt([*self.turns, *more, Turn({"role": "user", "content": "?"})]).input_ids.size
+        return self._prompt([*self.turns, *more, _NOTHING]).input_ids.size
 
     def _settle(self) -> None:
         if self._stream is not None:
@@ -238,7 +252,7 @@ class Chat:
         """A turn whose images and videos are processed."""
         builder = self.model.prompts
         conversation = normalize_messages([user])
-        images = [builder.processed_image(_given(image), self._private) for image in conversation.images]
+        images = [builder.processed_image(_given(image), self.allow_private_urls) for image in conversation.images]
         videos = [
             builder.processed_video(_given(video.source), video.options or self._video_options)
             for video in conversation.videos

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import vlpack
+from vlpack import cli_options as opt
 from vlpack import console
 from vlpack.errors import InputError, OptionError, VlpackError
 
@@ -30,9 +31,6 @@ EXTRA_OPTIONS = (
     "As the builder's: block_size, is_symmetric, accuracy_level, algo_config, matmul_mixed_precision, exclude_embeds, "
     "prune_lm_head, shared_embeddings, filename, hf_token."
 )
-
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of the runtime. (default: all cores)")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 def _version(value: bool) -> None:
@@ -102,7 +100,7 @@ def build(
     verify_it: Annotated[
         bool, typer.Option("--verify", help="Compare with transformers when built, and say so in the package's card.")
     ] = False,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Build a package from a checkpoint."""
     from vlpack.builder import build as run_build
@@ -152,54 +150,31 @@ def build(
 
 @app.command()
 def run(
-    package: Annotated[Path, typer.Argument(help="Folder of a package.")],
+    package: opt.Package,
     question: Annotated[
         str | None, typer.Argument(help="The question; read from standard input where it is left out.")
     ] = None,
-    image: Annotated[
-        list[str] | None, typer.Option("--image", help="Image file or URL; give it again for more.")
-    ] = None,
-    video: Annotated[
-        list[str] | None, typer.Option("--video", help="Video file, or folder of pictures; give it again for more.")
-    ] = None,
-    fps: Annotated[
-        float | None,
-        typer.Option(
-            "--fps", help="Frames a second to look at; how many a folder of pictures has. (default: the model's)"
-        ),
-    ] = None,
-    num_frames: Annotated[
-        int | None, typer.Option("--num-frames", help="So many frames of the video, instead of so many a second.")
-    ] = None,
-    min_frames: Annotated[int | None, typer.Option("--min-frames", help="At least so many frames of a video.")] = None,
-    max_frames: Annotated[int | None, typer.Option("--max-frames", help="At most so many frames of a video.")] = None,
-    total_pixels: Annotated[
-        int | None,
-        typer.Option("--total-pixels", help="Largest area of a video's frames together, in pixels; smaller is faster."),
-    ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System prompt.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of the answer at most.")] = 512,
-    temperature: Annotated[
-        float | None, typer.Option("--temperature", help="0 takes the likeliest token always. (default: the model's)")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Only the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Only the likeliest tokens whose probabilities sum to p.")
-    ] = None,
-    repetition_penalty: Annotated[
-        float | None, typer.Option("--repetition-penalty", help="Above 1 avoids repeating.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer.")] = None,
-    threads: Threads = None,
-    min_pixels: Annotated[int | None, typer.Option("--min-pixels", help="Smallest image area, in pixels.")] = None,
-    max_pixels: Annotated[
-        int | None, typer.Option("--max-pixels", help="Largest image area, in pixels; smaller is faster.")
-    ] = None,
-    allow_private_urls: Annotated[
-        bool, typer.Option("--allow-private-urls", help="Let image URLs lead into this network.")
-    ] = False,
+    image: opt.Images = None,
+    video: opt.Videos = None,
+    fps: opt.Fps = None,
+    num_frames: opt.NumFrames = None,
+    min_frames: opt.MinFrames = None,
+    max_frames: opt.MaxFrames = None,
+    total_pixels: opt.TotalPixels = None,
+    system: opt.System = None,
+    max_tokens: opt.MaxTokens = 512,
+    temperature: opt.Temperature = None,
+    top_k: opt.TopK = None,
+    top_p: opt.TopP = None,
+    repetition_penalty: opt.RepetitionPenalty = None,
+    seed: opt.Seed = None,
+    threads: opt.Threads = None,
+    min_pixels: opt.MinPixels = None,
+    max_pixels: opt.MaxPixels = None,
+    vision_provider: opt.VisionProvider = None,
+    allow_private_urls: opt.PrivateUrls = False,
     stats: Annotated[bool, typer.Option("--stats", help="Add a line of timing, on standard error.")] = False,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Ask a package a question, about images and videos or without."""
     from vlpack.preprocess import VideoOptions
@@ -219,15 +194,15 @@ def run(
         "max_frames": max_frames,
         "total_pixels": total_pixels,
     }
-    for name, value in looked.items():
-        if value is not None and not video:
-            raise OptionError(f"--{name.replace('_', '-')} has no effect without a video.", "Give one with --video.")
+    opt.check_video_options(looked, video)
     if video and not image and (min_pixels or max_pixels):
         raise OptionError("--min-pixels and --max-pixels are for images.", "For videos there is --total-pixels.")
     video_options = VideoOptions(**looked)  # type: ignore[arg-type]
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     sampling.search_options()  # a wrong value is told before the model is loaded
-    model = Model(package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels)
+    model = Model(
+        package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
+    )
     stream = model.stream(
         messages,
         image or [],
@@ -241,12 +216,64 @@ def run(
     console.show_answer(stream, model.load_seconds, stats=stats, as_json=as_json)
 
 
+@app.command()
+def chat(
+    package: opt.Package,
+    image: opt.Images = None,
+    video: opt.Videos = None,
+    fps: opt.Fps = None,
+    num_frames: opt.NumFrames = None,
+    min_frames: opt.MinFrames = None,
+    max_frames: opt.MaxFrames = None,
+    total_pixels: opt.TotalPixels = None,
+    system: opt.System = None,
+    messages: Annotated[
+        Path | None, typer.Option("--messages", help="JSON of a conversation to go on with, as /save writes it.")
+    ] = None,
+    max_tokens: opt.MaxTokens = 1024,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", help="Tokens at most. (default: what the model and half of the memory allow)"),
+    ] = None,
+    temperature: opt.Temperature = None,
+    top_k: opt.TopK = None,
+    top_p: opt.TopP = None,
+    repetition_penalty: opt.RepetitionPenalty = None,
+    seed: opt.Seed = None,
+    threads: opt.Threads = None,
+    min_pixels: opt.MinPixels = None,
+    max_pixels: opt.MaxPixels = None,
+    vision_provider: opt.VisionProvider = None,
+    allow_private_urls: opt.PrivateUrls = False,
+) -> None:
+    """Talk with a package in the terminal; /help says how. Lines of a pipe are questions, too."""
+    from vlpack.chat_terminal import Terminal, read_messages
+    from vlpack.preprocess import VideoOptions
+    from vlpack.runtime import Model
+    from vlpack.sampling import Sampling
+
+    video_options = VideoOptions(fps, num_frames, min_frames, max_frames, total_pixels)
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    sampling.search_options()  # a wrong value, or file, is told before the model is loaded
+    before = read_messages(messages) if messages else []
+    model = Model(
+        package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
+    )
+    conversation = model.chat(
+        system=system,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        video_options=video_options,
+        context=context,
+        allow_private_urls=allow_private_urls,
+        messages=before,
+    )
+    Terminal(conversation, image or (), video or ()).run()
+
+
 Instruction = Annotated[str | None, typer.Option("--instruction", help="What the model is told to compare for.")]
 NamedPrompt = Annotated[
     str | None, typer.Option("--prompt", help="Name of one of the model's own prompts instead, such as query.")
-]
-MaxPixels = Annotated[
-    int | None, typer.Option("--max-pixels", help="Largest image area, in pixels; smaller is faster.")
 ]
 
 
@@ -262,9 +289,9 @@ def embed(
     instruction: Instruction = None,
     prompt: NamedPrompt = None,
     dimensions: Annotated[int | None, typer.Option("--dimensions", help="Keep so many of the first ones.")] = None,
-    max_pixels: MaxPixels = None,
-    threads: Threads = None,
-    as_json: Json = False,
+    max_pixels: opt.MaxPixels = None,
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Embed texts and images with an embedding model's package, and compare them."""
     from vlpack.encoder import Embedder
@@ -289,9 +316,9 @@ def score(
     ] = None,
     instruction: Instruction = None,
     prompt: NamedPrompt = None,
-    max_pixels: MaxPixels = None,
-    threads: Threads = None,
-    as_json: Json = False,
+    max_pixels: opt.MaxPixels = None,
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Score documents for a query with a reranker's package: 0 to 1, the best first."""
     from vlpack.encoder import Reranker
@@ -307,7 +334,7 @@ def score(
 def inspect(
     path: Annotated[Path, typer.Argument(help="Folder of a package or a checkpoint.")],
     hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Compare the contents of all files.")] = True,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Show what a package or a checkpoint is made of; exit with 1 where a package is damaged."""
     from vlpack.inspection import inspect as run_inspect
@@ -336,12 +363,12 @@ def verify(
             help="Keep one module of the reference in memory at a time. (default: where it is large for this machine)",
         ),
     ] = None,
-    threads: Threads = None,
+    threads: opt.Threads = None,
     lora: Annotated[
         list[str] | None, typer.Option("--lora", help="Adapter that was merged; again for another.")
     ] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write a page to look at: report.html.")] = None,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Compare a package with its checkpoint in transformers; exit with 1 where it is not the model."""
     from vlpack.verification import verify as run_verify
@@ -385,8 +412,8 @@ def evaluate(
     ] = False,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many questions.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of an answer at most.")] = 32,
-    threads: Threads = None,
-    as_json: Json = False,
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Score a package on questions about images, with confidence intervals."""
     from vlpack.evaluation import evaluate as run_evaluate
@@ -417,12 +444,12 @@ def bench(
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Of each answer.")] = 32,
     repeat: Annotated[int, typer.Option("--repeat", min=1, help="Answers to each prompt.")] = 3,
-    threads: Threads = None,
+    threads: opt.Threads = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result to this JSON file.")] = None,
     compare: Annotated[
         Path | None, typer.Option("--compare", help="Tell how an earlier result's figures changed.")
     ] = None,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Measure loading, the time to the first token, the tokens after it, and memory."""
     from vlpack import benchmark
@@ -452,7 +479,7 @@ def bench(
 
 
 @app.command()
-def architectures(as_json: Json = False) -> None:
+def architectures(as_json: opt.Json = False) -> None:
     """List the architectures that are supported and what each needs."""
     from vlpack.architectures import described
 
@@ -463,7 +490,7 @@ def architectures(as_json: Json = False) -> None:
 def demo(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the package in this folder.")] = None,
     precision: Annotated[str, typer.Option("-p", "--precision", help="fp32, fp16, int8 or int4.")] = "int8",
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Build the small checkpoint that ships with vlpack and ask it about the images that ship with it."""
     from vlpack.demo import demo as run_demo

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import sys
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,7 +28,7 @@ from rich.table import Table
 from vlpack.errors import InputError, OptionError, VlpackError, VlpackWarning
 
 if TYPE_CHECKING:
-    from vlpack.answers import AnswerStream
+    from vlpack.answers import AnswerStream, Stats
     from vlpack.benchmark import Benchmark
     from vlpack.builder import BuildResult
     from vlpack.demo import Row
@@ -62,6 +63,11 @@ def printable(text: object) -> str:
     return "".join(
         character if character.isprintable() or character == "\n" else ascii(character)[1:-1] for character in str(text)
     )
+
+
+def without_controls(text: str) -> str:
+    """An answer without what controls a terminal: a model can write any character."""
+    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def escape(text: object) -> str:
@@ -210,34 +216,39 @@ def show_answer(stream: AnswerStream, load_seconds: float, *, stats: bool, as_js
     """The answer as it comes, and the line of timing."""
     for piece in stream:
         if not as_json:
-            print(piece, end="", flush=True)
+            print(without_controls(piece) if is_terminal(sys.stdout) else piece, end="", flush=True)
     answer = stream.answer
     if as_json:
-        timing = {**asdict(answer.stats), "load_seconds": load_seconds}
-        shown = {"text": answer.text, "finish_reason": answer.finish_reason, "tokens": answer.tokens, "stats": timing}
+        took = {**asdict(answer.stats), "load_seconds": load_seconds}
+        shown = {"text": answer.text, "finish_reason": answer.finish_reason, "tokens": answer.tokens, "stats": took}
         print(json.dumps(shown, ensure_ascii=False))
         return
     print(flush=True)
     if stats:
-        s = answer.stats
-        seen = [f"{s.image_tokens} of images"] if s.image_tokens else []
-        if s.video_tokens:
-            seen.append(f"{s.video_tokens} of {s.video_frames} video frame{'s' if s.video_frames > 1 else ''}")
-        images = f" ({', '.join(seen)})" if seen else ""
-        stages = {"preprocessing": s.preprocess_seconds, "vision": s.vision_seconds, "prefill": s.prefill_seconds}
-        if s.video_seconds:
-            stages = {"reading videos": s.video_seconds, **stages}
-            if s.preprocess_seconds is not None:
-                stages["preprocessing"] = max(s.preprocess_seconds - s.video_seconds, 0)
-        times = " + ".join(f"{stage} {seconds:.2f}" for stage, seconds in stages.items() if seconds)
-        if s.prefill_seconds is None:
-            times += f" + vision and prefill {s.first_token_seconds - (s.preprocess_seconds or 0):.2f}"
-        err.print(
-            f"load {load_seconds:.2f} s · first token {s.first_token_seconds:.2f} s = {times} · "
-            f"{s.prompt_tokens} prompt tokens{images}, {s.new_tokens} new, {s.tokens_per_second:.1f} tokens/s · "
-            f"peak memory {size(s.peak_memory)}",
-            style="dim",
-        )
+        err.print(f"load {load_seconds:.2f} s · {timing(answer.stats)}", style="dim")
+
+
+def timing(s: Stats) -> str:
+    """What an answer took, on one line."""
+    seen = [f"{s.image_tokens} of images"] if s.image_tokens else []
+    if s.video_tokens:
+        seen.append(f"{s.video_tokens} of {s.video_frames} video frame{'s' if s.video_frames > 1 else ''}")
+    if s.reused_tokens:
+        seen.append(f"{s.reused_tokens} known from before")
+    images = f" ({', '.join(seen)})" if seen else ""
+    stages = {"preprocessing": s.preprocess_seconds, "vision": s.vision_seconds, "prefill": s.prefill_seconds}
+    if s.video_seconds:
+        stages = {"reading videos": s.video_seconds, **stages}
+        if s.preprocess_seconds is not None:
+            stages["preprocessing"] = max(s.preprocess_seconds - s.video_seconds, 0)
+    times = " + ".join(f"{stage} {seconds:.2f}" for stage, seconds in stages.items() if seconds)
+    if s.prefill_seconds is None:
+        times += f" + vision and prefill {s.first_token_seconds - (s.preprocess_seconds or 0):.2f}"
+    return (
+        f"first token {s.first_token_seconds:.2f} s = {times} · "
+        f"{s.prompt_tokens} prompt tokens{images}, {s.new_tokens} new, {s.tokens_per_second:.1f} tokens/s · "
+        f"peak memory {size(s.peak_memory)}"
+    )
 
 
 def show_inspection(description: dict[str, Any], *, as_json: bool) -> None:

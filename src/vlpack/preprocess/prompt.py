@@ -242,10 +242,7 @@ class PromptBuilder:
         conversation = normalize_messages(messages)
         loaded = [_load(source, allow_private_urls) for source in _fill("image", conversation.images, images)]
         parts = _fill_videos(conversation.videos, videos, video_options)
-        if loaded and self.image_processor is None:
-            raise InputError("The package has no vision part, so it takes no images.", hint="Send text only.")
-        if parts and (self.video_processor is None or self.image_processor is None):  # told before anything is done
-            raise InputError(self.no_videos, hint="Send text or single images.")
+        self.check_takes(images=bool(loaded), videos=bool(parts))
         text = self.chat_template.render(
             conversation.messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
         )
@@ -274,8 +271,8 @@ class PromptBuilder:
         Raises:
             InputError: it is not usable, or the package takes no images.
         """
-        if self.image_processor is None:
-            raise InputError("The package has no vision part, so it takes no images.", hint="Send text only.")
+        self.check_takes(images=True)
+        assert self.image_processor is not None, "checked"
         loaded = _load(source, allow_private_urls)
         return loaded if isinstance(loaded, ProcessedImages) else self.image_processor([loaded])
 
@@ -287,6 +284,13 @@ class PromptBuilder:
             OptionError: options do not fit the model's settings or the video.
         """
         return self._process_videos([(source, options)])[0]
+
+    def check_takes(self, *, images: bool = False, videos: bool = False) -> None:
+        """Raises an InputError where the package does not take what there is."""
+        if images and self.image_processor is None:
+            raise InputError("The package has no vision part, so it takes no images.", hint="Send text only.")
+        if videos and (self.video_processor is None or self.image_processor is None):
+            raise InputError(self.no_videos, hint="Send text or single images.")
 
     def _check_token(self, name: str, token_id: int) -> str:
         """A placeholder's text: a token that text is split at first, so that it expands the same as id and as text."""
@@ -310,8 +314,9 @@ class PromptBuilder:
     def _process_videos(
         self, parts: Sequence[tuple[VideoSource | ProcessedVideo, VideoOptions | None]]
     ) -> list[ProcessedVideo]:
-        if self.video_processor is None or self.image_processor is None:
-            raise InputError(self.no_videos, hint="Send text or single images.")
+        self.check_takes(videos=True)
+        assert self.video_processor is not None, "checked"
+        assert self.image_processor is not None, "checked"
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
             for_videos, for_images = getattr(self.video_processor, name), getattr(self.image_processor, name)
             if for_videos != for_images:

@@ -1,0 +1,315 @@
+"""``vlpack chat``: a conversation in a terminal, or with the lines of a pipe. What is typed becomes calls to `Chat`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+
+from vlpack import console
+from vlpack.chat import Chat, saved
+from vlpack.errors import InputError, OptionError, VlpackError
+from vlpack.preprocess import Message, load_image
+from vlpack.reasoning import ReasoningStream, opens_reasoning
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+
+    from vlpack.answers import AnswerStream
+
+MAX_MESSAGES_BYTES = 1 << 30
+"""Largest conversation that is read; images in it are base64."""
+
+HELP = """\
+/image FILE or URL …   show images with the next message
+/video FILE …          show videos (or folders of pictures) with the next message
+/system [TEXT]         tell the model how to behave; without a text, say what it was told ("" takes it back)
+/history               the conversation so far
+/drop [N]              forget the oldest turn, or N of them
+/reset                 forget the whole conversation
+/save FILE             write the conversation as JSON (go on with it: vlpack chat PACKAGE --messages FILE)
+/stats                 what the last answer took, and how full the context is
+/exit                  leave; so does Ctrl-D
+A line that ends with \\, or Alt-Enter, goes on in the next one. A message that begins with / is written with //.
+Ctrl-C stops an answer, and what there is of it stays in the conversation."""
+
+
+class Terminal:
+    """Reads messages and commands until there are no more, and shows the answers.
+
+    Args:
+        chat: the conversation.
+        images: shown with the first message.
+        videos: likewise.
+    """
+
+    def __init__(self, chat: Chat, images: Sequence[str] = (), videos: Sequence[str] = ()) -> None:
+        self.chat = chat
+        self.images, self.videos = list(images), list(videos)
+        self._stream: AnswerStream | None = None
+        self._written: set[Path] = set()
+        self._commands: dict[str, Callable[[str], None]] = {
+            "image": self._image,
+            "video": self._video,
+            "system": self._system,
+            "history": self._history,
+            "drop": self._drop,
+            "reset": self._reset,
+            "save": self._save,
+            "stats": self._stats,
+            "help": lambda _: self._say(HELP),
+        }
+        self.interactive = console.is_terminal(sys.stdin) and console.is_terminal(sys.stdout)
+
+    def run(self) -> None:
+        """Until /exit or the end of the input."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which the command line makes an end of all
+        try:
+            if self.interactive:
+                self._say(f"{self.chat.context} tokens of context · /help · Ctrl-D leaves")
+            self._say_pending()
+            read = self._reader()
+            while (line := read()) is not None:
+                if line.strip() in ("/exit", "/quit", "/bye"):
+                    break
+                self._take(line)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _take(self, line: str) -> None:
+        """One message or command; a mistake in it is told, and nothing else happens."""
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                name, _, rest = line[1:].partition(" ")
+                if name.strip() not in self._commands:
+                    raise OptionError(f"There is no command /{name}.", "/help lists them; // begins a message with /.")
+                self._commands[name.strip()](rest.strip())
+            elif line.strip():
+                self._answer(line[1:] if line.startswith("//") else line)
+        except VlpackError as error:
+            console.show_error(error)
+        except KeyboardInterrupt:
+            self._say("Stopped.")
+
+    def _answer(self, text: str) -> None:
+        stream = self.chat.stream(text, self.images, self.videos)
+        self._stream, turns = stream, len(self.chat.turns)
+        reasoning = ReasoningStream(opens_reasoning(stream.prompt.text))
+        stopped = False
+        try:
+            for piece in stream:
+                self._show(reasoning.push(piece))
+        except KeyboardInterrupt:
+            stopped = True
+            stream.close()
+        except BaseException:
+            console.out.print()
+            raise
+        self._show(reasoning.flush())
+        console.out.print()
+        if len(self.chat.turns) > turns:
+            self.images, self.videos = [], []
+        if stopped:
+            kept = "what there is stays in the conversation" if stream.answer.tokens else "nothing was said"
+            self._say(f"(stopped; {kept})")
+        elif stream.answer.finish_reason == "length":
+            self._say(f"(cut after {len(stream.answer.tokens)} tokens)")
+        if warning := self.chat.warning():
+            console.err.print(f"{warning} /drop forgets the oldest.", style="yellow")
+
+    def _show(self, pieces: Sequence[tuple[bool, str]]) -> None:
+        for thinking, text in pieces:
+            shown = console.without_controls(text)
+            console.out.print(shown, end="", markup=False, style="dim" if thinking else None)
+        console.out.file.flush()
+
+    def _image(self, rest: str) -> None:
+        sources = _sources(rest, "/image FILE")
+        for source in sources:
+            load_image(source, allow_private_urls=self.chat.allow_private_urls)  # told now, not with the question
+        self.chat.model.prompts.check_takes(images=True)
+        self.images += sources
+        self._say_pending()
+
+    def _video(self, rest: str) -> None:
+        sources = _sources(rest, "/video FILE")
+        self.chat.model.prompts.check_takes(videos=True)
+        for source in sources:
+            if not os.path.exists(source):
+                raise InputError(f"{source} does not exist.")
+        self.videos += sources
+        self._say_pending()
+
+    def _say_pending(self) -> None:
+        named = [*self.images, *self.videos]
+        if named:
+            self._say(f"With the next message: {', '.join(named)}")
+
+    def _system(self, rest: str) -> None:
+        if rest:
+            self.chat.system = None if rest in ('""', "''") else rest
+        self._say(f"System message: {self.chat.system or 'none'}")
+
+    def _history(self, rest: str) -> None:
+        _nothing(rest, "/history")
+        for message in self.chat.messages:
+            content = message["content"]
+            if isinstance(content, list):
+                content = " ".join(part.get("text") or f"[{part['type']}]" for part in content)
+            console.out.print(f"[bold]{message['role']}:[/] {escape(console.without_controls(content))}")
+
+    def _drop(self, rest: str) -> None:
+        if rest and not rest.isdecimal():
+            raise OptionError(f"/drop takes a number of turns, not {rest}.")
+        self.chat.drop(int(rest or 1))
+        self._say(f"{self.chat.tokens} tokens are left in the conversation.")
+
+    def _reset(self, rest: str) -> None:
+        _nothing(rest, "/reset")
+        self.chat.reset()
+        self.images, self.videos = [], []
+        self._say("The conversation is empty.")
+
+    def _save(self, rest: str) -> None:
+        (name,) = _sources(rest, "/save FILE", single=True)
+        path = Path(name).absolute()
+        if path.exists() and path not in self._written:
+            raise OptionError(f"{path} is there already.", "Give another name.")
+        text = json.dumps(saved(self.chat.messages), ensure_ascii=False, indent=1) + "\n"
+        _replace(path, text)
+        self._written.add(path)
+        self._say(f"{path} has {_turns(self.chat)}.")
+
+    def _stats(self, rest: str) -> None:
+        _nothing(rest, "/stats")
+        if self._stream is not None:
+            self._say(console.timing(self._stream.answer.stats))
+        self._say(
+            f"{_turns(self.chat)}, {self.chat.tokens} of {self.chat.context} tokens · "
+            f"loaded in {self.chat.model.load_seconds:.2f} s"
+        )
+
+    def _say(self, text: str) -> None:
+        # beside the answers, which a pipe carries on
+        (console.out if self.interactive else console.err).print(text, style="dim", markup=False)
+
+    def _reader(self) -> Callable[[], str | None]:
+        """What gives the next message: an editor in a terminal, else the next line."""
+        if not self.interactive:
+            return lambda: line.rstrip("\r\n") if (line := sys.stdin.readline()) else None
+        session = _editor([f"/{name}" for name in (*self._commands, "exit")])
+
+        def read() -> str | None:
+            while True:
+                try:
+                    return session.prompt("> ")
+                except KeyboardInterrupt:
+                    self._say("Ctrl-D or /exit leaves.")
+                except EOFError:
+                    return None
+
+        return read
+
+
+def read_messages(path: Path) -> list[Message]:
+    """A conversation that `/save` has written, or anybody else.
+
+    Raises:
+        InputError: the file cannot be read, or is no list of messages.
+    """
+    try:
+        if path.stat().st_size > MAX_MESSAGES_BYTES:
+            raise InputError(f"{path} has more than {MAX_MESSAGES_BYTES} bytes.", "Give a conversation.")
+        messages = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise InputError(f"{path} holds no list of messages.", '[{"role": "user", "content": "…"}, …]')
+    return messages
+
+
+def _editor(commands: Sequence[str]) -> PromptSession[str]:
+    """Of lines and more: Enter sends, Alt-Enter or a backslash before Enter begins another line, Tab completes."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    class Commands(Completer):
+        """Commands, and the files that three of them name."""
+
+        def get_completions(self, document: Document, complete_event: CompleteEvent):  # type: ignore[no-untyped-def]
+            text = document.text_before_cursor
+            name, space, rest = text.partition(" ")
+            if name in ("/image", "/video", "/save") and space:
+                yield from PathCompleter(expanduser=True).get_completions(Document(rest), complete_event)
+            elif text.startswith("/"):
+                yield from (Completion(c, -len(text)) for c in commands if c.startswith(text))
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _enter(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.text_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _another_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return PromptSession(
+        multiline=True,
+        key_bindings=keys,
+        completer=Commands(),
+        complete_while_typing=False,
+        prompt_continuation="… ",
+    )
+
+
+def _sources(rest: str, usage: str, *, single: bool = False) -> list[str]:
+    """File names and URLs as people write or drop them: quoted, with escaped spaces, or one with spaces as it is."""
+    whole = os.path.expanduser(rest)
+    if whole and (single or os.path.exists(whole)):
+        if not os.path.exists(whole) and len(whole) > 1 and whole[0] == whole[-1] and whole[0] in "\"'":
+            whole = os.path.expanduser(whole[1:-1])
+        return [whole]
+    try:
+        words = shlex.split(rest, posix=os.name != "nt")
+    except ValueError as error:
+        raise OptionError(f"{rest} cannot be read: {error}.", usage) from None
+    if not words:
+        raise OptionError("Which file?", usage)
+    return [os.path.expanduser(word.strip("\"'") if os.name == "nt" else word) for word in words]
+
+
+def _turns(chat: Chat) -> str:
+    return f"{len(chat.turns)} turn{'s' * (len(chat.turns) != 1)}"
+
+
+def _replace(path: Path, text: str) -> None:
+    """The file appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OptionError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _nothing(rest: str, name: str) -> None:
+    if rest:
+        raise OptionError(f"{name} takes nothing behind it.", f"Write {name} alone.")
