@@ -190,7 +190,7 @@ def test_a_cache_that_grows(
     made: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("vlpack.chat.LEAST_CAPACITY", 64)
+    monkeypatch.setattr("vlpack.chat.SPARE", 40)
     chat = model().chat(max_tokens=TOKENS, sampling=GREEDY)
     for number in range(6):
         expected = wanted(chat, asked(f"Number {number} of six, and a few words more?", []), reference(TINY))

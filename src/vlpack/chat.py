@@ -38,8 +38,10 @@ from vlpack.sampling import Sampling, check_number
 if TYPE_CHECKING:
     from vlpack.runtime import Model
 
-LEAST_CAPACITY = 4096
-"""Tokens that a generator's cache is made for at least; pages that hold none take no memory."""
+SPARE = 1024
+"""Tokens, at least, that a generator's cache has beyond what is needed: the runtime fills all of it with zeros when it is
+made, so that room costs memory, and computes all again when there is none left. Half of what is needed, if that is more.
+"""
 MEMORY_SHARE = 0.5
 """Of this machine's memory, what the cache of a conversation may take."""
 
@@ -288,7 +290,7 @@ class Chat:
                 self._generator = generator
                 return Begun(generator, 0.0, keep)
         del generator  # its cache goes before another one comes
-        capacity = min(self.context, max(2 * needed, LEAST_CAPACITY))
+        capacity = min(self.context, needed + max(needed // 2, SPARE))
         begun = self.model.begin(prompt, {**self._options, "max_length": capacity})
         self._generator, self._capacity, self._shown = begun.generator, capacity, seen
         return begun
