@@ -39,8 +39,9 @@ if TYPE_CHECKING:
     from vlpack.runtime import Model
 
 SPARE = 1024
-"""Tokens, at least, that a generator's cache has beyond what is needed: the runtime fills all of it with zeros when it is
-made, so that room costs memory, and computes all again when there is none left. Half of what is needed, if that is more.
+"""Tokens, at least, that a generator's cache has beyond what is needed; half of what is needed, if that is more.
+
+The runtime fills all of it with zeros when it is made, so that room takes memory; without any, all is computed again.
 """
 MEMORY_SHARE = 0.5
 """Of this machine's memory, what the cache of a conversation may take."""
