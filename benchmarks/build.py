@@ -2,8 +2,8 @@
 
 Every build is a process of its own; its figures are the operating system's (wait4). Of several rounds the shortest
 counts, and the highest peak. Upstream's builder writes the text decoder alone, so vlpack's `--part text` stands beside
-its complete packages; OpenVINO's export writes all parts. ``others`` is how many cores other programs kept busy
-meanwhile; a slow copy tells of a busy disk.
+its complete packages; OpenVINO's export writes all parts. ``others' cores`` are those that other programs kept busy
+meanwhile; a slow copy tells of a busy disk, and much wall time with little processor time of a build that was stopped.
 
 Usage: python benchmarks/build.py CHECKPOINT WORK_FOLDER [--only NAME ...] [--rounds N] [--output result.json]
        [--upstream-python PYTHON] [--openvino-python PYTHON]
@@ -71,7 +71,7 @@ def measure(command: list[str], output: Path, log: Path) -> dict[str, Any]:
     return found
 
 
-HEADS = ("build", "wall s", "of copying", "processor s", "peak memory", "size", "others")
+HEADS = ("build", "wall s", "of copying", "processor s", "peak memory", "size", "others' cores")
 
 
 def table(rows: dict[str, list[dict[str, Any]]]) -> str:

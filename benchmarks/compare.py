@@ -2,9 +2,9 @@
 
 Every round asks each of them once, in a process of its own, after reading the model's files once, so that what else the
 machine does falls on all and no model is loaded from a colder disk than another. Figures are the best and the worst of
-the rounds, ratios are between bests. ``others`` is how many cores other programs kept busy meanwhile, at the least
-disturbed round: above a tenth or so, repeat the run. Peers that are not given are left out; benchmarks/peers/make.py
-makes them and prints the options.
+the rounds, ratios are between bests. ``cores`` and ``others'`` are how many it and other programs kept busy meanwhile,
+at the least disturbed round: repeat the run where others' are above a tenth or so, or its own are few (stopped). Peers
+that are not given are left out; benchmarks/peers/make.py makes them and prints the options.
 
 Usage: python benchmarks/compare.py --vlpack PACKAGE [PACKAGE ...] [--upstream FOLDER] [--llama FILE.gguf --node FOLDER]
        [--openvino FOLDER --openvino-python PYTHON] [--works 512 2048 640x480 ...] [--rounds 3] [--output result.json]
@@ -120,6 +120,7 @@ def measure(contender: Contender, name: str) -> dict[str, Any] | None:
         "load": found["load"],
         "read": seconds,
         "bytes": size,
+        "own": others.own,
         "others": others.cores,
         "parts": parts,
         "version": found["version"],
@@ -167,7 +168,7 @@ def main() -> None:
 
 HEADS = (
     "work", "who", "tokens", "first token, s", "of best peer", "a token, ms", "of best peer", "resident, GB",
-    "load, s", "of reading", "others",
+    "load, s", "of reading", "cores", "others'",
 )  # fmt: skip
 
 
@@ -190,11 +191,12 @@ def table(results: Runs) -> str:
                 key: f"{best[who][key] / min(peer[key] for peer in peers):.2f}" if peers else "-"
                 for key in ("first", "token")
             }
-            others = [run["others"] for run in runs if run["others"] is not None]
+            quiet = min(runs, key=lambda run: run["others"] or 0)
             cells = (
                 work, who, str(runs[0]["prompt_tokens"]), span(runs, "first", 1, 2), ratios["first"],
                 span(runs, "token", 1e3, 1), ratios["token"], span(runs, "resident", 1e-9, 2), span(runs, "load", 1, 1),
-                f"{best[who]['load'] / best[who]['read']:.1f}", f"{min(others):.2f}" if others else "-",
+                f"{best[who]['load'] / best[who]['read']:.1f}", str(quiet["own"]),
+                "-" if quiet["others"] is None else str(quiet["others"]),
             )  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -1,4 +1,7 @@
-"""How much of the machine others used while something was measured: figures from a busy machine show that they are."""
+"""How much of the machine was used while something was measured, by it and by others.
+
+Figures from a busy machine, and of a process that somebody stopped for a while, show that they are.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ from types import TracebackType
 STATISTICS = Path("/proc/stat")
 
 
-def _busy() -> float:
+def _busy() -> float | None:
     """Seconds that all cores have worked since the start, those that the hypervisor took included."""
+    if not STATISTICS.is_file():
+        return None
     user, nice, system, _, _, *more = map(int, STATISTICS.read_text().splitlines()[0].split()[1:9])
     return (user + nice + system + sum(more)) / os.sysconf("SC_CLK_TCK")
 
@@ -22,19 +27,26 @@ def _own() -> float:
 
 
 class Others:
-    """While it is entered; then ``cores`` is how many cores others kept busy on average, or None where nobody tells."""
+    """While it is entered; then how many cores others, and this process with its children, kept busy on average.
 
-    cores: float | None = None
+    Args:
+        cores: of others; None where nobody tells.
+        own: of this process and of children that have ended. Near 0 it has waited, or was stopped.
+    """
+
+    def __init__(self) -> None:
+        self.cores: float | None = None
+        self.own = 0.0
 
     def __enter__(self) -> Others:
-        if STATISTICS.is_file():
-            self._begun = time.perf_counter(), _busy(), _own()
+        self._begun = time.perf_counter(), _busy(), _own()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if STATISTICS.is_file():
-            started, busy, own = self._begun
-            others = (_busy() - busy) - (_own() - own)  # which ticks of 10 ms can make negative
-            self.cores = max(0.0, round(others / (time.perf_counter() - started), 2))
+        started, busy, own = self._begun
+        seconds, worked, now = time.perf_counter() - started, _own() - own, _busy()
+        self.own = round(worked / seconds, 2)
+        if busy is not None and now is not None:  # which ticks of 10 ms can make a little less than nothing
+            self.cores = max(0.0, round((now - busy - worked) / seconds, 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,15 @@ MACHINE = {"processor": "A <b>", "cores": 2, "memory": 8e9, "system": "Linux"}
 
 
 def run(first: float, token: float, **more: Any) -> dict[str, Any]:
-    known = {"prompt_tokens": 512, "resident": 2e9, "load": 3.0, "read": 1.5, "others": 0.25, "version": "1"}
+    known = {
+        "prompt_tokens": 512,
+        "resident": 2e9,
+        "load": 3.0,
+        "read": 1.5,
+        "own": 1.9,
+        "others": 0.25,
+        "version": "1",
+    }
     return {"first": first, "token": token, **known, **more}
 
 
@@ -110,3 +119,7 @@ def test_others_are_not_oneself(scripts: Any) -> None:
     with scripts["quiet"].Others() as others:
         subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
     assert others.cores is None or 0 <= others.cores < 1024
+    assert 0 < others.own <= 1.1
+    with scripts["quiet"].Others() as waiting:
+        time.sleep(0.3)
+    assert waiting.own < 0.2
