@@ -195,7 +195,7 @@ def table(results: Runs) -> str:
             cells = (
                 work, who, str(runs[0]["prompt_tokens"]), span(runs, "first", 1, 2), ratios["first"],
                 span(runs, "token", 1e3, 1), ratios["token"], span(runs, "resident", 1e-9, 2), span(runs, "load", 1, 1),
-                f"{best[who]['load'] / best[who]['read']:.1f}", str(quiet["own"]),
+                f"{best[who]['load'] / best[who]['read']:.1f}", str(quiet.get("own", "-")),
                 "-" if quiet["others"] is None else str(quiet["others"]),
             )  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
