@@ -62,6 +62,20 @@ class VisionEncoder:
         self._kept: OrderedDict[bytes, Array] = OrderedDict()
         self.stand_in = _stand_in(width, self.dtype, merge_size**2)
 
+    def load(self) -> None:
+        """Make the session now, not with the first image.
+
+        Raises:
+            PackageError: onnxruntime cannot load the graph.
+        """
+        if self._session is None:
+            try:
+                self._session = self._open(self._graph, self._threads)
+            except PackageError:
+                raise
+            except Exception as error:  # onnxruntime has a class for each of its codes, without a common one
+                raise PackageError(f"onnxruntime cannot load {self._graph}: {str(error).strip()[:500]}") from error
+
     def features(self, prompt: Prompt) -> Array:
         """``image_features [tokens, W]`` of a prompt's images in their order; those seen lately are not made again.
 
@@ -97,13 +111,10 @@ class VisionEncoder:
         options = ort.RunOptions()
         # scores and layers of a large image take hundreds of MB, which the decoder's answer does not need
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self.load()
         try:
-            if self._session is None:
-                self._session = self._open(self._graph, self._threads)
             (features,) = self._session.run(None, {"pixel_values": pixels, "image_grid_thw": grid}, options)
-        except PackageError:
-            raise
-        except Exception as error:  # onnxruntime has a class for each of its codes, without a common one
+        except Exception as error:
             raise PackageError(f"onnxruntime fails at {self._graph}: {str(error).strip()[:500]}") from error
         return np.asarray(features)
 
