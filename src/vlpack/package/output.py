@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlpack.errors import OptionError, PackageError, VlpackError
+from vlpack.package.exchange import exchange
 from vlpack.package.manifest import MANIFEST, read_manifest
 
 if os.name != "nt":
@@ -183,6 +184,8 @@ def _put_in_place(partial: Path, final: Path, *, force: bool) -> None:
     while True:
         check_free(final, force=force)
         try:
+            if force and _exchanged(partial, final):
+                return  # what was there goes with the partial folder, whose name it has
             _make_room(final, old, force=force)
             os.rename(partial, final)
         except BaseException as error:
@@ -194,6 +197,12 @@ def _put_in_place(partial: Path, final: Path, *, force: bool) -> None:
         else:
             shutil.rmtree(old, ignore_errors=True)
             return
+
+
+def _exchanged(partial: Path, final: Path) -> bool:
+    with suppress(FileNotFoundError):  # nothing is there yet
+        return exchange(partial, final)
+    return False
 
 
 def _make_room(final: Path, old: Path, *, force: bool) -> None:
