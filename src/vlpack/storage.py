@@ -35,7 +35,7 @@ def slabs(rows: int, cols: int) -> Iterator[tuple[int, int]]:
 
 
 def transposed(matrix: Array) -> Array:
-    """``matrix [rows, cols]`` as ``[cols, rows]``; strips that stay in the cache are three times as fast as one copy."""
+    """``matrix [rows, cols]`` as ``[cols, rows]``; strips that stay in the cache are three times as fast as a whole."""
     out = np.empty(matrix.shape[::-1], matrix.dtype)
     for start in range(0, len(matrix), 64):
         out[:, start : start + 64] = matrix[start : start + 64].T
