@@ -20,7 +20,7 @@ import numpy as np
 from vlpack.answers import Answer, AnswerStream, Begun
 from vlpack.errors import InputError, OptionError
 from vlpack.genai import og
-from vlpack.genai_model import eos_ids
+from vlpack.genai_model import append, eos_ids
 from vlpack.memory import total_memory_bytes
 from vlpack.preprocess import (
     ImageSource,
@@ -286,7 +286,7 @@ class Chat:
             places = np.flatnonzero(ids == self.model.prompts.image_token_id)
             if keep > (places[-1] if len(places) else 0):
                 generator.rewind_to(keep)
-                generator.append_tokens(prompt.input_ids[:, keep:])
+                append(generator, prompt.input_ids[:, keep:], self._options)
                 generator.generate_next_token()
                 self._generator = generator
                 return Begun(generator, 0.0, keep)

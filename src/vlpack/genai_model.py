@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from vlpack.errors import OptionError, PackageError
 from vlpack.genai import og
 from vlpack.package.manifest import package_json, whole_package
@@ -173,5 +176,15 @@ def make_generator(model: og.Model, arrays: Mapping[str, Any], options: Mapping[
             tensors[name] = array
         generator.set_inputs(tensors)
     else:
-        generator.append_tokens(arrays["input_ids"])
+        append(generator, arrays["input_ids"], options)
     return generator
+
+
+def append(generator: og.Generator, ids: npt.NDArray[np.int32], options: Mapping[str, Any]) -> None:
+    """Show a generator more tokens, ``[1, S]``, a chunk at a time where the options of the search name its size.
+
+    The runtime would cut them likewise, and let nobody interrupt it meanwhile.
+    """
+    step = options.get("chunk_size") or ids.size
+    for start in range(0, ids.size, step):
+        generator.append_tokens(ids[:, start : start + step])

@@ -79,6 +79,8 @@ class Model(Loaded):
             no_videos=None if model.get("type") == "qwen3_vl" else NO_VIDEOS,
         )
         self.tokenizer = self.prompts.tokenizer
+        chunk_size = self.config.get("search", {}).get("chunk_size")
+        self._chunk = {"chunk_size": chunk_size} if chunk_size else {}
         warn_of_saturation(self.manifest)
         self.vision = vision_encoder(self.folder, model, self.manifest, threads, vision_provider)
         self._model = load_model(self.folder, model, threads, self.manifest.get("execution_provider"), self.vision)
@@ -200,7 +202,7 @@ class Model(Loaded):
         """
         if sampling is not None and not isinstance(sampling, Sampling):
             raise OptionError("sampling must be a vlpack.Sampling.", "vlpack.Sampling(temperature=0), for example.")
-        options = (sampling or Sampling()).search_options()
+        options = {**self._chunk, **(sampling or Sampling()).search_options()}
         if "top_k" in options:  # the runtime refuses to take more tokens than there are
             options["top_k"] = min(options["top_k"], self.vocab_size)
         return options

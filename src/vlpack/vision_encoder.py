@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,15 @@ class VisionEncoder:
         # scores and layers of a large image take hundreds of MB, which the decoder's answer does not need
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self.load()
+        inputs = {"pixel_values": pixels, "image_grid_thw": grid}
         try:
-            (features,) = self._session.run(None, {"pixel_values": pixels, "image_grid_thw": grid}, options)
+            with ThreadPoolExecutor(1) as worker:  # the program's own thread must wait to be interrupted
+                running = worker.submit(self._session.run, None, inputs, options)
+                try:
+                    (features,) = running.result()
+                except BaseException:
+                    options.terminate = True  # which nothing but an interruption finds still running
+                    raise
         except Exception as error:
             raise PackageError(f"onnxruntime fails at {self._graph}: {str(error).strip()[:500]}") from error
         return np.asarray(features)
