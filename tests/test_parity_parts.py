@@ -148,11 +148,29 @@ def test_batch_of_two(package, reference):
     assert relative(inputs.ids[0], inputs.ids[1]) > 0.1
 
 
-def test_only_the_last_logits_by_default(package, reference):
-    inputs = make_inputs(TINY, ((1, 4, 6),), ((1, 6, 4),))
-    expected = reference(TINY)(inputs)
-    logits = package(TINY, "prune_lm_head=true").logits(inputs, expected.positions)
+@pytest.mark.parametrize("layers", [4, 3], ids=["more layers than levels", "a level after the last layer"])
+def test_only_the_last_logits_by_default(layers, package, reference):
+    tiny = TINY.but(layers=layers)
+    inputs = make_inputs(tiny, ((1, 4, 6),), ((1, 6, 4),))
+    expected, runs = reference(tiny)(inputs), package(tiny, "prune_lm_head=true")
+    logits = runs.logits(inputs, expected.positions)
     assert relative(logits, expected.logits[:, -1:]) <= EXACT
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_the_last_layer_computes_the_last_token_alone(precision, built, package, reference):
+    """Of the others it makes keys and values, and nothing is different."""
+    inputs = make_inputs(TINY, ((1, 4, 6),))
+    positions = reference(TINY)(inputs).positions
+    pruned, whole = (package(TINY, f"prune_lm_head={flag}", precision=precision) for flag in ("true", "false"))
+    assert relative(pruned.logits(inputs, positions), whole.logits(inputs, positions)[:, -1:]) <= 1e-6
+    model = onnx.load(built(TINY, precision=precision) / "decoder.onnx", load_external_data=False)
+    made = {name: node for node in model.graph.node for name in node.output}
+    for layer in range(TINY.layers):
+        weight = f"model.language_model.layers.{layer}.post_attention_layernorm.weight"
+        norm = next(node for node in model.graph.node if weight in node.input)
+        residual = made.get(made[norm.input[0]].input[0])  # none before the first layer
+        assert (residual is not None and residual.op_type == "Slice") is (layer == TINY.layers - 1)
 
 
 @pytest.mark.parametrize("deepstack", [(0, 1, 2), ()])

@@ -33,6 +33,9 @@ class Attend(Protocol):
 MakeAttend = Callable[[OpBuilder, ir.Value, ir.Value], Attend]
 """From ``attention_mask`` int64 [B, total] and ``position_ids`` [.., B, S]."""
 
+Pick = Callable[[OpBuilder, ir.Value], ir.Value]
+"""The tokens that matter, ``[B, S, ..] → [B, fewer, ..]``."""
+
 
 class CacheLengths(NamedTuple):
     """What GroupQueryAttention asks of the attention mask. It can write new keys into the buffer of the old ones."""
@@ -125,7 +128,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(q_size, hidden_size, bias=o_bias)
 
     def forward(
-        self, op: OpBuilder, x: ir.Value, rope: Rope, attend: Attend, past: Past
+        self, op: OpBuilder, x: ir.Value, rope: Rope, attend: Attend, past: Past, pick: Pick
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         dtype = ops.dtype_of(past[0])
         q, k, v = op.Split(self.qkv_proj(op, x), self.sizes, axis=-1, _outputs=3)  # [B, S, heads · D]
@@ -133,7 +136,7 @@ class Attention(nn.Module):
         k = self._place(op, k, self.k_norm, rope, self.kv_heads)
         q, k, v = (ops.cast(op, t, dtype) for t in (q, k, v))
         y, key, value = attend(op, q, k, v, past, self.heads, self.kv_heads)
-        return self.o_proj(op, y), key, value
+        return self.o_proj(op, pick(op, y)), key, value
 
     def _place(self, op: OpBuilder, x: ir.Value, norm: RMSNorm | None, rope: Rope, heads: int) -> ir.Value:
         """Normalize and rotate the heads of ``x``, in fp32."""

@@ -9,13 +9,23 @@ from onnxscript import OpBuilder, nn
 
 from vlpack.deepstack import SideChannel
 from vlpack.layers import ops
-from vlpack.layers.attention import Attend, Attention, MakeAttend, Past, cache_lengths
+from vlpack.layers.attention import Attend, Attention, MakeAttend, Past, Pick, cache_lengths
 from vlpack.layers.linear import Embedding, Linear
 from vlpack.layers.norm import RMSNorm
 from vlpack.layers.rope import Rope
 
 RopeOf = Callable[[OpBuilder, ir.Value], Rope]
 """Angles from ``position_ids``."""
+
+
+def every_token(op: OpBuilder, x: ir.Value) -> ir.Value:
+    """All of ``x [B, S, ..]``."""
+    return x
+
+
+def last_token(op: OpBuilder, x: ir.Value) -> ir.Value:
+    """``[B, S, ..] → [B, 1, ..]``."""
+    return op.Slice(x, [-1], [2**62], [1])
 
 
 class DecoderLayer(nn.Module):
@@ -29,17 +39,21 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden_size, eps)
 
     def forward(
-        self, op: OpBuilder, x: ir.Value, rope: Rope, attend: Attend, past: Past
+        self, op: OpBuilder, x: ir.Value, rope: Rope, attend: Attend, past: Past, pick: Pick
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Keys and values are of every token; what follows the attention is of those that ``pick`` takes."""
         # the residual stream x [B, S, H] stays in fp32: trained models reach values that fp16 cannot hold
-        y, key, value = self.self_attn(op, self.input_layernorm(op, x), rope, attend, past)
-        x = op.Add(x, ops.cast(op, y, ops.FLOAT))
+        y, key, value = self.self_attn(op, self.input_layernorm(op, x), rope, attend, past, pick)
+        x = op.Add(pick(op, x), ops.cast(op, y, ops.FLOAT))
         y = self.mlp(op, self.post_attention_layernorm(op, x))
         return op.Add(x, ops.cast(op, y, ops.FLOAT)), key, value
 
 
 class TextModel(nn.Module):
     """Embeddings in, normalized hidden states out; DeepStack's features are added after the first layers.
+
+    The last layer computes the tokens that ``pick`` takes and no others: of the rest only the keys and values are
+    needed, so that o_proj, feed-forward and what follows, most of a layer's work, are left out.
 
     The module's name is the prefix of its tensors in the checkpoint.
     """
@@ -57,17 +71,16 @@ class TextModel(nn.Module):
         attend: Attend,
         past: Sequence[ir.Value],
         deepstack: Sequence[ir.Value],
-        last_only: bool,
+        pick: Pick,
     ) -> tuple[ir.Value, list[ir.Value]]:
         x = ops.cast(op, x, ops.FLOAT)  # [B, S, H]
         present = []
         for index, layer in enumerate(self.layers):
-            x, key, value = layer(op, x, rope, attend, (past[2 * index], past[2 * index + 1]))
+            here = pick if index == len(self.layers) - 1 else every_token
+            x, key, value = layer(op, x, rope, attend, (past[2 * index], past[2 * index + 1]), here)
             present += [key, value]
             if index < len(deepstack):
-                x = op.Add(x, ops.cast(op, deepstack[index], ops.FLOAT))
-        if last_only:
-            x = op.Slice(x, [-1], [2**62], [1])  # [B, 1, H]
+                x = op.Add(x, ops.cast(op, here(op, deepstack[index]), ops.FLOAT))
         return self.norm(op, x), present
 
 
@@ -104,5 +117,5 @@ class CausalLM(nn.Module):
         if self.deepstack is not None and self.deepstack.levels:
             levels, rest = self.deepstack.levels_of(op, rest[0]), rest[1:]
         rope, attend = self.rope_of(op, position_ids), self.make_attend(op, attention_mask, position_ids)
-        x, present = self.model(op, x, rope, attend, rest, levels, self.last_logits)
+        x, present = self.model(op, x, rope, attend, rest, levels, last_token if self.last_logits else every_token)
         return [ops.cast(op, self.lm_head(op, x), self.dtype), *present]

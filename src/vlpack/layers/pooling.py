@@ -88,9 +88,9 @@ class PooledModel(nn.Module):
             x, position_ids, levels = self.embed_tokens(op, tokens), _count(op, tokens), []
         rope, attend = self.rope_of(op, position_ids), self.make_attend(op, attention_mask, position_ids)
         past = (self._empty_cache(op, attention_mask),) * (2 * len(self.model.layers))
-        x, _ = self.model(op, x, rope, attend, past, levels, False)  # [B, S, H]
-        last = op.Sub(op.ReduceSum(attention_mask, [1], keepdims=1), 1)  # [B, 1]
-        return [self.head(op, op.GatherND(x, last, batch_dims=1))]
+        last = op.Unsqueeze(op.Sub(op.ReduceSum(attention_mask, [1], keepdims=1), 1), [2])  # [B, 1, 1]
+        x, _ = self.model(op, x, rope, attend, past, levels, lambda op, y: op.GatherND(y, last, batch_dims=1))
+        return [self.head(op, op.Squeeze(x, [1]))]
 
     def _empty_cache(self, op: OpBuilder, attention_mask: ir.Value) -> ir.Value:
         """Keys or values of no tokens, ``[B, kv_heads, 0, D]``: the attention operator wants some."""

@@ -29,7 +29,10 @@ _PROBE = "probe:"
 
 @dataclass(frozen=True)
 class Run:
-    """What a package made of a prompt; fields as `vlpack.verification.reference.Trace`'s."""
+    """What a package made of a prompt; fields as `vlpack.verification.reference.Trace`'s.
+
+    Of an embedding model or reranker the last of ``layers`` has the last token alone, as no other is computed there.
+    """
 
     positions: Array
     blocks: list[Array]
@@ -122,8 +125,8 @@ class Graphs:
     @contextmanager
     def _session(self, part: str, norms: list[str], exact: bool) -> Iterator[ort.InferenceSession]:
         model = self.load(part)
-        _probe(model.graph, norms)
         _all_logits(model.graph)
+        _probe(model.graph, norms)
         if exact:
             _make_exact(model.graph)
         options = ort.SessionOptions()
@@ -181,8 +184,6 @@ def _probe(graph: ir.Graph, norms: list[str]) -> None:
     """Make the input of each norm, known by its weight, an output."""
     for name in norms:
         value = _normalized(graph, name)
-        if value.producer() is not None and value.producer().op_type == "Slice":  # type: ignore[union-attr]
-            value = value.producer().inputs[0]  # type: ignore[union-attr,assignment]
         output = ir.Value(name=_PROBE + name, shape=value.shape, type=value.type)
         graph.append(ir.node("Identity", [value], outputs=[output], name=_PROBE + name))
         graph.outputs.append(output)
@@ -200,18 +201,20 @@ def _normalized(graph: ir.Graph, weight: str) -> ir.Value:
 
 
 def _all_logits(graph: ir.Graph) -> None:
-    """Take away the choice of the last token, where there is one."""
+    """Take away the choice of the last token, where there is one: the last layer and the head see all."""
     logits = next((value for value in graph.outputs if value.name == "logits"), None)
     if logits is None:
         return
     logits.shape = ir.Shape(["batch_size", "sequence_length", logits.shape[-1]])  # type: ignore[index]
     for node in list(graph):
-        if node.op_type == "Slice" and (node.name or "").count("/") and _feeds_norm(node):
+        if node.op_type == "Slice" and _takes_last(node):
             node.outputs[0].replace_all_uses_with(node.inputs[0])  # type: ignore[arg-type]
 
 
-def _feeds_norm(node: ir.Node) -> bool:
-    return any(use.node.op_type in ("RMSNormalization", "Pow") for use in node.outputs[0].uses())
+def _takes_last(node: ir.Node) -> bool:
+    """Whether a Slice is `vlpack.layers.decoder.last_token`'s: from -1 on, along the tokens."""
+    starts, axes = (value and value.const_value for value in (node.inputs[1], node.inputs[3]))
+    return bool(starts and axes and starts.numpy().tolist() == [-1] and axes.numpy().tolist() == [1])
 
 
 def _make_exact(graph: ir.Graph) -> None:

@@ -284,7 +284,8 @@ def _differences(run: Run, trace: Trace, result: str) -> list[tuple[str, Differe
         stages += [(f"DeepStack {i}", *pair) for i, pair in enumerate(zip(run.levels, trace.levels, strict=True))]
     if run.embeds.size:
         stages.append(("embedding", run.embeds, trace.embeds))
-    stages += [(f"layer {index}", *pair) for index, pair in enumerate(zip(run.layers, trace.layers, strict=True))]
+    for index, (value, wanted) in enumerate(zip(run.layers, trace.layers, strict=True)):
+        stages.append((f"layer {index}", value, wanted[-len(value) :]))
     stages.append((result, run.result, trace.result))
     return [(name, difference(value, wanted)) for name, value, wanted in stages]
 
