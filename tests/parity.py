@@ -152,6 +152,11 @@ class Reference:
             self._seen = seen
 
 
+def dtype_of(port: Any) -> type[np.generic]:
+    """Of a cache's input, as `Package.run` takes it."""
+    return np.int8 if port.type == "tensor(int8)" else np.float32
+
+
 class Package:
     """The graphs of a built package, each in a session on the CPU."""
 
@@ -201,7 +206,7 @@ class Package:
         """Logits, and the cache as the next call takes it; ``tokens`` are ids or what `embed` gives."""
         batch, length = positions.shape[1:]
         ports = [p for p in self.sessions["decoder"].get_inputs() if p.name.startswith("past_key_values")]
-        past = past or {p.name: np.zeros((batch, p.shape[1], 0, p.shape[3]), np.float32) for p in ports}
+        past = past or {p.name: np.zeros((batch, p.shape[1], 0, p.shape[3]), dtype_of(p)) for p in ports}
         mask = np.ones((batch, length + past[ports[0].name].shape[2]), np.int64)
         out = self.run("decoder", **tokens, attention_mask=mask, position_ids=positions, **past)
         logits = out.pop("logits")

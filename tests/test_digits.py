@@ -19,6 +19,7 @@ from vlpack.builder import build
 from vlpack.deepstack import SideChannel
 from vlpack.demo import QUESTIONS
 from vlpack.layers.rope import chunked_axes
+from vlpack.options import ExtraOptions
 from vlpack.runtime import Model
 from vlpack.sampling import Sampling
 
@@ -89,13 +90,14 @@ def asked() -> list[tuple[int, str]]:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
-    made: dict[str, Model] = {}
+    made: dict[tuple[str, str | None], Model] = {}
 
-    def get(precision: str) -> Model:
-        if precision not in made:
-            build(EXAMPLE, folder / precision, precision=precision)
-            made[precision] = Model(folder / precision)
-        return made[precision]
+    def get(precision: str, kv_cache: str | None = None) -> Model:
+        if (precision, kv_cache) not in made:
+            path = folder / f"{precision} {kv_cache}"
+            build(EXAMPLE, path, precision=precision, extra_options=ExtraOptions(kv_cache=kv_cache))
+            made[precision, kv_cache] = Model(path)
+        return made[precision, kv_cache]
 
     return get
 
@@ -137,9 +139,19 @@ def test_the_images_are_read(images, expected):
     assert all(right[key] >= 0.75 * asked[key] for key in asked)
 
 
-@pytest.mark.parametrize(("precision", "share"), [("fp32", 0.0), ("fp16", 0.01), ("int8", 0.02), ("int4", 0.02)])
-def test_answers_are_those_of_transformers(precision, share, images, expected, models):
-    model = models(precision)
+@pytest.mark.parametrize(
+    ("precision", "kv_cache", "share"),
+    [
+        ("fp32", None, 0.0),
+        ("fp16", None, 0.01),
+        ("int8", None, 0.02),
+        ("int4", None, 0.02),
+        ("fp32", "int8", 0.01),
+        ("int8", "int8", 0.02),
+    ],
+)
+def test_answers_are_those_of_transformers(precision, kv_cache, share, images, expected, models):
+    model = models(precision, kv_cache)
     different = {}
     for (number, key), wanted in expected.items():
         answer = model.generate(
@@ -147,7 +159,7 @@ def test_answers_are_those_of_transformers(precision, share, images, expected, m
         )
         if answer.text != wanted:
             different[number, key] = (answer.text, wanted, images[number][1][key])
-    print(precision, len(different), "of", len(expected), different)
+    print(precision, kv_cache, len(different), "of", len(expected), different)
     assert len(different) <= share * len(expected), different
 
 

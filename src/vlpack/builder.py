@@ -200,6 +200,14 @@ def default_threads() -> int:
     return min(available_cores(), 8)
 
 
+def _check_cache(architecture: Architecture, policy: Policy) -> None:
+    if policy.cache == "int8" and not architecture.decoder.qk_norm:
+        raise OptionError(
+            "kv_cache=int8 is for models that normalize their keys, as Qwen3's families do.",
+            "How large this one's become is not known, so nothing can be said of what 8 bits would lose.",
+        )
+
+
 def _unused_hub_options(
     places: Sequence[str | os.PathLike[str]], cache_dir: str | os.PathLike[str] | None, extra: ExtraOptions
 ) -> list[str]:
@@ -242,8 +250,9 @@ def _in_background(work: Callable[[], Any]) -> Future[Any]:
 
 
 def _parts(architecture: Architecture, part: str, policy: Policy, extra: ExtraOptions) -> list[Part]:
+    _check_cache(architecture, policy)
     grouped = has_grouped_kernel(policy.provider, policy.ir_dtype)
-    options = GraphOptions(policy.ir_dtype, extra.prune_lm_head is not False, grouped)
+    options = GraphOptions(policy.ir_dtype, extra.prune_lm_head is not False, grouped, policy.cache == "int8")
     if part == "text":
         return [architecture.decoder_part(options) if extra.exclude_embeds else architecture.text_part(options)]
     parts = architecture.parts(options)

@@ -425,7 +425,8 @@ def _show_package(description: dict[str, Any]) -> None:
         source += f" with the adapter {adapter.get('repo_id') or adapter.get('name')}"
     print_plain(
         f"{description['task']}, {description['precision']} for {description['execution_provider']}, "
-        f"activations {description['activations']}; from {source} by vlpack {description['vlpack']}"
+        f"activations {description['activations']}, cache {description['cache']}; from {source} by vlpack "
+        f"{description['vlpack']}"
     )
     for name, part in description["parts"].items():
         out.print(f"\n[bold]{escape(name)}[/] {escape(part['file'])}")

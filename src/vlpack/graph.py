@@ -24,6 +24,9 @@ OLD_OPSET = 21
 VECTOR = Float("float32")
 """How norms and biases are stored, in every precision."""
 
+BYTE_CACHE_OPSET = 24
+"""The first operator set with TensorScatter, which writes into a cache of 8 bits."""
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -94,9 +97,10 @@ def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
 def trace(part: Part, policy: Policy) -> Graph:
     """Write the graph of ``part``: its weights are declared by ``policy`` and still empty."""
     weights = declare(part, policy)
-    graph = ir.Graph(
-        [], [], nodes=[], opset_imports={"": OPSET.get(policy.provider, OLD_OPSET), "com.microsoft": 1}, name=part.name
-    )
+    opset = OPSET.get(policy.provider, OLD_OPSET)
+    if any(port.dtype == ir.DataType.INT8 for port in part.inputs):
+        opset = BYTE_CACHE_OPSET
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": opset, "com.microsoft": 1}, name=part.name)
     builder = GraphBuilder(graph)
     inputs = [builder.input(port.name, port.dtype, list(port.shape)) for port in part.inputs]
     outputs = part.module(builder.op, *inputs)

@@ -73,6 +73,7 @@ def _described(manifest: dict[str, Any]) -> dict[str, Any]:
         "precision": manifest["precision"],
         "execution_provider": manifest["execution_provider"],
         "activations": manifest["activations"],
+        "cache": manifest.get("cache", manifest["activations"]),
         "policy": manifest["policy"],
         "parts": parts,
         "files": {name: int(entry["bytes"]) for name, entry in manifest["files"].items()},

@@ -24,6 +24,7 @@ class ExtraOptions:
         algo_config: rounding method: ``default`` and ``rtn`` to the nearest; ``rtn_last`` also has an 8-bit head.
         matmul_mixed_precision: ``last_matmul`` (the head) and ``mixed_layers`` → ``int4`` or ``int8``.
         exclude_embeds: with ``--part text``: the decoder takes ``inputs_embeds``.
+        kv_cache: ``int8``: keys and values in 8 bits, for long contexts on the CPU; in fp32 or fp16 without it.
         prune_lm_head: only the last token's logits; the default here, unlike there.
         shared_embeddings: a tied embedding and head are stored once, the default.
         filename: of the decoder's graph.
@@ -36,6 +37,7 @@ class ExtraOptions:
     weight_type: str | None = None
     algo_config: str | None = None
     matmul_mixed_precision: Mapping[str, str] | None = None
+    kv_cache: str | None = None
     exclude_embeds: bool | None = None
     prune_lm_head: bool | None = None
     shared_embeddings: bool | None = None
@@ -60,6 +62,7 @@ class ExtraOptions:
             "weight_type": self.weight_type,
             "mixed": {**mixed, **(self.matmul_mixed_precision or {})},
             "vision": vision,
+            "kv_cache": self.kv_cache,
         }
         return replace(QuantizationOptions(), **{name: value for name, value in given.items() if value is not None})
 
@@ -90,9 +93,15 @@ def check_effects(extra: ExtraOptions, part: str, policy: Policy, vision: str | 
         raise OptionError("exclude_embeds goes with --part text.", "Elsewhere the embedding is a part of its own.")
     if vision is not None and "vision.linear" not in roles:
         raise OptionError(f"--vision-precision has no effect with --part {part}, which has no vision encoder.")
-    for name in ("matmul_mixed_precision", "prune_lm_head", "filename"):
+    for name in ("matmul_mixed_precision", "prune_lm_head", "filename", "kv_cache"):
         if getattr(extra, name) is not None and "text.linear" not in roles:
             raise OptionError(f"{name} is an option of the decoder, which --part {part} does not build.")
+    if extra.kv_cache is not None and (policy.provider != "cpu" or policy.dtype != "float32"):
+        raise OptionError(
+            f"kv_cache=int8 cannot be had with precision {policy.precision} for {policy.provider}: onnxruntime has "
+            "such a cache beside fp32 activations on the CPU only.",
+            "Choose fp32, int8 or int4 for the CPU.",
+        )
     if extra.shared_embeddings is not None and not {"text.embedding", "text.head"} <= set(roles):
         raise OptionError(
             "shared_embeddings has no effect on a package that does not hold both the embedding and the head."
@@ -182,6 +191,7 @@ _PARSERS: Mapping[str, Callable[[str, str], Any]] = {
     "weight_type": _one_of("int8", "uint8"),
     "algo_config": _one_of("default", "rtn", "rtn_last"),
     "matmul_mixed_precision": _mixed,
+    "kv_cache": _one_of("int8"),
     "exclude_embeds": _boolean,
     "prune_lm_head": _boolean,
     "shared_embeddings": _boolean,

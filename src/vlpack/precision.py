@@ -61,7 +61,7 @@ class PrecisionFacts:
 
 @dataclass(frozen=True)
 class QuantizationOptions:
-    """What can be chosen about quantized weights.
+    """What can be chosen about quantized weights, and about the cache.
 
     Args:
         block_size: values that share a scale in int4 (and in the int8 embedding and head).
@@ -70,6 +70,7 @@ class QuantizationOptions:
         weight_type: of int8 matrices, ``int8`` or ``uint8``; see `vlpack.storage.ChannelInt8`.
         mixed: selector → ``int4`` or ``int8`` for parts of the decoder, as the builder's ``matmul_mixed_precision``.
         vision: precision of the vision encoder where it is not to follow from the package's.
+        kv_cache: ``int8``, or None to keep keys and values in the dtype of the activations.
     """
 
     block_size: int = 32
@@ -78,6 +79,7 @@ class QuantizationOptions:
     weight_type: str = "int8"
     mixed: Mapping[str, str] = field(default_factory=dict)
     vision: str | None = None
+    kv_cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,11 @@ class Policy:
     def ir_dtype(self) -> ir.DataType:
         """`dtype` as onnx_ir has it."""
         return ir.DataType.FLOAT if self.dtype == "float32" else ir.DataType.FLOAT16
+
+    @property
+    def cache(self) -> str:
+        """The dtype of keys and values."""
+        return self.options.kv_cache or self.dtype
 
     def described(self) -> list[dict[str, str]]:
         """The rules as JSON."""

@@ -95,7 +95,8 @@ class Model(Loaded):
         """What the keys and values of so many tokens take: the runtime allots them before it begins."""
         decoder = self.config["model"]["decoder"]
         sizes = (int(decoder[name]) for name in SIZES)
-        return 2 * math.prod(sizes) * tokens * (2 if self.manifest.get("activations") == "float16" else 4)
+        dtype = self.manifest.get("cache", self.manifest.get("activations"))
+        return 2 * math.prod(sizes) * tokens * (1 if dtype == "int8" else 2 if dtype == "float16" else 4)
 
     def prompt(
         self,

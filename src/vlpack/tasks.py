@@ -88,6 +88,8 @@ def check_task_options(extra: ExtraOptions, task: str, precision: str) -> None:
     """
     if task in (GENERATE, AUTO):
         return
+    if extra.kv_cache is not None:
+        raise OptionError(f"kv_cache has no effect on a model for the task {task}, which keeps no cache.")
     for name in ("prune_lm_head", "exclude_embeds", "shared_embeddings"):
         if getattr(extra, name) is not None:
             raise OptionError(

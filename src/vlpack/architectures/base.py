@@ -13,6 +13,7 @@ from onnxscript import nn
 from vlpack.config import Section
 from vlpack.deepstack import CHANNEL, SideChannel
 from vlpack.errors import CheckpointError
+from vlpack.layers.byte_cache import EXTRA
 from vlpack.layers.embedding import ImageEmbedding
 from vlpack.layers.vision import patch_size, pixels_of, temporal_patch_size
 from vlpack.precision import OFFERED, PrecisionFacts
@@ -57,11 +58,19 @@ class GraphOptions:
         dtype: of embeddings, image features, cache and logits.
         last_logits: only the last token's logits, ``[B, 1, V]``.
         grouped_kernel: onnxruntime has its fused attention where the graphs will run (`has_grouped_kernel`).
+        byte_cache: keys and values are kept in 8 bits (`vlpack.layers.byte_cache`).
     """
 
     dtype: ir.DataType = ir.DataType.FLOAT
     last_logits: bool = True
     grouped_kernel: bool = True
+    byte_cache: bool = False
+
+    def cache_of(self, text: TextFacts) -> tuple[ir.DataType, int]:
+        """The cache's dtype and channels per head."""
+        if self.byte_cache:
+            return ir.DataType.INT8, text.head_size + EXTRA
+        return self.dtype, text.head_size
 
 
 @dataclass(frozen=True)
@@ -272,12 +281,13 @@ def decoder_part(
     if deepstack is not None and deepstack.levels:
         inputs.append(Port(CHANNEL, options.dtype, (*tokens, deepstack.channel_width)))
     outputs = [Port("logits", options.dtype, ("batch_size", 1 if options.last_logits else tokens[1], text.vocab_size))]
+    dtype, size = options.cache_of(text)
     for layer in range(text.num_hidden_layers):
         for kind in ("key", "value"):
-            cache = ("batch_size", text.num_key_value_heads, "past_sequence_length", text.head_size)
-            inputs.append(Port(f"past_key_values.{layer}.{kind}", options.dtype, cache))
-            cache = ("batch_size", text.num_key_value_heads, "total_sequence_length", text.head_size)
-            outputs.append(Port(f"present.{layer}.{kind}", options.dtype, cache))
+            cache = ("batch_size", text.num_key_value_heads, "past_sequence_length", size)
+            inputs.append(Port(f"past_key_values.{layer}.{kind}", dtype, cache))
+            cache = ("batch_size", text.num_key_value_heads, "total_sequence_length", size)
+            outputs.append(Port(f"present.{layer}.{kind}", dtype, cache))
     return Part(name, module, tuple(inputs), tuple(outputs))
 
 

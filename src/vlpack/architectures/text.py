@@ -13,7 +13,8 @@ from vlpack.architectures.pooled import pooled_part
 from vlpack.config import Section
 from vlpack.deepstack import SideChannel
 from vlpack.errors import CheckpointError
-from vlpack.layers.attention import Attention, cache_lengths, mask_bias
+from vlpack.layers.attention import Attention, MakeAttend, cache_lengths, mask_bias
+from vlpack.layers.byte_cache import byte_cache
 from vlpack.layers.decoder import CausalLM, DecoderLayer, TextModel
 from vlpack.layers.linear import Embedding, Linear
 from vlpack.layers.mlp import ACTIVATIONS, GatedMLP
@@ -119,7 +120,7 @@ class TextDecoder:
             options.last_logits,
             deepstack,
             self.embed_tokens() if deepstack is None else None,
-            cache_lengths if options.grouped_kernel else mask_bias,
+            byte_cache(self.frequencies.scaling) if options.byte_cache else _make_attend(options),
         )
 
     def pooled_part(
@@ -141,7 +142,7 @@ class TextDecoder:
             options.dtype,
             deepstack,
             self.embed_tokens() if deepstack is None else None,
-            cache_lengths if options.grouped_kernel else mask_bias,
+            _make_attend(options),
         )
         return pooled_part(name, module, facts, options, deepstack, bool(answers))
 
@@ -166,6 +167,10 @@ class TextDecoder:
 
     def _rope(self, op: OpBuilder, position_ids: ir.Value) -> Rope:
         return angles_from_positions(op, position_ids, self.frequencies)
+
+
+def _make_attend(options: GraphOptions) -> MakeAttend:
+    return cache_lengths if options.grouped_kernel else mask_bias
 
 
 def refuse_sliding_window(text: Section) -> None:

@@ -21,9 +21,19 @@ class Attend(Protocol):
     """How new tokens attend to the cache and to each other: made of the attention mask once, and used by all layers."""
 
     def __call__(
-        self, op: OpBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: Past, heads: int, kv_heads: int
+        self,
+        op: OpBuilder,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        past: Past,
+        heads: int,
+        kv_heads: int,
+        key_weight: ir.Value | None,
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Causal attention of ``q [B, S, heads · D]`` over the cache and the new ``k`` and ``v [B, S, kv_heads · D]``.
+
+        ``key_weight [D]`` is that of the RMS norm that the keys went through before the rotation; None without one.
 
         Returns:
             output ``[B, S, heads · D]``, present key and value ``[B, kv_heads, total, D]``.
@@ -44,7 +54,15 @@ class CacheLengths(NamedTuple):
     total: ir.Value  # int32 scalar: width of the mask
 
     def __call__(
-        self, op: OpBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: Past, heads: int, kv_heads: int
+        self,
+        op: OpBuilder,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        past: Past,
+        heads: int,
+        kv_heads: int,
+        key_weight: ir.Value | None,
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """See `Attend`."""
         return ops.group_query_attention(op, q, k, v, past, self, heads, kv_heads)
@@ -63,7 +81,15 @@ class MaskBias(NamedTuple):
     bias: ir.Value  # fp32 [B, 1, 1, S, total]: 0 where a token attends to a key, next to -∞ elsewhere
 
     def __call__(
-        self, op: OpBuilder, q: ir.Value, k: ir.Value, v: ir.Value, past: Past, heads: int, kv_heads: int
+        self,
+        op: OpBuilder,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        past: Past,
+        heads: int,
+        kv_heads: int,
+        key_weight: ir.Value | None,
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """See `Attend`."""
         batch, _, _, size = ops.shape_of(past[0])
@@ -130,12 +156,14 @@ class Attention(nn.Module):
     def forward(
         self, op: OpBuilder, x: ir.Value, rope: Rope, attend: Attend, past: Past, pick: Pick
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        dtype = ops.dtype_of(past[0])
+        # a cache of 8 bits is written by the attention itself
+        dtype = ops.FLOAT if past[0].dtype == ir.DataType.INT8 else ops.dtype_of(past[0])
         q, k, v = op.Split(self.qkv_proj(op, x), self.sizes, axis=-1, _outputs=3)  # [B, S, heads · D]
         q = self._place(op, q, self.q_norm, rope, self.heads)
         k = self._place(op, k, self.k_norm, rope, self.kv_heads)
         q, k, v = (ops.cast(op, t, dtype) for t in (q, k, v))
-        y, key, value = attend(op, q, k, v, past, self.heads, self.kv_heads)
+        key_weight = None if self.k_norm is None else self.k_norm.weight
+        y, key, value = attend(op, q, k, v, past, self.heads, self.kv_heads, key_weight)
         return self.o_proj(op, pick(op, y)), key, value
 
     def _place(self, op: OpBuilder, x: ir.Value, norm: RMSNorm | None, rope: Rope, heads: int) -> ir.Value:

@@ -226,3 +226,35 @@ def group_query_attention(
     for present in (key, value):
         typed(present, dtype_of(q), [batch, heads, "total_sequence_length", size])
     return typed(y, dtype_of(q), shape_of(q)), key, value
+
+
+def byte_attention(
+    op: OpBuilder,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    past: tuple[ir.Value, ir.Value],
+    lengths: tuple[ir.Value, ir.Value],
+    num_heads: int,
+    kv_num_heads: int,
+    scales: Sequence[ir.Value],
+    scale: float,
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """`group_query_attention` over an int8 cache, in which a number is ``code · scales[kind][head, channel]``.
+
+    ``scales`` are of keys and of values, fp32 ``[kv_heads, D]`` each, and ``scale`` is what products are multiplied by.
+    """
+    y, key, value = microsoft(op).GroupQueryAttention(
+        *(q, k, v, *past, *lengths, None, None, None, None, None, *scales),
+        num_heads=num_heads,
+        kv_num_heads=kv_num_heads,
+        do_rotary=0,
+        scale=scale,
+        k_quant_type="PER_CHANNEL",
+        v_quant_type="PER_CHANNEL",
+        kv_cache_bit_width=8,
+        _outputs=3,
+    )
+    for present in (key, value):
+        typed(present, dtype_of(past[0]), shape_of(past[0]))
+    return typed(y, dtype_of(q), shape_of(q)), key, value

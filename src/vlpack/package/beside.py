@@ -15,6 +15,7 @@ from vlpack.checkpoint import Checkpoint
 from vlpack.config import Section
 from vlpack.errors import CheckpointError
 from vlpack.layers.attention import has_grouped_kernel
+from vlpack.layers.byte_cache import EXTRA
 from vlpack.package.encoder_card import encoder_card
 from vlpack.package.encoder_section import CHAT
 from vlpack.package.genai_config import genai_config, search_notes
@@ -79,7 +80,13 @@ def write_beside(
     generation = checkpoint.json("generation_config.json") or {}
     shared_cache = has_grouped_kernel(policy.provider, policy.ir_dtype)
     config = genai_config(
-        architecture, names, policy.provider, Section(checkpoint.config), generation, shared_cache=shared_cache
+        architecture,
+        names,
+        policy.provider,
+        Section(checkpoint.config),
+        generation,
+        shared_cache=shared_cache,
+        cache_channels=architecture.text.head_size + (EXTRA if policy.cache == "int8" else 0),
     )
     _write_json(folder / "genai_config.json", config)
     difference = None

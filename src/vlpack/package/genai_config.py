@@ -35,6 +35,7 @@ def genai_config(
     config: Section,
     generation: Mapping[str, Any],
     shared_cache: bool,
+    cache_channels: int,
 ) -> dict[str, Any]:
     """The configuration as JSON.
 
@@ -45,6 +46,7 @@ def genai_config(
         config: the checkpoint's config.json.
         generation: its generation_config.json, or nothing.
         shared_cache: the decoder can write new keys into the buffer of the old ones.
+        cache_channels: of a head, in the decoder's inputs and outputs.
     """
     session = {"log_id": "onnxruntime-genai", "provider_options": [] if provider == "cpu" else [{provider: {}}]}
     text = config.section("text_config", required=False)
@@ -55,7 +57,7 @@ def genai_config(
         "vocab_size": architecture.text.vocab_size,
     }
     if "text" in files or "decoder" in files:
-        model["decoder"] = _decoder(architecture, files, session)
+        model["decoder"] = _decoder(architecture, files, session, cache_channels)
     if "vision" in files:
         model["vision"] = _vision(architecture, files["vision"], session)
     if "embedding" in files:
@@ -86,7 +88,9 @@ CHUNK_SIZE = 512
 that causality takes away: 2048 tokens at once are a fifth slower than in four calls, and want more memory."""
 
 
-def _decoder(architecture: Architecture, files: Mapping[str, str], session: dict[str, Any]) -> dict[str, Any]:
+def _decoder(
+    architecture: Architecture, files: Mapping[str, str], session: dict[str, Any], cache_channels: int
+) -> dict[str, Any]:
     text = architecture.text
     if "text" in files:
         tokens = {"input_ids": "input_ids"}
@@ -95,7 +99,7 @@ def _decoder(architecture: Architecture, files: Mapping[str, str], session: dict
     return {
         "session_options": session,
         "filename": files.get("text") or files["decoder"],
-        "head_size": text.head_size,
+        "head_size": cache_channels,
         "hidden_size": text.hidden_size,
         "num_attention_heads": text.num_attention_heads,
         "num_hidden_layers": text.num_hidden_layers,

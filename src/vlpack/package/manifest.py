@@ -68,6 +68,7 @@ def write_manifest(
         "precision": policy.precision,
         "execution_provider": policy.provider,
         "activations": policy.dtype,
+        "cache": policy.cache,
         "policy": policy.described(),
         "quantization": asdict(policy.options),
         "parts": {name: _part(graph, written) for name, graph in graphs.items()},

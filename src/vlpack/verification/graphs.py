@@ -104,7 +104,8 @@ class Graphs:
                 del inputs["position_ids"]
             for port in decoder.get_inputs():
                 if port.name.startswith("past_key_values"):
-                    inputs[port.name] = np.zeros((1, port.shape[1], 0, port.shape[3]), np.float32)
+                    dtype = np.int8 if port.type == "tensor(int8)" else np.float32
+                    inputs[port.name] = np.zeros((1, port.shape[1], 0, port.shape[3]), dtype)
             out = _call(decoder, inputs)
         merged, levels = None, []
         if features is not None:
@@ -169,6 +170,8 @@ def _call(session: ort.InferenceSession, inputs: Mapping[str, Array]) -> dict[st
         if types[name] == "tensor(float16)"
         else value.astype(np.float32)
         if types[name] == "tensor(float)"
+        else value.astype(np.int8)
+        if types[name] == "tensor(int8)"
         else value.astype(np.int64)
         for name, value in inputs.items()
     }
