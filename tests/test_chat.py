@@ -18,8 +18,10 @@ from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, copy_digits
 from test_video import generate, tensors
 from tiny import Tiny
 from vlpack import Sampling, runtime
-from vlpack.chat import Chat, saved
+from vlpack.chat import Chat
+from vlpack.conversations import saved
 from vlpack.errors import InputError, OptionError, PackageError
+from vlpack.preprocess import ChatTemplate
 from vlpack.runtime import Model
 
 TOKENS = 12
@@ -265,6 +267,48 @@ def test_going_on_with_what_was_saved(model: Callable[..., Model], tmp_path: Pat
         model().chat(messages=[asked("What?", [None]), {"role": "assistant", "content": "A cat."}])
     with pytest.raises(InputError, match="given as frames"):
         saved([asked("What?", [], ([picture(64, 64)] * 2,))])
+
+
+def test_a_system_message_that_is_refused(model: Callable[..., Model]) -> None:
+    chat = model().chat(system="Be brief.", max_tokens=2, sampling=GREEDY)
+    tokens = chat.tokens
+    for bad in ("<|image_pad|>", "\ud800", 5):
+        with pytest.raises(InputError):
+            chat.system = bad  # type: ignore[assignment]
+    assert (chat.system, chat.tokens) == ("Be brief.", tokens)
+    assert chat.ask("Hello").tokens
+
+
+def test_messages_of_anybody(model: Callable[..., Model], reference: Callable[[Tiny], Reference]) -> None:
+    question, image = {"role": "user", "content": "What?"}, {"type": "image", "image": picture(64, 64)}
+    for bad in (
+        ["What?"],
+        "What?",
+        [{"role": 5}],
+        [question, {"role": "assistant", "content": 5}],
+        [{"role": "system", "content": [image]}],  # which would not be seen
+    ):
+        with pytest.raises(InputError):
+            model().chat(messages=bad)
+    answer = {"role": "assistant", "content": [image, "This."]}
+    chat = model().chat(messages=[question, answer], max_tokens=TOKENS, sampling=GREEDY)
+    for text, images in (("And?", []), ("And this?", [picture(96, 64)])):
+        expected = wanted(chat, asked(text, images), reference(TINY))
+        assert chat.ask(text, images).tokens == expected
+
+
+def test_a_long_conversation_is_read_turn_by_turn(model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    render, rendered = ChatTemplate.render, [0]
+
+    def counted(self: Any, messages: Any, **options: Any) -> str:
+        rendered[0] += len(messages)
+        return render(self, messages, **options)
+
+    monkeypatch.setattr(ChatTemplate, "render", counted)
+    messages = [asked("What?", []), {"role": "assistant", "content": "A cat."}] * 100
+    chat = model().chat(messages=messages)
+    assert rendered[0] < 500
+    assert chat.tokens == model().prompt([*messages, asked("?", [])]).input_ids.size
 
 
 def test_a_file_that_changes_was_seen_as_it_was(model: Callable[..., Model], tmp_path: Path) -> None:

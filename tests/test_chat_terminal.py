@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ import vlpack
 from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, copy_digits
 from test_chat import THINKING
 from tiny import Tiny
+from vlpack import chat_terminal
 
 if sys.platform == "win32":
     pytest.skip("a terminal of Unix", allow_module_level=True)
@@ -33,7 +36,7 @@ class Terminal:
 
     def __init__(self, *arguments: object) -> None:
         command, *rest = [*CHAT, *map(str, arguments)]
-        self.child = pexpect.spawn(command, rest, dimensions=(60, 100), timeout=60)
+        self.child = pexpect.spawn(command, rest, dimensions=(60, 100), timeout=300)
         screen = pyte.Screen(100, 60)
         screen.write_process_input = self.child.send  # it answers where its cursor is
         self.screen, self.stream, self.raw = screen, pyte.ByteStream(screen), b""
@@ -54,7 +57,7 @@ class Terminal:
         self.until(lambda: text in self.text)
 
     def until(self, condition: Callable[[], bool]) -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while not condition():
             assert time.monotonic() < end, f"never seen; there is:\n{self.text}"
             try:
@@ -147,7 +150,7 @@ def test_a_conversation(terminal: Callable[..., Terminal], package: Path, tmp_pa
 def test_going_on(terminal: Callable[..., Terminal], package: Path, tmp_path: Path) -> None:
     chat = vlpack.load(package).chat(sampling=vlpack.Sampling(temperature=0))
     chat.ask(READ, [IMAGES / "01.png"])
-    from vlpack.chat import saved
+    from vlpack.conversations import saved
 
     file = tmp_path / "saved.json"
     file.write_text(json.dumps(saved(chat.messages)), encoding="utf-8")
@@ -240,9 +243,103 @@ def test_lines_of_a_pipe(package: Path) -> None:
     assert "/reset takes nothing behind it." in done.stderr
 
 
+def test_what_is_no_command_or_file(package: Path, tmp_path: Path) -> None:
+    text = "/drop " + "1" * 5000 + "\n/save a\0b\n/save " + "x" * 400 + "\n/system <|image_pad|>\n/history\n/stats\n"
+    done = piped(package, text=text)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.count("cannot be written") == 2
+    assert "/drop takes a number of turns" in done.stderr
+    assert "0 turns, " in done.stderr
+    done = piped(package, "--image", "nothing.png", text="Hello\n")
+    assert done.returncode == 2
+    assert "There is no image file nothing.png." in done.stderr
+
+
+def test_images_that_vanish_can_be_taken_back(package: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    file.write_bytes((IMAGES / "01.png").read_bytes())
+    command = [*CHAT, str(package)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdin is not None
+        assert child.stderr is not None
+        child.stdin.write(f"/image {file}\n")
+        child.stdin.flush()
+        assert "With the next message" in child.stderr.readline()
+        file.unlink()
+        stdout, stderr = child.communicate('What?\n/image ""\nWhat?\n')
+    assert stderr.count("There is no image file") == 1
+    assert len(stdout.splitlines()) == 1
+
+
+def test_bytes_that_are_no_text(package: Path) -> None:
+    environment = {**os.environ, "PYTHONUTF8": "1"}
+    done = subprocess.run(
+        [*CHAT, str(package)], input=b"h\xe9\n/stats\n", capture_output=True, check=False, env=environment
+    )
+    assert done.returncode == 0
+    assert b"not valid Unicode" in done.stderr
+    assert b"0 turns, " in done.stderr
+
+
+def test_a_closed_standard_input(package: Path) -> None:
+    done = subprocess.run(f"{shlex.join([*CHAT, str(package)])} <&-", shell=True, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert b"Standard input is closed." in done.stderr
+
+
+def test_what_others_wrote_is_shown_as_it_is(terminal: Callable[..., Terminal], package: Path, tmp_path: Path) -> None:
+    file = tmp_path / "saved.json"
+    messages = [
+        {"role": "system", "content": "\x1b]0;title\x07Be :cat:."},
+        {"role": "user", "content": ["one", {"type": "text", "text": "[bold]two[/]"}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "It is a :cat:."},
+    ]
+    file.write_text(json.dumps(messages), encoding="utf-8")
+    screen = terminal(package, "--messages", file, "--context", 200)
+    screen.see("are left for a question and its answer.")  # told before a question
+    screen.say("/history")
+    screen.see("user: one [bold]two[/]")
+    screen.see("assistant: It is a :cat:.")
+    screen.say("/system")
+    screen.see("System message: ]0;titleBe :cat:.")
+    assert b"\x1b]0;" not in screen.raw
+
+
+def test_pieces_are_shown_as_they_are(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    screen = chat_terminal.Terminal(vlpack.load(package).chat())
+    screen._show([(False, "a\tb :cat:"), (True, " :dog:"), (False, "\n")])
+    assert capsys.readouterr().out == "a\tb :cat: :dog:\n"
+
+
+def test_interrupts_one_after_another(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second, in the midst of what is done about the first, and one with nothing to stop, end nothing."""
+    chat = vlpack.load(package).chat(sampling=vlpack.Sampling(temperature=0))
+    screen = chat_terminal.Terminal(chat)
+    shown: list[str] = []
+
+    def show(pieces: Any) -> None:
+        shown.extend(text for _, text in pieces)
+        screen._interrupted(2, None)
+
+    monkeypatch.setattr(screen, "_show", show)
+    screen._take(READ)
+    screen._interrupted(2, None)
+    assert len(chat.turns) == 1
+    assert chat.turns[0].assistant["content"] == "".join(shown)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "cannot be read"), ("[", "is not JSON"), ("{}", "holds no list"), ('[{"role": "user"}]', "in turn")],
+    [
+        (None, "cannot be read"),
+        ("[", "is not JSON"),
+        ("{}", "holds no list"),
+        ('[{"role": "user", "content": "?"}]', "in turn"),
+    ],
 )
 def test_a_conversation_that_cannot_go_on(content: str | None, said: str, package: Path, tmp_path: Path) -> None:
     file = tmp_path / "saved.json"

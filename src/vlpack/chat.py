@@ -8,11 +8,9 @@ since the runtime takes images at its beginning only; features of images seen be
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,8 +109,10 @@ class Chat:
         self.allow_private_urls = allow_private_urls
         self._options = model.search_options(sampling)
         self._video_options, self._variables = video_options, variables
+        if messages:
+            normalize_messages(messages)  # anybody may have written them
         messages = list(messages)
-        if messages and messages[0].get("role") == "system":
+        if messages and messages[0]["role"] == "system":
             if system is not None:
                 raise InputError("There are two system messages.", "Leave one away.")
             system = _text_of(messages.pop(0))
@@ -131,9 +131,14 @@ class Chat:
 
     @system.setter
     def system(self, text: str | None) -> None:
-        self._system: str | None = text
-        # which is in front of all turns, whatever they are
-        self._empty = self._prompt([_NOTHING]).input_ids.size
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"The system message must be a text, not {type(text).__name__}.")
+        before, self._system = getattr(self, "_system", None), text
+        try:
+            self._empty = self._prompt([_NOTHING]).input_ids.size
+        except BaseException:
+            self._system = before
+            raise
 
     @property
     def messages(self) -> list[Message]:
@@ -175,7 +180,7 @@ class Chat:
         ]
         content = [*parts, {"type": "text", "text": text}] if parts else text
         started = time.perf_counter()
-        turn = self._looked_at({"role": "user", "content": content})
+        turn = self._looked_at({"role": "user", "content": content}, {})
         prompt = self._prompt([*self.turns, turn])
         turn.videos = [video._replace(seconds=0.0) for video in turn.videos]  # told once
         seconds = time.perf_counter() - started
@@ -233,13 +238,9 @@ class Chat:
         )
 
     def _keep(self, turn: Turn) -> None:
-        before = self._length([])
-        turn.tokens = self._length([turn]) - before
+        # counted alone: the whole conversation with each of its turns would take the square of its length
+        turn.tokens = self._prompt([turn, _NOTHING]).input_ids.size - self._empty
         self.turns.append(turn)
-
-    def _length(self, more: Sequence[Turn]) -> int:
-        """Tokens of the turns and ``more``, as they stand before a further question."""
-        return self._prompt([*self.turns, *more, _NOTHING]).input_ids.size
 
     def _settle(self) -> None:
         if self._stream is not None:
@@ -251,23 +252,23 @@ class Chat:
             yield from turn.images
             yield from turn.videos
 
-    def _looked_at(self, user: Message) -> Turn:
+    def _looked_at(self, user: Message, assistant: Message) -> Turn:
         """A turn whose images and videos are processed."""
         builder = self.model.prompts
-        conversation = normalize_messages([user])
+        conversation = normalize_messages([user, assistant] if assistant else [user])
         images = [builder.processed_image(_given(image), self.allow_private_urls) for image in conversation.images]
         videos = [
             builder.processed_video(_given(video.source), video.options or self._video_options)
             for video in conversation.videos
         ]
-        return Turn(user, images=images, videos=videos)
+        return Turn(user, dict(assistant), images=images, videos=videos)
 
     def _prompt(self, turns: Sequence[Turn]) -> Prompt:
         messages = [{"role": "system", "content": self.system}] if self.system else []
         for turn in turns:
             messages.append(_without_sources(turn.user))
             if turn.assistant:
-                messages.append(dict(turn.assistant))
+                messages.append(_without_sources(turn.assistant))
         images = [image for turn in turns for image in turn.images]
         return self.model.prompts(
             messages, images, [video for turn in turns for video in turn.videos], **self._variables
@@ -304,8 +305,7 @@ class Chat:
                 f"after the system message; this one has {', '.join(map(str, roles[:6]))}{' …' * (len(roles) > 6)}."
             )
         for user, assistant in zip(messages[::2], messages[1::2], strict=True):
-            turn = self._looked_at(user)
-            turn.assistant = dict(assistant)
+            turn = self._looked_at(user, assistant)
             turn.videos = [video._replace(seconds=0.0) for video in turn.videos]
             self._keep(turn)
 
@@ -336,8 +336,11 @@ def _given(source: Any) -> Any:
 
 
 def _text_of(message: Message) -> str:
-    content = normalize_messages([message]).messages[0].get("content", "")
-    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    conversation = normalize_messages([message])
+    if conversation.images or conversation.videos:
+        raise InputError("The system message has images or videos.", "Give them with the first question.")
+    content = conversation.messages[0].get("content", "")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _without_sources(message: Message) -> dict[str, Any]:
@@ -348,45 +351,3 @@ def _without_sources(message: Message) -> dict[str, Any]:
             {"type": part["type"]} if part["type"] in ("image", "video") else part for part in plain["content"]
         ]
     return plain
-
-
-def saved(messages: Sequence[Message]) -> list[Message]:
-    """Messages as JSON can hold them: files by their absolute paths, URLs as they are, other images as data URIs.
-
-    Raises:
-        InputError: a video is given as frames, which JSON cannot hold.
-    """
-    return [_saved(message) for message in messages]
-
-
-def _saved(message: Message) -> Message:
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    return {**message, "content": [_saved_part(part) for part in content]}
-
-
-def _saved_part(part: Any) -> Any:
-    kind = part["type"] if isinstance(part, dict) else None
-    source = part.get(kind) if kind in ("image", "video") else None
-    if source is None:
-        return part
-    rest = {key: value for key, value in part.items() if key != kind}
-    if isinstance(source, os.PathLike) or (isinstance(source, str) and Path(source).exists()):
-        return {**rest, "path": os.path.abspath(source)}
-    if isinstance(source, str):
-        return {**rest, "url" if source[:8].lower().startswith(("http://", "https://", "data:")) else kind: source}
-    if kind == "video":
-        raise InputError("A video that was given as frames cannot be saved.", "Give the file or folder.")
-    return {**rest, "url": _data_uri(source)}
-
-
-def _data_uri(source: Any) -> str:
-    import base64
-    import io
-
-    from vlpack.preprocess import load_image
-
-    buffer = io.BytesIO()
-    load_image(source).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

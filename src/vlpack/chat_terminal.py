@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import io
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
+from rich.text import Text
 
 from vlpack import console
-from vlpack.chat import Chat, saved
+from vlpack.chat import Chat
+from vlpack.conversations import write_messages
 from vlpack.errors import InputError, OptionError, VlpackError
-from vlpack.preprocess import Message, load_image
+from vlpack.preprocess import load_image
 from vlpack.reasoning import ReasoningStream, opens_reasoning
 
 if TYPE_CHECKING:
@@ -24,12 +26,9 @@ if TYPE_CHECKING:
 
     from vlpack.answers import AnswerStream
 
-MAX_MESSAGES_BYTES = 1 << 30
-"""Largest conversation that is read; images in it are base64."""
-
 HELP = """\
-/image FILE or URL …   show images with the next message
-/video FILE …          show videos (or folders of pictures) with the next message
+/image FILE or URL …   show images with the next message ("" takes them back)
+/video FILE …          show videos (or folders of pictures) with the next message ("" takes them back)
 /system [TEXT]         tell the model how to behave; without a text, say what it was told ("" takes it back)
 /history               the conversation so far
 /drop [N]              forget the oldest turn, or N of them
@@ -41,6 +40,10 @@ A line that ends with \\, or Alt-Enter, goes on in the next one. A message that 
 Ctrl-C stops an answer, and what there is of it stays in the conversation."""
 
 
+_NONE = ('""', "''")
+"""Written behind a command to take back what was given."""
+
+
 class Terminal:
     """Reads messages and commands until there are no more, and shows the answers.
 
@@ -48,11 +51,15 @@ class Terminal:
         chat: the conversation.
         images: shown with the first message.
         videos: likewise.
+
+    Raises:
+        InputError: one of them is not there, or not taken.
     """
 
     def __init__(self, chat: Chat, images: Sequence[str] = (), videos: Sequence[str] = ()) -> None:
         self.chat = chat
-        self.images, self.videos = list(images), list(videos)
+        self.images, self.videos = self._there(images), self._there(videos, of_videos=True)
+        self._stoppable = False
         self._stream: AnswerStream | None = None
         self._written: set[Path] = set()
         self._commands: dict[str, Callable[[str], None]] = {
@@ -70,11 +77,13 @@ class Terminal:
 
     def run(self) -> None:
         """Until /exit or the end of the input."""
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which the command line makes an end of all
+        before = signal.getsignal(signal.SIGINT)  # makes an end of all, as it should where nobody types
         try:
             if self.interactive:
+                signal.signal(signal.SIGINT, self._interrupted)
                 self._say(f"{self.chat.context} tokens of context · /help · Ctrl-D leaves")
             self._say_pending()
+            self._warn()
             read = self._reader()
             while (line := read()) is not None:
                 if line.strip() in ("/exit", "/quit", "/bye"):
@@ -86,17 +95,34 @@ class Terminal:
     def _take(self, line: str) -> None:
         """One message or command; a mistake in it is told, and nothing else happens."""
         try:
-            if line.startswith("/") and not line.startswith("//"):
-                name, _, rest = line[1:].partition(" ")
-                if name.strip() not in self._commands:
-                    raise OptionError(f"There is no command /{name}.", "/help lists them; // begins a message with /.")
-                self._commands[name.strip()](rest.strip())
-            elif line.strip():
-                self._answer(line[1:] if line.startswith("//") else line)
+            try:
+                self._stoppable = True
+                self._do(line)
+            finally:
+                self._stoppable = False
         except VlpackError as error:
             console.show_error(error)
         except KeyboardInterrupt:
             self._say("Stopped.")
+
+    def _do(self, line: str) -> None:
+        if line.startswith("/") and not line.startswith("//"):
+            name, rest = [*line[1:].split(maxsplit=1), "", ""][:2]
+            if name not in self._commands:
+                raise OptionError(f"There is no command /{name}.", "/help lists them; // begins a message with /.")
+            self._commands[name](rest.strip())
+        elif line.strip():
+            try:
+                self._answer(line[1:] if line.startswith("//") else line)
+            except VlpackError:
+                self._say_pending()
+                raise
+
+    def _interrupted(self, number: int, frame: object) -> None:
+        """Control-C stops what is done, once: a second one would break into what is done about the first."""
+        if self._stoppable:
+            self._stoppable = False
+            raise KeyboardInterrupt
 
     def _answer(self, text: str) -> None:
         stream = self.chat.stream(text, self.images, self.videos)
@@ -114,38 +140,47 @@ class Terminal:
             raise
         self._show(reasoning.flush())
         console.out.print()
-        if len(self.chat.turns) > turns:
+        if stays := len(self.chat.turns) > turns:
             self.images, self.videos = [], []
         if stopped:
-            kept = "what there is stays in the conversation" if stream.answer.tokens else "nothing was said"
+            kept = "what there is stays in the conversation" if stays else "nothing stays in the conversation"
             self._say(f"(stopped; {kept})")
         elif stream.answer.finish_reason == "length":
             self._say(f"(cut after {len(stream.answer.tokens)} tokens)")
+        self._warn()
+
+    def _warn(self) -> None:
         if warning := self.chat.warning():
             console.err.print(f"{warning} /drop forgets the oldest.", style="yellow")
 
     def _show(self, pieces: Sequence[tuple[bool, str]]) -> None:
         for thinking, text in pieces:
-            shown = console.without_controls(text)
-            console.out.print(shown, end="", markup=False, style="dim" if thinking else None)
-        console.out.file.flush()
+            shown = console.without_controls(text) if console.is_terminal(sys.stdout) else text
+            if thinking and self.interactive:
+                console.out.print(Text(shown, style="dim"), end="")
+            else:  # rich would make pictures of :words: and blanks of tabs
+                print(shown, end="")
+        print(end="", flush=True)
 
     def _image(self, rest: str) -> None:
-        sources = _sources(rest, "/image FILE")
-        for source in sources:
-            load_image(source, allow_private_urls=self.chat.allow_private_urls)  # told now, not with the question
-        self.chat.model.prompts.check_takes(images=True)
-        self.images += sources
+        sources = [] if rest in _NONE else _sources(rest, "/image FILE")
+        self.images = self.images + self._there(sources) if sources else []
         self._say_pending()
 
     def _video(self, rest: str) -> None:
-        sources = _sources(rest, "/video FILE")
-        self.chat.model.prompts.check_takes(videos=True)
-        for source in sources:
-            if not os.path.exists(source):
-                raise InputError(f"{source} does not exist.")
-        self.videos += sources
+        sources = [] if rest in _NONE else _sources(rest, "/video FILE")
+        self.videos = self.videos + self._there(sources, of_videos=True) if sources else []
         self._say_pending()
+
+    def _there(self, sources: Sequence[str], *, of_videos: bool = False) -> list[str]:
+        """The sources; what is wrong with one is told now, and not with the question."""
+        self.chat.model.prompts.check_takes(images=bool(sources) and not of_videos, videos=bool(sources) and of_videos)
+        for source in sources:
+            if not of_videos:
+                load_image(source, allow_private_urls=self.chat.allow_private_urls)
+            elif not os.path.exists(source):
+                raise InputError(f"{source} does not exist.")
+        return list(sources)
 
     def _say_pending(self) -> None:
         named = [*self.images, *self.videos]
@@ -154,19 +189,19 @@ class Terminal:
 
     def _system(self, rest: str) -> None:
         if rest:
-            self.chat.system = None if rest in ('""', "''") else rest
+            self.chat.system = None if rest in _NONE else rest
         self._say(f"System message: {self.chat.system or 'none'}")
 
     def _history(self, rest: str) -> None:
         _nothing(rest, "/history")
         for message in self.chat.messages:
-            content = message["content"]
+            content = message.get("content") or ""
             if isinstance(content, list):
-                content = " ".join(part.get("text") or f"[{part['type']}]" for part in content)
-            console.out.print(f"[bold]{message['role']}:[/] {escape(console.without_controls(content))}")
+                content = " ".join(map(_part, content))
+            console.out.print(f"[bold]{message['role']}:[/] {escape(console.without_controls(content))}", emoji=False)
 
     def _drop(self, rest: str) -> None:
-        if rest and not rest.isdecimal():
+        if rest and not (rest.isdecimal() and len(rest) < 10):
             raise OptionError(f"/drop takes a number of turns, not {rest}.")
         self.chat.drop(int(rest or 1))
         self._say(f"{self.chat.tokens} tokens are left in the conversation.")
@@ -180,10 +215,9 @@ class Terminal:
     def _save(self, rest: str) -> None:
         (name,) = _sources(rest, "/save FILE", single=True)
         path = Path(name).absolute()
-        if path.exists() and path not in self._written:
+        if os.path.lexists(path) and path not in self._written:
             raise OptionError(f"{path} is there already.", "Give another name.")
-        text = json.dumps(saved(self.chat.messages), ensure_ascii=False, indent=1) + "\n"
-        _replace(path, text)
+        write_messages(path, self.chat.messages)
         self._written.add(path)
         self._say(f"{path} has {_turns(self.chat)}.")
 
@@ -198,11 +232,16 @@ class Terminal:
 
     def _say(self, text: str) -> None:
         # beside the answers, which a pipe carries on
-        (console.out if self.interactive else console.err).print(text, style="dim", markup=False)
+        said = Text(console.without_controls(text), style="dim")
+        (console.out if self.interactive else console.err).print(said)
 
     def _reader(self) -> Callable[[], str | None]:
         """What gives the next message: an editor in a terminal, else the next line."""
+        if sys.stdin is None:
+            raise OptionError("Standard input is closed.", "Run chat in a terminal, or give it lines by a pipe.")
         if not self.interactive:
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(errors="surrogateescape")  # names of files may be of any bytes
             return lambda: line.rstrip("\r\n") if (line := sys.stdin.readline()) else None
         session = _editor([f"/{name}" for name in (*self._commands, "exit")])
 
@@ -216,25 +255,6 @@ class Terminal:
                     return None
 
         return read
-
-
-def read_messages(path: Path) -> list[Message]:
-    """A conversation that `/save` has written, or anybody else.
-
-    Raises:
-        InputError: the file cannot be read, or is no list of messages.
-    """
-    try:
-        if path.stat().st_size > MAX_MESSAGES_BYTES:
-            raise InputError(f"{path} has more than {MAX_MESSAGES_BYTES} bytes.", "Give a conversation.")
-        messages = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise InputError(f"{path} holds no list of messages.", '[{"role": "user", "content": "…"}, …]')
-    return messages
 
 
 def _editor(commands: Sequence[str]) -> PromptSession[str]:
@@ -295,19 +315,13 @@ def _sources(rest: str, usage: str, *, single: bool = False) -> list[str]:
     return [os.path.expanduser(word.strip("\"'") if os.name == "nt" else word) for word in words]
 
 
+def _part(part: Any) -> str:
+    """Of a message's content, for people."""
+    return part if isinstance(part, str) else part.get("text") or f"[{part['type']}]"
+
+
 def _turns(chat: Chat) -> str:
     return f"{len(chat.turns)} turn{'s' * (len(chat.turns) != 1)}"
-
-
-def _replace(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OptionError(f"{path} cannot be written: {error.strerror}.") from None
 
 
 def _nothing(rest: str, name: str) -> None:

@@ -247,7 +247,8 @@ def chat(
     allow_private_urls: opt.PrivateUrls = False,
 ) -> None:
     """Talk with a package in the terminal; /help says how. Lines of a pipe are questions, too."""
-    from vlpack.chat_terminal import Terminal, read_messages
+    from vlpack.chat_terminal import Terminal
+    from vlpack.conversations import read_messages
     from vlpack.preprocess import VideoOptions
     from vlpack.runtime import Model
     from vlpack.sampling import Sampling
