@@ -80,7 +80,7 @@ class Model(Loaded):
         )
         self.tokenizer = self.prompts.tokenizer
         chunk_size = self.config.get("search", {}).get("chunk_size")
-        self._chunk = {"chunk_size": chunk_size} if chunk_size else {}
+        self._chunk = {"chunk_size": chunk_size} if type(chunk_size) is int and chunk_size > 0 else {}
         warn_of_saturation(self.manifest)
         self.vision = vision_encoder(self.folder, model, self.manifest, threads, vision_provider)
         self._model = load_model(self.folder, model, threads, self.manifest.get("execution_provider"), self.vision)

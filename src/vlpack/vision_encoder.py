@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,8 @@ class VisionEncoder:
             with ThreadPoolExecutor(1) as worker:  # the program's own thread must wait to be interrupted
                 running = worker.submit(self._session.run, None, inputs, options)
                 try:
+                    while not wait([running], timeout=0.1).done:  # Windows hears nothing in a wait without an end
+                        pass
                     (features,) = running.result()
                 except BaseException:
                     options.terminate = True  # which nothing but an interruption finds still running
