@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlpack.errors import OptionError
-from vlpack.precision import Policy, QuantizationOptions
+from vlpack.precision import BLOCK_SIZES, Policy, QuantizationOptions
 from vlpack.storage import Blocks, ChannelInt8, Storage
 
 
@@ -17,8 +17,9 @@ class ExtraOptions:
     """What the builder's extra options choose, with its names; None where an option was not given.
 
     Args:
-        block_size: of weights in blocks: 16, 32 (the default), 64, 128 or 256.
-        is_symmetric: weights in blocks without zero points, the default.
+        block_size: of all weights in blocks: 16, 32, 64, 128 or 256; by default 64 in 4 bits and 128 in 8 on the CPU,
+            elsewhere 32.
+        is_symmetric: all weights in blocks without zero points, or with; by default 4 bits on the CPU have them.
         accuracy_level: of MatMulNBits on the CPU: 1 to 3 fp32 activations, 4 (the default) 8-bit ones.
         weight_type: of matrices in int8: ``int8`` (the default), or ``uint8`` for x86 processors without VNNI.
         algo_config: rounding method: ``default`` and ``rtn`` to the nearest; ``rtn_last`` also has an 8-bit head.
@@ -185,7 +186,7 @@ def _token(key: str, value: str) -> str | bool:
 
 
 _PARSERS: Mapping[str, Callable[[str, str], Any]] = {
-    "block_size": _one_of(16, 32, 64, 128, 256),
+    "block_size": _one_of(*BLOCK_SIZES),
     "is_symmetric": _boolean,
     "accuracy_level": _one_of(1, 2, 3, 4),
     "weight_type": _one_of("int8", "uint8"),

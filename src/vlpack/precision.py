@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import gcd
 
 import onnx_ir as ir
 
@@ -30,6 +31,19 @@ OFFERED: Mapping[str, tuple[str, ...]] = {
 ROLES = tuple(f"text.{kind}" for kind in ("linear", "embedding", "head", "answers", "router", "expert"))
 ROLES += tuple(f"vision.{kind}" for kind in ("linear", "table", "patches"))
 """What a weight may be for."""
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+"""Values that may share a scale."""
+
+BLOCKS: Mapping[str, Mapping[int, tuple[int, bool]]] = {
+    "cpu": {4: (64, False), 8: (128, True)},
+    "": {4: (32, True), 8: (32, True)},
+}
+"""Execution provider (or any other) → bits → the block size, and whether blocks go without zero points, by default.
+
+On the CPU these were measured: reading bounds how fast a token is, and zero points, which cost nothing there, win back
+most of what 64 values to a scale cost (docs/results.md). Others have what the builder has and GPU kernels are made for.
+"""
 
 EXPERT_PROVIDERS = ("cpu", "cuda")
 """Those with kernels for ORT's MoE and QMoE operators as they are used here."""
@@ -64,8 +78,8 @@ class QuantizationOptions:
     """What can be chosen about quantized weights, and about the cache.
 
     Args:
-        block_size: values that share a scale in int4 (and in the int8 embedding and head).
-        is_symmetric: no zero points.
+        block_size: values that share a scale, in all weights in blocks; None for `BLOCKS`.
+        is_symmetric: no zero points, in all of them; None for `BLOCKS`.
         accuracy_level: of MatMulNBits on the CPU: 1 computes with fp32 activations, 4 with 8-bit ones.
         weight_type: of int8 matrices, ``int8`` or ``uint8``; see `vlpack.storage.ChannelInt8`.
         mixed: selector → ``int4`` or ``int8`` for parts of the decoder, as the builder's ``matmul_mixed_precision``.
@@ -73,8 +87,8 @@ class QuantizationOptions:
         kv_cache: ``int8``, or None to keep keys and values in the dtype of the activations.
     """
 
-    block_size: int = 32
-    is_symmetric: bool = True
+    block_size: int | None = None
+    is_symmetric: bool | None = None
     accuracy_level: int = 4
     weight_type: str = "int8"
     mixed: Mapping[str, str] = field(default_factory=dict)
@@ -144,15 +158,19 @@ def make_policy(
     rules = (
         *_vision_rules(precision, provider, dtype, options),
         *([Rule("text.answers", Float("float32"))] if facts.scores else []),
-        *_sensitive_rules(dtype, options, facts.num_hidden_layers),
+        *_sensitive_rules(provider, dtype, options, facts),
         *_expert_rules(precision, provider, dtype, options, facts.expert_size),
         *_text_rules(precision, provider, dtype, options),
     )
     return Policy(precision, provider, dtype, rules, options)
 
 
-def _blocks(bits: int, dtype: str, options: QuantizationOptions) -> Blocks:
-    return Blocks(bits, options.block_size, options.is_symmetric, dtype, options.accuracy_level)
+def _blocks(bits: int, provider: str, dtype: str, options: QuantizationOptions, divided: int = 0) -> Blocks:
+    """Blocks as the options have them, or by default, whose size then divides ``divided``."""
+    size, symmetric = BLOCKS.get(provider, BLOCKS[""])[bits]
+    size = options.block_size or gcd(size, divided)
+    symmetric = symmetric if options.is_symmetric is None else options.is_symmetric
+    return Blocks(bits, size, symmetric, dtype, options.accuracy_level)
 
 
 def _channels(options: QuantizationOptions) -> ChannelInt8:
@@ -165,22 +183,25 @@ def _text_rules(precision: str, provider: str, dtype: str, options: Quantization
         return [Rule("text.embedding", kept), Rule("text.head", kept), Rule("text.*", Transposed(dtype))]
     # The head decides every token and the embedding feeds every layer: 8 bits, in blocks along the row, so that a tied
     # pair is stored once. DirectML has 4-bit kernels only.
-    head = _blocks(int(options.mixed.get("last_matmul", "int4" if provider == "dml" else "int8")[3:]), dtype, options)
+    bits = int(options.mixed.get("last_matmul", "int4" if provider == "dml" else "int8")[3:])
+    head = _blocks(bits, provider, dtype, options)
     embedding: Storage = head if provider == "cpu" else Float(dtype)
     rules = [Rule("text.embedding", embedding), Rule("text.head", head)]
     if precision == "int8":
         return [*rules, Rule("text.*", _channels(options))]
-    return [*rules, Rule("text.*", _blocks(4, dtype, options))]
+    return [*rules, Rule("text.*", _blocks(4, provider, dtype, options))]
 
 
-def _sensitive_rules(dtype: str, options: QuantizationOptions, num_hidden_layers: int) -> list[Rule]:
+def _sensitive_rules(provider: str, dtype: str, options: QuantizationOptions, facts: PrecisionFacts) -> list[Rule]:
     if "mixed_layers" not in options.mixed:
         return []
-    storage = _blocks(int(options.mixed["mixed_layers"][3:]), dtype, options)
+    bits = int(options.mixed["mixed_layers"][3:])
+    storage = _blocks(bits, provider, dtype, options)
     # the CPU's QMoE has one width for all of a layer's experts
-    names = ("self_attn.qkv_proj", "mlp.down_proj", "mlp.experts.*")
-    layers = sensitive_layers(num_hidden_layers)
-    return [Rule("text.*", storage, f"*.layers.{layer}.{name}") for layer in layers for name in names]
+    experts = _blocks(bits, provider, dtype, options, facts.expert_size or 0)
+    names = {"self_attn.qkv_proj": storage, "mlp.down_proj": storage, "mlp.experts.*": experts}
+    layers = sensitive_layers(facts.num_hidden_layers)
+    return [Rule("text.*", kept, f"*.layers.{layer}.{name}") for layer in layers for name, kept in names.items()]
 
 
 def _expert_rules(
@@ -196,12 +217,14 @@ def _expert_rules(
     router = Rule("text.router", Transposed("float32"))
     if precision in ("fp32", "fp16"):
         return [router, Rule("text.expert", Float(dtype))]
-    if size % options.block_size:
+    storage = _blocks(8 if precision == "int8" else 4, provider, dtype, options, size)
+    if size % storage.block_size or storage.block_size not in BLOCK_SIZES:
+        block_size = options.block_size or min(BLOCK_SIZES)
         raise OptionError(
-            f"block_size={options.block_size} does not divide the experts' sizes (by {size}), which QMoE needs.",
-            "Choose a smaller one.",
+            f"block_size={block_size} does not divide the experts' sizes (by {size}), which QMoE needs.",
+            "Choose a smaller one." if block_size > min(BLOCK_SIZES) else "Choose another precision.",
         )
-    return [router, Rule("text.expert", _blocks(8 if precision == "int8" else 4, dtype, options))]
+    return [router, Rule("text.expert", storage)]
 
 
 def _vision_rules(precision: str, provider: str, dtype: str, options: QuantizationOptions) -> list[Rule]:
@@ -213,7 +236,7 @@ def _vision_rules(precision: str, provider: str, dtype: str, options: Quantizati
     if vision == "int8":
         storage: Storage = _channels(options)
     elif vision == "int4":
-        storage = _blocks(4, dtype, options)
+        storage = _blocks(4, provider, dtype, options)
     else:
         storage = Transposed("float16" if vision == "fp16" else "float32")
     kept = storage.dtype if isinstance(storage, Transposed) else dtype
