@@ -131,7 +131,7 @@ def test_mixed_layers_reach_the_experts(mixture: Path, tmp_path: Path) -> None:
     counts = {(group["modules"], group["storage"]): group["count"] for group in groups}
     for name in ("down_proj", "gate_up_proj"):
         assert counts[f"model.layers.*.mlp.experts.{name}", "int8 block 32"] == 1
-        assert counts[f"model.layers.*.mlp.experts.{name}", "int4 block 32"] == 2
+        assert counts[f"model.layers.*.mlp.experts.{name}", "int4 block 32 asymmetric"] == 2
     assert counts["model.layers.*.mlp.gate", "float32"] == 3
 
 
@@ -145,9 +145,33 @@ def test_a_dense_model_has_no_rules_for_experts(tmp_path: Path) -> None:
 
 def test_a_role_that_is_none() -> None:
     policy = make_policy("int4", "cpu", QuantizationOptions(), PrecisionFacts())
-    assert policy.storage("text.linear").label == "int4 block 32"
+    assert policy.storage("text.linear").label == "int4 block 64 asymmetric"
     with pytest.raises(AssertionError, match="no role"):
         policy.storage("text.linaer")
+
+
+@pytest.mark.parametrize(
+    ("provider", "size", "int4", "int8"),
+    [
+        ("cpu", 2048, "int4 block 64 asymmetric", "int8 block 64"),
+        ("cpu", 768 + 32, "int4 block 32 asymmetric", "int8 block 32"),
+        ("cpu", 48, "int4 block 16 asymmetric", "int8 block 16"),
+        ("cuda", 2048, "int4 block 32", None),
+    ],
+)
+def test_blocks_of_experts_divide_their_sizes(provider: str, size: int, int4: str, int8: str | None) -> None:
+    """By default; a size that was asked for is taken or refused."""
+    facts = PrecisionFacts(num_hidden_layers=3, expert_size=size)
+    assert make_policy("int4", provider, QuantizationOptions(), facts).storage("text.expert").label == int4
+    if int8:
+        assert make_policy("int8", provider, QuantizationOptions(), facts).storage("text.expert").label == int8
+        mixed = make_policy("int4", provider, QuantizationOptions(mixed={"mixed_layers": "int8"}), facts)
+        assert mixed.storage("text.expert", "model.layers.2.mlp.experts.down_proj").label.startswith("int8 block ")
+
+
+def test_experts_that_no_block_divides() -> None:
+    with pytest.raises(OptionError, match="block_size=16 does not divide the experts' sizes"):
+        make_policy("int4", "cpu", QuantizationOptions(), PrecisionFacts(expert_size=40))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from vlpack.builder import build
 from vlpack.cli import spread_extra_options
 from vlpack.errors import OptionError
 from vlpack.options import _PARSERS, ExtraOptions, parse_extra_options
-from vlpack.precision import OFFERED, PRECISIONS
+from vlpack.precision import OFFERED, PRECISIONS, QuantizationOptions, make_policy
 from vlpack.runtime import Model
 from vlpack.sampling import Sampling
 
@@ -78,6 +78,7 @@ def labels(folder: Path, part: str) -> dict[str, str]:
     return {path: weight["storage"] for path, weight in graph["weights"].items()}
 
 
+INT4, INT8 = "int4 block 64 asymmetric", "int8 block 128"
 DOWN = "model.language_model.layers.{}.mlp.down_proj"
 
 
@@ -89,8 +90,29 @@ def test_block_size(make: Make, size: int) -> None:
     folder = make(f"block_size={size}", precision="int4")
     assert {node["block_size"] for node in attributes(folder / "decoder.onnx", "MatMulNBits")} == {size}
     assert {node["block_size"] for node in attributes(folder / "embedding.onnx", "GatherBlockQuantized")} == {size}
-    assert labels(folder, "decoder")[DOWN.format(0)] == f"int4 block {size}"
+    assert labels(folder, "decoder")[DOWN.format(0)] == f"int4 block {size} asymmetric"
     assert right(folder) >= 6
+
+
+@pytest.mark.parametrize(
+    ("provider", "linear", "head"),
+    [
+        ("cpu", INT4, INT8),
+        ("cuda", "int4 block 32", "int8 block 32"),
+        ("webgpu", "int4 block 32", "int8 block 32"),
+        ("dml", "int4 block 32", "int4 block 32"),
+    ],
+)
+def test_blocks_by_default(provider: str, linear: str, head: str) -> None:
+    assert make_policy("int8", "cpu", QuantizationOptions()).storage("text.head").label == "int8 block 64"
+    policy = make_policy("int4", provider, QuantizationOptions())
+    assert (policy.storage("text.linear").label, policy.storage("text.head").label) == (linear, head)
+    # what is asked for goes for all weights in blocks
+    asked = make_policy("int4", provider, QuantizationOptions(block_size=16, is_symmetric=False))
+    bits = linear[:4], head[:4]
+    assert [asked.storage(role).label for role in ("text.linear", "text.head")] == [
+        f"{name} block 16 asymmetric" for name in bits
+    ]
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8"])
@@ -116,21 +138,17 @@ def test_algo_config(make: Make) -> None:
     assert content(make("algo_config=default", precision="int4")) == content(make(precision="int4"))
     # where it makes a difference: beside the embedding's default
     rtn_last = labels(make("algo_config=rtn_last", precision="int4"), "decoder")
-    assert (rtn_last["lm_head"], rtn_last[DOWN.format(2)]) == ("int8 block 32", "int4 block 32")
+    assert (rtn_last["lm_head"], rtn_last[DOWN.format(2)]) == (INT8, INT4)
 
 
 def test_matmul_mixed_precision(make: Make) -> None:
     default = labels(make(precision="int4"), "decoder")
-    assert (default["lm_head"], default[DOWN.format(2)]) == ("int8 block 32", "int4 block 32")
+    assert (default["lm_head"], default[DOWN.format(2)]) == (INT8, INT4)
     folder = make("matmul_mixed_precision=last_matmul:int4,mixed_layers:int8", precision="int4")
     mixed = labels(folder, "decoder")
-    assert (mixed["lm_head"], mixed[DOWN.format(2)], mixed[DOWN.format(1)]) == (
-        "int4 block 32",
-        "int8 block 32",
-        "int4 block 32",
-    )
-    assert mixed["model.language_model.layers.2.self_attn.qkv_proj"] == "int8 block 32"
-    assert mixed["model.language_model.layers.2.mlp.gate_proj"] == "int4 block 32"
+    assert (mixed["lm_head"], mixed[DOWN.format(2)], mixed[DOWN.format(1)]) == (INT4, INT8, INT4)
+    assert mixed["model.language_model.layers.2.self_attn.qkv_proj"] == INT8
+    assert mixed["model.language_model.layers.2.mlp.gate_proj"] == INT4
     assert right(folder) >= 6
 
 
@@ -204,7 +222,7 @@ def test_hf_token_revision_and_cache_reach_the_hub(
 @pytest.mark.parametrize("vision", ["fp32", "fp16", "int8", "int4"])
 def test_vision_precision(make: Make, vision: str) -> None:
     folder = make(precision="fp32", vision_precision=vision)
-    expected = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": "int4 block 32"}[vision]
+    expected = {"fp32": "float32", "fp16": "float16", "int8": "int8", "int4": INT4}[vision]
     assert labels(folder, "vision")["model.visual.blocks.0.attn.qkv"] == expected
     assert labels(folder, "decoder")[DOWN.format(0)] == "float32"
     assert right(folder) >= 6
@@ -389,9 +407,9 @@ def test_nothing_else_is_taken_for_an_extra_option(given: str, expected: str) ->
         "-i {source} -o {output} -p int4 -e cpu -c {cache} --part text",
         "--input {source} --output {output} --precision int4 --execution_provider cpu --part text",
         "{source} --output {output} --precision int4 --execution-provider cpu --cache_dir {cache} --part text",
-        "-m {source} -o {output} -p int4 -e cpu --part text --extra_options block_size=32 is_symmetric=true",
-        "-o {output} -p int4 --extra_options block_size=32 int4_accuracy_level=4 -e cpu --part text -i {source}",
-        "-o {output} -p int4 --part text --extra_options block_size=32 --extra_options accuracy_level=4 {source}",
+        "-m {source} -o {output} -p int4 -e cpu --part text --extra_options accuracy_level=4 hf_token=false",
+        "-o {output} -p int4 --extra_options prune_lm_head=true int4_accuracy_level=4 -e cpu --part text -i {source}",
+        "-o {output} -p int4 --part text --extra_options prune_lm_head=true --extra_options accuracy_level=4 {source}",
     ],
 )
 def test_the_builders_command_lines(make: Make, tmp_path: Path, capsys: Capsys, command: str) -> None:

@@ -135,7 +135,7 @@ def test_sizes_are_bytes_on_disk(part: str, shared: bool, tmp_path: Path) -> Non
     (table,) = [group for group in groups if group["modules"].endswith("embed_tokens")]
     assert (table["shared_with"], table["bytes"] > 500_000) == (["lm_head"] if shared else [], not shared)
     labels = [label for _, _, labels in result.parts.values() for label, count in labels.items() if not count]
-    assert labels == (["int8 block 32 (shared)"] if shared else [])
+    assert labels == (["int8 block 64 (shared)"] if shared else [])
 
 
 def test_a_tied_weight_is_stored_once_in_fp32_and_in_the_text_part(packages: Callable[..., Path]) -> None:

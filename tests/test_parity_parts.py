@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import onnx
@@ -10,7 +11,7 @@ import pytest
 
 from parity import Grid, Inputs, Package, Reference, make_inputs, relative
 from tiny import IMAGE, VIDEO, Tiny
-from vlpack.precision import OFFERED, PrecisionFacts, QuantizationOptions, make_policy
+from vlpack.precision import OFFERED, PrecisionFacts, QuantizationOptions, default_blocks, make_policy
 from vlpack.quantize.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
 from vlpack.quantize.channel import dequantize_rows, quantize_rows
 from vlpack.storage import Blocks, ChannelInt8, Storage
@@ -322,8 +323,8 @@ def rounded_per_token(x):
     return (x / peak / step).round() * step * peak
 
 
-def rounded_per_block(x, size: int = 32):
-    """What MatMulNBits makes of its input at accuracy level 4."""
+def rounded_per_block(x, size: int):
+    """What MatMulNBits makes of its input at accuracy level 4, in blocks of ``size``."""
     import torch
 
     blocks = torch.nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
@@ -350,14 +351,16 @@ def activations(reference: Reference, rounding, head_rounding):
 
 
 INT4 = {
-    "blocks of 32": {},
+    "as it comes": {},
+    "symmetric": {"is_symmetric": True},
     "asymmetric": {"is_symmetric": False},
+    "blocks of 32": {"block_size": 32},
     "blocks of 16": {"block_size": 16},
     "blocks of 128, asymmetric": {"block_size": 128, "is_symmetric": False},
     "head in 4 bits": {"mixed": {"last_matmul": "int4"}},
     "some layers in 8 bits": {"mixed": {"mixed_layers": "int8"}},
     "vision in 4 bits": {"vision": "int4"},
-    "vision in 4 bits, asymmetric": {"vision": "int4", "is_symmetric": False},
+    "vision in 4 bits, symmetric": {"vision": "int4", "is_symmetric": True},
 }
 
 
@@ -382,7 +385,10 @@ def test_int4_is_exact_with_the_weights_it_keeps(options, name, images, package,
 
 ROUNDED = {
     "int8": ({"precision": "int8"}, rounded_per_token),
-    "int4": ({"precision": "int4", "vision_precision": "int4"}, rounded_per_block),
+    "int4": (
+        {"precision": "int4", "vision_precision": "int4"},
+        partial(rounded_per_block, size=default_blocks("int4", "cpu", 4)[0]),
+    ),
     "int4, vision int8": ({"precision": "int4"}, None),
 }
 
@@ -400,7 +406,7 @@ def test_8_bit_activations(name, tiny, package, reference):
     vision, text = [], []
     with (
         live.with_weights(dequantized(options["precision"], vision=options.get("vision_precision"))),
-        activations(live, rounding, rounded_per_block),
+        activations(live, rounding, partial(rounded_per_block, size=default_blocks(name, "cpu", 8)[0])),
     ):
         for seed in range(6):
             inputs = make_inputs(tiny, (), seed=seed)

@@ -17,8 +17,8 @@ class ExtraOptions:
     """What the builder's extra options choose, with its names; None where an option was not given.
 
     Args:
-        block_size: of all weights in blocks: 16, 32, 64, 128 or 256; by default 64 in 4 bits and 128 in 8 on the CPU,
-            elsewhere 32.
+        block_size: of all weights in blocks: 16, 32, 64, 128 or 256; by default 64 on the CPU (the 8-bit weights of
+            int4 packages 128), elsewhere 32.
         is_symmetric: all weights in blocks without zero points, or with; by default 4 bits on the CPU have them.
         accuracy_level: of MatMulNBits on the CPU: 1 to 3 fp32 activations, 4 (the default) 8-bit ones.
         weight_type: of matrices in int8: ``int8`` (the default), or ``uint8`` for x86 processors without VNNI.

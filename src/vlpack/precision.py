@@ -35,16 +35,6 @@ ROLES += tuple(f"vision.{kind}" for kind in ("linear", "table", "patches"))
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Values that may share a scale."""
 
-BLOCKS: Mapping[str, Mapping[int, tuple[int, bool]]] = {
-    "cpu": {4: (64, False), 8: (128, True)},
-    "": {4: (32, True), 8: (32, True)},
-}
-"""Execution provider (or any other) → bits → the block size, and whether blocks go without zero points, by default.
-
-On the CPU these were measured: reading bounds how fast a token is, and zero points, which cost nothing there, win back
-most of what 64 values to a scale cost (docs/results.md). Others have what the builder has and GPU kernels are made for.
-"""
-
 EXPERT_PROVIDERS = ("cpu", "cuda")
 """Those with kernels for ORT's MoE and QMoE operators as they are used here."""
 
@@ -78,8 +68,8 @@ class QuantizationOptions:
     """What can be chosen about quantized weights, and about the cache.
 
     Args:
-        block_size: values that share a scale, in all weights in blocks; None for `BLOCKS`.
-        is_symmetric: no zero points, in all of them; None for `BLOCKS`.
+        block_size: values that share a scale, in all weights in blocks; None for `default_blocks`.
+        is_symmetric: no zero points, in all of them; None for `default_blocks`.
         accuracy_level: of MatMulNBits on the CPU: 1 computes with fp32 activations, 4 with 8-bit ones.
         weight_type: of int8 matrices, ``int8`` or ``uint8``; see `vlpack.storage.ChannelInt8`.
         mixed: selector → ``int4`` or ``int8`` for parts of the decoder, as the builder's ``matmul_mixed_precision``.
@@ -158,16 +148,33 @@ def make_policy(
     rules = (
         *_vision_rules(precision, provider, dtype, options),
         *([Rule("text.answers", Float("float32"))] if facts.scores else []),
-        *_sensitive_rules(provider, dtype, options, facts),
+        *_sensitive_rules(precision, provider, dtype, options, facts),
         *_expert_rules(precision, provider, dtype, options, facts.expert_size),
         *_text_rules(precision, provider, dtype, options),
     )
     return Policy(precision, provider, dtype, rules, options)
 
 
-def _blocks(bits: int, provider: str, dtype: str, options: QuantizationOptions, divided: int = 0) -> Blocks:
+def default_blocks(precision: str, provider: str, bits: int) -> tuple[int, bool]:
+    """Block size, and whether there are no zero points, of weights of ``bits`` bits in a package of that precision.
+
+    On the CPU, measured (docs/results.md): a token takes as long as its weights take to read. Zero points cost no time
+    there, and with them 64 values to a scale are about as near the model as 32 without. Elsewhere they are the
+    builder's, for which GPU kernels are made.
+    """
+    if provider != "cpu":
+        return 32, True
+    if bits == 4:
+        return 64, False
+    # an int8 package has so small an error that more than 64 would show in it
+    return (128 if precision == "int4" else 64), True
+
+
+def _blocks(
+    precision: str, provider: str, dtype: str, options: QuantizationOptions, bits: int, divided: int = 0
+) -> Blocks:
     """Blocks as the options have them, or by default, whose size then divides ``divided``."""
-    size, symmetric = BLOCKS.get(provider, BLOCKS[""])[bits]
+    size, symmetric = default_blocks(precision, provider, bits)
     size = options.block_size or gcd(size, divided)
     symmetric = symmetric if options.is_symmetric is None else options.is_symmetric
     return Blocks(bits, size, symmetric, dtype, options.accuracy_level)
@@ -184,21 +191,23 @@ def _text_rules(precision: str, provider: str, dtype: str, options: Quantization
     # The head decides every token and the embedding feeds every layer: 8 bits, in blocks along the row, so that a tied
     # pair is stored once. DirectML has 4-bit kernels only.
     bits = int(options.mixed.get("last_matmul", "int4" if provider == "dml" else "int8")[3:])
-    head = _blocks(bits, provider, dtype, options)
+    head = _blocks(precision, provider, dtype, options, bits)
     embedding: Storage = head if provider == "cpu" else Float(dtype)
     rules = [Rule("text.embedding", embedding), Rule("text.head", head)]
     if precision == "int8":
         return [*rules, Rule("text.*", _channels(options))]
-    return [*rules, Rule("text.*", _blocks(4, provider, dtype, options))]
+    return [*rules, Rule("text.*", _blocks(precision, provider, dtype, options, 4))]
 
 
-def _sensitive_rules(provider: str, dtype: str, options: QuantizationOptions, facts: PrecisionFacts) -> list[Rule]:
+def _sensitive_rules(
+    precision: str, provider: str, dtype: str, options: QuantizationOptions, facts: PrecisionFacts
+) -> list[Rule]:
     if "mixed_layers" not in options.mixed:
         return []
     bits = int(options.mixed["mixed_layers"][3:])
-    storage = _blocks(bits, provider, dtype, options)
+    storage = _blocks(precision, provider, dtype, options, bits)
     # the CPU's QMoE has one width for all of a layer's experts
-    experts = _blocks(bits, provider, dtype, options, facts.expert_size or 0)
+    experts = _blocks(precision, provider, dtype, options, bits, facts.expert_size or 0)
     names = {"self_attn.qkv_proj": storage, "mlp.down_proj": storage, "mlp.experts.*": experts}
     layers = sensitive_layers(facts.num_hidden_layers)
     return [Rule("text.*", kept, f"*.layers.{layer}.{name}") for layer in layers for name, kept in names.items()]
@@ -217,7 +226,7 @@ def _expert_rules(
     router = Rule("text.router", Transposed("float32"))
     if precision in ("fp32", "fp16"):
         return [router, Rule("text.expert", Float(dtype))]
-    storage = _blocks(8 if precision == "int8" else 4, provider, dtype, options, size)
+    storage = _blocks(precision, provider, dtype, options, 8 if precision == "int8" else 4, size)
     if size % storage.block_size or storage.block_size not in BLOCK_SIZES:
         block_size = options.block_size or min(BLOCK_SIZES)
         raise OptionError(
@@ -236,7 +245,7 @@ def _vision_rules(precision: str, provider: str, dtype: str, options: Quantizati
     if vision == "int8":
         storage: Storage = _channels(options)
     elif vision == "int4":
-        storage = _blocks(4, provider, dtype, options)
+        storage = _blocks(precision, provider, dtype, options, 4)
     else:
         storage = Transposed("float16" if vision == "fp16" else "float32")
     kept = storage.dtype if isinstance(storage, Transposed) else dtype

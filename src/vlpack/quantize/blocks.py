@@ -150,7 +150,8 @@ def _total(values: Array) -> Array:
         half = len(values) // 2
         np.add(values[:half], values[half:], out=values[:half])
         values = values[:half]
-    return values[0].copy()
+    total: Array = values[0].copy()
+    return total
 
 
 def dequantize_blocks(blocks: QuantizedBlocks, cols: int, bits: int) -> Array:
