@@ -52,11 +52,15 @@ def kernels(weight: np.ndarray, threads: int) -> dict[str, ort.InferenceSession]
             threads,
         ),
     }
-    for bits, block_size in ((4, 32), (4, 64), (4, 128), (8, 32), (8, 128)):
-        blocks = quantize_blocks(weight, bits, block_size, symmetric=True)
-        made[f"MatMulNBits {bits} bits, block {block_size}"] = session(
+    sizes = [(4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (8, 128)]
+    for bits, block_size, symmetric in [*((*size, True) for size in sizes), (4, 64, False), (4, 128, False)]:
+        blocks = quantize_blocks(weight, bits, block_size, symmetric)
+        weights = {"w": blocks.qweight, "s": blocks.scales}
+        if blocks.zero_points is not None:
+            weights["z"] = blocks.zero_points
+        made[f"MatMulNBits {bits} bits, block {block_size}{'' if symmetric else ', zero points'}"] = session(
             "MatMulNBits",
-            {"w": blocks.qweight, "s": blocks.scales},
+            weights,
             threads,
             K=cols,
             N=rows,

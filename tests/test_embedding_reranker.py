@@ -31,7 +31,7 @@ from tiny import IMAGE
 from vlpack.encoder import BATCH_TOKENS, Embedder, Reranker, _batches
 from vlpack.errors import CheckpointError, InputError, OptionError, PackageError
 from vlpack.options import parse_extra_options
-from vlpack.precision import OFFERED, default_blocks
+from vlpack.precision import OFFERED, default_block_size
 from vlpack.preprocess.mrope import mrope_positions
 from vlpack.quantize.blocks import dequantize_blocks, quantize_blocks
 from vlpack.runtime import Model
@@ -221,7 +221,7 @@ def test_int4_is_exact_with_the_weights_it_keeps(loaded: Any, source: Any, name:
     for path, parameter in reference.body.named_parameters():
         if parameter.ndim == 2 and "visual" not in path:
             bits, weight = 8 if "embed_tokens" in path else 4, parameter.detach().numpy()
-            blocks = quantize_blocks(weight, bits, *default_blocks("int4", "cpu", bits))
+            blocks = quantize_blocks(weight, bits, default_block_size("int4", "cpu", bits), True)
             parameter.data = torch.tensor(dequantize_blocks(blocks, len(weight[0]), bits))
     model = loaded(name, "embedding", precision="int4", extra_options=extra, **options)
     if name == "text":

@@ -131,7 +131,7 @@ def test_mixed_layers_reach_the_experts(mixture: Path, tmp_path: Path) -> None:
     counts = {(group["modules"], group["storage"]): group["count"] for group in groups}
     for name in ("down_proj", "gate_up_proj"):
         assert counts[f"model.layers.*.mlp.experts.{name}", "int8 block 32"] == 1
-        assert counts[f"model.layers.*.mlp.experts.{name}", "int4 block 32 asymmetric"] == 2
+        assert counts[f"model.layers.*.mlp.experts.{name}", "int4 block 32"] == 2
     assert counts["model.layers.*.mlp.gate", "float32"] == 3
 
 
@@ -145,7 +145,7 @@ def test_a_dense_model_has_no_rules_for_experts(tmp_path: Path) -> None:
 
 def test_a_role_that_is_none() -> None:
     policy = make_policy("int4", "cpu", QuantizationOptions(), PrecisionFacts())
-    assert policy.storage("text.linear").label == "int4 block 64 asymmetric"
+    assert policy.storage("text.linear").label == "int4 block 32"
     with pytest.raises(AssertionError, match="no role"):
         policy.storage("text.linaer")
 
@@ -153,9 +153,9 @@ def test_a_role_that_is_none() -> None:
 @pytest.mark.parametrize(
     ("provider", "size", "int4", "int8"),
     [
-        ("cpu", 2048, "int4 block 64 asymmetric", "int8 block 64"),
-        ("cpu", 768 + 32, "int4 block 32 asymmetric", "int8 block 32"),
-        ("cpu", 48, "int4 block 16 asymmetric", "int8 block 16"),
+        ("cpu", 2048, "int4 block 32", "int8 block 64"),
+        ("cpu", 768 + 32, "int4 block 32", "int8 block 32"),
+        ("cpu", 48, "int4 block 16", "int8 block 16"),
         ("cuda", 2048, "int4 block 32", None),
     ],
 )

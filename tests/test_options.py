@@ -78,7 +78,7 @@ def labels(folder: Path, part: str) -> dict[str, str]:
     return {path: weight["storage"] for path, weight in graph["weights"].items()}
 
 
-INT4, INT8 = "int4 block 64 asymmetric", "int8 block 128"
+INT4, INT8 = "int4 block 32", "int8 block 128"
 DOWN = "model.language_model.layers.{}.mlp.down_proj"
 
 
@@ -90,7 +90,7 @@ def test_block_size(make: Make, size: int) -> None:
     folder = make(f"block_size={size}", precision="int4")
     assert {node["block_size"] for node in attributes(folder / "decoder.onnx", "MatMulNBits")} == {size}
     assert {node["block_size"] for node in attributes(folder / "embedding.onnx", "GatherBlockQuantized")} == {size}
-    assert labels(folder, "decoder")[DOWN.format(0)] == f"int4 block {size} asymmetric"
+    assert labels(folder, "decoder")[DOWN.format(0)] == f"int4 block {size}"
     assert right(folder) >= 6
 
 

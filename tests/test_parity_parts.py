@@ -11,7 +11,7 @@ import pytest
 
 from parity import Grid, Inputs, Package, Reference, make_inputs, relative
 from tiny import IMAGE, VIDEO, Tiny
-from vlpack.precision import OFFERED, PrecisionFacts, QuantizationOptions, default_blocks, make_policy
+from vlpack.precision import OFFERED, PrecisionFacts, QuantizationOptions, default_block_size, make_policy
 from vlpack.quantize.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
 from vlpack.quantize.channel import dequantize_rows, quantize_rows
 from vlpack.storage import Blocks, ChannelInt8, Storage
@@ -352,15 +352,14 @@ def activations(reference: Reference, rounding, head_rounding):
 
 INT4 = {
     "as it comes": {},
-    "symmetric": {"is_symmetric": True},
     "asymmetric": {"is_symmetric": False},
-    "blocks of 32": {"block_size": 32},
+    "blocks of 64, asymmetric": {"block_size": 64, "is_symmetric": False},
     "blocks of 16": {"block_size": 16},
     "blocks of 128, asymmetric": {"block_size": 128, "is_symmetric": False},
     "head in 4 bits": {"mixed": {"last_matmul": "int4"}},
     "some layers in 8 bits": {"mixed": {"mixed_layers": "int8"}},
     "vision in 4 bits": {"vision": "int4"},
-    "vision in 4 bits, symmetric": {"vision": "int4", "is_symmetric": True},
+    "vision in 4 bits, asymmetric": {"vision": "int4", "is_symmetric": False},
 }
 
 
@@ -387,7 +386,7 @@ ROUNDED = {
     "int8": ({"precision": "int8"}, rounded_per_token),
     "int4": (
         {"precision": "int4", "vision_precision": "int4"},
-        partial(rounded_per_block, size=default_blocks("int4", "cpu", 4)[0]),
+        partial(rounded_per_block, size=default_block_size("int4", "cpu", 4)),
     ),
     "int4, vision int8": ({"precision": "int4"}, None),
 }
@@ -406,7 +405,7 @@ def test_8_bit_activations(name, tiny, package, reference):
     vision, text = [], []
     with (
         live.with_weights(dequantized(options["precision"], vision=options.get("vision_precision"))),
-        activations(live, rounding, partial(rounded_per_block, size=default_blocks(name, "cpu", 8)[0])),
+        activations(live, rounding, partial(rounded_per_block, size=default_block_size(name, "cpu", 8))),
     ):
         for seed in range(6):
             inputs = make_inputs(tiny, (), seed=seed)

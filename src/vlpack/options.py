@@ -17,9 +17,9 @@ class ExtraOptions:
     """What the builder's extra options choose, with its names; None where an option was not given.
 
     Args:
-        block_size: of all weights in blocks: 16, 32, 64, 128 or 256; by default 64 on the CPU (the 8-bit weights of
-            int4 packages 128), elsewhere 32.
-        is_symmetric: all weights in blocks without zero points, or with; by default 4 bits on the CPU have them.
+        block_size: of all weights in blocks: 16, 32, 64, 128 or 256; by default 32, on the CPU 64 for 8-bit weights,
+            and 128 for those of int4 packages.
+        is_symmetric: weights in blocks without zero points, the default.
         accuracy_level: of MatMulNBits on the CPU: 1 to 3 fp32 activations, 4 (the default) 8-bit ones.
         weight_type: of matrices in int8: ``int8`` (the default), or ``uint8`` for x86 processors without VNNI.
         algo_config: rounding method: ``default`` and ``rtn`` to the nearest; ``rtn_last`` also has an 8-bit head.

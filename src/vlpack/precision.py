@@ -68,8 +68,8 @@ class QuantizationOptions:
     """What can be chosen about quantized weights, and about the cache.
 
     Args:
-        block_size: values that share a scale, in all weights in blocks; None for `default_blocks`.
-        is_symmetric: no zero points, in all of them; None for `default_blocks`.
+        block_size: values that share a scale, in all weights in blocks; None for `default_block_size`.
+        is_symmetric: no zero points.
         accuracy_level: of MatMulNBits on the CPU: 1 computes with fp32 activations, 4 with 8-bit ones.
         weight_type: of int8 matrices, ``int8`` or ``uint8``; see `vlpack.storage.ChannelInt8`.
         mixed: selector → ``int4`` or ``int8`` for parts of the decoder, as the builder's ``matmul_mixed_precision``.
@@ -78,7 +78,7 @@ class QuantizationOptions:
     """
 
     block_size: int | None = None
-    is_symmetric: bool | None = None
+    is_symmetric: bool = True
     accuracy_level: int = 4
     weight_type: str = "int8"
     mixed: Mapping[str, str] = field(default_factory=dict)
@@ -155,29 +155,23 @@ def make_policy(
     return Policy(precision, provider, dtype, rules, options)
 
 
-def default_blocks(precision: str, provider: str, bits: int) -> tuple[int, bool]:
-    """Block size, and whether there are no zero points, of weights of ``bits`` bits in a package of that precision.
+def default_block_size(precision: str, provider: str, bits: int) -> int:
+    """Of weights of ``bits`` bits in a package of that precision.
 
-    On the CPU, measured (docs/results.md): a token takes as long as its weights take to read. Zero points cost no time
-    there, and with them 64 values to a scale are about as near the model as 32 without. Elsewhere they are the
-    builder's, for which GPU kernels are made.
+    More values to a scale are less to read, and so less time a token; what they cost was measured on the CPU
+    (docs/results.md). In 4 bits 64 shows in the answers. An int8 package has so small an error that 128 show in it.
     """
-    if provider != "cpu":
-        return 32, True
-    if bits == 4:
-        return 64, False
-    # an int8 package has so small an error that more than 64 would show in it
-    return (128 if precision == "int4" else 64), True
+    if provider == "cpu" and bits == 8:
+        return 128 if precision == "int4" else 64
+    return 32
 
 
 def _blocks(
     precision: str, provider: str, dtype: str, options: QuantizationOptions, bits: int, divided: int = 0
 ) -> Blocks:
     """Blocks as the options have them, or by default, whose size then divides ``divided``."""
-    size, symmetric = default_blocks(precision, provider, bits)
-    size = options.block_size or gcd(size, divided)
-    symmetric = symmetric if options.is_symmetric is None else options.is_symmetric
-    return Blocks(bits, size, symmetric, dtype, options.accuracy_level)
+    size = options.block_size or gcd(default_block_size(precision, provider, bits), divided)
+    return Blocks(bits, size, options.is_symmetric, dtype, options.accuracy_level)
 
 
 def _channels(options: QuantizationOptions) -> ChannelInt8:

@@ -16,7 +16,7 @@ from vlpack.verification.measure import Agreement, Difference
 from vlpack.verification.result import CaseResult, Finding, ImageMap, Report, Stage, WeightResult
 
 HOSTILE = "</style></title><script>alert(\"x\")</script><img src=x onerror='alert(1)'>\u202e\ud800\x00"
-INT4 = "int4 block 64 asymmetric"
+INT4 = "int4 block 32"
 
 
 def stage(name: str, graph: float | None, total: float, tolerance: float = 3e-5, limit: float = 0.6) -> Stage:
