@@ -130,24 +130,6 @@ def test_videos(model: Callable[..., Model], reference: Callable[[Tiny], Referen
         assert bool(answer.stats.video_seconds) == bool(shown)
 
 
-def test_an_answer_that_is_left_stays_as_it_is(
-    model: Callable[..., Model], reference: Callable[[Tiny], Reference], made: list[str]
-) -> None:
-    chat = model().chat(max_tokens=TOKENS, sampling=GREEDY)
-    stream = chat.stream(*TURNS[0])
-    pieces = [next(stream), next(stream)]
-    stream.close()
-    assert stream.answer.finish_reason == "interrupted"
-    assert chat.messages[-1] == {"role": "assistant", "content": "".join(pieces)}
-    expected = wanted(chat, asked("Go on.", []), reference(TINY))
-    other = chat.stream("Go on.")
-    next(other)
-    assert chat.ask("Go on.").tokens  # which ends the one before
-    assert [turn.user["content"] for turn in chat.turns[1:]] == ["Go on.", "Go on."]
-    assert made.count("generator") == 1
-    assert other.answer.tokens == expected[: len(other.answer.tokens)]
-
-
 def test_what_was_not_begun_is_not_said(model: Callable[..., Model]) -> None:
     chat = model().chat(max_tokens=2, sampling=GREEDY)
     chat.stream("Never read.")

@@ -191,8 +191,9 @@ class Chat:
 
         def ended(answer: Answer) -> None:
             self._stream = None
-            if answer.finish_reason == "failed" or not answer.tokens:
+            if answer.finish_reason == "failed":
                 self._generator = None
+            if answer.finish_reason == "failed" or not answer.tokens:
                 return
             reasoning, said = split_reasoning(answer.text, opens_reasoning(prompt.text))
             turn.assistant = {"role": "assistant", "content": said}
@@ -276,7 +277,7 @@ class Chat:
 
     def _begin(self, prompt: Prompt, room: int, seen: list[Any]) -> Begun:
         ids = prompt.input_ids[0]
-        generator, self._generator = self._generator, None  # an error leaves none
+        generator, self._generator = self._generator, None
         needed = len(ids) + room
         alike = len(seen) == len(self._shown) and all(map(lambda a, b: a is b, seen, self._shown))
         if generator is not None and alike and needed <= self._capacity:
@@ -286,10 +287,10 @@ class Chat:
             keep = int(differs[0]) if len(differs) else shared
             places = np.flatnonzero(ids == self.model.prompts.image_token_id)
             if keep > (places[-1] if len(places) else 0):
+                self._generator = generator  # of which stands, after Control-C, what was computed before
                 generator.rewind_to(keep)
                 append(generator, prompt.input_ids[:, keep:], self._options)
                 generator.generate_next_token()
-                self._generator = generator
                 return Begun(generator, 0.0, keep)
         del generator  # its cache goes before another one comes
         capacity = min(self.context, needed + max(needed // 2, SPARE))
