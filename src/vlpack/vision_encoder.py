@@ -116,8 +116,8 @@ class VisionEncoder:
         inputs = {"pixel_values": pixels, "image_grid_thw": grid}
         try:
             with ThreadPoolExecutor(1) as worker:  # the program's own thread must wait to be interrupted
-                running = worker.submit(self._session.run, None, inputs, options)
                 try:
+                    running = worker.submit(self._session.run, None, inputs, options)
                     while not wait([running], timeout=0.1).done:  # Windows hears nothing in a wait without an end
                         pass
                     (features,) = running.result()
