@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import vlpack as package_of_vlpack
 from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, copy_digits, edit_json, vlpack
-from vlpack import cli
+from vlpack import cli, console
 from vlpack.builder import build
 
 Capsys = pytest.CaptureFixture[str]
@@ -521,3 +522,19 @@ def test_architectures(capsys: Capsys) -> None:
         assert row["architecture"] in table
         assert row["models"] in table
         assert f"`{row['architecture']}` | {row['models']}" in readme
+
+
+@pytest.mark.parametrize(("area", "terminal", "told"), [(900, True, True), (900, False, False), (9000, True, False)])
+def test_a_large_image_is_announced(
+    area: int, terminal: bool, told: bool, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = package_of_vlpack.load(package)
+    prompt = model.prompt(READ, [IMAGES / "01.png"])  # of 3072 to 10240 square pixels
+    shown = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=shown, force_terminal=terminal))
+    monkeypatch.setattr(console, "LARGE_IMAGE", area)
+    console.note_large_images(model, prompt)
+    assert ("--max-pixels" in shown.getvalue()) == told
+    shown.truncate(0)
+    console.note_large_images(model, model.prompt("Hello"))
+    assert "--max-pixels" not in shown.getvalue()

@@ -128,6 +128,8 @@ class Terminal:
         stream = self.chat.stream(text, self.images, self.videos)
         self._stream, turns = stream, len(self.chat.turns)
         reasoning = ReasoningStream(opens_reasoning(stream.prompt.text))
+        if self.images:
+            console.note_large_images(self.chat.model, stream.prompt)
         stopped = False
         try:
             for piece in stream:

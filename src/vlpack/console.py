@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from vlpack.builder import BuildResult
     from vlpack.demo import Row
     from vlpack.evaluation import Evaluation
+    from vlpack.preprocess import Prompt
+    from vlpack.runtime import Model
     from vlpack.verification.result import Report
 
 
@@ -249,6 +251,24 @@ def timing(s: Stats) -> str:
         f"{s.prompt_tokens} prompt tokens{images}, {s.new_tokens} new, {s.tokens_per_second:.1f} tokens/s · "
         f"peak memory {size(s.peak_memory)}"
     )
+
+
+LARGE_IMAGE = 800_000
+"""Square pixels, of 1024×768: above it two cores take more than six seconds to look at an image."""
+
+
+def note_large_images(model: Model, images: Prompt) -> None:
+    """Where somebody waits: that a large image takes long on a CPU, and what makes it smaller."""
+    processor = model.prompts.image_processor
+    if not err.is_terminal or processor is None or model.manifest.get("execution_provider") != "cpu":
+        return
+    areas = images.grids[~images.is_video].prod(axis=1) * processor.patch_size**2
+    if areas.max(initial=0) > 1.1 * LARGE_IMAGE:
+        err.print(
+            f"An image of {areas.max() / 1e6:.1f} million pixels takes a CPU long to look at; "
+            f"--max-pixels {LARGE_IMAGE} makes it smaller, and small details are lost.",
+            style="dim",
+        )
 
 
 def show_inspection(description: dict[str, Any], *, as_json: bool) -> None:
