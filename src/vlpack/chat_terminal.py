@@ -148,7 +148,9 @@ class Terminal:
             kept = "what there is stays in the conversation" if stays else "nothing stays in the conversation"
             self._say(f"(stopped; {kept})")
         elif stream.answer.finish_reason == "length":
-            self._say(f"(cut after {len(stream.answer.tokens)} tokens)")
+            count = len(stream.answer.tokens)
+            why = "" if count >= self.chat.max_tokens else ", as the context is full"
+            self._say(f"(cut after {count} tokens{why})")
         self._warn()
 
     def _warn(self) -> None:
