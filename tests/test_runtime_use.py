@@ -399,15 +399,15 @@ def test_no_other_wheel_for_a_broken_cpu_package(package: Path, tmp_path: Path) 
 def test_cores_are_those_of_the_process() -> None:
     script = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from vlpack import builder, cores, loading\n"
-        "assert (cores.available_cores(), builder.default_threads(), loading.checked_threads(None)) == (1, 1, 1)"
+        "from vlpack import builder, cores\n"
+        "assert (cores.available_cores(), builder.default_threads(), cores.checked_threads(None)) == (1, 1, 1)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_all_cores_are_the_runtime_s_threads(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    monkeypatch.setattr("vlpack.loading.available_cores", lambda: 3)
+    monkeypatch.setattr("vlpack.cores.available_cores", lambda: 3)
     monkeypatch.setattr(runtime, "load_model", lambda folder, model, threads, *others: seen.append(threads))
     vlpack.load(package)
     assert seen == [3]

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from vlpack import errors
-from vlpack.cores import available_cores
+from vlpack.cores import available_cores, checked_threads
 from vlpack.errors import InputError, OptionError, PackageError
-from vlpack.loading import checked_threads
 from vlpack.memory import total_memory_bytes
 from vlpack.package.manifest import whole_package
 from vlpack.safefile import read_json

@@ -30,6 +30,7 @@ from vlpack.preprocess import (
     VideoSource,
     normalize_messages,
 )
+from vlpack.preprocess.messages import check_sources
 from vlpack.reasoning import opens_reasoning, split_reasoning
 from vlpack.sampling import Sampling, check_number
 
@@ -170,8 +171,6 @@ class Chat:
             InputError: the question, an image or a video is not usable, or the conversation does not fit the context;
                 it stays as it was.
         """
-        from vlpack.runtime import check_sources
-
         check_sources(images, videos)
         self._settle()
         parts = [

@@ -12,11 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vlpack.context import too_long
+from vlpack.cores import checked_threads
 from vlpack.errors import InputError, OptionError, PackageError
-from vlpack.loading import check_pixel_limits, checked_threads
 from vlpack.package.manifest import graph_files, whole_package
 from vlpack.preprocess import Prompt, PromptBuilder, Tokenizer
 from vlpack.preprocess.encoder_prompts import ChatPrompts, Input, PlainPrompts
+from vlpack.preprocess.images import check_pixel_limits
 from vlpack.preprocess.mrope import mrope_positions
 from vlpack.saturation import warn_of_saturation
 from vlpack.tasks import EMBEDDING, RERANKER, Loaded, check_package_task

@@ -12,12 +12,14 @@ from typing import Any
 from vlpack.answers import Answer, AnswerStream, Begun
 from vlpack.chat import Chat
 from vlpack.context import too_long
+from vlpack.cores import checked_threads
 from vlpack.errors import InputError, OptionError
 from vlpack.genai_model import SIZES, check_package, eos_ids, load_model, make_generator, read_config, vision_encoder
-from vlpack.loading import check_pixel_limits, checked_threads
 from vlpack.memory import total_memory_bytes
 from vlpack.package.manifest import graph_files
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder, VideoOptions, VideoSource
+from vlpack.preprocess.images import check_pixel_limits
+from vlpack.preprocess.messages import check_sources
 from vlpack.sampling import Sampling, check_number
 from vlpack.saturation import warn_of_saturation
 from vlpack.tasks import GENERATE, Loaded
@@ -247,14 +249,6 @@ class Model(Loaded):
             generator = make_generator(self._model, prompt.named_arrays(), options)
             generator.generate_next_token()
         return Begun(generator, clock.seconds_until("image_features", started))
-
-
-def check_sources(images: object, videos: object) -> None:
-    """Raises an InputError where one is given that should be a list of them."""
-    if isinstance(images, (str, bytes, os.PathLike)):
-        raise InputError("images must be a list, also for a single one.", "[image]")
-    if isinstance(videos, (str, bytes, os.PathLike)):
-        raise InputError("videos must be a list, also for a single one.", "[video]")
 
 
 def _as_messages(

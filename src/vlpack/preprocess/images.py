@@ -285,6 +285,12 @@ class ImageProcessor:
                 out[row, :, channel] = values.reshape(-1, 1, patch * patch)  # the frame, T times
 
 
+def check_pixel_limits(folder: Path, sees: bool, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Raises an OptionError where limits are given to a package that does not see."""
+    if not sees and (min_pixels is not None or max_pixels is not None):
+        raise OptionError(f"min_pixels and max_pixels have no effect: {folder} has no vision encoder.")
+
+
 def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -127,3 +128,11 @@ def _video(part: Mapping[str, Any], where: str) -> VideoPart:
         return VideoPart(_source(part, _VIDEO_KEYS, where), VideoOptions(**options) if options else None)
     except OptionError as error:
         raise InputError(f"{where}: {error.message}", error.hint) from error
+
+
+def check_sources(images: object, videos: object) -> None:
+    """Raises an InputError where one is given that should be a list of them."""
+    if isinstance(images, (str, bytes, os.PathLike)):
+        raise InputError("images must be a list, also for a single one.", "[image]")
+    if isinstance(videos, (str, bytes, os.PathLike)):
+        raise InputError("videos must be a list, also for a single one.", "[video]")

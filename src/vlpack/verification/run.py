@@ -17,10 +17,10 @@ import numpy.typing as npt
 
 from vlpack.architectures import Architecture, architecture_of
 from vlpack.checkpoint import Checkpoint
+from vlpack.cores import checked_threads
 from vlpack.errors import VerifyError
 from vlpack.fit import check_tensors
 from vlpack.hub import resolve
-from vlpack.loading import checked_threads
 from vlpack.lora import merge_all, open_adapters, places_of
 from vlpack.memory import peak_memory_bytes, total_memory_bytes
 from vlpack.package.manifest import damaged_files, graph_files, read_manifest
