@@ -14,7 +14,7 @@ import typer
 
 import vlpack
 from vlpack import cli_options as opt
-from vlpack import console
+from vlpack import console, console_measure
 from vlpack.cli_measure import bench, evaluate, verify
 from vlpack.cli_use import chat, embed, run, score
 from vlpack.errors import OptionError, VlpackError
@@ -145,6 +145,8 @@ def build(
         report = run_verify(output, source_name, threads=threads, lora=lora or (), say=console.say_progress)
         record(output, report)
     console.show_build(result, report, as_json=as_json)
+    if report and not as_json:
+        console_measure.show_verification(report, None, as_json=False)
     if report and not report.ok:
         raise typer.Exit(1)
 

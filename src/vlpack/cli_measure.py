@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vlpack import cli_options as opt
-from vlpack import console
+from vlpack import console, console_measure
 from vlpack.errors import InputError, OptionError
 
 
@@ -57,7 +57,7 @@ def verify(
         lora=lora or (),
         say=console.say_progress,
     )
-    console.show_verification(result, report, as_json=as_json)
+    console_measure.show_verification(result, report, as_json=as_json)
     if not result.ok:
         raise typer.Exit(1)
 
@@ -84,7 +84,7 @@ def evaluate(
     """Score a package on questions about images, with confidence intervals."""
     from vlpack.evaluation import evaluate as run_evaluate
 
-    with console.question_progress() as progress:
+    with console_measure.question_progress() as progress:
         result = run_evaluate(
             package,
             data,
@@ -96,7 +96,7 @@ def evaluate(
             threads=threads,
             progress=progress,
         )
-    console.show_evaluation(result, as_json=as_json)
+    console_measure.show_evaluation(result, as_json=as_json)
 
 
 def bench(
@@ -125,7 +125,7 @@ def bench(
         benchmark.earlier(compare)
     if output is not None and (output.is_dir() or not os.access(output.absolute().parent, os.W_OK)):
         raise OptionError(f"{output} cannot be written.", "Give the name of a file in a folder that is there.")
-    with console.question_progress() as progress:
+    with console_measure.question_progress() as progress:
         result = benchmark.bench(
             package,
             prompt_tokens=prompt_tokens,
@@ -138,6 +138,6 @@ def bench(
     try:
         changes = benchmark.compare(result, compare) if compare else None
     except InputError:  # the minutes of measuring are not lost
-        console.show_benchmark(result, None, output, as_json=as_json)
+        console_measure.show_benchmark(result, None, output, as_json=as_json)
         raise
-    console.show_benchmark(result, changes, output, as_json=as_json)
+    console_measure.show_benchmark(result, changes, output, as_json=as_json)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from vlpack.context import too_long
 from vlpack.cores import checked_threads
 from vlpack.errors import InputError, OptionError, PackageError
+from vlpack.onnx_sessions import ort, session_options
 from vlpack.package.manifest import graph_files, whole_package
 from vlpack.preprocess import Prompt, PromptBuilder, Tokenizer
 from vlpack.preprocess.encoder_prompts import ChatPrompts, Input, PlainPrompts
@@ -21,13 +22,6 @@ from vlpack.preprocess.images import check_pixel_limits
 from vlpack.preprocess.mrope import mrope_positions
 from vlpack.saturation import warn_of_saturation
 from vlpack.tasks import EMBEDDING, RERANKER, Loaded, check_package_task
-
-try:
-    import onnxruntime as ort
-except ModuleNotFoundError:
-    raise PackageError(
-        "Running an embedding model or reranker needs onnxruntime, which is not installed.", "pip install onnxruntime"
-    ) from None
 
 Floats = npt.NDArray[np.float32]
 Arrays = dict[str, npt.NDArray[Any]]
@@ -137,9 +131,7 @@ class Encoder(Loaded):
                 f"The package is for {asked}, which the installed onnxruntime lacks.",
                 f"Install {wheel} in place of onnxruntime, or build with -e cpu.",
             )
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options = session_options(threads)
         try:
             return {
                 name: ort.InferenceSession(str(self.folder / file), options, providers=[provider])

@@ -61,4 +61,4 @@ def check_number(name: str, value: Any, low: float, high: float, *, whole: bool 
     kinds = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         kind = "a whole number" if whole else "a number"
-        raise OptionError(f"{name} is {value!r}; it must be {kind} from {low:g} to {high:g}.")
+        raise OptionError(f"{name} is {value!r}; it must be {kind} from {low:.10g} to {high:.10g}.")

@@ -72,8 +72,6 @@ class VisionEncoder:
         if self._session is None:
             try:
                 self._session = self._open(self._graph, self._threads)
-            except PackageError:
-                raise
             except Exception as error:  # onnxruntime has a class for each of its codes, without a common one
                 raise PackageError(f"onnxruntime cannot load {self._graph}: {str(error).strip()[:500]}") from error
 

@@ -15,8 +15,7 @@ from tiny import Tiny
 from vlpack.builder import build
 from vlpack.errors import InputError
 from vlpack.pictures import picture
-from vlpack.preprocess import VideoOptions
-from vlpack.preprocess.prompt import Prompt
+from vlpack.preprocess import Prompt, VideoOptions
 from vlpack.verification import asking
 from vlpack.verification.cases import Case, built_in
 from vlpack.verification.result import Report

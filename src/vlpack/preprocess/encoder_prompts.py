@@ -12,8 +12,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from vlpack.errors import InputError
+from vlpack.preprocess.inputs import Prompt
 from vlpack.preprocess.load import ImageSource
-from vlpack.preprocess.prompt import Prompt, PromptBuilder
+from vlpack.preprocess.prompt import PromptBuilder
 from vlpack.preprocess.tokenizer import Tokenizer
 
 Input: TypeAlias = str | Mapping[str, Any]
