@@ -69,6 +69,22 @@ def test_an_end_token_does_not_end_the_measurement(package: Path, monkeypatch: p
     assert steps[0].token_count() == found["prompt_tokens"] + 40
 
 
+def test_every_answer_looks_at_the_image(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features are kept for those who ask again, and a measurement must not find them."""
+    from vlpack import benchmark_work
+    from vlpack.vision_encoder import VisionEncoder
+
+    looked, run = [], VisionEncoder._run
+
+    def watched(self: VisionEncoder, *arguments: Any) -> Any:
+        looked.append(self)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(VisionEncoder, "_run", watched)
+    benchmark_work.work({"package": str(package), "threads": 1, "new": 2, "repeat": 3, "image": (64, 32)})
+    assert len(looked) == 3
+
+
 def test_the_command(package: Path, tmp_path: Path, capsys: Capsys) -> None:
     path = tmp_path / "result.json"
     options = ("--prompt-tokens", 20, "--new-tokens", 4, "--repeat", 1)

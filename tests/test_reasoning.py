@@ -29,6 +29,11 @@ from vlpack.reasoning import CLOSE, OPEN, ReasoningStream, opens_reasoning, spli
 )
 def test_cases(text: str, opened: bool, reasoning: str | None, said: str) -> None:
     assert split_reasoning(text, opened) == (reasoning, said)
+    stream = ReasoningStream(opened)
+    pieces = [piece for character in text for piece in stream.push(character)] + stream.flush()  # marks come in parts
+    spoken = "".join(piece for thinking, piece in pieces if not thinking)
+    assert (spoken if reasoning is None else spoken.lstrip("\n")) == said
+    assert "".join(piece for thinking, piece in pieces if thinking).strip("\n") == (reasoning or "")
 
 
 words = st.lists(st.sampled_from([OPEN, CLOSE, "<thi", "nk>", "</", "a", " ", "\n", "<", "é"]), max_size=12)

@@ -89,7 +89,8 @@ def test_the_stand_in_hands_features_on(encoder: VisionEncoder) -> None:
 def test_control_c_stops_it() -> None:
     class Slow(Session):
         def run(self, names: None, inputs: dict[str, Any], options: Any) -> list[np.ndarray]:
-            while not options.terminate:
+            end = time.monotonic() + 20
+            while not options.terminate and time.monotonic() < end:
                 time.sleep(0.01)
             raise RuntimeError("terminated")
 
