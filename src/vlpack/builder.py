@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from vlpack.architectures import Architecture, Part, architecture_of
 from vlpack.architectures.base import GraphOptions
+from vlpack.calibration.choice import BESIDE, check_calibration, say_nothing
 from vlpack.checkpoint import Checkpoint
 from vlpack.cores import available_cores
-from vlpack.datafile import DataFiles, planned_bytes
+from vlpack.datafile import DataFiles, InputsOf, planned_bytes
 from vlpack.errors import OptionError
 from vlpack.fit import check_tensors
 from vlpack.graph import Graph, Weight, trace
-from vlpack.hub import resolve
+from vlpack.hub import ResolvedSource, resolve
 from vlpack.layers.attention import has_grouped_kernel
-from vlpack.lora import adapter_notes, merge_all, open_adapters, places_of
+from vlpack.lora import Adapter, adapter_notes, merge_all, open_adapters, places_of
 from vlpack.memory import peak_memory_bytes
 from vlpack.options import ExtraOptions, check_effects
 from vlpack.package.beside import write_beside
@@ -43,6 +46,9 @@ class Progress(Protocol):
 
     def advance(self, written: int, path: str) -> None:
         """``written`` more bytes are, of the weight at ``path``."""
+
+    def say(self, text: str, done: int = 0, total: int = 0) -> None:
+        """Something else is being done, ``done`` of ``total`` where that is known."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ def build(
     threads: int | None = None,
     progress: Progress | None = None,
     lora: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    calibrate: str | os.PathLike[str] | None = None,
 ) -> BuildResult:
     """Build a package.
 
@@ -100,6 +107,8 @@ def build(
         threads: that encode weights; by default as many as there are cores, at most 8.
         progress: is told the bytes written.
         lora: LoRA adapters of peft, folders or Hub ids, merged into the weights one after another as these are read.
+        calibrate: round 4-bit weights of the decoder for the inputs that they meet in texts: ``self`` for such as the
+            model writes itself, or a file of plain text. It takes minutes, and for them an 8-bit package's disk space.
 
     Raises:
         VlpackError: with a sentence that says what is wrong and what to do; nothing is left at ``output``.
@@ -107,11 +116,12 @@ def build(
     started = time.perf_counter()
     extra = ExtraOptions() if extra_options is None else extra_options
     _check_arguments(extra, part, threads)
+    check_calibration(calibrate, part, task)
     check_task(task)
     execution_provider = str(execution_provider).lower()
     vision_precision = str(vision_precision).lower() if vision_precision else None
     precision = str(precision).lower() if precision else ("int8" if execution_provider == "cpu" else "fp16")
-    quantization = extra.quantization(vision_precision)
+    quantization = extra.quantization(vision_precision, calibrated=calibrate is not None)
     # what is wrong with the options is told before anything is downloaded
     check_effects(extra, part, make_policy(precision, execution_provider, quantization), vision_precision)
     check_task_options(extra, task, precision)
@@ -134,20 +144,15 @@ def build(
         notes += reasons
         check_task_options(extra, task, precision)
         architecture = architecture_of(base, task)
-        if architecture.vision is None and (part in ("vision", "embedding") or vision_precision):
-            raise OptionError(
-                f"{base.architecture} has no vision encoder.", "Leave --part and --vision-precision away."
-            )
+        _check_sees(architecture, base, part, vision_precision)
         policy = make_policy(precision, execution_provider, quantization, architecture.precision_facts)
         check_tensors(architecture, base, policy)
         merged = merge_all(base, adapters, architecture)
         checkpoint = [base, *merged][-1]
         graphs = {_filename(p, extra): trace(p, policy) for p in _parts(architecture, part, policy, extra)}
-        notes += _check_sharing(architecture, policy, extra)
-        notes += adapter_notes(merged, found, [weight for graph in graphs.values() for weight in graph.weights])
-        origin: dict[str, Any] = found.described()
-        if adapters:
-            origin["adapters"] = [adapter.described() for adapter in adapters]
+        weights = [weight for graph in graphs.values() for weight in graph.weights]
+        notes += [*_check_sharing(architecture, policy, extra), *adapter_notes(merged, found, weights)]
+        origin = _origin(found, adapters)
         names = {graph.name: filename for filename, graph in graphs.items()}
         encoder = None if task == GENERATE else encoder_section(architecture, checkpoint, names)
         notes += write_beside(folder, architecture, checkpoint, policy, names, origin, encoder)
@@ -157,16 +162,44 @@ def build(
         if progress:
             progress.start(total)
         hashes = _in_background(lambda: _hash_sources(checkpoint))
+        inputs_of, calibrated_on = _calibration(
+            calibrate,
+            part,
+            architecture,
+            graphs,
+            partial(
+                build,
+                base.folder,
+                folder / BESIDE,
+                precision="int8",
+                task=task,
+                lora=[adapter.weights.folder for adapter in adapters],
+                threads=threads,
+            ),
+            progress,
+        )
         files = DataFiles(
             folder,
             checkpoint,
             threads=threads or default_threads(),
             share=_shares(extra),
             progress=progress.advance if progress else None,
+            inputs_of=inputs_of,
         )
-        for filename, graph in graphs.items():
-            files.save(graph, filename)
-        write_manifest(folder, checkpoint, origin, hashes.result(), policy, graphs, files.sha256, task, encoder)
+        files.save_all(graphs)
+        shutil.rmtree(folder / BESIDE, ignore_errors=True)
+        write_manifest(
+            folder,
+            checkpoint,
+            origin,
+            hashes.result(),
+            policy,
+            graphs,
+            files.sha256,
+            task,
+            encoder,
+            calibrated_on,
+        )
         parts = {
             graph.name: (name, _size(folder, name), _labels(graph, weights))
             for (name, graph), weights in zip(graphs.items(), own, strict=True)
@@ -198,6 +231,42 @@ def _check_arguments(extra: object, part: str, threads: int | None) -> None:
 def default_threads() -> int:
     """Cores, but no more than keep a disk busy: each thread holds a weight or a few slabs in memory."""
     return min(available_cores(), 8)
+
+
+def _check_sees(architecture: Architecture, checkpoint: Checkpoint, part: str, vision_precision: str | None) -> None:
+    if architecture.vision is None and (part in ("vision", "embedding") or vision_precision):
+        raise OptionError(
+            f"{checkpoint.architecture} has no vision encoder.", "Leave --part and --vision-precision away."
+        )
+
+
+def _origin(found: ResolvedSource, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """The checkpoint and what is merged into it, for the manifest."""
+    merged = [adapter.described() for adapter in adapters]
+    return {**found.described(), **({"adapters": merged} if merged else {})}
+
+
+def _calibration(
+    source: str | os.PathLike[str] | None,
+    part: str,
+    architecture: Architecture,
+    graphs: dict[str, Graph],
+    eight_bits: Callable[[], BuildResult],
+    progress: Progress | None,
+) -> tuple[InputsOf | None, dict[str, Any] | None]:
+    """What the calibrated weights of ``graphs`` multiply, and what the manifest says of it, or None."""
+    if source is None:
+        return None, None
+    check_calibration(source, part, architecture.task)
+    from vlpack.calibration.model import CalibrationModel
+    from vlpack.calibration.start import start_calibration
+
+    say = progress.say if progress else say_nothing
+    say("building an 8-bit package to calibrate with")
+    beside = eight_bits()
+    files = {name: filename for name, (filename, _, _) in beside.parts.items()}
+    paths = [weight.path for graph in graphs.values() for weight in graph.weights if weight.calibrated]
+    return start_calibration(CalibrationModel(beside.folder, files, architecture), paths, source, say)
 
 
 def _check_cache(architecture: Architecture, policy: Policy) -> None:

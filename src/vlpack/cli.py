@@ -90,6 +90,14 @@ def build(
         list[str] | None,
         typer.Option("--lora", help="LoRA adapter to merge: a folder or a Hub id; give it again for another."),
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar="self|FILE",
+            help="Fit int4 weights to what they multiply in texts: of the model itself, or a file's. Takes minutes.",
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")] = None,
     cache_dir: Annotated[
         Path | None, typer.Option("-c", "--cache_dir", "--cache-dir", help="Where files of the Hub are kept.")
@@ -135,6 +143,7 @@ def build(
             threads=threads,
             progress=progress,
             lora=lora or (),
+            calibrate=calibrate,
         )
     report = None
     if verify_it:

@@ -116,6 +116,9 @@ class _BuildBar:
     def advance(self, written: int, path: str) -> None:
         self._bar.update(self._task, advance=written, description=path[-40:].rjust(40))
 
+    def say(self, text: str, done: int = 0, total: int = 0) -> None:
+        self._bar.update(self._task, description=f"{text}, {done} of {total}" if total else text)
+
 
 @contextmanager
 def build_progress() -> Iterator[_BuildBar | None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,17 @@ import onnx_ir as ir
 from vlpack.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError
 from vlpack.graph import Graph, Weight
+from vlpack.quantize.gptq import Inputs
 from vlpack.sources import Rows
-from vlpack.storage import Array, Storage, slabs
+from vlpack.storage import Array, Blocks, Storage, slabs
 
 PAGE = 4096
 SMALL = 64
 
 Progress = Callable[[int, str], None]
 """Told the bytes just written and the path of their weight."""
+
+InputsOf = Callable[[str], Inputs]
 
 _Key = tuple[Rows, Storage]
 _END = object()
@@ -44,6 +47,8 @@ class DataFiles:
         threads: that encode.
         share: store a weight that two graphs use once.
         progress: called after every write.
+        inputs_of: what the matrix of the module at a path multiplies, for weights that are calibrated; asked once for
+            each, in order.
     """
 
     def __init__(
@@ -54,9 +59,11 @@ class DataFiles:
         threads: int,
         share: bool = True,
         progress: Progress | None = None,
+        inputs_of: InputsOf | None = None,
     ) -> None:
         self.folder, self.checkpoint, self.threads, self.share = folder, checkpoint, max(1, threads), share
         self.progress = progress or (lambda written, path: None)
+        self.inputs_of = inputs_of
         self.sha256: dict[str, str] = {}
         self._placed: dict[_Key, dict[str, tuple[str, int]]] = {}
 
@@ -89,6 +96,11 @@ class DataFiles:
                 )
         ir.save(graph.model, self.folder / filename)
 
+    def save_all(self, graphs: Mapping[str, Graph]) -> None:
+        """`save`, by file name."""
+        for filename, graph in graphs.items():
+            self.save(graph, filename)
+
     def _key(self, weight: Weight) -> Any:
         return weight.key if self.share else id(weight)
 
@@ -101,7 +113,7 @@ class DataFiles:
                 digest.update(data)
 
             position = 0
-            jobs = [partial(encode, self.checkpoint, weight) for weight in weights.values()]
+            jobs = [partial(encode, self.checkpoint, weight, self.inputs_of) for weight in weights.values()]
             for (key, weight), chunks in zip(weights.items(), ahead(jobs, self.threads), strict=True):
                 places: dict[str, tuple[str, int]] = {}
                 for name, chunk in chunks:
@@ -126,14 +138,19 @@ def planned_bytes(weights: Sequence[Weight]) -> int:
     return total
 
 
-def encode(checkpoint: Checkpoint, weight: Weight) -> Iterator[tuple[str, Array]]:
-    """The arrays of one weight, piece by piece.
+def encode(checkpoint: Checkpoint, weight: Weight, inputs_of: InputsOf | None = None) -> Iterator[tuple[str, Array]]:
+    """The arrays of one weight, piece by piece; a calibrated one is rounded to the nearest without ``inputs_of``.
 
     Raises:
         CheckpointError: a value is NaN or infinite, or leaves the storage's range; the tensor is named.
     """
+    read, storage = partial(weight.source.read, checkpoint), weight.storage
     try:
-        yield from weight.storage.chunks(partial(weight.source.read, checkpoint), weight.rows, weight.cols)
+        if inputs_of is not None and weight.calibrated:
+            assert isinstance(storage, Blocks)
+            yield from storage.chunks(read, weight.rows, weight.cols, inputs_of(weight.path))
+        else:
+            yield from storage.chunks(read, weight.rows, weight.cols)
     except OverflowError as error:
         raise CheckpointError(
             f"The tensor {_overflowing(checkpoint, weight)} has a value that cannot be stored: {error}.",

@@ -14,7 +14,7 @@ from vlpack.layers import ops
 from vlpack.layers.linear import Linear, Stored
 from vlpack.precision import Policy
 from vlpack.sources import Rows, Source, stacked
-from vlpack.storage import Float, Storage
+from vlpack.storage import Blocks, Float, Storage
 
 OPSET = {"cpu": 23}
 """Operator set by execution provider. The CPU's is the first with RMSNormalization; the others' kernels are registered
@@ -46,6 +46,11 @@ class Weight:
     def cols(self) -> int:
         """Input features, the width of a table, or 1."""
         return self.source.cols
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it is rounded for the inputs that it meets."""
+        return isinstance(self.storage, Blocks) and self.storage.calibrated
 
     @property
     def key(self) -> tuple[Rows, Storage]:

@@ -53,7 +53,7 @@ class ExtraOptions:
             elif value is not None:
                 parse(name, str(value))
 
-    def quantization(self, vision: str | None = None) -> QuantizationOptions:
+    def quantization(self, vision: str | None = None, *, calibrated: bool = False) -> QuantizationOptions:
         """What a policy is made with."""
         mixed = {"last_matmul": "int8"} if self.algo_config == "rtn_last" else {}
         given: dict[str, Any] = {
@@ -64,6 +64,7 @@ class ExtraOptions:
             "mixed": {**mixed, **(self.matmul_mixed_precision or {})},
             "vision": vision,
             "kv_cache": self.kv_cache,
+            "calibrated": calibrated,
         }
         return replace(QuantizationOptions(), **{name: value for name, value in given.items() if value is not None})
 

@@ -75,6 +75,7 @@ class QuantizationOptions:
         mixed: selector → ``int4`` or ``int8`` for parts of the decoder, as the builder's ``matmul_mixed_precision``.
         vision: precision of the vision encoder where it is not to follow from the package's.
         kv_cache: ``int8``, or None to keep keys and values in the dtype of the activations.
+        calibrated: 4-bit matrices of the decoder are rounded for the inputs that they meet.
     """
 
     block_size: int | None = None
@@ -84,6 +85,7 @@ class QuantizationOptions:
     mixed: Mapping[str, str] = field(default_factory=dict)
     vision: str | None = None
     kv_cache: str | None = None
+    calibrated: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,8 @@ def make_policy(
     dtype = "float16" if precision == "fp16" or (precision == "int4" and provider != "cpu") else "float32"
     if options.mixed and precision != "int4":
         raise OptionError("matmul_mixed_precision goes with int4.", f"The precision is {precision}.")
+    if options.calibrated and precision != "int4":
+        raise OptionError("Calibration goes with int4.", f"{precision} needs none: leave --calibrate away.")
     rules = (
         *_vision_rules(precision, provider, dtype, options),
         *([Rule("text.answers", Float("float32"))] if facts.scores else []),
@@ -155,23 +159,31 @@ def make_policy(
     return Policy(precision, provider, dtype, rules, options)
 
 
-def default_block_size(precision: str, provider: str, bits: int) -> int:
+def default_block_size(precision: str, provider: str, bits: int, *, calibrated: bool = False) -> int:
     """Of weights of ``bits`` bits in a package of that precision.
 
     More values to a scale are less to read, and so less time a token; what they cost was measured on the CPU
-    (docs/results.md). In 4 bits 64 shows in the answers. An int8 package has so small an error that 128 show in it.
+    (docs/results.md). In 4 bits 64 shows in the answers, but calibrated ones of 128 are nearer than others of 32. An
+    int8 package has so small an error that 128 show in it.
     """
-    if provider == "cpu" and bits == 8:
+    if provider == "cpu" and (bits == 8 or calibrated):
         return 128 if precision == "int4" else 64
     return 32
 
 
 def _blocks(
-    precision: str, provider: str, dtype: str, options: QuantizationOptions, bits: int, divided: int = 0
+    precision: str,
+    provider: str,
+    dtype: str,
+    options: QuantizationOptions,
+    bits: int,
+    divided: int = 0,
+    *,
+    calibrated: bool = False,
 ) -> Blocks:
     """Blocks as the options have them, or by default, whose size then divides ``divided``."""
-    size = options.block_size or gcd(default_block_size(precision, provider, bits), divided)
-    return Blocks(bits, size, options.is_symmetric, dtype, options.accuracy_level)
+    size = options.block_size or gcd(default_block_size(precision, provider, bits, calibrated=calibrated), divided)
+    return Blocks(bits, size, options.is_symmetric, dtype, options.accuracy_level, calibrated)
 
 
 def _channels(options: QuantizationOptions) -> ChannelInt8:
@@ -185,12 +197,15 @@ def _text_rules(precision: str, provider: str, dtype: str, options: Quantization
     # The head decides every token and the embedding feeds every layer: 8 bits, in blocks along the row, so that a tied
     # pair is stored once. DirectML has 4-bit kernels only.
     bits = int(options.mixed.get("last_matmul", "int4" if provider == "dml" else "int8")[3:])
-    head = _blocks(precision, provider, dtype, options, bits)
-    embedding: Storage = head if provider == "cpu" else Float(dtype)
+    fitted = options.calibrated and bits == 4
+    head = _blocks(precision, provider, dtype, options, bits, calibrated=fitted)
+    # a table is looked up and multiplies nothing, so that there is nothing to fit it to
+    table = _blocks(precision, provider, dtype, options, 8) if fitted else head
+    embedding: Storage = table if provider == "cpu" else Float(dtype)
     rules = [Rule("text.embedding", embedding), Rule("text.head", head)]
     if precision == "int8":
         return [*rules, Rule("text.*", _channels(options))]
-    return [*rules, Rule("text.*", _blocks(precision, provider, dtype, options, 4))]
+    return [*rules, Rule("text.*", _blocks(precision, provider, dtype, options, 4, calibrated=options.calibrated))]
 
 
 def _sensitive_rules(

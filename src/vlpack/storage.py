@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from vlpack.quantize.blocks import QuantizedBlocks, block_shapes, dequantize_blocks, quantize_blocks
 from vlpack.quantize.channel import ZERO_POINT, dequantize_rows, quantize_rows, unsigned
+from vlpack.quantize.gptq import Inputs, fit_blocks
 
 Array = npt.NDArray[Any]
 #: ``read(start, stop)`` → rows [stop - start, cols] of the checkpoint's weight, in its own dtype
@@ -155,7 +156,8 @@ class Blocks:
     """``bits`` bits in blocks of ``block_size`` along the input, a scale (and a zero point) per block: MatMulNBits.
 
     ``dtype`` is that of the scales, which is that of the activations. ``accuracy_level`` is how the CPU multiplies:
-    4 quantizes the activations to 8 bits per block, 1 keeps them in fp32.
+    4 quantizes the activations to 8 bits per block, 1 keeps them in fp32. ``calibrated`` weights are rounded for the
+    inputs that they meet (`vlpack.quantize.gptq`).
     """
 
     bits: int = 4
@@ -163,10 +165,12 @@ class Blocks:
     symmetric: bool = True
     dtype: str = "float32"
     accuracy_level: int = 4
+    calibrated: bool = False
 
     @property
     def label(self) -> str:
-        return f"int{self.bits} block {self.block_size}" + ("" if self.symmetric else " asymmetric")
+        kinds = {" asymmetric": not self.symmetric, " calibrated": self.calibrated}
+        return f"int{self.bits} block {self.block_size}" + "".join(kind for kind, has in kinds.items() if has)
 
     def arrays(self, rows: int, cols: int) -> ArraySpecs:
         shapes = block_shapes(rows, cols, self.bits, self.block_size)
@@ -178,12 +182,19 @@ class Blocks:
             specs["zero_points"] = (np.dtype(np.uint8), shapes.zero_points)
         return specs
 
-    def chunks(self, read: RowReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
+    def chunks(
+        self, read: RowReader, rows: int, cols: int, inputs: Inputs | None = None
+    ) -> Iterator[tuple[str, Array]]:
+        """Rounded to the nearest, or for ``inputs``; scales and zero points are the same."""
         specs = self.arrays(rows, cols)
         small = {name: np.empty(shape, dtype) for name, (dtype, shape) in specs.items() if name != "qweight"}
         for start, stop in slabs(rows, cols):
-            blocks = quantize_blocks(read(start, stop).astype(np.float32), self.bits, self.block_size, self.symmetric)
-            small["scales"][start:stop] = cast(blocks.scales, self.dtype)
+            weight = read(start, stop).astype(np.float32)
+            blocks = quantize_blocks(weight, self.bits, self.block_size, self.symmetric)
+            scales = cast(blocks.scales, self.dtype)
+            if inputs is not None:
+                blocks = fit_blocks(weight, blocks._replace(scales=scales), inputs, self.bits, self.block_size)
+            small["scales"][start:stop] = scales
             if not self.symmetric:
                 small["zero_points"][start:stop] = blocks.zero_points
             yield "qweight", blocks.qweight

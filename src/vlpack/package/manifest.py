@@ -41,6 +41,7 @@ def write_manifest(
     known_sha256: Mapping[str, str],
     task: str = GENERATE,
     encoder: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the manifest, last of all files, hashing those whose hash is not known yet.
 
@@ -54,6 +55,7 @@ def write_manifest(
         known_sha256: hashes computed while the files were written.
         task: one of `vlpack.tasks.TASKS`.
         encoder: `encoder_section`'s, for a model that does not generate.
+        calibration: on what the weights were calibrated, if they were.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     written: dict[tuple[str, int], str] = {}
@@ -71,6 +73,7 @@ def write_manifest(
         "cache": policy.cache,
         "policy": policy.described(),
         "quantization": asdict(policy.options),
+        **({} if calibration is None else {"calibration": dict(calibration)}),
         "parts": {name: _part(graph, written) for name, graph in graphs.items()},
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": known_sha256.get(path.name) or sha256_file(path)}

@@ -79,8 +79,8 @@ def quantize_blocks(weight: Array, bits: int, block_size: int, symmetric: bool) 
         x, codes, *spare = buffers[:, :, : tile.stop - start]
         x[...] = blocks[tile].T
         scales[tile], zeros[tile] = _encode(x, codes, spare, bits, symmetric)
-        qweight[tile] = _pack(codes.astype(np.uint8), bits, axis=0).T
-    zero_points = None if symmetric else _pack(zeros.reshape(rows, -1).astype(np.uint8), bits)
+        qweight[tile] = pack(codes.astype(np.uint8), bits, axis=0).T
+    zero_points = None if symmetric else pack(zeros.reshape(rows, -1).astype(np.uint8), bits)
     return QuantizedBlocks(qweight.reshape(shapes.qweight), scales.reshape(shapes.scales), zero_points)
 
 
@@ -156,17 +156,18 @@ def _total(values: Array) -> Array:
 
 def dequantize_blocks(blocks: QuantizedBlocks, cols: int, bits: int) -> Array:
     """The float32 [rows, cols] that the codes stand for."""
-    codes = _unpack(blocks.qweight, bits).astype(np.float32)  # [rows, n, block_size]
+    codes = unpack(blocks.qweight, bits).astype(np.float32)  # [rows, n, block_size]
     rows, n, block_size = codes.shape
     if blocks.zero_points is None:
         codes -= 1 << (bits - 1)
     else:
-        codes -= _unpack(blocks.zero_points, bits)[:, :n, None]
+        codes -= unpack(blocks.zero_points, bits)[:, :n, None]
     codes *= blocks.scales.astype(np.float32)[:, :, None]
     return codes.reshape(rows, n * block_size)[:, :cols]
 
 
-def _pack(codes: Array, bits: int, axis: int = -1) -> Array:
+def pack(codes: Array, bits: int, axis: int = -1) -> Array:
+    """Codes as bytes: two 4-bit ones that follow each other along ``axis`` in one, the earlier in its lower half."""
     if bits == 8:
         return codes
     codes = np.moveaxis(codes, axis, 0)
@@ -176,7 +177,8 @@ def _pack(codes: Array, bits: int, axis: int = -1) -> Array:
     return np.moveaxis(packed, 0, axis)
 
 
-def _unpack(packed: Array, bits: int) -> Array:
+def unpack(packed: Array, bits: int) -> Array:
+    """The codes in bytes, along the last axis."""
     if bits == 8:
         return packed
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
 
-from vlpack.errors import PackageError
+from vlpack.graph_edits import call, every_token, load_graph, normalized, open_session
+from vlpack.onnx_sessions import ort
 from vlpack.preprocess import Prompt
 
 Array = npt.NDArray[Any]
@@ -74,10 +74,7 @@ class Graphs:
 
     def load(self, part: str) -> ir.Model:
         """A graph, its weights left in their files."""
-        try:
-            return ir.load(self.folder / self.files[part])
-        except Exception as error:  # protobuf's and onnx_ir's errors have no common class
-            raise PackageError(f"{self.folder / self.files[part]} cannot be read: {error}.") from None
+        return load_graph(self.folder / self.files[part])
 
     def run(self, ids: Array, prompt: Prompt, positions: Array, *, exact: bool) -> Run:
         """Everything on the way from ``ids [1, S]``, which begin with the prompt, to the logits of all positions.
@@ -92,7 +89,7 @@ class Graphs:
             with self._session("embedding", [], exact) as embedding:
                 width = embedding.get_inputs()[1].shape[1]
                 given = np.zeros((0, width), np.float32) if features is None else features
-                tokens = _call(embedding, {"input_ids": ids, "image_features": given})
+                tokens = call(embedding, {"input_ids": ids, "image_features": given})
             embeds = tokens["inputs_embeds"]
         else:
             tokens, embeds = {"input_ids": ids}, np.zeros((1, 0, self.hidden_size))
@@ -106,7 +103,7 @@ class Graphs:
                 if port.name.startswith("past_key_values"):
                     dtype = np.int8 if port.type == "tensor(int8)" else np.float32
                     inputs[port.name] = np.zeros((1, port.shape[1], 0, port.shape[3]), dtype)
-            out = _call(decoder, inputs)
+            out = call(decoder, inputs)
         merged, levels = None, []
         if features is not None:
             split = np.split(features, features.shape[1] // self.hidden_size, axis=1)
@@ -118,7 +115,7 @@ class Graphs:
         features, blocks = [], []
         with self._session("vision", self.block_norms, exact) as vision:
             for pixels, grid in prompt.images():
-                out = _call(vision, {"pixel_values": pixels, "image_grid_thw": grid})
+                out = call(vision, {"pixel_values": pixels, "image_grid_thw": grid})
                 features.append(out["image_features"])
                 blocks.append([out[_PROBE + name].reshape(len(pixels), -1) for name in self.block_norms])
         return [np.concatenate(parts) for parts in zip(*blocks, strict=True)], np.concatenate(features)
@@ -126,26 +123,17 @@ class Graphs:
     @contextmanager
     def _session(self, part: str, norms: list[str], exact: bool) -> Iterator[ort.InferenceSession]:
         model = self.load(part)
-        _all_logits(model.graph)
+        every_token(model.graph)
         _probe(model.graph, norms)
         if exact:
             _make_exact(model.graph)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = self.threads, 3
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(self.folder))
-        if exact:  # onnxruntime would make of dequantized weights quantized products again
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         # 8-bit experts know no other way to fp32 activations
         variable, before = "ORT_QMOE_CPU_QNBIT_GEMM", os.environ.get("ORT_QMOE_CPU_QNBIT_GEMM")
         if exact:
             os.environ[variable] = "fp32"
         try:
-            text = ir.to_proto(model).SerializeToString()
-            session = ort.InferenceSession(text, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # of onnxruntime, which has no common class either
-            raise PackageError(
-                f"onnxruntime cannot load {self.folder / self.files[part]}: {str(error)[:300]}"
-            ) from None
+            # of dequantized weights onnxruntime would make quantized products again
+            session = open_session(model, self.folder / self.files[part], self.threads, optimized=not exact)
         finally:
             if before is None:
                 os.environ.pop(variable, None)
@@ -162,62 +150,13 @@ def _result(out: Mapping[str, Array]) -> Array:
     return result
 
 
-def _call(session: ort.InferenceSession, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """The outputs but the cache, floats as fp32 whatever the graph has."""
-    types = {port.name: port.type for port in session.get_inputs()}
-    given = {
-        name: value.astype(np.float16)
-        if types[name] == "tensor(float16)"
-        else value.astype(np.float32)
-        if types[name] == "tensor(float)"
-        else value.astype(np.int8)
-        if types[name] == "tensor(int8)"
-        else value.astype(np.int64)
-        for name, value in inputs.items()
-    }
-    names = [port.name for port in session.get_outputs() if not port.name.startswith("present.")]
-    values = session.run(names, given)
-    return {
-        name: value.astype(np.float32) if value.dtype == np.float16 else value
-        for name, value in zip(names, values, strict=True)
-    }
-
-
 def _probe(graph: ir.Graph, norms: list[str]) -> None:
     """Make the input of each norm, known by its weight, an output."""
     for name in norms:
-        value = _normalized(graph, name)
+        value = normalized(graph, name)
         output = ir.Value(name=_PROBE + name, shape=value.shape, type=value.type)
         graph.append(ir.node("Identity", [value], outputs=[output], name=_PROBE + name))
         graph.outputs.append(output)
-
-
-def _normalized(graph: ir.Graph, weight: str) -> ir.Value:
-    value = graph.initializers.get(weight)
-    consumers = [] if value is None else [use.node for use in value.uses()]
-    if not consumers:
-        raise PackageError(f"The graph {graph.name} has no norm with the weight {weight}.")
-    node = consumers[0]
-    if node.op_type == "Mul":  # written out, for older operator sets: (x / sqrt(mean(x²) + eps)) · weight
-        node = node.inputs[0].producer()  # type: ignore[union-attr,assignment]
-    return node.inputs[0]  # type: ignore[return-value]
-
-
-def _all_logits(graph: ir.Graph) -> None:
-    """Take away the choice of the last token, where there is one: the last layer and the head see all."""
-    logits = next((value for value in graph.outputs if value.name == "logits"), None)
-    if logits is None:
-        return
-    logits.shape = ir.Shape(["batch_size", "sequence_length", logits.shape[-1]])  # type: ignore[index]
-    for node in list(graph):
-        if node.op_type == "Slice" and _takes_last(node):
-            node.outputs[0].replace_all_uses_with(node.inputs[0])  # type: ignore[arg-type]
-
-
-def _takes_last(node: ir.Node) -> bool:
-    """Whether a Slice is `vlpack.layers.decoder.last_token`'s: from -1 on, along the tokens."""
-    starts, axes = (value and value.const_value for value in (node.inputs[1], node.inputs[3]))
-    return bool(starts and axes and starts.numpy().tolist() == [-1] and axes.numpy().tolist() == [1])
 
 
 def _make_exact(graph: ir.Graph) -> None:

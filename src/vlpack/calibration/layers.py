@@ -1,0 +1,123 @@
+"""The inputs of a decoder's matrices, layer after layer: only the layer at hand is in memory.
+
+Every layer is cut out of the decoder's graph and run on all texts, from the hidden states that the one before it left.
+Beside the next hidden states it gives what its matrices multiply, of which ``Σ xᵀx`` is kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from vlpack.calibration.model import CalibrationModel, Shown
+from vlpack.graph_edits import every_token, load_graph, normalized, open_session
+from vlpack.quantize.gptq import Inputs, describe_inputs
+
+Array = npt.NDArray[Any]
+
+
+class Calibration:
+    """Tells what the inputs of each matrix are like, in the order of the decoder.
+
+    Args:
+        model: an 8-bit package of the same checkpoint.
+        paths: of the matrices that will be asked for, each once.
+        shown: the texts.
+        say: told which layer of how many is looked at.
+    """
+
+    def __init__(
+        self,
+        model: CalibrationModel,
+        paths: Iterable[str],
+        shown: Sequence[Shown],
+        say: Callable[[int, int], None] = lambda layer, layers: None,
+    ) -> None:
+        architecture = model.architecture
+        self._file, self._threads, self._say = model.folder / model.decoder_file, model.threads, say
+        self._graph = load_graph(self._file)
+        every_token(self._graph.graph)
+        prefix, count = architecture.decoder.prefix, architecture.text.num_hidden_layers
+        self._prefixes = [f"{prefix}.layers.{layer}." for layer in range(count)]
+        norms = [*(f"{name}input_layernorm.weight" for name in self._prefixes), f"{prefix}.norm.weight"]
+        self._borders = [normalized(self._graph.graph, norm) for norm in norms]
+        self._paths: list[list[str]] = [[] for _ in norms]
+        for path in paths:
+            self._paths[self._stage(path)].append(path)
+        self._shown = [one.inputs for one in shown]
+        self._hidden = self._first_hidden()
+        self._ready: dict[str, Inputs] = {}
+        self._next = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, path: str) -> Inputs:
+        """What the matrix of the module at ``path`` multiplies."""
+        with self._lock:
+            while path not in self._ready:
+                self._look(self._next)
+                self._next += 1
+            return self._ready.pop(path)
+
+    def _stage(self, path: str) -> int:
+        """The layer that a module is in; after the last, where it is the head."""
+        return next((i for i, prefix in enumerate(self._prefixes) if path.startswith(prefix)), len(self._prefixes))
+
+    def _first_hidden(self) -> list[Array]:
+        first = self._borders[0]
+        if first.is_graph_input():
+            return [inputs[str(first.name)] for inputs in self._shown]
+        (hidden,) = zip(*self._run(None, [first]), strict=True)
+        return list(hidden)
+
+    def _look(self, stage: int) -> None:
+        assert stage < len(self._borders), "every matrix is in a layer or after the last"
+        self._say(stage, len(self._borders))
+        factors = {path: factor(self._graph.graph, path) for path in self._paths[stage]}
+        multiplied = list({id(x): x for x in factors.values()}.values())
+        following = self._borders[stage + 1 : stage + 2]
+        sums: dict[int, Array] = {}
+        for text, values in enumerate(self._run(stage, [*multiplied, *following])):
+            for value, x in zip(multiplied, values, strict=False):
+                rows = x.reshape(-1, x.shape[-1])
+                sums[id(value)] = rows.T @ rows + sums.get(id(value), np.float32(0))
+            if following:
+                self._hidden[text] = values[-1]
+        described = {key: describe_inputs(total) for key, total in sums.items()}
+        self._ready |= {path: described[id(x)] for path, x in factors.items()}
+
+    def _run(self, stage: int | None, outputs: Sequence[ir.Value]) -> Iterable[list[Array]]:
+        """``outputs`` for every text, from the hidden states before layer ``stage``, or from the decoder's inputs."""
+        graph, past = self._graph.graph, f"past_key_values.{stage}."
+        inputs = [x for x in graph.inputs if not str(x.name).startswith("past_") or str(x.name).startswith(past)]
+        border = None if stage is None else self._borders[stage]
+        starts = inputs if border is None or border in inputs else [*inputs, border]
+        part = ir.convenience.extract(graph, starts, outputs)
+        session = open_session(ir.Model(part, ir_version=self._graph.ir_version), self._file, self._threads)
+        ports = {port.name: port for port in session.get_inputs()}
+        empty = {
+            name: np.zeros((1, port.shape[1], 0, port.shape[3]), np.float32)
+            for name, port in ports.items()
+            if name.startswith("past_")
+        }
+        for text, given in enumerate(self._shown):
+            feeds = {**given, **empty}
+            if border is not None:
+                feeds[str(border.name)] = self._hidden[text]
+            yield session.run(None, {name: x for name, x in feeds.items() if name in ports})
+
+
+def factor(graph: ir.Graph, path: str) -> ir.Value:
+    """What the 8-bit matrix of the module at ``path`` multiplies, before rows are divided by their peak and rounded."""
+    weight = graph.initializers[f"{path}.qweight"]
+    (node,) = {use.node for use in weight.uses()}
+    x = node.inputs[0]
+    if node.op_type == "MatMulIntegerToFloat":
+        divided = x.producer().inputs[0]  # type: ignore[union-attr]
+        x = divided.producer().inputs[0]  # type: ignore[union-attr]
+    assert x is not None, path
+    return x

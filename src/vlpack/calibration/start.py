@@ -1,0 +1,68 @@
+"""From a checkpoint's 8-bit package and texts to what a decoder's matrices multiply."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlpack.calibration.choice import SELF, Say
+from vlpack.calibration.layers import Calibration
+from vlpack.calibration.model import CalibrationModel
+from vlpack.calibration.texts import LENGTH, openings, pictured, prompt_builder, texts_of
+from vlpack.preprocess.tokenizer import Tokenizer
+
+SEED = 0
+
+
+def start_calibration(
+    model: CalibrationModel, paths: Iterable[str], source: str | os.PathLike[str], say: Say
+) -> tuple[Calibration, dict[str, Any]]:
+    """What a decoder's matrices multiply, ready to be asked.
+
+    Args:
+        model: an 8-bit package of the whole model.
+        paths: of the modules that will be asked for.
+        source: `SELF`, or a file of text.
+        say: told what is being done.
+
+    Returns:
+        That, and what the manifest says of it.
+
+    Raises:
+        OptionError: the file cannot be used.
+        PackageError: onnxruntime cannot load the package.
+    """
+    vision = model.architecture.vision
+    image = vision.image_token_id if vision else None
+    tokenizer = Tokenizer.from_folder(model.folder)
+    prompts = prompt_builder(model.folder, image)
+    if source == SELF:
+        begun = openings(prompts, tokenizer)
+
+        def written(tokens: int) -> None:
+            say("writing calibration texts", tokens, len(begun) * LENGTH)
+
+        written(0)
+        texts = model.write(begun, LENGTH, _ends(model.folder), SEED, written)
+    else:
+        texts = texts_of(Path(source).expanduser(), tokenizer)
+    shown = [model.show(np.array([text], np.int64)) for text in texts]
+    if vision is not None and prompts is not None:
+        shown += [model.show(prompt.input_ids.astype(np.int64), prompt) for prompt in pictured(prompts)]
+    described = {
+        "texts": "the model's own" if source == SELF else "a file",
+        "pictures": len(shown) - len(texts),
+        "tokens": sum(one.tokens for one in shown),
+    }
+    return Calibration(model, paths, shown, lambda layer, layers: say("calibrating", layer, layers)), described
+
+
+def _ends(folder: Path) -> set[int]:
+    """The tokens that end an answer."""
+    eos = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["eos_token_id"]
+    return set(eos if isinstance(eos, list) else [eos])

@@ -1,0 +1,105 @@
+"""What a model is shown, or begins with, when its weights are fitted to its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlpack.errors import CheckpointError, OptionError
+from vlpack.pictures import picture
+from vlpack.preprocess import PromptBuilder
+from vlpack.preprocess.inputs import Prompt
+from vlpack.preprocess.tokenizer import Tokenizer
+
+LENGTH = 256
+"""Tokens of a text at most."""
+TEXTS = 32
+MIN_TOKENS = 1024
+"""Of a user's file: fewer say too little of thousands of input channels."""
+MAX_BYTES = 100_000_000
+
+QUESTIONS = (
+    "Explain to a child why the sky is blue.",
+    "Write a short story about a lighthouse keeper and a lost dog.",
+    "Give me a recipe for a vegetable soup, with amounts.",
+    "Write a Python function that merges two sorted lists, and test it.",
+    "Fasse die Geschichte der Eisenbahn in wenigen Sätzen zusammen.",
+    "用中文介绍一下长城的历史。",
+    "A train leaves at 9:40 and arrives at 13:05. How long does it travel? Think step by step.",
+    "List the planets with their radius as a Markdown table.",
+    "Écris un courriel pour demander un rendez-vous chez le médecin.",
+    "What should a contract for renting a flat contain?",
+    "Turn this into JSON: Anna is 31 and lives in Oslo, Ben is 28 and lives in Rome.",
+    "Compare TCP and UDP, and say when each is used.",
+)
+"""The chats that a model continues, in its own words."""
+OPENINGS = (
+    *("The", "In", "A", "When", "I", "It is", "Once upon a time", "According to", "# Introduction\n\n", "import"),
+    *("<html>", "Dear", "La", "Die", "人", "2.", "Question:", "Chapter 1\n", "def", "We"),
+)
+"""The documents that it continues."""
+PICTURES = (
+    ("Describe the picture.", 320, 224),
+    ("What is the total on this receipt?", 256, 256),
+    ("What is written here?", 416, 128),
+    ("Which shapes do you see?", 160, 288),
+)
+"""What a model that sees is asked about pictures of that width and height."""
+
+
+def openings(prompts: PromptBuilder | None, tokenizer: Tokenizer) -> list[list[int]]:
+    """The first tokens of `TEXTS` texts: questions as chats, where there is a template for these, and documents."""
+    documents = [tokenizer.encode(text) for text in OPENINGS]
+    if prompts is None:
+        documents += [tokenizer.encode(text) for text in QUESTIONS]
+        return documents[:TEXTS]
+    chats = [prompts([{"role": "user", "content": text}]).input_ids[0].tolist() for text in QUESTIONS]
+    return [*chats, *documents][:TEXTS]
+
+
+def pictured(prompts: PromptBuilder) -> list[Prompt]:
+    """A question about each of the pictures."""
+    made = []
+    for seed, (text, width, height) in enumerate(PICTURES):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        made.append(prompts([{"role": "user", "content": content}], [picture(width, height, seed)]))
+    return made
+
+
+def prompt_builder(folder: Path, image_token_id: int | None) -> PromptBuilder | None:
+    """Of a package; None where it has no chat template, as that of a base model."""
+    try:
+        return PromptBuilder.from_folder(folder, image_token_id=image_token_id)
+    except CheckpointError:
+        if image_token_id is not None:
+            raise
+        return None
+
+
+def texts_of(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
+    """A user's text, in `TEXTS` pieces of `LENGTH` tokens from all over it.
+
+    Raises:
+        OptionError: the file cannot be read, is not UTF-8, is too large, or too short.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise OptionError(f"{path} is larger than {MAX_BYTES // 1_000_000} MB.", "Give a part of it.")
+        ids = tokenizer.encode(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"The calibration text {path} cannot be read: {error.strerror or error}.") from None
+    except UnicodeDecodeError:
+        raise OptionError(f"The calibration text {path} is not UTF-8.", "Give a plain text.") from None
+    if len(ids) < MIN_TOKENS:
+        raise OptionError(
+            f"{path} has {len(ids)} tokens; calibration needs {MIN_TOKENS} at least.",
+            "Give a longer text, or --calibrate self, which lets the model write its own.",
+        )
+    return pieces(ids, min(TEXTS, len(ids) // LENGTH))
+
+
+def pieces(ids: Sequence[int], count: int) -> list[list[int]]:
+    """``count`` of `LENGTH` tokens, at equal distances from the first to the last."""
+    last = len(ids) - LENGTH
+    starts = (index * last // max(count - 1, 1) for index in range(count))
+    return [list(ids[start : start + LENGTH]) for start in starts]
