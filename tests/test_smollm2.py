@@ -56,9 +56,11 @@ def wanted(checkpoint: Path, ids: np.ndarray) -> np.ndarray:
         return np.asarray(model.eval()(torch.tensor(ids)).logits[0].numpy())
 
 
-def logits(checkpoint: Path, precision: str, ids: np.ndarray, folder: Path, *extra: str) -> np.ndarray:
+def logits(
+    checkpoint: Path, precision: str, ids: np.ndarray, folder: Path, *extra: str, calibrate: str | None = None
+) -> np.ndarray:
     options = parse_extra_options(["prune_lm_head=false", *extra])
-    build(checkpoint, folder, precision=precision, extra_options=options)
+    build(checkpoint, folder, precision=precision, extra_options=options, calibrate=calibrate)
     package = Package(folder)
     ports = [port for port in package.sessions["decoder"].get_inputs() if port.name.startswith("past")]
     past = {port.name: np.zeros((1, port.shape[1], 0, port.shape[3]), np.float32) for port in ports}
@@ -99,16 +101,19 @@ def test_as_llama(checkpoint: Path, ids: np.ndarray, wanted: np.ndarray, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("precision", "extra", "kl", "top1"),
+    ("precision", "extra", "calibrate", "kl", "top1"),
     [
-        ("int8", [], 0.035, 0.8),
-        ("int4", [], 0.4, 0.6),
-        ("int4", ["is_symmetric=false"], 0.45, 0.55),
+        ("int8", [], None, 0.035, 0.8),
+        ("int4", [], None, 0.4, 0.6),
+        ("int4", ["is_symmetric=false"], None, 0.45, 0.55),
+        ("int4", [], "self", 0.26, 0.65),  # blocks of 128, of which the nearest codes cost 0.39
+        ("int4", ["block_size=32"], "self", 0.18, 0.7),
     ],
 )
 def test_what_bits_cost(
     precision: str,
     extra: list[str],
+    calibrate: str | None,
     kl: float,
     top1: float,
     checkpoint: Path,
@@ -116,11 +121,11 @@ def test_what_bits_cost(
     wanted: np.ndarray,
     tmp_path: Path,
 ) -> None:
-    found = logits(checkpoint, precision, ids, tmp_path / "package", *extra)
+    found = logits(checkpoint, precision, ids, tmp_path / "package", *extra, calibrate=calibrate)
     p, q = log_softmax(wanted), log_softmax(found)
     divergence, agree = float((np.exp(p) * (p - q)).sum(axis=1).mean()), float((p.argmax(1) == q.argmax(1)).mean())
     cost = f"L2 {relative(found, wanted):.3g}, KL {divergence:.4f} nats, same top token {agree:.1%}"
-    print(f"{precision} {extra}: {cost} of {ids.shape[1]}")
+    print(f"{precision} {extra} {calibrate or ''}: {cost} of {ids.shape[1]}")
     assert divergence < kl
     assert agree > top1
 

@@ -20,6 +20,9 @@ from vlpack.quantize.gptq import Inputs, describe_inputs
 
 Array = npt.NDArray[Any]
 
+ROWS = 2048
+"""Tokens whose products are taken at once."""
+
 
 class Calibration:
     """Tells what the inputs of each matrix are like, in the order of the decoder.
@@ -80,14 +83,13 @@ class Calibration:
         factors = {path: factor(self._graph.graph, path) for path in self._paths[stage]}
         multiplied = list({id(x): x for x in factors.values()}.values())
         following = self._borders[stage + 1 : stage + 2]
-        sums: dict[int, Array] = {}
+        sums = [_Products() for _ in multiplied]
         for text, values in enumerate(self._run(stage, [*multiplied, *following])):
-            for value, x in zip(multiplied, values, strict=False):
-                rows = x.reshape(-1, x.shape[-1])
-                sums[id(value)] = rows.T @ rows + sums.get(id(value), np.float32(0))
+            for products, x in zip(sums, values, strict=False):
+                products.add(x.reshape(-1, x.shape[-1]))
             if following:
                 self._hidden[text] = values[-1]
-        described = {key: describe_inputs(total) for key, total in sums.items()}
+        described = {id(x): describe_inputs(products.total()) for x, products in zip(multiplied, sums, strict=True)}
         self._ready |= {path: described[id(x)] for path, x in factors.items()}
 
     def _run(self, stage: int | None, outputs: Sequence[ir.Value]) -> Iterable[list[Array]]:
@@ -109,6 +111,29 @@ class Calibration:
             if border is not None:
                 feeds[str(border.name)] = self._hidden[text]
             yield session.run(None, {name: x for name, x in feeds.items() if name in ports})
+
+
+class _Products:
+    """``Σ xᵀx`` of rows that come a few at a time: a product is as large for few as for many."""
+
+    def __init__(self) -> None:
+        self._rows: list[Array] = []
+        self._total: Array | None = None
+
+    def add(self, rows: Array) -> None:
+        """More ``x [tokens, cols]``, float32."""
+        self._rows.append(rows)
+        if sum(map(len, self._rows)) >= ROWS:
+            self.total()
+
+    def total(self) -> Array:
+        """``[cols, cols]`` of all rows so far."""
+        if self._rows:
+            rows, self._rows = np.concatenate(self._rows), []
+            product = rows.T @ rows
+            self._total = product if self._total is None else np.add(self._total, product, out=self._total)
+        assert self._total is not None, "a layer is run on texts"
+        return self._total
 
 
 def factor(graph: ir.Graph, path: str) -> ir.Value:

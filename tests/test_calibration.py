@@ -1,0 +1,403 @@
+"""Calibrated int4: what matrices multiply (against live transformers), how weights are rounded for it, whole builds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from family import Member, make_member
+from samples import DIGITS, vlpack
+from tiny import FIRST_SPECIAL, Tiny
+from vlpack.architectures import Architecture, architecture_of
+from vlpack.builder import build
+from vlpack.calibration import layers
+from vlpack.calibration.model import LEAST_SHARE, CalibrationModel, choose
+from vlpack.calibration.texts import LENGTH, TEXTS, openings, pictured, pieces, prompt_builder, texts_of
+from vlpack.checkpoint import Checkpoint
+from vlpack.errors import OptionError
+from vlpack.options import parse_extra_options
+from vlpack.preprocess.tokenizer import Tokenizer
+from vlpack.quantize.blocks import dequantize_blocks, quantize_blocks
+from vlpack.quantize.gptq import describe_inputs, fit_blocks
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+Collect = Callable[..., dict[str, np.ndarray]]
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def inputs_like_a_models(cols: int, tokens: int = 600) -> np.ndarray:
+    """Channels that hang together, a few of them large."""
+    x = rng(1).standard_normal((tokens, 12)) @ rng(2).standard_normal((12, cols))
+    return ((x + 0.3 * rng(3).standard_normal(x.shape)) * np.exp(rng(4).standard_normal(cols))).astype(np.float32)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("cols", "block_size"), [(128, 32), (200, 64), (96, 128)])
+def test_products_with_such_inputs_lose_less(cols: int, block_size: int, symmetric: bool) -> None:
+    """The aim of it; scales and zero points are those of the nearest."""
+    x, weight = inputs_like_a_models(cols), rng(5).standard_normal((40, cols)).astype(np.float32)
+    nearest = quantize_blocks(weight.copy(), 4, block_size, symmetric)
+    fitted = fit_blocks(weight, nearest, describe_inputs(x.T @ x), 4, block_size)
+
+    def loss(blocks: Any) -> float:
+        return float(np.linalg.norm(x @ (dequantize_blocks(blocks, cols, 4) - weight).T))
+
+    assert loss(fitted) < 0.5 * loss(nearest)
+    assert fitted.scales is nearest.scales
+    assert fitted.zero_points is nearest.zero_points
+    assert fitted.qweight.shape == nearest.qweight.shape
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("cols", [64, 70])
+def test_independent_inputs_want_the_nearest_codes(cols: int, symmetric: bool) -> None:
+    """Nothing that one column loses can be made up for by another; the last block's padding stays what it is."""
+    weight = rng(6).standard_normal((9, cols)).astype(np.float32)
+    nearest = quantize_blocks(weight.copy(), 4, 32, symmetric)
+    fitted = fit_blocks(weight, nearest, describe_inputs(np.eye(cols, dtype=np.float32)), 4, 32)
+    assert (fitted.qweight == nearest.qweight).all()
+
+
+def test_rows_do_not_hang_on_each_other() -> None:
+    """So that a weight may come in slabs."""
+    cols = 96
+    x, weight = inputs_like_a_models(cols), rng(7).standard_normal((31, cols)).astype(np.float32)
+    inputs = describe_inputs(x.T @ x)
+
+    def codes(rows: np.ndarray) -> np.ndarray:
+        return fit_blocks(rows, quantize_blocks(rows.copy(), 4, 32, True), inputs, 4, 32).qweight
+
+    pieces = np.concatenate([codes(weight[start : start + 7]) for start in range(0, 31, 7)])
+    # sums of another order may turn a code that lies between two
+    assert (pieces != codes(weight)).mean() < 0.01
+
+
+@pytest.mark.parametrize("cols", [1, 63, 64, 200])
+def test_the_factor_is_of_the_inverse(cols: int) -> None:
+    """upperᵀ upper (H + damping) = 1, columns in the order of their inputs."""
+    x = inputs_like_a_models(cols)
+    hessian = x.T @ x
+    order, upper = describe_inputs(hessian.copy())
+    assert (np.diff(hessian.diagonal()[order]) <= 0).all()
+    assert not np.tril(upper, -1).any()
+    damped = hessian.astype(np.float64) + 0.01 * hessian.diagonal().mean() * np.eye(cols)
+    product = upper.astype(np.float64).T @ upper @ damped[np.ix_(order, order)]
+    np.testing.assert_allclose(product, np.eye(cols), atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["zeros", "one token", "a dead channel", "twelve orders of magnitude"])
+def test_inputs_that_say_little(name: str) -> None:
+    """A singular H has a factor, and the weights are rounded to finite ones."""
+    x = inputs_like_a_models(80, 1 if name == "one token" else 300)
+    if name == "zeros":
+        x[:] = 0
+    elif name == "a dead channel":
+        x[:, 7] = 0
+    elif name.startswith("twelve"):
+        x *= np.logspace(-6, 6, 80, dtype=np.float32)
+    inputs = describe_inputs(x.T @ x)
+    assert np.isfinite(inputs.upper).all()
+    weight = rng(8).standard_normal((6, 80)).astype(np.float32)
+    nearest = quantize_blocks(weight.copy(), 4, 16, True)
+    back = dequantize_blocks(fit_blocks(weight, nearest, inputs, 4, 16), 80, 4)
+    assert np.isfinite(back).all()
+    assert np.linalg.norm(x @ (back - weight).T) <= 1.01 * np.linalg.norm(
+        x @ (dequantize_blocks(nearest, 80, 4) - weight).T
+    )
+
+
+def test_a_choice_follows_the_shares_and_leaves_out_the_unlikely() -> None:
+    logits = np.log(np.array([[0.5, 0.3, 0.2, 0.5 * LEAST_SHARE * 0.99]], np.float32)).repeat(20000, 0)
+    counts = np.bincount(choose(logits, rng()), minlength=4) / 20000
+    np.testing.assert_allclose(counts, [0.5, 0.3, 0.2, 0], atol=0.02)
+
+
+def test_pieces_are_from_all_over() -> None:
+    assert [piece[0] for piece in pieces(range(10 * LENGTH), 4)] == [0, 768, 1536, 9 * LENGTH]
+    assert all(len(piece) == LENGTH for piece in pieces(range(LENGTH + 3), 2))
+
+
+@pytest.fixture(scope="module")
+def helper(checkpoint: Callable[[Tiny], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """The 8-bit package of a checkpoint, as a build makes it to calibrate with."""
+
+    def get(folder: Path) -> tuple[CalibrationModel, Architecture]:
+        with Checkpoint.open(folder) as opened:
+            architecture = architecture_of(opened)
+        output = tmp_path_factory.mktemp("helper") / "int8"
+        result = build(folder, output, precision="int8", threads=1)
+        files = {part: name for part, (name, _, _) in result.parts.items()}
+        return CalibrationModel(output, files, architecture), architecture
+
+    return get
+
+
+LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+OURS = {"self_attn.q_proj": "self_attn.qkv_proj"}
+
+
+def sums_of_transformers(folder: Path, prefix: str, prompts: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Σ xᵀx of every matrix's inputs, by our paths."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    model = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=torch.float32).eval()
+    sums: dict[str, np.ndarray] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def look(module: Any, args: tuple[Any, ...]) -> None:
+            rows = args[0].reshape(-1, args[0].shape[-1]).numpy()
+            sums[name] = sums.get(name, 0) + rows.T @ rows
+
+        return look
+
+    for name, module in model.named_modules():
+        for linear in LINEARS:
+            if name.startswith(f"{prefix}.layers.") and name.endswith(linear):
+                module.register_forward_pre_hook(watch(name.removesuffix(linear) + OURS.get(linear, linear)))
+    model.lm_head.register_forward_pre_hook(watch("lm_head"))
+    with torch.no_grad():
+        for prompt in prompts:
+            model(**{name: torch.tensor(value) for name, value in prompt.items()})
+    return sums
+
+
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+WINDOWS = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "window_size": 64}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+MIXTURE = Member("mixture", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", EXPERTS)
+FAMILIES = [
+    Member("qwen2", "Qwen2Config", "Qwen2ForCausalLM", tied=True),
+    Member("qwen3", "Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 32}),
+    Member(
+        "qwen2.5-vl",
+        "Qwen2_5_VLConfig",
+        "Qwen2_5_VLForConditionalGeneration",
+        {"rope_parameters": MROPE},
+        WINDOWS | {"fullatt_block_indexes": [1]},
+    ),
+    MIXTURE,
+]
+
+
+def _name(which: Tiny | Member) -> str:
+    return which.name if isinstance(which, Member) else f"qwen3-vl {which.style}"
+
+
+@pytest.mark.parametrize("which", [Tiny(), Tiny(style="v4", tied=False, deepstack=(1, 2)), *FAMILIES], ids=_name)
+def test_inputs_are_those_of_transformers(
+    which: Tiny | Member,
+    helper: Callable[..., Any],
+    checkpoint: Callable[[Tiny], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layer after layer, text and pictures; off by the 8 bits of the package that is run."""
+    folder = checkpoint(which) if isinstance(which, Tiny) else make_member(tmp_path / "checkpoint", which)
+    model, architecture = helper(folder)
+    ids = rng(9).integers(10, FIRST_SPECIAL, (2, 1, 50))
+    shown, prompts = [model.show(one) for one in ids], [{"input_ids": one} for one in ids]
+    if facts := architecture.vision:
+        builder = prompt_builder(folder, facts.image_token_id)
+        assert builder is not None
+        for prompt in pictured(builder)[:2]:
+            shown.append(model.show(prompt.input_ids.astype(np.int64), prompt))
+            prompts.append(prompt.transformers_arrays(facts.image_token_id, facts.video_token_id))
+    prefix = architecture.decoder.prefix
+    wanted = sums_of_transformers(folder, prefix, prompts)
+    assert len(wanted) > architecture.text.num_hidden_layers
+    monkeypatch.setattr(layers, "describe_inputs", lambda hessian: hessian)
+    collect = layers.Calibration(model, wanted, shown)
+    for path, sums in sorted(wanted.items(), key=lambda item: (item[0] == "lm_head", item[0])):
+        got = np.asarray(collect(path))
+        apart = np.linalg.norm(got - sums) / np.linalg.norm(sums)
+        assert apart < 0.1, f"{path}: {apart:.3f}"
+
+
+def test_texts_are_the_models_own(helper: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the likeliest token alone: transformers' greedy answers, of openings of unequal lengths side by side."""
+    monkeypatch.setattr("vlpack.calibration.model.LEAST_SHARE", 1.0)
+    folder = make_member(tmp_path / "checkpoint", FAMILIES[1])
+    model, _ = helper(folder)
+    begun = [rng(seed).integers(10, FIRST_SPECIAL, length).tolist() for seed, length in enumerate([1, 7, 3] * 4)]
+    texts = model.write(begun, 20, set(), 0, lambda done: None)
+    live = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    same = total = 0
+    for opening, text in zip(begun, texts, strict=True):
+        assert text[: len(opening)] == opening
+        assert len(text) == 20
+        with torch.no_grad():
+            wanted = live(torch.tensor([text])).logits[0].argmax(-1)
+        same += int((wanted[len(opening) - 1 : -1].numpy() == text[len(opening) :]).sum())
+        total += 20 - len(opening)
+    assert same / total > 0.8  # 8 bits decide some otherwise
+
+
+def test_texts_end_and_are_the_same_again(helper: Callable[..., Any], checkpoint: Callable[[Tiny], Path]) -> None:
+    model, _ = helper(checkpoint(Tiny()))
+    begun = [[11, 12], [13]]
+    told: list[int] = []
+    texts = model.write(begun, 30, set(), 3, told.append)
+    assert told == [60]
+    assert texts == model.write(begun, 30, set(), 3, told.append) != model.write(begun, 30, set(), 4, told.append)
+    end = texts[0][10]
+    stopped = model.write(begun, 30, {end, 11}, 3, told.append)  # an end in the opening is none
+    assert stopped[0] == texts[0][: texts[0].index(end, 2) + 1]
+
+
+def test_openings_are_chats_and_documents(checkpoint: Callable[[Tiny], Path], tmp_path: Path) -> None:
+    folder = checkpoint(Tiny())
+    tokenizer, builder = Tokenizer.from_folder(folder), prompt_builder(folder, None)
+    begun = openings(builder, tokenizer)
+    assert len(begun) == TEXTS
+    assert sum("<|im_start|>user" in tokenizer.decode(ids, skip_special_tokens=False) for ids in begun) == 12
+    assert prompt_builder(tmp_path, None) is None
+    plain = openings(None, tokenizer)
+    assert len(plain) == TEXTS
+    assert not any("<|im_start|>" in tokenizer.decode(ids, skip_special_tokens=False) for ids in plain)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / "vlpack.json").read_text(encoding="utf-8"))
+    return values
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibrated") / "digits"
+    build(DIGITS, folder, precision="int4", calibrate="self", threads=1)
+    return folder
+
+
+def test_a_whole_build(calibrated: Path, tmp_path: Path) -> None:
+    """The same again, whatever the threads; nothing is left of the 8-bit package; vision and table are as without."""
+    build(DIGITS, tmp_path / "again", precision="int4", calibrate="self", threads=3)
+    build(DIGITS, tmp_path / "without", precision="int4", extra_options=parse_extra_options(["block_size=128"]))
+    assert hashes(calibrated) == hashes(tmp_path / "again")
+    assert [path.name for path in calibrated.parent.iterdir()] == ["digits"]
+    with_it, without = manifest(calibrated), manifest(tmp_path / "without")
+    assert with_it["calibration"]["pictures"] == 4
+    assert with_it["calibration"]["tokens"] > 1000
+    assert "calibration" not in without
+    assert with_it["policy"][-1]["storage"] == "int4 block 128 calibrated"
+    assert with_it["files"]["vision.onnx.data"] == without["files"]["vision.onnx.data"]
+    ours, others = (hashes(folder)["decoder.onnx.data"] for folder in (calibrated, tmp_path / "without"))
+    assert ours != others
+
+
+def test_it_reads_the_digits(calibrated: Path) -> None:
+    """Through the stock runtime, as the demo asks."""
+    from vlpack.demo import QUESTIONS, examples_folder
+    from vlpack.runtime import Model
+    from vlpack.sampling import Sampling
+
+    images = examples_folder() / "digits-images"
+    answers = json.loads((images / "answers.json").read_text(encoding="utf-8"))
+    model = Model(calibrated)
+    right = 0
+    for name, truth in list(answers.items())[:12]:
+        answer = model.generate(QUESTIONS["read"], [images / name], max_tokens=16, sampling=Sampling(temperature=0))
+        right += answer.text.split() == truth["read"].split()
+    assert right >= 10
+
+
+def test_verification_knows_calibrated_weights(calibrated: Path, tmp_path: Path) -> None:
+    from vlpack.verification import verify
+
+    report = verify(calibrated, DIGITS, tokens=4)
+    assert report.ok, report.findings
+    fitted = [weight for weight in report.weights if "calibrated" in weight.storage]
+    assert fitted
+    assert all(weight.error > weight.expected for weight in fitted)
+
+
+@pytest.mark.parametrize(("array", "words"), [("scales", "weights"), ("qweight", "weights")])
+def test_verification_finds_others(array: str, words: str, calibrated: Path, tmp_path: Path) -> None:
+    """Scales are those of the nearest codes, and codes are not far from these."""
+    import shutil
+
+    import onnx_ir as ir
+
+    from samples import seal
+    from vlpack.verification import verify
+
+    folder = tmp_path / "other"
+    shutil.copytree(calibrated, folder)
+    path = "model.language_model.layers.1.mlp.down_proj"
+    tensor = ir.load(folder / "decoder.onnx").graph.initializers[f"{path}.{array}"].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    with open(folder / "decoder.onnx.data", "r+b") as file:
+        file.seek(tensor.offset or 0)
+        data = np.frombuffer(file.read(tensor.nbytes), np.uint8).copy()
+        file.seek(tensor.offset or 0)
+        data = data ^ (1 if array == "scales" else 0x88)
+        file.write(data.tobytes())
+    seal(folder)
+    report = verify(folder, DIGITS, tokens=2)
+    assert any(finding.stage == words and path in finding.message for finding in report.findings), report.findings
+
+
+def test_a_file_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text(
+        "The river rose in the night, and by morning the fields stood under water. " * 200, encoding="utf-8"
+    )
+    said = vlpack(capsys, "build", DIGITS, "-p", "int4", "--part", "text", "--calibrate", text, "-o", tmp_path / "out")
+    assert said.code == 0, said.err
+    described = manifest(tmp_path / "out")["calibration"]
+    assert described["texts"] == "a file"
+    assert described["tokens"] >= 1024
+
+
+def test_a_mixture_calibrates_all_but_experts(tmp_path: Path) -> None:
+    folder = make_member(tmp_path / "checkpoint", MIXTURE)
+    build(folder, tmp_path / "out", precision="int4", calibrate="self")
+    weights = next(iter(manifest(tmp_path / "out")["parts"].values()))["weights"]
+    fitted = {path for path, weight in weights.items() if weight["storage"].endswith("calibrated")}
+    assert {path.rpartition(".")[2] for path in fitted} == {"qkv_proj", "o_proj"}
+
+
+def test_a_calibrated_head_and_the_table(tmp_path: Path) -> None:
+    """A 4-bit head is fitted too; the embedding, which multiplies nothing, keeps 8 bits."""
+    options = parse_extra_options(["matmul_mixed_precision=last_matmul:int4,mixed_layers:int8", "is_symmetric=false"])
+    build(DIGITS, tmp_path / "out", precision="int4", calibrate="self", extra_options=options)
+    storages = {rule["role"]: rule["storage"] for rule in manifest(tmp_path / "out")["policy"]}
+    assert storages["text.head"] == "int4 block 128 asymmetric calibrated"
+    assert storages["text.embedding"] == "int8 block 128 asymmetric"
+
+
+MISTAKES = {
+    "another precision": (["-p", "int8", "--calibrate", "self"], "goes with int4"),
+    "no decoder": (["-p", "int4", "--part", "vision", "--calibrate", "self"], "--part vision"),
+    "no such file": (["-p", "int4", "--calibrate", "nowhere.txt"], "nowhere.txt is no file"),
+    "an embedding model": (["-p", "int4", "--task", "embedding", "--calibrate", "self"], "that generate"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options, words = MISTAKES[name]
+    said = vlpack(capsys, "build", DIGITS, "-o", tmp_path / "out", *options)
+    assert said.code == 2
+    assert words in said.err.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("data", "words"), [(b"short", "calibration needs 1024"), (b"\xff\xfe\xff", "not UTF-8")])
+def test_files_that_are_no_use(data: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(data)
+    with pytest.raises(OptionError, match=words):
+        texts_of(tmp_path / "text", Tokenizer.from_folder(DIGITS))
