@@ -107,7 +107,6 @@ def test_as_llama(checkpoint: Path, ids: np.ndarray, wanted: np.ndarray, tmp_pat
         ("int4", [], None, 0.4, 0.6),
         ("int4", ["is_symmetric=false"], None, 0.45, 0.55),
         ("int4", [], "self", 0.26, 0.65),  # blocks of 128, of which the nearest codes cost 0.39
-        ("int4", ["block_size=32"], "self", 0.18, 0.7),
     ],
 )
 def test_what_bits_cost(

@@ -22,12 +22,12 @@ def session_options(threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # threads would go on waiting for work in a loop while others need the cores
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
 def cpu_session(graph: Path, threads: int) -> Any:
     """A graph on the CPU provider, ``onnxruntime.InferenceSession``."""
     options = session_options(threads)
-    # its threads would go on waiting for work in a loop while the decoder's need the cores
-    options.add_session_config_entry("session.force_spinning_stop", "1")
     return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
