@@ -23,7 +23,7 @@ from vlpack.checkpoint import Checkpoint
 from vlpack.errors import OptionError
 from vlpack.options import parse_extra_options
 from vlpack.preprocess.tokenizer import Tokenizer
-from vlpack.quantize.blocks import dequantize_blocks, quantize_blocks
+from vlpack.quantize.blocks import dequantize_blocks, quantize_blocks, unpack
 from vlpack.quantize.gptq import describe_inputs, fit_blocks
 
 torch = pytest.importorskip("torch")
@@ -57,6 +57,32 @@ def test_products_with_such_inputs_lose_less(cols: int, block_size: int, symmetr
     assert fitted.scales is nearest.scales
     assert fitted.zero_points is nearest.zero_points
     assert fitted.qweight.shape == nearest.qweight.shape
+
+
+def optimal_brain(weight: np.ndarray, nearest: Any, hessian: np.ndarray, block_size: int) -> np.ndarray:
+    """The paper's equations (2) and (3) in float64, one column and one inverse after the other; codes [rows, cols]."""
+    cols = weight.shape[1]
+    order = np.argsort(-hessian.diagonal(), kind="stable")
+    left, codes = weight.astype(np.float64), np.zeros(weight.shape, np.int64)
+    damped = hessian.astype(np.float64) + 0.01 * hessian.diagonal().mean() * np.eye(cols)
+    for place, col in enumerate(order):
+        rest = order[place:]
+        inverse = np.linalg.inv(damped[np.ix_(rest, rest)])
+        step = nearest.scales[:, col // block_size].astype(np.float64)
+        codes[:, col] = np.clip(np.rint(left[:, col] / step) + 8, 0, 15)
+        error = (left[:, col] - (codes[:, col] - 8) * step) / inverse[0, 0]
+        left[:, rest] -= error[:, None] * inverse[0]
+    return codes
+
+
+def test_codes_are_the_papers() -> None:
+    """More columns than are told of errors at a time."""
+    cols = 300
+    x, weight = inputs_like_a_models(cols), rng(5).standard_normal((24, cols)).astype(np.float32)
+    nearest = quantize_blocks(weight.copy(), 4, 64, True)
+    fitted = fit_blocks(weight, nearest, describe_inputs(x.T @ x), 4, 64)
+    codes = unpack(fitted.qweight, 4).reshape(24, -1)[:, :cols]
+    assert (codes != optimal_brain(weight, nearest, x.T @ x, 64)).mean() < 0.02  # where fp32 turns one, others follow
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -115,6 +141,12 @@ def test_inputs_that_say_little(name: str) -> None:
     assert np.linalg.norm(x @ (back - weight).T) <= 1.01 * np.linalg.norm(
         x @ (dequantize_blocks(nearest, 80, 4) - weight).T
     )
+
+
+def test_more_damping_where_little_is_not_enough() -> None:
+    """fp32 may make of H a matrix that has no factor."""
+    inputs = describe_inputs(np.array([[1, 2], [2, 1]], np.float32))
+    assert np.isfinite(inputs.upper).all()
 
 
 def test_a_choice_follows_the_shares_and_leaves_out_the_unlikely() -> None:
@@ -216,6 +248,7 @@ def test_inputs_are_those_of_transformers(
     wanted = sums_of_transformers(folder, prefix, prompts)
     assert len(wanted) > architecture.text.num_hidden_layers
     monkeypatch.setattr(layers, "describe_inputs", lambda hessian: hessian)
+    monkeypatch.setattr(layers, "ROWS", 64)
     collect = layers.Calibration(model, wanted, shown)
     for path, sums in sorted(wanted.items(), key=lambda item: (item[0] == "lm_head", item[0])):
         got = np.asarray(collect(path))
@@ -249,6 +282,7 @@ def test_texts_end_and_are_the_same_again(helper: Callable[..., Any], checkpoint
     texts = model.write(begun, 30, set(), 3, told.append)
     assert told == [60]
     assert texts == model.write(begun, 30, set(), 3, told.append) != model.write(begun, 30, set(), 4, told.append)
+    assert len(model.write([[11, 12, 12], [13, 12, 12]], 30, {12}, 3, told.append)[0]) > 3
     end = texts[0][10]
     stopped = model.write(begun, 30, {end, 11}, 3, told.append)  # an end in the opening is none
     assert stopped[0] == texts[0][: texts[0].index(end, 2) + 1]
