@@ -15,13 +15,17 @@ from test_parity_runtime import QUESTION
 from tiny import EXAMPLE, Tiny
 from vlpack.builder import build
 from vlpack.errors import OptionError
-from vlpack.layers import byte_cache as module
-from vlpack.layers.byte_cache import CHANNELS, EXTRA, LOWEST, OCTAVES, byte_cache, tables
+from vlpack.layers import byte_codes as module
+from vlpack.layers.attention import Heads
+from vlpack.layers.byte_cache import byte_cache
+from vlpack.layers.byte_codes import CHANNELS, EXTRA, LOWEST, OCTAVES, tables
+from vlpack.layers.rope import Frequencies, angles_from_positions, inverse_frequencies
 from vlpack.options import ExtraOptions
 from vlpack.runtime import Model
 
 TINY = Tiny()
 HEADS, KV_HEADS, SIZE, TOTAL = 4, 2, 32, 40
+FREQUENCIES = Frequencies(inverse_frequencies(SIZE, 10000.0), np.zeros(SIZE // 2, np.int64), 1.0)
 EXACT, ROUNDED = 1e-5, 0.02
 """Relative L2: of the same numbers, and of numbers that were rounded to 8 bits."""
 
@@ -36,15 +40,13 @@ def make_session() -> ort.InferenceSession:
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 24, "com.microsoft": 1}, name="attention")
     builder = GraphBuilder(graph)
     float32, int8, int64 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT64
-    q, k, v = (
-        builder.input(name, float32, ["B", "S", n * SIZE])
-        for name, n in zip("qkv", (HEADS, KV_HEADS, KV_HEADS), strict=True)
-    )
+    qkv = builder.input("qkv", float32, ["B", "S", (HEADS + 2 * KV_HEADS) * SIZE])
     mask, positions = builder.input("mask", int64, ["B", "total"]), builder.input("positions", int64, ["B", "S"])
-    weight = builder.input("weight", float32, [SIZE])
+    norms = tuple(builder.input(f"{kind}_weight", float32, [SIZE]) for kind in "qk")
+    rope = angles_from_positions(builder.op, positions, FREQUENCIES)
     past = tuple(builder.input(f"past_{kind}", int8, ["B", KV_HEADS, "P", SIZE + EXTRA]) for kind in "kv")
-    attend = byte_cache(1.0)(builder.op, mask, positions)
-    outputs = attend(builder.op, q, k, v, past, HEADS, KV_HEADS, weight)
+    attend = byte_cache(HEADS, KV_HEADS, SIZE, 1.0)(builder.op, mask, positions, rope)
+    outputs = attend(builder.op, qkv, Heads(HEADS, KV_HEADS, SIZE, norms, 1e-12), past)
     for value, name in zip(outputs, ("y", "present_k", "present_v"), strict=True):
         builder.add_output(value, name)
     model = ir.to_proto(ir.Model(graph, ir_version=10))
@@ -52,14 +54,25 @@ def make_session() -> ort.InferenceSession:
     return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-def make_qkv(spread: float, batch: int = 1) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Queries, keys as a norm leaves them, and values whose tokens differ by factors of ``exp(spread · normal)``."""
+def normalized(x: np.ndarray) -> np.ndarray:
+    return x * SIZE**0.5 / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def rotated(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """The halves of ``x [B, S, heads, D]`` turned to ``positions [S]``."""
+    angles = positions[:, None, None] * FREQUENCIES.inverse  # [S, 1, D / 2]
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], -1)
+
+
+def make_qkv(spread: float, batch: int = 1) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """What norm and rotation leave, values whose tokens differ by ``exp(spread · normal)``, and the norms' weights."""
     random = np.random.default_rng(3)
-    weight = np.exp(random.normal(0, 1, SIZE)).astype(np.float32)
-    q = random.normal(0, 0.5, (batch, TOTAL, HEADS, SIZE))
+    weight = {n: (size * np.exp(random.normal(0, 1, SIZE))).astype(np.float32) for n, size in (("k", 1), ("q", 0.5))}
+    q = random.normal(0, 1, (batch, TOTAL, HEADS, SIZE))
     k = random.normal(0, 1, (batch, TOTAL, KV_HEADS, SIZE))
     k[:, 5] = np.eye(SIZE)[3]  # all in one channel: the bound itself
-    k *= weight * SIZE**0.5 / np.linalg.norm(k, axis=-1, keepdims=True)
+    q, k = (rotated(normalized(x) * weight[n], np.arange(TOTAL)) for n, x in (("q", q), ("k", k)))
     v = random.normal(0, 1, (batch, TOTAL, KV_HEADS, SIZE))
     v *= np.exp(spread * random.normal(0, 1, (batch, TOTAL, KV_HEADS, 1)))
     v[:, 7] = 0
@@ -82,9 +95,13 @@ def run(session, qkv, weight, ends, room: int = 0):
     past = [np.zeros((batch, KV_HEADS, room, SIZE + EXTRA), np.int8) for _ in "kv"]
     outputs, start = [], 0
     for end in ends:
-        arrays = {n: x[:, start:end].reshape(batch, end - start, -1).astype(np.float32) for n, x in qkv.items()}
-        arrays |= {"mask": np.ones((batch, end), np.int64), "positions": np.zeros((batch, end - start), np.int64)}
-        y, *past = session.run(None, {**arrays, "weight": weight, "past_k": past[0], "past_v": past[1]})
+        positions = np.arange(start, end)
+        parts = {n: x[:, start:end] for n, x in qkv.items()}
+        parts |= {n: rotated(parts[n], -positions) / weight[n] for n in "qk"}
+        joined = np.concatenate([parts[n].reshape(batch, end - start, -1) for n in "qkv"], -1).astype(np.float32)
+        arrays = {"qkv": joined, "positions": positions[None].repeat(batch, 0), "mask": np.ones((batch, end), np.int64)}
+        arrays |= {f"{n}_weight": x for n, x in weight.items()}
+        y, *past = session.run(None, {**arrays, "past_k": past[0], "past_v": past[1]})
         outputs.append(y)
         start = end
     return np.concatenate(outputs, axis=1), past
@@ -108,7 +125,7 @@ def read(codes: list[np.ndarray], weight: np.ndarray) -> tuple[np.ndarray, np.nd
 def test_attention_over_codes_is_attention(session, ends, room, spread):
     qkv, weight = make_qkv(spread)
     y, codes = run(session, qkv, weight, ends, room)
-    k, v = (x[:, :TOTAL] for x in read(codes, weight))
+    k, v = (x[:, :TOTAL] for x in read(codes, weight["k"]))
     new = ends[-1] - (ends[-2] if len(ends) > 1 else 0)
     if new > 1:  # what is new is not rounded yet
         k, v = (
@@ -116,15 +133,23 @@ def test_attention_over_codes_is_attention(session, ends, room, spread):
         )
     assert relative(y[:, -1], attention(qkv["q"], k, v)) <= EXACT
     assert relative(y[:, -1], attention(**qkv)) <= ROUNDED
-    assert np.abs(k - qkv["k"]).max() <= 0.51 * SIZE**0.5 / 127 * np.sort(weight)[-EXTRA // 2]
+    assert np.abs(k - qkv["k"]).max() <= 0.51 * SIZE**0.5 / 127 * np.sort(weight["k"])[-EXTRA // 2]
     peak = np.abs(qkv["v"]).max(-1, keepdims=True)
     assert (np.abs(v - qkv["v"]) <= 0.51 / 127 * 2 * peak + 1e-12).all()
 
 
+def test_rows_of_a_batch_are_apart(session):
+    qkv, weight = make_qkv(1.0, batch=2)
+    y, _ = run(session, qkv, weight, (38, 39, 40))
+    alone = [run(session, {n: x[i : i + 1] for n, x in qkv.items()}, weight, (38, 39, 40))[0][0] for i in range(2)]
+    assert relative(y, np.stack(alone)) <= EXACT
+    assert relative(y[0], alone[1]) > ROUNDED
+
+
 def no_exponents() -> tuple[np.ndarray, np.ndarray]:
-    beside, scales = tables()
-    beside[:, 0] = 0
-    return beside, scales
+    codes, worth = tables()
+    codes[:, 0] = 0
+    return codes, worth
 
 
 def test_a_planted_fault_is_seen(monkeypatch):

@@ -13,7 +13,7 @@ from onnxscript import nn
 from vlpack.config import Section
 from vlpack.deepstack import CHANNEL, SideChannel
 from vlpack.errors import CheckpointError
-from vlpack.layers.byte_cache import EXTRA
+from vlpack.layers.byte_codes import EXTRA
 from vlpack.layers.embedding import ImageEmbedding
 from vlpack.layers.vision import patch_size, pixels_of, temporal_patch_size
 from vlpack.precision import OFFERED, PrecisionFacts

@@ -13,7 +13,7 @@ from vlpack.architectures.pooled import pooled_part
 from vlpack.config import Section
 from vlpack.deepstack import SideChannel
 from vlpack.errors import CheckpointError
-from vlpack.layers.attention import Attention, MakeAttend, cache_lengths, mask_bias
+from vlpack.layers.attention import Attention, MakeAttend, grouped_query, mask_bias
 from vlpack.layers.byte_cache import byte_cache
 from vlpack.layers.decoder import CausalLM, DecoderLayer, TextModel
 from vlpack.layers.linear import Embedding, Linear
@@ -120,7 +120,7 @@ class TextDecoder:
             options.last_logits,
             deepstack,
             self.embed_tokens() if deepstack is None else None,
-            byte_cache(self.frequencies.scaling) if options.byte_cache else _make_attend(options),
+            self._make_byte_cache() if options.byte_cache else _make_attend(options),
         )
 
     def pooled_part(
@@ -165,12 +165,17 @@ class TextDecoder:
             qk_norm_eps=self.eps if self.qk_norm else None,
         )
 
+    def _make_byte_cache(self) -> MakeAttend:
+        facts = self.facts
+        heads = facts.num_attention_heads, facts.num_key_value_heads, facts.head_size
+        return byte_cache(*heads, self.frequencies.scaling)
+
     def _rope(self, op: OpBuilder, position_ids: ir.Value) -> Rope:
         return angles_from_positions(op, position_ids, self.frequencies)
 
 
 def _make_attend(options: GraphOptions) -> MakeAttend:
-    return cache_lengths if options.grouped_kernel else mask_bias
+    return grouped_query if options.grouped_kernel else mask_bias
 
 
 def refuse_sliding_window(text: Section) -> None:

@@ -4,8 +4,10 @@ onnxruntime's GroupQueryAttention reads keys and values of int8, ``code · scale
 graph must know beforehand. Nothing is calibrated here, so they come from what is certain:
 
 - *Keys* have been through an RMS norm, so no channel leaves ``sqrt(D) · |weight|``; the rotation mixes two channels,
-  of which the larger weight counts. What rounding leaves of the 15 channels with the largest bounds, which would be
-  most of the error, is kept in 8 more bits beside them, and ``q`` has the same channels twice.
+  of which the larger weight counts: a 127th of it is the channels' step. The norm's weight is divided by the step, so
+  that keys are in steps and their codes are they, rounded; that of the queries is multiplied by it. What rounding
+  leaves of the 15 channels with the largest steps, which would be most of the error, is kept in 8 more bits beside
+  them, and ``q`` has the same channels twice.
 - *Values* have no bound. Each head of each token is divided by its own power of two, ``2^e``, which the attention
   itself multiplies back: one more channel of the key is ``e``, so that ``q · k`` grows by ``e · ln 2`` and the token's
   weight by ``2^e``, and eight of the value are ``2^-e``, whose weighted mean is what the softmax's sum has grown by.
@@ -13,120 +15,108 @@ graph must know beforehand. Nothing is calibrated here, so they come from what i
 
 Both are integers that int8 holds exactly: e itself, and 2^-e as one power of two in that of eight channels whose scale
 is near. Reading int8 is slow where many tokens are new, so prompts dequantize the cache and attend in fp32.
+
+For one token every operator costs, however small: queries, keys and values go through the same ones together.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
 from vlpack.layers import ops
-from vlpack.layers.attention import CacheLengths, MakeAttend, Past, cache_lengths
-
-EXTRA = 16
-"""More channels of a head; the kernel is slow where they are no multiple of 16. In a key the first is the exponent and
-the others are what rounding left of as many channels; in a value the first eight are the exponent's."""
-CHANNELS, OCTAVES = 8, 7
-LOWEST = -CHANNELS * OCTAVES // 2
-"""The exponents are ``LOWEST … LOWEST + 55``: values from 4e-9 to 1e8."""
-
-
-def tables() -> tuple[np.ndarray, np.ndarray]:
-    """What stands for an exponent in key and value, fp32 ``[56, 2 · EXTRA]``, and the value's scales ``[EXTRA]``.
-
-    Row ``i`` is of the exponent ``e = LOWEST + i``: e and zeros, then ``2^-e`` in one of eight channels and zeros.
-    """
-    beside = np.zeros((CHANNELS * OCTAVES, 2 * EXTRA), np.float32)
-    scales = np.ones(EXTRA, np.float32)
-    for index in range(len(beside)):
-        exponent, channel = LOWEST + index, index // OCTAVES
-        beside[index, 0] = exponent
-        beside[index, EXTRA + channel] = 2.0**-exponent
-        # the codes of a channel's seven exponents are 64, 32 … 1
-        scales[channel] = 2.0 ** -(LOWEST + channel * OCTAVES + OCTAVES - 1)
-    return beside, scales
+from vlpack.layers.attention import CacheLengths, Heads, MakeAttend, Past, cache_lengths
+from vlpack.layers.byte_codes import EXTRA, LEFT, LESS, Constants, constants
+from vlpack.layers.norm import rms_norm
+from vlpack.layers.rope import Rope
 
 
 class ByteCache(NamedTuple):
     """Attention over the 8-bit cache; see the module."""
 
     lengths: CacheLengths
+    rope: Rope
+    beside: Rope  # for one new token: as many tokens in its place as keys have heads
     decoding: ir.Value  # bool scalar: there is one new token
     start: ir.Value  # int64 [1]: how many tokens the cache has
     scaling: float  # what cosine and sine are multiplied by
+    constants: Constants
 
-    def __call__(
-        self,
-        op: OpBuilder,
-        q: ir.Value,
-        k: ir.Value,
-        v: ir.Value,
-        past: Past,
-        heads: int,
-        kv_heads: int,
-        key_weight: ir.Value | None,
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+    def __call__(self, op: OpBuilder, qkv: ir.Value, heads: Heads, past: Past) -> tuple[ir.Value, ir.Value, ir.Value]:
         """See `vlpack.layers.attention.Attend`; the cache is int8 ``[B, kv_heads, P, D + EXTRA]``."""
-        batch, _, _, wide = ops.shape_of(past[0])
-        assert isinstance(wide, int), "the cache's head size is known"
-        assert key_weight is not None, "an 8-bit cache is for keys that are normalized"
-        size = wide - EXTRA
-        beside, value_scales = tables()
-        k4, v4 = (op.Reshape(x, [0, 0, kv_heads, size]) for x in (k, v))  # [B, S, kv_heads, D]
-        exponent = op.Ceil(op.Mul(op.Log(op.ReduceMax(op.Abs(v4), [-1], keepdims=0)), 1 / math.log(2)))
-        index = op.Cast(op.Sub(op.Clip(exponent, float(LOWEST), float(LOWEST + len(beside) - 1)), LOWEST), to=ops.INT64)
-        rows = op.Gather(ops.constant(op, beside), index, axis=0)
-        key_rows, value_rows = op.Split(rows, [EXTRA, EXTRA], axis=-1, _outputs=2)  # [B, S, kv_heads, EXTRA]
-        step, extra_step, pick = _key_scales(op, key_weight, size, self.scaling)
-        coarse = op.Mul(op.Round(op.Div(k4, step)), step)
-        key = op.Concat(coarse, op.Add(op.MatMul(op.Sub(k4, coarse), pick), key_rows), axis=-1)
-        value = op.Concat(op.Mul(v4, op.ReduceSum(value_rows, [-1], keepdims=1)), value_rows, axis=-1)
-        value_step = ops.constant(op, np.concatenate([np.full(size, 1 / 127, np.float32), value_scales]))
-        scales = op.Concat(step, extra_step, axis=0), value_step
+        batch, (queries, kv_heads, size) = ops.shape_of(past[0])[0], heads[:3]
+        wide, groups, scale = size + EXTRA, queries // kv_heads + 2, size**-0.5 / LESS
+        assert heads.norms is not None, "an 8-bit cache is for keys that are normalized"
+        step, pick = _key_steps(op, heads.norms[1], size, self.scaling)
+        q_weight, k_weight = op.Mul(heads.norms[0], op.Mul(step, LESS)), op.Div(heads.norms[1], step)
+        repeated = [op.Expand(weight, [n, kv_heads, size]) for weight, n in ((q_weight, groups - 2), (k_weight, 1))]
+        weights = op.Concat(*repeated, axis=0)  # [groups - 1, kv_heads, D]
 
         def one_token(op: OpBuilder) -> list[ir.Value]:
-            # with the keys' e · ln 2 the kernel multiplies a token's weight by 2^e
-            octave = np.eye(1, EXTRA, dtype=np.float32)[0] * math.log(2) * size**0.5
-            q4 = op.Reshape(q, [0, 0, heads, size])
-            query = op.Concat(q4, op.Add(op.MatMul(q4, pick), ops.constant(op, octave)), axis=-1)
-            q3 = op.Reshape(query, [0, 0, heads * wide])
-            k3, v3 = (op.Reshape(x, [0, 0, kv_heads * wide]) for x in (key, value))
-            per_head = [op.Expand(scale, [kv_heads, wide]) for scale in scales]
-            y, *present = ops.byte_attention(op, q3, k3, v3, past, self.lengths, heads, kv_heads, per_head, size**-0.5)
-            parts = [size, CHANNELS, EXTRA - CHANNELS]
-            y, sums, _ = op.Split(op.Reshape(y, [0, 0, heads, wide]), parts, axis=-1, _outputs=3)
-            y = op.Div(y, op.ReduceSum(sums, [-1], keepdims=1))
-            return [op.Reshape(y, [0, 0, heads * size]), *present]
+            parts = op.Reshape(qkv, [0, groups, kv_heads, size])
+            qk, v = op.Split(parts, [groups - 1, 1], axis=1, _outputs=2)
+            # onnxruntime's norm is slow where every head has weights of its own
+            qk = op.Mul(rms_norm(op, qk, self.constants.ones, heads.eps), weights)
+            # a head is a token to the rotation, and a group a head
+            qk = ops.rotary(op, qk, self.beside.rows, self.beside.cos, self.beside.sin, groups - 1)
+            extended = self._extended(op, qk, v, 1, pick, self.constants.extra)
+            new = op.Reshape(extended, [0, 1, groups * kv_heads * wide])
+            y, *present = ops.byte_attention(
+                op, new, past, self.lengths, queries, kv_heads, self.constants.steps, scale
+            )
+            y, sums = op.Split(op.Reshape(y, [0, 0, queries, wide]), [size, EXTRA], axis=-1, _outputs=2)
+            y = op.Div(y, op.MatMul(sums, self.constants.worth))
+            return [op.Reshape(y, [0, 0, queries * size]), *present]
 
         def more_tokens(op: OpBuilder) -> list[ir.Value]:
+            q, k, v = heads._replace(norms=(q_weight, k_weight)).place(op, qkv, self.rope, ops.FLOAT)
             earlier = [op.Cast(op.Slice(x, [0], self.start, [2]), to=ops.FLOAT) for x in past]
             keys, extra = op.Split(earlier[0], [size, EXTRA], axis=-1, _outputs=2)  # [B, kv_heads, P, ..]
-            left = op.MatMul(op.Mul(extra, extra_step), op.Transpose(pick, perm=[1, 0]))
-            keys = op.Add(op.Mul(keys, step), left)
+            keys = op.Add(keys, op.MatMul(op.Mul(extra, LEFT), op.Transpose(pick, perm=[1, 0])))
             values, _ = op.Split(earlier[1], [size, EXTRA], axis=-1, _outputs=2)
             exponents = op.Slice(extra, [0], [1], [3])
             values = op.Mul(values, op.Mul(op.Pow(2.0, exponents), 1 / 127))
             shape = [batch, kv_heads, "past", size]
             cache = ops.typed(keys, ops.FLOAT, shape), ops.typed(values, ops.FLOAT, shape)
-            y, _, _ = ops.group_query_attention(op, q, k, v, cache, self.lengths, heads, kv_heads)
-            return [y, *(self._written(op, *args) for args in zip(past, (key, value), scales, strict=True))]
+            y, _, _ = ops.group_query_attention(op, q, k, v, cache, self.lengths, queries, kv_heads, scale)
+            k, v = (op.Reshape(x, [0, 0, 1, kv_heads, size]) for x in (k, v))
+            new = op.Div(self._extended(op, k, v, 2, pick, self.constants.extra_of_new), self.constants.steps_of_new)
+            # QuantizeLinear is slow where it has scales of its own for the last dimension
+            codes = op.Split(op.QuantizeLinear(new, 1.0, output_dtype=ir.DataType.INT8), [1, 1], axis=2, _outputs=2)
+            return [y, *(self._written(op, *args) for args in zip(past, codes, strict=True))]
 
         branches = {"then_branch": _branch(op, one_token), "else_branch": _branch(op, more_tokens)}
         y, *present = op.If(self.decoding, **branches, _outputs=3)
         for one in present:
             ops.typed(one, ir.DataType.INT8, [batch, kv_heads, "total_sequence_length", wide])
-        return ops.typed(y, ops.dtype_of(q), ops.shape_of(q)), present[0], present[1]
+        return ops.typed(y, ops.FLOAT, ops.last_dim(qkv, queries * size)), present[0], present[1]
 
-    def _written(self, op: OpBuilder, cache: ir.Value, new: ir.Value, scale: ir.Value) -> ir.Value:
-        """The cache with ``new [B, S, kv_heads, D + EXTRA]`` at its end, in codes."""
-        # QuantizeLinear is slow where it has scales of its own for the last dimension
-        rounded = op.QuantizeLinear(op.Div(new, scale), 1.0, output_dtype=ir.DataType.INT8)
-        codes = op.Transpose(rounded, perm=[0, 2, 1, 3])
+    def _extended(
+        self, op: OpBuilder, qk: ir.Value, v: ir.Value, axis: int, pick: ir.Value, extra: ir.Value
+    ) -> ir.Value:
+        """With the channels that an 8-bit cache has beside, ``[.., groups, kv_heads, D + EXTRA]``.
+
+        Args:
+            op: the graph under construction.
+            qk: groups of queries, or none, and that of keys, ``[.., groups - 1, kv_heads, D]``.
+            v: values ``[.., 1, kv_heads, D]``.
+            axis: of the groups.
+            pick: see `_key_steps`.
+            extra: see `Constants`, for these groups.
+        """
+        peak = op.ReduceMax(op.Abs(v), [-1], keepdims=1)
+        passed = op.Where(op.Greater(peak, self.constants.thresholds), 0.5, 1.0)  # [.., 1, kv_heads, 56]
+        x = op.Concat(qk, op.Mul(v, op.ReduceProd(passed, [-1], keepdims=1)), axis=axis)
+        picked = op.MatMul(x, pick)  # what that is of the values is too small for a code
+        left = op.Sub(picked, op.Round(picked))
+        return op.Concat(x, op.Add(left, op.MatMul(passed, extra)), axis=-1)
+
+    def _written(self, op: OpBuilder, cache: ir.Value, new: ir.Value) -> ir.Value:
+        """The cache with the codes ``new [B, S, 1, kv_heads, D + EXTRA]`` at its end."""
+        codes = op.Transpose(op.Squeeze(new, [2]), perm=[0, 2, 1, 3])
         missing = op.Sub(op.Cast(self.lengths.total, to=ops.INT64), op.Shape(cache, start=2, end=3))
         room = op.Concat([0] * 6, op.Max(missing, 0), [0], axis=0)  # none where the runtime has allotted it
         at = op.Expand(self.start, op.Shape(new, start=0, end=1))
@@ -145,12 +135,12 @@ def _branch(op: OpBuilder, trace: Callable[[OpBuilder], list[ir.Value]]) -> ir.G
     return op.builder.subgraph(scoped, [], [ir.Value(name="") for _ in range(3)], name=trace.__name__)
 
 
-def _key_scales(op: OpBuilder, weight: ir.Value, size: int, scaling: float) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _key_steps(op: OpBuilder, weight: ir.Value, size: int, scaling: float) -> tuple[ir.Value, ir.Value]:
     """For keys that were normalized, weighed by ``weight [D]`` and rotated; onnxruntime computes this once, at loading.
 
     Returns:
-        a channel's step ``[D]``; those of the extra channels ``[EXTRA]``; and a matrix ``[D, EXTRA]`` of ones and zeros
-        that picks the channels which have a second one: the first column is zeros.
+        a channel's step ``[D]``; and a matrix ``[D, EXTRA]`` of ones and zeros that picks the channels which have a
+        second one: the first column is zeros.
     """
     halves = op.Reshape(op.Abs(weight), [2, size // 2])
     larger = op.ReduceMax(halves, [0], keepdims=0)
@@ -158,20 +148,20 @@ def _key_scales(op: OpBuilder, weight: ir.Value, size: int, scaling: float) -> t
     step = op.Concat(half, half, axis=0)
     _, places = op.TopK(step, [min(EXTRA - 1, size)], _outputs=2)
     chosen = op.Equal(op.Unsqueeze(op.Range(0, size, 1), [1]), places)  # [D, EXTRA - 1]
-    pick = op.Pad(op.Cast(chosen, to=ops.FLOAT), [0, 1, 0, EXTRA - 1 - min(EXTRA - 1, size)])
-    # a rounding error is at most half a step, and the exponent is an integer
-    extra = op.Div(op.MatMul(op.Unsqueeze(step, [0]), pick), 254.0)
-    least = np.array([1.0] + [1e-20] * (EXTRA - 1), np.float32)  # the exponent's, and what is divided by
-    return step, op.Max(op.Squeeze(extra, [0]), ops.constant(op, least)), pick
+    return step, op.Pad(op.Cast(chosen, to=ops.FLOAT), [0, 1, 0, EXTRA - 1 - min(EXTRA - 1, size)])
 
 
-def byte_cache(scaling: float) -> MakeAttend:
-    """Makes the attention over 8-bit caches; ``scaling`` is of the rotary tables."""
+def byte_cache(heads: int, kv_heads: int, size: int, scaling: float) -> MakeAttend:
+    """Makes the attention over 8-bit caches, of ``size`` channels a head; ``scaling`` is of the rotary tables."""
 
-    def make(op: OpBuilder, attention_mask: ir.Value, position_ids: ir.Value) -> ByteCache:
+    def make(op: OpBuilder, attention_mask: ir.Value, position_ids: ir.Value, rope: Rope) -> ByteCache:
         lengths = cache_lengths(op, attention_mask)
         new = op.Shape(position_ids, start=-1)
         start = op.Sub(op.Reshape(op.Cast(lengths.total, to=ops.INT64), [1]), new)
-        return ByteCache(lengths, op.Squeeze(op.Equal(new, 1)), start, scaling)
+        # the operator wants no fewer rows than there are tokens, even where all have the same
+        cos, sin = (op.Pad(table, [0, 0, kv_heads, 0]) for table in (rope.cos, rope.sin))
+        beside = Rope(cos, sin, op.Expand(op.Slice(rope.rows, [0], [1], [1]), [1, kv_heads]))
+        decoding = op.Squeeze(op.Equal(new, 1))
+        return ByteCache(lengths, rope, beside, decoding, start, scaling, constants(op, heads, kv_heads, size))
 
     return make

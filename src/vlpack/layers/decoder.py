@@ -9,7 +9,7 @@ from onnxscript import OpBuilder, nn
 
 from vlpack.deepstack import SideChannel
 from vlpack.layers import ops
-from vlpack.layers.attention import Attend, Attention, MakeAttend, Past, Pick, cache_lengths
+from vlpack.layers.attention import Attend, Attention, MakeAttend, Past, Pick, grouped_query
 from vlpack.layers.linear import Embedding, Linear
 from vlpack.layers.norm import RMSNorm
 from vlpack.layers.rope import Rope
@@ -39,11 +39,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden_size, eps)
 
     def forward(
-        self, op: OpBuilder, x: ir.Value, rope: Rope, attend: Attend, past: Past, pick: Pick
+        self, op: OpBuilder, x: ir.Value, attend: Attend, past: Past, pick: Pick
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         """Keys and values are of every token; what follows the attention is of those that ``pick`` takes."""
         # the residual stream x [B, S, H] stays in fp32: trained models reach values that fp16 cannot hold
-        y, key, value = self.self_attn(op, self.input_layernorm(op, x), rope, attend, past, pick)
+        y, key, value = self.self_attn(op, self.input_layernorm(op, x), attend, past, pick)
         x = op.Add(pick(op, x), ops.cast(op, y, ops.FLOAT))
         y = self.mlp(op, self.post_attention_layernorm(op, x))
         return op.Add(x, ops.cast(op, y, ops.FLOAT)), key, value
@@ -67,7 +67,6 @@ class TextModel(nn.Module):
         self,
         op: OpBuilder,
         x: ir.Value,
-        rope: Rope,
         attend: Attend,
         past: Sequence[ir.Value],
         deepstack: Sequence[ir.Value],
@@ -77,7 +76,7 @@ class TextModel(nn.Module):
         present = []
         for index, layer in enumerate(self.layers):
             here = pick if index == len(self.layers) - 1 else every_token
-            x, key, value = layer(op, x, rope, attend, (past[2 * index], past[2 * index + 1]), here)
+            x, key, value = layer(op, x, attend, (past[2 * index], past[2 * index + 1]), here)
             present += [key, value]
             if index < len(deepstack):
                 x = op.Add(x, ops.cast(op, here(op, deepstack[index]), ops.FLOAT))
@@ -100,7 +99,7 @@ class CausalLM(nn.Module):
         last_logits: bool,
         deepstack: SideChannel | None = None,
         embed_tokens: Embedding | None = None,
-        make_attend: MakeAttend = cache_lengths,
+        make_attend: MakeAttend = grouped_query,
     ) -> None:
         super().__init__()
         self.model = model
@@ -116,6 +115,6 @@ class CausalLM(nn.Module):
         levels: list[ir.Value] = []
         if self.deepstack is not None and self.deepstack.levels:
             levels, rest = self.deepstack.levels_of(op, rest[0]), rest[1:]
-        rope, attend = self.rope_of(op, position_ids), self.make_attend(op, attention_mask, position_ids)
-        x, present = self.model(op, x, rope, attend, rest, levels, last_token if self.last_logits else every_token)
+        attend = self.make_attend(op, attention_mask, position_ids, self.rope_of(op, position_ids))
+        x, present = self.model(op, x, attend, rest, levels, last_token if self.last_logits else every_token)
         return [ops.cast(op, self.lm_head(op, x), self.dtype), *present]

@@ -8,6 +8,16 @@ from onnxscript import OpBuilder, nn
 from vlpack.layers import ops
 
 
+def rms_norm(op: OpBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+    """See `RMSNorm`; ``weight`` is broadcast to ``x``."""
+    x = ops.cast(op, x, ops.FLOAT)
+    if op.version is not None and op.version >= 23:
+        return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
+    # older operator sets have no such operator; ORT fuses these when it loads them
+    mean_square = op.ReduceMean(op.Pow(x, 2.0), [-1], keepdims=1)
+    return op.Mul(op.Div(x, op.Sqrt(op.Add(mean_square, eps))), weight)
+
+
 class RMSNorm(nn.Module):
     """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension; the result is fp32.
 
@@ -20,12 +30,18 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        x = ops.cast(op, x, ops.FLOAT)
-        if op.version is not None and op.version >= 23:
-            return op.RMSNormalization(x, self.weight, axis=-1, epsilon=self.eps)
-        # older operator sets have no such operator; ORT fuses these when it loads them
-        mean_square = op.ReduceMean(op.Pow(x, 2.0), [-1], keepdims=1)
-        return op.Mul(op.Div(x, op.Sqrt(op.Add(mean_square, self.eps))), self.weight)
+        return rms_norm(op, x, self.weight, self.eps)
+
+
+class NormWeight(nn.Module):
+    """The weight of an `RMSNorm` that is not computed where its tensor belongs."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter([size], name="weight")
+
+    def forward(self, op: OpBuilder) -> ir.Value:
+        return self.weight
 
 
 class LayerNorm(nn.Module):

@@ -203,6 +203,7 @@ def group_query_attention(
     lengths: tuple[ir.Value, ir.Value],
     num_heads: int,
     kv_num_heads: int,
+    scale: float | None = None,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Causal attention of ``q [B, S, heads · D]`` over the cache and the new keys and values ``[B, S, kv_heads · D]``.
 
@@ -215,12 +216,14 @@ def group_query_attention(
         lengths: ``seqlens_k`` int32 [B] (valid keys - 1) and ``total_sequence_length`` int32 scalar.
         num_heads: of the queries.
         kv_num_heads: of keys and values.
+        scale: what products are multiplied by; None for ``1 / sqrt(D)``.
 
     Returns:
         output ``[B, S, heads · D]``, present key and value ``[B, kv_heads, total, D]``.
     """
+    scaled = {} if scale is None else {"scale": scale}
     y, key, value = microsoft(op).GroupQueryAttention(
-        q, k, v, *past, *lengths, num_heads=num_heads, kv_num_heads=kv_num_heads, do_rotary=0, _outputs=3
+        q, k, v, *past, *lengths, num_heads=num_heads, kv_num_heads=kv_num_heads, do_rotary=0, **scaled, _outputs=3
     )
     batch, heads, _, size = shape_of(past[0])
     for present in (key, value):
@@ -230,9 +233,7 @@ def group_query_attention(
 
 def byte_attention(
     op: OpBuilder,
-    q: ir.Value,
-    k: ir.Value,
-    v: ir.Value,
+    qkv: ir.Value,
     past: tuple[ir.Value, ir.Value],
     lengths: tuple[ir.Value, ir.Value],
     num_heads: int,
@@ -242,10 +243,11 @@ def byte_attention(
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """`group_query_attention` over an int8 cache, in which a number is ``code · scales[kind][head, channel]``.
 
-    ``scales`` are of keys and of values, fp32 ``[kv_heads, D]`` each, and ``scale`` is what products are multiplied by.
+    ``qkv [B, S, (heads + 2 · kv_heads) · D]`` are queries, keys and values, ``scales`` are of keys and of values, fp32
+    ``[kv_heads, D]`` each, and ``scale`` is what products are multiplied by.
     """
     y, key, value = microsoft(op).GroupQueryAttention(
-        *(q, k, v, *past, *lengths, None, None, None, None, None, *scales),
+        *(qkv, None, None, *past, *lengths, None, None, None, None, None, *scales),
         num_heads=num_heads,
         kv_num_heads=kv_num_heads,
         do_rotary=0,
@@ -257,4 +259,6 @@ def byte_attention(
     )
     for present in (key, value):
         typed(present, dtype_of(past[0]), shape_of(past[0]))
-    return typed(y, dtype_of(q), shape_of(q)), key, value
+    size = shape_of(past[0])[-1]
+    assert isinstance(size, int), "the cache's head size is known"
+    return typed(y, dtype_of(qkv), last_dim(qkv, num_heads * size)), key, value

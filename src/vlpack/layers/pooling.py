@@ -10,7 +10,7 @@ from onnxscript import OpBuilder, nn
 
 from vlpack.deepstack import SideChannel
 from vlpack.layers import ops
-from vlpack.layers.attention import MakeAttend, cache_lengths
+from vlpack.layers.attention import MakeAttend, grouped_query
 from vlpack.layers.decoder import RopeOf, TextModel
 from vlpack.layers.linear import Embedding, Stored
 from vlpack.sources import Part, Rows, Source, stacked
@@ -70,7 +70,7 @@ class PooledModel(nn.Module):
         dtype: ir.DataType,
         deepstack: SideChannel | None = None,
         embed_tokens: Embedding | None = None,
-        make_attend: MakeAttend = cache_lengths,
+        make_attend: MakeAttend = grouped_query,
     ) -> None:
         super().__init__()
         self.model = model
@@ -86,10 +86,10 @@ class PooledModel(nn.Module):
                 levels = self.deepstack.levels_of(op, rest[1])
         else:
             x, position_ids, levels = self.embed_tokens(op, tokens), _count(op, tokens), []
-        rope, attend = self.rope_of(op, position_ids), self.make_attend(op, attention_mask, position_ids)
+        attend = self.make_attend(op, attention_mask, position_ids, self.rope_of(op, position_ids))
         past = (self._empty_cache(op, attention_mask),) * (2 * len(self.model.layers))
         last = op.Unsqueeze(op.Sub(op.ReduceSum(attention_mask, [1], keepdims=1), 1), [2])  # [B, 1, 1]
-        x, _ = self.model(op, x, rope, attend, past, levels, lambda op, y: op.GatherND(y, last, batch_dims=1))
+        x, _ = self.model(op, x, attend, past, levels, lambda op, y: op.GatherND(y, last, batch_dims=1))
         return [self.head(op, op.Squeeze(x, [1]))]
 
     def _empty_cache(self, op: OpBuilder, attention_mask: ir.Value) -> ir.Value:

@@ -15,7 +15,7 @@ from vlpack.checkpoint import Checkpoint
 from vlpack.config import Section
 from vlpack.errors import CheckpointError
 from vlpack.layers.attention import has_grouped_kernel
-from vlpack.layers.byte_cache import EXTRA
+from vlpack.layers.byte_codes import EXTRA
 from vlpack.package.encoder_card import encoder_card
 from vlpack.package.encoder_section import CHAT
 from vlpack.package.genai_config import genai_config, search_notes
