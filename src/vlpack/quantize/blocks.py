@@ -98,8 +98,8 @@ def _turn(blocks: Array, out: Array, spare: Array) -> None:
         out[...] = blocks.astype(np.float32, copy=False).T
 
 
-def _encode(work: Array, bits: int, symmetric: bool) -> tuple[Array, Array]:
-    """Scales and zero points [blocks] of the first of four arrays [block_size, blocks].
+def _encode(work: Array, bits: int, symmetric: bool) -> tuple[Array, Any]:
+    """Scales [blocks] and zero points (alike, or one for all) of the first of four arrays [block_size, blocks].
 
     The third then holds steps, which are codes without the zero point; the others are spoilt.
     """
@@ -118,9 +118,9 @@ def _encode(work: Array, bits: int, symmetric: bool) -> tuple[Array, Array]:
     x /= scales  # from here on in steps, so that no sum leaves float32's range
     first = bottom / scales
 
-    def zero_points(factor: np.float32) -> Array:
+    def zero_points(factor: np.float32) -> Any:
         if symmetric:
-            return np.full_like(scales, 1 << (bits - 1))
+            return np.float32(1 << (bits - 1))
         # what a finer grid cuts off, it cuts off at both ends
         nearest: Array = np.rint(levels * (1 - factor) / 2 - first * factor)
         return np.clip(nearest, 0, levels, out=nearest)
@@ -141,22 +141,26 @@ def _encode(work: Array, bits: int, symmetric: bool) -> tuple[Array, Array]:
             better = this > gain
             np.maximum(gain, this, out=gain)
             np.putmask(ratio, better, above / below)
-            np.putmask(zeros, better, these)
+            if not symmetric:
+                np.putmask(zeros, better, these)
         scales *= ratio
         x /= ratio
     _round(x, np.float32(1), zeros, levels, steps)
     return scales, zeros
 
 
-def _round(x: Array, factor: np.float32, zeros: Array, levels: np.float32, out: Array) -> None:
+def _round(x: Array, factor: np.float32, zeros: Any, levels: np.float32, out: Array) -> None:
     """The whole steps next to ``factor · x``, as far as there are codes around ``zeros``."""
     if factor == 1:
         np.rint(x, out=out)
     else:
         np.multiply(x, factor, out=out)
         np.rint(out, out=out)
-    np.maximum(out, -zeros, out=out)
-    np.minimum(out, levels - zeros, out=out)
+    if zeros.ndim:  # clip is the faster one with numbers, and the slower one with arrays
+        np.maximum(out, -zeros, out=out)
+        np.minimum(out, levels - zeros, out=out)
+    else:
+        np.clip(out, -zeros, levels - zeros, out=out)
 
 
 def _totals(values: Array) -> Array:
