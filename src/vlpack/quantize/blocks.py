@@ -132,7 +132,7 @@ def _encode(work: Array, bits: int, symmetric: bool) -> tuple[Array, Any]:
         for factor in map(np.float32, FACTORS):
             these = zero_points(factor)
             _round(x, factor, these, levels, steps)
-            np.multiply(magnitudes, steps, out=products)
+            np.multiply(magnitudes, steps, out=products)  # its sign is that of x and of the steps, and cancels
             steps *= products
             products *= x
             below, above = _totals(work[2:])  # Σ |x| q², Σ |x| x q
