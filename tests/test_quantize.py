@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -94,6 +95,20 @@ def rounded_to_range(blocks: np.ndarray, symmetric: bool) -> np.ndarray:
 def counted(values: np.ndarray, blocks: np.ndarray) -> np.ndarray:
     """The error that `quantize_blocks` makes small, by block."""
     return (np.abs(blocks) * (values - blocks) ** 2).sum(axis=-1)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_blocks_do_not_hang_on_their_neighbours_or_dtype(symmetric: bool, bits: int) -> None:
+    """Rows by themselves, in fewer values than are rounded at a time, and bfloat16, which is widened on the way."""
+    weight = random(300, 1000).astype(ml_dtypes.bfloat16)
+    whole = quantize_blocks(weight, bits, 32, symmetric)
+    for start in range(0, 300, 50):
+        rows = slice(start, start + 50)
+        alone = quantize_blocks(weight[rows].astype(np.float32), bits, 32, symmetric)
+        assert np.array_equal(alone.qweight, whole.qweight[rows])
+        assert np.array_equal(alone.scales, whole.scales[rows])
+        assert symmetric or np.array_equal(alone.zero_points, whole.zero_points[rows])
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 128])

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -182,12 +183,20 @@ def check_finite(name: str, piece: Array, first_row: int) -> None:
     Raises:
         CheckpointError: one is NaN or infinite.
     """
-    with np.errstate(over="ignore"):
-        wide = piece.astype(np.float32, copy=False)  # what is stored is made of these, float64 too
-    # the sum of finite float32 values may overflow, a max or min may not; NaN passes through both
-    if piece.size and not (np.isfinite(wide.max()) and np.isfinite(wide.min())):
-        row, column = np.argwhere(~np.isfinite(wide))[0]
+    if piece.size and not _all_finite(piece):
+        with np.errstate(over="ignore"):
+            row, column = np.argwhere(~np.isfinite(piece.astype(np.float32)))[0]
         raise CheckpointError(
             f"The tensor {name} holds {float(piece[row, column])} at row {first_row + row}, column {column}.",
             "The checkpoint is damaged; download or save it again.",
         )
+
+
+def _all_finite(piece: Array) -> bool:
+    if piece.dtype == ml_dtypes.bfloat16:
+        # as whole numbers, infinities and NaN are the largest of each sign
+        return bool(piece.view(np.int16).max() < 0x7F80 and piece.view(np.uint16).max() < 0xFF80)
+    with np.errstate(over="ignore"):
+        wide = piece.astype(np.float32, copy=False)  # what is stored is made of these, float64 too
+    # the sum of finite float32 values may overflow, a max or min may not; NaN passes through both
+    return bool(np.isfinite(wide.max()) and np.isfinite(wide.min()))

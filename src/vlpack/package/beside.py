@@ -113,14 +113,17 @@ def _check_prompts(folder: Path, checkpoint: Checkpoint, image_token_id: int | N
     """What is wrong with tokenizer or template is told now, not when the package is first used."""
     if not (folder / "tokenizer.json").is_file():
         return ["The checkpoint has no tokenizer.json, so the package runs on token ids only; `vlpack run` needs one."]
-    Tokenizer.from_folder(checkpoint.folder)
-    if not (folder / "tokenizer_config.json").is_file():
-        return ["The checkpoint has no tokenizer_config.json, so the runtime's own tokenizer cannot open the package."]
+    note = None
     templates = ("chat_template.jinja", "chat_template.json")
     in_config = (checkpoint.json("tokenizer_config.json") or {}).get("chat_template") is not None
-    if not in_config and not any((folder / name).is_file() for name in templates):
-        return ["The checkpoint has no chat template, so `vlpack run` will not work; the runtime itself needs none."]
-    PromptBuilder.from_folder(checkpoint.folder, image_token_id=image_token_id)
+    if not (folder / "tokenizer_config.json").is_file():
+        note = "The checkpoint has no tokenizer_config.json, so the runtime's own tokenizer cannot open the package."
+    elif not in_config and not any((folder / name).is_file() for name in templates):
+        note = "The checkpoint has no chat template, so `vlpack run` will not work; the runtime itself needs none."
+    if note:
+        Tokenizer.from_folder(checkpoint.folder)
+        return [note]
+    PromptBuilder.from_folder(checkpoint.folder, image_token_id=image_token_id)  # reads the tokenizer, too
     return []
 
 

@@ -77,7 +77,7 @@ def fit_blocks(weight: Array, nearest: QuantizedBlocks, inputs: Inputs, bits: in
     """Codes of ``weight`` that lose least of its products with such ``inputs``, on the grids of the nearest ones.
 
     Args:
-        weight: float32 ``[rows, cols]``.
+        weight: floats ``[rows, cols]``.
         nearest: what rounding to the nearest makes of it.
         inputs: of the matrix.
         bits: 4 or 8.
@@ -90,7 +90,8 @@ def fit_blocks(weight: Array, nearest: QuantizedBlocks, inputs: Inputs, bits: in
     else:
         zeros = np.ascontiguousarray(unpack(nearest.zero_points, bits)[:, : len(steps)].T, np.float32)
     codes = np.repeat(zeros.astype(np.uint8), block_size, axis=0)  # [n · block_size, rows]; padding keeps them
-    _round_columns(weight.T[inputs.order], inputs, steps, zeros, (1 << bits) - 1, block_size, codes)
+    left = np.ascontiguousarray(weight.T[inputs.order], np.float32)
+    _round_columns(left, inputs, steps, zeros, (1 << bits) - 1, block_size, codes)
     return nearest._replace(qweight=pack(np.ascontiguousarray(codes.T), bits).reshape(nearest.qweight.shape))
 
 
