@@ -15,12 +15,13 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from vlpack.calibration.model import CalibrationModel, Shown
+from vlpack.errors import CheckpointError
 from vlpack.graph_edits import every_token, load_graph, normalized, open_session
 from vlpack.quantize.gptq import Inputs, describe_inputs
 
 Array = npt.NDArray[Any]
 
-ROWS = 2048
+ROWS = 4096
 """Tokens whose products are taken at once."""
 
 
@@ -89,7 +90,15 @@ class Calibration:
                 products.add(x.reshape(-1, x.shape[-1]))
             if following:
                 self._hidden[text] = values[-1]
-        described = {id(x): describe_inputs(products.total()) for x, products in zip(multiplied, sums, strict=True)}
+        described = {}
+        for value, products in zip(multiplied, sums, strict=True):
+            total = products.total()
+            if not np.isfinite(total.diagonal()).all():
+                raise CheckpointError(
+                    f"The model's activations at {value.name} are not finite, so nothing can be calibrated on them.",
+                    "Build without --calibrate, and look at the checkpoint with --precision fp32 and `vlpack verify`.",
+                )
+            described[id(value)] = describe_inputs(total)
         self._ready |= {path: described[id(x)] for path, x in factors.items()}
 
     def _run(self, stage: int | None, outputs: Sequence[ir.Value]) -> Iterable[list[Array]]:

@@ -40,37 +40,45 @@ def describe_inputs(hessian: Array) -> Inputs:
     """The order and the factor that ``hessian`` asks for.
 
     Args:
-        hessian: float32 ``[cols, cols]``, ``Σ xᵀx`` over inputs; it is spoilt.
+        hessian: float32 ``[cols, cols]``, ``Σ xᵀx`` over inputs, finite.
     """
     diagonal = hessian.diagonal().copy()
     order = np.argsort(-diagonal, kind="stable")
     # H = R Rᵀ with an upper triangular R, of which the factor is the inverse; numpy has lower ones, from behind
     behind = order[::-1]
-    hessian = hessian[np.ix_(behind, behind)]
-    diagonal = diagonal[behind]
     damping = DAMPING * float(diagonal.mean(dtype=np.float64)) or 1.0
     while True:
-        np.fill_diagonal(hessian, diagonal + np.float32(damping))
+        lower = hessian[np.ix_(behind, behind)]
+        np.fill_diagonal(lower, diagonal[behind] + np.float32(damping))
         try:
-            lower = np.linalg.cholesky(hessian)
+            _invert_factor(lower)
             break
         except np.linalg.LinAlgError:  # of so uneven inputs that fp32 cannot tell the smallest from zero
             damping *= 10
-    _invert_lower(lower)
     return Inputs(order, np.ascontiguousarray(lower[::-1, ::-1]))
 
 
-def _invert_lower(lower: Array) -> None:
-    """Invert a lower triangular matrix in place: ``[[A, 0], [C, D]] → [[A⁻¹, 0], [-D⁻¹ C A⁻¹, D⁻¹]]``."""
-    size = len(lower)
-    if size <= 64:
-        lower[...] = np.tril(np.linalg.inv(lower))
+def _invert_factor(matrix: Array) -> None:
+    """Replace a positive definite matrix by the inverse of its lower Cholesky factor, in products of its quarters.
+
+    ``[[A, Bᵀ], [B, D]]`` has the factor ``[[L, 0], [C, M]]``: L is A's, ``C = B L⁻ᵀ``, M is that of ``D - C Cᵀ``; its
+    inverse is ``[[L⁻¹, 0], [-M⁻¹ C L⁻¹, M⁻¹]]``. numpy's own factor of a large matrix takes several times as long.
+
+    Raises:
+        LinAlgError: it is not positive definite.
+    """
+    size = len(matrix)
+    if size <= 128:
+        matrix[...] = np.tril(np.linalg.inv(np.linalg.cholesky(matrix)))
         return
     half = size // 2
-    top, bottom = lower[:half, :half], lower[half:, half:]
-    _invert_lower(top)
-    _invert_lower(bottom)
-    lower[half:, :half] = -(bottom @ (lower[half:, :half] @ top))
+    first, second = matrix[:half, :half], matrix[half:, half:]
+    _invert_factor(first)
+    below = matrix[half:, :half] @ first.T
+    second -= below @ below.T
+    _invert_factor(second)
+    matrix[half:, :half] = -(second @ (below @ first))
+    matrix[:half, half:] = 0
 
 
 def fit_blocks(weight: Array, nearest: QuantizedBlocks, inputs: Inputs, bits: int, block_size: int) -> QuantizedBlocks:
