@@ -52,9 +52,9 @@ def openings(prompts: PromptBuilder | None, tokenizer: Tokenizer) -> list[list[i
     documents = [tokenizer.encode(text) for text in OPENINGS]
     if prompts is None:
         documents += [tokenizer.encode(text) for text in QUESTIONS]
-        return documents[:TEXTS]
+        return [ids for ids in documents if ids][:TEXTS]
     chats = [prompts([{"role": "user", "content": text}]).input_ids[0].tolist() for text in QUESTIONS]
-    return [*chats, *documents][:TEXTS]
+    return [ids for ids in (*chats, *documents) if ids][:TEXTS]
 
 
 def pictured(prompts: PromptBuilder) -> list[Prompt]:
