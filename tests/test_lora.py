@@ -24,6 +24,7 @@ from tiny import Tiny, make_checkpoint
 from vlpack import storage
 from vlpack.architectures import architecture_of
 from vlpack.builder import build
+from vlpack.calibration.start import start_calibration
 from vlpack.checkpoint import Checkpoint, sha256_file
 from vlpack.errors import CheckpointError, VlpackError
 from vlpack.hub import ResolvedSource
@@ -408,6 +409,23 @@ def test_rows_that_do_not_exist(merged: Merged) -> None:
     for start, stop in ((0, 10_000), (-1, 2)):
         with pytest.raises(CheckpointError, match="do not exist"):
             merged.rows(f"{QUERY}.weight", start, stop)
+
+
+def test_calibration_looks_at_the_merged_weights(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The 8-bit package beside has the adapter, too."""
+    seen: list[dict[str, Any]] = []
+
+    def start(model: Any, *given: Any) -> Any:
+        seen.append(json.loads((model.folder / "vlpack.json").read_text(encoding="utf-8")))
+        return start_calibration(model, *given)
+
+    monkeypatch.setattr("vlpack.calibration.start.start_calibration", start)
+    build(DIGITS, tmp_path / "package", precision="int4", lora=adapter, calibrate="self")
+    made = json.loads((tmp_path / "package" / "vlpack.json").read_text(encoding="utf-8"))
+    assert seen[0]["precision"] == "int8"
+    assert seen[0]["source"]["adapters"] == made["source"]["adapters"]
 
 
 def test_no_adapter_no_change_and_threads_do_not_matter(adapter: Path, tmp_path: Path) -> None:
