@@ -19,7 +19,7 @@ from parity import Inputs, Package, make_inputs, relative
 from tiny import Tiny
 from vlpack.builder import build
 from vlpack.deepstack import SideChannel
-from vlpack.layers.attention import Attention
+from vlpack.layers.attention import Heads
 from vlpack.layers.rope import chunked_axes
 from vlpack.layers.vision import Patches
 from vlpack.options import parse_extra_options
@@ -183,10 +183,12 @@ def test_patches_in_raster_order(wrong, monkeypatch):
 
 
 def test_query_norm_forgotten(wrong, monkeypatch):
-    right = Attention._place
-    monkeypatch.setattr(
-        Attention, "_place", lambda self, op, x, norm, *a: right(self, op, x, None if norm is self.q_norm else norm, *a)
-    )
+    right = Heads._place
+
+    def forgetful(self: Heads, op: Any, x: ir.Value, count: int, norm: ir.Value | None, rope: Any) -> ir.Value:
+        return right(self, op, x, count, None if count == self.queries else norm, rope)
+
+    monkeypatch.setattr(Heads, "_place", forgetful)
     # the norm's weight fills no place in the graph then; its parameter is left over and the build still goes through
     assert wrong(TEXT)["logits"] > 0.1
 

@@ -442,8 +442,8 @@ def test_a_disk_that_fails_in_the_middle(
 ) -> None:
     encode = datafile.encode
 
-    def fail(checkpoint: Any, weight: Any) -> Iterator[Any]:
-        yield from encode(checkpoint, weight)
+    def fail(checkpoint: Any, weight: Any, inputs_of: Any) -> Iterator[Any]:
+        yield from encode(checkpoint, weight, inputs_of)
         if weight.path.endswith("layers.3.mlp.down_proj"):
             raise OSError(number, os.strerror(number))
 
