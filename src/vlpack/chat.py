@@ -18,8 +18,9 @@ import numpy as np
 from vlpack.answers import Answer, AnswerStream, Begun
 from vlpack.errors import InputError, OptionError
 from vlpack.genai import og
-from vlpack.genai_model import append, eos_ids
+from vlpack.genai_model import append
 from vlpack.memory import total_memory_bytes
+from vlpack.package.genai_config import eos_ids
 from vlpack.preprocess import (
     ImageSource,
     Message,

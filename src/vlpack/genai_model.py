@@ -76,12 +76,6 @@ def read_config(folder: Path, files: Mapping[str, Any], graphs: Mapping[str, str
     raise PackageError(f"{path} has a {', '.join(_INTEGERS + SIZES)} or eos_token_id of the wrong type or size.")
 
 
-def eos_ids(config: dict[str, Any]) -> set[int]:
-    """The tokens that end an answer."""
-    eos = config["model"]["eos_token_id"]
-    return set(eos) if isinstance(eos, list) else {eos}
-
-
 def vision_encoder(
     folder: Path, model: dict[str, Any], manifest: Mapping[str, Any], threads: int, asked: str | None
 ) -> VisionEncoder | None:

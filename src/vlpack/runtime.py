@@ -14,8 +14,9 @@ from vlpack.chat import Chat
 from vlpack.context import too_long
 from vlpack.cores import checked_threads
 from vlpack.errors import InputError, OptionError
-from vlpack.genai_model import SIZES, check_package, eos_ids, load_model, make_generator, read_config, vision_encoder
+from vlpack.genai_model import SIZES, check_package, load_model, make_generator, read_config, vision_encoder
 from vlpack.memory import total_memory_bytes
+from vlpack.package.genai_config import eos_ids
 from vlpack.package.manifest import graph_files
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder, VideoOptions, VideoSource
 from vlpack.preprocess.images import check_pixel_limits

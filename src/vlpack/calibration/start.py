@@ -14,6 +14,7 @@ from vlpack.calibration.choice import SELF, Say
 from vlpack.calibration.layers import Calibration
 from vlpack.calibration.model import CalibrationModel
 from vlpack.calibration.texts import LENGTH, openings, pictured, prompt_builder, texts_of
+from vlpack.package.genai_config import eos_ids
 from vlpack.preprocess.tokenizer import Tokenizer
 
 SEED = 0
@@ -48,7 +49,8 @@ def start_calibration(
             say("writing calibration texts", tokens, len(begun) * LENGTH)
 
         written(0)
-        texts = model.write(begun, LENGTH, _ends(model.folder), SEED, written)
+        ends = eos_ids(json.loads((model.folder / "genai_config.json").read_text(encoding="utf-8")))
+        texts = model.write(begun, LENGTH, ends, SEED, written)
     else:
         texts = texts_of(Path(source).expanduser(), tokenizer)
     shown = [model.show(np.array([text], np.int64)) for text in texts]
@@ -60,9 +62,3 @@ def start_calibration(
         "tokens": sum(one.tokens for one in shown),
     }
     return Calibration(model, paths, shown, lambda layer, layers: say("calibrating", layer, layers)), described
-
-
-def _ends(folder: Path) -> set[int]:
-    """The tokens that end an answer."""
-    eos = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["eos_token_id"]
-    return set(eos if isinstance(eos, list) else [eos])
