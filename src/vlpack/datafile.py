@@ -21,10 +21,10 @@ import onnx_ir as ir
 
 from vlpack.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError
-from vlpack.graph import Graph, Weight
+from vlpack.graph import Graph, Weight, WeightKey
 from vlpack.quantize.gptq import Inputs
-from vlpack.sources import Rows
-from vlpack.storage import Array, Blocks, Storage, slabs
+from vlpack.storage import Array, Blocks, slabs
+from vlpack.transforms import ChannelScales
 
 PAGE = 4096
 SMALL = 64
@@ -34,7 +34,6 @@ Progress = Callable[[int, str], None]
 
 InputsOf = Callable[[str], Inputs]
 
-_Key = tuple[Rows, Storage]
 _END = object()
 
 
@@ -47,6 +46,7 @@ class DataFiles:
         threads: that encode.
         share: store a weight that two graphs use once.
         progress: called after every write.
+        scales: of the channels that are balanced; by default from the checkpoint's weights.
         inputs_of: what the matrix of the module at a path multiplies, for weights that are calibrated; asked once for
             each, in order.
     """
@@ -59,13 +59,15 @@ class DataFiles:
         threads: int,
         share: bool = True,
         progress: Progress | None = None,
+        scales: ChannelScales | None = None,
         inputs_of: InputsOf | None = None,
     ) -> None:
         self.folder, self.checkpoint, self.threads, self.share = folder, checkpoint, max(1, threads), share
         self.progress = progress or (lambda written, path: None)
+        self.scales = scales or ChannelScales(checkpoint)
         self.inputs_of = inputs_of
         self.sha256: dict[str, str] = {}
-        self._placed: dict[_Key, dict[str, tuple[str, int]]] = {}
+        self._placed: dict[WeightKey, dict[str, tuple[str, int]]] = {}
 
     def save(self, graph: Graph, filename: str) -> None:
         """Write ``filename`` and, for weights that are not yet in the folder, ``filename.data``.
@@ -74,7 +76,7 @@ class DataFiles:
             CheckpointError: a weight is not finite or does not fit its storage.
             OSError: the folder cannot be written, or is full.
         """
-        new: dict[_Key, Weight] = {}
+        new: dict[WeightKey, Weight] = {}
         for weight in graph.weights:
             key = self._key(weight)
             if key not in self._placed and key not in new:
@@ -104,7 +106,7 @@ class DataFiles:
     def _key(self, weight: Weight) -> Any:
         return weight.key if self.share else id(weight)
 
-    def _write(self, filename: str, weights: dict[_Key, Weight]) -> None:
+    def _write(self, filename: str, weights: dict[WeightKey, Weight]) -> None:
         digest = hashlib.sha256()
         with open(self.folder / filename, "wb") as file:
 
@@ -113,7 +115,7 @@ class DataFiles:
                 digest.update(data)
 
             position = 0
-            jobs = [partial(encode, self.checkpoint, weight, self.inputs_of) for weight in weights.values()]
+            jobs = [partial(encode, self.checkpoint, weight, self.scales, self.inputs_of) for weight in weights.values()]
             for (key, weight), chunks in zip(weights.items(), ahead(jobs, self.threads), strict=True):
                 places: dict[str, tuple[str, int]] = {}
                 for name, chunk in chunks:
@@ -138,13 +140,15 @@ def planned_bytes(weights: Sequence[Weight]) -> int:
     return total
 
 
-def encode(checkpoint: Checkpoint, weight: Weight, inputs_of: InputsOf | None = None) -> Iterator[tuple[str, Array]]:
+def encode(
+    checkpoint: Checkpoint, weight: Weight, scales: ChannelScales, inputs_of: InputsOf | None = None
+) -> Iterator[tuple[str, Array]]:
     """The arrays of one weight, piece by piece; a calibrated one is rounded to the nearest without ``inputs_of``.
 
     Raises:
         CheckpointError: a value is NaN or infinite, or leaves the storage's range; the tensor is named.
     """
-    read, storage = partial(weight.source.read, checkpoint), weight.storage
+    read, storage = weight.reader(checkpoint, scales), weight.storage
     try:
         if inputs_of is not None and weight.calibrated:
             assert isinstance(storage, Blocks)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
@@ -11,10 +13,16 @@ from onnxscript import GraphBuilder, nn
 import vlpack
 from vlpack.architectures.base import Part
 from vlpack.layers import ops
+from vlpack.layers.channels import NormChannels, RowChannels
 from vlpack.layers.linear import Linear, Stored
 from vlpack.precision import Policy
+from vlpack.quantize.rotate import rotation_size
 from vlpack.sources import Rows, Source, stacked
-from vlpack.storage import Blocks, Float, Storage
+from vlpack.storage import Blocks, Float, RowReader, Storage
+from vlpack.transforms import IDENTITY, Channels, ChannelScales, Transform
+
+if TYPE_CHECKING:
+    from vlpack.checkpoint import Checkpoint
 
 OPSET = {"cpu": 23}
 """Operator set by execution provider. The CPU's is the first with RMSNormalization; the others' kernels are registered
@@ -28,14 +36,21 @@ BYTE_CACHE_OPSET = 24
 """The first operator set with TensorScatter, which writes into a cache of 8 bits."""
 
 
+WeightKey = tuple[Rows, Storage, Transform]
+
+
 @dataclass(frozen=True)
 class Weight:
-    """One weight ``[rows, cols]`` of a graph: where it comes from, how it is stored, which initializers it fills."""
+    """One weight ``[rows, cols]`` of a graph: where it comes from, how it is stored, which initializers it fills.
+
+    ``transform`` is what is done to it between reading and storing.
+    """
 
     path: str
     source: Rows
     storage: Storage
     parameters: dict[str, nn.Parameter]
+    transform: Transform = IDENTITY
 
     @property
     def rows(self) -> int:
@@ -53,9 +68,13 @@ class Weight:
         return isinstance(self.storage, Blocks) and self.storage.calibrated
 
     @property
-    def key(self) -> tuple[Rows, Storage]:
+    def key(self) -> WeightKey:
         """Equal for weights that are the same bytes."""
-        return self.source, self.storage
+        return self.source, self.storage, self.transform
+
+    def reader(self, checkpoint: Checkpoint, scales: ChannelScales) -> RowReader:
+        """Reads rows of the weight as they are stored, but for rounding."""
+        return self.transform.reader(partial(self.source.read, checkpoint), scales)
 
 
 @dataclass(frozen=True)
@@ -76,22 +95,78 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def declare(part: Part, policy: Policy) -> list[Weight]:
-    """Give every `Stored` module its storage, and list all weights in the order of the tree."""
-    weights = []
-    for path, child in walk(part.module, part.module.name or ""):
+    """Give every `Stored` module its storage and rotation, and list all weights in the order of the tree."""
+    modules = list(walk(part.module, part.module.name or ""))
+    sources: dict[nn.Module, Rows] = {}
+    parameters: dict[nn.Module, dict[str, nn.Parameter]] = {}
+    for path, child in modules:
         if isinstance(child, Stored):
             storage = policy.storage(f"{part.side}.{child.role}", path)
-            source = child.source(path)
+            sources[child] = source = child.source(path)
             assert (source.rows, source.cols) == (child.rows, child.cols), path
-            weights.append(Weight(path, source, storage, child.store(storage)))
+            parameters[child] = child.store(storage)
+        elif "weight" in dict(child.named_parameters(recurse=False)):
+            sources[child] = Source(f"{path}.weight", parameter_shape(child.weight))
+    transforms = plan_transforms([child for _, child in modules], sources, policy)
+    weights = []
+    for path, child in modules:
+        transform = transforms.get(child, IDENTITY)
+        if isinstance(child, Stored):
+            assert child.storage is not None, "it was given one above"
+            weights.append(Weight(path, sources[child], child.storage, parameters[child], transform))
             if isinstance(child, Linear) and child.bias is not None:
-                biases = (Source(s.name.removesuffix("weight") + "bias", s.shape[:1]) for s in source.tensors())
-                weights.append(Weight(f"{path}.bias", stacked(biases), VECTOR, {"weight": child.bias}))
+                tensors = sources[child].tensors()
+                biases = (Source(s.name.removesuffix("weight") + "bias", s.shape[:1]) for s in tensors)
+                weights.append(
+                    Weight(f"{path}.bias", stacked(biases), VECTOR, {"weight": child.bias}, transform.of_vector)
+                )
         else:
             for name, parameter in child.named_parameters(recurse=False):
                 vector = Source(f"{path}.{name}", parameter_shape(parameter))
-                weights.append(Weight(vector.name, vector, VECTOR, {"weight": parameter}))
+                weights.append(Weight(vector.name, vector, VECTOR, {"weight": parameter}, transform))
     return weights
+
+
+def plan_transforms(
+    modules: Sequence[nn.Module], sources: Mapping[nn.Module, Rows], policy: Policy
+) -> dict[nn.Module, Transform]:
+    """What is done to the weight of each module, the modules' rotations set; those that are not named stay as they are.
+
+    Args:
+        modules: all of a part, their storages chosen.
+        sources: where the weight of each lies in the checkpoint.
+        policy: says which are balanced and rotated.
+    """
+    plans: dict[nn.Module, Transform] = {}
+
+    def change(module: nn.Module, **fields: Any) -> None:
+        plans[module] = replace(plans.get(module, IDENTITY), **fields)
+
+    for module in modules:
+        if isinstance(module, Stored) and module.can_rotate:
+            module.rotation = policy.rotation(module.storage, module.cols)
+            change(module, input_rotation=module.rotation)
+    for module in modules:
+        for link in module.channels() if hasattr(module, "channels") else ():
+            if isinstance(link, NormChannels):
+                count = sources[link.norm].rows
+                producer, first, readers, shape = link.norm, 0, link.readers, (1, link.repeats, count)
+            else:
+                producer, first, readers, shape = link.producer, link.first, [link.reader], link.shape
+            reader_sources = tuple(sources[reader] for reader in readers)
+            if tolerances := [t for reader in readers if (t := policy.balance(reader.storage)) is not None]:
+                tolerance = max(tolerances) or None
+                channels = Channels(sources[producer], first, reader_sources, shape, tolerance)
+                change(producer, writes=channels, first=first, count=channels.count)
+                for reader in readers:
+                    change(reader, reads=channels)
+            if isinstance(link, RowChannels) and link.mixes and link.reader.rotation > 1:
+                # in the weights alone, and so as large as a block may be
+                size = rotation_size(shape[2], shape[2])
+                change(producer, output_rotation=size, first=first, count=shape[0] * shape[2])
+                change(link.reader, input_rotation=size)
+                link.reader.rotation = 1
+    return plans
 
 
 def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -22,6 +22,10 @@ class ExtraOptions:
         is_symmetric: weights in blocks without zero points, the default.
         accuracy_level: of MatMulNBits on the CPU: 1 to 3 fp32 activations, 4 (the default) 8-bit ones.
         weight_type: of matrices in int8: ``int8`` (the default), or ``uint8`` for x86 processors without VNNI.
+        balance: rescale channels so that none is much larger than others, which changes nothing but rounding; by default
+            where weights are quantized.
+        rotation: mix blocks of channels by a Hadamard matrix, likewise; by default where weights are quantized on the
+            CPU.
         algo_config: rounding method: ``default`` and ``rtn`` to the nearest; ``rtn_last`` also has an 8-bit head.
         matmul_mixed_precision: ``last_matmul`` (the head) and ``mixed_layers`` → ``int4`` or ``int8``.
         exclude_embeds: with ``--part text``: the decoder takes ``inputs_embeds``.
@@ -36,6 +40,8 @@ class ExtraOptions:
     is_symmetric: bool | None = None
     accuracy_level: int | None = None
     weight_type: str | None = None
+    balance: bool | None = None
+    rotation: bool | None = None
     algo_config: str | None = None
     matmul_mixed_precision: Mapping[str, str] | None = None
     kv_cache: str | None = None
@@ -65,6 +71,8 @@ class ExtraOptions:
             "vision": vision,
             "kv_cache": self.kv_cache,
             "calibrated": calibrated,
+            "balance": self.balance,
+            "rotation": self.rotation,
         }
         return replace(QuantizationOptions(), **{name: value for name, value in given.items() if value is not None})
 
@@ -98,6 +106,8 @@ def check_effects(extra: ExtraOptions, part: str, policy: Policy, vision: str | 
     for name in ("matmul_mixed_precision", "prune_lm_head", "filename", "kv_cache"):
         if getattr(extra, name) is not None and "text.linear" not in roles:
             raise OptionError(f"{name} is an option of the decoder, which --part {part} does not build.")
+    if extra.balance is not None and part == "embedding":
+        raise OptionError("balance has no effect with --part embedding.", "It is for parts that multiply matrices.")
     if extra.kv_cache is not None and (policy.provider != "cpu" or policy.dtype != "float32"):
         raise OptionError(
             f"kv_cache=int8 cannot be had with precision {policy.precision} for {policy.provider}: onnxruntime has "
@@ -191,6 +201,8 @@ _PARSERS: Mapping[str, Callable[[str, str], Any]] = {
     "is_symmetric": _boolean,
     "accuracy_level": _one_of(1, 2, 3, 4),
     "weight_type": _one_of("int8", "uint8"),
+    "balance": _boolean,
+    "rotation": _boolean,
     "algo_config": _one_of("default", "rtn", "rtn_last"),
     "matmul_mixed_precision": _mixed,
     "kv_cache": _one_of("int8"),

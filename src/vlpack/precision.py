@@ -16,6 +16,7 @@ from math import gcd
 import onnx_ir as ir
 
 from vlpack.errors import OptionError
+from vlpack.quantize.rotate import rotation_size
 from vlpack.storage import Blocks, ChannelInt8, Float, Storage, Transposed
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -34,6 +35,12 @@ ROLES += tuple(f"vision.{kind}" for kind in ("linear", "table", "patches"))
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Values that may share a scale."""
+
+LARGEST_ROTATION = 64
+"""Channels that are mixed where the graph rotates: a larger block costs more time (docs/results.md)."""
+
+BALANCE_TOLERANCE = 8.0
+"""Of 4-bit weights: how far a channel may be out of proportion before it is rescaled (docs/results.md)."""
 
 EXPERT_PROVIDERS = ("cpu", "cuda")
 """Those with kernels for ORT's MoE and QMoE operators as they are used here."""
@@ -76,6 +83,10 @@ class QuantizationOptions:
         vision: precision of the vision encoder where it is not to follow from the package's.
         kv_cache: ``int8``, or None to keep keys and values in the dtype of the activations.
         calibrated: 4-bit matrices of the decoder are rounded for the inputs that they meet.
+        balance: no channel is much larger than others, where weights are quantized (`vlpack.quantize.rotate`); None
+            for where it pays.
+        rotation: blocks of channels are rotated, likewise; True also where weights are floats, which changes nothing
+            but rounding.
     """
 
     block_size: int | None = None
@@ -86,6 +97,8 @@ class QuantizationOptions:
     vision: str | None = None
     kv_cache: str | None = None
     calibrated: bool = False
+    balance: bool | None = None
+    rotation: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +126,23 @@ class Policy:
             if fnmatchcase(role, rule.role) and fnmatchcase(path, rule.modules):
                 return rule.storage
         raise AssertionError(f"no rule for {role} at {path}: the last rule must match everything")
+
+    def rotation(self, storage: Storage | None, cols: int) -> int:
+        """Size of the blocks of columns that are rotated in a weight of that storage; 1 for none."""
+        chosen = self.options.rotation
+        quantized = isinstance(storage, Blocks | ChannelInt8)
+        wanted = (quantized and self.provider == "cpu") if chosen is None else chosen
+        return rotation_size(cols, LARGEST_ROTATION) if wanted else 1
+
+    def balance(self, storage: Storage | None) -> float | None:
+        """How the channels that a weight of that storage reads are balanced; None where they are not.
+
+        0 makes the readers' columns equally large, other numbers are tolerances of `vlpack.quantize.rotate.even_sizes`.
+        """
+        quantized = isinstance(storage, Blocks | ChannelInt8)
+        if self.options.balance is False or not (quantized or self.options.balance):
+            return None
+        return BALANCE_TOLERANCE if isinstance(storage, Blocks) and storage.bits == 4 else 0.0
 
     @property
     def ir_dtype(self) -> ir.DataType:

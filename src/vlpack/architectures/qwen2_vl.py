@@ -16,6 +16,7 @@ from vlpack.architectures.text import TextDecoder
 from vlpack.config import Section
 from vlpack.deepstack import SideChannel
 from vlpack.layers import ops
+from vlpack.layers.channels import NormChannels
 from vlpack.layers.mlp import ACTIVATIONS, VisionMLP
 from vlpack.layers.norm import LayerNorm, RMSNorm
 from vlpack.layers.rope import chunked_axes
@@ -45,12 +46,16 @@ class PatchMerger(nn.Module):
     def __init__(self, norm: LayerNorm | RMSNorm, size: int, merge: int, out: int) -> None:
         super().__init__()
         self.ln_q = norm
-        self.width = size * merge * merge
+        self.width, self.merge = size * merge * merge, merge
         # layers are named by their places in the reference's sequence, an exact GELU between them
         self.mlp = VisionMLP(self.width, self.width, "gelu", out, names=("0", "2"))
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         return self.mlp(op, op.Reshape(self.ln_q(op, x), [-1, self.width]))
+
+    def channels(self) -> list[NormChannels]:
+        """See `vlpack.layers.channels`."""
+        return [NormChannels(self.ln_q, self.mlp.readers, self.merge**2)]
 
 
 class VisionModel(nn.Module):

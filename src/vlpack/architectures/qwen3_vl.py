@@ -17,6 +17,7 @@ from vlpack.config import Section
 from vlpack.deepstack import SideChannel
 from vlpack.errors import CheckpointError
 from vlpack.layers import ops
+from vlpack.layers.channels import NormChannels
 from vlpack.layers.linear import Embedding, Linear
 from vlpack.layers.mlp import ACTIVATIONS, VisionMLP, activation
 from vlpack.layers.norm import LayerNorm
@@ -49,7 +50,7 @@ class PatchMerger(nn.Module):
     def __init__(self, hidden_size: int, merge: int, out_hidden_size: int, postshuffle_norm: bool) -> None:
         super().__init__()
         self.width = hidden_size * merge * merge
-        self.postshuffle_norm = postshuffle_norm
+        self.postshuffle_norm, self.merge = postshuffle_norm, merge
         self.norm = LayerNorm(self.width if postshuffle_norm else hidden_size, LAYER_NORM_EPS)
         self.linear_fc1 = Linear(self.width, self.width, bias=True)
         self.linear_fc2 = Linear(self.width, out_hidden_size, bias=True)
@@ -61,6 +62,10 @@ class PatchMerger(nn.Module):
             x = op.Reshape(self.norm(op, x), [-1, self.width])
         # exact GELU, whatever the blocks use
         return self.linear_fc2(op, activation(op, self.linear_fc1(op, x), "gelu"))
+
+    def channels(self) -> list[NormChannels]:
+        """See `vlpack.layers.channels`."""
+        return [NormChannels(self.norm, [self.linear_fc1], 1 if self.postshuffle_norm else self.merge**2)]
 
 
 class VisionModel(nn.Module):

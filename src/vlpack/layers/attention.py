@@ -9,7 +9,8 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from vlpack.layers import ops
-from vlpack.layers.linear import Linear
+from vlpack.layers.channels import RowChannels, value_channels
+from vlpack.layers.linear import Linear, Stored
 from vlpack.layers.norm import NormWeight, rms_norm
 from vlpack.layers.rope import Rope
 
@@ -171,3 +172,13 @@ class Attention(nn.Module):
             heads = heads._replace(norms=(self.q_norm(op), self.k_norm(op)))
         y, key, value = attend(op, self.qkv_proj(op, x), heads, past)
         return self.o_proj(op, pick(op, y)), key, value
+
+    @property
+    def readers(self) -> list[Stored]:
+        """What multiplies the module's input."""
+        return [self.qkv_proj]
+
+    def channels(self) -> list[RowChannels]:
+        """See `vlpack.layers.channels`."""
+        heads = self.heads
+        return [value_channels(self.qkv_proj, self.o_proj, heads.queries, heads.keys, heads.size)]

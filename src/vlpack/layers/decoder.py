@@ -10,6 +10,7 @@ from onnxscript import OpBuilder, nn
 from vlpack.deepstack import SideChannel
 from vlpack.layers import ops
 from vlpack.layers.attention import Attend, Attention, MakeAttend, Past, Pick, grouped_query
+from vlpack.layers.channels import NormChannels
 from vlpack.layers.linear import Embedding, Linear
 from vlpack.layers.norm import RMSNorm
 from vlpack.layers.rope import Rope
@@ -47,6 +48,11 @@ class DecoderLayer(nn.Module):
         x = op.Add(pick(op, x), ops.cast(op, y, ops.FLOAT))
         y = self.mlp(op, self.post_attention_layernorm(op, x))
         return op.Add(x, ops.cast(op, y, ops.FLOAT)), key, value
+
+    def channels(self) -> list[NormChannels]:
+        """See `vlpack.layers.channels`."""
+        pairs = (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)
+        return [NormChannels(norm, module.readers) for norm, module in pairs]
 
 
 class TextModel(nn.Module):
@@ -118,3 +124,7 @@ class CausalLM(nn.Module):
         attend = self.make_attend(op, attention_mask, position_ids, self.rope_of(op, position_ids))
         x, present = self.model(op, x, attend, rest, levels, last_token if self.last_logits else every_token)
         return [ops.cast(op, self.lm_head(op, x), self.dtype), *present]
+
+    def channels(self) -> list[NormChannels]:
+        """See `vlpack.layers.channels`. A tied head is the embedding too, which no norm's scales may change."""
+        return [] if self.lm_head.tied_to else [NormChannels(self.model.norm, [self.lm_head])]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from vlpack.layers import ops
+from vlpack.layers.rotation import rotate
 from vlpack.sources import Rows, Source, stacked
 from vlpack.storage import Blocks, ChannelInt8, Float, Storage, Transposed
 
@@ -24,7 +26,14 @@ class Stored(nn.Module):
         name: as of any module; a dotted one is the place in the checkpoint.
         tied_to: the checkpoint's tensor that is this weight, where another module owns it.
         role: what the weight is for, by which the policy chooses its storage (`vlpack.precision`).
+
+    Attributes:
+        rotation: size of the blocks of its columns that are rotated where the graph must rotate what it multiplies
+            (or, of a table, rotate back what it gives); 1 for none.
     """
+
+    can_rotate = True
+    """Whether the graph can rotate what the weight multiplies."""
 
     def __init__(
         self,
@@ -42,6 +51,7 @@ class Stored(nn.Module):
         self.tied_to = tied_to
         self.source_shape = tuple(source_shape) or (rows, cols)
         self.storage: Storage | None = None
+        self.rotation = 1
         self.arrays: dict[str, nn.Parameter] = {}
 
     def source(self, path: str) -> Rows:
@@ -110,7 +120,7 @@ class Linear(Stored):
 
     def _product(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         weight = list(self.arrays.values())
-        x = ops.cast(op, x, self._dtype)
+        x = rotate(op, ops.cast(op, x, self._dtype), self.rotation)
         match self.storage:
             case Transposed():
                 return op.MatMul(x, weight[0])
@@ -147,8 +157,12 @@ class Embedding(Stored):
         weight = list(self.arrays.values())
         match self.storage:
             case Float():
-                return op.Gather(weight[0], ids, axis=0)
+                rows = ops.typed(op.Gather(weight[0], ids, axis=0), ops.dtype_of(weight[0]), self._shape(ids))
             case Blocks():
-                return ops.gather_block_quantized(op, ids, weight, self.cols, self.storage)
+                rows = ops.gather_block_quantized(op, ids, weight, self.cols, self.storage)
             case _:
                 raise AssertionError(f"{self.name}: no way to look up in {self.storage}")
+        return rotate(op, rows, self.rotation, back=True)
+
+    def _shape(self, ids: ir.Value) -> list[Any]:
+        return [*ops.shape_of(ids), self.cols]

@@ -6,7 +6,8 @@ import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
 from vlpack.layers import ops
-from vlpack.layers.linear import Linear
+from vlpack.layers.channels import RowChannels
+from vlpack.layers.linear import Linear, Stored
 
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu_new", "gelu", "quick_gelu", "silu")
 
@@ -45,6 +46,15 @@ class GatedMLP(nn.Module):
         gate, up = (ops.cast(op, half(op, x), ops.FLOAT) for half in (self.gate_proj, self.up_proj))
         return self.down_proj(op, op.Mul(activation(op, gate, self.hidden_act), up))
 
+    @property
+    def readers(self) -> list[Stored]:
+        """What multiplies the module's input."""
+        return [self.gate_proj, self.up_proj]
+
+    def channels(self) -> list[RowChannels]:
+        """See `vlpack.layers.channels`."""
+        return [RowChannels(self.up_proj, 0, self.down_proj, (1, 1, self.up_proj.rows))]
+
 
 class VisionMLP(nn.Module):
     """Two layers with biases and an activation between: the encoders' feed-forward modules and mergers.
@@ -69,6 +79,13 @@ class VisionMLP(nn.Module):
         setattr(self, names[0], Linear(hidden_size, intermediate_size, bias=True))
         setattr(self, names[1], Linear(intermediate_size, out_size or hidden_size, bias=True, wide=True))
         self.hidden_act = hidden_act
+
+    @property
+    def readers(self) -> list[Stored]:
+        """What multiplies the module's input."""
+        first, _ = self.children()
+        assert isinstance(first, Linear)
+        return [first]
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         first, second = self.children()

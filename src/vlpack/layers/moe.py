@@ -12,6 +12,7 @@ from onnxscript import OpBuilder, nn
 
 from vlpack.layers import ops
 from vlpack.layers.linear import Linear, Stored
+from vlpack.layers.rotation import rotate
 from vlpack.sources import Alternating, Part, Rows, Source, Stacked, Turned
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class ExpertWeights(Stored):
     """
 
     def __init__(self, sizes: ExpertSizes, layout: Layout, names: tuple[str, ...]) -> None:
+        # what the down projections multiply never leaves ORT's operator
+        self.can_rotate = len(names) == 2
         hidden, inner = sizes.hidden_size, sizes.moe_intermediate_size
         self.experts, self.layout, self.names = sizes.num_experts, layout, names
         self.inner = inner
@@ -99,6 +102,7 @@ class Experts(nn.Module):
     def forward(self, op: OpBuilder, x: ir.Value, logits: ir.Value, k: int, normalize: bool) -> ir.Value:
         gate_up, down = self.gate_up_proj(op), self.down_proj(op)
         x = ops.cast(op, x, ops.dtype_of(gate_up[min(1, len(gate_up) - 1)]))  # the scales' dtype, or the weights'
+        x = rotate(op, x, self.gate_up_proj.rotation)
         storages = (self.gate_up_proj.storage, self.down_proj.storage)
         return ops.experts(op, x, logits, gate_up, down, storages, k, normalize)
 
@@ -123,3 +127,8 @@ class SparseMoe(nn.Module):
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         logits = op.Reshape(self.gate(op, x), [-1, self.num_experts])  # [B · S, E]
         return self.experts(op, x, logits, self.k, self.normalize)
+
+    @property
+    def readers(self) -> list[Stored]:
+        """What multiplies the module's input."""
+        return [self.gate, self.experts.gate_up_proj]

@@ -55,6 +55,14 @@ def constant(op: OpBuilder, array: Any, dtype: Any = np.float32) -> ir.Value:
     return op.builder.root.initializer(ir.tensor(values), name, qualify=False)
 
 
+def named_constant(op: OpBuilder, name: str, array: Any) -> ir.Value:
+    """An array as an initializer under its own name, once for all nodes that use it."""
+    initializers = op.builder.root.graph.initializers
+    if name in initializers:
+        return initializers[name]
+    return op.builder.root.initializer(ir.tensor(array), name, qualify=False)
+
+
 def microsoft(op: OpBuilder) -> OpBuilder:
     """The builder of ORT's own operators (domain com.microsoft)."""
     return op.builder.opset("com.microsoft", 1)

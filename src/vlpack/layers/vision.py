@@ -17,7 +17,8 @@ from onnxscript import OpBuilder, nn
 from vlpack.config import Section
 from vlpack.errors import CheckpointError
 from vlpack.layers import ops
-from vlpack.layers.linear import Linear
+from vlpack.layers.channels import NormChannels, RowChannels, value_channels
+from vlpack.layers.linear import Linear, Stored
 from vlpack.layers.rope import Rope, inverse_frequencies, tables
 
 
@@ -205,6 +206,15 @@ class VisionAttention(nn.Module):
         y = ops.multi_head_attention(op, q, k, v, self.heads, windows.is_patch)
         return self.proj(op, windows.scatter(op, y))
 
+    @property
+    def readers(self) -> list[Stored]:
+        """What multiplies the module's input."""
+        return [self.qkv]
+
+    def channels(self) -> list[RowChannels]:
+        """See `vlpack.layers.channels`."""
+        return [value_channels(self.qkv, self.proj, self.heads, self.heads, self.proj.cols // self.heads)]
+
 
 class VisionBlock(nn.Module):
     """Pre-norm attention and feed-forward; the residual stream ``x [frames, patches, H]`` stays in fp32."""
@@ -218,6 +228,10 @@ class VisionBlock(nn.Module):
     def forward(self, op: OpBuilder, x: ir.Value, rope: Rope, windows: Windows | None = None) -> ir.Value:
         x = op.Add(x, ops.cast(op, self.attn(op, self.norm1(op, x), rope, windows), ops.FLOAT))
         return op.Add(x, ops.cast(op, self.mlp(op, self.norm2(op, x)), ops.FLOAT))
+
+    def channels(self) -> list[NormChannels]:
+        """See `vlpack.layers.channels`."""
+        return [NormChannels(self.norm1, self.attn.readers), NormChannels(self.norm2, self.mlp.readers)]
 
 
 def bilinear_taps(op: OpBuilder, index: ir.Value, size: ir.Value, side: int) -> list[tuple[ir.Value, ir.Value]]:

@@ -114,7 +114,7 @@ def _weight(weight: Weight, written: dict[tuple[str, int], str]) -> dict[str, An
     arrays = weight.storage.arrays(weight.rows, weight.cols).values()
     size = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in arrays)
     shape = [weight.rows] if weight.cols == 1 else [weight.rows, weight.cols]
-    entry = {"storage": weight.storage.label, "shape": shape, "bytes": size}
+    entry = {"storage": weight.storage.label, "shape": shape, "bytes": size, **weight.transform.described()}
     place = _place(weight)
     if place in written:
         entry["shared_with"] = written[place]

@@ -19,6 +19,7 @@ from vlpack.precision import Policy, PrecisionFacts, QuantizationOptions, make_p
 from vlpack.sources import Source, Stacked
 from vlpack.storage import slabs
 from vlpack.tasks import EMBEDDING, GENERATE
+from vlpack.transforms import ChannelScales
 from vlpack.verification.measure import Gap
 from vlpack.verification.result import WeightResult
 
@@ -61,6 +62,7 @@ class Weights:
         self, architecture: Architecture, checkpoint: Checkpoint, policy: Policy, graphs: Mapping[str, ir.Model]
     ) -> None:
         self.checkpoint, self.graphs = checkpoint, graphs
+        self.scales = ChannelScales(checkpoint)
         self.by_part: dict[str, list[Weight]] = {}
         for part in _parts(architecture, policy, graphs):
             self.by_part[part.name] = declare(part, policy)
@@ -115,7 +117,8 @@ class Weights:
 
     def stored(self, part: str, weight: Weight) -> Array:
         """What the package holds, float32 ``[rows, cols]``."""
-        return weight.storage.values(self.held(part, weight), weight.rows, weight.cols)
+        values = weight.storage.values(self.held(part, weight), weight.rows, weight.cols)
+        return weight.transform.undo(values, self.scales)
 
     def compare(self) -> Iterator[WeightResult]:
         """Every weight of the package against the checkpoint, and against what vlpack makes of it."""
@@ -124,14 +127,14 @@ class Weights:
             same, error = self._same(weight, held), self._error(weight, held)
             expected = error
             if weight.calibrated or not same:
-                expected = self._error(weight, _collect(encode(self.checkpoint, weight)))
+                expected = self._error(weight, _collect(encode(self.checkpoint, weight, self.scales)))
             same = same and error <= expected * (CALIBRATED_SLACK if weight.calibrated else 1)
             yield WeightResult(weight.path, part, weight.storage.label, error, expected, same)
 
     def _same(self, weight: Weight, held: Mapping[str, Array]) -> bool:
         """Whether the arrays are, byte for byte, what a build makes; of calibrated weights, all but the codes."""
         done = dict.fromkeys(held, 0)
-        for name, chunk in encode(self.checkpoint, weight):
+        for name, chunk in encode(self.checkpoint, weight, self.scales):
             if weight.calibrated and name == "qweight":
                 continue
             start, done[name] = done[name], done[name] + chunk.size
@@ -140,11 +143,15 @@ class Weights:
         return True
 
     def _error(self, weight: Weight, arrays: Mapping[str, Array]) -> float:
-        """How far arrays are from the checkpoint's values, relative L2; a slab of rows is in memory at a time."""
+        """How far arrays are from the checkpoint's values, balanced and rotated as these are, relative L2.
+
+        A slab of rows is in memory at a time.
+        """
         gap, rows, cols = Gap(), weight.rows, weight.cols
+        read = weight.reader(self.checkpoint, self.scales)
         for start, stop in slabs(rows, cols):
             stored = weight.storage.values(arrays, rows, cols, start, stop)
-            gap.add(stored, weight.source.read(self.checkpoint, start, stop).astype(np.float32))
+            gap.add(stored, read(start, stop).astype(np.float32))
         return gap.difference.relative
 
 

@@ -1,0 +1,137 @@
+"""Rotation and balance of the channels that a matrix multiplies, so that few bits hold weights and activations well.
+
+``y = x Wᵀ`` stays what it is when ``x`` becomes ``x S R`` and ``W`` becomes ``W S⁻¹ R``, for a diagonal ``S`` and an
+orthogonal ``R``. *Balance* chooses ``S`` so that no channel is much larger than the others; whatever computes ``x``
+(a norm's weight, the rows of the matrix before) takes ``S`` in. *Rotation* mixes blocks of channels by a Hadamard
+matrix, which spreads what is left of an outlier over its block and makes values nearly normally distributed.
+
+Sources: QuaRot (arXiv:2404.00456) and QuIP# (arXiv:2402.04396) for the rotation, SmoothQuant (arXiv:2211.10438) for
+moving scales from activations into weights.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+LARGEST = 1024.0
+"""Balance multiplies no channel by more than this, and divides none by more."""
+
+
+def _is_paley(order: int) -> bool:
+    """Whether Paley's first construction gives a Hadamard matrix of ``order``: ``order - 1`` is a prime, 3 modulo 4."""
+    prime = order - 1
+    return prime % 4 == 3 and all(prime % divisor for divisor in range(2, int(prime**0.5) + 1))
+
+
+def _core(order: int) -> int | None:
+    """The order of the matrix of which a Hadamard matrix of ``order`` is made by doubling; None where none is known."""
+    while order > 1 and not _is_paley(order):
+        if order % 2:
+            return None
+        order //= 2
+    return order if order >= 1 else None
+
+
+@cache
+def hadamard(order: int) -> Array:
+    """A Hadamard matrix: float64 ``[order, order]`` of 1 and -1 whose rows are orthogonal.
+
+    Made by Sylvester's doubling from a single 1, or from a matrix of Paley's first construction (orders 12, 20, 24, 72
+    and others), so that head sizes such as 72 and 80 have one too.
+
+    Raises:
+        ValueError: no matrix of this order is known here.
+    """
+    core = _core(order) if order >= 1 else None
+    if core is None:
+        raise ValueError(f"no Hadamard matrix of order {order} is known")
+    matrix = np.ones((1, 1))
+    if core > 1:
+        prime = core - 1
+        squares = {number * number % prime for number in range(1, prime)}
+        character = np.array([0.0] + [1.0 if number in squares else -1.0 for number in range(1, prime)])
+        matrix = np.eye(core)
+        matrix[0, 1:], matrix[1:, 0] = 1, -1
+        matrix[1:, 1:] += character[np.subtract.outer(np.arange(prime), np.arange(prime)) % prime]
+    while len(matrix) < order:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    matrix.setflags(write=False)
+    return matrix
+
+
+def rotation_size(channels: int, largest: int) -> int:
+    """The largest block of at most ``largest`` channels that divides ``channels`` and can be rotated; 1 for none."""
+    sizes = (size for size in range(min(largest, channels), 0, -1) if channels % size == 0 and _core(size))
+    return next(sizes)
+
+
+def rotation_matrix(size: int) -> Array:
+    """The orthogonal ``R [size, size]``, float32, by which a graph multiplies each block of channels: ``x R``."""
+    return (hadamard(size) / np.sqrt(size)).astype(np.float32)
+
+
+def rotate(rows: Array, size: int, *, back: bool = False) -> Array:
+    """Every block of ``size`` values of ``rows [n, cols]`` times `rotation_matrix`, as float32.
+
+    Sums are taken in float64, where those of bfloat16 values are exact: the result does not depend on the order in
+    which a processor's kernels add.
+
+    Args:
+        rows: in any float dtype.
+        size: divides ``cols``; 1 changes nothing.
+        back: multiply by the transpose, which undoes a rotation.
+    """
+    if size == 1:
+        return rows.astype(np.float32, copy=False)
+    matrix = hadamard(size).T if back else hadamard(size)
+    blocks = rows.reshape(-1, size).astype(np.float64) @ matrix
+    blocks *= size**-0.5
+    return blocks.astype(np.float32).reshape(rows.shape)
+
+
+def powers_of_two(scales: Array) -> Array:
+    """Positive ``scales`` rounded to powers of two, by which floats are multiplied without a rounding error."""
+    exponents = np.rint(np.log2(scales))
+    limit = np.log2(LARGEST)
+    return np.exp2(np.clip(exponents, -limit, limit)).astype(np.float32)
+
+
+def equal_columns(norms: Array) -> Array:
+    """What to multiply channels by so that the columns of their readers become equally large.
+
+    All of a channel's size is in the activations then, which rotation spreads: right for 8 bits (docs/results.md).
+
+    Args:
+        norms: L2 norms ``[channels]`` of the readers' columns.
+    """
+    return powers_of_two(_relative(norms))
+
+
+def even_sizes(norms: Array, sizes: Array, tolerance: float) -> Array:
+    """What to multiply channels by so that none is out of proportion: as large in activations as in its readers.
+
+    A weight's rounding error costs its channel's activations, so 4 bits want both alike; but moving sizes costs, too.
+    A channel whose ratio of readers to activations is within ``tolerance`` of the median one stays as it is.
+
+    Args:
+        norms: L2 norms ``[channels]`` of the readers' columns.
+        sizes: of the activations ``[channels]``, or what stands for them.
+        tolerance: at least 1.
+    """
+    ratio = _relative(norms) / _relative(sizes)
+    ratio /= np.median(ratio)
+    return powers_of_two(np.sqrt(ratio / np.clip(ratio, 1 / tolerance, tolerance)))
+
+
+def _relative(values: Array) -> Array:
+    """Positive values over their median; what is zero or next to it counts as the median."""
+    positive = values[values > 0]
+    middle = float(np.median(positive)) if positive.size else 1.0
+    relative = values.astype(np.float64) / middle
+    return np.where(relative > 1e-6, relative, 1.0)
