@@ -12,17 +12,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vlpack.architectures import Architecture, Part, architecture_of
 from vlpack.architectures.base import GraphOptions
 from vlpack.calibration.choice import BESIDE, check_calibration, say_nothing
 from vlpack.checkpoint import Checkpoint
 from vlpack.cores import available_cores
-from vlpack.datafile import DataFiles, InputsOf, planned_bytes
+from vlpack.datafile import DataFiles, planned_bytes
 from vlpack.errors import OptionError
 from vlpack.fit import check_tensors
-from vlpack.graph import Graph, Weight, trace
+from vlpack.graph import Graph, Weight, declare, trace
 from vlpack.hub import ResolvedSource, resolve
 from vlpack.layers.attention import has_grouped_kernel
 from vlpack.lora import Adapter, adapter_notes, merge_all, open_adapters, places_of
@@ -32,8 +32,11 @@ from vlpack.package.beside import write_beside
 from vlpack.package.encoder_section import encoder_section
 from vlpack.package.manifest import write_manifest
 from vlpack.package.output import check_free, check_space, output_folder
-from vlpack.precision import Policy, make_policy
+from vlpack.precision import Policy, QuantizationOptions, make_policy
 from vlpack.tasks import AUTO, GENERATE, check_task, check_task_options, decide_task
+
+if TYPE_CHECKING:
+    from vlpack.calibration.layers import Calibration
 
 PARTS = ("all", "text", "vision", "embedding")
 
@@ -162,29 +165,23 @@ def build(
         if progress:
             progress.start(total)
         hashes = _in_background(lambda: _hash_sources(checkpoint))
-        inputs_of, calibrated_on = _calibration(
-            calibrate,
-            part,
-            architecture,
-            graphs,
-            partial(
-                build,
-                base.folder,
-                folder / BESIDE,
-                precision="int8",
-                task=task,
-                lora=[adapter.weights.folder for adapter in adapters],
-                threads=threads,
-            ),
-            progress,
+        eight_bits = partial(
+            build,
+            base.folder,
+            folder / BESIDE,
+            precision="int8",
+            task=task,
+            lora=[adapter.weights.folder for adapter in adapters],
+            threads=threads,
         )
+        calibration = _calibration(calibrate, part, architecture, checkpoint, graphs, eight_bits, progress)
         files = DataFiles(
             folder,
             checkpoint,
             threads=threads or default_threads(),
             share=_shares(extra),
             progress=progress.advance if progress else None,
-            inputs_of=inputs_of,
+            calibration=calibration,
         )
         files.save_all(graphs)
         shutil.rmtree(folder / BESIDE, ignore_errors=True)
@@ -198,7 +195,7 @@ def build(
             files.sha256,
             task,
             encoder,
-            calibrated_on,
+            calibration.described() if calibration else None,
         )
         parts = {
             graph.name: (name, _size(folder, name), _labels(graph, weights))
@@ -250,13 +247,14 @@ def _calibration(
     source: str | os.PathLike[str] | None,
     part: str,
     architecture: Architecture,
+    checkpoint: Checkpoint,
     graphs: dict[str, Graph],
     eight_bits: Callable[[], BuildResult],
     progress: Progress | None,
-) -> tuple[InputsOf | None, dict[str, Any] | None]:
-    """What the calibrated weights of ``graphs`` multiply, and what the manifest says of it, or None."""
+) -> Calibration | None:
+    """What the calibrated weights of ``graphs`` multiply; None where nothing is calibrated."""
     if source is None:
-        return None, None
+        return None
     check_calibration(source, part, architecture.task)
     from vlpack.calibration.model import CalibrationModel
     from vlpack.calibration.start import start_calibration
@@ -265,8 +263,12 @@ def _calibration(
     say("building an 8-bit package to calibrate with")
     beside = eight_bits()
     files = {name: filename for name, (filename, _, _) in beside.parts.items()}
-    paths = [weight.path for graph in graphs.values() for weight in graph.weights if weight.calibrated]
-    return start_calibration(CalibrationModel(beside.folder, files, architecture), paths, source, say)
+    weights = [weight for graph in graphs.values() for weight in graph.weights if weight.calibrated]
+    policy = make_policy("int8", "cpu", QuantizationOptions(), architecture.precision_facts)
+    parts = architecture.parts(GraphOptions(policy.ir_dtype))
+    transforms = {weight.path: weight.transform for part in parts for weight in declare(part, policy)}
+    model = CalibrationModel(beside.folder, files, architecture)
+    return start_calibration(model, weights, transforms, checkpoint, source, say)
 
 
 def _check_cache(architecture: Architecture, policy: Policy) -> None:

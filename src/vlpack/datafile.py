@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +23,7 @@ from vlpack.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError
 from vlpack.graph import Graph, Weight, WeightKey
 from vlpack.quantize.gptq import Inputs
-from vlpack.storage import Array, Blocks, slabs
+from vlpack.storage import Array, Blocks, ChannelInt8, slabs
 from vlpack.transforms import ChannelScales
 
 PAGE = 4096
@@ -32,7 +32,17 @@ SMALL = 64
 Progress = Callable[[int, str], None]
 """Told the bytes just written and the path of their weight."""
 
-InputsOf = Callable[[str], Inputs]
+InputsOf = Callable[[Weight], Inputs]
+
+
+class Measurements(Protocol):
+    """What was measured of a model's activations (`vlpack.calibration.layers.Calibration`)."""
+
+    scales: ChannelScales
+
+    def __call__(self, weight: Weight) -> Inputs:
+        """What a matrix multiplies."""
+
 
 _END = object()
 
@@ -46,9 +56,8 @@ class DataFiles:
         threads: that encode.
         share: store a weight that two graphs use once.
         progress: called after every write.
-        scales: of the channels that are balanced; by default from the checkpoint's weights.
-        inputs_of: what the matrix of the module at a path multiplies, for weights that are calibrated; asked once for
-            each, in order.
+        calibration: what matrices multiply, asked once for each that is calibrated, in order; and, from that, the
+            scales of balanced channels. Without it the scales come from the checkpoint's weights.
     """
 
     def __init__(
@@ -59,13 +68,12 @@ class DataFiles:
         threads: int,
         share: bool = True,
         progress: Progress | None = None,
-        scales: ChannelScales | None = None,
-        inputs_of: InputsOf | None = None,
+        calibration: Measurements | None = None,
     ) -> None:
         self.folder, self.checkpoint, self.threads, self.share = folder, checkpoint, max(1, threads), share
         self.progress = progress or (lambda written, path: None)
-        self.scales = scales or ChannelScales(checkpoint)
-        self.inputs_of = inputs_of
+        self.scales = calibration.scales if calibration else ChannelScales(checkpoint)
+        self.inputs_of: InputsOf | None = calibration
         self.sha256: dict[str, str] = {}
         self._placed: dict[WeightKey, dict[str, tuple[str, int]]] = {}
 
@@ -115,7 +123,9 @@ class DataFiles:
                 digest.update(data)
 
             position = 0
-            jobs = [partial(encode, self.checkpoint, weight, self.scales, self.inputs_of) for weight in weights.values()]
+            jobs = [
+                partial(encode, self.checkpoint, weight, self.scales, self.inputs_of) for weight in weights.values()
+            ]
             for (key, weight), chunks in zip(weights.items(), ahead(jobs, self.threads), strict=True):
                 places: dict[str, tuple[str, int]] = {}
                 for name, chunk in chunks:
@@ -151,8 +161,8 @@ def encode(
     read, storage = weight.reader(checkpoint, scales), weight.storage
     try:
         if inputs_of is not None and weight.calibrated:
-            assert isinstance(storage, Blocks)
-            yield from storage.chunks(read, weight.rows, weight.cols, inputs_of(weight.path))
+            assert isinstance(storage, Blocks | ChannelInt8)
+            yield from storage.chunks(read, weight.rows, weight.cols, inputs_of(weight))
         else:
             yield from storage.chunks(read, weight.rows, weight.cols)
     except OverflowError as error:

@@ -18,7 +18,7 @@ from vlpack.layers.linear import Linear, Stored
 from vlpack.precision import Policy
 from vlpack.quantize.rotate import rotation_size
 from vlpack.sources import Rows, Source, stacked
-from vlpack.storage import Blocks, Float, RowReader, Storage
+from vlpack.storage import Blocks, ChannelInt8, Float, RowReader, Storage
 from vlpack.transforms import IDENTITY, Channels, ChannelScales, Transform
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Weight:
     @property
     def calibrated(self) -> bool:
         """Whether it is rounded for the inputs that it meets."""
-        return isinstance(self.storage, Blocks) and self.storage.calibrated
+        return isinstance(self.storage, Blocks | ChannelInt8) and self.storage.calibrated
 
     @property
     def key(self) -> WeightKey:
@@ -101,19 +101,22 @@ def declare(part: Part, policy: Policy) -> list[Weight]:
     parameters: dict[nn.Module, dict[str, nn.Parameter]] = {}
     for path, child in modules:
         if isinstance(child, Stored):
-            storage = policy.storage(f"{part.side}.{child.role}", path)
+            chosen = policy.storage(f"{part.side}.{child.role}", path)
             sources[child] = source = child.source(path)
             assert (source.rows, source.cols) == (child.rows, child.cols), path
-            parameters[child] = child.store(storage)
+            parameters[child] = child.store(chosen)
         elif "weight" in dict(child.named_parameters(recurse=False)):
-            sources[child] = Source(f"{path}.weight", parameter_shape(child.weight))
+            sources[child] = Source(f"{path}.weight", parameter_shape(dict(child.named_parameters())["weight"]))
     transforms = plan_transforms([child for _, child in modules], sources, policy)
     weights = []
     for path, child in modules:
         transform = transforms.get(child, IDENTITY)
         if isinstance(child, Stored):
-            assert child.storage is not None, "it was given one above"
-            weights.append(Weight(path, sources[child], child.storage, parameters[child], transform))
+            storage = child.storage
+            assert storage is not None, "it was given one above"
+            if isinstance(storage, Blocks):
+                storage = replace(storage, rotated=transform.input_rotation > 1)
+            weights.append(Weight(path, sources[child], storage, parameters[child], transform))
             if isinstance(child, Linear) and child.bias is not None:
                 tensors = sources[child].tensors()
                 biases = (Source(s.name.removesuffix("weight") + "bias", s.shape[:1]) for s in tensors)

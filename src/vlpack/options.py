@@ -22,8 +22,8 @@ class ExtraOptions:
         is_symmetric: weights in blocks without zero points, the default.
         accuracy_level: of MatMulNBits on the CPU: 1 to 3 fp32 activations, 4 (the default) 8-bit ones.
         weight_type: of matrices in int8: ``int8`` (the default), or ``uint8`` for x86 processors without VNNI.
-        balance: rescale channels so that none is much larger than others, which changes nothing but rounding; by default
-            where weights are quantized.
+        balance: rescale channels so that none is much larger than others, which changes nothing but rounding; by
+            default where weights are quantized.
         rotation: mix blocks of channels by a Hadamard matrix, likewise; by default where weights are quantized on the
             CPU.
         algo_config: rounding method: ``default`` and ``rtn`` to the nearest; ``rtn_last`` also has an 8-bit head.

@@ -9,7 +9,7 @@ A policy is a list of rules, of which the first that fits decides. A rule goes b
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import gcd
 
@@ -82,7 +82,7 @@ class QuantizationOptions:
         mixed: selector → ``int4`` or ``int8`` for parts of the decoder, as the builder's ``matmul_mixed_precision``.
         vision: precision of the vision encoder where it is not to follow from the package's.
         kv_cache: ``int8``, or None to keep keys and values in the dtype of the activations.
-        calibrated: 4-bit matrices of the decoder are rounded for the inputs that they meet.
+        calibrated: 4-bit matrices, or those of int8, of the decoder are rounded for the inputs that they meet.
         balance: no channel is much larger than others, where weights are quantized (`vlpack.quantize.rotate`); None
             for where it pays.
         rotation: blocks of channels are rotated, likewise; True also where weights are floats, which changes nothing
@@ -142,7 +142,10 @@ class Policy:
         quantized = isinstance(storage, Blocks | ChannelInt8)
         if self.options.balance is False or not (quantized or self.options.balance):
             return None
-        return BALANCE_TOLERANCE if isinstance(storage, Blocks) and storage.bits == 4 else 0.0
+        if isinstance(storage, Blocks) and storage.bits == 4:
+            return BALANCE_TOLERANCE
+        # where the activations' sizes are known, they and the weights are made alike, which costs either least
+        return 1.0 if isinstance(storage, ChannelInt8) and storage.calibrated else 0.0
 
     @property
     def ir_dtype(self) -> ir.DataType:
@@ -177,8 +180,8 @@ def make_policy(
     dtype = "float16" if precision == "fp16" or (precision == "int4" and provider != "cpu") else "float32"
     if options.mixed and precision != "int4":
         raise OptionError("matmul_mixed_precision goes with int4.", f"The precision is {precision}.")
-    if options.calibrated and precision != "int4":
-        raise OptionError("Calibration goes with int4.", f"{precision} needs none: leave --calibrate away.")
+    if options.calibrated and precision not in ("int8", "int4"):
+        raise OptionError("Calibration goes with int8 and int4.", f"{precision} needs none: leave --calibrate away.")
     rules = (
         *_vision_rules(precision, provider, dtype, options),
         *([Rule("text.answers", Float("float32"))] if facts.scores else []),
@@ -234,7 +237,7 @@ def _text_rules(precision: str, provider: str, dtype: str, options: Quantization
     embedding: Storage = table if provider == "cpu" else Float(dtype)
     rules = [Rule("text.embedding", embedding), Rule("text.head", head)]
     if precision == "int8":
-        return [*rules, Rule("text.*", _channels(options))]
+        return [*rules, Rule("text.*", replace(_channels(options), calibrated=options.calibrated))]
     return [*rules, Rule("text.*", _blocks(precision, provider, dtype, options, 4, calibrated=options.calibrated))]
 
 

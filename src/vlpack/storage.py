@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from vlpack.quantize.blocks import QuantizedBlocks, block_shapes, dequantize_blocks, quantize_blocks
 from vlpack.quantize.channel import ZERO_POINT, dequantize_rows, quantize_rows, unsigned
-from vlpack.quantize.gptq import Inputs, fit_blocks
+from vlpack.quantize.gptq import Inputs, fit_blocks, fit_rows
 
 Array = npt.NDArray[Any]
 #: ``read(start, stop)`` → rows [stop - start, cols] of the checkpoint's weight, in its own dtype
@@ -127,14 +127,15 @@ class ChannelInt8:
 
     ``signed`` codes are two to three times as fast where the processor has instructions for u8 × s8 (VNNI, AMX, ARM's).
     Other x86 processors sum such products in pairs of 16 bits, which saturate (see `vlpack.saturation`): there unsigned
-    codes around 128 have an exact kernel.
+    codes around 128 have an exact kernel. ``calibrated`` codes are rounded for the inputs that they meet.
     """
 
     signed: bool = True
+    calibrated: bool = False
 
     @property
     def label(self) -> str:
-        return "int8" if self.signed else "uint8"
+        return ("int8" if self.signed else "uint8") + (" calibrated" if self.calibrated else "")
 
     def arrays(self, rows: int, cols: int) -> ArraySpecs:
         return {
@@ -142,11 +143,18 @@ class ChannelInt8:
             "scales": (np.dtype(np.float32), (rows,)),
         }
 
-    def chunks(self, read: RowReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
+    def chunks(
+        self, read: RowReader, rows: int, cols: int, inputs: Inputs | None = None
+    ) -> Iterator[tuple[str, Array]]:
+        """Rounded to the nearest, or for ``inputs``; scales are the same."""
         whole = np.empty((rows, cols), np.int8)
         scales = np.empty(rows, np.float32)
         for start, stop in slabs(rows, cols):
-            whole[start:stop], scales[start:stop] = quantize_rows(read(start, stop).astype(np.float32))
+            weight = read(start, stop).astype(np.float32)
+            spare = weight if inputs is None else weight.copy()
+            whole[start:stop], scales[start:stop] = quantize_rows(spare)
+            if inputs is not None:
+                whole[start:stop] = fit_rows(weight, scales[start:stop], inputs)
         for start, stop in slabs(cols, rows):
             codes = transposed(whole[:, start:stop])
             yield "qweight", codes if self.signed else unsigned(codes)
@@ -165,7 +173,7 @@ class Blocks:
 
     ``dtype`` is that of the scales, which is that of the activations. ``accuracy_level`` is how the CPU multiplies:
     4 quantizes the activations to 8 bits per block, 1 keeps them in fp32. ``calibrated`` weights are rounded for the
-    inputs that they meet (`vlpack.quantize.gptq`).
+    inputs that they meet (`vlpack.quantize.gptq`); those of ``rotated`` ones are about normally distributed.
     """
 
     bits: int = 4
@@ -174,6 +182,7 @@ class Blocks:
     dtype: str = "float32"
     accuracy_level: int = 4
     calibrated: bool = False
+    rotated: bool = False
 
     @property
     def label(self) -> str:
@@ -198,7 +207,7 @@ class Blocks:
         small = {name: np.empty(shape, dtype) for name, (dtype, shape) in specs.items() if name != "qweight"}
         for start, stop in slabs(rows, cols):
             weight = read(start, stop)
-            blocks = quantize_blocks(weight, self.bits, self.block_size, self.symmetric)
+            blocks = quantize_blocks(weight, self.bits, self.block_size, self.symmetric, rotated=self.rotated)
             scales = cast(blocks.scales, self.dtype)
             if inputs is not None:
                 blocks = fit_blocks(weight, blocks._replace(scales=scales), inputs, self.bits, self.block_size)

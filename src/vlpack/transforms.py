@@ -7,8 +7,10 @@ balance each set of channels, once for all weights that need them.
 
 from __future__ import annotations
 
+import base64
 import threading
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from vlpack.checkpoint import Checkpoint
 
 Array = npt.NDArray[Any]
+
+MAX_CHANNELS = 1 << 24
+"""Of one set, in a manifest."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,11 @@ class Channels:
     readers: tuple[Rows, ...]
     shape: tuple[int, int, int]
     tolerance: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The tensor that has the first channel, and its row there: unique in a model."""
+        return f"{next(self.producer.tensors()).name}:{self.first}"
 
     @property
     def count(self) -> int:
@@ -80,28 +90,43 @@ class ChannelScales:
 
     Args:
         checkpoint: whose weights say how large the channels are.
+        measured: tells the activations' sizes ``[channels]`` of a set where they were measured, and None elsewhere.
+        known: scales that were computed before, by `Channels.name`.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
-        self._known: dict[Channels, Array] = {}
-        self._locks: dict[Channels, threading.Lock] = {}
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        measured: Callable[[Channels], Array | None] = lambda channels: None,
+        known: Mapping[str, Array] | None = None,
+    ) -> None:
+        self._checkpoint, self._measured = checkpoint, measured
+        self._known = dict(known or {})
+        self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
     def __call__(self, channels: Channels) -> Array:
         """float32 ``[channels]``; computed when first asked for, by whichever thread asks."""
+        name = channels.name
         with self._lock:
-            lock = self._locks.setdefault(channels, threading.Lock())
+            lock = self._locks.setdefault(name, threading.Lock())
         with lock:
-            if channels not in self._known:
-                self._known[channels] = self._compute(channels)
-            return self._known[channels]
+            if name not in self._known:
+                self._known[name] = self._compute(channels)
+            return self._known[name]
+
+    def exponents(self) -> dict[str, Array]:
+        """All scales that were asked for, by name, as int8 exponents of two."""
+        return {name: np.rint(np.log2(scales)).astype(np.int8) for name, scales in sorted(self._known.items())}
 
     def _compute(self, channels: Channels) -> Array:
         norms = channels.reader_norms(self._checkpoint)
         if channels.tolerance is None:
             return equal_columns(norms)
-        return even_sizes(norms, channels.producer_sizes(self._checkpoint), channels.tolerance)
+        sizes = self._measured(channels)
+        if sizes is None:
+            sizes = channels.producer_sizes(self._checkpoint)
+        return even_sizes(norms, sizes, channels.tolerance)
 
 
 @dataclass(frozen=True)
@@ -146,9 +171,7 @@ class Transform:
             entries["rows_rotated"] = self.output_rotation
         return entries
 
-    def reader(
-        self, read: Callable[[int, int], Array], scales: ChannelScales | None
-    ) -> Callable[[int, int], Array]:
+    def reader(self, read: Callable[[int, int], Array], scales: ChannelScales | None) -> Callable[[int, int], Array]:
         """A reader of the transformed rows, from one of the checkpoint's rows ``read(start, stop)``."""
         if self.is_identity:
             return read
@@ -188,6 +211,37 @@ class Transform:
             weight = rotate(weight, self.input_rotation, back=True)
         return weight if self.reads is None else weight * self.reads.along_columns(scales(self.reads))
 
+    def carry(self, products: Array, scales: ChannelScales, before: Transform, scales_before: ChannelScales) -> None:
+        """Turn ``Σ xᵀx`` of what a weight multiplies after another transform into that after this one, in place.
+
+        Args:
+            products: float32 ``[cols, cols]``, of inputs that were transformed by ``before``.
+            scales: of the channels.
+            before: another transform of the same weight.
+            scales_before: of the channels there.
+        """
+        ratio = np.ones(len(products), np.float32)
+        if self.reads is not None:
+            ratio *= self.reads.along_columns(scales(self.reads))
+        if before.reads is not None:
+            ratio /= before.reads.along_columns(scales_before(before.reads))
+        if self.input_rotation == before.input_rotation and (ratio == 1).all():
+            return
+        for matrix in (products, products.T):  # the products are symmetric: first along rows, then along columns
+            for start, stop in slabs(len(matrix), len(matrix)):
+                piece = rotate(matrix[start:stop], before.input_rotation, back=True)
+                matrix[start:stop] = rotate(piece * ratio, self.input_rotation)
+
+    def channel_squares(self, products: Array, scales: ChannelScales) -> Array:
+        """``Σ x²`` of each column before the transform, ``[cols]``, from ``Σ xᵀx [cols, cols]`` after it."""
+        size = self.input_rotation
+        squares = np.empty(len(products))
+        for start in range(0, len(products), size):
+            block = products[start : start + size, start : start + size]
+            block = rotate(rotate(block, size, back=True).T, size, back=True)
+            squares[start : start + size] = block.diagonal()
+        return squares if self.reads is None else squares / self.reads.along_columns(scales(self.reads)) ** 2
+
     def _own_rows(self, start: int, length: int) -> slice:
         """Which of the rows ``[start, start + length)`` are written channels, counted from ``start``."""
         low = min(max(self.first - start, 0), length)
@@ -207,3 +261,27 @@ class Transform:
 
 
 IDENTITY = Transform()
+
+
+def packed_scales(exponents: Mapping[str, Array]) -> dict[str, str]:
+    """Exponents of two by name, as text for a manifest: int8, compressed (most are 0), in base64."""
+    return {name: base64.b64encode(zlib.compress(values.tobytes(), 9)).decode() for name, values in exponents.items()}
+
+
+def unpacked_scales(packed: Mapping[str, str]) -> dict[str, Array]:
+    """The scales ``[channels]`` that `packed_scales` has written, from a manifest that anybody may have written.
+
+    Raises:
+        ValueError: an entry is not base64, not compressed, or too long.
+    """
+    scales = {}
+    for name, text in packed.items():
+        stream = zlib.decompressobj()
+        try:
+            data = stream.decompress(base64.b64decode(text, validate=True), MAX_CHANNELS)
+        except zlib.error as error:
+            raise ValueError(f"the scales of {name} are damaged: {error}") from None
+        if stream.unconsumed_tail or not stream.eof:
+            raise ValueError(f"the scales of {name} are damaged or too many")
+        scales[name] = np.exp2(np.frombuffer(data, np.int8).astype(np.float32))
+    return scales

@@ -7,7 +7,8 @@ Beside the next hidden states it gives what its matrices multiply, of which ``Σ
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from vlpack.calibration.model import CalibrationModel, Shown
+from vlpack.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError
+from vlpack.graph import Weight
 from vlpack.graph_edits import every_token, load_graph, normalized, open_session
 from vlpack.quantize.gptq import Inputs, describe_inputs
+from vlpack.transforms import Channels, ChannelScales, Transform, packed_scales
 
 Array = npt.NDArray[Any]
 
@@ -25,24 +29,45 @@ ROWS = 4096
 """Tokens whose products are taken at once."""
 
 
+class _Measured:
+    """``Σ xᵀx`` of one input and the weights that multiply it."""
+
+    def __init__(self, products: Array, weights: Sequence[Weight]) -> None:
+        self.products: Array | None = products
+        self.waiting = {weight.path for weight in weights}
+        self.inputs: Inputs | None = None
+        self.lock = threading.Lock()
+
+
 class Calibration:
     """Tells what the inputs of each matrix are like, in the order of the decoder.
 
     Args:
         model: an 8-bit package of the same checkpoint.
-        paths: of the matrices that will be asked for, each once.
+        weights: the matrices that will be asked for, each once.
+        transforms: what was done to the 8-bit package's matrices, by path.
+        checkpoint: of both.
         shown: the texts.
+        about: what the manifest says of them.
         say: told which layer of how many is looked at.
+
+    Attributes:
+        scales: of the channels of the package that is built, from the sizes that were measured.
     """
 
     def __init__(
         self,
         model: CalibrationModel,
-        paths: Iterable[str],
+        weights: Iterable[Weight],
+        transforms: Mapping[str, Transform],
+        checkpoint: Checkpoint,
         shown: Sequence[Shown],
+        about: Mapping[str, Any] = MappingProxyType({}),
         say: Callable[[int, int], None] = lambda layer, layers: None,
     ) -> None:
         architecture = model.architecture
+        self.scales = ChannelScales(checkpoint, self._sizes_of)
+        self._transforms, self._scales_before = transforms, ChannelScales(checkpoint)
         self._file, self._threads, self._say = model.folder / model.decoder_file, model.threads, say
         self._graph = load_graph(self._file)
         every_token(self._graph.graph)
@@ -50,22 +75,51 @@ class Calibration:
         self._prefixes = [f"{prefix}.layers.{layer}." for layer in range(count)]
         norms = [*(f"{name}input_layernorm.weight" for name in self._prefixes), f"{prefix}.norm.weight"]
         self._borders = [normalized(self._graph.graph, norm) for norm in norms]
-        self._paths: list[list[str]] = [[] for _ in norms]
-        for path in paths:
-            self._paths[self._stage(path)].append(path)
+        self._weights: list[list[Weight]] = [[] for _ in norms]
+        self._stage_of: dict[Channels, int] = {}
+        for weight in weights:
+            stage = self._stage(weight.path)
+            self._weights[stage].append(weight)
+            if weight.transform.reads is not None:
+                self._stage_of[weight.transform.reads] = stage
+        self._about = about
         self._shown = [one.inputs for one in shown]
         self._hidden = self._first_hidden()
-        self._ready: dict[str, Inputs] = {}
+        self._ready: dict[str, _Measured] = {}
+        self._sizes: dict[Channels, Array] = {}
         self._next = 0
         self._lock = threading.Lock()
 
-    def __call__(self, path: str) -> Inputs:
-        """What the matrix of the module at ``path`` multiplies."""
+    def __call__(self, weight: Weight) -> Inputs:
+        """What a matrix multiplies, after the transform of the package that is built."""
+        self._look_until(self._stage(weight.path))
         with self._lock:
-            while path not in self._ready:
+            measured = self._ready.pop(weight.path)
+        with measured.lock:
+            if measured.inputs is None:
+                products = measured.products
+                assert products is not None
+                before = self._transforms[weight.path]
+                weight.transform.carry(products, self.scales, before, self._scales_before)
+                measured.inputs, measured.products = describe_inputs(products), None
+            return measured.inputs
+
+    def described(self) -> dict[str, Any]:
+        """What was shown, and the scales that came of it, for the manifest."""
+        return {**self._about, "scales": packed_scales(self.scales.exponents())}
+
+    def _sizes_of(self, channels: Channels) -> Array | None:
+        """Root mean squares of channels that calibrated matrices read, ``[channels]``; None of others."""
+        if channels not in self._stage_of:
+            return None
+        self._look_until(self._stage_of[channels])
+        return self._sizes[channels]
+
+    def _look_until(self, stage: int) -> None:
+        with self._lock:
+            while self._next <= stage:
                 self._look(self._next)
                 self._next += 1
-            return self._ready.pop(path)
 
     def _stage(self, path: str) -> int:
         """The layer that a module is in; after the last, where it is the head."""
@@ -81,25 +135,33 @@ class Calibration:
     def _look(self, stage: int) -> None:
         assert stage < len(self._borders), "every matrix is in a layer or after the last"
         self._say(stage, len(self._borders))
-        factors = {path: factor(self._graph.graph, path) for path in self._paths[stage]}
-        multiplied = list({id(x): x for x in factors.values()}.values())
+        by_input: dict[int, tuple[ir.Value, list[Weight]]] = {}
+        for weight in self._weights[stage]:
+            x = factor(self._graph.graph, weight.path)
+            by_input.setdefault(id(x), (x, []))[1].append(weight)
+        multiplied = [x for x, _ in by_input.values()]
         following = self._borders[stage + 1 : stage + 2]
         sums = [_Products() for _ in multiplied]
         for text, values in enumerate(self._run(stage, [*multiplied, *following])):
-            for products, x in zip(sums, values, strict=False):
-                products.add(x.reshape(-1, x.shape[-1]))
+            for products, rows in zip(sums, values, strict=False):
+                products.add(rows.reshape(-1, rows.shape[-1]))
             if following:
                 self._hidden[text] = values[-1]
-        described = {}
-        for value, products in zip(multiplied, sums, strict=True):
+        for (input_value, weights), products in zip(by_input.values(), sums, strict=True):
             total = products.total()
             if not np.isfinite(total.diagonal()).all():
                 raise CheckpointError(
-                    f"The model's activations at {value.name} are not finite, so nothing can be calibrated on them.",
+                    f"The model's activations at {input_value.name} are not finite, so it cannot be calibrated.",
                     "Build without --calibrate, and look at the checkpoint with --precision fp32 and `vlpack verify`.",
                 )
-            described[id(value)] = describe_inputs(total)
-        self._ready |= {path: described[id(x)] for path, x in factors.items()}
+            measured = _Measured(total, weights)
+            for weight in weights:
+                self._ready[weight.path] = measured
+                channels = weight.transform.reads
+                if channels is not None and channels not in self._sizes:
+                    before = self._transforms[weight.path]
+                    squares = before.channel_squares(total, self._scales_before).reshape(channels.shape)
+                    self._sizes[channels] = np.sqrt(np.maximum(squares.sum(axis=1).reshape(-1), 0) / products.rows)
 
     def _run(self, stage: int | None, outputs: Sequence[ir.Value]) -> Iterable[list[Array]]:
         """``outputs`` for every text, from the hidden states before layer ``stage``, or from the decoder's inputs."""
@@ -126,12 +188,14 @@ class _Products:
     """``Σ xᵀx`` of rows that come a few at a time: a product is as large for few as for many."""
 
     def __init__(self) -> None:
+        self.rows = 0
         self._rows: list[Array] = []
         self._total: Array | None = None
 
     def add(self, rows: Array) -> None:
         """More ``x [tokens, cols]``, float32."""
         self._rows.append(rows)
+        self.rows += len(rows)
         if sum(map(len, self._rows)) >= ROWS:
             self.total()
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,25 +13,32 @@ from vlpack.calibration.choice import SELF, Say
 from vlpack.calibration.layers import Calibration
 from vlpack.calibration.model import CalibrationModel
 from vlpack.calibration.texts import LENGTH, openings, pictured, prompt_builder, texts_of
+from vlpack.checkpoint import Checkpoint
+from vlpack.graph import Weight
 from vlpack.package.genai_config import eos_ids
 from vlpack.preprocess.tokenizer import Tokenizer
+from vlpack.transforms import Transform
 
 SEED = 0
 
 
 def start_calibration(
-    model: CalibrationModel, paths: Iterable[str], source: str | os.PathLike[str], say: Say
-) -> tuple[Calibration, dict[str, Any]]:
+    model: CalibrationModel,
+    weights: Iterable[Weight],
+    transforms: Mapping[str, Transform],
+    checkpoint: Checkpoint,
+    source: str | os.PathLike[str],
+    say: Say,
+) -> Calibration:
     """What a decoder's matrices multiply, ready to be asked.
 
     Args:
         model: an 8-bit package of the whole model.
-        paths: of the modules that will be asked for.
+        weights: the matrices that will be asked for.
+        transforms: what was done to the 8-bit package's matrices, by path.
+        checkpoint: of both.
         source: `SELF`, or a file of text.
         say: told what is being done.
-
-    Returns:
-        That, and what the manifest says of it.
 
     Raises:
         OptionError: the file cannot be used.
@@ -61,4 +67,8 @@ def start_calibration(
         "pictures": len(shown) - len(texts),
         "tokens": sum(one.tokens for one in shown),
     }
-    return Calibration(model, paths, shown, lambda layer, layers: say("calibrating", layer, layers)), described
+
+    def looked(layer: int, layers: int) -> None:
+        say("calibrating", layer, layers)
+
+    return Calibration(model, weights, transforms, checkpoint, shown, described, looked)

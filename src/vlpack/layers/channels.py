@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from onnxscript import nn
 
@@ -46,6 +47,12 @@ class RowChannels:
     reader: Stored
     shape: tuple[int, int, int]
     mixes: bool = False
+
+
+def readers_of(module: Any) -> Sequence[Stored]:
+    """The matrices that multiply the input of an attention or feed-forward module, which says so by ``readers``."""
+    readers: Sequence[Stored] = module.readers
+    return readers
 
 
 def value_channels(qkv: Linear, output: Stored, queries: int, keys: int, size: int) -> RowChannels:

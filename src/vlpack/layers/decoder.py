@@ -10,7 +10,7 @@ from onnxscript import OpBuilder, nn
 from vlpack.deepstack import SideChannel
 from vlpack.layers import ops
 from vlpack.layers.attention import Attend, Attention, MakeAttend, Past, Pick, grouped_query
-from vlpack.layers.channels import NormChannels
+from vlpack.layers.channels import NormChannels, readers_of
 from vlpack.layers.linear import Embedding, Linear
 from vlpack.layers.norm import RMSNorm
 from vlpack.layers.rope import Rope
@@ -52,7 +52,7 @@ class DecoderLayer(nn.Module):
     def channels(self) -> list[NormChannels]:
         """See `vlpack.layers.channels`."""
         pairs = (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)
-        return [NormChannels(norm, module.readers) for norm, module in pairs]
+        return [NormChannels(norm, readers_of(module)) for norm, module in pairs]
 
 
 class TextModel(nn.Module):

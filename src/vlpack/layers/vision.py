@@ -17,7 +17,7 @@ from onnxscript import OpBuilder, nn
 from vlpack.config import Section
 from vlpack.errors import CheckpointError
 from vlpack.layers import ops
-from vlpack.layers.channels import NormChannels, RowChannels, value_channels
+from vlpack.layers.channels import NormChannels, RowChannels, readers_of, value_channels
 from vlpack.layers.linear import Linear, Stored
 from vlpack.layers.rope import Rope, inverse_frequencies, tables
 
@@ -231,7 +231,7 @@ class VisionBlock(nn.Module):
 
     def channels(self) -> list[NormChannels]:
         """See `vlpack.layers.channels`."""
-        return [NormChannels(self.norm1, self.attn.readers), NormChannels(self.norm2, self.mlp.readers)]
+        return [NormChannels(self.norm1, self.attn.readers), NormChannels(self.norm2, readers_of(self.mlp))]
 
 
 def bilinear_taps(op: OpBuilder, index: ir.Value, size: ir.Value, side: int) -> list[tuple[ir.Value, ir.Value]]:

@@ -73,7 +73,8 @@ def rotation_size(channels: int, largest: int) -> int:
 
 def rotation_matrix(size: int) -> Array:
     """The orthogonal ``R [size, size]``, float32, by which a graph multiplies each block of channels: ``x R``."""
-    return (hadamard(size) / np.sqrt(size)).astype(np.float32)
+    matrix: Array = (hadamard(size) / np.sqrt(size)).astype(np.float32)
+    return matrix
 
 
 def rotate(rows: Array, size: int, *, back: bool = False) -> Array:
@@ -92,14 +93,16 @@ def rotate(rows: Array, size: int, *, back: bool = False) -> Array:
     matrix = hadamard(size).T if back else hadamard(size)
     blocks = rows.reshape(-1, size).astype(np.float64) @ matrix
     blocks *= size**-0.5
-    return blocks.astype(np.float32).reshape(rows.shape)
+    rotated: Array = blocks.astype(np.float32).reshape(rows.shape)
+    return rotated
 
 
 def powers_of_two(scales: Array) -> Array:
     """Positive ``scales`` rounded to powers of two, by which floats are multiplied without a rounding error."""
     exponents = np.rint(np.log2(scales))
     limit = np.log2(LARGEST)
-    return np.exp2(np.clip(exponents, -limit, limit)).astype(np.float32)
+    rounded: Array = np.exp2(np.clip(exponents, -limit, limit)).astype(np.float32)
+    return rounded
 
 
 def equal_columns(norms: Array) -> Array:
