@@ -98,6 +98,16 @@ class Kept:
 
         return kept
 
+    def products(self, name: str, sums: np.ndarray) -> np.ndarray:
+        """``Σ xᵀx`` of what the package multiplies by a matrix, from that ``sums [cols, cols]`` of its input ``x``."""
+        transform = self.declared[name].transform
+        change = np.eye(len(sums))
+        if transform.reads is not None:
+            change *= transform.reads.along_columns(self._scales(transform.reads))[:, None]
+        blocks = np.eye(len(sums) // transform.input_rotation)
+        change = change @ np.kron(blocks, rotation_matrix(transform.input_rotation))
+        return np.asarray(change.T @ sums @ change)
+
 
 def named_rows(weight: Weight) -> Iterator[tuple[str, int, int]]:
     """The checkpoint's tensors that a weight holds whole, with the rows that they are; a head has its own name."""
