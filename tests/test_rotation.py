@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 import vlpack
 from family import Member, make_member
 from kept import Kept
-from outliers import plant, plant_values
+from outliers import permute, plant, plant_values
 from parity import Package, Reference, make_inputs, relative
 from retrieval import BIASED, Recipe, make_text, make_vision
 from test_embedding_reranker import JUDGE, RETRIEVE, TEXTS, WIDE, parts
@@ -339,6 +339,24 @@ def test_outliers_are_planted_and_change_nothing(
     for name in ("layers.0.input_layernorm", "layers.3.post_attention_layernorm"):
         weight = tensors[f"model.language_model.{name}.weight"]
         assert np.sum(np.abs(weight) > 5 * np.median(np.abs(weight))) >= 5
+
+
+@pytest.mark.parametrize("member", [TEXT_MEMBERS[1], TEXT_MEMBERS[4], TEXT_MEMBERS[9]], **IDS)
+def test_permuting_changes_nothing(member: Member, tmp_path: Path) -> None:
+    checkpoint = make_member(tmp_path / "checkpoint", member)
+    ids = torch.arange(100, 130)[None]
+    logits = []
+    for _ in range(2):
+        live = member.model.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()
+        with torch.no_grad():
+            logits.append(live(ids).logits.numpy())
+        before = load_file(checkpoint / "model.safetensors")
+        after = permute(before, seed=3)
+        save_file(after, checkpoint / "model.safetensors", {"format": "pt"})
+        stayed = [name for name in before if np.array_equal(before[name], after[name])]
+        heads = ("q_norm.weight", "k_norm.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias")
+        assert all(name.endswith(heads) for name in stayed)
+    assert relative(logits[1], logits[0]) < EXACT
 
 
 def head_size(checkpoint: Path) -> int:
