@@ -43,6 +43,8 @@ from vlpack.quantize.rotate import (
     rotation_size,
 )
 from vlpack.transforms import Transform
+from vlpack.verification.cases import built_in
+from vlpack.verification.run import verify
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -476,6 +478,27 @@ def test_quantized_packages_are_exact_with_the_weights_they_keep(
         package = Package(tmp_path / "package")
         for images in ((), ((1, 4, 6), (1, 8, 2))):
             check(tiny, package, lambda _: live, make_inputs(tiny, images), EXACT)
+
+
+QUANTIZED = [*{each.model_class: each for each in TEXT_MEMBERS + VISION_MEMBERS}.values()]
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("member", QUANTIZED, **IDS)
+def test_quantized_families(member: Member, precision: str, tmp_path: Path) -> None:
+    """As they come, with the activations' rounding taken out: transformers' values with the weights that are kept."""
+    checkpoint = planted(make_member(tmp_path / "checkpoint", member))
+    vlpack.build(checkpoint, tmp_path / "package", precision=precision, threads=1)
+    cases = built_in(sees=member.vision is not None)
+    report = verify(
+        tmp_path / "package", checkpoint, cases=cases[:1] if member.vision is None else cases[3:4], tokens=1
+    )
+    assert all(weight.same for weight in report.weights)
+    stages = [stage for case in report.cases for stage in case.stages if stage.graph]
+    assert len(stages) > 3
+    # a share of a weight's own error would be seen: what is rounded is much further away
+    assert max(stage.graph.relative for stage in stages if stage.graph) < EXACT
+    assert max(stage.total.relative for stage in stages) > 100 * EXACT
 
 
 def test_adapters_are_merged_before(outlying: Callable[[Tiny], Path], tmp_path: Path) -> None:
