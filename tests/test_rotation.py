@@ -260,7 +260,7 @@ def check_manifest(folder: Path, checkpoint: Path) -> None:
                 assert entry.get("rotated", 1) >= (2 if head else size), path
                 assert head or entry.get("rotated", 1) == size, path
             readers = ("qkv_proj", "o_proj", "qkv", "linear_fc1", "fc1", "gate_proj", "up_proj", "gate_up_proj")
-            if matrix and own in (*readers, "gate"):
+            if matrix and (own in (*readers, "gate") or path.endswith("merger.mlp.0")):
                 assert "columns" in entry["balanced"], path
             if own in ("qkv_proj", "qkv", "up_proj"):
                 assert "rows" in entry["balanced"], path
@@ -268,7 +268,8 @@ def check_manifest(folder: Path, checkpoint: Path) -> None:
             if own == "down_proj" and "experts" not in path:
                 assert entry["balanced"] == ["columns"], path
             vector = path.removesuffix(".weight").rpartition(".")[2]
-            if path.endswith(".weight") and vector in ("input_layernorm", "post_attention_layernorm", "norm1", "norm2"):
+            balanced = vector in ("input_layernorm", "post_attention_layernorm", "norm1", "norm2", "ln_q")
+            if path.endswith(".weight") and (balanced or (vector == "norm" and "merger" in path)):
                 assert entry["balanced"] == ["rows"], path
                 stored = initializer(folder, graph, path)
                 name = next(n for n in originals if n.endswith(path.replace("model.language_model.", "")[6:]))
