@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 import vlpack
+from kept import Kept
 from parity import relative
 from retrieval import (
     AREA,
@@ -212,17 +213,19 @@ def test_precisions(loaded: Any, name: str, precision: str, least: float) -> Non
     assert (near * alone).sum(1).min() > 1 - (1 - least) / 5
 
 
+@pytest.mark.parametrize("changed", [None, False], ids=["balanced and rotated", "plain"])
 @pytest.mark.parametrize("name", ["text", "vision"])
-def test_int4_is_exact_with_the_weights_it_keeps(loaded: Any, source: Any, name: str) -> None:
+def test_int4_is_exact_with_the_weights_it_keeps(loaded: Any, source: Any, name: str, changed: bool | None) -> None:
     """Four bits change the vectors of such small models much, so that a bound on their distance would say little."""
     options = {"vision_precision": "fp32"} if name == "vision" else {}
-    extra = vlpack.ExtraOptions(accuracy_level=1)
-    reference = Recipe(source(name))
+    extra = vlpack.ExtraOptions(accuracy_level=1, balance=changed, rotation=changed)
+    reference, kept = Recipe(source(name)), Kept(source(name), "int4", task="embedding", vision="fp32")
     for path, parameter in reference.body.named_parameters():
         if parameter.ndim == 2 and "visual" not in path:
             bits, weight = 8 if "embed_tokens" in path else 4, parameter.detach().numpy()
             blocks = quantize_blocks(weight, bits, default_block_size("int4", "cpu", bits), True)
-            parameter.data = torch.tensor(dequantize_blocks(blocks, len(weight[0]), bits))
+            plain = dequantize_blocks(blocks, len(weight[0]), bits)
+            parameter.data = torch.tensor(plain if changed is False else kept(f"model.{path}", weight))
     model = loaded(name, "embedding", precision="int4", extra_options=extra, **options)
     if name == "text":
         assert same(model.embed(TEXTS), [reference.text(text) for text in TEXTS])

@@ -133,6 +133,33 @@ def test_accuracy_level(make: Make, level: int) -> None:
     assert right(folder, 2) >= 3
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_balance_and_rotation(make: Make, precision: str) -> None:
+    """Both are the decoder's default; what graphs rotate by, and the bytes of weights, are others without them."""
+    as_it_comes = make(precision=precision)
+    asked = content(make("balance=true", "rotation=true", precision=precision))  # of the encoder's floats, too
+    for name in ("decoder.onnx", "decoder.onnx.data"):
+        assert asked[name] == content(as_it_comes)[name]
+    decoders = [content(as_it_comes)["decoder.onnx.data"]]
+    for extra in (["balance=false"], ["rotation=false"], ["balance=false", "rotation=false"]):
+        folder = make(*extra, precision=precision)
+        decoders.append(content(folder)["decoder.onnx.data"])
+        model = onnx.load(folder / "decoder.onnx", load_external_data=False)
+        rotates = any(tensor.name.startswith("rotation_") for tensor in model.graph.initializer)
+        assert rotates is ("rotation=false" not in extra)
+        assert right(folder) >= 6
+    # to 4 bits, none of so mild a model's channels is out of proportion
+    assert len(set(decoders)) == (4 if precision == "int8" else 2)
+    assert right(as_it_comes) >= 6
+
+
+def test_balance_and_rotation_that_are_wrong(refused: Callable[..., OptionError]) -> None:
+    refused("balance=true", part="embedding", match="balance has no effect with --part embedding")
+    for name in ("balance", "rotation"):
+        with pytest.raises(OptionError, match=f"{name}=maybe: it must be true or false"):
+            parse_extra_options([f"{name}=maybe"])
+
+
 def test_algo_config(make: Make) -> None:
     assert content(make("algo_config=rtn", precision="int4")) == content(make(precision="int4"))
     assert content(make("algo_config=default", precision="int4")) == content(make(precision="int4"))

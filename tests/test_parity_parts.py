@@ -9,12 +9,10 @@ import numpy as np
 import onnx
 import pytest
 
+from kept import Kept, rounded
 from parity import Grid, Inputs, Package, Reference, make_inputs, relative
 from tiny import IMAGE, VIDEO, Tiny
 from vlpack.precision import OFFERED, PrecisionFacts, QuantizationOptions, default_block_size, make_policy
-from vlpack.quantize.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
-from vlpack.quantize.channel import dequantize_rows, quantize_rows
-from vlpack.storage import Blocks, ChannelInt8, Storage
 
 EXACT = 1e-5
 """Relative L2 error of fp32 graphs: what two orders of summation differ by."""
@@ -285,24 +283,15 @@ def test_fp16(name, images, package, reference):
 
 
 # Quantized packages are compared to transformers with the weights that their codes stand for: what is left is the
-# arithmetic, and a bound that could hide a wrong graph behind the quantization's own error is not needed.
+# arithmetic, and a bound that could hide a wrong graph behind the quantization's own error is not needed. They come
+# balanced and rotated, and can be had without: both are compared, each with weights of its own.
 
-
-def stored(weight: np.ndarray, storage: Storage) -> np.ndarray:
-    """The values that ``storage`` keeps of a weight [rows, cols]."""
-    if isinstance(storage, ChannelInt8):
-        return dequantize_rows(*quantize_rows(weight))
-    if isinstance(storage, Blocks):
-        blocks = quantize_blocks(weight, storage.bits, storage.block_size, storage.symmetric)
-        scales = blocks.scales.astype(storage.dtype)
-        return dequantize_blocks(
-            QuantizedBlocks(blocks.qweight, scales, blocks.zero_points), weight.shape[1], storage.bits
-        )
-    return weight.astype(storage.dtype).astype(np.float32)
+PLAIN = ("balance=false", "rotation=false")
+CHANNELS = {"plain": PLAIN, "balanced and rotated": ()}
 
 
 def dequantized(precision: str, provider: str = "cpu", **options):
-    """Weight name → the storage's values of it, as `Reference.with_weights` takes it."""
+    """Weight name → the storage's values of it, channels as they are, as `Reference.with_weights` takes it."""
     policy = make_policy(precision, provider, QuantizationOptions(**options), PrecisionFacts(TINY.layers))
     joined = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 
@@ -311,9 +300,28 @@ def dequantized(precision: str, provider: str = "cpu", **options):
         path = f"{parent}.{joined.get(own, own)}".lstrip(".")
         roles = {"embed_tokens": "embedding", "lm_head": "head", "pos_embed": "table", "proj": "patches"}
         role = "linear" if path.endswith("attn.proj") else roles.get(own, "linear")
-        return stored(weight, policy.storage(f"{'vision' if '.visual.' in name else 'text'}.{role}", path))
+        return rounded(weight, policy.storage(f"{'vision' if '.visual.' in name else 'text'}.{role}", path))
 
     return change
+
+
+@pytest.fixture(scope="module")
+def kept(checkpoint):
+    """Like `dequantized`, of a checkpoint, with its channels balanced and rotated where they are by default."""
+    made = {}
+
+    def get(tiny: Tiny, precision: str, provider: str = "cpu", **options) -> Kept:
+        key = repr((tiny, precision, provider, options))
+        if key not in made:
+            made[key] = Kept(checkpoint(tiny), precision, provider, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(params=CHANNELS)
+def channels(request) -> str:
+    return request.param
 
 
 def rounded_per_token(x):
@@ -334,14 +342,15 @@ def rounded_per_block(x, size: int):
 
 
 @contextmanager
-def activations(reference: Reference, rounding, head_rounding):
-    """Inputs of the linear layers go through ``rounding``, for a while."""
+def activations(reference: Reference, rounding, head_rounding, kept: Kept | None):
+    """Inputs of the linear layers go through ``rounding``, for a while; balanced and rotated as ``kept`` says."""
     import torch
 
     hooks = []
     for name, module in reference.model.named_modules():
         if isinstance(module, torch.nn.Linear):
             how = head_rounding if name == "lm_head" else rounding
+            how = how if kept is None else kept.inputs(f"{name}.weight", how)
             hooks.append(module.register_forward_pre_hook(lambda module, x, how=how: how(x[0])))
     try:
         yield
@@ -373,12 +382,14 @@ def as_strings(accuracy_level=4, block_size=None, is_symmetric=None, mixed=None)
 @pytest.mark.parametrize("images", ["text", "two unequal"])
 @pytest.mark.parametrize("name", ["v5", "v4, untied, bias, sharded, bf16", "odd widths"])
 @pytest.mark.parametrize("options", INT4)
-def test_int4_is_exact_with_the_weights_it_keeps(options, name, images, package, reference):
+def test_int4_is_exact_with_the_weights_it_keeps(options, name, images, channels, package, reference, kept):
     tiny, options = TINIES[name], INT4[options]
     vision = options.get("vision", "fp32")
     extra = as_strings(accuracy_level=1, **{k: v for k, v in options.items() if k != "vision"})
-    runs = package(tiny, *extra, precision="int4", vision_precision=vision)
-    with reference(tiny).with_weights(dequantized("int4", **{**options, "vision": vision})):
+    runs = package(tiny, *extra, *CHANNELS[channels], precision="int4", vision_precision=vision)
+    options = {**options, "vision": vision}
+    weights = dequantized("int4", **options) if channels == "plain" else kept(tiny, "int4", **options)
+    with reference(tiny).with_weights(weights):
         check(tiny, runs, reference, inputs_of(tiny, images), EXACT)
 
 
@@ -394,18 +405,20 @@ ROUNDED = {
 
 @pytest.mark.parametrize("tiny", [TINY, TINIES["v4, untied, bias, sharded, bf16"]], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", ["int8", "int4"])
-def test_8_bit_activations(name, tiny, package, reference):
+def test_8_bit_activations(name, tiny, channels, package, reference, kept):
     """With the rounding of the activations imitated in transformers the results are the same to the last bits.
 
     Unless a value lies so close to the middle of two codes that the order of a sum decides; that moves the result by
     a percent or so. It is rare in short prompts, so some of these must be exact, and all of them close.
     """
     options, rounding = ROUNDED[name]
-    runs, live = package(tiny, **options), reference(tiny)
+    runs, live = package(tiny, *CHANNELS[channels], **options), reference(tiny)
     vision, text = [], []
+    which = {"precision": options["precision"], "vision": options.get("vision_precision")}
+    balanced = None if channels == "plain" else kept(tiny, **which)
     with (
-        live.with_weights(dequantized(options["precision"], vision=options.get("vision_precision"))),
-        activations(live, rounding, partial(rounded_per_block, size=default_block_size(name, "cpu", 8))),
+        live.with_weights(balanced or dequantized(**which)),
+        activations(live, rounding, partial(rounded_per_block, size=default_block_size(name, "cpu", 8)), balanced),
     ):
         for seed in range(6):
             inputs = make_inputs(tiny, (), seed=seed)
@@ -421,10 +434,12 @@ def test_8_bit_activations(name, tiny, package, reference):
 
 @pytest.mark.parametrize("images", ["text", "one image", "two unequal", "120 tokens"])
 @pytest.mark.parametrize("name", ROUNDED)
-def test_8_bit_activations_cost_little(name, images, package, reference):
+def test_8_bit_activations_cost_little(name, images, channels, package, reference, kept):
     options, _ = ROUNDED[name]
-    with reference(TINY).with_weights(dequantized(options["precision"], vision=options.get("vision_precision"))):
-        check(TINY, package(TINY, **options), reference, inputs_of(TINY, images), 0.08)
+    which = {"precision": options["precision"], "vision": options.get("vision_precision")}
+    weights = dequantized(**which) if channels == "plain" else kept(TINY, **which)
+    with reference(TINY).with_weights(weights):
+        check(TINY, package(TINY, *CHANNELS[channels], **options), reference, inputs_of(TINY, images), 0.08)
 
 
 PAIRS = [(provider, precision) for provider, offered in OFFERED.items() for precision in offered]
@@ -432,7 +447,7 @@ PAIRS = [(provider, precision) for provider, offered in OFFERED.items() for prec
 
 @pytest.mark.parametrize("part", ["all", "text"])
 @pytest.mark.parametrize(("provider", "precision"), PAIRS)
-def test_every_pair_is_a_sound_model(provider, precision, part, built, package, reference):
+def test_every_pair_is_a_sound_model(provider, precision, part, built, package, reference, kept):
     tiny = TINIES["v4, untied, bias, sharded, bf16"]
     options = {"precision": precision, "execution_provider": provider, "part": part}
     # the default head, as users get it, and the one that all positions can be compared with
@@ -447,7 +462,7 @@ def test_every_pair_is_a_sound_model(provider, precision, part, built, package, 
     inputs = make_inputs(tiny, ((1, 4, 6),) if part == "all" else ())
     runs = package(tiny, **options)
     bound = {"fp32": EXACT, "fp16": HALF, "int8": 0.08, "int4": 0.08 if provider == "cpu" else HALF}[precision]
-    with reference(tiny).with_weights(dequantized(precision, provider)):
+    with reference(tiny).with_weights(kept(tiny, precision, provider)):
         expected = reference(tiny)(inputs)
         if part == "all":
             logits = runs.logits(inputs, expected.positions)

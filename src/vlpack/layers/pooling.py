@@ -27,6 +27,8 @@ class EmbeddingHead(nn.Module):
 class AnswerRows(Stored):
     """Two rows of the head's matrix, those of the tokens yes and no: ``x [B, H]`` → logits ``[B, 2]``."""
 
+    can_rotate = False  # they are floats in every precision, which rotation does nothing for
+
     def __init__(self, table: str, vocab_size: int, hidden_size: int, answers: tuple[int, int]) -> None:
         super().__init__(2, hidden_size, role="answers")
         self.table, self.vocab_size, self.answers = table, vocab_size, answers
