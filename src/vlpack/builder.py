@@ -165,16 +165,23 @@ def build(
         if progress:
             progress.start(total)
         hashes = _in_background(lambda: _hash_sources(checkpoint))
-        eight_bits = partial(
-            build,
-            base.folder,
-            folder / BESIDE,
-            precision="int8",
-            task=task,
-            lora=[adapter.weights.folder for adapter in adapters],
-            threads=threads,
+        calibration = _calibration(
+            calibrate,
+            part,
+            architecture,
+            checkpoint,
+            graphs,
+            partial(
+                build,
+                base.folder,
+                folder / BESIDE,
+                precision="int8",
+                task=task,
+                lora=[adapter.weights.folder for adapter in adapters],
+                threads=threads,
+            ),
+            progress,
         )
-        calibration = _calibration(calibrate, part, architecture, checkpoint, graphs, eight_bits, progress)
         files = DataFiles(
             folder,
             checkpoint,
