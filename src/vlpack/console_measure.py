@@ -50,6 +50,10 @@ def show_verification(report: Report, page: Path | None, *, as_json: bool) -> No
         console.out.print(
             f"{same} of {len(report.weights)} weights are byte for byte what vlpack makes of the checkpoint."
         )
+    if report.mean_kl is not None and report.precision in ("int8", "int4"):
+        from vlpack.verification.measure import nearness
+
+        console.out.print(nearness(report.mean_kl))
     for finding in report.findings:
         console.out.print(f"[bold red]{console.escape(finding.stage)}:[/] {console.escape(finding.message)}")
     model = f"{console.escape(report.package)} ({report.precision} for {report.provider})"

@@ -35,6 +35,30 @@ def require() -> None:
             f"Verifying needs {', '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed.",
             f"pip install {' '.join(missing)}",
         )
+    for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
+        from_transformers(name)
+
+
+def from_transformers(name: str) -> Any:
+    """A class of transformers, which imports what the class needs when it is asked for.
+
+    Raises:
+        VerifyError: transformers has no such class, or cannot import it.
+    """
+    try:
+        import transformers
+
+        return getattr(transformers, name)
+    except AttributeError:
+        raise VerifyError(f"This transformers has no {name}.", "Install a newer one.") from None
+    except (
+        Exception
+    ) as error:  # a library of another build raises whatever it likes: ImportError, RuntimeError, OSError
+        raise VerifyError(
+            f"transformers is installed, but {name} cannot be imported: {str(error).strip().splitlines()[-1][:200]}",
+            "Libraries of different builds (torch and torchvision, for instance) do this. Install them together in a "
+            "new environment: pip install 'vlpack[verify]'.",
+        ) from None
 
 
 @dataclass
@@ -109,7 +133,7 @@ class Reference:
         self.prefix, self.parameters, self.streamed, self.head = prefix, parameters, streamed, head
         try:
             config = transformers.AutoConfig.from_pretrained(folder)
-            model_class = getattr(transformers, config.architectures[0])
+            model_class = from_transformers(config.architectures[0])
             config._attn_implementation = "eager"
             with accelerate.init_empty_weights(include_buffers=False):
                 self.model = model_class(config)

@@ -170,6 +170,12 @@ class Report:
     streamed: bool = False
 
     @property
+    def mean_kl(self) -> float | None:
+        """KL of the next token's distribution over all positions of all cases, in nats; None without any."""
+        values = [value for case in self.cases for value in case.logits.kl]
+        return sum(values) / len(values) if values else None
+
+    @property
     def ok(self) -> bool:
         """The package is the model, within its precision."""
         return not self.findings

@@ -43,7 +43,7 @@ from vlpack.verification.measure import (
 from vlpack.verification.prompts import check_prompts, check_stops
 from vlpack.verification.reference import Reference, Trace, in_prompt_order, require
 from vlpack.verification.result import CaseResult, Finding, ImageMap, Report, Stage, WeightResult
-from vlpack.verification.weights import Parameters, Weights, policy_of
+from vlpack.verification.weights import Parameters, Weights, policy_of, scales_of
 
 Array = npt.NDArray[Any]
 Say = Callable[[str], None]
@@ -163,7 +163,8 @@ class _Comparison:
             architecture.vision.depth if architecture.vision else 0,
             checked_threads(threads),
         )
-        self.weights = Weights(architecture, checkpoint, policy, {part: self.graphs.load(part) for part in files})
+        loaded = {part: self.graphs.load(part) for part in files}
+        self.weights = Weights(architecture, checkpoint, policy, loaded, scales_of(manifest))
 
     def compare_weights(self) -> list[WeightResult]:
         """Every weight."""

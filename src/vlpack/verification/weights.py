@@ -19,7 +19,7 @@ from vlpack.precision import Policy, PrecisionFacts, QuantizationOptions, make_p
 from vlpack.sources import Source, Stacked
 from vlpack.storage import slabs
 from vlpack.tasks import EMBEDDING, GENERATE
-from vlpack.transforms import ChannelScales
+from vlpack.transforms import ChannelScales, unpacked_scales
 from vlpack.verification.measure import Gap
 from vlpack.verification.result import WeightResult
 
@@ -35,8 +35,10 @@ def policy_of(manifest: Mapping[str, Any], facts: PrecisionFacts) -> Policy:
     Raises:
         PackageError: the manifest does not say, or what it says is not a policy.
     """
+    # packages of earlier versions, which knew neither, are neither balanced nor rotated
+    before = {"balance": False, "rotation": False}
     try:
-        options = QuantizationOptions(**manifest["quantization"])
+        options = QuantizationOptions(**{**before, **manifest["quantization"]})
         policy = make_policy(manifest["precision"], manifest["execution_provider"], options, facts)
     except (KeyError, TypeError, ValueError, AttributeError, VlpackError):
         raise PackageError(
@@ -48,6 +50,19 @@ def policy_of(manifest: Mapping[str, Any], facts: PrecisionFacts) -> Policy:
     return policy
 
 
+def scales_of(manifest: Mapping[str, Any]) -> dict[str, Array]:
+    """The scales of balanced channels that a calibrated package's manifest keeps, by name; none of other packages.
+
+    Raises:
+        PackageError: they are damaged.
+    """
+    kept = manifest.get("calibration", {})
+    try:
+        return unpacked_scales(kept.get("scales", {}))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise PackageError(f"vlpack.json: {error}.", "Build the package again.") from None
+
+
 class Weights:
     """All weights of a model, as the checkpoint has them and as a package holds them.
 
@@ -56,13 +71,19 @@ class Weights:
         checkpoint: the reference.
         policy: of the package.
         graphs: part name → the package's graph, its weights not loaded.
+        scales: of balanced channels, where they came from calibration; the checkpoint tells the others.
     """
 
     def __init__(
-        self, architecture: Architecture, checkpoint: Checkpoint, policy: Policy, graphs: Mapping[str, ir.Model]
+        self,
+        architecture: Architecture,
+        checkpoint: Checkpoint,
+        policy: Policy,
+        graphs: Mapping[str, ir.Model],
+        scales: Mapping[str, Array] | None = None,
     ) -> None:
         self.checkpoint, self.graphs = checkpoint, graphs
-        self.scales = ChannelScales(checkpoint)
+        self.scales = ChannelScales(checkpoint, known=scales)
         self.by_part: dict[str, list[Weight]] = {}
         for part in _parts(architecture, policy, graphs):
             self.by_part[part.name] = declare(part, policy)

@@ -1,0 +1,121 @@
+"""The standard by which quantized packages are judged: outliers that a package does not survive are told."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from vlpack.builder import build
+from vlpack.errors import PackageError, VerifyError
+from vlpack.options import parse_extra_options
+from vlpack.verification import reference
+from vlpack.verification.measure import KL_TOLERANCE, nearness
+from vlpack.verification.weights import scales_of
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("gguf")
+
+from outliers import plant  # noqa: E402
+from smollm2 import UnavailableError, convert, fetch  # noqa: E402
+from vlpack.verification.cases import Case  # noqa: E402
+from vlpack.verification.run import verify  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 with outlier channels that leave its function as it is."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("planted")
+    try:
+        checkpoint = convert(fetch(folder), folder / "checkpoint")
+    except UnavailableError as error:
+        pytest.skip(f"SmolLM2's weights cannot be had here: {error}")
+    tensors = plant(load_file(checkpoint / "model.safetensors"), 30)
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    return checkpoint
+
+
+CASE = Case("a sentence", "The capital of France is Paris, and the capital of Italy is Rome. What is that of Spain?")
+
+
+@pytest.mark.parametrize(
+    ("precision", "extra", "passes"),
+    [
+        ("int8", [], True),
+        ("int8", ["balance=false"], False),
+        ("int8", ["balance=false", "rotation=false"], False),
+        ("int4", [], True),
+    ],
+)
+def test_outliers(planted: Path, precision: str, extra: list[str], passes: bool, tmp_path: Path) -> None:
+    """A package that lost the model to outliers is not the model; one that was balanced and rotated is."""
+    build(planted, tmp_path / "package", precision=precision, extra_options=parse_extra_options(extra))
+    report = verify(tmp_path / "package", planted, cases=[CASE], tokens=4)
+    kl = report.cases[0].logits.mean_kl
+    print(f"{precision} {extra}: KL {kl:.4f}")
+    assert (kl <= KL_TOLERANCE[precision]) == passes
+    assert any(finding.stage != "files" for finding in report.findings) != passes
+    assert all(weight.same for weight in report.weights)
+
+
+def test_calibrated_scales_are_read_back(planted: Path, tmp_path: Path) -> None:
+    """Weights of a calibrated package are brought back by the scales in its manifest, and altered ones are told."""
+    (tmp_path / "text").write_text("Rivers carry sand to the sea. " * 400, encoding="utf-8")
+    build(planted, tmp_path / "package", precision="int8", calibrate=tmp_path / "text")
+    report = verify(tmp_path / "package", planted, cases=[CASE], tokens=4)
+    assert report.ok, report.findings
+    assert max(weight.error for weight in report.weights) < 0.03
+
+
+def test_damaged_scales() -> None:
+    for scales in ({"a:0": "no base64!"}, {"a:0": "AAAA"}, {"a:0": 7}, [1]):
+        with pytest.raises(PackageError, match=r"vlpack\.json"):
+            scales_of({"calibration": {"scales": scales}})
+    assert scales_of({}) == {}
+
+
+def test_packages_of_earlier_versions(tmp_path: Path) -> None:
+    """Their manifests do not speak of balance and rotation, and such weights have neither."""
+    from vlpack.precision import PrecisionFacts
+    from vlpack.verification.weights import policy_of
+
+    manifest = {"precision": "int8", "execution_provider": "cpu", "quantization": {}}
+    policy = json.loads(json.dumps(manifest))
+    from vlpack.precision import QuantizationOptions, make_policy
+
+    made = make_policy("int8", "cpu", QuantizationOptions())
+    found = policy_of({**policy, "policy": made.described()}, PrecisionFacts())
+    assert found.options.rotation is False
+    assert found.options.balance is False
+
+
+def test_how_near_it_is() -> None:
+    assert "nearer than 8 bits" in nearness(0.001)
+    assert "as near as 8 bits" in nearness(0.007)
+    assert "between" in nearness(0.02)
+    assert "as near as 4 bits" in nearness(0.2)
+    assert "farther than 4 bits" in nearness(1.0)
+
+
+def test_a_transformers_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a torchvision of another build: a sentence, not a traceback."""
+
+    class Broken(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise RuntimeError("Failed to import transformers.models:\noperator torchvision::nms does not exist")
+
+    monkeypatch.setitem(sys.modules, "transformers", Broken("transformers"))
+    monkeypatch.setattr(reference, "find_spec", lambda name: object())
+    with pytest.raises(VerifyError, match="torchvision::nms") as caught:
+        reference.require()
+    assert "vlpack[verify]" in str(caught.value.hint)
+
+
+def test_nothing_is_nearer_than_itself() -> None:
+    assert np.isclose(float(nearness(0.0123).split()[5]), 0.012)
