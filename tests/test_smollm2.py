@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from outliers import permuted, planted, write_copy
 from parity import Package, relative
 from smollm2 import UnavailableError, convert, fetch
 from vlpack.builder import build
@@ -85,6 +86,15 @@ def test_logits_are_transformers(checkpoint: Path, ids: np.ndarray, wanted: np.n
     distance = relative(logits(checkpoint, "fp32", ids, tmp_path / "package"), wanted)
     print(f"fp32: L2 {distance:.2g}")
     assert distance < 1e-5
+
+
+def test_planted_outliers_change_no_logit(
+    checkpoint: Path, ids: np.ndarray, wanted: np.ndarray, tmp_path: Path
+) -> None:
+    copy = write_copy(checkpoint, tmp_path / "planted", permuted, planted)
+    model = transformers.Qwen2ForCausalLM.from_pretrained(copy, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        assert relative(model.eval()(torch.tensor(ids)).logits[0].numpy(), wanted) < 1e-4
 
 
 def test_as_llama(checkpoint: Path, ids: np.ndarray, wanted: np.ndarray, tmp_path: Path) -> None:
