@@ -64,7 +64,7 @@ def permuted(tensors: Tensors, layers: int, seed: int = 0) -> Tensors:
 
 
 def planted(tensors: Tensors, layers: int, seed: int = 1) -> Tensors:
-    """The same function with `NORM_OUTLIERS` outliers after each norm of a layer, `UP_OUTLIERS` before each down_proj."""
+    """The same function with `NORM_OUTLIERS` after each norm of a layer and `UP_OUTLIERS` before each down_proj."""
     random = np.random.default_rng(seed)
     made = {name: tensor.copy() for name, tensor in tensors.items()}
 
