@@ -126,7 +126,7 @@ def measure(work: Path, folder: Path, model: str, kinds: list[str], threads: int
     options = ("-c", str(PIECE), "-t", str(threads), "--parse-special", "--no-ppl")
     run(folder / "llama-imatrix", "-m", plain, "-f", texts, "-o", matrix, *options)
     for kind in kinds:
-        for importance in ([], ["--imatrix", matrix]):
+        for importance in ([], *([["--imatrix", matrix]] if kind != "Q8_0" else [])):  # which makes no use of it
             quantized = work / f"{model}-quantized.gguf"
             run(folder / "llama-quantize", *importance, plain, quantized, kind, str(threads))
             name = f"llama.cpp {kind}{', imatrix' if importance else ''}"

@@ -1,8 +1,8 @@
 """How near the models that optimum-intel exports for OpenVINO are to the fp32 model, on the CPU plugin as it comes.
 
 Takes the folder that `python benchmarks/quality.py WORK_FOLDER --prepare` fills, and runs in the environment that
-benchmarks/peers/make.py makes for OpenVINO. The calibrated model has AWQ and scale estimation with the calibration texts.
-The fp32 export is measured too, so that a mistake in running it is seen.
+benchmarks/peers/make.py makes for OpenVINO. The calibrated model has AWQ and scale estimation with the calibration
+texts. The fp32 export is measured too, so that a mistake in running it is seen.
 
 Usage: python benchmarks/peers/quality_openvino.py WORK_FOLDER [--output quality-openvino.json] [--models mild outliers]
        [--threads N]
@@ -34,10 +34,10 @@ GROUP = 64
 SETTINGS: dict[str, list[str] | None] = {
     "fp32": ["--weight-format", "fp32"],
     "int8": ["--weight-format", "int8"],
-    f"int4, group {GROUP}": ["--weight-format", "int4", "--group-size", str(GROUP)],
-    f"int4, group {GROUP}, AWQ and scale estimation": None,
+    f"int4 g{GROUP}": ["--weight-format", "int4", "--group-size", str(GROUP)],
+    f"int4 g{GROUP}, AWQ + SE": None,
 }
-"""Name → options of `optimum-cli export openvino`; None: by Python, which alone takes texts of one's own."""
+"""Name → options of `optimum-cli export openvino`; None for AWQ and scale estimation, which it does not do on own texts."""
 
 
 def export(checkpoint: Path, folder: Path, options: list[str]) -> None:
