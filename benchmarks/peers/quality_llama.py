@@ -5,6 +5,8 @@ file of the fp32 weights; the importance matrix is computed with the calibration
 are those of the same token ids, from a small program of ours on its library (llama_tools). The tools are built, once,
 from the source in PyPI's llama-cpp-python. The fp32 file is measured too, so that a mistake in writing it is seen.
 
+The fp32 file and the importance matrix stay in the folder for the next run.
+
 Usage: python benchmarks/peers/quality_llama.py WORK_FOLDER [--output quality-llama.json] [--models mild outliers]
        [--types Q8_0 Q4_0 ...] [--source FOLDER] [--threads N]
 Needs cmake and a C++ compiler, and `pip install gguf==0.19.0` beside vlpack.
@@ -124,7 +126,8 @@ def measure(work: Path, folder: Path, model: str, kinds: list[str], threads: int
     print(f"{model}: importance matrix of {check_tokenizer(folder, plain, texts)} tokens", flush=True)
     matrix = work / f"{model}-imatrix.gguf"
     options = ("-c", str(PIECE), "-t", str(threads), "--parse-special", "--no-ppl")
-    run(folder / "llama-imatrix", "-m", plain, "-f", texts, "-o", matrix, *options)
+    if not matrix.exists():
+        run(folder / "llama-imatrix", "-m", plain, "-f", texts, "-o", matrix, *options)
     for kind in kinds:
         for importance in ([], *([["--imatrix", matrix]] if kind != "Q8_0" else [])):  # which makes no use of it
             quantized = work / f"{model}-quantized.gguf"

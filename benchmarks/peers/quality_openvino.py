@@ -37,7 +37,7 @@ SETTINGS: dict[str, list[str] | None] = {
     f"int4 g{GROUP}": ["--weight-format", "int4", "--group-size", str(GROUP)],
     f"int4 g{GROUP}, AWQ + SE": None,
 }
-"""Name → options of `optimum-cli export openvino`; None for AWQ and scale estimation, which it does not do on own texts."""
+"""Name → options of `optimum-cli export openvino`; None where own texts are given, for which Python is needed."""
 
 
 def export(checkpoint: Path, folder: Path, options: list[str]) -> None:
