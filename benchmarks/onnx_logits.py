@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -13,10 +14,11 @@ from quality_scores import Array
 TYPES = {"tensor(int8)": np.int8, "tensor(float16)": np.float16}
 
 
-def decoder_file(package: Path) -> Path:
-    """The decoder's graph."""
+def decoder_of(package: Path) -> dict[str, Any]:
+    """The decoder's section of the package's settings."""
     config = json.loads((package / "genai_config.json").read_text(encoding="utf-8"))
-    return package / config["model"]["decoder"]["filename"]
+    decoder: dict[str, Any] = config["model"]["decoder"]
+    return decoder
 
 
 def logits(package: Path, ids: Array, threads: int) -> Iterator[Array]:
@@ -24,10 +26,16 @@ def logits(package: Path, ids: Array, threads: int) -> Iterator[Array]:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    session = ort.InferenceSession(decoder_file(package), options, providers=["CPUExecutionProvider"])
+    decoder = decoder_of(package)
+    session = ort.InferenceSession(package / decoder["filename"], options, providers=["CPUExecutionProvider"])
     ports = {port.name: port for port in session.get_inputs()}
+    # upstream's graphs have names in place of the sizes; an 8-bit cache of vlpack's has rows of another width
+    sizes = {1: decoder["num_key_value_heads"], 2: 0, 3: decoder["head_size"]}
     past = {
-        name: np.zeros((1, port.shape[1], 0, port.shape[3]), TYPES.get(port.type, np.float32))
+        name: np.zeros(
+            [1, *(port.shape[axis] if isinstance(port.shape[axis], int) else size for axis, size in sizes.items())],
+            TYPES.get(port.type, np.float32),
+        )
         for name, port in ports.items()
         if name.startswith("past_key_values")
     }

@@ -175,6 +175,27 @@ def test_bits_of_an_onnx_graph(load: Any, tmp_path: Path) -> None:
     assert load("quality_upstream").bits(tmp_path / "model.onnx") == (5, 32)
 
 
+@pytest.mark.parametrize(("declared", "found"), [("heads, past, size", [1, 2, 0, 8]), ("3, past, 12", [1, 3, 0, 12])])
+def test_caches_begin_empty(load: Any, tmp_path: Path, declared: str, found: list[int]) -> None:
+    """Sizes are the graph's where it has numbers, else those of the package's settings."""
+    from onnx import parser, save
+
+    graph = f"""<ir_version: 10, opset_import: ["": 21]>
+    decoder (int64[batch, tokens] input_ids, float16[batch, {declared}] past_key_values_0_key) => (float logits) {{
+        last = Constant <value_ints = [-1]> ()
+        columns = Unsqueeze (input_ids, last)
+        sizes = Shape (past_key_values_0_key)
+        sums = Add (columns, sizes)
+        logits = Cast <to = 1> (sums)
+    }}"""
+    save(parser.parse_model(graph), tmp_path / "model.onnx")
+    decoder = {"filename": "model.onnx", "num_key_value_heads": 2, "head_size": 8}
+    (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}))
+    ids = np.array([[5, 6], [7, 8]])
+    texts = list(load("onnx_logits").logits(tmp_path, ids, 1))
+    assert [(rows - np.array(found)).T.tolist() for rows in texts] == [[row.tolist()] * 4 for row in ids]
+
+
 @pytest.fixture
 def results() -> list[dict[str, Any]]:
     ours = [row("mild", "vlpack int8", 0.0123, 8), row("outliers", "vlpack int8", 0.5, 8)]

@@ -24,7 +24,7 @@ import onnx
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from make import builder
-from onnx_logits import decoder_file, logits
+from onnx_logits import decoder_of, logits
 from quality_scores import MODELS, TOKENS, Row, save, score
 
 SETTINGS: dict[str, tuple[str, list[str]]] = {
@@ -71,9 +71,10 @@ def measure(work: Path, model: str, name: str, threads: int) -> Row:
     done = subprocess.run([str(part) for part in (*command, *extra)], capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"upstream {name}: the builder ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+    graph = package / decoder_of(package)["filename"]
     found = logits(package, np.load(work / TOKENS), threads)
     about = f"onnxruntime-genai {version('onnxruntime-genai')}"
-    row = score(work, model, f"upstream {name}", found, *bits(decoder_file(package)), about)
+    row = score(work, model, f"upstream {name}", found, *bits(graph), about)
     shutil.rmtree(package)
     return row
 
