@@ -69,23 +69,24 @@ def chart(
         timed: who in the quality files → who in the timing; equal names need not be given.
     """
     rows = merged(results)
+    whose = sorted({name.split()[0] for name in rows}, key=lambda who: (who != "vlpack", who))
     titles = {"mild": "SmolLM2-135M", "outliers": "the same function with planted outliers"}
     drawn = []
     for model in MODELS:
-        groups: dict[str, scatter.Spots] = {}
+        groups: dict[str, scatter.Spots] = {who: [] for who in whose}
         for name, models in rows.items():
             if model in models and models[model]["bits"] < UNQUANTIZED:
                 who, _, what = name.partition(" ")
-                groups.setdefault(who, []).append((models[model]["bits"], models[model]["kl"], what))
+                groups[who].append((models[model]["bits"], models[model]["kl"], what))
         drawn.append((titles[model], "bits per weight of the decoder's matrices", "KL, nats per token", groups))
     if timing:
         work = next(work for work in timing["results"] if work.isdigit())
-        groups = {}
+        groups = {who: [] for who in whose}
         for name, models in rows.items():
             runs = timing["results"][work].get((timed or {}).get(name, name))
             if runs and MODELS[0] in models:
                 who, _, what = name.partition(" ")
                 token = 1e3 * min(run["token"] for run in runs)
-                groups.setdefault(who, []).append((token, models[MODELS[0]]["kl"], what))
+                groups[who].append((token, models[MODELS[0]]["kl"], what))
         drawn.append((f"speed at 2B shapes, after {work} tokens", "ms per token", "KL, nats per token", groups))
     return scatter.panels("How near quantized models are to the fp32 model", drawn)

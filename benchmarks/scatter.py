@@ -13,6 +13,8 @@ PANEL_WIDTH, PANEL_HEIGHT = 470, 470
 PANEL_LEFT, PANEL_RIGHT, PANEL_TOP, PANEL_BOTTOM = 62, 14, 66, 50
 LABEL = 10.5
 """Size of the labels' letters."""
+FAR = 11
+"""A label that is farther from its mark is joined to it by a line."""
 
 
 def decades(lowest: float, highest: float) -> list[float]:
@@ -38,26 +40,30 @@ def overlap(one: Box, other: Box) -> float:
     return max(width, 0.0) * max(height, 0.0)
 
 
+def near(place: tuple[float, float], box: Box) -> tuple[float, float]:
+    """The point of a box that is nearest to a place."""
+    (x, y), (left, top, right, bottom) = place, box
+    return min(max(x, left), right), min(max(y, top), bottom)
+
+
 def label_boxes(places: list[tuple[float, float]], words: list[str], frame: Box) -> list[Box]:
-    """Where each label stands: near its mark, where it hides the least of what stands there already."""
+    """Where each label stands: as near to its mark as it can without hiding a mark or a label, and inside the frame."""
     taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
     made = []
     for (x, y), label in zip(places, words, strict=True):
-        width = len(label) * LABEL * 0.54
-        corners = [
-            (left, y + down)
-            for down in (-LABEL / 2, -LABEL * 1.35, LABEL * 0.35, -LABEL * 2.2, LABEL * 1.2, -LABEL * 3.1, LABEL * 2.1)
-            for left in (x + 8, x - 8 - width, x - width / 2)
-            if left != x - width / 2 or abs(down + LABEL / 2) > LABEL
+        width = len(label) * LABEL * 0.56
+        boxes = [
+            (left, middle - LABEL / 2, left + width, middle + LABEL / 2)
+            for middle in (y + step * LABEL / 2 for step in range(-12, 13))
+            for left in (*(x + right for right in (8, 30, 60, 90, 130)), x - 8 - width, x - 30 - width, x - width / 2)
         ]
-        boxes = [(left, top, left + width, top + LABEL) for left, top in corners]
 
-        def hidden(box: Box) -> float:
-            inside = overlap(box, frame)
-            outside = (box[2] - box[0]) * (box[3] - box[1]) - inside
-            return 4 * outside + sum(overlap(box, other) for other in taken)
+        def cost(box: Box) -> float:
+            outside = (box[2] - box[0]) * (box[3] - box[1]) - overlap(box, frame)
+            hidden = sum(overlap(box, other) for other in taken)
+            return 10 * (outside + hidden) + math.dist((x, y), near((x, y), box))  # noqa: B023
 
-        best = min(boxes, key=lambda box: (round(hidden(box), 3), boxes.index(box)))
+        best = min(boxes, key=cost)
         taken.append(best)
         made.append(best)
     return made
@@ -97,8 +103,12 @@ def panel(left: float, title: str, across: str, up: str, groups: dict[str, Spots
     for number, group in enumerate(groups.values()):
         color = COLORS[number % len(COLORS)]
         for x, y, words in group:
-            box = next(boxes)
-            parts.append(mark(number, *place(x, y), color))
+            box, spot = next(boxes), place(x, y)
+            end = near(spot, box)
+            if math.dist(spot, end) > FAR:
+                line = f"M{spot[0]:.1f} {spot[1]:.1f}L{end[0]:.1f} {end[1]:.1f}"
+                parts.append(f'<path d="{line}" stroke="{color}" stroke-width="0.7"/>')
+            parts.append(mark(number, *spot, color))
             size = f' font-size="{LABEL}" fill="{color}"'
             parts.append(text(box[0], box[3] - 2, words, "start", size))
     return parts
