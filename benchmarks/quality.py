@@ -74,9 +74,7 @@ def bits(package: Path) -> tuple[float, float]:
         return 8 * sum(weights[name]["bytes"] for name in names) / count
 
     decoder = [name for name, weight in weights.items() if "_proj" in name and len(weight["shape"]) > 1]
-    # a tied head may share the embedding's bytes, and only one of the two is listed in older manifests
-    head = [next(name for name in ("lm_head", "model.embed_tokens") if name in weights)]
-    return mean(decoder), mean(head)
+    return mean(decoder), mean(["lm_head"])
 
 
 def measure(work: Path, model: str, name: str, options: list[str], threads: int) -> Row:
