@@ -1,10 +1,11 @@
 """Puts results into docs/benchmarks.md: the tables between its marks, and the plots beside it.
 
-Figures come from files that compare.py, build.py and `vlpack bench` wrote, never from a hand. What is not given keeps
-what it has.
+Figures come from files that compare.py, build.py, quality.py with the peers' quality scripts, and `vlpack bench` wrote,
+never from a hand. What is not given keeps what it has.
 
 Usage: python benchmarks/page.py [--compare compare.json] [--images compare.json] [--build build.json ...]
        [--bench result.json ...] [--docs FOLDER]
+       [--quality quality.json ... [--timing compare.json] [--timed "NAME=NAME IN THE TIMING" ...]]
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import build
 import compare
 import plot
+import quality_page
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -113,9 +115,12 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="the plot of images; one with several sizes")
     parser.add_argument("--build", type=Path, nargs="+", default=[], help="tables, and the plot of memory")
     parser.add_argument("--bench", type=Path, nargs="+", default=[])
+    parser.add_argument("--quality", type=Path, nargs="+", default=[], help="a table and a plot")
+    parser.add_argument("--timing", type=Path, help="of compare.py, for the plot of quality against time")
+    parser.add_argument("--timed", nargs="+", default=[], metavar="NAME=NAME", help="who has which name in the timing")
     parser.add_argument("--docs", type=Path, default=DOCS)
     given = parser.parse_args()
-    if not (given.compare or given.images or given.build or given.bench):
+    if not (given.compare or given.images or given.build or given.bench or given.quality):
         parser.error("give results")
     path = given.docs / "benchmarks.md"
     page = path.read_text(encoding="utf-8")
@@ -127,6 +132,11 @@ def main() -> None:
             (given.docs / "build-memory.svg").write_text(memory(load(given.build)), encoding="utf-8")
         if given.bench:
             page = fill(page, "bench", benched(load(given.bench)))
+        if given.quality:
+            results, timing = load(given.quality), load([given.timing])[0] if given.timing else None
+            timed = dict(pair.split("=", 1) for pair in given.timed)
+            page = fill(page, "quality", quality_page.table(results))
+            (given.docs / "quality.svg").write_text(quality_page.chart(results, timing, timed), encoding="utf-8")
         if given.images:
             (given.docs / "image-time.svg").write_text(images(*load([given.images])), encoding="utf-8")
     except (KeyError, TypeError) as error:

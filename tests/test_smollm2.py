@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from checkpoint_copies import permuted, planted, write_copy
 from outliers import plant
 from parity import Package, relative
 from smollm2 import UnavailableError, convert, fetch
@@ -88,6 +89,15 @@ def test_logits_are_transformers(checkpoint: Path, ids: np.ndarray, wanted: np.n
     assert distance < 1e-5
 
 
+def test_planted_outliers_change_no_logit(
+    checkpoint: Path, ids: np.ndarray, wanted: np.ndarray, tmp_path: Path
+) -> None:
+    copy = write_copy(checkpoint, tmp_path / "planted", permuted, planted)
+    model = transformers.Qwen2ForCausalLM.from_pretrained(copy, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        assert relative(model.eval()(torch.tensor(ids)).logits[0].numpy(), wanted) < 1e-4
+
+
 def test_as_llama(checkpoint: Path, ids: np.ndarray, wanted: np.ndarray, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
@@ -159,8 +169,8 @@ def outlying(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory:
     folder = tmp_path_factory.mktemp("outlying") / "checkpoint"
     shutil.copytree(checkpoint, folder)
     layers = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
-    planted = plant(load_file(checkpoint / "model.safetensors"), layers, **PLANTED[request.param])  # type: ignore[arg-type]
-    save_file(planted, folder / "model.safetensors", metadata={"format": "pt"})
+    tensors = plant(load_file(checkpoint / "model.safetensors"), layers, **PLANTED[request.param])  # type: ignore[arg-type]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

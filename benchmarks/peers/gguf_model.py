@@ -1,9 +1,10 @@
-"""Writes the text decoder of a Qwen3-VL or Qwen3 checkpoint as a GGUF file in Q4_0, for llama.cpp.
+"""Writes the text decoder of a Qwen3-VL, Qwen3 or Qwen2 checkpoint as a GGUF file in Q4_0 or F32, for llama.cpp.
 
-The embedding, which is the head too where it is tied, is Q8_0, as vlpack keeps it in 8 bits. For text, where the three
-axes of M-RoPE are equal, the decoder is Qwen3's.
+In Q4_0 the embedding, which is the head too where it is tied, is Q8_0, as vlpack keeps it in 8 bits. For text, where
+the three axes of M-RoPE are equal, the decoder of Qwen3-VL is Qwen3's. F32 is what llama.cpp's own tool quantizes.
 
-Usage: python benchmarks/peers/gguf_model.py CHECKPOINT FILE.gguf   (needs: pip install gguf, version 0.19 was used)
+Usage: python benchmarks/peers/gguf_model.py CHECKPOINT FILE.gguf [--fp32] [--pre-tokenizer qwen2]
+Needs: pip install gguf (version 0.19 was used)
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+"""The checkpoint's names; a layer has those of its norms and biases that its architecture has."""
 
 
-def write(source: Path, target: Path) -> None:
+def write(source: Path, target: Path, *, fp32: bool = False, pre_tokenizer: str = "qwen2") -> None:
     with Checkpoint.open(source) as checkpoint:
         text = checkpoint.config.get("text_config", checkpoint.config)
-        writer = gguf.GGUFWriter(target, "qwen3")
+        biases = checkpoint.config["model_type"] == "qwen2"
+        writer = gguf.GGUFWriter(target, "qwen2" if biases else "qwen3")
         rope = text.get("rope_parameters") or text
         writer.add_context_length(text["max_position_embeddings"])
         writer.add_embedding_length(text["hidden_size"])
@@ -45,35 +48,41 @@ def write(source: Path, target: Path) -> None:
         writer.add_feed_forward_length(text["intermediate_size"])
         writer.add_head_count(text["num_attention_heads"])
         writer.add_head_count_kv(text["num_key_value_heads"])
-        writer.add_key_length(text["head_dim"])
-        writer.add_value_length(text["head_dim"])
+        head_dim = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
         writer.add_rope_freq_base(rope["rope_theta"])
         writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
-        writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
-        add_tokenizer(writer, json.loads((source / "tokenizer.json").read_text(encoding="utf-8")), text["vocab_size"])
+        writer.add_file_type(gguf.LlamaFileType.ALL_F32 if fp32 else gguf.LlamaFileType.MOSTLY_Q4_0)
+        tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
+        add_tokenizer(writer, tokenizer, text["vocab_size"], pre_tokenizer)
+        q4, q8 = (F32, F32) if fp32 else (Q4, Q8)
         prefix = "model.language_model" if "text_config" in checkpoint.config else "model"
-        add(writer, checkpoint, f"{prefix}.embed_tokens", "token_embd", Q8)
+        add(writer, checkpoint, f"{prefix}.embed_tokens", "token_embd", q8)
         if "lm_head.weight" in checkpoint.tensors:
-            add(writer, checkpoint, "lm_head", "output", Q8)
+            add(writer, checkpoint, "lm_head", "output", q8)
         add(writer, checkpoint, f"{prefix}.norm", "output_norm", F32)
         for layer in range(text["num_hidden_layers"]):
             for own, name in LAYER.items():
-                kind = F32 if "norm" in own else Q4
-                add(writer, checkpoint, f"{prefix}.layers.{layer}.{own}", f"blk.{layer}.{name}", kind)
+                module = f"{prefix}.layers.{layer}.{own}"
+                if f"{module}.weight" in checkpoint.tensors:
+                    add(writer, checkpoint, module, f"blk.{layer}.{name}", F32 if "norm" in own else q4)
+                if biases and f"{module}.bias" in checkpoint.tensors:
+                    add(writer, checkpoint, module, f"blk.{layer}.{name}", F32, "bias")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file(progress=True)
     writer.close()
 
 
-def add(writer: Any, checkpoint: Checkpoint, own: str, name: str, kind: Any) -> None:
-    shape = checkpoint.tensors[f"{own}.weight"].shape
+def add(writer: Any, checkpoint: Checkpoint, own: str, name: str, kind: Any, part: str = "weight") -> None:
+    shape = checkpoint.tensors[f"{own}.{part}"].shape
     width = shape[-1] if len(shape) > 1 else 1
-    values = checkpoint.rows(f"{own}.weight", 0, shape[0], width=width).astype(np.float32).reshape(shape)
-    writer.add_tensor(f"{name}.weight", gguf.quants.quantize(values, kind), raw_dtype=kind)
+    values = checkpoint.rows(f"{own}.{part}", 0, shape[0], width=width).astype(np.float32).reshape(shape)
+    writer.add_tensor(f"{name}.{part}", gguf.quants.quantize(values, kind), raw_dtype=kind)
 
 
-def add_tokenizer(writer: Any, tokenizer: dict[str, Any], size: int) -> None:
+def add_tokenizer(writer: Any, tokenizer: dict[str, Any], size: int, pre: str) -> None:
     names = {number: token for token, number in tokenizer["model"]["vocab"].items()}
     special = {entry["id"]: entry["content"] for entry in tokenizer["added_tokens"]}
     tokens, types = [], []
@@ -83,19 +92,22 @@ def add_tokenizer(writer: Any, tokenizer: dict[str, Any], size: int) -> None:
         types.append(kind if number in special or number in names else gguf.TokenType.UNUSED)
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in tokenizer["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges(merges)
     writer.add_eos_token_id(next(number for number, token in special.items() if token == "<|im_end|>"))
+    writer.add_add_bos_token(False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("target", type=Path)
-    arguments = parser.parse_args()
-    write(arguments.checkpoint, arguments.target)
+    parser.add_argument("--fp32", action="store_true", help="nothing is quantized")
+    parser.add_argument("--pre-tokenizer", default="qwen2", help="llama.cpp's name of how text is split into words")
+    given = parser.parse_args()
+    write(given.checkpoint, given.target, fp32=given.fp32, pre_tokenizer=given.pre_tokenizer)
 
 
 if __name__ == "__main__":
