@@ -1,8 +1,8 @@
 """How near vlpack's packages are to the fp32 model: KL divergence, likeliest tokens, bits per weight.
 
 Each build is measured on SmolLM2-135M with its channels permuted (`mild`), and on the same function with planted
-outliers (`outliers`, see tests/checkpoint_copies.py), in plain onnxruntime. A build is the options of `vlpack build` in one
-argument; the name of its row may stand before it: "int4, own texts: --precision int4 --calibrate self". Rows with names
+outliers (`outliers`, see tests/checkpoint_copies.py), in plain onnxruntime. A build is the options of `vlpack build` in
+one argument; the name of its row may stand before it: "int4, own texts: -p int4 --calibrate self". Rows with names
 that the output has already are replaced in it. The peers are measured by benchmarks/peers/quality_llama.py,
 quality_openvino.py and quality_upstream.py with what --prepare makes; benchmarks/page.py --quality writes the table and
 the plot.

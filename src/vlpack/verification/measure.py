@@ -21,7 +21,7 @@ quantization costs is judged by `KL_TOLERANCE`."""
 
 KL_TOLERANCE = {"fp32": 1e-6, "fp16": 1e-3, "int8": 0.03, "int4": 0.8}
 """Mean Kullback-Leibler divergence of the next token's distribution, in nats, by precision. On the built-in prompts
-SmolLM2, as it is and with outlier channels planted, has at most 0.012 in int8 and 0.61 in int4 (0.42 without them); int8
+SmolLM2, as it is and with outliers planted, has at most 0.012 in int8 and 0.61 in int4 (0.42 without them); int8
 without balance and rotation has 0.073 as it is and 1.5 with outliers, and int4 1.1 (docs/results.md)."""
 
 TYPICAL_KL = {"8 bits": (0.004, 0.015), "4 bits": (0.04, 0.4)}
