@@ -1,8 +1,9 @@
 """The precision policy, as data: which storage each weight gets, and the dtype of what flows between them.
 
 A policy is a list of rules, of which the first that fits decides. A rule goes by a weight's *role*, what it is for:
-``text.`` or ``vision.`` and then ``linear``, ``embedding``, ``head``, ``answers``, ``router``, ``expert``, ``table`` or
-``patches``. It may also go by the path of its module, which is the checkpoint's, with q/k/v and gate/up joined:
+``text.`` or ``vision.`` and then ``linear``, ``embedding``, ``head``, ``answers``, ``router``, ``expert``, ``output`` (the
+last matrix of a vision encoder), ``table`` or ``patches``. It may also go by the path of its module, which is the
+checkpoint's, with q/k/v and gate/up joined:
 ``model.language_model.layers.3.self_attn.qkv_proj``.
 """
 
@@ -30,7 +31,7 @@ OFFERED: Mapping[str, tuple[str, ...]] = {
 """Execution provider → its precisions. int8 is the CPU's own: other providers lack DynamicQuantizeMatMul."""
 
 ROLES = tuple(f"text.{kind}" for kind in ("linear", "embedding", "head", "answers", "router", "expert"))
-ROLES += tuple(f"vision.{kind}" for kind in ("linear", "table", "patches"))
+ROLES += tuple(f"vision.{kind}" for kind in ("linear", "output", "table", "patches"))
 """What a weight may be for."""
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -291,8 +292,11 @@ def _vision_rules(precision: str, provider: str, dtype: str, options: Quantizati
     else:
         storage = Transposed("float16" if vision == "fp16" else "float32")
     kept = storage.dtype if isinstance(storage, Transposed) else dtype
-    tables = Rule("vision.table", Float("float32"))
-    return [tables, Rule("vision.patches", Transposed(kept)), Rule("vision.*", storage)]
+    rules = [Rule("vision.table", Float("float32")), Rule("vision.patches", Transposed(kept))]
+    if vision == "int8":
+        # what this matrix loses is in the features as it is: half of their error, for a fortieth of the products
+        rules.append(Rule("vision.output", Transposed("float32")))
+    return [*rules, Rule("vision.*", storage)]
 
 
 def sensitive_layers(num_hidden_layers: int) -> list[int]:

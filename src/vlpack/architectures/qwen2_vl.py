@@ -48,7 +48,7 @@ class PatchMerger(nn.Module):
         self.ln_q = norm
         self.width, self.merge = size * merge * merge, merge
         # layers are named by their places in the reference's sequence, an exact GELU between them
-        self.mlp = VisionMLP(self.width, self.width, "gelu", out, names=("0", "2"))
+        self.mlp = VisionMLP(self.width, self.width, "gelu", out, names=("0", "2"), role="output")
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         return self.mlp(op, op.Reshape(self.ln_q(op, x), [-1, self.width]))

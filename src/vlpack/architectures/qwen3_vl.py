@@ -53,7 +53,7 @@ class PatchMerger(nn.Module):
         self.postshuffle_norm, self.merge = postshuffle_norm, merge
         self.norm = LayerNorm(self.width if postshuffle_norm else hidden_size, LAYER_NORM_EPS)
         self.linear_fc1 = Linear(self.width, self.width, bias=True)
-        self.linear_fc2 = Linear(self.width, out_hidden_size, bias=True)
+        self.linear_fc2 = Linear(self.width, out_hidden_size, bias=True, role="output")
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         if self.postshuffle_norm:

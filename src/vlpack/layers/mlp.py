@@ -65,6 +65,7 @@ class VisionMLP(nn.Module):
         hidden_act: the activation.
         out_size: of the output; the input's where None.
         names: of the two layers in the checkpoint.
+        role: of the second layer's weight.
     """
 
     def __init__(
@@ -74,10 +75,11 @@ class VisionMLP(nn.Module):
         hidden_act: str,
         out_size: int | None = None,
         names: tuple[str, str] = ("linear_fc1", "linear_fc2"),
+        role: str = "linear",
     ) -> None:
         super().__init__()
         setattr(self, names[0], Linear(hidden_size, intermediate_size, bias=True))
-        setattr(self, names[1], Linear(intermediate_size, out_size or hidden_size, bias=True, wide=True))
+        setattr(self, names[1], Linear(intermediate_size, out_size or hidden_size, bias=True, wide=True, role=role))
         self.hidden_act = hidden_act
 
     @property
