@@ -433,7 +433,7 @@ def test_too_little_space_is_told_before_the_work(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(output_module.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     monkeypatch.setattr(datafile.DataFiles, "save", lambda *arguments: pytest.fail("work was begun"))
-    refused(source, "Not enough space", "0.01 GB", "0.00 GB")
+    refused(source, "Not enough space", "0.02 GB", "0.00 GB")
 
 
 @pytest.mark.parametrize(("number", "part"), [(errno.ENOSPC, "The disk is full"), (errno.EIO, "Cannot write")])
@@ -442,8 +442,8 @@ def test_a_disk_that_fails_in_the_middle(
 ) -> None:
     encode = datafile.encode
 
-    def fail(checkpoint: Any, weight: Any, inputs_of: Any) -> Iterator[Any]:
-        yield from encode(checkpoint, weight, inputs_of)
+    def fail(checkpoint: Any, weight: Any, scales: Any, inputs_of: Any) -> Iterator[Any]:
+        yield from encode(checkpoint, weight, scales, inputs_of)
         if weight.path.endswith("layers.3.mlp.down_proj"):
             raise OSError(number, os.strerror(number))
 

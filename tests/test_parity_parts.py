@@ -290,6 +290,11 @@ PLAIN = ("balance=false", "rotation=false")
 CHANNELS = {"plain": PLAIN, "balanced and rotated": ()}
 
 
+def is_output(module: str) -> bool:
+    """Whether a module is the last matrix of the vision encoder's mergers, which int8 packages keep in fp32."""
+    return "merger" in module and module.endswith("linear_fc2")
+
+
 def dequantized(precision: str, provider: str = "cpu", **options):
     """Weight name → the storage's values of it, channels as they are, as `Reference.with_weights` takes it."""
     policy = make_policy(precision, provider, QuantizationOptions(**options), PrecisionFacts(TINY.layers))
@@ -300,6 +305,7 @@ def dequantized(precision: str, provider: str = "cpu", **options):
         path = f"{parent}.{joined.get(own, own)}".lstrip(".")
         roles = {"embed_tokens": "embedding", "lm_head": "head", "pos_embed": "table", "proj": "patches"}
         role = "linear" if path.endswith("attn.proj") else roles.get(own, "linear")
+        role = "output" if is_output(path) else role
         return rounded(weight, policy.storage(f"{'vision' if '.visual.' in name else 'text'}.{role}", path))
 
     return change
@@ -348,7 +354,7 @@ def activations(reference: Reference, rounding, head_rounding, kept: Kept | None
 
     hooks = []
     for name, module in reference.model.named_modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, torch.nn.Linear) and not (is_output(name) and rounding is rounded_per_token):
             how = head_rounding if name == "lm_head" else rounding
             how = how if kept is None else kept.inputs(f"{name}.weight", how)
             hooks.append(module.register_forward_pre_hook(lambda module, x, how=how: how(x[0])))

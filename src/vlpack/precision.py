@@ -1,8 +1,8 @@
 """The precision policy, as data: which storage each weight gets, and the dtype of what flows between them.
 
 A policy is a list of rules, of which the first that fits decides. A rule goes by a weight's *role*, what it is for:
-``text.`` or ``vision.`` and then ``linear``, ``embedding``, ``head``, ``answers``, ``router``, ``expert``, ``output`` (the
-last matrix of a vision encoder), ``table`` or ``patches``. It may also go by the path of its module, which is the
+``text.`` or ``vision.`` and then ``linear``, ``embedding``, ``head``, ``answers``, ``router``, ``expert``, ``output``
+(the last matrix of a vision encoder), ``table`` or ``patches``. It may also go by the path of its module, which is the
 checkpoint's, with q/k/v and gate/up joined:
 ``model.language_model.layers.3.self_attn.qkv_proj``.
 """
