@@ -163,7 +163,8 @@ class _Comparison:
             architecture.vision.depth if architecture.vision else 0,
             checked_threads(threads),
         )
-        self.weights = Weights(architecture, checkpoint, policy, {part: self.graphs.load(part) for part in files})
+        loaded = {part: self.graphs.load(part) for part in files}
+        self.weights = Weights(architecture, checkpoint, policy, loaded, manifest.get("calibration"))
 
     def compare_weights(self) -> list[WeightResult]:
         """Every weight."""
