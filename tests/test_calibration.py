@@ -21,13 +21,23 @@ from tiny import FIRST_SPECIAL, Tiny
 from vlpack.architectures import Architecture, architecture_of
 from vlpack.builder import build
 from vlpack.calibration import layers
-from vlpack.calibration.model import LEAST_SHARE, CalibrationModel, choose
+from vlpack.calibration.model import LEAST_SHARE, CalibrationModel, Shown, choose
 from vlpack.calibration.start import start_calibration
-from vlpack.calibration.texts import LENGTH, TEXTS, openings, pictured, pieces, prompt_builder, texts_of
+from vlpack.calibration.texts import (
+    LENGTH,
+    TEXTS,
+    conversations_of,
+    openings,
+    pictured,
+    pieces,
+    prompt_builder,
+    texts_of,
+)
 from vlpack.checkpoint import Checkpoint
-from vlpack.errors import OptionError, PackageError
+from vlpack.errors import InputError, OptionError, PackageError
 from vlpack.graph import Weight
 from vlpack.options import parse_extra_options
+from vlpack.pictures import picture
 from vlpack.preprocess.tokenizer import Tokenizer
 from vlpack.quantize.blocks import dequantize_blocks, quantize_blocks, unpack
 from vlpack.quantize.channel import dequantize_rows, quantize_rows
@@ -503,6 +513,85 @@ def test_a_file_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     described = manifest(tmp_path / "out")["calibration"]
     assert described["texts"] == "a file"
     assert described["tokens"] >= 1024
+
+
+def conversation(image: str, words: str = "What is written in this picture, and how large is it?") -> dict[str, Any]:
+    content = [{"type": "image", "path": image}, {"type": "text", "text": words}]
+    answer = {"role": "assistant", "content": "Four digits stand there, one beside the other. " * 8}
+    return {"messages": [{"role": "user", "content": content}, answer]}
+
+
+@pytest.fixture
+def conversations(tmp_path: Path) -> Path:
+    """A file whose images lie in a folder beside it."""
+    (tmp_path / "data" / "seen").mkdir(parents=True)
+    picture(320, 224, 1).save(tmp_path / "data" / "seen" / "a.png")
+    path = tmp_path / "data" / "own.jsonl"
+    path.write_text((json.dumps(conversation("seen/a.png")) + "\n") * 6, encoding="utf-8")
+    return path
+
+
+def test_a_file_of_conversations(
+    conversations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images by paths from the file; the built-in pictures are left away, as there are the user's."""
+    monkeypatch.chdir(tmp_path)
+    said = vlpack(capsys, "build", DIGITS, "-p", "int4", "--calibrate", conversations, "-o", tmp_path / "out")
+    assert said.code == 0, said.err
+    described = manifest(tmp_path / "out")["calibration"]
+    assert described["texts"] == "a file"
+    assert described["pictures"] == 6
+    assert described["tokens"] >= 1024
+
+
+def test_conversations_are_whole_prompts(conversations: Path) -> None:
+    """Of the answer, too; no header of another answer follows it."""
+    builder = prompt_builder(DIGITS, Checkpoint.open(DIGITS).config["image_token_id"])
+    made = conversations_of(conversations, builder)
+    assert len(made) == 6
+    assert all(prompt.has_images and prompt.text.rstrip().endswith("<|im_end|>") for prompt in made)
+
+
+LINES = {
+    "not JSON": ("{", "line 2 is not JSON"),
+    "no messages": ('{"prompt": "a"}', "line 2 has no 'messages'"),
+    "an unknown role": ('{"messages": [{"content": "a"}]}', "line 2: Message 1 has no 'role'"),
+    "a missing image": (json.dumps(conversation("seen/none.png")), "line 2: There is no image file seen/none.png"),
+    "no image": (json.dumps(conversation("own.jsonl")), "line 2: .*own.jsonl is not an image"),
+    "a long one": (json.dumps(conversation("seen/a.png", "words " * 5000)), "line 2 has .* tokens; at most 4096"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_lines_that_are_no_use(name: str, conversations: Path) -> None:
+    line, words = LINES[name]
+    lines = conversations.read_text(encoding="utf-8").splitlines()
+    conversations.write_text("\n".join([lines[0], line, *lines[1:]]), encoding="utf-8")
+    builder = prompt_builder(DIGITS, Checkpoint.open(DIGITS).config["image_token_id"])
+    with pytest.raises(InputError, match=f"own.jsonl, {words}"):
+        conversations_of(conversations, builder)
+
+
+def test_conversations_need_a_template(conversations: Path) -> None:
+    with pytest.raises(OptionError, match="no chat template"):
+        conversations_of(conversations, None)
+
+
+def test_images_count_at_most_as_much_as_words() -> None:
+    """Ten tokens of images beside four of words: their products count 0.4 times."""
+    few, many = np.array([True, False]), np.array([True] * 9 + [False])
+    shown = [Shown({}, 2, few), Shown({}, 10, many), Shown({}, 2)]
+    assert layers.row_factors([shown[0], shown[2]]) == [None, None]
+    factors = layers.row_factors(shown)
+    assert factors[2] is None
+    sums = layers._Products()
+    x = rng().standard_normal((14, 5)).astype(np.float32)
+    for rows, one in zip(np.split(x, [2, 12]), factors, strict=True):
+        sums.add(rows, one)
+    images = np.concatenate([few, many, [False, False]])
+    wanted = x[~images].T @ x[~images] + 0.4 * x[images].T @ x[images]
+    np.testing.assert_allclose(sums.total(), wanted, rtol=1e-5, atol=1e-6)
+    assert sums.rows == pytest.approx(8)
 
 
 def test_a_mixture_calibrates_all_but_experts(tmp_path: Path) -> None:
