@@ -47,6 +47,7 @@ class Kept:
     Attributes:
         weights: name → the values that the package keeps, ``[rows, cols]``.
         declared: name → the weight of the graph that the tensor is, or is a part of.
+        scales: of its balanced channels.
     """
 
     def __init__(
@@ -58,15 +59,15 @@ class Kept:
             architecture = architecture_of(checkpoint, task)
             quantization = QuantizationOptions(**options)
             policy = make_policy(precision, provider, quantization, architecture.precision_facts)
-            self._scales = ChannelScales(checkpoint)
+            self.scales = ChannelScales(checkpoint)
             for part in architecture.parts(GraphOptions(policy.ir_dtype)):
                 for weight in declare(part, policy):
                     if weight.cols > 1:
                         self._add(weight, checkpoint)
 
     def _add(self, weight: Weight, checkpoint: Checkpoint) -> None:
-        stored = rounded(weight.reader(checkpoint, self._scales)(0, weight.rows), weight.storage)
-        values = weight.transform.undo(stored, self._scales)
+        stored = rounded(weight.reader(checkpoint, self.scales)(0, weight.rows), weight.storage)
+        values = weight.transform.undo(stored, self.scales)
         for name, first, stop in named_rows(weight):
             self.weights[name] = values[first:stop]
             self.declared[name] = weight
@@ -90,7 +91,7 @@ class Kept:
         matrix = torch.tensor(rotation_matrix(size))
         scales = torch.ones(1)
         if transform.reads is not None:
-            scales = torch.tensor(transform.reads.along_columns(self._scales(transform.reads)))
+            scales = torch.tensor(transform.reads.along_columns(self.scales(transform.reads)))
 
         def kept(x: Any) -> Any:
             x = ((x * scales).unflatten(-1, (-1, size)) @ matrix).flatten(-2)
@@ -103,7 +104,7 @@ class Kept:
         transform = self.declared[name].transform
         change = np.eye(len(sums))
         if transform.reads is not None:
-            change *= transform.reads.along_columns(self._scales(transform.reads))[:, None]
+            change *= transform.reads.along_columns(self.scales(transform.reads))[:, None]
         blocks = np.eye(len(sums) // transform.input_rotation)
         change = change @ np.kron(blocks, rotation_matrix(transform.input_rotation))
         return np.asarray(change.T @ sums @ change)

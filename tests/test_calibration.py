@@ -1,9 +1,12 @@
-"""Calibrated int4: what matrices multiply (against live transformers), how weights are rounded for it, whole builds."""
+"""Calibrated weights: what matrices multiply (against live transformers), how they are rounded for it, whole builds."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,19 +16,33 @@ import pytest
 
 from family import Member, make_member
 from kept import Kept
-from samples import DIGITS, vlpack
+from samples import DIGITS, seal, vlpack
 from tiny import FIRST_SPECIAL, Tiny
 from vlpack.architectures import Architecture, architecture_of
 from vlpack.builder import build
 from vlpack.calibration import layers
-from vlpack.calibration.model import LEAST_SHARE, CalibrationModel, choose
-from vlpack.calibration.texts import LENGTH, TEXTS, openings, pictured, pieces, prompt_builder, texts_of
+from vlpack.calibration.model import LEAST_SHARE, CalibrationModel, Shown, choose
+from vlpack.calibration.start import start_calibration
+from vlpack.calibration.texts import (
+    LENGTH,
+    TEXTS,
+    conversations_of,
+    openings,
+    pictured,
+    pieces,
+    prompt_builder,
+    texts_of,
+)
 from vlpack.checkpoint import Checkpoint
-from vlpack.errors import OptionError
+from vlpack.errors import InputError, OptionError, PackageError
+from vlpack.graph import Weight
 from vlpack.options import parse_extra_options
+from vlpack.pictures import picture
 from vlpack.preprocess.tokenizer import Tokenizer
 from vlpack.quantize.blocks import dequantize_blocks, quantize_blocks, unpack
-from vlpack.quantize.gptq import describe_inputs, fit_blocks
+from vlpack.quantize.channel import dequantize_rows, quantize_rows
+from vlpack.quantize.gptq import DAMPING, describe_inputs, fit_blocks, fit_rows
+from vlpack.transforms import MAX_CHANNELS, Channels, ChannelScales, packed_scales, unpacked_scales
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -65,7 +82,7 @@ def optimal_brain(weight: np.ndarray, nearest: Any, hessian: np.ndarray, block_s
     cols = weight.shape[1]
     order = np.argsort(-hessian.diagonal(), kind="stable")
     left, codes = weight.astype(np.float64), np.zeros(weight.shape, np.int64)
-    damped = hessian.astype(np.float64) + 0.01 * hessian.diagonal().mean() * np.eye(cols)
+    damped = hessian.astype(np.float64) + DAMPING * hessian.diagonal().mean() * np.eye(cols)
     for place, col in enumerate(order):
         rest = order[place:]
         inverse = np.linalg.inv(damped[np.ix_(rest, rest)])
@@ -110,6 +127,21 @@ def test_rows_do_not_hang_on_each_other() -> None:
     assert (pieces != codes(weight)).mean() < 0.01
 
 
+def test_rows_of_8_bits_lose_less_on_other_inputs() -> None:
+    """GPTQ's codes of a scale per row, on inputs of the same kind that they were not fitted to."""
+    cols = 300
+    x, weight = inputs_like_a_models(cols, 1200), rng(5).standard_normal((40, cols)).astype(np.float32)
+    nearest, scales = quantize_rows(weight.copy())
+    fitted = fit_rows(weight, scales, describe_inputs(x[:600].T @ x[:600]))
+    assert fitted.dtype == np.int8
+    assert fitted.min() >= -127
+
+    def loss(codes: np.ndarray) -> float:
+        return float(np.linalg.norm(x[600:] @ (dequantize_rows(codes, scales) - weight).T))
+
+    assert loss(fitted) < 0.5 * loss(nearest)
+
+
 @pytest.mark.parametrize("cols", [1, 63, 64, 200])
 def test_the_factor_is_of_the_inverse(cols: int) -> None:
     """upperᵀ upper (H + damping) = 1, columns in the order of their inputs."""
@@ -118,7 +150,7 @@ def test_the_factor_is_of_the_inverse(cols: int) -> None:
     order, upper = describe_inputs(hessian.copy())
     assert (np.diff(hessian.diagonal()[order]) <= 0).all()
     assert not np.tril(upper, -1).any()
-    damped = hessian.astype(np.float64) + 0.01 * hessian.diagonal().mean() * np.eye(cols)
+    damped = hessian.astype(np.float64) + DAMPING * hessian.diagonal().mean() * np.eye(cols)
     product = upper.astype(np.float64).T @ upper @ damped[np.ix_(order, order)]
     np.testing.assert_allclose(product, np.eye(cols), atol=2e-3)
 
@@ -234,7 +266,10 @@ def test_inputs_are_those_of_transformers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Layer after layer, text and pictures, in the package's basis; off by the 8 bits of the package that is run."""
+    """Layer after layer, text and pictures, in the basis of the package that is built from them.
+
+    They are off by the 8 bits of the package that is run.
+    """
     folder = checkpoint(which) if isinstance(which, Tiny) else make_member(tmp_path / "checkpoint", which)
     model, architecture = helper(folder)
     ids = rng(9).integers(10, FIRST_SPECIAL, (2, 1, 50))
@@ -245,18 +280,24 @@ def test_inputs_are_those_of_transformers(
         for prompt in pictured(builder)[:2]:
             shown.append(model.show(prompt.input_ids.astype(np.int64), prompt))
             prompts.append(prompt.transformers_arrays(facts.image_token_id, facts.video_token_id))
-    prefix = architecture.decoder.prefix
-    wanted = sums_of_transformers(folder, prefix, prompts)
+    wanted = sums_of_transformers(folder, architecture.decoder.prefix, prompts)
     assert len(wanted) > architecture.text.num_hidden_layers
     monkeypatch.setattr(layers, "describe_inputs", lambda hessian: hessian)
     monkeypatch.setattr(layers, "ROWS", 64)
-    collect = layers.Calibration(model, wanted, shown)
-    kept = Kept(folder, "int8")
-    for path, sums in sorted(wanted.items(), key=lambda item: (item[0] == "lm_head", item[0])):
-        got = np.asarray(collect(path))
-        multiplied = kept.products(f"{path.replace('qkv_proj', 'q_proj')}.weight", sums)
-        apart = np.linalg.norm(got - multiplied) / np.linalg.norm(multiplied)
-        assert apart < 0.1, f"{path}: {apart:.3f}"
+    names = {path: f"{path.replace('qkv_proj', 'q_proj')}.weight" for path in wanted}
+    transforms = {weight.path: weight.transform for weight in Kept(folder, "int8").declared.values()}
+    with Checkpoint.open(folder) as opened:
+        architecture_of(opened)
+        for precision, calibrated in (("int8", False), ("int8", True), ("int4", True)):
+            kept = Kept(folder, precision, calibrated=calibrated)
+            asked = [kept.declared[name] for name in names.values()]
+            collect = layers.Calibration(model, asked, transforms, opened, shown)
+            kept.scales = collect.scales  # those that the build takes: of the measured sizes
+            for path, sums in sorted(wanted.items(), key=lambda item: (item[0] == "lm_head", item[0])):
+                got = np.asarray(collect(kept.declared[names[path]]))
+                multiplied = kept.products(names[path], sums)
+                apart = np.linalg.norm(got - multiplied) / np.linalg.norm(multiplied)
+                assert apart < 0.1, f"{precision}, {path}: {apart:.3f}"
 
 
 def test_texts_are_the_models_own(helper: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,11 +405,8 @@ def test_verification_knows_calibrated_weights(calibrated: Path, tmp_path: Path)
 @pytest.mark.parametrize(("array", "words"), [("scales", "weights"), ("qweight", "weights")])
 def test_verification_finds_others(array: str, words: str, calibrated: Path, tmp_path: Path) -> None:
     """Scales are those of the nearest codes, and codes are not far from these."""
-    import shutil
-
     import onnx_ir as ir
 
-    from samples import seal
     from vlpack.verification import verify
 
     folder = tmp_path / "other"
@@ -387,6 +425,84 @@ def test_verification_finds_others(array: str, words: str, calibrated: Path, tmp
     assert any(finding.stage == words and path in finding.message for finding in report.findings), report.findings
 
 
+def test_calibrated_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build of 8 bits: codes are fitted, and its manifest has the scales of all channels, by which it is verified."""
+    used: list[ChannelScales] = []
+    start = "vlpack.calibration.start.start_calibration"
+
+    def watched(*given: Any) -> layers.Calibration:
+        calibration = start_calibration(*given)
+        used.append(calibration.scales)
+        return calibration
+
+    monkeypatch.setattr(start, watched)
+    build(DIGITS, tmp_path / "fitted", precision="int8", calibrate="self")
+    build(DIGITS, tmp_path / "nearest", precision="int8")
+    described = manifest(tmp_path / "fitted")
+    assert "int8 calibrated" in {rule["storage"] for rule in described["policy"]}
+    names = [f"{part}.onnx.data" for part in ("vision", "decoder")]
+    same = [described["files"][name] == manifest(tmp_path / "nearest")["files"][name] for name in names]
+    assert same == [True, False]
+    scales = unpacked_scales(described["calibration"]["scales"])
+    kept = Kept(DIGITS, "int8", calibrated=True)
+    channels = {side for weight in kept.declared.values() for side in transform_sides(weight) if side is not None}
+    assert len(channels) > 10
+    for one in channels:
+        np.testing.assert_array_equal(scales[one.name], used[0](one))
+    from vlpack.verification import verify
+
+    report = verify(tmp_path / "fitted", DIGITS, tokens=2)
+    assert report.ok, report.findings
+
+
+def transform_sides(weight: Weight) -> tuple[Channels | None, Channels | None]:
+    return weight.transform.reads, weight.transform.writes
+
+
+def test_scales_are_written_and_read() -> None:
+    exponents = {"norm:0": np.array([0, 3, -10, 10] * 100, np.int8), "up:5": np.zeros(1, np.int8)}
+    packed = packed_scales(exponents)
+    assert json.loads(json.dumps(packed)) == packed
+    for name, scales in unpacked_scales(packed).items():
+        np.testing.assert_array_equal(scales, np.exp2(exponents[name].astype(np.float32)))
+
+
+DAMAGED = {
+    "no text": 7,
+    "not base64": "?",
+    "not compressed": base64.b64encode(b"plain").decode(),
+    "cut off": base64.b64encode(zlib.compress(bytes(1000))[:-3]).decode(),
+    "too long": base64.b64encode(zlib.compress(bytes(MAX_CHANNELS + 1))).decode(),
+    "out of range": base64.b64encode(zlib.compress(bytes([0, 100]))).decode(),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_scales_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="the scales of norm:0"):
+        unpacked_scales({"norm:0": DAMAGED[name]})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("entry", ["a text", {"": "?"}, "fewer"])
+def test_verification_refuses_damaged_scales(entry: Any, calibrated: Path, tmp_path: Path) -> None:
+    """They are asked for before anything is compared."""
+    from vlpack.verification import verify
+
+    folder = tmp_path / "other"
+    shutil.copytree(calibrated, folder)
+    described = manifest(folder)
+    scales = described["calibration"]["scales"]
+    if entry == "fewer":
+        name = next(iter(scales))
+        exponents = np.rint(np.log2(unpacked_scales(scales)[name])).astype(np.int8)
+        entry = {**scales, **packed_scales({name: exponents[1:]})}
+    described["calibration"]["scales"] = entry
+    (folder / "vlpack.json").write_text(json.dumps(described), encoding="utf-8")
+    seal(folder)
+    with pytest.raises(PackageError, match="scales of channels"):
+        verify(folder, DIGITS, tokens=2)
+
+
 def test_a_file_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "own.txt"
     text.write_text(
@@ -397,6 +513,85 @@ def test_a_file_of_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     described = manifest(tmp_path / "out")["calibration"]
     assert described["texts"] == "a file"
     assert described["tokens"] >= 1024
+
+
+def conversation(image: str, words: str = "What is written in this picture, and how large is it?") -> dict[str, Any]:
+    content = [{"type": "image", "path": image}, {"type": "text", "text": words}]
+    answer = {"role": "assistant", "content": "Four digits stand there, one beside the other. " * 8}
+    return {"messages": [{"role": "user", "content": content}, answer]}
+
+
+@pytest.fixture
+def conversations(tmp_path: Path) -> Path:
+    """A file whose images lie in a folder beside it."""
+    (tmp_path / "data" / "seen").mkdir(parents=True)
+    picture(320, 224, 1).save(tmp_path / "data" / "seen" / "a.png")
+    path = tmp_path / "data" / "own.jsonl"
+    path.write_text((json.dumps(conversation("seen/a.png")) + "\n") * 6, encoding="utf-8")
+    return path
+
+
+def test_a_file_of_conversations(
+    conversations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images by paths from the file; the built-in pictures are left away, as there are the user's."""
+    monkeypatch.chdir(tmp_path)
+    said = vlpack(capsys, "build", DIGITS, "-p", "int4", "--calibrate", conversations, "-o", tmp_path / "out")
+    assert said.code == 0, said.err
+    described = manifest(tmp_path / "out")["calibration"]
+    assert described["texts"] == "a file"
+    assert described["pictures"] == 6
+    assert described["tokens"] >= 1024
+
+
+def test_conversations_are_whole_prompts(conversations: Path) -> None:
+    """Of the answer, too; no header of another answer follows it."""
+    builder = prompt_builder(DIGITS, Checkpoint.open(DIGITS).config["image_token_id"])
+    made = conversations_of(conversations, builder)
+    assert len(made) == 6
+    assert all(prompt.has_images and prompt.text.rstrip().endswith("<|im_end|>") for prompt in made)
+
+
+LINES = {
+    "not JSON": ("{", "line 2 is not JSON"),
+    "no messages": ('{"prompt": "a"}', "line 2 has no 'messages'"),
+    "an unknown role": ('{"messages": [{"content": "a"}]}', "line 2: Message 1 has no 'role'"),
+    "a missing image": (json.dumps(conversation("seen/none.png")), "line 2: There is no image file seen/none.png"),
+    "no image": (json.dumps(conversation("own.jsonl")), "line 2: .*own.jsonl is not an image"),
+    "a long one": (json.dumps(conversation("seen/a.png", "words " * 5000)), "line 2 has .* tokens; at most 4096"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_lines_that_are_no_use(name: str, conversations: Path) -> None:
+    line, words = LINES[name]
+    lines = conversations.read_text(encoding="utf-8").splitlines()
+    conversations.write_text("\n".join([lines[0], line, *lines[1:]]), encoding="utf-8")
+    builder = prompt_builder(DIGITS, Checkpoint.open(DIGITS).config["image_token_id"])
+    with pytest.raises(InputError, match=f"own.jsonl, {words}"):
+        conversations_of(conversations, builder)
+
+
+def test_conversations_need_a_template(conversations: Path) -> None:
+    with pytest.raises(OptionError, match="no chat template"):
+        conversations_of(conversations, None)
+
+
+def test_images_count_at_most_as_much_as_words() -> None:
+    """Ten tokens of images beside four of words: their products count 0.4 times."""
+    few, many = np.array([True, False]), np.array([True] * 9 + [False])
+    shown = [Shown({}, 2, few), Shown({}, 10, many), Shown({}, 2)]
+    assert layers.row_factors([shown[0], shown[2]]) == [None, None]
+    factors = layers.row_factors(shown)
+    assert factors[2] is None
+    sums = layers._Products()
+    x = rng().standard_normal((14, 5)).astype(np.float32)
+    for rows, one in zip(np.split(x, [2, 12]), factors, strict=True):
+        sums.add(rows, one)
+    images = np.concatenate([few, many, [False, False]])
+    wanted = x[~images].T @ x[~images] + 0.4 * x[images].T @ x[images]
+    np.testing.assert_allclose(sums.total(), wanted, rtol=1e-5, atol=1e-6)
+    assert sums.rows == pytest.approx(8)
 
 
 def test_a_mixture_calibrates_all_but_experts(tmp_path: Path) -> None:
@@ -417,7 +612,7 @@ def test_a_calibrated_head_and_the_table(tmp_path: Path) -> None:
 
 
 MISTAKES = {
-    "another precision": (["-p", "int8", "--calibrate", "self"], "goes with int4"),
+    "another precision": (["-p", "fp16", "--calibrate", "self"], "goes with int8 and int4"),
     "no decoder": (["-p", "int4", "--part", "vision", "--calibrate", "self"], "--part vision"),
     "no such file": (["-p", "int4", "--calibrate", "nowhere.txt"], "nowhere.txt is no file"),
     "an embedding model": (["-p", "int4", "--task", "embedding", "--calibrate", "self"], "that generate"),

@@ -110,8 +110,9 @@ def build(
         threads: that encode weights; by default as many as there are cores, at most 8.
         progress: is told the bytes written.
         lora: LoRA adapters of peft, folders or Hub ids, merged into the weights one after another as these are read.
-        calibrate: round 4-bit weights of the decoder for the inputs that they meet in texts: ``self`` for such as the
-            model writes itself, or a file of plain text. It takes minutes, and for them an 8-bit package's disk space.
+        calibrate: round the decoder's weights in int4 and int8 packages for the inputs that they meet in texts:
+            ``self`` for such as the model writes itself, a file of plain text, or one of messages with images,
+            ``*.jsonl``. It takes minutes, and for them an 8-bit package's disk space.
 
     Raises:
         VlpackError: with a sentence that says what is wrong and what to do; nothing is left at ``output``.

@@ -95,7 +95,8 @@ def build(
         typer.Option(
             "--calibrate",
             metavar="self|FILE",
-            help="Fit int4 weights to what they multiply in texts: of the model itself, or a file's. Takes minutes.",
+            help="Fit int4 or int8 weights to what they multiply in texts: self for the model's own, or a file of "
+            'plain text or conversations (*.jsonl, {"messages": […]} a line). Takes minutes.',
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")] = None,

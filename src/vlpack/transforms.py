@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from vlpack.quantize.rotate import equal_columns, even_sizes, rotate
+from vlpack.quantize.rotate import LARGEST, equal_columns, even_sizes, rotate
 from vlpack.sources import Rows
 from vlpack.storage import slabs
 
@@ -272,16 +272,18 @@ def unpacked_scales(packed: Mapping[str, str]) -> dict[str, Array]:
     """The scales ``[channels]`` that `packed_scales` has written, from a manifest that anybody may have written.
 
     Raises:
-        ValueError: an entry is not base64, not compressed, or too long.
+        ValueError: an entry is not base64, not compressed, too long, or of other scales than a build chooses.
     """
     scales = {}
     for name, text in packed.items():
         stream = zlib.decompressobj()
         try:
             data = stream.decompress(base64.b64decode(text, validate=True), MAX_CHANNELS)
-        except zlib.error as error:
+        except (TypeError, ValueError, zlib.error) as error:
             raise ValueError(f"the scales of {name} are damaged: {error}") from None
         if stream.unconsumed_tail or not stream.eof:
             raise ValueError(f"the scales of {name} are damaged or too many")
         scales[name] = np.exp2(np.frombuffer(data, np.int8).astype(np.float32))
+        if scales[name].max(initial=1) > LARGEST or scales[name].min(initial=1) < 1 / LARGEST:
+            raise ValueError(f"the scales of {name} are not between 1/{LARGEST:.0f} and {LARGEST:.0f}")
     return scales

@@ -37,7 +37,7 @@ def check_calibration(source: str | os.PathLike[str] | None, part: str, task: st
     if source != SELF and not Path(source).expanduser().is_file():
         raise OptionError(
             f"The calibration text {source} is no file.",
-            "Give a file of plain text, or self: the model writes its own.",
+            "Give a file of plain text or *.jsonl of messages, or self: the model writes its own.",
         )
 
 

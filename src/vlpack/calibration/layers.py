@@ -84,6 +84,7 @@ class Calibration:
                 self._stage_of[weight.transform.reads] = stage
         self._about = about
         self._shown = [one.inputs for one in shown]
+        self._row_factors = row_factors(shown)
         self._hidden = self._first_hidden()
         self._ready: dict[str, _Measured] = {}
         self._sizes: dict[Channels, Array] = {}
@@ -144,7 +145,7 @@ class Calibration:
         sums = [_Products() for _ in multiplied]
         for text, values in enumerate(self._run(stage, [*multiplied, *following])):
             for products, rows in zip(sums, values, strict=False):
-                products.add(rows.reshape(-1, rows.shape[-1]))
+                products.add(rows.reshape(-1, rows.shape[-1]), self._row_factors[text])
             if following:
                 self._hidden[text] = values[-1]
         for (input_value, weights), products in zip(by_input.values(), sums, strict=True):
@@ -184,18 +185,39 @@ class Calibration:
             yield session.run(None, {name: x for name, x in feeds.items() if name in ports})
 
 
+def row_factors(shown: Sequence[Shown]) -> list[Array | None]:
+    """What each text's rows are multiplied by, float32 ``[tokens]``, before products are taken; None for nothing.
+
+    Image tokens outnumber words and are much alike. Weighted so that all of them count no more than the words do, they
+    do not decide alone how a weight is rounded (Xue et al. 2025, arXiv:2508.03351, weigh tokens by their gradients).
+    """
+    images = sum(int(one.of_images.sum()) for one in shown if one.of_images is not None)
+    words = sum(one.tokens for one in shown) - images
+    if images <= words or words == 0:
+        return [None] * len(shown)
+    small = np.float32((words / images) ** 0.5)  # of both factors of a product
+    return [
+        None if one.of_images is None else np.where(one.of_images, small, np.float32(1)).astype(np.float32)
+        for one in shown
+    ]
+
+
 class _Products:
-    """``Σ xᵀx`` of rows that come a few at a time: a product is as large for few as for many."""
+    """``Σ xᵀx`` of rows that come a few at a time: a product is as large for few as for many.
+
+    Attributes:
+        rows: how many rows there were; one that is multiplied by a factor counts as its square.
+    """
 
     def __init__(self) -> None:
-        self.rows = 0
+        self.rows = 0.0
         self._rows: list[Array] = []
         self._total: Array | None = None
 
-    def add(self, rows: Array) -> None:
-        """More ``x [tokens, cols]``, float32."""
-        self._rows.append(rows)
-        self.rows += len(rows)
+    def add(self, rows: Array, factors: Array | None = None) -> None:
+        """More ``x [tokens, cols]``, float32, multiplied by ``factors [tokens]``."""
+        self.rows += len(rows) if factors is None else float(np.square(factors).sum(dtype=np.float64))
+        self._rows.append(rows if factors is None else rows * factors[:, None])
         if sum(map(len, self._rows)) >= ROWS:
             self.total()
 

@@ -30,10 +30,12 @@ class Shown(NamedTuple):
     Args:
         inputs: its ports but the cache's.
         tokens: how many.
+        of_images: which tokens stand for images, bool ``[tokens]``; None where none does.
     """
 
     inputs: dict[str, Array]
     tokens: int
+    of_images: Array | None = None
 
 
 class CalibrationModel:
@@ -57,15 +59,16 @@ class CalibrationModel:
         vision = self.architecture.vision
         if vision is not None:
             positions = np.broadcast_to(positions, (3, *ids.shape))
-        features = None
+        features = of_images = None
         if prompt is not None and prompt.has_images:
             assert vision is not None, "a prompt has pictures where the model sees"
             grids, merge = prompt.grids, vision.spatial_merge_size
             positions = mrope_positions(ids[0], grids, vision.image_token_id, merge)[:, None]
-            features = self._features(prompt)
+            features, of_images = self._features(prompt), ids[0] == vision.image_token_id
         # the mask counts the tokens before these, too
         mask = np.ones((ids.shape[0], first + ids.shape[1]), np.int64)
-        return Shown({**self._tokens(ids, features), "position_ids": positions, "attention_mask": mask}, ids.size)
+        inputs = {**self._tokens(ids, features), "position_ids": positions, "attention_mask": mask}
+        return Shown(inputs, ids.size, of_images)
 
     def _tokens(self, ids: Array, features: Array | None) -> dict[str, Array]:
         if self._embedding is None:

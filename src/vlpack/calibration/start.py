@@ -12,14 +12,17 @@ import numpy as np
 from vlpack.calibration.choice import SELF, Say
 from vlpack.calibration.layers import Calibration
 from vlpack.calibration.model import CalibrationModel
-from vlpack.calibration.texts import LENGTH, openings, pictured, prompt_builder, texts_of
+from vlpack.calibration.texts import LENGTH, conversations_of, openings, pictured, prompt_builder, texts_of
 from vlpack.checkpoint import Checkpoint
 from vlpack.graph import Weight
 from vlpack.package.genai_config import eos_ids
+from vlpack.preprocess.inputs import Prompt
 from vlpack.preprocess.tokenizer import Tokenizer
 from vlpack.transforms import Transform
 
 SEED = 0
+JSONL = ".jsonl"
+"""How the name of a file of conversations ends; any other holds plain text."""
 
 
 def start_calibration(
@@ -37,17 +40,20 @@ def start_calibration(
         weights: the matrices that will be asked for.
         transforms: what was done to the 8-bit package's matrices, by path.
         checkpoint: of both.
-        source: `SELF`, or a file of text.
+        source: `SELF`, or a file of plain text, or of conversations, where its name ends with `JSONL`.
         say: told what is being done.
 
     Raises:
         OptionError: the file cannot be used.
+        InputError: a line of it or one of its images cannot be used.
         PackageError: onnxruntime cannot load the package.
     """
     vision = model.architecture.vision
     image = vision.image_token_id if vision else None
     tokenizer = Tokenizer.from_folder(model.folder)
     prompts = prompt_builder(model.folder, image)
+    texts: list[list[int]] = []
+    asked: list[Prompt] = []
     if source == SELF:
         begun = openings(prompts, tokenizer)
 
@@ -57,14 +63,17 @@ def start_calibration(
         written(0)
         ends = eos_ids(json.loads((model.folder / "genai_config.json").read_text(encoding="utf-8")))
         texts = model.write(begun, LENGTH, ends, SEED, written)
+    elif Path(source).suffix.lower() == JSONL:
+        asked = conversations_of(Path(source).expanduser(), prompts)
     else:
         texts = texts_of(Path(source).expanduser(), tokenizer)
+    if vision is not None and prompts is not None and not any(prompt.has_images for prompt in asked):
+        asked += pictured(prompts)
     shown = [model.show(np.array([text], np.int64)) for text in texts]
-    if vision is not None and prompts is not None:
-        shown += [model.show(prompt.input_ids.astype(np.int64), prompt) for prompt in pictured(prompts)]
+    shown += [model.show(prompt.input_ids.astype(np.int64), prompt) for prompt in asked]
     described = {
         "texts": "the model's own" if source == SELF else "a file",
-        "pictures": len(shown) - len(texts),
+        "pictures": sum(len(prompt.grids) for prompt in asked),
         "tokens": sum(one.tokens for one in shown),
     }
 

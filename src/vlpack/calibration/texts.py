@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
-from vlpack.errors import CheckpointError, OptionError
+from vlpack.errors import CheckpointError, InputError, OptionError, VlpackError
+from vlpack.jsonl import read_jsonl
 from vlpack.pictures import picture
 from vlpack.preprocess import PromptBuilder
 from vlpack.preprocess.inputs import Prompt
 from vlpack.preprocess.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 LENGTH = 256
 """Tokens of a text at most."""
@@ -17,6 +21,8 @@ TEXTS = 32
 MIN_TOKENS = 1024
 """Of a user's file: fewer say too little of thousands of input channels."""
 MAX_BYTES = 100_000_000
+MAX_TOKENS = 4096
+"""Of one conversation of a user's file: all of its inputs to a layer are in memory at once."""
 
 QUESTIONS = (
     "Explain to a child why the sky is blue.",
@@ -76,30 +82,108 @@ def prompt_builder(folder: Path, image_token_id: int | None) -> PromptBuilder | 
         return None
 
 
+LINE = '{"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}, "…"]}]}'
+"""Of a JSONL file of conversations."""
+
+
+def conversations_of(path: Path, prompts: PromptBuilder | None) -> list[Prompt]:
+    """A user's conversations, one on each line of a JSONL file, as prompts; at most `TEXTS`, from all over the file.
+
+    Paths of images are relative to the file's folder.
+
+    Args:
+        path: the file; a line is an object whose ``messages`` are those of `vlpack.preprocess.messages`.
+        prompts: of the package; None where it has no chat template.
+
+    Raises:
+        InputError: a line or one of its images cannot be used.
+        OptionError: the file is too large or too short, or the model has no chat template.
+    """
+    if prompts is None:
+        raise OptionError(
+            f"{path} holds conversations, and the model has no chat template.", "Give a file of plain text, *.txt."
+        )
+    _check_size(path)
+    lines = read_jsonl(path, lambda entry: [_beside(message, path.parent) for message in entry["messages"]], LINE)
+    made = []
+    for number, messages in spread(lines, TEXTS):
+        answered = bool(messages) and messages[-1].get("role") == "assistant"
+        try:
+            prompt = prompts(messages, add_generation_prompt=not answered)
+        except VlpackError as error:
+            raise InputError(f"{path}, line {number}: {error.message}", error.hint) from None
+        length = prompt.input_ids.shape[1]
+        if length > MAX_TOKENS:
+            raise InputError(
+                f"{path}, line {number} has {length} tokens; at most {MAX_TOKENS} are calibrated with.",
+                "Make its images smaller, or split the conversation.",
+            )
+        made.append(prompt)
+    _check_enough(path, sum(prompt.input_ids.shape[1] for prompt in made))
+    return made
+
+
+def _beside(message: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A message whose images' relative paths lead from ``folder``."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return dict(message)
+    return {**message, "content": [_found(part, folder) for part in content]}
+
+
+def _found(part: Any, folder: Path) -> Any:
+    if not isinstance(part, dict) or part.get("type") != "image":
+        return part
+    found = dict(part)
+    for key in ("path", "image"):
+        place = found.get(key)
+        # anything else is an URL or base64, or is told not to be there when it is opened
+        if isinstance(place, str) and len(place) < 1024 and "\0" not in place and (folder / place).is_file():
+            found[key] = str(folder / place)
+    return found
+
+
+def _check_size(path: Path) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise OptionError(f"The calibration file {path} cannot be read: {error.strerror or error}.") from None
+    if size > MAX_BYTES:
+        raise OptionError(f"{path} is larger than {MAX_BYTES // 1_000_000} MB.", "Give a part of it.")
+
+
+def _check_enough(path: Path, tokens: int) -> None:
+    if tokens < MIN_TOKENS:
+        raise OptionError(
+            f"{path} has {tokens} tokens; calibration needs {MIN_TOKENS} at least.",
+            "Give a longer text, or --calibrate self, which lets the model write its own.",
+        )
+
+
 def texts_of(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
     """A user's text, in `TEXTS` pieces of `LENGTH` tokens from all over it.
 
     Raises:
         OptionError: the file cannot be read, is not UTF-8, is too large, or too short.
     """
+    _check_size(path)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise OptionError(f"{path} is larger than {MAX_BYTES // 1_000_000} MB.", "Give a part of it.")
         ids = tokenizer.encode(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise OptionError(f"The calibration text {path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError:
         raise OptionError(f"The calibration text {path} is not UTF-8.", "Give a plain text.") from None
-    if len(ids) < MIN_TOKENS:
-        raise OptionError(
-            f"{path} has {len(ids)} tokens; calibration needs {MIN_TOKENS} at least.",
-            "Give a longer text, or --calibrate self, which lets the model write its own.",
-        )
+    _check_enough(path, len(ids))
     return pieces(ids, min(TEXTS, len(ids) // LENGTH))
 
 
 def pieces(ids: Sequence[int], count: int) -> list[list[int]]:
     """``count`` of `LENGTH` tokens, at equal distances from the first to the last."""
-    last = len(ids) - LENGTH
-    starts = (index * last // max(count - 1, 1) for index in range(count))
+    starts = spread(range(len(ids) - LENGTH + 1), count)
     return [list(ids[start : start + LENGTH]) for start in starts]
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of the items, at equal distances from the first to the last."""
+    count = min(most, len(items))
+    return [items[index * (len(items) - 1) // max(count - 1, 1)] for index in range(count)]

@@ -43,7 +43,7 @@ from vlpack.verification.measure import (
 from vlpack.verification.prompts import check_prompts, check_stops
 from vlpack.verification.reference import Reference, Trace, in_prompt_order, require
 from vlpack.verification.result import CaseResult, Finding, ImageMap, Report, Stage, WeightResult
-from vlpack.verification.weights import Parameters, Weights, policy_of, scales_of
+from vlpack.verification.weights import Parameters, Weights, policy_of
 
 Array = npt.NDArray[Any]
 Say = Callable[[str], None]
@@ -164,7 +164,7 @@ class _Comparison:
             checked_threads(threads),
         )
         loaded = {part: self.graphs.load(part) for part in files}
-        self.weights = Weights(architecture, checkpoint, policy, loaded, scales_of(manifest))
+        self.weights = Weights(architecture, checkpoint, policy, loaded, manifest.get("calibration"))
 
     def compare_weights(self) -> list[WeightResult]:
         """Every weight."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from vlpack.precision import Policy, PrecisionFacts, QuantizationOptions, make_p
 from vlpack.sources import Source, Stacked
 from vlpack.storage import slabs
 from vlpack.tasks import EMBEDDING, GENERATE
-from vlpack.transforms import ChannelScales, unpacked_scales
+from vlpack.transforms import ChannelScales, Transform, unpacked_scales
 from vlpack.verification.measure import Gap
 from vlpack.verification.result import WeightResult
 
@@ -50,19 +50,6 @@ def policy_of(manifest: Mapping[str, Any], facts: PrecisionFacts) -> Policy:
     return policy
 
 
-def scales_of(manifest: Mapping[str, Any]) -> dict[str, Array]:
-    """The scales of balanced channels that a calibrated package's manifest keeps, by name; none of other packages.
-
-    Raises:
-        PackageError: they are damaged.
-    """
-    kept = manifest.get("calibration", {})
-    try:
-        return unpacked_scales(kept.get("scales", {}))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise PackageError(f"vlpack.json: {error}.", "Build the package again.") from None
-
-
 class Weights:
     """All weights of a model, as the checkpoint has them and as a package holds them.
 
@@ -71,7 +58,10 @@ class Weights:
         checkpoint: the reference.
         policy: of the package.
         graphs: part name → the package's graph, its weights not loaded.
-        scales: of balanced channels, where they came from calibration; the checkpoint tells the others.
+        calibration: what the package's manifest says of it, if it was calibrated.
+
+    Raises:
+        PackageError: the manifest's scales of channels are damaged.
     """
 
     def __init__(
@@ -80,13 +70,14 @@ class Weights:
         checkpoint: Checkpoint,
         policy: Policy,
         graphs: Mapping[str, ir.Model],
-        scales: Mapping[str, Array] | None = None,
+        calibration: Any = None,
     ) -> None:
         self.checkpoint, self.graphs = checkpoint, graphs
-        self.scales = ChannelScales(checkpoint, known=scales)
         self.by_part: dict[str, list[Weight]] = {}
         for part in _parts(architecture, policy, graphs):
             self.by_part[part.name] = declare(part, policy)
+        known = _known_scales(calibration, [weight.transform for _, weight in self.all()])
+        self.scales = ChannelScales(checkpoint, known=known)
 
     def head(self, task: str, *, stored: bool) -> Callable[[Array], Array] | None:
         """What an embedding model or reranker makes of its last token's state ``[H]``; None where a model generates.
@@ -174,6 +165,26 @@ class Weights:
             stored = weight.storage.values(arrays, rows, cols, start, stop)
             gap.add(stored, read(start, stop).astype(np.float32))
         return gap.difference.relative
+
+
+def _known_scales(calibration: Any, transforms: Sequence[Transform]) -> dict[str, Array]:
+    """The scales that a calibrated package's channels were balanced with; none where it was not calibrated.
+
+    Raises:
+        PackageError: the manifest's entry is damaged, or does not fit these transforms.
+    """
+    if calibration is None:
+        return {}
+    try:
+        known = unpacked_scales(calibration["scales"])
+        for channels in {side for one in transforms for side in (one.reads, one.writes) if side is not None}:
+            if len(known[channels.name]) != channels.count:
+                raise ValueError(f"{channels.name} has {channels.count} channels")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PackageError(
+            f"vlpack.json's scales of channels cannot be used: {error}.", "Build the package again."
+        ) from None
+    return known
 
 
 def _collect(chunks: Iterator[tuple[str, Array]]) -> dict[str, Array]:
