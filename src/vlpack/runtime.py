@@ -14,7 +14,7 @@ from vlpack.chat import Chat
 from vlpack.context import too_long
 from vlpack.cores import checked_threads
 from vlpack.errors import InputError, OptionError
-from vlpack.genai_model import SIZES, check_package, load_model, make_generator, read_config, vision_encoder
+from vlpack.genai_model import SIZES, load_model, make_generator, open_package, read_config, vision_encoder
 from vlpack.memory import total_memory_bytes
 from vlpack.package.genai_config import eos_ids
 from vlpack.package.manifest import graph_files
@@ -66,7 +66,8 @@ class Model(Loaded):
         self.folder, self.task = Path(os.path.expanduser(folder)), GENERATE
         threads = checked_threads(threads)
         started = time.perf_counter()
-        self.manifest = check_package(self.folder)
+        files = open_package(self.folder)
+        self.manifest = files.manifest
         graphs = graph_files(self.folder, self.manifest)  # whose weights are looked at before the runtime opens them
         self.config = read_config(self.folder, self.manifest["files"], graphs)
         model = self.config["model"]
@@ -85,8 +86,9 @@ class Model(Loaded):
         chunk_size = self.config.get("search", {}).get("chunk_size")
         self._chunk = {"chunk_size": chunk_size} if type(chunk_size) is int and chunk_size > 0 else {}
         warn_of_saturation(self.manifest)
-        self.vision = vision_encoder(self.folder, model, self.manifest, threads, vision_provider)
+        self.vision = vision_encoder(files, model, threads, vision_provider)
         self._model = load_model(self.folder, model, threads, self.manifest.get("execution_provider"), self.vision)
+        files.check()  # nothing was replaced while it was loaded
         self.load_seconds = time.perf_counter() - started
 
     @property
