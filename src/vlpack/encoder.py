@@ -21,6 +21,7 @@ from vlpack.preprocess import Prompt, PromptBuilder, Tokenizer
 from vlpack.preprocess.encoder_prompts import ChatPrompts, Input, PlainPrompts
 from vlpack.preprocess.images import check_pixel_limits
 from vlpack.preprocess.mrope import mrope_positions
+from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.saturation import warn_of_saturation
 from vlpack.tasks import EMBEDDING, RERANKER, Loaded, check_package_task
 
@@ -107,11 +108,12 @@ class Encoder(Loaded):
         return dict(section)
 
     def _prompt_form(self, form: str, min_pixels: int | None, max_pixels: int | None) -> PlainPrompts | ChatPrompts:
+        settings = SettingsFolder(self.folder, self.manifest["files"])
         if form == "plain":
-            return PlainPrompts(Tokenizer.from_folder(self.folder))
+            return PlainPrompts(Tokenizer.from_folder(settings))
         image = self.image or {}
         builder = PromptBuilder.from_folder(
-            self.folder,
+            settings,
             image_token_id=image.get("image_token_id"),
             video_token_id=image.get("video_token_id"),
             min_pixels=image.get("min_pixels") if min_pixels is None else min_pixels,

@@ -59,7 +59,7 @@ def read_config(folder: Path, files: Mapping[str, Any], graphs: Mapping[str, str
         PackageError: it cannot be read, or asks the runtime for what a package does not need.
     """
     path = folder / "genai_config.json"
-    config = package_json(folder, path.name)
+    config = package_json(folder, path.name) if path.name in files else None
     if config is None:
         raise PackageError(f"{folder} has no genai_config.json.", "Build or copy the package again.")
     check_config(path, config, files, graphs)

@@ -11,10 +11,10 @@ from vlpack.architectures.base import GraphOptions
 from vlpack.checkpoint import Checkpoint
 from vlpack.errors import PackageError, VlpackError
 from vlpack.fit import check_tensors
-from vlpack.package.manifest import MANIFEST, damaged_files, graph_files, package_json, read_manifest
+from vlpack.package.manifest import MANIFEST, damaged_files, graph_files, package_json, read_manifest, unlisted_files
 from vlpack.package.outside import check_config
 from vlpack.precision import QuantizationOptions, make_policy
-from vlpack.safefile import existing_folder
+from vlpack.safefile import existing_folder, quote
 from vlpack.tasks import AUTO, GENERATE, decide_task
 
 CONFIG = "genai_config.json"
@@ -36,13 +36,19 @@ def inspect(path: str | os.PathLike[str], *, hashes: bool = True) -> dict[str, A
 
 
 def inspect_package(folder: Path, *, hashes: bool) -> dict[str, Any]:
-    """Architecture, source, policy, parts with their ports and storage by layer group, files and their condition."""
+    """Architecture, source, policy, parts with their ports and storage by layer group, files and their condition.
+
+    ``problems`` also names what was added to the folder: a chat template beside vlpack's files, say, would change
+    prompts in programs that read it. ``unlisted`` has all such names, hidden ones (``.git``, ``.DS_Store``) too.
+    """
     manifest = read_manifest(folder)
     problems = damaged_files(folder, manifest, hashes=hashes)
     try:
         described = _described(manifest)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise PackageError(f"{folder / MANIFEST} is damaged: entries are missing.", "Build it again.") from None
+    unlisted = unlisted_files(folder, manifest)
+    added = [name for name in unlisted if not name.startswith(".")]
     problems = list(problems)
     if not problems:  # the manifest may be forged to match
         try:
@@ -50,7 +56,15 @@ def inspect_package(folder: Path, *, hashes: bool) -> dict[str, Any]:
             check_config(folder / CONFIG, package_json(folder, CONFIG), manifest["files"], graphs)
         except PackageError as error:
             problems.append(error.message)
-    return {"kind": "package", "folder": str(folder), **described, "hashes_checked": hashes, "problems": problems}
+    problems += [f"{quote(name)} is not one of the package's files: it was added later." for name in added]
+    return {
+        "kind": "package",
+        "folder": str(folder),
+        **described,
+        "hashes_checked": hashes,
+        "unlisted": list(unlisted),
+        "problems": problems,
+    }
 
 
 def _described(manifest: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from vlpack.package.manifest import graph_files
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder, VideoOptions, VideoSource
 from vlpack.preprocess.images import check_pixel_limits
 from vlpack.preprocess.messages import check_sources
+from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.sampling import Sampling, check_number
 from vlpack.saturation import warn_of_saturation
 from vlpack.tasks import GENERATE, Loaded
@@ -75,7 +76,7 @@ class Model(Loaded):
         self.vocab_size: int = model["vocab_size"]
         check_pixel_limits(self.folder, "image_token_id" in model, min_pixels, max_pixels)
         self.prompts = PromptBuilder.from_folder(
-            self.folder,
+            SettingsFolder(self.folder, self.manifest["files"]),
             image_token_id=model.get("image_token_id"),
             video_token_id=model.get("video_token_id"),
             min_pixels=min_pixels,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -191,6 +192,21 @@ def graph_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
         raise PackageError(f"{folder}: the manifest names graphs that are not its files.", "Build it again.")
     check_graphs(folder, files, manifest["files"])
     return files
+
+
+def unlisted_files(folder: Path, manifest: Mapping[str, Any]) -> Sequence[str]:
+    """What lies in a package's folder, be it a file, link or folder, that its manifest does not list.
+
+    vlpack reads none of it, but other programs that take the folder may.
+
+    Raises:
+        PackageError: the folder cannot be listed.
+    """
+    try:
+        there = os.listdir(folder)
+    except OSError as error:
+        raise PackageError(f"{folder} cannot be listed: {error.strerror or error}.") from None
+    return sorted(set(there) - {MANIFEST, *manifest["files"]})
 
 
 def damaged_files(folder: Path, manifest: Mapping[str, Any], *, hashes: bool) -> Sequence[str]:

@@ -10,8 +10,8 @@ from typing import Any
 from jinja2.exceptions import SecurityError, TemplateError
 
 from vlpack.errors import CheckpointError, InputError
-from vlpack.preprocess._files import read_json_object, read_text
 from vlpack.preprocess.sandbox import BoundedEnvironment
+from vlpack.preprocess.settings_folder import SettingsFolder
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -40,20 +40,19 @@ class ChatTemplate:
             raise CheckpointError(f"{where} is not a usable jinja template: {error}.") from error
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> ChatTemplate:
+    def from_folder(cls, folder: str | os.PathLike[str] | SettingsFolder) -> ChatTemplate:
         """Reads chat_template.jinja, else chat_template.json, else `chat_template` of tokenizer_config.json.
 
         Of several named templates "default" is taken. CheckpointError if there is none or it cannot be used.
         """
-        root = Path(folder)
-        config_file = root / "tokenizer_config.json"
-        config = read_json_object(config_file) if config_file.is_file() else {}
-        candidates: list[tuple[Path, Any]] = []
-        if (file := root / "chat_template.jinja").is_file():
-            candidates.append((file, read_text(file)))
-        elif (file := root / "chat_template.json").is_file():
-            candidates.append((file, read_json_object(file).get("chat_template")))
-        candidates.append((config_file, config.get("chat_template")))
+        root = SettingsFolder.of(folder)
+        name = "tokenizer_config.json"
+        config = root.json(name) if root.has(name) else {}
+        candidates: list[tuple[Path, Any]] = [(root / name, config.get("chat_template"))]
+        if root.has(name := "chat_template.jinja"):
+            candidates.insert(0, (root / name, root.text(name)))
+        elif root.has(name := "chat_template.json"):
+            candidates.insert(0, (root / name, root.json(name).get("chat_template")))
         for file, template in candidates:
             if template is not None:
                 return cls(_default_template(template, file), _special_tokens(config), str(file))

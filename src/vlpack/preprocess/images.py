@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vlpack.errors import CheckpointError, InputError, OptionError
-from vlpack.preprocess._files import given_settings, read_json_object
+from vlpack.preprocess.settings_folder import SettingsFolder, given_settings
 
 MAX_ASPECT_RATIO = 200
 """Longest edge over shortest edge that the Qwen processors accept."""
@@ -136,7 +136,7 @@ class ImageProcessor:
         _require(self.factor <= _MAX_FACTOR, "patch_size", f"at most {_MAX_FACTOR} after times merge_size", self)
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> ImageProcessor:
+    def from_folder(cls, folder: str | os.PathLike[str] | SettingsFolder) -> ImageProcessor:
         """Reads a checkpoint's or package's image settings.
 
         As in transformers, `image_processor` inside processor_config.json wins over preprocessor_config.json. A
@@ -145,12 +145,11 @@ class ImageProcessor:
         Raises:
             CheckpointError: neither file has the settings, or one of them is out of range.
         """
-        nested = Path(folder) / "processor_config.json"
-        flat = Path(folder) / "preprocessor_config.json"
-        if nested.is_file() and isinstance(config := read_json_object(nested).get("image_processor"), dict):
-            return cls._from_config(config, f"image_processor in {nested}")
-        if flat.is_file():
-            return cls._from_config(read_json_object(flat), str(flat))
+        root, nested, flat = SettingsFolder.of(folder), "processor_config.json", "preprocessor_config.json"
+        if root.has(nested) and isinstance(config := root.json(nested).get("image_processor"), dict):
+            return cls._from_config(config, f"image_processor in {root / nested}")
+        if root.has(flat):
+            return cls._from_config(root.json(flat), str(root / flat))
         raise CheckpointError(
             f"{folder} has no image settings: neither preprocessor_config.json nor a processor_config.json with "
             "an 'image_processor' object.",

@@ -17,6 +17,7 @@ from vlpack.preprocess.images import ImageProcessor, ProcessedImages
 from vlpack.preprocess.inputs import Prompt, PromptVideo
 from vlpack.preprocess.load import ImageSource, load_image
 from vlpack.preprocess.messages import Message, VideoPart, normalize_messages
+from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.preprocess.tokenizer import Tokenizer
 from vlpack.preprocess.video import ProcessedVideo, VideoOptions, VideoProcessor
 
@@ -64,7 +65,7 @@ class PromptBuilder:
     @classmethod
     def from_folder(
         cls,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | SettingsFolder,
         *,
         image_token_id: int | None,
         video_token_id: int | None = None,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import tokenizers
 
 from vlpack.errors import CheckpointError, InputError
+from vlpack.preprocess.settings_folder import SettingsFolder
 
 MAX_BYTES = 100_000_000
 """Largest tokenizer.json that is read; those of the largest vocabularies have some ten megabytes."""
@@ -34,20 +34,19 @@ class Tokenizer:
         self.where = where
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+    def from_folder(cls, folder: str | os.PathLike[str] | SettingsFolder) -> Tokenizer:
         """Reads tokenizer.json; CheckpointError if it is missing or damaged."""
-        file = Path(folder) / "tokenizer.json"
-        if not file.is_file():
-            slow = all((Path(folder) / name).is_file() for name in ("vocab.json", "merges.txt"))
+        root, name = SettingsFolder.of(folder), "tokenizer.json"
+        if not root.has(name):
+            slow = all(map(root.has, ("vocab.json", "merges.txt")))
             found = "; vocab.json and merges.txt alone are not read" if slow else ""
             raise CheckpointError(
                 f"{folder} has no tokenizer.json{found}.",
                 hint="Make it with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder).",
             )
-        if (size := file.stat().st_size) > MAX_BYTES:
-            raise CheckpointError(f"{file} has {size} bytes; more than {MAX_BYTES} are not read.")
+        data, file = root.data(name, MAX_BYTES), root / name
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(file)), str(file))
+            return cls(tokenizers.Tokenizer.from_buffer(data), str(file))
         except BaseException as error:  # tokenizers raises bare Exception, and panics
             if isinstance(error, Exception) or _is_panic(error):
                 raise CheckpointError(f"{file} is not a usable tokenizer: {error}.") from error

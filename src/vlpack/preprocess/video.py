@@ -11,7 +11,6 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,10 +18,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from vlpack.errors import CheckpointError, InputError, OptionError
-from vlpack.preprocess._files import given_settings, read_json_object
 from vlpack.preprocess.frames import Clip, VideoSource, open_clip
 from vlpack.preprocess.images import MAX_ASPECT_RATIO
 from vlpack.preprocess.resize import FILTERS, resize_frame
+from vlpack.preprocess.settings_folder import SettingsFolder, given_settings
 
 MAX_FRAMES = 2**14
 """Most frames that are taken of one video."""
@@ -188,7 +187,7 @@ class VideoProcessor:
             raise OptionError(f"{name} must be {wanted}, not {getattr(self, name)!r}.")
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> VideoProcessor:
+    def from_folder(cls, folder: str | os.PathLike[str] | SettingsFolder) -> VideoProcessor:
         """Reads a checkpoint's or package's video settings.
 
         The order is transformers': `video_processor` inside processor_config.json, video_preprocessor_config.json,
@@ -197,12 +196,12 @@ class VideoProcessor:
         Raises:
             CheckpointError: none of them is there, or the settings are out of range.
         """
-        nested = Path(folder) / "processor_config.json"
-        if nested.is_file() and isinstance(config := read_json_object(nested).get("video_processor"), dict):
-            return cls._from_config(config, f"video_processor in {nested}")
+        root, nested = SettingsFolder.of(folder), "processor_config.json"
+        if root.has(nested) and isinstance(config := root.json(nested).get("video_processor"), dict):
+            return cls._from_config(config, f"video_processor in {root / nested}")
         for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
-            if (file := Path(folder) / name).is_file():
-                return cls._from_config(read_json_object(file), str(file))
+            if root.has(name):
+                return cls._from_config(root.json(name), str(root / name))
         raise CheckpointError(
             f"{folder} has no video settings: no video_preprocessor_config.json.",
             "Copy it from the model's page on the Hugging Face Hub.",
