@@ -88,6 +88,12 @@ class VisionModel(nn.Module):
         return [ops.cast(op, self.merger(op, x), self.dtype)]
 
 
+def decoder_settings(root: Section) -> Section:
+    """The decoder's settings, which the Hub's configs keep at the top, without those that transformers leaves there."""
+    apart = "original_max_position_embeddings"
+    return Section({name: value for name, value in root.values.items() if name != apart}, root.where)
+
+
 class Qwen2VL(Architecture):
     """``Qwen2VLForConditionalGeneration``: 2B, 7B, 72B."""
 
@@ -101,8 +107,7 @@ class Qwen2VL(Architecture):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         root = Section(config)
-        # the Hub's configs keep the decoder's settings at the top
-        text = root.section("text_config") if "text_config" in root else root
+        text = root.section("text_config") if "text_config" in root else decoder_settings(root)
         self.vision_config = root.section("vision_config")
         self.decoder = TextDecoder.read(
             root,
