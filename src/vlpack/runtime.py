@@ -21,6 +21,7 @@ from vlpack.package.manifest import graph_files
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder, VideoOptions, VideoSource
 from vlpack.preprocess.images import check_pixel_limits
 from vlpack.preprocess.messages import check_sources
+from vlpack.preprocess.prompt import check_vision_start
 from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.sampling import Sampling, check_number
 from vlpack.saturation import warn_of_saturation
@@ -84,6 +85,8 @@ class Model(Loaded):
             no_videos=None if model.get("type") == "qwen3_vl" else NO_VIDEOS,
         )
         self.tokenizer = self.prompts.tokenizer
+        if "image_token_id" in model:
+            check_vision_start(self.tokenizer, model.get("vision_start_token_id"))
         chunk_size = self.config.get("search", {}).get("chunk_size")
         self._chunk = {"chunk_size": chunk_size} if type(chunk_size) is int and chunk_size > 0 else {}
         warn_of_saturation(self.manifest)

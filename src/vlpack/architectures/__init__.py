@@ -55,8 +55,7 @@ def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> Architectur
             f"{checkpoint.folder}: {name} is not offered for the task {task}.",
             f"Offered for {' and '.join(offered)}.",
         )
-    if task != GENERATE:
-        refuse_bidirectional(checkpoint)
+    refuse_bidirectional(checkpoint)
     checkpoint.rename(architecture.renamed)
     prepare_task(architecture, checkpoint, task)
     architecture.observe(checkpoint.tensors)
@@ -64,18 +63,21 @@ def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> Architectur
 
 
 def refuse_bidirectional(checkpoint: Checkpoint) -> None:
-    """Some embedding models of these architectures let tokens see what follows them, by code of their own.
+    """Some models of these architectures let tokens see what follows them: transformers does at ``is_causal: false``,
+    and embedding models may by code of their own.
 
     Raises:
         CheckpointError: the config says so.
     """
-    config = checkpoint.config
     marks = {"is_causal": False, "use_bidirectional_attention": True, "bidirectional": True}
-    for name, mark in marks.items():
-        if config.get(name) is mark:
-            raise CheckpointError(
-                f"{checkpoint.folder / 'config.json'}: {name} is {str(mark).lower()}; vlpack's attention is causal."
-            )
+    nested = checkpoint.config.get("text_config")
+    for where, config in (("", checkpoint.config), (": text_config", nested if isinstance(nested, dict) else {})):
+        for name, mark in marks.items():
+            if bool(config.get(name, not mark)) is mark:
+                raise CheckpointError(
+                    f"{checkpoint.folder / 'config.json'}{where}: {name} is {str(mark).lower()}; vlpack's attention is "
+                    "causal."
+                )
 
 
 def described() -> list[dict[str, str]]:

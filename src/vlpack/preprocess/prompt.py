@@ -25,6 +25,20 @@ VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 """What stands around every temporal patch of a video, as text; the chat template writes one more pair around all."""
 
 
+def check_vision_start(tokenizer: Tokenizer, token_id: int | None) -> None:
+    """The runtime counts positions of an image from the token before it, so that must be the one that prompts have.
+
+    Raises:
+        CheckpointError: ``token_id`` is another one.
+    """
+    if token_id != tokenizer.token_id(VISION_START):
+        raise CheckpointError(
+            f"vision_start_token_id is {token_id}, and {VISION_START} is {tokenizer.token_id(VISION_START)} in "
+            f"{tokenizer.where}: images would stand at wrong positions.",
+            "Take config.json and tokenizer.json from the same checkpoint.",
+        )
+
+
 class PromptBuilder:
     """Makes prompts for one checkpoint or package.
 

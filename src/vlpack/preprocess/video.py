@@ -35,8 +35,7 @@ def video_size(
 ) -> tuple[int, int]:
     """The size, in pixels, that every frame of a video is given: multiples of `factor`, all frames within the limits.
 
-    Formula of transformers/models/qwen3_vl/video_processing_qwen3_vl.py ``smart_resize``. A video shorter than a
-    temporal patch, which transformers refuses, counts as one of them: that is what its frames are repeated to.
+    Formula of transformers/models/qwen3_vl/video_processing_qwen3_vl.py ``smart_resize``.
 
     Args:
         num_frames: that were chosen.
@@ -51,9 +50,15 @@ def video_size(
         (height, width) in pixels.
 
     Raises:
-        InputError: frames more than 200 times as long as wide.
+        InputError: frames more than 200 times as long as wide, or fewer than a temporal patch has, which transformers
+            refuses, too.
     """
-    num_frames = max(num_frames, temporal_factor)
+    if num_frames < temporal_factor:
+        raise InputError(
+            f"A video of {num_frames} frame{'s' * (num_frames > 1)} is too short; the model takes at least "
+            f"{temporal_factor}.",
+            "Take more frames, or send a single one as an image.",
+        )
     if height < factor or width < factor:
         grow = max(factor / height, factor / width)
         height, width = int(height * grow), int(width * grow)
