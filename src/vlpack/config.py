@@ -82,6 +82,10 @@ class Section:
                 raise self._fail(name, value, f"a list of integers from {low} to {high}")
         return list(items)
 
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Section:
+        """This section with values for names that it lacks; a null stays one."""
+        return Section({**defaults, **self.values}, self.where)
+
     def section(self, name: str, *, required: bool = True) -> Section:
         """An object inside this one; an empty one where it is absent and not ``required``."""
         value = self.values.get(name)

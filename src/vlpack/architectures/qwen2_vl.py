@@ -33,6 +33,17 @@ from vlpack.layers.vision import (
 NORM_EPS = 1e-6
 """Of the vision encoder; not in the config."""
 
+TEXT_DEFAULTS = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+"""transformers' for configs that hold only what differs from them, as its releases of 2024 and 2025 wrote some."""
+VISION_DEFAULTS = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "patch_size": 14, "temporal_patch_size": 2}
+
 RENAMED = {"visual.": "model.visual.", "model.layers.": "model.language_model.layers."} | {
     f"model.{name}.": f"model.language_model.{name}." for name in ("embed_tokens", "norm")
 }
@@ -104,11 +115,13 @@ class Qwen2VL(Architecture):
     normalize_flag = "qwen2_5_vl"
     renamed = RENAMED
     vision_width = "hidden_size"
+    vision_defaults: Mapping[str, Any] = VISION_DEFAULTS
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         root = Section(config)
         text = root.section("text_config") if "text_config" in root else decoder_settings(root)
-        self.vision_config = root.section("vision_config")
+        text = text.with_defaults(TEXT_DEFAULTS)
+        self.vision_config = root.section("vision_config").with_defaults(self.vision_defaults)
         self.decoder = TextDecoder.read(
             root,
             text,
