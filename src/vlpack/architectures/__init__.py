@@ -13,6 +13,7 @@ from vlpack.architectures.qwen3_vl import Qwen3VL
 from vlpack.architectures.qwen3_vl_moe import Qwen3VLMoe
 from vlpack.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError
+from vlpack.quantized import refuse_quantized
 from vlpack.tasks import EMBEDDING, GENERATE, prepare_task
 
 ARCHITECTURES: dict[str, type[Architecture]] = {
@@ -48,6 +49,7 @@ def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> Architectur
             f"{checkpoint.folder}: the architecture {name} is not supported.",
             "Supported: " + ", ".join(sorted(ARCHITECTURES)) + ".",
         )
+    refuse_quantized(checkpoint)
     architecture = family(checkpoint.config)
     offered = (EMBEDDING,) if name in HEADLESS else family.tasks
     if task not in offered:
