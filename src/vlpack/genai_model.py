@@ -14,7 +14,8 @@ from vlpack.errors import OptionError, PackageError
 from vlpack.genai import og
 from vlpack.package.loaded_files import LoadedFiles
 from vlpack.package.manifest import package_json
-from vlpack.package.outside import check_config, weight_files
+from vlpack.package.outside import SECTIONS, check_config, weight_files
+from vlpack.safefile import quote
 from vlpack.tasks import GENERATE, check_package_task
 from vlpack.vision_encoder import STAND_IN, VisionEncoder, features_port
 
@@ -70,8 +71,15 @@ def read_config(folder: Path, files: Mapping[str, Any], graphs: Mapping[str, str
             sizes += [model["decoder"][name] for name in SIZES]
         if "vision" in model:
             sizes.append(model["vision"]["spatial_merge_size"])
+        objects = {"search": config.get("search", {})}
+        for name in SECTIONS & model.keys():
+            objects |= {f"{name}.inputs": model[name].get("inputs", {}), name: model[name]}
+            model[name]["filename"]  # which `check_config` has looked at
     except (KeyError, TypeError, AttributeError) as error:
         raise PackageError(f"{path} cannot be read: {error!r}.") from None
+    for name, value in objects.items():
+        if not isinstance(value, dict):
+            raise PackageError(f"{path}: '{name}' must be an object, not {quote(value)}.")
     if all(type(size) is int and 0 < size < 2**31 for size in sizes) and isinstance(eos, (int, list)):
         return config
     raise PackageError(f"{path} has a {', '.join(_INTEGERS + SIZES)} or eos_token_id of the wrong type or size.")

@@ -119,6 +119,7 @@ class Model(Loaded):
         Options are ``video_options`` and the chat template's variables (``tools``, ``enable_thinking`` …); see
         `vlpack.preprocess.PromptBuilder`.
         """
+        check_sources(images, videos)
         return self.prompts(_as_messages(messages, images, videos), images, videos, **options)
 
     def generate(

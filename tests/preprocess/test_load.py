@@ -148,6 +148,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(302, b"", Location=f"/redirect/{left - 1}" if left else "/a%20b.png?x=1")
         elif path == "/elsewhere":
             self.answer(302, b"", Location="file:///etc/hostname")
+        elif path == "/broken":
+            self.answer(302, b"", Location="http://[")
         elif path == "/large":
             self.answer(200, b"x" * 5000)
         elif path == "/endless":
@@ -200,6 +202,7 @@ def test_url(server: str) -> None:
         ("/missing", "404"),
         ("/redirect/5", "more than 5 times"),
         ("/elsewhere", "not a usable"),
+        ("/broken", "redirects to 'http://\\['"),
         ("/large", "larger than 2000"),
         ("/endless", "larger than 2000"),
         ("/short", "cannot be fetched|early"),

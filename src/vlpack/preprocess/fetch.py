@@ -50,7 +50,10 @@ def fetch(
             raise InputError(f"{_name(parts)} cannot be fetched: {reason}.") from error
         if location is None:
             return body
-        current = urljoin(current, location)
+        try:
+            current = urljoin(current, location)
+        except ValueError:
+            raise InputError(f"{_name(parts)} redirects to {location[:200]!r}, which is no URL.") from None
     raise InputError(f"{_name(_split(url))} redirects more than {_MAX_REDIRECTS} times.")
 
 
