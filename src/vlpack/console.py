@@ -173,7 +173,7 @@ def lines_from_stdin() -> list[str]:
     if sys.stdin is None or sys.stdin.isatty():
         raise OptionError("There is no input.", "Give texts as arguments, or one a line on standard input.")
     try:
-        lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
+        lines = [line for line in sys.stdin.read().split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise InputError(f"Standard input is not text: {error}.") from None
     if not lines:

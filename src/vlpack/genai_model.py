@@ -80,7 +80,9 @@ def read_config(folder: Path, files: Mapping[str, Any], graphs: Mapping[str, str
     for name, value in objects.items():
         if not isinstance(value, dict):
             raise PackageError(f"{path}: '{name}' must be an object, not {quote(value)}.")
-    if all(type(size) is int and 0 < size < 2**31 for size in sizes) and isinstance(eos, (int, list)):
+    ends = eos if isinstance(eos, list) else [eos]
+    known = bool(ends) and all(type(end) is int and 0 <= end < model["vocab_size"] for end in ends)
+    if all(type(size) is int and 0 < size < 2**31 for size in sizes) and known:
         return config
     raise PackageError(f"{path} has a {', '.join(_INTEGERS + SIZES)} or eos_token_id of the wrong type or size.")
 

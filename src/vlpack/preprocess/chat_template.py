@@ -17,6 +17,11 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
+MAX_MESSAGE_CHARACTERS = 12 * 2**20
+"""Most characters of a conversation. It is less than a rendered prompt may have, so that a text that is too long is not
+taken for a template that grows without end."""
+
+
 class ChatTemplate:
     """A compiled chat template.
 
@@ -80,7 +85,8 @@ class ChatTemplate:
             **variables: whatever else the template understands (enable_thinking …).
 
         Raises:
-            InputError: the template refuses the messages (its own raise_exception) or cannot handle them.
+            InputError: the messages are longer than `MAX_MESSAGE_CHARACTERS`, or the template refuses them (its own
+                raise_exception) or cannot handle them.
             CheckpointError: the template exceeds the bounds of `vlpack.preprocess.sandbox`.
         """
         values = {
@@ -91,8 +97,14 @@ class ChatTemplate:
             "tools": None if tools is None else list(tools),
             "add_generation_prompt": add_generation_prompt,
         }
+        plain = _plain(values)
+        if (length := _characters(plain["messages"])) > MAX_MESSAGE_CHARACTERS:
+            raise InputError(
+                f"The messages have {length} characters; more than {MAX_MESSAGE_CHARACTERS} are not taken.",
+                "No supported model has a context for so much text: give less.",
+            )
         try:
-            return self._environment.render_bounded(self._template, _plain(values))
+            return self._environment.render_bounded(self._template, plain)
         except (SecurityError, RecursionError, MemoryError, OverflowError) as error:
             reason = "it recurses too deeply" if isinstance(error, RecursionError) else str(error) or "out of memory"
             raise CheckpointError(
@@ -130,6 +142,15 @@ def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
     # Reasoning goes by three names; transformers gives templates the first two of them.
     reasoning = next((plain[key] for key in _REASONING_KEYS if key in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _characters(value: Any) -> int:
+    """Characters of all texts in plain JSON."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 def _plain(value: Any) -> Any:
