@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import tracemalloc
 
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 
 from vlpack.errors import CheckpointError, InputError, VlpackError
-from vlpack.preprocess import ChatTemplate
+from vlpack.preprocess import chat_template
+
+ChatTemplate = functools.partial(chat_template.ChatTemplate, isolated=False)
+"""In this process, where the sandbox's own bounds are all there is."""
 
 BIG = "{% set s = namespace(v='x') %}{% for i in range(23) %}{% set s.v = s.v ~ s.v %}{% endfor %}"
 """Makes s.v 8 million characters, which is allowed; what follows it must not make much more of them."""

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import SecurityError, TemplateError
-
 from vlpack.errors import CheckpointError, InputError
-from vlpack.preprocess.sandbox import BoundedEnvironment
+from vlpack.preprocess.known_templates import is_known
+from vlpack.preprocess.sandbox import BrokenTemplateError, RefusedTemplateError, StoppedTemplateError, Template
 from vlpack.preprocess.settings_folder import SettingsFolder
+from vlpack.preprocess.template_process import TemplateProcess
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -29,19 +29,31 @@ class ChatTemplate:
         source: the jinja text.
         special_tokens: variables such as bos_token and eos_token that the template may use.
         where: the file it came from, for error messages.
+        isolated: render it in a process of its own, whose memory and time are bounded. By default templates that are
+            known, such as those of the supported families, are rendered in this one, which is faster.
 
     Raises:
         CheckpointError: the text is not a template.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None, where: str = "chat template"):
+    _template: Template | TemplateProcess
+
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str] | None = None,
+        where: str = "chat template",
+        *,
+        isolated: bool | None = None,
+    ) -> None:
         self.source = source
         self.special_tokens = dict(special_tokens or {})
         self.where = where
-        self._environment = BoundedEnvironment()
+        if isolated is None:
+            isolated = not is_known(source)
         try:
-            self._template = self._environment.compile_template(source)
-        except (TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
+            self._template = TemplateProcess(source) if isolated else Template(source)
+        except (BrokenTemplateError, StoppedTemplateError) as error:
             raise CheckpointError(f"{where} is not a usable jinja template: {error}.") from error
 
     @classmethod
@@ -104,14 +116,13 @@ class ChatTemplate:
                 "No supported model has a context for so much text: give less.",
             )
         try:
-            return self._environment.render_bounded(self._template, plain)
-        except (SecurityError, RecursionError, MemoryError, OverflowError) as error:
-            reason = "it recurses too deeply" if isinstance(error, RecursionError) else str(error) or "out of memory"
+            return self._template.render(plain)
+        except (StoppedTemplateError, BrokenTemplateError) as error:
             raise CheckpointError(
-                f"{self.where} was stopped: {reason}.",
+                f"{self.where} was stopped: {error}.",
                 hint="A chat template is a program from the checkpoint's author; check where it comes from.",
             ) from error
-        except Exception as error:  # a template is a program: any operation on any value can fail in it
+        except RefusedTemplateError as error:
             raise InputError(f"{self.where} cannot render these messages: {error}.") from error
 
 
