@@ -169,7 +169,7 @@ for verb in (run, chat, embed, score):
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of a package or a checkpoint.")],
+    path: Annotated[Path, typer.Argument(help="A folder of a package or checkpoint, or a Hub id (no weights).")],
     hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Compare the contents of all files.")] = True,
     as_json: opt.Json = False,
 ) -> None:

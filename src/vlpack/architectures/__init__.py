@@ -42,6 +42,23 @@ def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> Architectur
     Raises:
         CheckpointError: it is not supported, or its config is not usable.
     """
+    architecture = read_settings(checkpoint, task)
+    checkpoint.rename(architecture.renamed)
+    prepare_task(architecture, checkpoint, task)
+    architecture.observe(checkpoint.tensors)
+    return architecture
+
+
+def read_settings(checkpoint: Checkpoint, task: str | None = None) -> Architecture:
+    """The architecture as config.json describes it, for which no weights need be there.
+
+    Args:
+        checkpoint: perhaps without weights (`Checkpoint.open_settings`).
+        task: what it is to be for; None where that is not known yet.
+
+    Raises:
+        CheckpointError: it is not supported, quantized already, or its config is not usable.
+    """
     name = checkpoint.architecture
     family = ARCHITECTURES.get(HEADLESS.get(name, name))
     if family is None:
@@ -52,15 +69,12 @@ def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> Architectur
     refuse_quantized(checkpoint)
     architecture = family(checkpoint.config)
     offered = (EMBEDDING,) if name in HEADLESS else family.tasks
-    if task not in offered:
+    if task is not None and task not in offered:
         raise CheckpointError(
             f"{checkpoint.folder}: {name} is not offered for the task {task}.",
             f"Offered for {' and '.join(offered)}.",
         )
     refuse_bidirectional(checkpoint)
-    checkpoint.rename(architecture.renamed)
-    prepare_task(architecture, checkpoint, task)
-    architecture.observe(checkpoint.tensors)
     return architecture
 
 

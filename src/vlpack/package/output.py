@@ -117,13 +117,18 @@ def output_folder(output: Path, *, force: bool) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int, where: Path | None = None) -> None:
     """Say before the work that the disk cannot hold it.
+
+    Args:
+        folder: of the package, for the message.
+        needed: bytes.
+        where: a folder on the disk, if ``folder`` is not there yet.
 
     Raises:
         VlpackError: fewer than ``needed`` bytes are free.
     """
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(where or folder).free
     if free < needed:
         raise VlpackError(
             f"Not enough space in {folder.parent}: the package takes {needed / 1e9:.2f} GB and "
