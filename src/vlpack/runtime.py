@@ -23,8 +23,9 @@ from vlpack.preprocess.images import check_pixel_limits
 from vlpack.preprocess.messages import check_sources
 from vlpack.preprocess.prompt import check_vision_start
 from vlpack.preprocess.settings_folder import SettingsFolder
-from vlpack.sampling import Sampling, check_number
+from vlpack.sampling import Sampling, check_number, sampling_of
 from vlpack.saturation import warn_of_saturation
+from vlpack.stopping import StopTexts
 from vlpack.tasks import GENERATE, Loaded
 from vlpack.timing import StageClock
 
@@ -131,6 +132,12 @@ class Model(Loaded):
         video_options: VideoOptions | None = None,
         max_tokens: int = 512,
         sampling: Sampling | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
         allow_private_urls: bool = False,
         timing: bool = False,
     ) -> Answer:
@@ -142,6 +149,12 @@ class Model(Loaded):
             video_options=video_options,
             max_tokens=max_tokens,
             sampling=sampling,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
             allow_private_urls=allow_private_urls,
             timing=timing,
         )
@@ -158,6 +171,12 @@ class Model(Loaded):
         video_options: VideoOptions | None = None,
         max_tokens: int = 512,
         sampling: Sampling | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
         allow_private_urls: bool = False,
         timing: bool = False,
     ) -> AnswerStream:
@@ -171,7 +190,14 @@ class Model(Loaded):
                 as a string they go between images and question.
             video_options: how videos are looked at whose parts do not say it themselves.
             max_tokens: of the answer at most.
-            sampling: how tokens are chosen.
+            sampling: how tokens are chosen; or, in its place, what it would hold: temperature, top_k, top_p,
+                repetition_penalty and seed.
+            temperature: 0 takes the likeliest token always.
+            top_k: only the k likeliest.
+            top_p: only the likeliest whose probabilities sum to p.
+            repetition_penalty: above 1 makes tokens that have occurred less likely.
+            seed: the same seed gives the same answer.
+            stop: texts at which the answer ends; it does not have them.
             allow_private_urls: let image URLs lead to this machine or its network.
             timing: measure vision and prefill apart. It takes the runtime's log, which is one for the process, and
                 leaves it without a callback.
@@ -182,7 +208,10 @@ class Model(Loaded):
         """
         check_number("max_tokens", max_tokens, 1, 2**31 - 1, whole=True)
         check_sources(images, videos)
-        options = self.search_options(sampling)
+        options = self.search_options(
+            sampling_of(sampling, Sampling(temperature, top_k, top_p, repetition_penalty, seed))
+        )
+        stops = StopTexts(stop)
         prompt, preprocess_seconds = messages, None
         if isinstance(prompt, Prompt):
             given = {"images": len(images), "videos": len(videos), "video_options": video_options}
@@ -199,7 +228,7 @@ class Model(Loaded):
             return self.begin(prompt, {**options, "max_length": limit}, timing)
 
         text, ends = self.tokenizer.stream(), eos_ids(self.config)
-        return AnswerStream(prompt, begin, text, ends, max_tokens, preprocess_seconds)
+        return AnswerStream(prompt, begin, text, ends, max_tokens, preprocess_seconds, stop=stops)
 
     def chat(self, **options: Any) -> Chat:
         """A conversation, whose unchanged turns are not computed again; options as for `vlpack.chat.Chat`."""

@@ -96,7 +96,7 @@ def ask(
     sees = "vision.onnx" in manifest["files"]
     generates = manifest_task(folder, manifest) == GENERATE
     # all in the runtime, as the package is run from other languages
-    package = load(folder, threads=threads, **({"vision_provider": RUNTIME} if generates and sees else {}))
+    package = load(folder, threads=threads, vision_provider=RUNTIME if generates and sees else None)
     if isinstance(package, Model):
         asked = []
         for case in cases or built_in(sees=sees, videos=package.takes_videos):
