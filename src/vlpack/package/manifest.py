@@ -23,6 +23,7 @@ import vlpack
 from vlpack.checkpoint import Checkpoint, sha256_file
 from vlpack.errors import CheckpointError, PackageError
 from vlpack.graph import Graph, Weight
+from vlpack.hub import is_hub_id
 from vlpack.package.outside import check_graphs
 from vlpack.precision import Policy
 from vlpack.safefile import existing_folder, locate, quote, read_json
@@ -139,7 +140,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     manifest = package_json(folder, MANIFEST)
     if manifest is None:
-        raise PackageError(f"{folder} is not a vlpack package: it has no {MANIFEST}.")
+        hint = None
+        if (folder / "config.json").is_file():
+            hint = f"It looks like a checkpoint: make a package of it with `vlpack build {folder} -o PACKAGE`."
+        raise PackageError(f"{folder} is not a vlpack package: it has no {MANIFEST}.", hint)
     if not isinstance(manifest.get("files"), dict):
         raise PackageError(f"{path} is not a manifest of vlpack.")
     if manifest.get("format") != FORMAT:
@@ -170,7 +174,10 @@ def whole_package(folder: Path) -> dict[str, Any]:
     Raises:
         PackageError: it is none, or files are missing or of other sizes.
     """
-    existing_folder(folder, PackageError, "Give the folder of a package that `vlpack build` made.")
+    hint = "Give the folder of a package that `vlpack build` made."
+    if is_hub_id(folder):
+        hint += f" If {folder} is a checkpoint of the Hub, build it first: `vlpack build {folder} -o PACKAGE`."
+    existing_folder(folder, PackageError, hint)
     manifest = read_manifest(folder)
     problems = damaged_files(folder, manifest, hashes=False)
     if problems:
