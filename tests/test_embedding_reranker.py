@@ -432,7 +432,8 @@ def test_checkpoints_without_what_a_task_needs(copy: Any, source: Any, tmp_path:
     refused(folder, tmp_path, "'yes' is not one token", task="reranker")
     for name, value in (("is_causal", False), ("use_bidirectional_attention", True)):
         edit_json(folder / "config.json", name, value=value)
-        refused(folder, tmp_path, name, task="embedding")
+        for task in ("embedding", "reranker", "generate"):
+            refused(folder, tmp_path, name, task=task)
         edit_json(folder / "config.json", name, value=...)
     model = transformers.AutoModel.from_pretrained(folder)
     model.save_pretrained(folder)

@@ -323,7 +323,7 @@ def test_options_that_can_have_no_effect_are_errors(
 def test_options_are_checked_before_anything_is_downloaded(
     refused: Callable[..., OptionError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlpack.builder.resolve", lambda *arguments, **options: pytest.fail("was looked for"))
+    monkeypatch.setattr("vlpack.before_download.resolve", lambda *arguments, **options: pytest.fail("was looked for"))
     refused("block_size=64", match="block_size", source=Path("org/name"), precision="fp32")
     refused(match="not offered", source=Path("org/name"), precision="int8", execution_provider="cuda")
 

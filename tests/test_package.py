@@ -19,7 +19,7 @@ from PIL import Image
 from samples import ANSWERS, DIGITS, IMAGES, QUERY, READ, content, copy_digits, edit_json, vlpack
 from vlpack.builder import build
 from vlpack.errors import PackageError, VlpackError
-from vlpack.genai_model import check_package
+from vlpack.genai_model import open_package
 from vlpack.inspection import inspect
 from vlpack.options import parse_extra_options
 from vlpack.package.processor_config import grid_difference
@@ -443,7 +443,7 @@ def test_missing_and_truncated_files(package: Path, capsys: Capsys, damage: str)
 
 def test_running_does_not_read_what_it_only_checks(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlpack.package.manifest.sha256_file", lambda path: pytest.fail("hashed"))
-    check_package(package)
+    open_package(package)
 
 
 MANIFESTS: list[tuple[str, Any]] = [

@@ -53,7 +53,6 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "frames by number": [video(CARPHONE, num_frames=6)],
     "an odd number": [video(CARPHONE, num_frames=5, total_pixels=60_000)],
     "two frames": [video(CARPHONE, num_frames=2)],
-    "one frame": [video(pictures(1), fps=1)],
     "pictures": [video(pictures(7), fps=3)],
     "video then image": [video(CARPHONE, fps=1), image()],
     "image then video": [image(), video(CARPHONE, fps=1)],
@@ -202,6 +201,8 @@ def test_videos_that_cannot_be_used(builder: PromptBuilder) -> None:
         ([video(BIKES, path=BIKES)], {}, "more than one of video, path"),
         ([video(BIKES, nframes=3)], {}, "part 1 has 'nframes'"),
         ([video(BIKES, fps=-1)], {}, "part 1: fps is -1"),
+        ([video(pictures(1), fps=1)], {}, "1 frame is too short"),
+        ([video(CARPHONE, num_frames=1)], {}, "1 frame is too short"),
         ([video("https://example.org/a.mp4")], {}, "not fetched"),
         ([video(BIKES), {"type": "text", "text": "<|video_pad|>"}], {}, "2 video placeholders .* for 1 videos"),
     ):

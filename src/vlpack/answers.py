@@ -11,6 +11,7 @@ from vlpack.errors import PackageError
 from vlpack.genai import og
 from vlpack.memory import peak_memory_bytes
 from vlpack.preprocess import Prompt, TextStream
+from vlpack.stopping import StopTexts
 
 
 @dataclass
@@ -50,8 +51,8 @@ class Answer:
     Attributes:
         text: without special tokens.
         tokens: as they were generated, an end token included.
-        finish_reason: ``stop`` (the model ended), ``length`` (max_tokens or the context's end was reached),
-            ``interrupted`` (the stream was left before), or ``failed``.
+        finish_reason: ``stop`` (the model ended, or came to one of the texts to stop at), ``length`` (max_tokens or the
+            context's end was reached), ``interrupted`` (the stream was left before), or ``failed``.
         stats: what it took.
     """
 
@@ -88,6 +89,7 @@ class AnswerStream(Iterator[str]):
         max_tokens: of the answer at most; fewer where the generator has no room for them.
         preprocess_seconds: what making the prompt took.
         ended: told the answer when the stream ends, however it does, if it was begun at all.
+        stop: texts that end an answer, which does not have them.
     """
 
     def __init__(
@@ -99,7 +101,9 @@ class AnswerStream(Iterator[str]):
         max_tokens: int,
         preprocess_seconds: float | None,
         ended: Callable[[Answer], None] | None = None,
+        stop: StopTexts | None = None,
     ) -> None:
+        self._stop = stop or StopTexts()
         self.answer, self.prompt = Answer("", [], "interrupted"), prompt
         stats = self.answer.stats
         stats.prompt_tokens, stats.video_tokens = prompt.input_ids.shape[1], prompt.num_video_tokens
@@ -157,13 +161,22 @@ class AnswerStream(Iterator[str]):
             if token in ends:
                 answer.finish_reason = "stop"
                 break
-            if piece := text.push(token):
+            piece, stopped = self._stop.push(text.push(token))
+            if piece:
                 answer.text += piece
                 yield piece
+            if stopped:
+                answer.finish_reason = "stop"
+                return
             if len(answer.tokens) >= max_tokens or generator.is_done():  # max_length is reached
                 answer.finish_reason = "length"
                 break
             generator.generate_next_token()
-        if piece := text.flush():
+        piece, stopped = self._stop.push(text.flush())
+        if stopped:
+            answer.finish_reason = "stop"
+        else:
+            piece += self._stop.flush()
+        if piece:
             answer.text += piece
             yield piece

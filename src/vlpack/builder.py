@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vlpack.architectures import Architecture, Part, architecture_of
 from vlpack.architectures.base import GraphOptions
+from vlpack.before_download import check_settings, resolve_checked
 from vlpack.calibration.choice import BESIDE, check_calibration, say_nothing
 from vlpack.checkpoint import Checkpoint
 from vlpack.cores import available_cores
@@ -23,7 +24,7 @@ from vlpack.datafile import DataFiles, planned_bytes
 from vlpack.errors import OptionError
 from vlpack.fit import check_tensors
 from vlpack.graph import Graph, Weight, declare, trace
-from vlpack.hub import ResolvedSource, resolve
+from vlpack.hub import ResolvedSource
 from vlpack.layers.attention import has_grouped_kernel
 from vlpack.lora import Adapter, adapter_notes, merge_all, open_adapters, places_of
 from vlpack.memory import peak_memory_bytes
@@ -134,7 +135,20 @@ def build(
     # adapters first: they are small, and what is wrong with them is told before the model is downloaded
     places = places_of(lora)
     adapters = open_adapters(places, cache_dir, extra.hf_token)
-    found = resolve(source, revision=revision, cache_dir=cache_dir, token=extra.hf_token)
+    found = resolve_checked(
+        source,
+        partial(
+            check_settings,
+            output=output,
+            part=part,
+            task=task,
+            vision_precision=vision_precision,
+            policy=partial(make_policy, precision, execution_provider, quantization),
+        ),
+        revision=revision,
+        cache_dir=cache_dir,
+        token=extra.hf_token,
+    )
     notes = _unused_hub_options([source, *places], cache_dir, extra)
 
     with (
@@ -148,7 +162,6 @@ def build(
         notes += reasons
         check_task_options(extra, task, precision)
         architecture = architecture_of(base, task)
-        _check_sees(architecture, base, part, vision_precision)
         policy = make_policy(precision, execution_provider, quantization, architecture.precision_facts)
         check_tensors(architecture, base, policy)
         merged = merge_all(base, adapters, architecture)
@@ -236,13 +249,6 @@ def _check_arguments(extra: object, part: str, threads: int | None) -> None:
 def default_threads() -> int:
     """Cores, but no more than keep a disk busy: each thread holds a weight or a few slabs in memory."""
     return min(available_cores(), 8)
-
-
-def _check_sees(architecture: Architecture, checkpoint: Checkpoint, part: str, vision_precision: str | None) -> None:
-    if architecture.vision is None and (part in ("vision", "embedding") or vision_precision):
-        raise OptionError(
-            f"{checkpoint.architecture} has no vision encoder.", "Leave --part and --vision-precision away."
-        )
 
 
 def _origin(found: ResolvedSource, adapters: Sequence[Adapter]) -> dict[str, Any]:

@@ -149,13 +149,17 @@ class Terminal:
             self._say(f"(stopped; {kept})")
         elif stream.answer.finish_reason == "length":
             count = len(stream.answer.tokens)
-            why = "" if count >= self.chat.max_tokens else ", as the context is full"
+            why = "" if count >= self.chat.max_tokens else ", as the context is full: /drop forgets the oldest turn"
             self._say(f"(cut after {count} tokens{why})")
         self._warn()
 
     def _warn(self) -> None:
         if warning := self.chat.warning():
-            console.err.print(f"{warning} /drop forgets the oldest.", style="yellow")
+            console.err.print(f"{warning} /drop forgets the oldest{self._images_back()}.", style="yellow")
+
+    def _images_back(self) -> str:
+        """What else makes room, where images wait for the next question."""
+        return ', and /image "" takes back the images that wait for the next question' if self.images else ""
 
     def _show(self, pieces: Sequence[tuple[bool, str]]) -> None:
         for thinking, text in pieces:

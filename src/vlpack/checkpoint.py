@@ -63,6 +63,12 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
         """Opens and validates a folder; a CheckpointError says what is wrong with it, where, and what to do."""
+        settings = cls.open_settings(folder)
+        return cls.of_files(settings.folder, settings.config, *_find_weights(settings.folder, settings.config))
+
+    @classmethod
+    def open_settings(cls, folder: str | os.PathLike[str]) -> Checkpoint:
+        """A folder's config.json and other small files alone: weights are not looked for, and there are no tensors."""
         folder = existing_folder(folder, hint="Give a folder that holds config.json and model*.safetensors.")
         config = _read_json(folder, "config.json")
         if config is None and locate(folder, "adapter_config.json"):
@@ -72,7 +78,16 @@ class Checkpoint:
                 f"{folder} has no config.json, so it is not a Hugging Face checkpoint.",
                 "Give the folder that holds config.json and model*.safetensors.",
             )
-        return cls.of_files(folder, config, *_find_weights(folder, config))
+        return cls(folder, config, {}, [], FilePool())
+
+    @classmethod
+    def has_weights(cls, folder: str | os.PathLike[str]) -> bool:
+        """Whether all weight files of a checkpoint are there; what is in them is not looked at."""
+        settings = cls.open_settings(folder)
+        try:
+            return bool(_find_weights(settings.folder, settings.config))
+        except CheckpointError:
+            return False
 
     @classmethod
     def of_files(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
+import os
 import signal
 import sys
 import tempfile
@@ -30,7 +33,7 @@ app = typer.Typer(
 
 EXTRA_OPTIONS = (
     "As the builder's: block_size, is_symmetric, accuracy_level, algo_config, matmul_mixed_precision, exclude_embeds, "
-    "prune_lm_head, shared_embeddings, filename, hf_token."
+    "prune_lm_head, shared_embeddings, filename, hf_token. vlpack's own: weight_type, kv_cache."
 )
 
 
@@ -167,7 +170,7 @@ for verb in (run, chat, embed, score):
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of a package or a checkpoint.")],
+    path: Annotated[Path, typer.Argument(help="A folder of a package or checkpoint, or a Hub id (no weights).")],
     hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Compare the contents of all files.")] = True,
     as_json: opt.Json = False,
 ) -> None:
@@ -237,6 +240,33 @@ def _interrupt(number: int, frame: object) -> None:
     raise _Interrupted(number)
 
 
+NO_MEMORY = b"error: There is not enough memory.\nClose other programs, or raise the limit (ulimit -v).\n"
+"""Made beforehand: there is no memory to make it when it is needed."""
+
+
+def _lack(error: Exception) -> VlpackError | None:
+    """What this machine or its limits lack, if that is what an error of Python's own classes means."""
+    if isinstance(error, OSError):  # of the streams: what concerns a user's files is a VlpackError by now
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return VlpackError("Too many files are open.", "Raise the limit on file descriptors (ulimit -n 256).")
+        return VlpackError(f"Cannot write the output: {error.strerror or error}.")
+    if "can't start new thread" in str(error):
+        return VlpackError("No thread can be started.", "Raise the limits on memory and processes (ulimit -v, -u).")
+    mapping = ("failed to map segment", "Cannot allocate memory")  # of the dynamic loader
+    if isinstance(error, ImportError) and any(text in str(error) for text in mapping):
+        return VlpackError("There is not enough memory to load a library.", "Raise the limit (ulimit -v).")
+    return None
+
+
+def _show_plainly(error: VlpackError) -> None:
+    """Without rich where that cannot be: it loads modules, and takes memory and files."""
+    try:
+        console.show_error(error)
+    except (MemoryError, OSError, ImportError, RuntimeError):
+        with contextlib.suppress(OSError, AttributeError):
+            sys.stderr.write(f"error: {error}\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: a user's mistake is one sentence on standard error and exit code 2."""
     for number in (signal.SIGINT, signal.SIGTERM):  # so that a terminated build cleans up
@@ -254,16 +284,25 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(leaving.__context__, BrokenPipeError):  # typer's and rich's 1 would say of a package: damaged
             sys.exit(128 + 13)  # the reader has left, which ends other programs with SIGPIPE
         raise
-    except OSError as error:  # of the streams: what concerns files is a VlpackError by now
-        console.show_error(VlpackError(f"Cannot write the output: {error.strerror or error}."))
-        sys.stdout = None  # or Python would try once more as it ends
-        sys.exit(2)
     except VlpackError as error:
-        console.show_error(error)
+        _show_plainly(error)
+        sys.exit(2)
+    except MemoryError:
+        pass  # what the error's frames hold is free only when this block is left
+    except (ImportError, RuntimeError, OSError) as error:
+        told = _lack(error)
+        if told is None:
+            raise
+        _show_plainly(told)
+        sys.stdout = None  # or Python would try once more to write as it ends
         sys.exit(2)
     except _Interrupted as interrupt:
         console.show_error(VlpackError("Interrupted."))
         sys.exit(128 + interrupt.args[0])
+    else:
+        return
+    os.write(2, NO_MEMORY)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

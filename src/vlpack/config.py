@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from vlpack.errors import CheckpointError
 
 _LIMIT = 1 << 31
+
+
+def is_finite(value: object) -> TypeGuard[int | float]:
+    """Whether a value of a JSON file is a number that fits a float: JSON's integers have any length."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 class Section:
@@ -51,7 +62,7 @@ class Section:
     def number(self, name: str, default: float | None = None) -> float:
         """A finite number above zero."""
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        if not is_finite(value) or value <= 0:
             raise self._fail(name, value, "a number above zero")
         return float(value)
 
@@ -81,6 +92,10 @@ class Section:
             if isinstance(item, bool) or not isinstance(item, int) or not low <= item <= high:
                 raise self._fail(name, value, f"a list of integers from {low} to {high}")
         return list(items)
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> Section:
+        """This section with values for names that it lacks; a null stays one."""
+        return Section({**defaults, **self.values}, self.where)
 
     def section(self, name: str, *, required: bool = True) -> Section:
         """An object inside this one; an empty one where it is absent and not ``required``."""

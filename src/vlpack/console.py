@@ -173,7 +173,7 @@ def lines_from_stdin() -> list[str]:
     if sys.stdin is None or sys.stdin.isatty():
         raise OptionError("There is no input.", "Give texts as arguments, or one a line on standard input.")
     try:
-        lines = [line for line in sys.stdin.read().splitlines() if line.strip()]
+        lines = [line for line in sys.stdin.read().split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise InputError(f"Standard input is not text: {error}.") from None
     if not lines:
@@ -223,6 +223,8 @@ def show_answer(stream: AnswerStream, load_seconds: float, *, stats: bool, as_js
         print(json.dumps(shown, ensure_ascii=False))
         return
     print(flush=True)
+    if answer.finish_reason == "length":
+        err.print(f"(cut after {len(answer.tokens)} tokens; --max-tokens allows more)", style="dim")
     if stats:
         err.print(f"load {load_seconds:.2f} s · {timing(answer.stats)}", style="dim")
 
@@ -292,7 +294,10 @@ def show_architectures(rows: list[dict[str, str]], *, as_json: bool) -> None:
         print(json.dumps(rows, indent=1))
         return
     columns = [column for column in rows[0] if column != "parts"]  # which follow from the models
-    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        # on narrow terminals names stay whole, and the rest is wrapped
+        table.add_column(column, overflow="fold", no_wrap=column == "architecture")
     for row in rows:
         table.add_row(*(row[column] for column in columns))
     out.print(table)

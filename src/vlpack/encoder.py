@@ -15,11 +15,13 @@ from vlpack.context import too_long
 from vlpack.cores import checked_threads
 from vlpack.errors import InputError, OptionError, PackageError
 from vlpack.onnx_sessions import ort, session_options
-from vlpack.package.manifest import graph_files, whole_package
+from vlpack.package.loaded_files import LoadedFiles
+from vlpack.package.manifest import graph_files
 from vlpack.preprocess import Prompt, PromptBuilder, Tokenizer
 from vlpack.preprocess.encoder_prompts import ChatPrompts, Input, PlainPrompts
 from vlpack.preprocess.images import check_pixel_limits
 from vlpack.preprocess.mrope import mrope_positions
+from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.saturation import warn_of_saturation
 from vlpack.tasks import EMBEDDING, RERANKER, Loaded, check_package_task
 
@@ -67,7 +69,8 @@ class Encoder(Loaded):
         self.folder = Path(os.path.expanduser(folder))
         threads = checked_threads(threads)
         started = time.perf_counter()
-        self.manifest = whole_package(self.folder)
+        files = LoadedFiles(self.folder)
+        self.manifest = files.manifest
         check_package_task(self.folder, self.manifest, self.task)
         section = self._checked_section()
         self.prompts: dict[str, str] = section["prompts"]
@@ -81,6 +84,7 @@ class Encoder(Loaded):
         self._form = self._prompt_form(section["form"], min_pixels, max_pixels)
         warn_of_saturation(self.manifest)
         self._sessions = self._load_sessions(threads)
+        files.check()  # nothing was replaced while it was loaded
         self.load_seconds = time.perf_counter() - started
 
     def _checked_section(self) -> dict[str, Any]:
@@ -104,11 +108,12 @@ class Encoder(Loaded):
         return dict(section)
 
     def _prompt_form(self, form: str, min_pixels: int | None, max_pixels: int | None) -> PlainPrompts | ChatPrompts:
+        settings = SettingsFolder(self.folder, self.manifest["files"])
         if form == "plain":
-            return PlainPrompts(Tokenizer.from_folder(self.folder))
+            return PlainPrompts(Tokenizer.from_folder(settings))
         image = self.image or {}
         builder = PromptBuilder.from_folder(
-            self.folder,
+            settings,
             image_token_id=image.get("image_token_id"),
             video_token_id=image.get("video_token_id"),
             min_pixels=image.get("min_pixels") if min_pixels is None else min_pixels,

@@ -23,11 +23,6 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
     Raises:
         CheckpointError: the first few that are missing, misshapen or unknown are named.
     """
-    if checkpoint.config.get("quantization_config") is not None:
-        raise CheckpointError(
-            f"{checkpoint.folder / 'config.json'}: the checkpoint is quantized already (quantization_config).",
-            "Use the original one, in bfloat16 or float32.",
-        )
     options = GraphOptions(policy.ir_dtype)
     weights = [w for part in architecture.parts(options) for w in declare(part, policy)]
     wanted = {tensor.name: tensor.shape for weight in weights for tensor in weight.source.tensors()}

@@ -12,8 +12,10 @@ import numpy.typing as npt
 
 from vlpack.errors import OptionError, PackageError
 from vlpack.genai import og
-from vlpack.package.manifest import package_json, whole_package
-from vlpack.package.outside import check_config
+from vlpack.package.loaded_files import LoadedFiles
+from vlpack.package.manifest import package_json
+from vlpack.package.outside import SECTIONS, check_config, weight_files
+from vlpack.safefile import quote
 from vlpack.tasks import GENERATE, check_package_task
 from vlpack.vision_encoder import STAND_IN, VisionEncoder, features_port
 
@@ -28,14 +30,14 @@ VISION_PROVIDERS = ("cpu", RUNTIME)
 """Where images are looked at: in a session of vlpack's on the CPU, or in onnxruntime-genai's own."""
 
 
-def check_package(folder: Path) -> dict[str, Any]:
-    """The manifest of a whole package, which the runtime can run.
+def open_package(folder: Path) -> LoadedFiles:
+    """The files of a whole package, which the runtime can run.
 
     Raises:
         PackageError: it cannot, with what is wrong.
     """
-    manifest = whole_package(folder)
-    check_package_task(folder, manifest, GENERATE)
+    files = LoadedFiles(folder)
+    check_package_task(folder, files.manifest, GENERATE)
     version = tuple(int(part) for part in og.__version__.split(".")[:2])
     if version < RUNTIME_NEEDED:
         needed = ".".join(map(str, RUNTIME_NEEDED))
@@ -43,7 +45,7 @@ def check_package(folder: Path) -> dict[str, Any]:
             f"onnxruntime-genai {og.__version__} is too old: packages need {needed} or newer.",
             f"pip install -U 'onnxruntime-genai>={needed}'",
         )
-    return manifest
+    return files
 
 
 def read_config(folder: Path, files: Mapping[str, Any], graphs: Mapping[str, str]) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def read_config(folder: Path, files: Mapping[str, Any], graphs: Mapping[str, str
         PackageError: it cannot be read, or asks the runtime for what a package does not need.
     """
     path = folder / "genai_config.json"
-    config = package_json(folder, path.name)
+    config = package_json(folder, path.name) if path.name in files else None
     if config is None:
         raise PackageError(f"{folder} has no genai_config.json.", "Build or copy the package again.")
     check_config(path, config, files, graphs)
@@ -69,35 +71,42 @@ def read_config(folder: Path, files: Mapping[str, Any], graphs: Mapping[str, str
             sizes += [model["decoder"][name] for name in SIZES]
         if "vision" in model:
             sizes.append(model["vision"]["spatial_merge_size"])
+        objects = {"search": config.get("search", {})}
+        for name in SECTIONS & model.keys():
+            objects |= {f"{name}.inputs": model[name].get("inputs", {}), name: model[name]}
+            model[name]["filename"]  # which `check_config` has looked at
     except (KeyError, TypeError, AttributeError) as error:
         raise PackageError(f"{path} cannot be read: {error!r}.") from None
-    if all(type(size) is int and 0 < size < 2**31 for size in sizes) and isinstance(eos, (int, list)):
+    for name, value in objects.items():
+        if not isinstance(value, dict):
+            raise PackageError(f"{path}: '{name}' must be an object, not {quote(value)}.")
+    ends = eos if isinstance(eos, list) else [eos]
+    known = bool(ends) and all(type(end) is int and 0 <= end < model["vocab_size"] for end in ends)
+    if all(type(size) is int and 0 < size < 2**31 for size in sizes) and known:
         return config
     raise PackageError(f"{path} has a {', '.join(_INTEGERS + SIZES)} or eos_token_id of the wrong type or size.")
 
 
-def vision_encoder(
-    folder: Path, model: dict[str, Any], manifest: Mapping[str, Any], threads: int, asked: str | None
-) -> VisionEncoder | None:
+def vision_encoder(files: LoadedFiles, model: dict[str, Any], threads: int, asked: str | None) -> VisionEncoder | None:
     """The encoder in a session of its own, or None where the runtime runs it or there is none.
 
     Args:
-        folder: the package.
+        files: of the package; the encoder's are compared with them when its session is made.
         model: of genai_config.json.
-        manifest: the package's.
         threads: of the session.
         asked: one of `VISION_PROVIDERS`, or None for ``cpu`` in packages for the CPU and ``runtime`` in others.
 
     Raises:
         OptionError: ``asked`` is none of those, or does not suit the package.
     """
+    folder = files.folder
     if asked is not None and asked not in VISION_PROVIDERS:
         raise OptionError(f"Unknown vision_provider {asked!r}.", f"There are {', '.join(VISION_PROVIDERS)}.")
     if "vision" not in model:
         if asked is not None:
             raise OptionError(f"vision_provider has no effect: {folder} has no vision encoder.")
         return None
-    on_cpu = manifest.get("execution_provider") == "cpu"
+    on_cpu = files.manifest.get("execution_provider") == "cpu"
     if asked == RUNTIME or (asked is None and not on_cpu):
         return None
     merge = int(model["vision"]["spatial_merge_size"])
@@ -106,7 +115,9 @@ def vision_encoder(
         if asked is None:
             return None
         raise OptionError(f"vision_provider {asked} does not suit {folder}.", f"Leave it away, or give {RUNTIME}.")
-    return VisionEncoder(folder / str(model["vision"]["filename"]), *port, merge, threads)
+    graph = folder / str(model["vision"]["filename"])
+    opened = [graph.name, *weight_files(graph)]
+    return VisionEncoder(graph, *port, merge, threads, check=lambda: files.check(opened))
 
 
 def load_model(

@@ -14,6 +14,8 @@ from .errors import CheckpointError, OptionError
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.json", "tokenizer.*")
 """What vlpack needs of a repository: weights, configs and the tokenizer."""
+SETTINGS = tuple(pattern for pattern in PATTERNS if pattern != "*.safetensors")
+"""The small files among them, from which most of what cannot be built is known before weights are downloaded."""
 IGNORED = ("[!1]*/*", "1[!_]*/*", "*.bin")
 """What the patterns above would take too much: copies in subfolders (`original/`, `onnx/`) and pickles. The subfolders
 `1_…` are small: in them sentence-transformers keeps how a model pools or scores."""
@@ -96,6 +98,17 @@ def resolve(
         repo_id, revision, cache_dir=cache_dir, token=token, offline=_is_offline(offline), patterns=list(patterns)
     )
     return ResolvedSource(downloaded, repo_id, _origin(downloaded)[1])
+
+
+def is_folder(source: str | os.PathLike[str]) -> bool:
+    """Whether a source is an existing folder and no Hub id."""
+    return _existing_folder(os.fspath(source)) is not None
+
+
+def is_hub_id(source: str | os.PathLike[str]) -> bool:
+    """Whether a source has the form of a Hub id, ``org/name`` or ``org/name@revision``."""
+    text = os.fspath(source)
+    return _HUB_ID.fullmatch(text) is not None and not _looks_like_path(text)
 
 
 def _existing_folder(text: str) -> Path | None:

@@ -24,7 +24,8 @@ def read_jsonl(path: Path, parse: Callable[[Any], T], example: str) -> list[tupl
         InputError: the file cannot be read or holds nothing, or a line cannot be used.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # lines end at "\n" alone: a JSON text may hold U+2028 and other characters that str.splitlines splits at
+        lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text.") from None
     except OSError as error:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from vlpack.errors import OptionError
 from vlpack.package.manifest import whole_package
 from vlpack.tasks import EMBEDDING, GENERATE, manifest_task
 
@@ -14,14 +15,25 @@ if TYPE_CHECKING:
     from vlpack.runtime import Model
 
 
-def load(folder: str | os.PathLike[str], **options: Any) -> Model | Embedder | Reranker:
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    vision_provider: str | None = None,
+) -> Model | Embedder | Reranker:
     """Load a package: one that generates as a `Model`, an embedding model as an `Embedder`, else a `Reranker`.
 
     Args:
         folder: the package.
-        **options: ``threads``, ``min_pixels`` and ``max_pixels``, and ``vision_provider`` of a `Model`; see there.
+        threads: of the runtime; all cores by default.
+        min_pixels: smallest image area, square pixels, instead of the package's.
+        max_pixels: largest image area; smaller is faster.
+        vision_provider: where a `Model` looks at images: ``cpu`` or ``runtime``; see there.
 
     Raises:
+        OptionError: an option does not suit the package.
         PackageError: the folder is not a complete package, or the runtime cannot load it.
     """
     path = Path(os.path.expanduser(folder))
@@ -29,7 +41,12 @@ def load(folder: str | os.PathLike[str], **options: Any) -> Model | Embedder | R
     if task == GENERATE:
         from vlpack.runtime import Model
 
-        return Model(path, **options)
+        return Model(
+            path, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
+        )
+    if vision_provider is not None:
+        raise OptionError(f"vision_provider has no effect on a model for the task {task}.", "Leave it away.")
     from vlpack.encoder import Embedder, Reranker
 
-    return (Embedder if task == EMBEDDING else Reranker)(path, **options)
+    kind = Embedder if task == EMBEDDING else Reranker
+    return kind(path, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels)

@@ -33,7 +33,8 @@ class ExtraOptions:
         prune_lm_head: only the last token's logits; the default here, unlike there.
         shared_embeddings: a tied embedding and head are stored once, the default.
         filename: of the decoder's graph.
-        hf_token: Hub token; ``False`` sends none, None the one that is stored.
+        hf_token: Hub token; ``False`` sends none, ``True`` the stored one and asks for one to be there, None
+            the stored one if there is one.
     """
 
     block_size: int | None = None
@@ -193,6 +194,8 @@ def _filename(key: str, value: str) -> str:
 def _token(key: str, value: str) -> str | bool:
     if not value:
         raise OptionError(f"extra option {key} is empty.", "Give a token, or false to send none.")
+    if value.lower() in ("true", "1"):
+        return True
     return False if value.lower() in ("false", "0") else value
 
 

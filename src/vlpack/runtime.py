@@ -14,15 +14,18 @@ from vlpack.chat import Chat
 from vlpack.context import too_long
 from vlpack.cores import checked_threads
 from vlpack.errors import InputError, OptionError
-from vlpack.genai_model import SIZES, check_package, load_model, make_generator, read_config, vision_encoder
+from vlpack.genai_model import SIZES, load_model, make_generator, open_package, read_config, vision_encoder
 from vlpack.memory import total_memory_bytes
 from vlpack.package.genai_config import eos_ids
 from vlpack.package.manifest import graph_files
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder, VideoOptions, VideoSource
 from vlpack.preprocess.images import check_pixel_limits
 from vlpack.preprocess.messages import check_sources
-from vlpack.sampling import Sampling, check_number
+from vlpack.preprocess.prompt import check_vision_start
+from vlpack.preprocess.settings_folder import SettingsFolder
+from vlpack.sampling import Sampling, check_number, sampling_of
 from vlpack.saturation import warn_of_saturation
+from vlpack.stopping import StopTexts
 from vlpack.tasks import GENERATE, Loaded
 from vlpack.timing import StageClock
 
@@ -66,7 +69,8 @@ class Model(Loaded):
         self.folder, self.task = Path(os.path.expanduser(folder)), GENERATE
         threads = checked_threads(threads)
         started = time.perf_counter()
-        self.manifest = check_package(self.folder)
+        files = open_package(self.folder)
+        self.manifest = files.manifest
         graphs = graph_files(self.folder, self.manifest)  # whose weights are looked at before the runtime opens them
         self.config = read_config(self.folder, self.manifest["files"], graphs)
         model = self.config["model"]
@@ -74,7 +78,7 @@ class Model(Loaded):
         self.vocab_size: int = model["vocab_size"]
         check_pixel_limits(self.folder, "image_token_id" in model, min_pixels, max_pixels)
         self.prompts = PromptBuilder.from_folder(
-            self.folder,
+            SettingsFolder(self.folder, self.manifest["files"]),
             image_token_id=model.get("image_token_id"),
             video_token_id=model.get("video_token_id"),
             min_pixels=min_pixels,
@@ -82,11 +86,14 @@ class Model(Loaded):
             no_videos=None if model.get("type") == "qwen3_vl" else NO_VIDEOS,
         )
         self.tokenizer = self.prompts.tokenizer
+        if "image_token_id" in model:
+            check_vision_start(self.tokenizer, model.get("vision_start_token_id"))
         chunk_size = self.config.get("search", {}).get("chunk_size")
         self._chunk = {"chunk_size": chunk_size} if type(chunk_size) is int and chunk_size > 0 else {}
         warn_of_saturation(self.manifest)
-        self.vision = vision_encoder(self.folder, model, self.manifest, threads, vision_provider)
+        self.vision = vision_encoder(files, model, threads, vision_provider)
         self._model = load_model(self.folder, model, threads, self.manifest.get("execution_provider"), self.vision)
+        files.check()  # nothing was replaced while it was loaded
         self.load_seconds = time.perf_counter() - started
 
     @property
@@ -113,6 +120,7 @@ class Model(Loaded):
         Options are ``video_options`` and the chat template's variables (``tools``, ``enable_thinking`` …); see
         `vlpack.preprocess.PromptBuilder`.
         """
+        check_sources(images, videos)
         return self.prompts(_as_messages(messages, images, videos), images, videos, **options)
 
     def generate(
@@ -124,6 +132,12 @@ class Model(Loaded):
         video_options: VideoOptions | None = None,
         max_tokens: int = 512,
         sampling: Sampling | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
         allow_private_urls: bool = False,
         timing: bool = False,
     ) -> Answer:
@@ -135,6 +149,12 @@ class Model(Loaded):
             video_options=video_options,
             max_tokens=max_tokens,
             sampling=sampling,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
             allow_private_urls=allow_private_urls,
             timing=timing,
         )
@@ -151,6 +171,12 @@ class Model(Loaded):
         video_options: VideoOptions | None = None,
         max_tokens: int = 512,
         sampling: Sampling | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
         allow_private_urls: bool = False,
         timing: bool = False,
     ) -> AnswerStream:
@@ -164,7 +190,14 @@ class Model(Loaded):
                 as a string they go between images and question.
             video_options: how videos are looked at whose parts do not say it themselves.
             max_tokens: of the answer at most.
-            sampling: how tokens are chosen.
+            sampling: how tokens are chosen; or, in its place, what it would hold: temperature, top_k, top_p,
+                repetition_penalty and seed.
+            temperature: 0 takes the likeliest token always.
+            top_k: only the k likeliest.
+            top_p: only the likeliest whose probabilities sum to p.
+            repetition_penalty: above 1 makes tokens that have occurred less likely.
+            seed: the same seed gives the same answer.
+            stop: texts at which the answer ends; it does not have them.
             allow_private_urls: let image URLs lead to this machine or its network.
             timing: measure vision and prefill apart. It takes the runtime's log, which is one for the process, and
                 leaves it without a callback.
@@ -175,7 +208,10 @@ class Model(Loaded):
         """
         check_number("max_tokens", max_tokens, 1, 2**31 - 1, whole=True)
         check_sources(images, videos)
-        options = self.search_options(sampling)
+        options = self.search_options(
+            sampling_of(sampling, Sampling(temperature, top_k, top_p, repetition_penalty, seed))
+        )
+        stops = StopTexts(stop)
         prompt, preprocess_seconds = messages, None
         if isinstance(prompt, Prompt):
             given = {"images": len(images), "videos": len(videos), "video_options": video_options}
@@ -192,7 +228,7 @@ class Model(Loaded):
             return self.begin(prompt, {**options, "max_length": limit}, timing)
 
         text, ends = self.tokenizer.stream(), eos_ids(self.config)
-        return AnswerStream(prompt, begin, text, ends, max_tokens, preprocess_seconds)
+        return AnswerStream(prompt, begin, text, ends, max_tokens, preprocess_seconds, stop=stops)
 
     def chat(self, **options: Any) -> Chat:
         """A conversation, whose unchanged turns are not computed again; options as for `vlpack.chat.Chat`."""

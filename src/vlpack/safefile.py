@@ -233,19 +233,20 @@ class FilePool:
 
 def read_json(shown: Path, target: Path, *, limit: int = MAX_JSON_BYTES, strict: bool = False) -> dict[str, Any]:
     """The object in a JSON file of at most `limit` bytes; see `parse_json`."""
-    return parse_json(_read_small(shown, target, limit), str(shown), strict=strict)
+    return parse_json(read_small(shown, target, limit), str(shown), strict=strict)
 
 
 def read_json_list(shown: Path, target: Path) -> list[Any]:
     """The list in a JSON file, likewise."""
-    value = _parse(_read_small(shown, target, MAX_JSON_BYTES), str(shown), strict=False)
+    value = _parse(read_small(shown, target, MAX_JSON_BYTES), str(shown), strict=False)
     if not isinstance(value, list):
         raise CheckpointError(f"{shown} must hold a JSON list, not a {type(value).__name__}.", DOWNLOAD_AGAIN)
     _check_depth(value, str(shown))
     return value
 
 
-def _read_small(shown: Path, target: Path, limit: int) -> bytes:
+def read_small(shown: Path, target: Path, limit: int) -> bytes:
+    """The bytes of a file, at most ``limit``; a CheckpointError where it has more or cannot be read."""
     file = OpenFile(shown, target)
     try:
         if file.size > limit:

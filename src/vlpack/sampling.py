@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vlpack.errors import OptionError
@@ -52,6 +52,20 @@ class Sampling:
         if self.seed is not None:
             options["random_seed"] = self.seed
         return options
+
+
+def sampling_of(sampling: Sampling | None, single: Sampling) -> Sampling | None:
+    """How tokens are chosen, given as a whole or by ``single`` settings.
+
+    Raises:
+        OptionError: both are given.
+    """
+    if single == Sampling():
+        return sampling
+    if sampling is not None:
+        names = [field.name for field in fields(single) if getattr(single, field.name) is not None]
+        raise OptionError(f"sampling and {', '.join(names)} are both given.", "Give the one or the others.")
+    return single
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:

@@ -46,6 +46,8 @@ class VisionEncoder:
         merge_size: patches along an edge of what becomes one token.
         threads: of the session.
         open_session: makes it.
+        check: called before and after the session is made; it raises where the graph's files are not those of the
+            package that was loaded.
     """
 
     def __init__(
@@ -56,9 +58,11 @@ class VisionEncoder:
         merge_size: int,
         threads: int,
         open_session: OpenSession = cpu_session,
+        check: Callable[[], None] | None = None,
     ) -> None:
         self.width, self.dtype, self.merge_size = width, np.dtype(dtype), merge_size
         self._graph, self._threads, self._open = graph, threads, open_session
+        self._check = check or (lambda: None)
         self._session: Any = None
         self._kept: OrderedDict[bytes, Array] = OrderedDict()
         self.stand_in = _stand_in(width, self.dtype, merge_size**2)
@@ -67,13 +71,18 @@ class VisionEncoder:
         """Make the session now, not with the first image.
 
         Raises:
-            PackageError: onnxruntime cannot load the graph.
+            PackageError: onnxruntime cannot load the graph, or it is another one than when the package was loaded.
         """
-        if self._session is None:
-            try:
-                self._session = self._open(self._graph, self._threads)
-            except Exception as error:  # onnxruntime has a class for each of its codes, without a common one
-                raise PackageError(f"onnxruntime cannot load {self._graph}: {str(error).strip()[:500]}") from error
+        if self._session is not None:
+            return
+        self._check()
+        try:
+            session = self._open(self._graph, self._threads)
+        except Exception as error:  # onnxruntime has a class for each of its codes, without a common one
+            self._check()
+            raise PackageError(f"onnxruntime cannot load {self._graph}: {str(error).strip()[:500]}") from error
+        self._check()  # once more: it may have been replaced between
+        self._session = session
 
     def features(self, prompt: Prompt) -> Array:
         """``image_features [tokens, W]`` of a prompt's images in their order; those seen lately are not made again.

@@ -20,7 +20,7 @@ from PIL import Image
 
 from vlpack.errors import InputError
 from vlpack.preprocess import MAX_IMAGE_PIXELS, fetch, load_image
-from vlpack.preprocess.fetch import is_public_address
+from vlpack.preprocess.addresses import is_public_address
 
 from .image_files import exif, noise
 
@@ -148,6 +148,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer(302, b"", Location=f"/redirect/{left - 1}" if left else "/a%20b.png?x=1")
         elif path == "/elsewhere":
             self.answer(302, b"", Location="file:///etc/hostname")
+        elif path == "/broken":
+            self.answer(302, b"", Location="http://[")
         elif path == "/large":
             self.answer(200, b"x" * 5000)
         elif path == "/endless":
@@ -200,6 +202,7 @@ def test_url(server: str) -> None:
         ("/missing", "404"),
         ("/redirect/5", "more than 5 times"),
         ("/elsewhere", "not a usable"),
+        ("/broken", "redirects to 'http://\\['"),
         ("/large", "larger than 2000"),
         ("/endless", "larger than 2000"),
         ("/short", "cannot be fetched|early"),
@@ -272,8 +275,47 @@ def test_the_checked_address_is_the_one_connected_to(monkeypatch: pytest.MonkeyP
         ("::127.0.0.1", False),
         ("64:ff9b::7f00:1", False),
         ("2002:7f00:1::", False),
+        ("192.0.0.192", False),
+        ("64:ff9b:1::7f00:1", False),
+        ("fec0::1", False),
+        ("::ffff:0:7f00:1", False),
+        ("::ffff:0:0:7f00:1", False),
+        ("192.0.0.9", False),
+        ("192.88.99.1", False),
+        ("168.63.129.16", False),
+        ("100.100.100.200", False),
+        ("198.19.0.1", False),
+        ("203.0.113.5", False),
+        ("240.0.0.1", False),
+        ("239.1.2.3", False),
+        ("2001:0:7f00:1::1", False),
+        ("2001:2::1", False),
+        ("2001:db8::1", False),
+        ("2002:5db8:d70e::", False),
+        ("3fff::1", False),
+        ("5f00::1", False),
+        ("100::1", False),
+        ("fd00:ec2::254", False),
+        ("ff0e::1", False),
+        ("64:ff9b::a00:1", False),
+        ("::ffff:169.254.169.254", False),
+        ("64:ff9b::5db8:d70e", True),
+        ("1.1.1.1", True),
+        ("192.0.1.1", True),
+        ("223.255.255.255", True),
+        ("2a00:1450:4001:82a::200e", True),
+        ("2001:4860:4860::8888", True),
         ("not an address", False),
     ],
 )
 def test_public_addresses(address: str, public: bool) -> None:
     assert is_public_address(address) is public
+
+
+@pytest.mark.parametrize("address", ["192.0.0.192", "64:ff9b:1::7f00:1", "fec0::1", "::ffff:0:7f00:1"])
+def test_names_of_odd_addresses_are_not_fetched(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = socket.AF_INET6 if ":" in address else socket.AF_INET
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: [(kind, socket.SOCK_STREAM, 6, "", (address, 80))])
+    monkeypatch.setattr(socket, "create_connection", lambda *a, **k: pytest.fail("connected"))
+    with pytest.raises(InputError, match="which is not public"):
+        load_image("http://example.com/a.png")

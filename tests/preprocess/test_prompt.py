@@ -360,7 +360,7 @@ def test_a_tokenizer_that_panics(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PanicException("range end index out of range")
 
     tokenizer = Tokenizer.from_folder(DIGITS)
-    monkeypatch.setattr("tokenizers.Tokenizer.from_file", panic)
+    monkeypatch.setattr("tokenizers.Tokenizer.from_buffer", panic)
     with pytest.raises(CheckpointError, match="not a usable tokenizer: range end index"):
         Tokenizer.from_folder(DIGITS)
     monkeypatch.setattr(tokenizer, "_tokenizer", type("Broken", (), {"encode": panic})())

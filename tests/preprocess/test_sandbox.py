@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import tracemalloc
 
@@ -9,9 +10,15 @@ import numpy as np
 import pytest
 
 from vlpack.errors import CheckpointError, InputError, VlpackError
-from vlpack.preprocess import ChatTemplate
+from vlpack.preprocess import chat_template
 
-BIG = "{% set s = namespace(v='x') %}{% for i in range(24) %}{% set s.v = s.v ~ s.v %}{% endfor %}"
+ChatTemplate = functools.partial(chat_template.ChatTemplate, isolated=False)
+"""In this process, where the sandbox's own bounds are all there is."""
+
+BIG = "{% set s = namespace(v='x') %}{% for i in range(23) %}{% set s.v = s.v ~ s.v %}{% endfor %}"
+"""Makes s.v 8 million characters, which is allowed; what follows it must not make much more of them."""
+LINES = BIG.replace("'x'", "'\\n'").replace("23", "21")
+"""Makes s.v two million empty lines."""
 
 RUNAWAYS = {
     "nested loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}"
@@ -51,7 +58,9 @@ RUNAWAYS = {
     "join method, list": BIG + "{{ ''.join([s.v] * 1000) }}",
     "replace filter": BIG + "{{ s.v | replace('x', 'y' * 1000) }}",
     "replace method": BIG + "{{ s.v.replace('', 'y' * 1000) }}",
-    "indent": BIG + "{{ s.v | replace('x', '\n') | indent(9999) }}",
+    "indent": LINES + "{{ s.v | indent(9999) }}",
+    "indent by a text": LINES + "{{ s.v | indent('xxxxxxxxxx') }}",
+    "pprint": BIG + "{{ ([s.v] * 1000) | pprint }}",
     "tojson": BIG + "{{ ([s.v] * 1000) | tojson }}",
     "string": BIG + "{{ ([s.v] * 1000) | string }}",
     "concatenated list": BIG + "{{ ([s.v] * 1000) ~ '' }}",
@@ -73,7 +82,35 @@ def test_runaway_templates_are_stopped(name: str, monkeypatch: pytest.MonkeyPatc
     assert "models/evil.jinja was stopped" in str(caught.value)
     assert peak < 600e6
     assert "longer than" not in str(caught.value)
+    assert "memory" not in str(caught.value)  # a bound stopped it, not the machine
     assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("preamble", [BIG, LINES])
+def test_what_runaways_begin_with_is_allowed(preamble: str) -> None:
+    """Else it would be stopped itself, and whatever comes after it would never be tried."""
+    assert ChatTemplate(preamble + "{{ s.v | length }}").render([]) in (str(2**23), str(2**21))
+    begun = [name for name, source in RUNAWAYS.items() if source.startswith(preamble)]
+    assert len(begun) >= 2
+    for name in begun:
+        assert RUNAWAYS[name].count("{{") == 1, f"{name} may be stopped by another of its expressions"
+
+
+@pytest.mark.parametrize(
+    "operand",
+    [
+        "('%s' * 1000)",
+        "((s.v,) * 1000)",
+        "('{0}' * 1000)",
+        "('{a}' * 1000)",
+        "([s.v] * 1000)",
+        "([{'a': s.v}] * 1000) | map(attribute='a')",
+        "([''] * 1000)",
+        "'y' * 1000",
+    ],
+)
+def test_what_runaways_work_on_is_allowed(operand: str) -> None:
+    assert ChatTemplate(BIG + "{% set x = " + operand + " %}{{ 'built' }}").render([]) == "built"
 
 
 def test_the_clock_stops_what_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from vlpack.architectures.qwen3_vl import Qwen3VL
 from vlpack.architectures.qwen3_vl_moe import Qwen3VLMoe
 from vlpack.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError
+from vlpack.quantized import refuse_quantized
 from vlpack.tasks import EMBEDDING, GENERATE, prepare_task
 
 ARCHITECTURES: dict[str, type[Architecture]] = {
@@ -41,6 +42,23 @@ def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> Architectur
     Raises:
         CheckpointError: it is not supported, or its config is not usable.
     """
+    architecture = read_settings(checkpoint, task)
+    checkpoint.rename(architecture.renamed)
+    prepare_task(architecture, checkpoint, task)
+    architecture.observe(checkpoint.tensors)
+    return architecture
+
+
+def read_settings(checkpoint: Checkpoint, task: str | None = None) -> Architecture:
+    """The architecture as config.json describes it, for which no weights need be there.
+
+    Args:
+        checkpoint: perhaps without weights (`Checkpoint.open_settings`).
+        task: what it is to be for; None where that is not known yet.
+
+    Raises:
+        CheckpointError: it is not supported, quantized already, or its config is not usable.
+    """
     name = checkpoint.architecture
     family = ARCHITECTURES.get(HEADLESS.get(name, name))
     if family is None:
@@ -48,34 +66,34 @@ def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> Architectur
             f"{checkpoint.folder}: the architecture {name} is not supported.",
             "Supported: " + ", ".join(sorted(ARCHITECTURES)) + ".",
         )
+    refuse_quantized(checkpoint)
     architecture = family(checkpoint.config)
     offered = (EMBEDDING,) if name in HEADLESS else family.tasks
-    if task not in offered:
+    if task is not None and task not in offered:
         raise CheckpointError(
             f"{checkpoint.folder}: {name} is not offered for the task {task}.",
             f"Offered for {' and '.join(offered)}.",
         )
-    if task != GENERATE:
-        refuse_bidirectional(checkpoint)
-    checkpoint.rename(architecture.renamed)
-    prepare_task(architecture, checkpoint, task)
-    architecture.observe(checkpoint.tensors)
+    refuse_bidirectional(checkpoint)
     return architecture
 
 
 def refuse_bidirectional(checkpoint: Checkpoint) -> None:
-    """Some embedding models of these architectures let tokens see what follows them, by code of their own.
+    """Some models of these architectures let tokens see what follows them: transformers does at ``is_causal: false``,
+    and embedding models may by code of their own.
 
     Raises:
         CheckpointError: the config says so.
     """
-    config = checkpoint.config
     marks = {"is_causal": False, "use_bidirectional_attention": True, "bidirectional": True}
-    for name, mark in marks.items():
-        if config.get(name) is mark:
-            raise CheckpointError(
-                f"{checkpoint.folder / 'config.json'}: {name} is {str(mark).lower()}; vlpack's attention is causal."
-            )
+    nested = checkpoint.config.get("text_config")
+    for where, config in (("", checkpoint.config), (": text_config", nested if isinstance(nested, dict) else {})):
+        for name, mark in marks.items():
+            if bool(config.get(name, not mark)) is mark:
+                raise CheckpointError(
+                    f"{checkpoint.folder / 'config.json'}{where}: {name} is {str(mark).lower()}; vlpack's attention is "
+                    "causal."
+                )
 
 
 def described() -> list[dict[str, str]]:

@@ -28,6 +28,17 @@ from vlpack.layers.vision import (
     windows_of,
 )
 
+VISION_DEFAULTS = {
+    "depth": 32,
+    "hidden_size": 3584,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "tokens_per_second": 4,
+}
+"""transformers' for configs that hold only what differs from them."""
+
 
 class VisionModel(nn.Module):
     """``pixel_values [N, C·T·p·p]``, ``image_grid_thw [images, 3]`` → ``image_features [tokens, H]``."""
@@ -79,6 +90,7 @@ class Qwen25VL(Qwen2VL):
 
     models = "Qwen2.5-VL 3B, 7B, 32B, 72B"
     vision_width = "out_hidden_size"
+    vision_defaults = VISION_DEFAULTS
 
     def vision_model(self, options: GraphOptions) -> nn.Module:
         return VisionModel(self.vision_config, self.width, options.dtype)

@@ -34,6 +34,17 @@ from vlpack.layers.vision import (
 NORM_EPS = 1e-6
 """Of the vision encoder; not in the config."""
 
+TEXT_DEFAULTS = {
+    "vocab_size": 152064,
+    "hidden_size": 8192,
+    "intermediate_size": 29568,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
+"""transformers' for configs that hold only what differs from them, as its releases of 2024 and 2025 wrote some."""
+VISION_DEFAULTS = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "patch_size": 14, "temporal_patch_size": 2}
+
 RENAMED = {"visual.": "model.visual.", "model.layers.": "model.language_model.layers."} | {
     f"model.{name}.": f"model.language_model.{name}." for name in ("embed_tokens", "norm")
 }
@@ -93,6 +104,12 @@ class VisionModel(nn.Module):
         return [ops.cast(op, self.merger(op, x), self.dtype)]
 
 
+def decoder_settings(root: Section) -> Section:
+    """The decoder's settings, which the Hub's configs keep at the top, without those that transformers leaves there."""
+    apart = "original_max_position_embeddings"
+    return Section({name: value for name, value in root.values.items() if name != apart}, root.where)
+
+
 class Qwen2VL(Architecture):
     """``Qwen2VLForConditionalGeneration``: 2B, 7B, 72B."""
 
@@ -103,12 +120,13 @@ class Qwen2VL(Architecture):
     normalize_flag = "qwen2_5_vl"
     renamed = RENAMED
     vision_width = "hidden_size"
+    vision_defaults: Mapping[str, Any] = VISION_DEFAULTS
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         root = Section(config)
-        # the Hub's configs keep the decoder's settings at the top
-        text = root.section("text_config") if "text_config" in root else root
-        self.vision_config = root.section("vision_config")
+        text = root.section("text_config") if "text_config" in root else decoder_settings(root)
+        text = text.with_defaults(TEXT_DEFAULTS)
+        self.vision_config = root.section("vision_config").with_defaults(self.vision_defaults)
         self.decoder = TextDecoder.read(
             root,
             text,

@@ -20,8 +20,11 @@ class Qwen3(Architecture):
     genai_type = genai_text_type = "qwen3"
     tasks: tuple[str, ...] = (GENERATE, EMBEDDING, RERANKER)
 
+    defaults: Mapping[str, Any] = {"head_dim": 128}
+    """transformers' for configs without, where they are others than those of all text models."""
+
     def __init__(self, config: Mapping[str, Any]) -> None:
-        root = Section(config)
+        root = Section(config).with_defaults(self.defaults)
         bias = root.flag("attention_bias", False)
         self.decoder = TextDecoder.read(
             root, root, prefix="model", qk_norm=True, qkv_bias=bias, o_bias=bias, theta=10000.0

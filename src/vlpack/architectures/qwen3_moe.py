@@ -16,6 +16,7 @@ class Qwen3Moe(Mixture, Qwen3):
 
     models = "Qwen3 30B-A3B, 235B-A22B"
     tasks = (GENERATE,)
+    defaults: Mapping[str, Any] = {}
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)

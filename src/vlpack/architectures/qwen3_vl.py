@@ -137,10 +137,13 @@ class Qwen3VL(Architecture):
     genai_text_type = "qwen3_vl_text"
     normalize_flag = "qwen3_vl"
     tasks: tuple[str, ...] = (GENERATE, EMBEDDING, RERANKER)
+    text_defaults: Mapping[str, Any] = {"head_dim": 128}
+    """transformers' for configs without, where they are others than those of all text models."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         root = Section(config)
-        text, self.vision_config = root.section("text_config"), root.section("vision_config")
+        text = root.section("text_config").with_defaults(self.text_defaults)
+        self.vision_config = root.section("vision_config")
         bias = text.flag("attention_bias", False)
         self.decoder = TextDecoder.read(
             root,

@@ -19,6 +19,7 @@ class Qwen3VLMoe(Mixture, Qwen3VL):
 
     models = "Qwen3-VL 30B-A3B, 235B-A22B"
     tasks = (GENERATE,)
+    text_defaults: Mapping[str, Any] = {}
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)

@@ -125,11 +125,13 @@ def _yarn(rope: Section, text: Section, head_dim: int, theta: float) -> tuple[np
 
     Source: ``_compute_yarn_parameters`` of transformers' ``modeling_rope_utils.py``.
     """
-    trained = rope.integer("original_max_position_embeddings", text.integer("max_position_embeddings", 32768))
+    original = "original_max_position_embeddings"  # beside the rotary settings it counts more than within them
+    trained = (text if original in text else rope).number(original, text.integer("max_position_embeddings", 32768))
     factor = rope.number("factor")
     for name in ("mscale", "mscale_all_dim", "partial_rotary_factor"):
-        if name in rope:
-            raise CheckpointError(f"{rope.where}: '{name}' is not supported.")
+        for place in (rope, text):
+            if name in place:
+                raise CheckpointError(f"{place.where}: '{name}' is not supported.")
 
     def dimension(rotations: float) -> float:
         """The frequency that turns so many times over the trained length."""
@@ -140,7 +142,8 @@ def _yarn(rope: Section, text: Section, head_dim: int, theta: float) -> tuple[np
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     steps = np.arange(head_dim // 2, dtype=np.float32)
-    ramp = np.clip((steps - low) / max(high - low, 0.001), 0, 1).astype(np.float32)
+    slope = high - low or 0.001  # negative, as the reference's is, where beta_fast is less than beta_slow
+    ramp = np.clip((steps - np.float32(low)) / np.float32(slope), 0, 1)
     kept = inverse_frequencies(head_dim, theta)
     inverse = (kept / np.float32(factor) * ramp + kept * (1 - ramp)).astype(np.float32)
     scaling = rope.number("attention_factor", 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlpack.architectures import Architecture
-from vlpack.architectures.base import GraphOptions
+from vlpack.architectures.base import GraphOptions, VisionFacts
 from vlpack.checkpoint import Checkpoint
 from vlpack.config import Section
 from vlpack.errors import CheckpointError
@@ -23,6 +23,7 @@ from vlpack.package.model_card import model_card
 from vlpack.package.processor_config import grid_difference, processor_config
 from vlpack.precision import Policy
 from vlpack.preprocess import ImageProcessor, PromptBuilder, Tokenizer
+from vlpack.preprocess.prompt import check_vision_start
 from vlpack.safefile import locate
 
 COPIED = (
@@ -105,11 +106,10 @@ def write_beside(
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     notes = search_notes(generation) if {"text", "decoder"} & set(names) else []
-    image_token_id = architecture.vision.image_token_id if architecture.vision and "vision" in names else None
-    return notes + _check_prompts(folder, checkpoint, image_token_id)
+    return notes + _check_prompts(folder, checkpoint, architecture.vision if "vision" in names else None)
 
 
-def _check_prompts(folder: Path, checkpoint: Checkpoint, image_token_id: int | None) -> list[str]:
+def _check_prompts(folder: Path, checkpoint: Checkpoint, vision: VisionFacts | None) -> list[str]:
     """What is wrong with tokenizer or template is told now, not when the package is first used."""
     if not (folder / "tokenizer.json").is_file():
         return ["The checkpoint has no tokenizer.json, so the package runs on token ids only; `vlpack run` needs one."]
@@ -121,10 +121,13 @@ def _check_prompts(folder: Path, checkpoint: Checkpoint, image_token_id: int | N
     elif not in_config and not any((folder / name).is_file() for name in templates):
         note = "The checkpoint has no chat template, so `vlpack run` will not work; the runtime itself needs none."
     if note:
-        Tokenizer.from_folder(checkpoint.folder)
-        return [note]
-    PromptBuilder.from_folder(checkpoint.folder, image_token_id=image_token_id)  # reads the tokenizer, too
-    return []
+        tokenizer = Tokenizer.from_folder(checkpoint.folder)
+    else:
+        image_token_id = None if vision is None else vision.image_token_id
+        tokenizer = PromptBuilder.from_folder(checkpoint.folder, image_token_id=image_token_id).tokenizer
+    if vision is not None:
+        check_vision_start(tokenizer, vision.vision_start_token_id)
+    return [note] if note else []
 
 
 def _write_encoder(

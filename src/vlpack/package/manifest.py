@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -22,6 +23,7 @@ import vlpack
 from vlpack.checkpoint import Checkpoint, sha256_file
 from vlpack.errors import CheckpointError, PackageError
 from vlpack.graph import Graph, Weight
+from vlpack.hub import is_hub_id
 from vlpack.package.outside import check_graphs
 from vlpack.precision import Policy
 from vlpack.safefile import existing_folder, locate, quote, read_json
@@ -138,7 +140,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     manifest = package_json(folder, MANIFEST)
     if manifest is None:
-        raise PackageError(f"{folder} is not a vlpack package: it has no {MANIFEST}.")
+        hint = None
+        if (folder / "config.json").is_file():
+            hint = f"It looks like a checkpoint: make a package of it with `vlpack build {folder} -o PACKAGE`."
+        raise PackageError(f"{folder} is not a vlpack package: it has no {MANIFEST}.", hint)
     if not isinstance(manifest.get("files"), dict):
         raise PackageError(f"{path} is not a manifest of vlpack.")
     if manifest.get("format") != FORMAT:
@@ -169,7 +174,10 @@ def whole_package(folder: Path) -> dict[str, Any]:
     Raises:
         PackageError: it is none, or files are missing or of other sizes.
     """
-    existing_folder(folder, PackageError, "Give the folder of a package that `vlpack build` made.")
+    hint = "Give the folder of a package that `vlpack build` made."
+    if is_hub_id(folder):
+        hint += f" If {folder} is a checkpoint of the Hub, build it first: `vlpack build {folder} -o PACKAGE`."
+    existing_folder(folder, PackageError, hint)
     manifest = read_manifest(folder)
     problems = damaged_files(folder, manifest, hashes=False)
     if problems:
@@ -191,6 +199,21 @@ def graph_files(folder: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
         raise PackageError(f"{folder}: the manifest names graphs that are not its files.", "Build it again.")
     check_graphs(folder, files, manifest["files"])
     return files
+
+
+def unlisted_files(folder: Path, manifest: Mapping[str, Any]) -> Sequence[str]:
+    """What lies in a package's folder, be it a file, link or folder, that its manifest does not list.
+
+    vlpack reads none of it, but other programs that take the folder may.
+
+    Raises:
+        PackageError: the folder cannot be listed.
+    """
+    try:
+        there = os.listdir(folder)
+    except OSError as error:
+        raise PackageError(f"{folder} cannot be listed: {error.strerror or error}.") from None
+    return sorted(set(there) - {MANIFEST, *manifest["files"]})
 
 
 def damaged_files(folder: Path, manifest: Mapping[str, Any], *, hashes: bool) -> Sequence[str]:

@@ -19,17 +19,34 @@ from pathlib import Path
 from vlpack.errors import OptionError, PackageError, VlpackError
 from vlpack.package.exchange import exchange
 from vlpack.package.manifest import MANIFEST, read_manifest
+from vlpack.safefile import quote
 
 if os.name != "nt":
     import fcntl
+
+
+def _check_text(output: Path) -> None:
+    """Raises an OptionError where a package's path is not text in UTF-8, as the runtime opens none that is not."""
+    try:
+        os.path.realpath(output).encode()
+    except UnicodeEncodeError:
+        raise OptionError(
+            f"The name {quote(str(output))}, or that of a folder it is in, is not text in UTF-8; the runtime could not "
+            "open the package.",
+            "Choose another name with -o.",
+        ) from None
+    except (OSError, ValueError):  # which is told where the folder is made
+        pass
 
 
 def check_free(output: Path, *, force: bool) -> None:
     """The name of a package is free: nothing is there, or an empty folder, or, with ``force``, a package.
 
     Raises:
-        OptionError: it is not. Only a folder that holds a package and nothing else is ever replaced.
+        OptionError: it is not, or the name cannot be a package's. Only a folder that holds a package and nothing else
+            is ever replaced.
     """
+    _check_text(output)
     while True:
         before = _identity(output)
         try:
@@ -100,13 +117,18 @@ def output_folder(output: Path, *, force: bool) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int, where: Path | None = None) -> None:
     """Say before the work that the disk cannot hold it.
+
+    Args:
+        folder: of the package, for the message.
+        needed: bytes.
+        where: a folder on the disk, if ``folder`` is not there yet.
 
     Raises:
         VlpackError: fewer than ``needed`` bytes are free.
     """
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(where or folder).free
     if free < needed:
         raise VlpackError(
             f"Not enough space in {folder.parent}: the package takes {needed / 1e9:.2f} GB and "

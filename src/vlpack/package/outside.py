@@ -52,20 +52,36 @@ def check_graphs(folder: Path, graphs: Mapping[str, str], files: Mapping[str, An
         size = (folder / name).stat().st_size
         if size > MAX_GRAPH_BYTES:
             raise PackageError(f"{folder / name} has {size} bytes; more than {MAX_GRAPH_BYTES} are not read.", HINT)
-        try:
-            model = onnx.load(folder / name, load_external_data=False)
-        except Exception as error:  # protobuf's own kinds
-            raise PackageError(f"{folder / name} cannot be read: {quote(str(error))}.", "Build it again.") from None
-        for tensor in _tensors(model):
-            # all of them: of several, another reader may take another one
-            locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
-            for location in locations or [""]:
-                if location not in files:
-                    raise PackageError(
-                        f"{folder / name} takes the weight {quote(tensor.name)} from {quote(location)}, which is not "
-                        "a file of the package.",
-                        HINT,
-                    )
+        for tensor, location in _weights(folder / name):
+            if location not in files:
+                raise PackageError(
+                    f"{folder / name} takes the weight {quote(tensor)} from {quote(location)}, which is not "
+                    "a file of the package.",
+                    HINT,
+                )
+
+
+def weight_files(graph: Path) -> set[str]:
+    """Names of the files that hold a graph's weights.
+
+    Raises:
+        PackageError: the graph cannot be read.
+    """
+    return {location for _, location in _weights(graph)}
+
+
+def _weights(graph: Path) -> Iterator[tuple[str, str]]:
+    """Each weight that lies outside of the graph's file, and in which file: all that are named, as of several another
+    reader may take another one.
+    """
+    try:
+        model = onnx.load(graph, load_external_data=False)
+    except Exception as error:  # protobuf's own kinds
+        raise PackageError(f"{graph} cannot be read: {quote(str(error))}.", "Build it again.") from None
+    for tensor in _tensors(model):
+        locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
+        for location in locations or [""]:
+            yield tensor.name, location
 
 
 def check_config(where: Path, config: Any, files: Mapping[str, Any], graphs: Mapping[str, str]) -> None:

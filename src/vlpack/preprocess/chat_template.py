@@ -7,14 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import SecurityError, TemplateError
-
 from vlpack.errors import CheckpointError, InputError
-from vlpack.preprocess._files import read_json_object, read_text
-from vlpack.preprocess.sandbox import BoundedEnvironment
+from vlpack.preprocess.known_templates import is_known
+from vlpack.preprocess.sandbox import BrokenTemplateError, RefusedTemplateError, StoppedTemplateError, Template
+from vlpack.preprocess.settings_folder import SettingsFolder
+from vlpack.preprocess.template_process import TemplateProcess
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+
+
+MAX_MESSAGE_CHARACTERS = 12 * 2**20
+"""Most characters of a conversation. It is less than a rendered prompt may have, so that a text that is too long is not
+taken for a template that grows without end."""
 
 
 class ChatTemplate:
@@ -24,36 +29,47 @@ class ChatTemplate:
         source: the jinja text.
         special_tokens: variables such as bos_token and eos_token that the template may use.
         where: the file it came from, for error messages.
+        isolated: render it in a process of its own, whose memory and time are bounded. By default templates that are
+            known, such as those of the supported families, are rendered in this one, which is faster.
 
     Raises:
         CheckpointError: the text is not a template.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None, where: str = "chat template"):
+    _template: Template | TemplateProcess
+
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str] | None = None,
+        where: str = "chat template",
+        *,
+        isolated: bool | None = None,
+    ) -> None:
         self.source = source
         self.special_tokens = dict(special_tokens or {})
         self.where = where
-        self._environment = BoundedEnvironment()
+        if isolated is None:
+            isolated = not is_known(source)
         try:
-            self._template = self._environment.compile_template(source)
-        except (TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
+            self._template = TemplateProcess(source) if isolated else Template(source)
+        except (BrokenTemplateError, StoppedTemplateError) as error:
             raise CheckpointError(f"{where} is not a usable jinja template: {error}.") from error
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> ChatTemplate:
+    def from_folder(cls, folder: str | os.PathLike[str] | SettingsFolder) -> ChatTemplate:
         """Reads chat_template.jinja, else chat_template.json, else `chat_template` of tokenizer_config.json.
 
         Of several named templates "default" is taken. CheckpointError if there is none or it cannot be used.
         """
-        root = Path(folder)
-        config_file = root / "tokenizer_config.json"
-        config = read_json_object(config_file) if config_file.is_file() else {}
-        candidates: list[tuple[Path, Any]] = []
-        if (file := root / "chat_template.jinja").is_file():
-            candidates.append((file, read_text(file)))
-        elif (file := root / "chat_template.json").is_file():
-            candidates.append((file, read_json_object(file).get("chat_template")))
-        candidates.append((config_file, config.get("chat_template")))
+        root = SettingsFolder.of(folder)
+        name = "tokenizer_config.json"
+        config = root.json(name) if root.has(name) else {}
+        candidates: list[tuple[Path, Any]] = [(root / name, config.get("chat_template"))]
+        if root.has(name := "chat_template.jinja"):
+            candidates.insert(0, (root / name, root.text(name)))
+        elif root.has(name := "chat_template.json"):
+            candidates.insert(0, (root / name, root.json(name).get("chat_template")))
         for file, template in candidates:
             if template is not None:
                 return cls(_default_template(template, file), _special_tokens(config), str(file))
@@ -81,7 +97,8 @@ class ChatTemplate:
             **variables: whatever else the template understands (enable_thinking …).
 
         Raises:
-            InputError: the template refuses the messages (its own raise_exception) or cannot handle them.
+            InputError: the messages are longer than `MAX_MESSAGE_CHARACTERS`, or the template refuses them (its own
+                raise_exception) or cannot handle them.
             CheckpointError: the template exceeds the bounds of `vlpack.preprocess.sandbox`.
         """
         values = {
@@ -92,15 +109,20 @@ class ChatTemplate:
             "tools": None if tools is None else list(tools),
             "add_generation_prompt": add_generation_prompt,
         }
+        plain = _plain(values)
+        if (length := _characters(plain["messages"])) > MAX_MESSAGE_CHARACTERS:
+            raise InputError(
+                f"The messages have {length} characters; more than {MAX_MESSAGE_CHARACTERS} are not taken.",
+                "No supported model has a context for so much text: give less.",
+            )
         try:
-            return self._environment.render_bounded(self._template, _plain(values))
-        except (SecurityError, RecursionError, MemoryError, OverflowError) as error:
-            reason = "it recurses too deeply" if isinstance(error, RecursionError) else str(error) or "out of memory"
+            return self._template.render(plain)
+        except (StoppedTemplateError, BrokenTemplateError) as error:
             raise CheckpointError(
-                f"{self.where} was stopped: {reason}.",
+                f"{self.where} was stopped: {error}.",
                 hint="A chat template is a program from the checkpoint's author; check where it comes from.",
             ) from error
-        except Exception as error:  # a template is a program: any operation on any value can fail in it
+        except RefusedTemplateError as error:
             raise InputError(f"{self.where} cannot render these messages: {error}.") from error
 
 
@@ -131,6 +153,15 @@ def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
     # Reasoning goes by three names; transformers gives templates the first two of them.
     reasoning = next((plain[key] for key in _REASONING_KEYS if key in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+
+
+def _characters(value: Any) -> int:
+    """Characters of all texts in plain JSON."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import ipaddress
 import socket
 import ssl
 import threading
@@ -13,13 +12,13 @@ from collections.abc import Iterator
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from vlpack.errors import InputError
+from vlpack.preprocess.addresses import is_public_address
 
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 """Most bytes that are downloaded: 64 MiB."""
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def fetch(
@@ -51,7 +50,10 @@ def fetch(
             raise InputError(f"{_name(parts)} cannot be fetched: {reason}.") from error
         if location is None:
             return body
-        current = urljoin(current, location)
+        try:
+            current = urljoin(current, location)
+        except ValueError:
+            raise InputError(f"{_name(parts)} redirects to {location[:200]!r}, which is no URL.") from None
     raise InputError(f"{_name(_split(url))} redirects more than {_MAX_REDIRECTS} times.")
 
 
@@ -145,20 +147,3 @@ def _connect(host: str, port: int, allow_private: bool, deadline: float) -> sock
         except OSError as error:
             failure = error
     raise failure
-
-
-def is_public_address(address: str) -> bool:
-    """Whether an IP address belongs to the public internet, also inside IPv6 forms that embed an IPv4 address."""
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        embedded = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in _NAT64 or int(ip) < 2**32:  # the latter: the deprecated IPv4-compatible form
-            embedded.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-        if any(inner is not None and not is_public_address(str(inner)) for inner in embedded):
-            return False
-        if ip.ipv4_mapped is not None:
-            return True
-    return ip.is_global and not ip.is_multicast

@@ -119,7 +119,7 @@ def _pictures(source: VideoSource) -> Sequence[ImageSource] | None:
         return None
     names = sorted(
         (name for name in os.listdir(path) if name.lower().endswith(_PICTURES) and not name.startswith(".")),
-        key=lambda name: [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in _PARTS.split(name)],
+        key=_natural,
     )
     if not names:
         raise InputError(f"{path} has no pictures ({', '.join(_PICTURES)}).", _HINT)
@@ -127,6 +127,12 @@ def _pictures(source: VideoSource) -> Sequence[ImageSource] | None:
 
 
 _PARTS = re.compile(r"([0-9]+)")
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sorts 2.png before 10.png. Only ASCII digits are numbers: ² is a digit for Python, and not one for ``int``."""
+    parts = [(bool(_PARTS.fullmatch(part)), part) for part in _PARTS.split(name)]
+    return [(number, int(part) if number else 0, part) for number, part in parts]
 
 
 def _open_file(path: str) -> IO[bytes]:

@@ -19,14 +19,22 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from vlpack.config import is_finite
 from vlpack.errors import CheckpointError, InputError, OptionError
-from vlpack.preprocess._files import given_settings, read_json_object
+from vlpack.preprocess.settings_folder import SettingsFolder, given_settings
 
 MAX_ASPECT_RATIO = 200
 """Longest edge over shortest edge that the Qwen processors accept."""
 
 _MAX_FACTOR = 4096  # pixels per merge-block edge; with _MAX_MIN_PIXELS it bounds what a hostile config can allocate
-_MAX_MIN_PIXELS = 2**28
+_MAX_MIN_PIXELS = 2**24  # what Qwen3-VL has as its largest area
+MAX_TEMPORAL_PATCH = 16
+"""Most frames of a patch; all models have 2. A package's settings may come from anybody, and every image takes
+3 · 4 · temporal_patch_size bytes a pixel."""
+
+MAX_PIXEL_VALUES = 2**30
+"""Most floats of all images of a prompt together, 4 GiB: the largest image that is decoded, at two frames a patch."""
+
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -124,19 +132,19 @@ class ImageProcessor:
             _require(isinstance(getattr(self, name), bool), name, "true or false", self)
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
-            numbers = isinstance(values, tuple) and len(values) == 3 and all(map(_is_finite, values))
+            numbers = isinstance(values, tuple) and len(values) == 3 and all(map(is_finite, values))
             _require(numbers, name, "three finite numbers", self)
         _require(all(value > 0 for value in self.image_std), "image_std", "positive", self)
-        _require(_is_finite(self.rescale_factor) and self.rescale_factor > 0, "rescale_factor", "positive", self)
+        _require(is_finite(self.rescale_factor) and self.rescale_factor > 0, "rescale_factor", "positive", self)
         known_filters = list(map(int, Image.Resampling))
         _require(self.resample in known_filters, "resample", f"one of {known_filters}", self)
         _require(self.min_pixels <= self.max_pixels, "min_pixels", f"at most max_pixels ({self.max_pixels})", self)
         _require(self.min_pixels <= _MAX_MIN_PIXELS, "min_pixels", f"at most {_MAX_MIN_PIXELS}", self)
-        _require(self.temporal_patch_size <= 256, "temporal_patch_size", "at most 256", self)
+        _require(self.temporal_patch_size <= MAX_TEMPORAL_PATCH, "temporal_patch_size", "at most 16", self)
         _require(self.factor <= _MAX_FACTOR, "patch_size", f"at most {_MAX_FACTOR} after times merge_size", self)
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> ImageProcessor:
+    def from_folder(cls, folder: str | os.PathLike[str] | SettingsFolder) -> ImageProcessor:
         """Reads a checkpoint's or package's image settings.
 
         As in transformers, `image_processor` inside processor_config.json wins over preprocessor_config.json. A
@@ -145,12 +153,11 @@ class ImageProcessor:
         Raises:
             CheckpointError: neither file has the settings, or one of them is out of range.
         """
-        nested = Path(folder) / "processor_config.json"
-        flat = Path(folder) / "preprocessor_config.json"
-        if nested.is_file() and isinstance(config := read_json_object(nested).get("image_processor"), dict):
-            return cls._from_config(config, f"image_processor in {nested}")
-        if flat.is_file():
-            return cls._from_config(read_json_object(flat), str(flat))
+        root, nested, flat = SettingsFolder.of(folder), "processor_config.json", "preprocessor_config.json"
+        if root.has(nested) and isinstance(config := root.json(nested).get("image_processor"), dict):
+            return cls._from_config(config, f"image_processor in {root / nested}")
+        if root.has(flat):
+            return cls._from_config(root.json(flat), str(root / flat))
         raise CheckpointError(
             f"{folder} has no image settings: neither preprocessor_config.json nor a processor_config.json with "
             "an 'image_processor' object.",
@@ -225,6 +232,13 @@ class ImageProcessor:
         sizes = [self.target_size(image.height, image.width) for image in images]
         grids = np.array([(1, h // patch, w // patch) for h, w in sizes], dtype=np.int64).reshape(-1, 3)
         patches_per_image = grids.prod(axis=1)
+        values = int(patches_per_image.sum()) * 3 * self.temporal_patch_size * patch * patch
+        if values > MAX_PIXEL_VALUES:
+            raise InputError(
+                f"The images take {4 * values / 1e9:.1f} GB as numbers; more than {4 * MAX_PIXEL_VALUES / 1e9:.1f} GB "
+                "are not made.",
+                "Give smaller or fewer images, or a smaller max_pixels.",
+            )
         # Filled image by image, so that beside the result only one resized uint8 image is alive.
         pixels = np.empty((int(patches_per_image.sum()), 3, self.temporal_patch_size, patch * patch), dtype=np.float32)
         level_values = self._level_values()
@@ -293,10 +307,6 @@ def check_pixel_limits(folder: Path, sees: bool, min_pixels: int | None, max_pix
 
 def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require(condition: bool, name: str, wanted: str, processor: ImageProcessor) -> None:

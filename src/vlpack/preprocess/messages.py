@@ -131,8 +131,8 @@ def _video(part: Mapping[str, Any], where: str) -> VideoPart:
 
 
 def check_sources(images: object, videos: object) -> None:
-    """Raises an InputError where one is given that should be a list of them."""
-    if isinstance(images, (str, bytes, os.PathLike)):
-        raise InputError("images must be a list, also for a single one.", "[image]")
-    if isinstance(videos, (str, bytes, os.PathLike)):
-        raise InputError("videos must be a list, also for a single one.", "[video]")
+    """Raises an InputError where something else is given than a list of them."""
+    for name, sources in (("image", images), ("video", videos)):
+        if isinstance(sources, (str, bytes)) or not isinstance(sources, Sequence):
+            kind = "" if isinstance(sources, (str, bytes, os.PathLike)) else f", not {type(sources).__name__}"
+            raise InputError(f"{name}s must be a list, also for a single one{kind}.", f"[{name}], or [] for none.")

@@ -17,11 +17,26 @@ from vlpack.preprocess.images import ImageProcessor, ProcessedImages
 from vlpack.preprocess.inputs import Prompt, PromptVideo
 from vlpack.preprocess.load import ImageSource, load_image
 from vlpack.preprocess.messages import Message, VideoPart, normalize_messages
+from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.preprocess.tokenizer import Tokenizer
 from vlpack.preprocess.video import ProcessedVideo, VideoOptions, VideoProcessor
 
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
 """What stands around every temporal patch of a video, as text; the chat template writes one more pair around all."""
+
+
+def check_vision_start(tokenizer: Tokenizer, token_id: int | None) -> None:
+    """The runtime counts positions of an image from the token before it, so that must be the one that prompts have.
+
+    Raises:
+        CheckpointError: ``token_id`` is another one.
+    """
+    if token_id != tokenizer.token_id(VISION_START):
+        raise CheckpointError(
+            f"vision_start_token_id is {token_id}, and {VISION_START} is {tokenizer.token_id(VISION_START)} in "
+            f"{tokenizer.where}: images would stand at wrong positions.",
+            "Take config.json and tokenizer.json from the same checkpoint.",
+        )
 
 
 class PromptBuilder:
@@ -64,7 +79,7 @@ class PromptBuilder:
     @classmethod
     def from_folder(
         cls,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | SettingsFolder,
         *,
         image_token_id: int | None,
         video_token_id: int | None = None,

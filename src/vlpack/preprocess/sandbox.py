@@ -3,6 +3,8 @@
 jinja2's own sandbox keeps a template from Python's internals and nothing else: nested loops, macros that call
 themselves and `"x" * 10**10` all pass. Here every loop turn, call, filter and concatenation costs a step, a
 clock runs, every value built is bounded, and what multiplies (products, padding, join, replace …) is estimated first.
+What these bounds cannot catch, memory by many values or long work within one step, is bounded by the process that
+strangers' templates are rendered in (``template_process.py``).
 """
 
 from __future__ import annotations
@@ -40,6 +42,58 @@ _MAX_PADDING = 10_000  # numbers given to calls and filters: indent(4), batch(3)
 _AMPLIFIERS = frozenset({"join", "replace", "indent", "format", "format_map", "tojson", "string", "pprint"})
 _REMOVED_FILTERS = ("urlize", "wordwrap", "random")  # quadratic, or no place in a prompt
 _LONG_FORMAT = re.compile(r"\d{5,}")  # "%99999d" and "{:>99999}" build text from digits
+
+
+class ChatTemplateError(Exception):
+    """What a template does instead of making a text; the message is a part of a sentence."""
+
+
+class BrokenTemplateError(ChatTemplateError):
+    """The text is not a template."""
+
+
+class StoppedTemplateError(ChatTemplateError):
+    """The template went beyond a bound."""
+
+
+class RefusedTemplateError(ChatTemplateError):
+    """The template cannot render these variables, or says that it will not."""
+
+
+class Template:
+    """A compiled template.
+
+    Args:
+        source: the jinja text.
+
+    Raises:
+        BrokenTemplateError: the text is not a template.
+    """
+
+    def __init__(self, source: str) -> None:
+        self._environment = BoundedEnvironment()
+        try:
+            self._template = self._environment.compile_template(source)
+        except (TemplateError, SyntaxError, RecursionError, MemoryError, ValueError) as error:
+            raise BrokenTemplateError(str(error) or type(error).__name__) from error
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """The rendered text.
+
+        Args:
+            variables: plain JSON.
+
+        Raises:
+            StoppedTemplateError: it exceeds a bound.
+            RefusedTemplateError: it cannot render these variables, or says that it will not.
+        """
+        try:
+            return self._environment.render_bounded(self._template, variables)
+        except (SecurityError, RecursionError, MemoryError, OverflowError) as error:
+            reason = "it recurses too deeply" if isinstance(error, RecursionError) else str(error) or "out of memory"
+            raise StoppedTemplateError(reason) from error
+        except Exception as error:  # a template is a program: any operation on any value can fail in it
+            raise RefusedTemplateError(str(error)) from error
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):

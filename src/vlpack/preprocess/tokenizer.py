@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import tokenizers
 
 from vlpack.errors import CheckpointError, InputError
+from vlpack.preprocess.settings_folder import SettingsFolder
+from vlpack.preprocess.tokenizer_bounds import check_file, growth_of
+
+MAX_CHARACTERS = 2**28
+"""Most characters that a tokenizer's rules may make of a text; real ones make at most a few times as many as it has."""
 
 MAX_BYTES = 100_000_000
 """Largest tokenizer.json that is read; those of the largest vocabularies have some ten megabytes."""
@@ -25,33 +29,36 @@ class Tokenizer:
     Args:
         tokenizer: as made by `tokenizers`.
         where: the file it came from, for error messages.
+        growth: characters that its rules may make of one; see `growth_of`.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, where: str = "tokenizer.json") -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, where: str = "tokenizer.json", growth: float = 1.0) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self.where = where
+        self._longest = int(MAX_CHARACTERS / growth)
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+    def from_folder(cls, folder: str | os.PathLike[str] | SettingsFolder) -> Tokenizer:
         """Reads tokenizer.json; CheckpointError if it is missing or damaged."""
-        file = Path(folder) / "tokenizer.json"
-        if not file.is_file():
-            slow = all((Path(folder) / name).is_file() for name in ("vocab.json", "merges.txt"))
+        root, name = SettingsFolder.of(folder), "tokenizer.json"
+        if not root.has(name):
+            slow = all(map(root.has, ("vocab.json", "merges.txt")))
             found = "; vocab.json and merges.txt alone are not read" if slow else ""
             raise CheckpointError(
                 f"{folder} has no tokenizer.json{found}.",
                 hint="Make it with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder).",
             )
-        if (size := file.stat().st_size) > MAX_BYTES:
-            raise CheckpointError(f"{file} has {size} bytes; more than {MAX_BYTES} are not read.")
+        data, file = root.data(name, MAX_BYTES), root / name
+        check_file(data, str(file))
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(file)), str(file))
+            tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except BaseException as error:  # tokenizers raises bare Exception, and panics
             if isinstance(error, Exception) or _is_panic(error):
                 raise CheckpointError(f"{file} is not a usable tokenizer: {error}.") from error
             raise
+        return cls(tokenizer, str(file), growth_of(tokenizer, str(file)))
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text. Special tokens written in it become their ids.
@@ -59,7 +66,16 @@ class Tokenizer:
         Args:
             text: any.
             add_special_tokens: also add those that the tokenizer has around a text; embedding models end with one.
+
+        Raises:
+            InputError: the text is not valid Unicode, or so long that the tokenizer's rules could fill the memory.
+            CheckpointError: the tokenizer fails on it.
         """
+        if len(text) > self._longest:
+            raise InputError(
+                f"The text has {len(text)} characters; with this tokenizer no more than {self._longest} are taken.",
+                "No supported model has a context for so much text: give less.",
+            )
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeError) as error:  # lone surrogates

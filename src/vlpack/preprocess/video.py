@@ -11,18 +11,18 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from vlpack.config import is_finite
 from vlpack.errors import CheckpointError, InputError, OptionError
-from vlpack.preprocess._files import given_settings, read_json_object
 from vlpack.preprocess.frames import Clip, VideoSource, open_clip
-from vlpack.preprocess.images import MAX_ASPECT_RATIO
+from vlpack.preprocess.images import MAX_ASPECT_RATIO, MAX_TEMPORAL_PATCH
 from vlpack.preprocess.resize import FILTERS, resize_frame
+from vlpack.preprocess.settings_folder import SettingsFolder, given_settings
 
 MAX_FRAMES = 2**14
 """Most frames that are taken of one video."""
@@ -36,8 +36,7 @@ def video_size(
 ) -> tuple[int, int]:
     """The size, in pixels, that every frame of a video is given: multiples of `factor`, all frames within the limits.
 
-    Formula of transformers/models/qwen3_vl/video_processing_qwen3_vl.py ``smart_resize``. A video shorter than a
-    temporal patch, which transformers refuses, counts as one of them: that is what its frames are repeated to.
+    Formula of transformers/models/qwen3_vl/video_processing_qwen3_vl.py ``smart_resize``.
 
     Args:
         num_frames: that were chosen.
@@ -52,9 +51,15 @@ def video_size(
         (height, width) in pixels.
 
     Raises:
-        InputError: frames more than 200 times as long as wide.
+        InputError: frames more than 200 times as long as wide, or fewer than a temporal patch has, which transformers
+            refuses, too.
     """
-    num_frames = max(num_frames, temporal_factor)
+    if num_frames < temporal_factor:
+        raise InputError(
+            f"A video of {num_frames} frame{'s' * (num_frames > 1)} is too short; the model takes at least "
+            f"{temporal_factor}.",
+            "Take more frames, or send a single one as an image.",
+        )
     if height < factor or width < factor:
         grow = max(factor / height, factor / width)
         height, width = int(height * grow), int(width * grow)
@@ -106,7 +111,7 @@ class VideoOptions:
             value, limit = getattr(self, name), MAX_VIDEO_PIXELS if name == "total_pixels" else MAX_FRAMES
             if value is not None and not (type(value) is int and 1 <= value <= limit):
                 raise OptionError(f"{name} is {value!r}; it must be a whole number from 1 to {limit}.")
-        if self.fps is not None and not (_is_number(self.fps) and 0 < self.fps <= 1000):
+        if self.fps is not None and not (is_finite(self.fps) and 0 < self.fps <= 1000):
             raise OptionError(f"fps is {self.fps!r}; it must be above 0 and at most 1000.")
         if self.min_frames is not None and self.max_frames is not None and self.min_frames > self.max_frames:
             raise OptionError(f"min_frames is {self.min_frames}, and max_frames only {self.max_frames}.")
@@ -171,16 +176,18 @@ class VideoProcessor:
                 self._require(type(getattr(self, field.name)) is bool, field.name, "true or false")
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
-            good = isinstance(values, tuple) and len(values) == 3 and all(map(_is_number, values))
+            good = isinstance(values, tuple) and len(values) == 3 and all(map(is_finite, values))
             self._require(good, name, "three finite numbers")
         self._require(all(value > 0 for value in self.image_std), "image_std", "positive")
-        self._require(_is_number(self.rescale_factor) and self.rescale_factor > 0, "rescale_factor", "positive")
+        self._require(is_finite(self.rescale_factor) and self.rescale_factor > 0, "rescale_factor", "positive")
         self._require(self.resample in FILTERS, "resample", f"one of {FILTERS}: torch's resize is rebuilt for these")
-        self._require(self.fps is None or (_is_number(self.fps) and self.fps > 0), "fps", "positive or null")
-        whole = self.num_frames is None or (type(self.num_frames) is int and self.num_frames > 0)
-        self._require(whole, "num_frames", "a positive integer or null")
+        rate = self.fps is None or (is_finite(self.fps) and 0 < self.fps <= 1000)
+        self._require(rate, "fps", "above 0 and at most 1000, or null")
+        whole = self.num_frames is None or (type(self.num_frames) is int and 0 < self.num_frames <= MAX_FRAMES)
+        self._require(whole, "num_frames", f"a positive integer up to {MAX_FRAMES}, or null")
+        self._require(self.min_frames <= MAX_FRAMES, "min_frames", f"at most {MAX_FRAMES}")
         self._require(self.min_pixels <= MAX_VIDEO_PIXELS, "min_pixels", f"at most {MAX_VIDEO_PIXELS}")
-        self._require(self.temporal_patch_size <= 256, "temporal_patch_size", "at most 256")
+        self._require(self.temporal_patch_size <= MAX_TEMPORAL_PATCH, "temporal_patch_size", "at most 16")
         self._require(self.factor <= 4096, "patch_size", "at most 4096 after times merge_size")
 
     def _require(self, condition: bool, name: str, wanted: str) -> None:
@@ -188,7 +195,7 @@ class VideoProcessor:
             raise OptionError(f"{name} must be {wanted}, not {getattr(self, name)!r}.")
 
     @classmethod
-    def from_folder(cls, folder: str | os.PathLike[str]) -> VideoProcessor:
+    def from_folder(cls, folder: str | os.PathLike[str] | SettingsFolder) -> VideoProcessor:
         """Reads a checkpoint's or package's video settings.
 
         The order is transformers': `video_processor` inside processor_config.json, video_preprocessor_config.json,
@@ -197,12 +204,12 @@ class VideoProcessor:
         Raises:
             CheckpointError: none of them is there, or the settings are out of range.
         """
-        nested = Path(folder) / "processor_config.json"
-        if nested.is_file() and isinstance(config := read_json_object(nested).get("video_processor"), dict):
-            return cls._from_config(config, f"video_processor in {nested}")
+        root, nested = SettingsFolder.of(folder), "processor_config.json"
+        if root.has(nested) and isinstance(config := root.json(nested).get("video_processor"), dict):
+            return cls._from_config(config, f"video_processor in {root / nested}")
         for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
-            if (file := Path(folder) / name).is_file():
-                return cls._from_config(read_json_object(file), str(file))
+            if root.has(name):
+                return cls._from_config(root.json(name), str(root / name))
         raise CheckpointError(
             f"{folder} has no video settings: no video_preprocessor_config.json.",
             "Copy it from the model's page on the Hugging Face Hub.",
@@ -268,17 +275,17 @@ class VideoProcessor:
 
     def target_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels of the frames of a video after resizing; InputError if it has no place."""
-        if not self.do_resize:
-            if height % self.factor or width % self.factor:
-                raise InputError(
-                    f"Frames of {width}x{height} pixels are not multiples of {self.factor} and do_resize is off."
-                )
-            return height, width
         most = self.max_pixels
         if self.cap_pixels_per_frame:
             frame = min(self.max_video_tokens * self.factor**2, self.max_pixels // num_frames)
             most = max(frame, int(self.min_pixels * 1.05)) * num_frames
-        size = video_size(num_frames, height, width, self.temporal_patch_size, self.factor, self.min_pixels, most)
+        size = height, width
+        if self.do_resize:
+            size = video_size(num_frames, height, width, self.temporal_patch_size, self.factor, self.min_pixels, most)
+        elif height % self.factor or width % self.factor:
+            raise InputError(
+                f"Frames of {width}x{height} pixels are not multiples of {self.factor} and do_resize is off."
+            )
         if num_frames * size[0] * size[1] > MAX_VIDEO_PIXELS:
             raise InputError(
                 f"{num_frames} frames of {size[1]}x{size[0]} pixels are more than {MAX_VIDEO_PIXELS} pixels together.",
@@ -355,7 +362,3 @@ class VideoProcessor:
         elif self.do_rescale:
             levels = levels * np.float32(self.rescale_factor)
         return levels
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

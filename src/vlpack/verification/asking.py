@@ -17,6 +17,7 @@ from vlpack.loading import load
 from vlpack.package.manifest import whole_package
 from vlpack.preprocess import Prompt, Tokenizer
 from vlpack.preprocess.encoder_prompts import Input
+from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.runtime import Model
 from vlpack.sampling import Sampling
 from vlpack.tasks import GENERATE, manifest_task
@@ -91,10 +92,11 @@ def ask(
     Raises:
         VlpackError: the package cannot be loaded, or a case does not fit it.
     """
-    sees = (folder / "vision.onnx").is_file()
-    generates = manifest_task(folder, whole_package(folder)) == GENERATE
+    manifest = whole_package(folder)
+    sees = "vision.onnx" in manifest["files"]
+    generates = manifest_task(folder, manifest) == GENERATE
     # all in the runtime, as the package is run from other languages
-    package = load(folder, threads=threads, **({"vision_provider": RUNTIME} if generates and sees else {}))
+    package = load(folder, threads=threads, vision_provider=RUNTIME if generates and sees else None)
     if isinstance(package, Model):
         asked = []
         for case in cases or built_in(sees=sees, videos=package.takes_videos):
@@ -108,7 +110,8 @@ def ask(
     image = package.image
     limits = {"shortest_edge": image["min_pixels"], "longest_edge": image["max_pixels"]} if image else None
     plain = package.manifest["encoder"]["form"] == "plain"
-    return Answers(asked, Tokenizer.from_folder(folder), package.task, plain=plain, limits=limits)
+    tokenizer = Tokenizer.from_folder(SettingsFolder(folder, manifest["files"]))
+    return Answers(asked, tokenizer, package.task, plain=plain, limits=limits)
 
 
 def _answer(model: Model, case: Case, tokens: int, visual: Sequence[int]) -> Asked:

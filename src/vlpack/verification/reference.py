@@ -33,7 +33,7 @@ def require() -> None:
     if missing:
         raise VerifyError(
             f"Verifying needs {', '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed.",
-            f"pip install {' '.join(missing)}",
+            "pip install 'vlpack[verify]', or in a copy of the repository pip install '.[verify]'.",
         )
     for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
         from_transformers(name)

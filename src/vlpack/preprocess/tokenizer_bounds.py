@@ -1,0 +1,194 @@
+"""How much longer a tokenizer.json can make a text: its rules are a stranger's, and run where nothing can stop them.
+
+Forty rules that replace ``a`` by ``aa`` make 2⁴⁰ characters of one. The tokenizers library applies such rules to its
+own added tokens when it reads the file, so they are looked at before it does.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from vlpack.errors import CheckpointError
+from vlpack.safefile import parse_json, quote
+
+MAX_GROWTH = 64
+"""Most characters that a tokenizer may make of one, by all of its rules one after another. Qwen's rules make up to 4,
+as bytes become characters; SentencePiece's tables make up to 18 of a ligature."""
+
+MAX_AFFIX = 64
+"""Longest prefix or suffix of subwords, in characters: it may be added to every character of a text."""
+
+
+def check_file(data: bytes, where: str) -> None:
+    """Look at a tokenizer.json's rules before the library runs them on added tokens, where it would.
+
+    Args:
+        data: tokenizer.json's bytes.
+        where: its name, for messages.
+
+    Raises:
+        CheckpointError: it is no JSON object, has rules that are not known here, or more than `MAX_GROWTH`.
+    """
+    if _normalizes_tokens(data):
+        values = parse_json(data, where, strict=True)  # a rule given twice may be read as either
+        model = values.get("model")
+        _growth(values, [model.get(name) for name in _AFFIXES] if isinstance(model, dict) else [], where)
+
+
+def growth_of(tokenizer: tokenizers.Tokenizer, where: str) -> float:
+    """Characters that a tokenizer may make of one of a text, at least 1, by its rules as the library has read them.
+
+    Raises:
+        CheckpointError: there are rules that are not known here, or it is more than `MAX_GROWTH`.
+    """
+    rules = {name: getattr(tokenizer, name) for name in _KINDS}
+    values = {name: None if rule is None else json.loads(rule.__getstate__()) for name, rule in rules.items()}
+    return _growth(values, [getattr(tokenizer.model, name, None) for name in _AFFIXES], where)
+
+
+def _growth(values: Mapping[str, Any], affixes: Sequence[Any], where: str) -> float:
+    try:
+        before, pieces, copies, after = (
+            _product(values.get(name), inner, known) for name, (inner, known) in _KINDS.items()
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not a usable tokenizer: {type(error).__name__} in its rules.") from None
+    growth = max(before * pieces * copies, after)
+    if growth > MAX_GROWTH or any(affix is not None and len(affix) > MAX_AFFIX for affix in affixes):
+        raise CheckpointError(
+            f"{where} has rules that make more than {MAX_GROWTH} characters of one, so that no text could be read.",
+            "No tokenizer of a language model does so: check where the checkpoint comes from.",
+        )
+    return growth
+
+
+def _normalizes_tokens(data: bytes) -> bool:
+    """Whether an added token may be one that the library normalizes as it reads the file (``"normalized": true``).
+
+    Reading 12 MB of JSON to know it takes half a second, so this only sees whether everything that is true is one of
+    the settings that are known to be something else; where it is not sure, it says yes.
+    """
+    place = data.find(b"true")
+    while place >= 0:
+        end = place + 4
+        within_text = data[place - 1 : place] not in _BEFORE or data[end : end + 1] not in _AFTER
+        if not within_text and not _HARMLESS.search(data, max(0, place - 64), place):
+            return True
+        place = data.find(b"true", end)
+    return False
+
+
+_BEFORE, _AFTER = (frozenset(bytes([c]) for c in marks) for marks in (b" \t\r\n:,[", b" \t\r\n,]}"))
+_HARMLESS = re.compile(
+    rb'"(?:special|single_word|lstrip|rstrip|add_prefix_space|trim_offsets|use_regex|invert|individual_digits|'
+    rb'byte_fallback|ignore_merges|fuse_unk|split|cleanup)"\s*:\s*\Z'
+)
+
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+
+Growth = Callable[[Mapping[str, Any]], float]
+
+
+def _product(rules: Any, inner: str, known: Mapping[str, Growth]) -> float:
+    """The growth of rules that follow each other."""
+    product = 1.0
+    for rule in _flat(rules, inner):
+        kind = rule["type"]
+        if kind not in known:
+            raise CheckpointError(f"The tokenizer has the rule {quote(kind)}, which vlpack does not know.")
+        product = min(product * known[kind](rule), 1e9)
+    return product
+
+
+def _flat(rules: Any, inner: str) -> Iterator[Mapping[str, Any]]:
+    """The rules of sequences within sequences, in their order."""
+    if rules is None:
+        return
+    if rules["type"] == "Sequence":
+        for rule in rules[inner]:
+            yield from _flat(rule, inner)
+    else:
+        yield rules
+
+
+def _one(rule: Mapping[str, Any]) -> float:
+    return 1.0
+
+
+def _replace(rule: Mapping[str, Any]) -> float:
+    """A pattern may match nothing, which is everywhere; a text matches as often as it has room."""
+    content, pattern = len(rule["content"]), rule["pattern"]
+    if isinstance(pattern, Mapping):
+        literal = pattern.get("String")
+        return max(1.0, content / len(literal)) if literal else 1.0 + content
+    return max(1.0, content / len(pattern)) if pattern else 1.0 + content
+
+
+def _prepend(rule: Mapping[str, Any]) -> float:
+    return 1.0 + len(rule["prepend"])
+
+
+def _table(rule: Mapping[str, Any]) -> float:
+    """SentencePiece's table: a length, a trie of that length, and the texts that characters become, NUL after each."""
+    try:
+        table = base64.b64decode(rule.get("precompiled_charsmap") or "", validate=True)
+    except (binascii.Error, ValueError):
+        return math.inf
+    texts = table[4 + int.from_bytes(table[:4], "little") :]
+    return float(max(18, *map(len, texts.split(b"\0"))))
+
+
+def _template(rule: Mapping[str, Any]) -> float:
+    """How often a template repeats its text."""
+    counts = [
+        sum(piece["Sequence"]["id"] == name for piece in rule[kind] if "Sequence" in piece)
+        for kind in ("single", "pair")
+        for name in ("A", "B")
+    ]
+    return float(max(1, *counts))
+
+
+_BYTES: Growth = lambda rule: 4.0  # noqa: E731 - a character has up to four bytes, and each becomes a character
+_NORMALIZERS: Mapping[str, Growth] = {
+    **dict.fromkeys(("NFC", "NFD", "Lowercase", "Strip", "StripAccents", "Nmt"), _one),
+    # they change nothing that they have changed, so a chain of them grows as one does: the longest ligature is of 18
+    **dict.fromkeys(("NFKC", "NFKD"), _one),
+    "BertNormalizer": lambda rule: 3.0,  # spaces around every Chinese character
+    "ByteLevel": _BYTES,
+    "Replace": _replace,
+    "Prepend": _prepend,
+    "Precompiled": _table,
+}
+_PRE_TOKENIZERS: Mapping[str, Growth] = {
+    **dict.fromkeys(
+        ("BertPreTokenizer", "CharDelimiterSplit", "Digits", "FixedLength", "Punctuation", "Split", "UnicodeScripts"),
+        _one,
+    ),
+    **dict.fromkeys(("Whitespace", "WhitespaceSplit"), _one),
+    "ByteLevel": _BYTES,
+    "Metaspace": lambda rule: 1.0 + len(rule["replacement"]),
+}
+_DECODERS: Mapping[str, Growth] = {
+    **dict.fromkeys(("BPEDecoder", "ByteFallback", "ByteLevel", "CTC"), _one),
+    **dict.fromkeys(("Fuse", "Metaspace", "Strip", "WordPiece"), _one),
+    "Replace": _replace,
+}
+_POST_PROCESSORS: Mapping[str, Growth] = {
+    **dict.fromkeys(("BertProcessing", "ByteLevel", "RobertaProcessing"), _one),
+    "TemplateProcessing": _template,
+}
+_KINDS: Mapping[str, tuple[str, Mapping[str, Growth]]] = {
+    "normalizer": ("normalizers", _NORMALIZERS),
+    "pre_tokenizer": ("pretokenizers", _PRE_TOKENIZERS),
+    "post_processor": ("processors", _POST_PROCESSORS),
+    "decoder": ("decoders", _DECODERS),
+}
+"""A tokenizer's kinds of rules: what a sequence of them is called, and what each can make of a character."""

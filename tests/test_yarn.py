@@ -1,0 +1,87 @@
+"""YaRN's frequencies are those of transformers, whatever the settings are and wherever they stand."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+
+from family import TEXT
+from vlpack.architectures import ARCHITECTURES
+from vlpack.errors import CheckpointError
+
+transformers = pytest.importorskip("transformers")
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+BARE = {name: value for name, value in YARN.items() if name != "original_max_position_embeddings"}
+ORIGINAL = {"original_max_position_embeddings": 256}
+MROPE = {"mrope_section": [6, 5, 5]}
+
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": (YARN, {}),
+    "no length": (BARE, {}),
+    "a length beside": (BARE, ORIGINAL),
+    "a length beside and within": (YARN, ORIGINAL),
+    "a broken length": (YARN | {"original_max_position_embeddings": 400.5}, {}),
+    "a broken length beside": (YARN, {"original_max_position_embeddings": 400.5}),
+    "fast below slow": (YARN | {"beta_fast": 1, "beta_slow": 32}, {}),
+    "fast below slow, not rounded": (YARN | {"beta_fast": 1, "beta_slow": 4.5, "truncate": False}, {}),
+    "fast is slow": (YARN | {"beta_fast": 3, "beta_slow": 3, "truncate": False}, {}),
+    "near": (YARN | {"beta_fast": 3.0001, "beta_slow": 3, "truncate": False}, {}),
+    "long": (YARN | {"original_max_position_embeddings": 32768, "factor": 8}, {}),
+    "given attention": (YARN | {"attention_factor": 1.25}, {}),
+}
+
+
+def expected(config: Any) -> tuple[np.ndarray, float]:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    inverse, scaling = ROPE_INIT_FUNCTIONS["yarn"](config)
+    return inverse.numpy(), float(scaling)
+
+
+def check(name: str, config: dict[str, Any], reference: Any) -> None:
+    inverse, scaling = expected(reference.get_text_config())
+    frequencies = ARCHITECTURES[name](config).decoder.frequencies
+    np.testing.assert_allclose(frequencies.inverse, inverse, rtol=2e-6)
+    assert frequencies.scaling == pytest.approx(scaling)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("family", ["Qwen3", "Llama", "Qwen2"])
+def test_text_models(family: str, case: str, key: str) -> None:
+    rope, beside = SETTINGS[case]
+    config = TEXT | {"head_dim": 32} | beside | {key: rope}
+    reference = getattr(transformers, f"{family}Config")(**copy.deepcopy(config))
+    check(f"{family}ForCausalLM", config, reference)
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_nested_configs(case: str) -> None:
+    rope, beside = SETTINGS[case]
+    text = TEXT | {"head_dim": 32} | beside | {"rope_parameters": rope | MROPE}
+    vision = {"deepstack_visual_indexes": [0], "out_hidden_size": 64}
+    vision |= transformers.Qwen3VLConfig().vision_config.to_dict() | vision
+    config = {"text_config": text, "vision_config": vision}
+    check("Qwen3VLForConditionalGeneration", config, transformers.Qwen3VLConfig(**copy.deepcopy(config)))
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("family", ["Qwen2VL", "Qwen2_5_VL"])
+def test_flat_configs_keep_what_is_beside_to_themselves(family: str, case: str) -> None:
+    rope, beside = SETTINGS[case]
+    name = f"{family}Config"
+    width = {"hidden_size": 64} if family == "Qwen2VL" else {"out_hidden_size": 64}
+    vision = getattr(transformers, name)().vision_config.to_dict() | width
+    rope = rope | {"mrope_section": [2, 3, 3]}
+    config = {**TEXT, **beside, "rope_scaling": rope, "vision_config": vision}
+    check(f"{family}ForConditionalGeneration", config, getattr(transformers, name)(**copy.deepcopy(config)))
+
+
+def test_parts_of_a_head_are_refused_wherever_they_stand() -> None:
+    config = TEXT | {"head_dim": 32, "rope_scaling": YARN, "partial_rotary_factor": 0.5}
+    with pytest.raises(CheckpointError, match="partial_rotary_factor"):
+        ARCHITECTURES["Qwen3ForCausalLM"](config)
