@@ -212,8 +212,14 @@ LINEARS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_pr
 OURS = {"self_attn.q_proj": "self_attn.qkv_proj"}
 
 
-def sums_of_transformers(folder: Path, prefix: str, prompts: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Σ xᵀx of every matrix's inputs, by our paths."""
+def sums_of_transformers(
+    folder: Path, prefix: str, prompts: list[dict[str, Any]], image_token_id: int | None = None
+) -> dict[str, np.ndarray]:
+    """Σ xᵀx of every matrix's inputs, by our paths; image tokens together count no more than all words do."""
+    ids = np.concatenate([prompt["input_ids"].ravel() for prompt in prompts])
+    images = ids == image_token_id
+    counts = {True: min(1.0, (~images).sum() / max(images.sum(), 1)), False: 1.0}
+    shares: list[np.ndarray] = []
     config = transformers.AutoConfig.from_pretrained(folder)
     model = getattr(transformers, config.architectures[0]).from_pretrained(folder, dtype=torch.float32).eval()
     sums: dict[str, np.ndarray] = {}
@@ -221,7 +227,7 @@ def sums_of_transformers(folder: Path, prefix: str, prompts: list[dict[str, Any]
     def watch(name: str) -> Callable[..., None]:
         def look(module: Any, args: tuple[Any, ...]) -> None:
             rows = args[0].reshape(-1, args[0].shape[-1]).numpy()
-            sums[name] = sums.get(name, 0) + rows.T @ rows
+            sums[name] = sums.get(name, 0) + (rows * shares[-1]).T @ rows
 
         return look
 
@@ -232,6 +238,8 @@ def sums_of_transformers(folder: Path, prefix: str, prompts: list[dict[str, Any]
     model.lm_head.register_forward_pre_hook(watch("lm_head"))
     with torch.no_grad():
         for prompt in prompts:
+            counted = [counts[token == image_token_id] for token in prompt["input_ids"].ravel().tolist()]
+            shares.append(np.array(counted, np.float32)[:, None])
             model(**{name: torch.tensor(value) for name, value in prompt.items()})
     return sums
 
@@ -280,7 +288,8 @@ def test_inputs_are_those_of_transformers(
         for prompt in pictured(builder)[:2]:
             shown.append(model.show(prompt.input_ids.astype(np.int64), prompt))
             prompts.append(prompt.transformers_arrays(facts.image_token_id, facts.video_token_id))
-    wanted = sums_of_transformers(folder, architecture.decoder.prefix, prompts)
+    facts = architecture.vision
+    wanted = sums_of_transformers(folder, architecture.decoder.prefix, prompts, facts and facts.image_token_id)
     assert len(wanted) > architecture.text.num_hidden_layers
     monkeypatch.setattr(layers, "describe_inputs", lambda hessian: hessian)
     monkeypatch.setattr(layers, "ROWS", 64)

@@ -33,7 +33,7 @@ app = typer.Typer(
 
 EXTRA_OPTIONS = (
     "As the builder's: block_size, is_symmetric, accuracy_level, algo_config, matmul_mixed_precision, exclude_embeds, "
-    "prune_lm_head, shared_embeddings, filename, hf_token. vlpack's own: weight_type, kv_cache."
+    "prune_lm_head, shared_embeddings, filename, hf_token. vlpack's own: balance, rotation, weight_type, kv_cache."
 )
 
 
