@@ -26,13 +26,13 @@ from peers.make import builder, export
 from quiet import Others
 
 # vlpack is not imported: Linux counts a parent's memory at its start into a child's peak
-MACHINE = "import json, vlpack.benchmark; print(json.dumps(vlpack.benchmark.machine()))"
+MACHINE = "import json, vlpack.evaluation.benchmark; print(json.dumps(vlpack.evaluation.benchmark.machine()))"
 
 
 def commands(given: argparse.Namespace) -> dict[str, list[str]]:
     """Name → command, to which the output folder is added."""
     checkpoint = given.checkpoint
-    ours = [sys.executable, "-m", "vlpack.cli", "build", checkpoint]
+    ours = [sys.executable, "-m", "vlpack", "build", checkpoint]
     made: dict[str, list[Any]] = {"copy": ["cp", "-r", checkpoint]}
     for precision in ("int4", "int8", "fp16"):
         made[f"vlpack {precision}"] = [*ours, "-p", precision, "-o"]

@@ -24,7 +24,7 @@ from typing import Any
 
 from quiet import Others
 
-from vlpack.benchmark import machine
+from vlpack.evaluation.benchmark import machine
 
 PEERS = Path(__file__).parent / "peers"
 LIMIT = 1800
@@ -66,7 +66,7 @@ def one(arguments: list[str]) -> None:
     """vlpack in the form of the peers' scripts: PACKAGE THREADS NEW_TOKENS REPEAT WORK …"""
     from importlib.metadata import version
 
-    from vlpack.benchmark_work import work
+    from vlpack.evaluation.benchmark_worker import work
 
     package, threads, new, repeat, *works = arguments
     found = []

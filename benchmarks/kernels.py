@@ -15,7 +15,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from vlpack.quantize.blocks import quantize_blocks
-from vlpack.quantize.channel import quantize_rows, unsigned
+from vlpack.quantize.channels import quantize_rows, unsigned
 
 MICROSOFT = "com.microsoft"
 

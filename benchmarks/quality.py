@@ -81,7 +81,7 @@ def measure(work: Path, model: str, name: str, options: list[str], threads: int)
     from onnx_logits import logits
 
     package = work / "package"
-    command = [sys.executable, "-m", "vlpack.cli", "build", str(work / model), "--output", str(package), "--force"]
+    command = [sys.executable, "-m", "vlpack", "build", str(work / model), "--output", str(package), "--force"]
     done = subprocess.run(
         [*command, *options, "--extra-options", "prune_lm_head=false"], capture_output=True, text=True, check=False
     )

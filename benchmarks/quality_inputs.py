@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from quality_scores import CALIBRATION, MODELS, TOKENS, Array, reference_file
 
-from vlpack.calibration.texts import LENGTH, openings, prompt_builder
+from vlpack.calibration.prompts import LENGTH, openings, prompt_builder
 from vlpack.preprocess.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

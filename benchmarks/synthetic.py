@@ -18,10 +18,10 @@ import numpy as np
 
 from vlpack.architectures import ARCHITECTURES
 from vlpack.architectures.base import GraphOptions
-from vlpack.architectures.mixture import Mixture
-from vlpack.graph import declare
+from vlpack.architectures.moe import Mixture
+from vlpack.export.graph import declare
 from vlpack.layers.moe import Layout
-from vlpack.precision import QuantizationOptions, make_policy
+from vlpack.quantize.policy import QuantizationOptions, make_policy
 
 SIZES: dict[str, dict[str, Any]] = {
     "2b": {"text": (2048, 28, 16, 8, 6144), "vision": (24, 1024, 4096), "deepstack": [5, 11, 17], "tied": True},

@@ -14,16 +14,16 @@ import numpy as np
 
 from vlpack.architectures import architecture_of
 from vlpack.architectures.base import GraphOptions
-from vlpack.checkpoint import Checkpoint
-from vlpack.graph import Weight, declare
-from vlpack.precision import QuantizationOptions, make_policy
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.rows import Source, Stacked
+from vlpack.export.graph import Weight, declare
 from vlpack.quantize.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
-from vlpack.quantize.channel import dequantize_rows, quantize_rows
+from vlpack.quantize.channels import dequantize_rows, quantize_rows
+from vlpack.quantize.policy import QuantizationOptions, make_policy
 from vlpack.quantize.rotate import rotation_matrix
-from vlpack.sources import Source, Stacked
-from vlpack.storage import Blocks, ChannelInt8, Storage
+from vlpack.quantize.storage import Blocks, ChannelInt8, Storage
+from vlpack.quantize.transforms import ChannelScales
 from vlpack.tasks import GENERATE
-from vlpack.transforms import ChannelScales
 
 
 def rounded(weight: np.ndarray, storage: Storage) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from vlpack import cli
+from vlpack.cli import app as cli
 from vlpack.package.manifest import MANIFEST, _sealed, sha256_file
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -20,11 +20,11 @@ import onnxruntime_genai as og
 import pytest
 
 from samples import DIGITS, EMBEDDING, IMAGES, READ, Tensor, content, copy_digits, edit_json, edit_tensors, floats
-from vlpack import datafile
 from vlpack.builder import build
 from vlpack.errors import CheckpointError, OptionError
-from vlpack.runtime import Model
-from vlpack.sampling import Sampling
+from vlpack.export import weights as datafile
+from vlpack.runtime.model import Model
+from vlpack.runtime.sampling import Sampling
 
 RANDOM_HASHES = "import sys; from vlpack.builder import build; build(*sys.argv[1:3], threads=int(sys.argv[3]))"
 

@@ -19,11 +19,11 @@ import pytest
 
 import samples
 from samples import DIGITS, EMBEDDING, QUERY, Tensor, Tensors, copy_digits, edit_json, edit_tensors, poke, vlpack
-from vlpack import datafile
 from vlpack.builder import build
-from vlpack.checkpoint import sha256_file
+from vlpack.checkpoint.checkpoint import sha256_file
 from vlpack.errors import OptionError, VlpackError
-from vlpack.package import output as output_module
+from vlpack.export import folder as output_module
+from vlpack.export import weights as datafile
 
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="signals and locks of POSIX")
 Capsys = pytest.CaptureFixture[str]
@@ -554,7 +554,8 @@ def test_an_interrupted_replacement_keeps_the_old_package(
 
 SLOW_BUILD = """
 import sys, time
-from vlpack import cli, sources
+from vlpack.cli import app as cli
+from vlpack.checkpoint import rows as sources
 check = sources.check_finite
 def slow(*arguments):
     time.sleep(0.05)

@@ -16,12 +16,12 @@ import vlpack.architectures.qwen3_vl as family
 from parity import Reference
 from tiny import EOS, EXAMPLE, IMAGE
 from vlpack.builder import build
-from vlpack.deepstack import SideChannel
 from vlpack.demo import QUESTIONS
+from vlpack.layers.deepstack import SideChannel
 from vlpack.layers.rope import chunked_axes
 from vlpack.options import ExtraOptions
-from vlpack.runtime import Model
-from vlpack.sampling import Sampling
+from vlpack.runtime.model import Model
+from vlpack.runtime.sampling import Sampling
 
 pytestmark = pytest.mark.slow
 

@@ -14,12 +14,12 @@ import pytest
 
 from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, content, copy_digits, vlpack
 from vlpack.builder import build
-from vlpack.cli import spread_extra_options
+from vlpack.cli.app import spread_extra_options
 from vlpack.errors import OptionError
 from vlpack.options import _PARSERS, ExtraOptions, parse_extra_options
-from vlpack.precision import OFFERED, PRECISIONS, QuantizationOptions, make_policy
-from vlpack.runtime import Model
-from vlpack.sampling import Sampling
+from vlpack.quantize.policy import OFFERED, PRECISIONS, QuantizationOptions, make_policy
+from vlpack.runtime.model import Model
+from vlpack.runtime.sampling import Sampling
 
 Capsys = pytest.CaptureFixture[str]
 Make = Callable[..., Path]
@@ -323,7 +323,7 @@ def test_options_that_can_have_no_effect_are_errors(
 def test_options_are_checked_before_anything_is_downloaded(
     refused: Callable[..., OptionError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlpack.before_download.resolve", lambda *arguments, **options: pytest.fail("was looked for"))
+    monkeypatch.setattr("vlpack.export.preflight.resolve", lambda *arguments, **options: pytest.fail("was looked for"))
     refused("block_size=64", match="block_size", source=Path("org/name"), precision="fp32")
     refused(match="not offered", source=Path("org/name"), precision="int8", execution_provider="cuda")
 

@@ -17,7 +17,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from vlpack.checkpoint import Checkpoint
+from vlpack.checkpoint.checkpoint import Checkpoint
 
 Q4, Q8, F32 = (gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q8_0", "F32"))
 LAYER = {

@@ -26,36 +26,36 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from vlpack.answers import Answer
-    from vlpack.benchmark import bench
     from vlpack.builder import BuildResult, build
-    from vlpack.chat import Chat
-    from vlpack.encoder import Embedder, Reranker
     from vlpack.errors import VlpackError
+    from vlpack.evaluation.benchmark import bench
     from vlpack.inspection import inspect
-    from vlpack.loading import load
     from vlpack.options import ExtraOptions
     from vlpack.preprocess import Prompt, VideoOptions
-    from vlpack.runtime import Model
-    from vlpack.sampling import Sampling
+    from vlpack.runtime.answer import Answer
+    from vlpack.runtime.chat import Chat
+    from vlpack.runtime.load import load
+    from vlpack.runtime.model import Model
+    from vlpack.runtime.retrieval import Embedder, Reranker
+    from vlpack.runtime.sampling import Sampling
     from vlpack.verification import verify
 
 _WHERE = {
-    "Answer": "answers",
+    "Answer": "runtime.answer",
     "BuildResult": "builder",
-    "Chat": "chat",
-    "Embedder": "encoder",
+    "Chat": "runtime.chat",
+    "Embedder": "runtime.retrieval",
     "ExtraOptions": "options",
-    "Model": "runtime",
+    "Model": "runtime.model",
     "Prompt": "preprocess",
-    "Reranker": "encoder",
-    "Sampling": "sampling",
+    "Reranker": "runtime.retrieval",
+    "Sampling": "runtime.sampling",
     "VideoOptions": "preprocess",
     "VlpackError": "errors",
-    "bench": "benchmark",
+    "bench": "evaluation.benchmark",
     "build": "builder",
     "inspect": "inspection",
-    "load": "loading",
+    "load": "runtime.load",
     "verify": "verification",
 }
 

@@ -16,28 +16,27 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vlpack.architectures import Architecture, Part, architecture_of
 from vlpack.architectures.base import GraphOptions
-from vlpack.before_download import check_settings, resolve_checked
-from vlpack.calibration.choice import BESIDE, check_calibration, say_nothing
-from vlpack.checkpoint import Checkpoint
-from vlpack.cores import available_cores
-from vlpack.datafile import DataFiles, planned_bytes
+from vlpack.calibration.options import BESIDE, check_calibration, say_nothing
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.hub import ResolvedSource
 from vlpack.errors import OptionError
-from vlpack.fit import check_tensors
-from vlpack.graph import Graph, Weight, declare, trace
-from vlpack.hub import ResolvedSource
+from vlpack.export.assets import write_beside
+from vlpack.export.check import check_tensors
+from vlpack.export.folder import check_free, check_space, output_folder
+from vlpack.export.graph import Graph, Weight, declare, trace
+from vlpack.export.preflight import check_settings, resolve_checked
+from vlpack.export.retrieval import encoder_section
+from vlpack.export.weights import DataFiles, planned_bytes
 from vlpack.layers.attention import has_grouped_kernel
-from vlpack.lora import Adapter, adapter_notes, merge_all, open_adapters, places_of
-from vlpack.memory import peak_memory_bytes
+from vlpack.lora.merge import Adapter, adapter_notes, merge_all, open_adapters, places_of
 from vlpack.options import ExtraOptions, check_effects
-from vlpack.package.beside import write_beside
-from vlpack.package.encoder_section import encoder_section
 from vlpack.package.manifest import write_manifest
-from vlpack.package.output import check_free, check_space, output_folder
-from vlpack.precision import Policy, QuantizationOptions, make_policy
+from vlpack.quantize.policy import Policy, QuantizationOptions, make_policy
+from vlpack.system import available_cores, peak_memory_bytes
 from vlpack.tasks import AUTO, GENERATE, check_task, check_task_options, decide_task
 
 if TYPE_CHECKING:
-    from vlpack.calibration.layers import Calibration
+    from vlpack.calibration.hessians import Calibration
 
 PARTS = ("all", "text", "vision", "embedding")
 
@@ -270,8 +269,8 @@ def _calibration(
     if source is None:
         return None
     check_calibration(source, part, architecture.task)
-    from vlpack.calibration.model import CalibrationModel
-    from vlpack.calibration.start import start_calibration
+    from vlpack.calibration.run import start_calibration
+    from vlpack.calibration.teacher import CalibrationModel
 
     say = progress.say if progress else say_nothing
     say("building an 8-bit package to calibrate with")

@@ -10,8 +10,8 @@ from pathlib import Path
 import vlpack
 from vlpack.builder import BuildResult, build
 from vlpack.errors import VlpackError
-from vlpack.runtime import Model
-from vlpack.sampling import Sampling
+from vlpack.runtime.model import Model
+from vlpack.runtime.sampling import Sampling
 
 QUESTIONS = {"read": "Read the digits.", "count": "How many digits are there?"}
 """Key in answers.json → the question the checkpoint was trained on."""

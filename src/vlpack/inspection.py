@@ -8,14 +8,14 @@ from typing import Any
 
 from vlpack.architectures import Part, architecture_of, read_settings
 from vlpack.architectures.base import GraphOptions
-from vlpack.checkpoint import Checkpoint
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.files import existing_folder, quote
+from vlpack.checkpoint.hub import SETTINGS, is_folder, is_hub_id, resolve
 from vlpack.errors import PackageError, VlpackError
-from vlpack.fit import check_tensors
-from vlpack.hub import SETTINGS, is_folder, is_hub_id, resolve
+from vlpack.export.check import check_tensors
 from vlpack.package.manifest import MANIFEST, damaged_files, graph_files, package_json, read_manifest, unlisted_files
-from vlpack.package.outside import check_config
-from vlpack.precision import QuantizationOptions, make_policy
-from vlpack.safefile import existing_folder, quote
+from vlpack.package.validate import check_config
+from vlpack.quantize.policy import QuantizationOptions, make_policy
 from vlpack.tasks import AUTO, GENERATE, RERANKER, decide_task
 
 CONFIG = "genai_config.json"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vlpack.errors import OptionError
-from vlpack.precision import BLOCK_SIZES, Policy, QuantizationOptions
-from vlpack.storage import Blocks, ChannelInt8, Storage
+from vlpack.quantize.policy import BLOCK_SIZES, Policy, QuantizationOptions
+from vlpack.quantize.storage import Blocks, ChannelInt8, Storage
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlpack.checkpoint.sentence_transformers import SentenceFiles
 from vlpack.errors import CheckpointError, OptionError, PackageError
 from vlpack.preprocess.tokenizer import Tokenizer
-from vlpack.sentence_files import SentenceFiles
 
 if TYPE_CHECKING:
     from vlpack.architectures import Architecture
-    from vlpack.checkpoint import Checkpoint
+    from vlpack.checkpoint.checkpoint import Checkpoint
     from vlpack.options import ExtraOptions
 
 GENERATE, EMBEDDING, RERANKER = "generate", "embedding", "reranker"

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from vlpack.errors import CheckpointError, InputError, OptionError
 from vlpack.preprocess import VideoOptions, VideoProcessor
-from vlpack.preprocess.resize import resize_frame
+from vlpack.preprocess.torch_resize import resize_frame
 from vlpack.preprocess.video import video_size
 
 from .video_files import CLIPS, clip, decode, pictures, write_video

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from samples import IMAGES
-from vlpack.verification.measure import Agreement, Difference
+from vlpack.verification.metrics import Agreement, Difference
 from vlpack.verification.result import CaseResult, Finding, ImageMap, Report, Stage, WeightResult
 
 HOSTILE = "</style></title><script>alert(\"x\")</script><img src=x onerror='alert(1)'>\u202e\ud800\x00"

@@ -54,7 +54,7 @@ def test_no_fault(
 
 
 def drop_deepstack(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("vlpack.deepstack.SideChannel.levels_of", lambda self, op, channel: [])
+    patch.setattr("vlpack.layers.deepstack.SideChannel.levels_of", lambda self, op, channel: [])
 
 
 def swap_answers(patch: pytest.MonkeyPatch) -> None:

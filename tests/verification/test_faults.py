@@ -69,11 +69,11 @@ def test_no_fault(source: Path, precision: str, tmp_path: Path) -> None:
 
 
 def drop_deepstack(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("vlpack.deepstack.SideChannel.levels_of", lambda self, op, channel: [])
+    patch.setattr("vlpack.layers.deepstack.SideChannel.levels_of", lambda self, op, channel: [])
 
 
 def permute_levels(patch: pytest.MonkeyPatch) -> None:
-    from vlpack.deepstack import SideChannel
+    from vlpack.layers.deepstack import SideChannel
 
     join = SideChannel.join
     patch.setattr(SideChannel, "join", lambda self, op, merged, levels: join(self, op, merged, levels[::-1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vlpack.verification.measure import Difference, agreement, difference
+from vlpack.verification.metrics import Difference, agreement, difference
 from vlpack.verification.result import Stage
 
 FAR, NEAR = Difference(0.1, 1.0, 1.0), Difference(1e-6, 1.0, 1.0)

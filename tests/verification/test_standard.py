@@ -14,7 +14,7 @@ from vlpack.builder import build
 from vlpack.errors import VerifyError
 from vlpack.options import parse_extra_options
 from vlpack.verification import reference
-from vlpack.verification.measure import KL_TOLERANCE, nearness
+from vlpack.verification.metrics import KL_TOLERANCE, nearness
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("gguf")
@@ -74,12 +74,12 @@ def test_calibrated_scales_are_read_back(planted: Path, tmp_path: Path) -> None:
 
 def test_packages_of_earlier_versions(tmp_path: Path) -> None:
     """Their manifests do not speak of balance and rotation, and such weights have neither."""
-    from vlpack.precision import PrecisionFacts
+    from vlpack.quantize.policy import PrecisionFacts
     from vlpack.verification.weights import policy_of
 
     manifest = {"precision": "int8", "execution_provider": "cpu", "quantization": {}}
     policy = json.loads(json.dumps(manifest))
-    from vlpack.precision import QuantizationOptions, make_policy
+    from vlpack.quantize.policy import QuantizationOptions, make_policy
 
     made = make_policy("int8", "cpu", QuantizationOptions())
     found = policy_of({**policy, "policy": made.described()}, PrecisionFacts())

@@ -14,9 +14,9 @@ from samples import vlpack as run_vlpack
 from tiny import Tiny
 from vlpack.builder import build
 from vlpack.errors import InputError
-from vlpack.pictures import picture
 from vlpack.preprocess import Prompt, VideoOptions
-from vlpack.verification import asking
+from vlpack.sample_images import picture
+from vlpack.verification import answers as asking
 from vlpack.verification.cases import Case, built_in
 from vlpack.verification.result import Report
 from vlpack.verification.run import verify

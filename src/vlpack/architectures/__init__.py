@@ -11,9 +11,9 @@ from vlpack.architectures.qwen3 import Qwen3
 from vlpack.architectures.qwen3_moe import Qwen3Moe
 from vlpack.architectures.qwen3_vl import Qwen3VL
 from vlpack.architectures.qwen3_vl_moe import Qwen3VLMoe
-from vlpack.checkpoint import Checkpoint
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.quantized import refuse_quantized
 from vlpack.errors import CheckpointError
-from vlpack.quantized import refuse_quantized
 from vlpack.tasks import EMBEDDING, GENERATE, prepare_task
 
 ARCHITECTURES: dict[str, type[Architecture]] = {

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 from onnxscript import nn
 
-from vlpack.config import Section
-from vlpack.deepstack import CHANNEL, SideChannel
+from vlpack.checkpoint.config import Section
 from vlpack.errors import CheckpointError
-from vlpack.layers.byte_codes import EXTRA
+from vlpack.layers.deepstack import CHANNEL, SideChannel
 from vlpack.layers.embedding import ImageEmbedding
+from vlpack.layers.int8_kv_codes import EXTRA
 from vlpack.layers.vision import patch_size, pixels_of, temporal_patch_size
-from vlpack.precision import OFFERED, PrecisionFacts
+from vlpack.quantize.policy import OFFERED, PrecisionFacts
 from vlpack.tasks import GENERATE
 
 if TYPE_CHECKING:
     from vlpack.architectures.text import TextDecoder
-    from vlpack.tensorfile import TensorInfo
+    from vlpack.checkpoint.safetensors import TensorInfo
 
 INT64 = ir.DataType.INT64
 
@@ -46,7 +46,7 @@ class Part:
 
     @property
     def side(self) -> str:
-        """``vision`` or ``text``: the first word of its weights' roles (`vlpack.precision`)."""
+        """``vision`` or ``text``: the first word of its weights' roles (`vlpack.quantize.policy`)."""
         return "vision" if self.name == "vision" else "text"
 
 
@@ -58,7 +58,7 @@ class GraphOptions:
         dtype: of embeddings, image features, cache and logits.
         last_logits: only the last token's logits, ``[B, 1, V]``.
         grouped_kernel: onnxruntime has its fused attention where the graphs will run (`has_grouped_kernel`).
-        byte_cache: keys and values are kept in 8 bits (`vlpack.layers.byte_cache`).
+        byte_cache: keys and values are kept in 8 bits (`vlpack.layers.int8_kv_cache`).
     """
 
     dtype: ir.DataType = ir.DataType.FLOAT

@@ -7,8 +7,8 @@ from typing import Any
 
 from vlpack.architectures.base import Architecture
 from vlpack.architectures.text import TextDecoder
-from vlpack.config import Section
-from vlpack.deepstack import SideChannel
+from vlpack.checkpoint.config import Section
+from vlpack.layers.deepstack import SideChannel
 
 
 class Llama(Architecture):

@@ -6,7 +6,7 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from vlpack.architectures.base import INT64, GraphOptions, Part, Port, TextFacts
-from vlpack.deepstack import CHANNEL, SideChannel
+from vlpack.layers.deepstack import CHANNEL, SideChannel
 
 
 def pooled_part(

@@ -10,7 +10,7 @@ from onnxscript import OpBuilder, nn
 
 from vlpack.architectures.base import GraphOptions
 from vlpack.architectures.qwen2_vl import NORM_EPS, PatchMerger, Qwen2VL
-from vlpack.config import Section
+from vlpack.checkpoint.config import Section
 from vlpack.errors import CheckpointError
 from vlpack.layers import ops
 from vlpack.layers.mlp import ACTIVATIONS, GatedMLP

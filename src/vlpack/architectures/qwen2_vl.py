@@ -13,10 +13,10 @@ from onnxscript import OpBuilder, nn
 
 from vlpack.architectures.base import Architecture, GraphOptions, VisionFacts, output_width
 from vlpack.architectures.text import TextDecoder
-from vlpack.config import Section
-from vlpack.deepstack import SideChannel
+from vlpack.checkpoint.config import Section
 from vlpack.layers import ops
 from vlpack.layers.channels import NormChannels
+from vlpack.layers.deepstack import SideChannel
 from vlpack.layers.mlp import ACTIVATIONS, VisionMLP
 from vlpack.layers.norm import LayerNorm, RMSNorm
 from vlpack.layers.rope import chunked_axes

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlpack.architectures.mixture import Mixture
+from vlpack.architectures.moe import Mixture
 from vlpack.architectures.qwen3 import Qwen3
-from vlpack.config import Section
+from vlpack.checkpoint.config import Section
 from vlpack.tasks import GENERATE
 
 

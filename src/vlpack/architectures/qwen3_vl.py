@@ -13,11 +13,11 @@ from onnxscript import OpBuilder, nn
 
 from vlpack.architectures.base import Architecture, GraphOptions, VisionFacts, output_width
 from vlpack.architectures.text import TextDecoder
-from vlpack.config import Section
-from vlpack.deepstack import SideChannel
+from vlpack.checkpoint.config import Section
 from vlpack.errors import CheckpointError
 from vlpack.layers import ops
 from vlpack.layers.channels import NormChannels
+from vlpack.layers.deepstack import SideChannel
 from vlpack.layers.linear import Embedding, Linear
 from vlpack.layers.mlp import ACTIVATIONS, VisionMLP, activation
 from vlpack.layers.norm import LayerNorm

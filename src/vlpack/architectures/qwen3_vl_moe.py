@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlpack.architectures.mixture import Mixture
+from vlpack.architectures.moe import Mixture
 from vlpack.architectures.qwen3_vl import Qwen3VL
-from vlpack.config import Section
+from vlpack.checkpoint.config import Section
 from vlpack.tasks import GENERATE
 
 

@@ -10,12 +10,12 @@ from onnxscript import OpBuilder, nn
 
 from vlpack.architectures.base import GraphOptions, Part, TextFacts
 from vlpack.architectures.pooled import pooled_part
-from vlpack.config import Section
-from vlpack.deepstack import SideChannel
+from vlpack.checkpoint.config import Section
 from vlpack.errors import CheckpointError
 from vlpack.layers.attention import Attention, MakeAttend, grouped_query, mask_bias
-from vlpack.layers.byte_cache import byte_cache
 from vlpack.layers.decoder import CausalLM, DecoderLayer, TextModel
+from vlpack.layers.deepstack import SideChannel
+from vlpack.layers.int8_kv_cache import byte_cache
 from vlpack.layers.linear import Embedding, Linear
 from vlpack.layers.mlp import ACTIVATIONS, GatedMLP
 from vlpack.layers.pooling import EmbeddingHead, PooledModel, ScoreHead

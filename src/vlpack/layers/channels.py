@@ -1,6 +1,6 @@
 """Which channels of a model can be rescaled, or rotated within the weights, without changing what it computes.
 
-Modules say it of their own parts by a method ``channels()``; `vlpack.graph` turns it into what is done to each weight.
+Modules list their own in a method ``channels()``; `vlpack.export.graph` turns them into what is done to each weight.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RowChannels:
         producer: the matrix, with its bias.
         first: the first of its rows that is a channel.
         reader: the only matrix that multiplies them.
-        shape: see `vlpack.transforms.Channels`.
+        shape: see `vlpack.quantize.transforms.Channels`.
         mixes: blocks of ``shape[2]`` channels may be rotated in producer and reader, as what lies between treats all
             channels of a block alike.
     """

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from vlpack.deepstack import SideChannel
 from vlpack.layers import ops
 from vlpack.layers.attention import Attend, Attention, MakeAttend, Past, Pick, grouped_query
 from vlpack.layers.channels import NormChannels, readers_of
+from vlpack.layers.deepstack import SideChannel
 from vlpack.layers.linear import Embedding, Linear
 from vlpack.layers.norm import RMSNorm
 from vlpack.layers.rope import Rope

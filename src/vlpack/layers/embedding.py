@@ -6,8 +6,8 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from vlpack.deepstack import SideChannel
 from vlpack.layers import ops
+from vlpack.layers.deepstack import SideChannel
 from vlpack.layers.linear import Embedding
 
 

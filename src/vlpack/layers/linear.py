@@ -8,10 +8,10 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
+from vlpack.checkpoint.rows import Rows, Source, stacked
 from vlpack.layers import ops
 from vlpack.layers.rotation import rotate
-from vlpack.sources import Rows, Source, stacked
-from vlpack.storage import Blocks, ChannelInt8, Float, Storage, Transposed
+from vlpack.quantize.storage import Blocks, ChannelInt8, Float, Storage, Transposed
 
 
 class Stored(nn.Module):
@@ -25,7 +25,7 @@ class Stored(nn.Module):
         source_shape: the shape of the checkpoint's weight where it is not ``[rows, cols]`` (a convolution's kernel).
         name: as of any module; a dotted one is the place in the checkpoint.
         tied_to: the checkpoint's tensor that is this weight, where another module owns it.
-        role: what the weight is for, by which the policy chooses its storage (`vlpack.precision`).
+        role: what the weight is for, by which the policy chooses its storage (`vlpack.quantize.policy`).
 
     Attributes:
         rotation: size of the blocks of its columns that are rotated where the graph must rotate what it multiplies

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
+from vlpack.checkpoint.rows import Alternating, Part, Rows, Source, Stacked, Turned
 from vlpack.layers import ops
 from vlpack.layers.linear import Linear, Stored
 from vlpack.layers.rotation import rotate
-from vlpack.sources import Alternating, Part, Rows, Source, Stacked, Turned
 
 if TYPE_CHECKING:
-    from vlpack.tensorfile import TensorInfo
+    from vlpack.checkpoint.safetensors import TensorInfo
 
 
 class Layout(Enum):

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from vlpack.quantize.channel import ZERO_POINT
-from vlpack.storage import Blocks, ChannelInt8, Float, Storage
+from vlpack.quantize.channels import ZERO_POINT
+from vlpack.quantize.storage import Blocks, ChannelInt8, Float, Storage
 
 FLOAT = ir.DataType.FLOAT
 INT32 = ir.DataType.INT32

@@ -8,12 +8,12 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from vlpack.deepstack import SideChannel
+from vlpack.checkpoint.rows import Part, Rows, Source, stacked
 from vlpack.layers import ops
 from vlpack.layers.attention import MakeAttend, grouped_query
 from vlpack.layers.decoder import RopeOf, TextModel
+from vlpack.layers.deepstack import SideChannel
 from vlpack.layers.linear import Embedding, Stored
-from vlpack.sources import Part, Rows, Source, stacked
 
 
 class EmbeddingHead(nn.Module):

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from vlpack.config import Section
+from vlpack.checkpoint.config import Section
 from vlpack.errors import CheckpointError
 from vlpack.layers import ops
 

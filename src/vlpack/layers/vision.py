@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from vlpack.config import Section
+from vlpack.checkpoint.config import Section
 from vlpack.errors import CheckpointError
 from vlpack.layers import ops
 from vlpack.layers.channels import NormChannels, RowChannels, readers_of, value_channels

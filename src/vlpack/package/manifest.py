@@ -20,13 +20,13 @@ import numpy as np
 import onnx_ir as ir
 
 import vlpack
-from vlpack.checkpoint import Checkpoint, sha256_file
+from vlpack.checkpoint.checkpoint import Checkpoint, sha256_file
+from vlpack.checkpoint.files import existing_folder, locate, quote, read_json
+from vlpack.checkpoint.hub import is_hub_id
 from vlpack.errors import CheckpointError, PackageError
-from vlpack.graph import Graph, Weight
-from vlpack.hub import is_hub_id
-from vlpack.package.outside import check_graphs
-from vlpack.precision import Policy
-from vlpack.safefile import existing_folder, locate, quote, read_json
+from vlpack.export.graph import Graph, Weight
+from vlpack.package.validate import check_graphs
+from vlpack.quantize.policy import Policy
 from vlpack.tasks import GENERATE
 
 MANIFEST = "vlpack.json"

@@ -1,14 +1,14 @@
 """Images, videos and prompts to tensors, exactly as transformers makes them, without torch or transformers."""
 
 from vlpack.preprocess.chat_template import ChatTemplate
-from vlpack.preprocess.frames import VideoSource, open_clip
+from vlpack.preprocess.image_source import MAX_IMAGE_PIXELS, ImageSource, load_image
 from vlpack.preprocess.images import ImageProcessor, ProcessedImages, smart_resize
-from vlpack.preprocess.inputs import Prompt, PromptVideo
-from vlpack.preprocess.load import MAX_IMAGE_PIXELS, ImageSource, load_image
 from vlpack.preprocess.messages import Conversation, Message, normalize_messages
-from vlpack.preprocess.prompt import PromptBuilder
+from vlpack.preprocess.prompt import Prompt, PromptVideo
+from vlpack.preprocess.prompt_builder import PromptBuilder
 from vlpack.preprocess.tokenizer import TextStream, Tokenizer
 from vlpack.preprocess.video import ProcessedVideo, VideoOptions, VideoProcessor
+from vlpack.preprocess.video_decode import VideoSource, open_clip
 
 __all__ = [
     "MAX_IMAGE_PIXELS",

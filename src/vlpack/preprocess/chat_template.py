@@ -9,9 +9,9 @@ from typing import Any
 
 from vlpack.errors import CheckpointError, InputError
 from vlpack.preprocess.known_templates import is_known
-from vlpack.preprocess.sandbox import BrokenTemplateError, RefusedTemplateError, StoppedTemplateError, Template
 from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.preprocess.template_process import TemplateProcess
+from vlpack.preprocess.template_sandbox import BrokenTemplateError, RefusedTemplateError, StoppedTemplateError, Template
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -99,7 +99,7 @@ class ChatTemplate:
         Raises:
             InputError: the messages are longer than `MAX_MESSAGE_CHARACTERS`, or the template refuses them (its own
                 raise_exception) or cannot handle them.
-            CheckpointError: the template exceeds the bounds of `vlpack.preprocess.sandbox`.
+            CheckpointError: the template exceeds the bounds of `vlpack.preprocess.template_sandbox`.
         """
         values = {
             **self.special_tokens,

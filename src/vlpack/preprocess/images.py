@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vlpack.config import is_finite
+from vlpack.checkpoint.config import is_finite
 from vlpack.errors import CheckpointError, InputError, OptionError
 from vlpack.preprocess.settings_folder import SettingsFolder, given_settings
 

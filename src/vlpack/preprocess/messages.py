@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from vlpack.errors import InputError, OptionError
-from vlpack.preprocess.frames import VideoSource
-from vlpack.preprocess.load import ImageSource
+from vlpack.preprocess.image_source import ImageSource
 from vlpack.preprocess.video import VideoOptions
+from vlpack.preprocess.video_decode import VideoSource
 
 Message: TypeAlias = Mapping[str, Any]
 """A dictionary with `role` (text) and `content` (text, or a list of parts)."""

@@ -8,8 +8,8 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vlpack.checkpoint.files import locate, parse_json, read_small
 from vlpack.errors import CheckpointError
-from vlpack.safefile import locate, parse_json, read_small
 
 MAX_TEXT_BYTES = 16 * 2**20
 """Largest configuration or template file that is read; real ones stay below a tenth of it."""

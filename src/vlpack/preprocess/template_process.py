@@ -19,7 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlpack.preprocess import sandbox, template_worker
+from vlpack.preprocess import template_sandbox as sandbox
+from vlpack.preprocess import template_worker
 
 MAX_MEMORY = 1 << 30
 """Bytes that the process may have beyond what it begins with; a long conversation takes some ten million."""
@@ -39,7 +40,7 @@ _ENVIRONMENT = ("TZ", "LANG", "LC_ALL", "PATH", "SYSTEMROOT", "LD_LIBRARY_PATH",
 
 
 class TemplateProcess:
-    """A template in a process of its own, with `vlpack.preprocess.sandbox.Template`'s methods.
+    """A template in a process of its own, with `vlpack.preprocess.template_sandbox.Template`'s methods.
 
     The process is started at once and kept for the next prompts; one that had to be ended is started again.
 

@@ -1,6 +1,6 @@
 """Renders a checkpoint's chat template in a process of its own, which has little memory and can be ended any time.
 
-This file is run by its path and imports nothing of vlpack but ``sandbox.py`` beside it, so that it starts soon.
+This file is run by its path and imports nothing of vlpack but ``template_sandbox.py`` beside it, to start quickly.
 Messages are JSON after eight bytes that tell their length: first ``{"path", "source", "memory", "seconds"}``, then for
 each prompt the template's variables. An answer is ``{"text"}``, or ``{"error", "message"}`` with the name of one of the
 sandbox's exceptions.
@@ -64,7 +64,7 @@ def load_sandbox() -> Any:
     import importlib.util
     from pathlib import Path
 
-    spec = importlib.util.spec_from_file_location("sandbox", Path(__file__).with_name("sandbox.py"))
+    spec = importlib.util.spec_from_file_location("sandbox", Path(__file__).with_name("template_sandbox.py"))
     assert spec is not None, "a path to a file"
     assert spec.loader is not None, "likewise"
     module = importlib.util.module_from_spec(spec)

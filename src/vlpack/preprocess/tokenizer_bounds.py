@@ -16,8 +16,8 @@ from typing import Any
 
 import tokenizers
 
+from vlpack.checkpoint.files import parse_json, quote
 from vlpack.errors import CheckpointError
-from vlpack.safefile import parse_json, quote
 
 MAX_GROWTH = 64
 """Most characters that a tokenizer may make of one, by all of its rules one after another. Qwen's rules make up to 4,

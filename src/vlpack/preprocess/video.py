@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vlpack.config import is_finite
+from vlpack.checkpoint.config import is_finite
 from vlpack.errors import CheckpointError, InputError, OptionError
-from vlpack.preprocess.frames import Clip, VideoSource, open_clip
 from vlpack.preprocess.images import MAX_ASPECT_RATIO, MAX_TEMPORAL_PATCH
-from vlpack.preprocess.resize import FILTERS, resize_frame
 from vlpack.preprocess.settings_folder import SettingsFolder, given_settings
+from vlpack.preprocess.torch_resize import FILTERS, resize_frame
+from vlpack.preprocess.video_decode import Clip, VideoSource, open_clip
 
 MAX_FRAMES = 2**14
 """Most frames that are taken of one video."""

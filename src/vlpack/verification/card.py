@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from vlpack.errors import PackageError
+from vlpack.export.folder import output_folder
 from vlpack.package.manifest import MANIFEST, refresh
-from vlpack.package.output import output_folder
 from vlpack.verification.result import CaseResult, Report
 
 HEADING = "## Verification"

@@ -11,8 +11,8 @@ from PIL import Image
 
 from vlpack.errors import InputError
 from vlpack.jsonl import read_jsonl
-from vlpack.pictures import picture
 from vlpack.preprocess import VideoOptions, VideoSource, load_image
+from vlpack.sample_images import picture
 
 MAX_CASES = 1000
 DOCUMENT = "Paris is the capital and the largest city of France."

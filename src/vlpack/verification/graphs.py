@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from vlpack.graph_edits import call, every_token, load_graph, normalized, open_session
-from vlpack.onnx_sessions import ort
+from vlpack.ort.graph_edits import call, every_token, load_graph, normalized, open_session
+from vlpack.ort.session import ort
 from vlpack.preprocess import Prompt
 
 Array = npt.NDArray[Any]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from vlpack.verification.measure import Agreement, Difference
+from vlpack.verification.metrics import Agreement, Difference
 
 
 @dataclass(frozen=True)

@@ -16,22 +16,21 @@ import numpy as np
 import numpy.typing as npt
 
 from vlpack.architectures import Architecture, architecture_of
-from vlpack.checkpoint import Checkpoint
-from vlpack.cores import checked_threads
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.hub import resolve
 from vlpack.errors import VerifyError
-from vlpack.fit import check_tensors
-from vlpack.hub import resolve
-from vlpack.lora import merge_all, open_adapters, places_of
-from vlpack.memory import peak_memory_bytes, total_memory_bytes
+from vlpack.export.check import check_tensors
+from vlpack.lora.merge import merge_all, open_adapters, places_of
 from vlpack.package.manifest import damaged_files, graph_files, read_manifest
-from vlpack.precision import Policy
 from vlpack.preprocess import Tokenizer
 from vlpack.preprocess.mrope import mrope_positions
+from vlpack.quantize.policy import Policy
+from vlpack.system import checked_threads, peak_memory_bytes, total_memory_bytes
 from vlpack.tasks import EMBEDDING, GENERATE, RERANKER, manifest_task
-from vlpack.verification.asking import Answers, Asked, ask
+from vlpack.verification.answers import Answers, Asked, ask
 from vlpack.verification.cases import Case
 from vlpack.verification.graphs import Graphs, Run
-from vlpack.verification.measure import (
+from vlpack.verification.metrics import (
     GRAPH_TOLERANCE,
     KL_TOLERANCE,
     QUANTIZED_TOLERANCE,
@@ -40,7 +39,7 @@ from vlpack.verification.measure import (
     agreement,
     difference,
 )
-from vlpack.verification.prompts import check_prompts, check_stops
+from vlpack.verification.prompt_checks import check_prompts, check_stops
 from vlpack.verification.reference import Reference, Trace, in_prompt_order, require
 from vlpack.verification.result import CaseResult, Finding, ImageMap, Report, Stage, WeightResult
 from vlpack.verification.weights import Parameters, Weights, policy_of

@@ -11,16 +11,16 @@ import onnx_ir as ir
 
 from vlpack.architectures import Architecture
 from vlpack.architectures.base import GraphOptions, Part
-from vlpack.checkpoint import Checkpoint
-from vlpack.datafile import encode
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.rows import Source, Stacked
 from vlpack.errors import PackageError, VerifyError, VlpackError
-from vlpack.graph import Weight, declare
-from vlpack.precision import Policy, PrecisionFacts, QuantizationOptions, make_policy
-from vlpack.sources import Source, Stacked
-from vlpack.storage import slabs
+from vlpack.export.graph import Weight, declare
+from vlpack.export.weights import encode
+from vlpack.quantize.policy import Policy, PrecisionFacts, QuantizationOptions, make_policy
+from vlpack.quantize.storage import slabs
+from vlpack.quantize.transforms import ChannelScales, Transform, unpacked_scales
 from vlpack.tasks import EMBEDDING, GENERATE
-from vlpack.transforms import ChannelScales, Transform, unpacked_scales
-from vlpack.verification.measure import Gap
+from vlpack.verification.metrics import Gap
 from vlpack.verification.result import WeightResult
 
 Array = npt.NDArray[Any]

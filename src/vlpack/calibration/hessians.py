@@ -1,0 +1,243 @@
+"""The inputs of a decoder's matrices, layer after layer: only the layer at hand is in memory.
+
+Every layer is cut out of the decoder's graph and run on all texts, from the hidden states that the one before it left.
+Beside the next hidden states it gives what its matrices multiply, of which ``Σ xᵀx`` is kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from vlpack.calibration.teacher import CalibrationModel, Shown
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.errors import CheckpointError
+from vlpack.export.graph import Weight
+from vlpack.ort.graph_edits import every_token, load_graph, normalized, open_session
+from vlpack.quantize.gptq import Inputs, describe_inputs
+from vlpack.quantize.transforms import Channels, ChannelScales, Transform, packed_scales
+
+Array = npt.NDArray[Any]
+
+ROWS = 4096
+"""Tokens whose products are taken at once."""
+
+
+class _Measured:
+    """``Σ xᵀx`` of one input and the weights that multiply it."""
+
+    def __init__(self, products: Array, weights: Sequence[Weight]) -> None:
+        self.products: Array | None = products
+        self.waiting = {weight.path for weight in weights}
+        self.inputs: Inputs | None = None
+        self.lock = threading.Lock()
+
+
+class Calibration:
+    """Tells what the inputs of each matrix are like, in the order of the decoder.
+
+    Args:
+        model: an 8-bit package of the same checkpoint.
+        weights: the matrices that will be asked for, each once.
+        transforms: what was done to the 8-bit package's matrices, by path.
+        checkpoint: of both.
+        shown: the texts.
+        about: what the manifest says of them.
+        say: told which layer of how many is looked at.
+
+    Attributes:
+        scales: of the channels of the package that is built, from the sizes that were measured.
+    """
+
+    def __init__(
+        self,
+        model: CalibrationModel,
+        weights: Iterable[Weight],
+        transforms: Mapping[str, Transform],
+        checkpoint: Checkpoint,
+        shown: Sequence[Shown],
+        about: Mapping[str, Any] = MappingProxyType({}),
+        say: Callable[[int, int], None] = lambda layer, layers: None,
+    ) -> None:
+        architecture = model.architecture
+        self.scales = ChannelScales(checkpoint, self._sizes_of)
+        self._transforms, self._scales_before = transforms, ChannelScales(checkpoint)
+        self._file, self._threads, self._say = model.folder / model.decoder_file, model.threads, say
+        self._graph = load_graph(self._file)
+        every_token(self._graph.graph)
+        prefix, count = architecture.decoder.prefix, architecture.text.num_hidden_layers
+        self._prefixes = [f"{prefix}.layers.{layer}." for layer in range(count)]
+        norms = [*(f"{name}input_layernorm.weight" for name in self._prefixes), f"{prefix}.norm.weight"]
+        self._borders = [normalized(self._graph.graph, norm) for norm in norms]
+        self._weights: list[list[Weight]] = [[] for _ in norms]
+        self._stage_of: dict[Channels, int] = {}
+        for weight in weights:
+            stage = self._stage(weight.path)
+            self._weights[stage].append(weight)
+            if weight.transform.reads is not None:
+                self._stage_of[weight.transform.reads] = stage
+        self._about = about
+        self._shown = [one.inputs for one in shown]
+        self._row_factors = row_factors(shown)
+        self._hidden = self._first_hidden()
+        self._ready: dict[str, _Measured] = {}
+        self._sizes: dict[Channels, Array] = {}
+        self._next = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, weight: Weight) -> Inputs:
+        """What a matrix multiplies, after the transform of the package that is built."""
+        self._look_until(self._stage(weight.path))
+        with self._lock:
+            measured = self._ready.pop(weight.path)
+        with measured.lock:
+            if measured.inputs is None:
+                products = measured.products
+                assert products is not None
+                before = self._transforms[weight.path]
+                weight.transform.carry(products, self.scales, before, self._scales_before)
+                measured.inputs, measured.products = describe_inputs(products), None
+            return measured.inputs
+
+    def described(self) -> dict[str, Any]:
+        """What was shown, and the scales that came of it, for the manifest."""
+        return {**self._about, "scales": packed_scales(self.scales.exponents())}
+
+    def _sizes_of(self, channels: Channels) -> Array | None:
+        """Root mean squares of channels that calibrated matrices read, ``[channels]``; None of others."""
+        if channels not in self._stage_of:
+            return None
+        self._look_until(self._stage_of[channels])
+        return self._sizes[channels]
+
+    def _look_until(self, stage: int) -> None:
+        with self._lock:
+            while self._next <= stage:
+                self._look(self._next)
+                self._next += 1
+
+    def _stage(self, path: str) -> int:
+        """The layer that a module is in; after the last, where it is the head."""
+        return next((i for i, prefix in enumerate(self._prefixes) if path.startswith(prefix)), len(self._prefixes))
+
+    def _first_hidden(self) -> list[Array]:
+        first = self._borders[0]
+        if first.is_graph_input():
+            return [inputs[str(first.name)] for inputs in self._shown]
+        (hidden,) = zip(*self._run(None, [first]), strict=True)
+        return list(hidden)
+
+    def _look(self, stage: int) -> None:
+        assert stage < len(self._borders), "every matrix is in a layer or after the last"
+        self._say(stage, len(self._borders))
+        by_input: dict[int, tuple[ir.Value, list[Weight]]] = {}
+        for weight in self._weights[stage]:
+            x = factor(self._graph.graph, weight.path)
+            by_input.setdefault(id(x), (x, []))[1].append(weight)
+        multiplied = [x for x, _ in by_input.values()]
+        following = self._borders[stage + 1 : stage + 2]
+        sums = [_Products() for _ in multiplied]
+        for text, values in enumerate(self._run(stage, [*multiplied, *following])):
+            for products, rows in zip(sums, values, strict=False):
+                products.add(rows.reshape(-1, rows.shape[-1]), self._row_factors[text])
+            if following:
+                self._hidden[text] = values[-1]
+        for (input_value, weights), products in zip(by_input.values(), sums, strict=True):
+            total = products.total()
+            if not np.isfinite(total.diagonal()).all():
+                raise CheckpointError(
+                    f"The model's activations at {input_value.name} are not finite, so it cannot be calibrated.",
+                    "Build without --calibrate, and look at the checkpoint with --precision fp32 and `vlpack verify`.",
+                )
+            measured = _Measured(total, weights)
+            for weight in weights:
+                self._ready[weight.path] = measured
+                channels = weight.transform.reads
+                if channels is not None and channels not in self._sizes:
+                    before = self._transforms[weight.path]
+                    squares = before.channel_squares(total, self._scales_before).reshape(channels.shape)
+                    self._sizes[channels] = np.sqrt(np.maximum(squares.sum(axis=1).reshape(-1), 0) / products.rows)
+
+    def _run(self, stage: int | None, outputs: Sequence[ir.Value]) -> Iterable[list[Array]]:
+        """``outputs`` for every text, from the hidden states before layer ``stage``, or from the decoder's inputs."""
+        graph, past = self._graph.graph, f"past_key_values.{stage}."
+        inputs = [x for x in graph.inputs if not str(x.name).startswith("past_") or str(x.name).startswith(past)]
+        border = None if stage is None else self._borders[stage]
+        starts = inputs if border is None or border in inputs else [*inputs, border]
+        part = ir.convenience.extract(graph, starts, outputs)
+        session = open_session(ir.Model(part, ir_version=self._graph.ir_version), self._file, self._threads)
+        ports = {port.name: port for port in session.get_inputs()}
+        empty = {
+            name: np.zeros((1, port.shape[1], 0, port.shape[3]), np.float32)
+            for name, port in ports.items()
+            if name.startswith("past_")
+        }
+        for text, given in enumerate(self._shown):
+            feeds = {**given, **empty}
+            if border is not None:
+                feeds[str(border.name)] = self._hidden[text]
+            yield session.run(None, {name: x for name, x in feeds.items() if name in ports})
+
+
+def row_factors(shown: Sequence[Shown]) -> list[Array | None]:
+    """What each text's rows are multiplied by, float32 ``[tokens]``, before products are taken; None for nothing.
+
+    Image tokens outnumber words and are much alike. Weighted so that all of them count no more than the words do, they
+    do not decide alone how a weight is rounded (Xue et al. 2025, arXiv:2508.03351, weigh tokens by their gradients).
+    """
+    images = sum(int(one.of_images.sum()) for one in shown if one.of_images is not None)
+    words = sum(one.tokens for one in shown) - images
+    if images <= words or words == 0:
+        return [None] * len(shown)
+    small = np.float32((words / images) ** 0.5)  # of both factors of a product
+    return [
+        None if one.of_images is None else np.where(one.of_images, small, np.float32(1)).astype(np.float32)
+        for one in shown
+    ]
+
+
+class _Products:
+    """``Σ xᵀx`` of rows that come a few at a time: a product is as large for few as for many.
+
+    Attributes:
+        rows: how many rows there were; one that is multiplied by a factor counts as its square.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0.0
+        self._rows: list[Array] = []
+        self._total: Array | None = None
+
+    def add(self, rows: Array, factors: Array | None = None) -> None:
+        """More ``x [tokens, cols]``, float32, multiplied by ``factors [tokens]``."""
+        self.rows += len(rows) if factors is None else float(np.square(factors).sum(dtype=np.float64))
+        self._rows.append(rows if factors is None else rows * factors[:, None])
+        if sum(map(len, self._rows)) >= ROWS:
+            self.total()
+
+    def total(self) -> Array:
+        """``[cols, cols]`` of all rows so far."""
+        if self._rows:
+            rows, self._rows = np.concatenate(self._rows), []
+            product = rows.T @ rows
+            self._total = product if self._total is None else np.add(self._total, product, out=self._total)
+        assert self._total is not None, "a layer is run on texts"
+        return self._total
+
+
+def factor(graph: ir.Graph, path: str) -> ir.Value:
+    """What the 8-bit matrix of the module at ``path`` multiplies, before rows are divided by their peak and rounded."""
+    weight = graph.initializers[f"{path}.qweight"]
+    (node,) = {use.node for use in weight.uses()}
+    x = node.inputs[0]
+    if node.op_type == "MatMulIntegerToFloat":
+        divided = x.producer().inputs[0]  # type: ignore[union-attr]
+        x = divided.producer().inputs[0]  # type: ignore[union-attr]
+    assert x is not None, path
+    return x

@@ -1,0 +1,189 @@
+"""What a model is shown, or begins with, when its weights are fitted to its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vlpack.errors import CheckpointError, InputError, OptionError, VlpackError
+from vlpack.jsonl import read_jsonl
+from vlpack.preprocess import PromptBuilder
+from vlpack.preprocess.prompt import Prompt
+from vlpack.preprocess.tokenizer import Tokenizer
+from vlpack.sample_images import picture
+
+T = TypeVar("T")
+
+LENGTH = 256
+"""Tokens of a text at most."""
+TEXTS = 32
+MIN_TOKENS = 1024
+"""Of a user's file: fewer say too little of thousands of input channels."""
+MAX_BYTES = 100_000_000
+MAX_TOKENS = 4096
+"""Of one conversation of a user's file: all of its inputs to a layer are in memory at once."""
+
+QUESTIONS = (
+    "Explain to a child why the sky is blue.",
+    "Write a short story about a lighthouse keeper and a lost dog.",
+    "Give me a recipe for a vegetable soup, with amounts.",
+    "Write a Python function that merges two sorted lists, and test it.",
+    "Fasse die Geschichte der Eisenbahn in wenigen Sätzen zusammen.",
+    "用中文介绍一下长城的历史。",
+    "A train leaves at 9:40 and arrives at 13:05. How long does it travel? Think step by step.",
+    "List the planets with their radius as a Markdown table.",
+    "Écris un courriel pour demander un rendez-vous chez le médecin.",
+    "What should a contract for renting a flat contain?",
+    "Turn this into JSON: Anna is 31 and lives in Oslo, Ben is 28 and lives in Rome.",
+    "Compare TCP and UDP, and say when each is used.",
+)
+"""The chats that a model continues, in its own words."""
+OPENINGS = (
+    *("The", "In", "A", "When", "I", "It is", "Once upon a time", "According to", "# Introduction\n\n", "import"),
+    *("<html>", "Dear", "La", "Die", "人", "2.", "Question:", "Chapter 1\n", "def", "We"),
+)
+"""The documents that it continues."""
+PICTURES = (
+    ("Describe the picture.", 320, 224),
+    ("What is the total on this receipt?", 256, 256),
+    ("What is written here?", 416, 128),
+    ("Which shapes do you see?", 160, 288),
+)
+"""What a model that sees is asked about pictures of that width and height."""
+
+
+def openings(prompts: PromptBuilder | None, tokenizer: Tokenizer) -> list[list[int]]:
+    """The first tokens of `TEXTS` texts: questions as chats, where there is a template for these, and documents."""
+    documents = [tokenizer.encode(text) for text in OPENINGS]
+    if prompts is None:
+        documents += [tokenizer.encode(text) for text in QUESTIONS]
+        return [ids for ids in documents if ids][:TEXTS]
+    chats = [prompts([{"role": "user", "content": text}]).input_ids[0].tolist() for text in QUESTIONS]
+    return [ids for ids in (*chats, *documents) if ids][:TEXTS]
+
+
+def pictured(prompts: PromptBuilder) -> list[Prompt]:
+    """A question about each of the pictures."""
+    made = []
+    for seed, (text, width, height) in enumerate(PICTURES):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        made.append(prompts([{"role": "user", "content": content}], [picture(width, height, seed)]))
+    return made
+
+
+def prompt_builder(folder: Path, image_token_id: int | None) -> PromptBuilder | None:
+    """Of a package; None where it has no chat template, as that of a base model."""
+    try:
+        return PromptBuilder.from_folder(folder, image_token_id=image_token_id)
+    except CheckpointError:
+        if image_token_id is not None:
+            raise
+        return None
+
+
+LINE = '{"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}, "…"]}]}'
+"""Of a JSONL file of conversations."""
+
+
+def conversations_of(path: Path, prompts: PromptBuilder | None) -> list[Prompt]:
+    """A user's conversations, one on each line of a JSONL file, as prompts; at most `TEXTS`, from all over the file.
+
+    Paths of images are relative to the file's folder.
+
+    Args:
+        path: the file; a line is an object whose ``messages`` are those of `vlpack.preprocess.messages`.
+        prompts: of the package; None where it has no chat template.
+
+    Raises:
+        InputError: a line or one of its images cannot be used.
+        OptionError: the file is too large or too short, or the model has no chat template.
+    """
+    if prompts is None:
+        raise OptionError(
+            f"{path} holds conversations, and the model has no chat template.", "Give a file of plain text, *.txt."
+        )
+    _check_size(path)
+    lines = read_jsonl(path, lambda entry: [_beside(message, path.parent) for message in entry["messages"]], LINE)
+    made = []
+    for number, messages in spread(lines, TEXTS):
+        answered = bool(messages) and messages[-1].get("role") == "assistant"
+        try:
+            prompt = prompts(messages, add_generation_prompt=not answered)
+        except VlpackError as error:
+            raise InputError(f"{path}, line {number}: {error.message}", error.hint) from None
+        length = prompt.input_ids.shape[1]
+        if length > MAX_TOKENS:
+            raise InputError(
+                f"{path}, line {number} has {length} tokens; at most {MAX_TOKENS} are calibrated with.",
+                "Make its images smaller, or split the conversation.",
+            )
+        made.append(prompt)
+    _check_enough(path, sum(prompt.input_ids.shape[1] for prompt in made))
+    return made
+
+
+def _beside(message: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A message whose images' relative paths lead from ``folder``."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return dict(message)
+    return {**message, "content": [_found(part, folder) for part in content]}
+
+
+def _found(part: Any, folder: Path) -> Any:
+    if not isinstance(part, dict) or part.get("type") != "image":
+        return part
+    found = dict(part)
+    for key in ("path", "image"):
+        place = found.get(key)
+        # anything else is an URL or base64, or is told not to be there when it is opened
+        if isinstance(place, str) and len(place) < 1024 and "\0" not in place and (folder / place).is_file():
+            found[key] = str(folder / place)
+    return found
+
+
+def _check_size(path: Path) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise OptionError(f"The calibration file {path} cannot be read: {error.strerror or error}.") from None
+    if size > MAX_BYTES:
+        raise OptionError(f"{path} is larger than {MAX_BYTES // 1_000_000} MB.", "Give a part of it.")
+
+
+def _check_enough(path: Path, tokens: int) -> None:
+    if tokens < MIN_TOKENS:
+        raise OptionError(
+            f"{path} has {tokens} tokens; calibration needs {MIN_TOKENS} at least.",
+            "Give a longer text, or --calibrate self, which lets the model write its own.",
+        )
+
+
+def texts_of(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
+    """A user's text, in `TEXTS` pieces of `LENGTH` tokens from all over it.
+
+    Raises:
+        OptionError: the file cannot be read, is not UTF-8, is too large, or too short.
+    """
+    _check_size(path)
+    try:
+        ids = tokenizer.encode(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OptionError(f"The calibration text {path} cannot be read: {error.strerror or error}.") from None
+    except UnicodeDecodeError:
+        raise OptionError(f"The calibration text {path} is not UTF-8.", "Give a plain text.") from None
+    _check_enough(path, len(ids))
+    return pieces(ids, min(TEXTS, len(ids) // LENGTH))
+
+
+def pieces(ids: Sequence[int], count: int) -> list[list[int]]:
+    """``count`` of `LENGTH` tokens, at equal distances from the first to the last."""
+    starts = spread(range(len(ids) - LENGTH + 1), count)
+    return [list(ids[start : start + LENGTH]) for start in starts]
+
+
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of the items, at equal distances from the first to the last."""
+    count = min(most, len(items))
+    return [items[index * (len(items) - 1) // max(count - 1, 1)] for index in range(count)]

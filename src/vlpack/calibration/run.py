@@ -1,0 +1,83 @@
+"""From a checkpoint's 8-bit package and texts to what a decoder's matrices multiply."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from vlpack.calibration.hessians import Calibration
+from vlpack.calibration.options import SELF, Say
+from vlpack.calibration.prompts import LENGTH, conversations_of, openings, pictured, prompt_builder, texts_of
+from vlpack.calibration.teacher import CalibrationModel
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.export.genai_config import eos_ids
+from vlpack.export.graph import Weight
+from vlpack.preprocess.prompt import Prompt
+from vlpack.preprocess.tokenizer import Tokenizer
+from vlpack.quantize.transforms import Transform
+
+SEED = 0
+JSONL = ".jsonl"
+"""How the name of a file of conversations ends; any other holds plain text."""
+
+
+def start_calibration(
+    model: CalibrationModel,
+    weights: Iterable[Weight],
+    transforms: Mapping[str, Transform],
+    checkpoint: Checkpoint,
+    source: str | os.PathLike[str],
+    say: Say,
+) -> Calibration:
+    """What a decoder's matrices multiply, ready to be asked.
+
+    Args:
+        model: an 8-bit package of the whole model.
+        weights: the matrices that will be asked for.
+        transforms: what was done to the 8-bit package's matrices, by path.
+        checkpoint: of both.
+        source: `SELF`, or a file of plain text, or of conversations, where its name ends with `JSONL`.
+        say: told what is being done.
+
+    Raises:
+        OptionError: the file cannot be used.
+        InputError: a line of it or one of its images cannot be used.
+        PackageError: onnxruntime cannot load the package.
+    """
+    vision = model.architecture.vision
+    image = vision.image_token_id if vision else None
+    tokenizer = Tokenizer.from_folder(model.folder)
+    prompts = prompt_builder(model.folder, image)
+    texts: list[list[int]] = []
+    asked: list[Prompt] = []
+    if source == SELF:
+        begun = openings(prompts, tokenizer)
+
+        def written(tokens: int) -> None:
+            say("writing calibration texts", tokens, len(begun) * LENGTH)
+
+        written(0)
+        ends = eos_ids(json.loads((model.folder / "genai_config.json").read_text(encoding="utf-8")))
+        texts = model.write(begun, LENGTH, ends, SEED, written)
+    elif Path(source).suffix.lower() == JSONL:
+        asked = conversations_of(Path(source).expanduser(), prompts)
+    else:
+        texts = texts_of(Path(source).expanduser(), tokenizer)
+    if vision is not None and prompts is not None and not any(prompt.has_images for prompt in asked):
+        asked += pictured(prompts)
+    shown = [model.show(np.array([text], np.int64)) for text in texts]
+    shown += [model.show(prompt.input_ids.astype(np.int64), prompt) for prompt in asked]
+    described = {
+        "texts": "the model's own" if source == SELF else "a file",
+        "pictures": sum(len(prompt.grids) for prompt in asked),
+        "tokens": sum(one.tokens for one in shown),
+    }
+
+    def looked(layer: int, layers: int) -> None:
+        say("calibrating", layer, layers)
+
+    return Calibration(model, weights, transforms, checkpoint, shown, described, looked)

@@ -1,0 +1,155 @@
+"""A package in plain onnxruntime, as calibration wants it: to write texts, and to be looked at layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vlpack.architectures import Architecture
+from vlpack.ort.graph_edits import call
+from vlpack.ort.session import cpu_session, ort
+from vlpack.preprocess.mrope import mrope_positions
+from vlpack.preprocess.prompt import Prompt
+from vlpack.system import available_cores
+
+Array = npt.NDArray[Any]
+
+TOGETHER = 8
+"""Texts that are written at a time."""
+LEAST_SHARE = 0.05
+"""Tokens less likely than this share of the likeliest are never taken (min-p, Nguyen et al. 2024, arXiv:2407.01082)."""
+
+
+class Shown(NamedTuple):
+    """What the decoder is given.
+
+    Args:
+        inputs: its ports but the cache's.
+        tokens: how many.
+        of_images: which tokens stand for images, bool ``[tokens]``; None where none does.
+    """
+
+    inputs: dict[str, Array]
+    tokens: int
+    of_images: Array | None = None
+
+
+class CalibrationModel:
+    """The graphs of a whole package with fp32 activations.
+
+    Args:
+        folder: the package.
+        files: part → file name.
+        architecture: of the model.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, str], architecture: Architecture) -> None:
+        self.folder, self.files, self.architecture = folder, files, architecture
+        self.threads = available_cores()
+        self.decoder_file = files["text" if "text" in files else "decoder"]
+        self._embedding = cpu_session(folder / files["embedding"], 1) if "embedding" in files else None
+
+    def show(self, ids: Array, prompt: Prompt | None = None, first: int = 0) -> Shown:
+        """``ids [B, S]`` at positions from ``first`` on, or the one prompt that they are, with its pictures."""
+        positions: Array = np.broadcast_to(np.arange(first, first + ids.shape[1]), ids.shape).astype(np.int64)
+        vision = self.architecture.vision
+        if vision is not None:
+            positions = np.broadcast_to(positions, (3, *ids.shape))
+        features = of_images = None
+        if prompt is not None and prompt.has_images:
+            assert vision is not None, "a prompt has pictures where the model sees"
+            grids, merge = prompt.grids, vision.spatial_merge_size
+            positions = mrope_positions(ids[0], grids, vision.image_token_id, merge)[:, None]
+            features, of_images = self._features(prompt), ids[0] == vision.image_token_id
+        # the mask counts the tokens before these, too
+        mask = np.ones((ids.shape[0], first + ids.shape[1]), np.int64)
+        inputs = {**self._tokens(ids, features), "position_ids": positions, "attention_mask": mask}
+        return Shown(inputs, ids.size, of_images)
+
+    def _tokens(self, ids: Array, features: Array | None) -> dict[str, Array]:
+        if self._embedding is None:
+            return {"input_ids": ids}
+        if features is None:
+            features = np.zeros((0, self._embedding.get_inputs()[1].shape[1]), np.float32)
+        return call(self._embedding, {"input_ids": ids, "image_features": features})
+
+    def _features(self, prompt: Prompt) -> Array:
+        vision = cpu_session(self.folder / self.files["vision"], self.threads)
+        images = prompt.images()
+        outputs = [call(vision, {"pixel_values": pixels, "image_grid_thw": grid}) for pixels, grid in images]
+        return np.concatenate([output["image_features"] for output in outputs])
+
+    def write(
+        self, openings: Sequence[Sequence[int]], length: int, ends: set[int], seed: int, say: Callable[[int], None]
+    ) -> list[list[int]]:
+        """Texts of at most ``length`` tokens that begin like ``openings``, as the model continues them.
+
+        Args:
+            openings: the first tokens of each.
+            length: with these.
+            ends: tokens after which a text is over.
+            seed: of the choice.
+            say: told how many tokens have been written, of all texts.
+        """
+        decoder = cpu_session(self.folder / self.decoder_file, self.threads)
+        random, texts = np.random.default_rng(seed), []
+        for first in range(0, len(openings), TOGETHER):
+            some = openings[first : first + TOGETHER]
+            texts += self._write(decoder, some, length, ends, random)
+            say((first + len(some)) * length)
+        return texts
+
+    def _write(
+        self,
+        decoder: Any,
+        openings: Sequence[Sequence[int]],
+        length: int,
+        ends: set[int],
+        random: np.random.Generator,
+    ) -> list[list[int]]:
+        # all take a step together: a text whose opening is longer is given its next token, others choose one
+        texts = [[opening[0]] for opening in openings]
+        over = [False] * len(texts)
+        past = _empty_cache(decoder, len(texts))
+        names = [port.name for port in decoder.get_outputs()]
+        for place in range(length - 1):
+            shown = self.show(np.array([[text[-1]] for text in texts], np.int64), first=place)
+            given = {name: _held(array) for name, array in shown.inputs.items()}
+            out = dict(zip(names, decoder.run_with_ort_values(names, {**given, **past}), strict=True))
+            past = {name.replace("present", "past_key_values"): out[name] for name in names if name != "logits"}
+            chosen = choose(out["logits"].numpy()[:, -1], random)
+            for row, (text, opening) in enumerate(zip(texts, openings, strict=True)):
+                given_here = place + 1 < len(opening)
+                text.append(opening[place + 1] if given_here else int(chosen[row]))
+                over[row] |= not given_here and text[-1] in ends
+            if all(over):
+                break
+        return [_until(text, len(opening), ends) for text, opening in zip(texts, openings, strict=True)]
+
+
+def _until(text: list[int], start: int, ends: set[int]) -> list[int]:
+    """``text`` to its first end at ``start`` or later."""
+    stop = next((place for place in range(start, len(text)) if text[place] in ends), len(text) - 1)
+    return text[: stop + 1]
+
+
+def _empty_cache(decoder: Any, batch: int) -> dict[str, Any]:
+    ports = [port for port in decoder.get_inputs() if port.name.startswith("past_key_values")]
+    return {port.name: _held(np.zeros((batch, port.shape[1], 0, port.shape[3]), np.float32)) for port in ports}
+
+
+def _held(array: Array) -> Any:
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def choose(logits: Array, random: np.random.Generator) -> Array:
+    """One token of each row of ``logits [B, V]``, by its probability; the unlikely ones are left out."""
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares[shares < LEAST_SHARE] = 0
+    sums = np.cumsum(shares, axis=1, dtype=np.float64)
+    chosen: Array = (sums <= random.random((len(logits), 1)) * sums[:, -1:]).sum(axis=1)
+    return chosen

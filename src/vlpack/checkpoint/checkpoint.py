@@ -1,0 +1,374 @@
+"""Config and weights of a Hugging Face folder: validated when opened, read lazily, never loaded whole."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import operator
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import numpy as np
+
+from vlpack.checkpoint.files import (
+    MAX_JSON_BYTES,
+    FilePool,
+    OpenFile,
+    check_plain_name,
+    existing_folder,
+    locate,
+    quote,
+    quote_error,
+    read_json,
+)
+from vlpack.checkpoint.safetensors import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, read_header
+from vlpack.errors import CheckpointError
+
+__all__ = ["Checkpoint", "TensorInfo", "sha256_file"]
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+_CONVERT = (
+    "Where you trust its source, convert it once with transformers: `from_pretrained(folder).save_pretrained(new)` "
+    "writes safetensors."
+)
+_MIXED = "Files of different downloads seem to be mixed: download the checkpoint again into an empty folder."
+
+
+class Checkpoint:
+    """A folder with `config.json` and safetensors, from anybody: opening it checks everything but the numbers.
+
+    The tensors' bytes stay on disk until `rows` or `read` asks for some. Reads are safe from several threads at once.
+
+    Attributes:
+        folder: the folder as it was given.
+        config: the parsed `config.json`.
+        tensors: by name, in the order of their bytes: read in this order, the disk is read from front to back.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, TensorInfo]
+
+    def __init__(
+        self, folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo], files: list[Path], pool: FilePool
+    ) -> None:
+        self.folder, self.config, self.tensors = folder, config, MappingProxyType(tensors)
+        self._files, self._pool = files, pool
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
+        """Opens and validates a folder; a CheckpointError says what is wrong with it, where, and what to do."""
+        settings = cls.open_settings(folder)
+        return cls.of_files(settings.folder, settings.config, *_find_weights(settings.folder, settings.config))
+
+    @classmethod
+    def open_settings(cls, folder: str | os.PathLike[str]) -> Checkpoint:
+        """A folder's config.json and other small files alone: weights are not looked for, and there are no tensors."""
+        folder = existing_folder(folder, hint="Give a folder that holds config.json and model*.safetensors.")
+        config = _read_json(folder, "config.json")
+        if config is None and locate(folder, "adapter_config.json"):
+            raise _is_adapter(folder)
+        if config is None:
+            raise CheckpointError(
+                f"{folder} has no config.json, so it is not a Hugging Face checkpoint.",
+                "Give the folder that holds config.json and model*.safetensors.",
+            )
+        return cls(folder, config, {}, [], FilePool())
+
+    @classmethod
+    def has_weights(cls, folder: str | os.PathLike[str]) -> bool:
+        """Whether all weight files of a checkpoint are there; what is in them is not looked at."""
+        settings = cls.open_settings(folder)
+        try:
+            return bool(_find_weights(settings.folder, settings.config))
+        except CheckpointError:
+            return False
+
+    @classmethod
+    def of_files(
+        cls, folder: Path, config: dict[str, Any], files: Mapping[str, Path], weight_map: dict[str, str] | None = None
+    ) -> Checkpoint:
+        """Opens and validates a folder's weights.
+
+        Args:
+            folder: where they are.
+            config: its config.
+            files: name → where the file really is, as `vlpack.checkpoint.files.locate` says.
+            weight_map: for shards, the file of each tensor.
+        """
+        pool = FilePool()
+        try:
+            headers = {}
+            for name, target in files.items():
+                pool.add(folder / name, target)
+                with pool.use(folder / name) as file:
+                    headers[name] = read_header(file)
+                if sum(map(len, headers.values())) > MAX_TENSORS:
+                    raise CheckpointError(f"{folder} has more than {MAX_TENSORS} tensors.")
+            tensors = _merge(folder, headers, weight_map)
+        except BaseException:
+            pool.close()
+            raise
+        return cls(folder, config, tensors, [folder / name for name in files], pool)
+
+    @property
+    def architecture(self) -> str:
+        """The model's class in transformers, such as `Qwen3VLForConditionalGeneration`."""
+        names = self.config.get("architectures")
+        if not isinstance(names, list) or not names or not isinstance(names[0], str):
+            raise CheckpointError(
+                f"{self.folder / 'config.json'} does not say which architecture the model has.",
+                'It needs an entry such as "architectures": ["Qwen3VLForConditionalGeneration"].',
+            )
+        return names[0]
+
+    def rename(self, prefixes: Mapping[str, str]) -> None:
+        """Call tensors whose names begin with a key of ``prefixes`` by its value instead; files stay as they are.
+
+        Raises:
+            CheckpointError: two tensors would have one name.
+        """
+        renamed: dict[str, TensorInfo] = {}
+        for name, tensor in self.tensors.items():
+            new = new_name(name, prefixes)
+            if new in renamed:
+                raise CheckpointError(f"{self.folder} holds the tensor {quote(new)} under an old and a new name.")
+            renamed[new] = tensor
+        self.tensors = MappingProxyType(renamed)
+
+    def leave_out(self, name: str) -> None:
+        """Do as if the checkpoint did not hold this tensor, which it need not hold."""
+        self.tensors = MappingProxyType({key: tensor for key, tensor in self.tensors.items() if key != name})
+
+    def json(self, name: str, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
+        """Another JSON file of the folder, such as `generation_config.json`; None when there is none.
+
+        Raise `limit` for files that are large by nature (a `tokenizer.json` is 11 MB).
+        """
+        return _read_json(self.folder, name, limit=limit)
+
+    def rows(self, name: str, start: int, stop: int, *, width: int | None = None) -> np.ndarray[Any, Any]:
+        """Rows [start, stop) of a tensor, and no more bytes than these, in memory of their own.
+
+        Args:
+            name: of the tensor.
+            start: first row.
+            stop: the row after the last.
+            width: see the tensor as a matrix with rows of so many values; by default rows go along its first axis.
+        """
+        tensor = self._tensor(name)
+        if not tensor.shape:
+            raise CheckpointError(f"{tensor.file}, tensor {quote(name)} is a single number and has no rows.")
+        start, stop = operator.index(start), operator.index(stop)
+        row = tensor.shape[1:] if width is None else (width,)
+        values, per_row = math.prod(tensor.shape), math.prod(row)
+        count = tensor.shape[0] if width is None else values // max(width, 1)
+        if not 0 <= start <= stop <= count or count * per_row != values:
+            raise CheckpointError(
+                f"{tensor.file}, tensor {quote(name)} has {count} rows of {per_row} values; rows {start} to {stop} do "
+                "not exist."
+            )
+        return self._read(tensor, (stop - start, *row), tensor.offset + start * per_row * tensor.dtype.itemsize)
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """A whole tensor, in memory of its own."""
+        tensor = self._tensor(name)
+        return self._read(tensor, tensor.shape, tensor.offset)
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, by name."""
+        return list(self._files)
+
+    def total_bytes(self) -> int:
+        """The bytes of all tensors together."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def sha256(self, path: str | os.PathLike[str]) -> str:
+        """The SHA-256 of a file of the folder, given by name or path, in hexadecimal."""
+        path = Path(path)
+        if path.parent not in {Path("."), self.folder}:
+            raise CheckpointError(f"{path} is not a file of {self.folder}.")
+        path = self.folder / path.name
+        if path in self._files:
+            with self._pool.use(path) as file:
+                return _digest(file)
+        target = locate(self.folder, check_plain_name(path.name, str(self.folder)))
+        if target is None:
+            raise CheckpointError(f"{self.folder} has no file {quote(path.name)}.")
+        return sha256_file(target)
+
+    def close(self) -> None:
+        """Closes the files; reading is a ValueError from here on."""
+        self._pool.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.folder)!r}, {len(self.tensors)} tensors, {self.total_bytes()} bytes)"
+
+    def _tensor(self, name: str) -> TensorInfo:
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            close = difflib.get_close_matches(name, self.tensors, n=1)
+            raise CheckpointError(
+                f"{self.folder} has no tensor {quote(name)}.",
+                f"The nearest name is {quote(close[0])}." if close else None,
+            )
+        return tensor
+
+    def _read(self, tensor: TensorInfo, shape: tuple[int, ...], offset: int) -> np.ndarray[Any, Any]:
+        try:
+            array = np.empty(shape, tensor.dtype)
+        except MemoryError as error:
+            raise CheckpointError(
+                f"{tensor.file}, tensor {quote(tensor.name)}: no memory for {tensor.nbytes} bytes."
+            ) from error
+        with self._pool.use(tensor.file) as file:
+            if array.nbytes:  # a view of an empty array has no bytes to give out
+                file.read_into(array.reshape(-1).view(np.uint8).data, offset)
+        return array
+
+
+def new_name(name: str, prefixes: Mapping[str, str]) -> str:
+    """``name`` with the prefix among the keys of ``prefixes``, if it has one, replaced by that one's value."""
+    old = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+    return name if old is None else prefixes[old] + name[len(old) :]
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file in hexadecimal, read in pieces."""
+    file = OpenFile(Path(path), Path(path).resolve())
+    try:
+        return _digest(file)
+    finally:
+        file.close()
+
+
+def _digest(file: OpenFile) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 22))
+    for offset in range(0, file.size, len(buffer)):
+        piece = buffer[: file.size - offset]
+        file.read_into(piece, offset)
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _read_json(folder: Path, name: str, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
+    target = locate(folder, check_plain_name(name, str(folder)))
+    return None if target is None else read_json(folder / name, target, limit=limit)
+
+
+def _find_weights(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Path], dict[str, str] | None]:
+    """The weight files and where they really are, and for shards the file of each tensor, as the index has it.
+
+    The order of preference is that of transformers: a file named in the config, the single file, then the shards.
+    """
+    explicit = config.get("transformers_weights")
+    if explicit is not None and not isinstance(explicit, str):
+        raise CheckpointError(f"{folder / 'config.json'}: transformers_weights must be a file name.")
+    for name in [explicit] if explicit is not None else [_SINGLE, _INDEX]:
+        target = locate(folder, check_plain_name(name, str(folder / "config.json")))
+        if target is None:
+            continue
+        if not name.endswith(".index.json"):
+            _check_suffix(folder / name)
+            return {name: target}, None
+        weight_map = _read_index(folder / name, target)
+        shards = {shard: locate(folder, shard) for shard in sorted(set(weight_map.values()))}
+        if missing := [shard for shard, place in shards.items() if place is None]:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise CheckpointError(
+                f"{folder} lacks {len(missing)} of the {len(shards)} files that {name} lists: "
+                f"{', '.join(missing[:3])}{more}.",
+                "The download is incomplete: download the missing files.",
+            )
+        return {shard: place for shard, place in shards.items() if place is not None}, weight_map
+    raise _no_weights(folder, explicit)
+
+
+def _read_index(path: Path, target: Path) -> dict[str, str]:
+    weight_map = read_json(path, target, limit=MAX_HEADER_BYTES, strict=True).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map, an object that gives each tensor's file.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str):
+            raise CheckpointError(f"{path}: the file of tensor {quote(name)} must be a name, not {quote(file)}.")
+    for file in set(weight_map.values()):
+        _check_suffix(path.parent / check_plain_name(file, str(path)))
+    return weight_map
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix == ".safetensors":
+        return
+    if path.suffix in _PICKLES:
+        raise CheckpointError(f"{path} is a pickle, which can run any program when loaded.", _CONVERT)
+    raise CheckpointError(f"{path} is not a safetensors file; no other weights are read.", _CONVERT)
+
+
+def _no_weights(folder: Path, explicit: str | None) -> CheckpointError:
+    if explicit is not None:
+        return CheckpointError(f"{folder} lacks {quote(explicit)}, the weights that its config.json names.")
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        return CheckpointError(f"{folder} cannot be listed: {quote_error(error)}.")
+    if pickles := [name for name in names if Path(name).suffix in _PICKLES]:
+        return CheckpointError(
+            f"{folder} has its weights only as pickles ({quote(pickles[0])}), which vlpack never loads: "
+            "a pickle can run any program.",
+            _CONVERT,
+        )
+    if "adapter_config.json" in names:
+        return _is_adapter(folder)
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        return CheckpointError(f"{folder} has its weights only as GGUF ({quote(gguf[0])}), which vlpack does not read.")
+    return CheckpointError(
+        f"{folder} has no weights: neither {_SINGLE} nor {_INDEX}.", "Download the checkpoint's *.safetensors files."
+    )
+
+
+def _is_adapter(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} is an adapter, not a model.",
+        f"Give the model it was trained on, and the adapter beside it: vlpack build MODEL -o PACKAGE --lora {folder}",
+    )
+
+
+def _merge(
+    folder: Path, headers: dict[str, list[TensorInfo]], weight_map: dict[str, str] | None
+) -> dict[str, TensorInfo]:
+    """All files' tensors in one dictionary, which must be exactly what the index promises."""
+    tensors: dict[str, TensorInfo] = {}
+    for file, header in headers.items():
+        for tensor in header:
+            where = f"{tensor.file}, tensor {quote(tensor.name)}"
+            if tensor.name in tensors:
+                raise CheckpointError(
+                    f"{where} is also in {tensors[tensor.name].file.name}: one of them is wrong.", _MIXED
+                )
+            if weight_map is not None and weight_map.get(tensor.name) != file:
+                listed = weight_map.get(tensor.name)
+                raise CheckpointError(
+                    f"{where} is not in the index." if listed is None else f"{where} should be in {listed}.", _MIXED
+                )
+            tensors[tensor.name] = tensor
+    for name, file in (weight_map or {}).items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{folder / file} lacks the tensor {quote(name)} that the index lists for it.", _MIXED
+            )
+    if not tensors:
+        raise CheckpointError(f"{folder} has weight files, but not one tensor in them.")
+    return tensors

@@ -1,0 +1,228 @@
+"""Finds a checkpoint: a folder stays as it is, a Hub id becomes a folder of the Hugging Face cache."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlpack.errors import CheckpointError, OptionError
+
+PATTERNS = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.json", "tokenizer.*")
+"""What vlpack needs of a repository: weights, configs and the tokenizer."""
+SETTINGS = tuple(pattern for pattern in PATTERNS if pattern != "*.safetensors")
+"""The small files among them, from which most of what cannot be built is known before weights are downloaded."""
+IGNORED = ("[!1]*/*", "1[!_]*/*", "*.bin")
+"""What the patterns above would take too much: copies in subfolders (`original/`, `onnx/`) and pickles. The subfolders
+`1_…` are small: in them sentence-transformers keeps how a model pools or scores."""
+
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>.*))?", re.ASCII | re.DOTALL)
+_HUB_PAGE = re.compile(
+    r"https?://[\w.:-]+/(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(tree|blob|resolve)/(?P<revision>[\w.+-]+))?([/?#].*)?",
+    re.ASCII,
+)
+_REVISION = re.compile(r"[A-Za-z0-9][\w.+-]*(/[\w.+-]+)*", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class ResolvedSource:
+    """A checkpoint's folder and, when it came from the Hub, the repository and the commit it is."""
+
+    folder: Path
+    repo_id: str | None
+    commit: str | None
+
+    @property
+    def name(self) -> str:
+        """The repository's id, or the folder's own name: where it lies is nobody's business."""
+        return self.repo_id or self.folder.resolve().name.encode(errors="replace").decode()
+
+    def described(self) -> dict[str, str | None]:
+        """Where it comes from, for a manifest."""
+        return {"repo_id": self.repo_id, "commit": self.commit} if self.repo_id else {"name": self.name}
+
+
+def resolve(
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    offline: bool | None = None,
+    patterns: Sequence[str] = PATTERNS,
+) -> ResolvedSource:
+    """The local folder of a checkpoint, downloaded first when need be.
+
+    Args:
+        source: an existing folder, or a Hub id `org/name`, optionally with `@revision`. A folder of that name wins.
+        revision: a branch, tag or commit of the Hub repository; the same as `@revision`.
+        cache_dir: the Hugging Face cache to use; by default that of `HF_HOME` or `HF_HUB_CACHE`.
+        token: a Hub token; by default that of `HF_TOKEN` or of `hf auth login`.
+        offline: never use the network, only what is in the cache; by default as `HF_HUB_OFFLINE` says.
+        patterns: names of the files to download, from the repository's top folder only.
+
+    An interrupted download goes on where it stopped when called again.
+    """
+    text = os.fspath(source)
+    folder = _existing_folder(text)
+    if folder is not None:
+        if revision is not None:
+            raise OptionError(
+                f"A revision ({revision}) can be chosen for a Hub id only, but {folder} is a folder.",
+                "Leave the revision away, or give a Hub id such as Qwen/Qwen3-VL-4B-Instruct.",
+            )
+        return ResolvedSource(folder, *_origin(folder))
+
+    match = _HUB_ID.fullmatch(text)
+    is_path = isinstance(source, os.PathLike) or _looks_like_path(text)
+    if match is None or is_path:
+        page = _HUB_PAGE.fullmatch(text)
+        raise CheckpointError(
+            f"There is no folder {text[:200]!r}{'' if is_path else ', and it is not a Hub id'}.",
+            f"Give the id of that page: {page['repo']}{'@' + page['revision'] if page['revision'] else ''}."
+            if page
+            else "Give an existing folder, or a Hub id such as Qwen/Qwen3-VL-4B-Instruct.",
+        )
+    repo_id, in_source = match["repo"], match["revision"]
+    if in_source is not None and revision is not None and in_source != revision:
+        raise OptionError(f"Two revisions are given: {in_source!r} in {text!r}, and {revision!r}.", "Give one of them.")
+    revision = in_source if revision is None else revision
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise CheckpointError(f"{revision!r} is not a revision.", "Give a branch, a tag or a commit's 40 digits.")
+    downloaded = _download(
+        repo_id, revision, cache_dir=cache_dir, token=token, offline=_is_offline(offline), patterns=list(patterns)
+    )
+    return ResolvedSource(downloaded, repo_id, _origin(downloaded)[1])
+
+
+def is_folder(source: str | os.PathLike[str]) -> bool:
+    """Whether a source is an existing folder and no Hub id."""
+    return _existing_folder(os.fspath(source)) is not None
+
+
+def is_hub_id(source: str | os.PathLike[str]) -> bool:
+    """Whether a source has the form of a Hub id, ``org/name`` or ``org/name@revision``."""
+    text = os.fspath(source)
+    return _HUB_ID.fullmatch(text) is not None and not _looks_like_path(text)
+
+
+def _existing_folder(text: str) -> Path | None:
+    if not text:  # Path("") is the current folder, which nobody means who passes an empty variable
+        return None
+    try:
+        path = Path(text).expanduser()
+        if path.is_dir():
+            return path
+        is_file = path.exists()
+    except (OSError, ValueError, RuntimeError):  # name too long, a null byte, no such ~user: no folder in any case
+        return None
+    if is_file:
+        raise CheckpointError(
+            f"{path} is a file, not a folder.", f"Give the folder it is in: {path.absolute().parent}."
+        )
+    return None
+
+
+def _looks_like_path(text: str) -> bool:
+    return (
+        text.startswith((".", "/", "~"))
+        or "\\" in text
+        or text.partition("@")[0].count("/") > 1
+        or Path(text).is_absolute()
+    )
+
+
+def _origin(folder: Path) -> tuple[str | None, str | None]:
+    """Repository and commit of a folder of the Hugging Face cache, `models--org--name/snapshots/<commit>`."""
+    snapshot = folder.resolve()
+    kind, *names = snapshot.parent.parent.name.split("--")
+    if kind != "models" or not names or snapshot.parent.name != "snapshots" or not _COMMIT.fullmatch(snapshot.name):
+        return None, None
+    return "/".join(names), snapshot.name
+
+
+def _is_offline(offline: bool | None) -> bool:
+    if offline is not None:
+        return offline
+    from huggingface_hub import constants
+
+    # The library reads the variable once, when imported; a program may well set it later.
+    in_environment = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    return in_environment or bool(constants.HF_HUB_OFFLINE)
+
+
+def _download(
+    repo_id: str,
+    revision: str | None,
+    *,
+    cache_dir: str | os.PathLike[str] | None,
+    token: str | bool | None,
+    offline: bool,
+    patterns: list[str],
+) -> Path:
+    # Imported here: it takes long, and a build from a folder does without.
+    from huggingface_hub import errors, snapshot_download
+
+    what = repo_id if revision is None else f"{repo_id} at revision {revision}"
+    try:
+        folder = snapshot_download(
+            repo_id,
+            revision=revision,
+            cache_dir=None if cache_dir is None else os.path.expanduser(cache_dir),
+            token=token,
+            local_files_only=offline,
+            allow_patterns=patterns,
+            ignore_patterns=list(IGNORED),
+        )
+    except errors.GatedRepoError as error:  # before RepositoryNotFoundError, which it is one of
+        raise CheckpointError(
+            f"{repo_id} is gated: its authors ask who uses it.",
+            f"Accept the terms on https://huggingface.co/{repo_id}, then set HF_TOKEN or run `hf auth login`.",
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"There is neither a folder {repo_id} nor a model of that name on the Hub that you may see.",
+            "Check the spelling; for a private model set HF_TOKEN or run `hf auth login`.",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id} has no revision {revision}.",
+            f"See https://huggingface.co/{repo_id}/commits/main for what it has.",
+        ) from error
+    except errors.HFValidationError as error:
+        raise CheckpointError(
+            f"{repo_id} is neither a folder nor a valid Hub id: {_short(error)}",
+            "Give an existing folder, or a Hub id such as Qwen/Qwen3-VL-4B-Instruct.",
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        if offline:
+            raise CheckpointError(
+                f"{what} is not, or not completely, in the Hugging Face cache, and the network must not be used.",
+                "Download it once online (unset HF_HUB_OFFLINE), or give a folder.",
+            ) from error
+        raise CheckpointError(
+            f"The Hub cannot be reached, and {what} is not in the Hugging Face cache: {_short(error)}",
+            "Check the network, or HF_ENDPOINT and the proxy if you use them; or give a folder.",
+        ) from error
+    except Exception as error:  # HTTP, disk and transfer errors, of classes that differ between versions of the library
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            hint = (
+                "Free some space, or set HF_HOME to a folder on a larger disk. The download goes on where it stopped."
+            )
+        else:
+            hint = "Try again: the download goes on where it stopped."
+        raise CheckpointError(
+            f"{what} could not be downloaded: {type(error).__name__}: {_short(error)}", hint
+        ) from error
+    return Path(folder)
+
+
+def _short(error: Exception) -> str:
+    """The first line of the library's message, which can be a page long and repeat what ours says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return textwrap.shorten(lines[0].removeprefix("Got: "), 200, placeholder=" …").rstrip(".") + "."

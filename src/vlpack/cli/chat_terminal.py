@@ -1,0 +1,337 @@
+"""``vlpack chat``: a conversation in a terminal, or with the lines of a pipe. What is typed becomes calls to `Chat`."""
+
+from __future__ import annotations
+
+import io
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.text import Text
+
+from vlpack.cli import console
+from vlpack.cli.conversations import write_messages
+from vlpack.errors import InputError, OptionError, VlpackError
+from vlpack.preprocess import load_image
+from vlpack.runtime.chat import Chat
+from vlpack.runtime.reasoning import ReasoningStream, opens_reasoning
+
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+
+    from vlpack.runtime.answer import AnswerStream
+
+HELP = """\
+/image FILE or URL …   show images with the next message ("" takes them back)
+/video FILE …          show videos (or folders of pictures) with the next message ("" takes them back)
+/system [TEXT]         tell the model how to behave; without a text, say what it was told ("" takes it back)
+/history               the conversation so far
+/drop [N]              forget the oldest turn, or N of them
+/reset                 forget the whole conversation
+/save FILE             write the conversation as JSON (go on with it: vlpack chat PACKAGE --messages FILE)
+/stats                 what the last answer took, and how full the context is
+/exit                  leave; so does Ctrl-D
+A line that ends with \\, or Alt-Enter, goes on in the next one. A message that begins with / is written with //.
+Ctrl-C stops an answer, and what there is of it stays in the conversation."""
+
+
+_NONE = ('""', "''")
+"""Written behind a command to take back what was given."""
+
+
+class Terminal:
+    """Reads messages and commands until there are no more, and shows the answers.
+
+    Args:
+        chat: the conversation.
+        images: shown with the first message.
+        videos: likewise.
+
+    Raises:
+        InputError: one of them is not there, or not taken.
+    """
+
+    def __init__(self, chat: Chat, images: Sequence[str] = (), videos: Sequence[str] = ()) -> None:
+        self.chat = chat
+        self.images, self.videos = self._there(images), self._there(videos, of_videos=True)
+        self._stoppable = False
+        self._stream: AnswerStream | None = None
+        self._written: set[Path] = set()
+        self._commands: dict[str, Callable[[str], None]] = {
+            "image": self._image,
+            "video": self._video,
+            "system": self._system,
+            "history": self._history,
+            "drop": self._drop,
+            "reset": self._reset,
+            "save": self._save,
+            "stats": self._stats,
+            "help": lambda _: self._say(HELP),
+        }
+        self.interactive = console.is_terminal(sys.stdin) and console.is_terminal(sys.stdout)
+
+    def run(self) -> None:
+        """Until /exit or the end of the input."""
+        before = signal.getsignal(signal.SIGINT)  # makes an end of all, as it should where nobody types
+        try:
+            if self.interactive:
+                signal.signal(signal.SIGINT, self._interrupted)
+                self._say(f"{self.chat.context} tokens of context · /help · Ctrl-D leaves")
+            self._say_pending()
+            self._warn()
+            read = self._reader()
+            while (line := read()) is not None:
+                if line.strip() in ("/exit", "/quit", "/bye"):
+                    break
+                self._take(line)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _take(self, line: str) -> None:
+        """One message or command; a mistake in it is told, and nothing else happens."""
+        try:
+            try:
+                self._stoppable = True
+                self._do(line)
+            finally:
+                self._stoppable = False
+        except VlpackError as error:
+            console.show_error(error)
+        except KeyboardInterrupt:
+            self._say("Stopped.")
+
+    def _do(self, line: str) -> None:
+        if line.startswith("/") and not line.startswith("//"):
+            name, rest = [*line[1:].split(maxsplit=1), "", ""][:2]
+            if name not in self._commands:
+                raise OptionError(f"There is no command /{name}.", "/help lists them; // begins a message with /.")
+            self._commands[name](rest.strip())
+        elif line.strip():
+            try:
+                self._answer(line[1:] if line.startswith("//") else line)
+            except VlpackError:
+                self._say_pending()
+                raise
+
+    def _interrupted(self, number: int, frame: object) -> None:
+        """Control-C stops what is done, once: a second one would break into what is done about the first."""
+        if self._stoppable:
+            self._stoppable = False
+            raise KeyboardInterrupt
+
+    def _answer(self, text: str) -> None:
+        stream = self.chat.stream(text, self.images, self.videos)
+        self._stream, turns = stream, len(self.chat.turns)
+        reasoning = ReasoningStream(opens_reasoning(stream.prompt.text))
+        if self.images:
+            console.note_large_images(self.chat.model, stream.prompt)
+        stopped = False
+        try:
+            for piece in stream:
+                self._show(reasoning.push(piece))
+        except KeyboardInterrupt:
+            stopped = True
+            stream.close()
+        except BaseException:
+            console.out.print()
+            raise
+        self._show(reasoning.flush())
+        console.out.print()
+        if stays := len(self.chat.turns) > turns:
+            self.images, self.videos = [], []
+        if stopped:
+            kept = "what there is stays in the conversation" if stays else "nothing stays in the conversation"
+            self._say(f"(stopped; {kept})")
+        elif stream.answer.finish_reason == "length":
+            count = len(stream.answer.tokens)
+            why = "" if count >= self.chat.max_tokens else ", as the context is full: /drop forgets the oldest turn"
+            self._say(f"(cut after {count} tokens{why})")
+        self._warn()
+
+    def _warn(self) -> None:
+        if warning := self.chat.warning():
+            console.err.print(f"{warning} /drop forgets the oldest{self._images_back()}.", style="yellow")
+
+    def _images_back(self) -> str:
+        """What else makes room, where images wait for the next question."""
+        return ', and /image "" takes back the images that wait for the next question' if self.images else ""
+
+    def _show(self, pieces: Sequence[tuple[bool, str]]) -> None:
+        for thinking, text in pieces:
+            shown = console.without_controls(text) if console.is_terminal(sys.stdout) else text
+            if thinking and self.interactive:
+                console.out.print(Text(shown, style="dim"), end="")
+            else:  # rich would make pictures of :words: and blanks of tabs
+                print(shown, end="")
+        print(end="", flush=True)
+
+    def _image(self, rest: str) -> None:
+        sources = [] if rest in _NONE else _sources(rest, "/image FILE")
+        self.images = self.images + self._there(sources) if sources else []
+        self._say_pending()
+
+    def _video(self, rest: str) -> None:
+        sources = [] if rest in _NONE else _sources(rest, "/video FILE")
+        self.videos = self.videos + self._there(sources, of_videos=True) if sources else []
+        self._say_pending()
+
+    def _there(self, sources: Sequence[str], *, of_videos: bool = False) -> list[str]:
+        """The sources; what is wrong with one is told now, and not with the question."""
+        self.chat.model.prompts.check_takes(images=bool(sources) and not of_videos, videos=bool(sources) and of_videos)
+        for source in sources:
+            if not of_videos:
+                load_image(source, allow_private_urls=self.chat.allow_private_urls)
+            elif not os.path.exists(source):
+                raise InputError(f"{source} does not exist.")
+        return list(sources)
+
+    def _say_pending(self) -> None:
+        named = [*self.images, *self.videos]
+        if named:
+            self._say(f"With the next message: {', '.join(named)}")
+
+    def _system(self, rest: str) -> None:
+        if rest:
+            self.chat.system = None if rest in _NONE else rest
+        self._say(f"System message: {self.chat.system or 'none'}")
+
+    def _history(self, rest: str) -> None:
+        _nothing(rest, "/history")
+        for message in self.chat.messages:
+            content = message.get("content") or ""
+            if isinstance(content, list):
+                content = " ".join(map(_part, content))
+            console.out.print(f"[bold]{message['role']}:[/] {escape(console.without_controls(content))}", emoji=False)
+
+    def _drop(self, rest: str) -> None:
+        if rest and not (rest.isdecimal() and len(rest) < 10):
+            raise OptionError(f"/drop takes a number of turns, not {rest}.")
+        self.chat.drop(int(rest or 1))
+        self._say(f"{self.chat.tokens} tokens are left in the conversation.")
+
+    def _reset(self, rest: str) -> None:
+        _nothing(rest, "/reset")
+        self.chat.reset()
+        self.images, self.videos = [], []
+        self._say("The conversation is empty.")
+
+    def _save(self, rest: str) -> None:
+        (name,) = _sources(rest, "/save FILE", single=True)
+        path = Path(name).absolute()
+        if os.path.lexists(path) and path not in self._written:
+            raise OptionError(f"{path} is there already.", "Give another name.")
+        write_messages(path, self.chat.messages)
+        self._written.add(path)
+        self._say(f"{path} has {_turns(self.chat)}.")
+
+    def _stats(self, rest: str) -> None:
+        _nothing(rest, "/stats")
+        if self._stream is not None:
+            self._say(console.timing(self._stream.answer.stats))
+        self._say(
+            f"{_turns(self.chat)}, {self.chat.tokens} of {self.chat.context} tokens · "
+            f"loaded in {self.chat.model.load_seconds:.2f} s"
+        )
+
+    def _say(self, text: str) -> None:
+        # beside the answers, which a pipe carries on
+        said = Text(console.without_controls(text), style="dim")
+        (console.out if self.interactive else console.err).print(said)
+
+    def _reader(self) -> Callable[[], str | None]:
+        """What gives the next message: an editor in a terminal, else the next line."""
+        if sys.stdin is None:
+            raise OptionError("Standard input is closed.", "Run chat in a terminal, or give it lines by a pipe.")
+        if not self.interactive:
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(errors="surrogateescape")  # names of files may be of any bytes
+            return lambda: line.rstrip("\r\n") if (line := sys.stdin.readline()) else None
+        session = _editor([f"/{name}" for name in (*self._commands, "exit")])
+
+        def read() -> str | None:
+            while True:
+                try:
+                    return session.prompt("> ")
+                except KeyboardInterrupt:
+                    self._say("Ctrl-D or /exit leaves.")
+                except EOFError:
+                    return None
+
+        return read
+
+
+def _editor(commands: Sequence[str]) -> PromptSession[str]:
+    """Of lines and more: Enter sends, Alt-Enter or a backslash before Enter begins another line, Tab completes."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+    from prompt_toolkit.document import Document
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    class Commands(Completer):
+        """Commands, and the files that three of them name."""
+
+        def get_completions(self, document: Document, complete_event: CompleteEvent):  # type: ignore[no-untyped-def]
+            text = document.text_before_cursor
+            name, space, rest = text.partition(" ")
+            if name in ("/image", "/video", "/save") and space:
+                yield from PathCompleter(expanduser=True).get_completions(Document(rest), complete_event)
+            elif text.startswith("/"):
+                yield from (Completion(c, -len(text)) for c in commands if c.startswith(text))
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _enter(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.text_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _another_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return PromptSession(
+        multiline=True,
+        key_bindings=keys,
+        completer=Commands(),
+        complete_while_typing=False,
+        prompt_continuation="… ",
+    )
+
+
+def _sources(rest: str, usage: str, *, single: bool = False) -> list[str]:
+    """File names and URLs as people write or drop them: quoted, with escaped spaces, or one with spaces as it is."""
+    whole = os.path.expanduser(rest)
+    if whole and (single or os.path.exists(whole)):
+        if not os.path.exists(whole) and len(whole) > 1 and whole[0] == whole[-1] and whole[0] in "\"'":
+            whole = os.path.expanduser(whole[1:-1])
+        return [whole]
+    try:
+        words = shlex.split(rest, posix=os.name != "nt")
+    except ValueError as error:
+        raise OptionError(f"{rest} cannot be read: {error}.", usage) from None
+    if not words:
+        raise OptionError("Which file?", usage)
+    return [os.path.expanduser(word.strip("\"'") if os.name == "nt" else word) for word in words]
+
+
+def _part(part: Any) -> str:
+    """Of a message's content, for people."""
+    return part if isinstance(part, str) else part.get("text") or f"[{part['type']}]"
+
+
+def _turns(chat: Chat) -> str:
+    return f"{len(chat.turns)} turn{'s' * (len(chat.turns) != 1)}"
+
+
+def _nothing(rest: str, name: str) -> None:
+    if rest:
+        raise OptionError(f"{name} takes nothing behind it.", f"Write {name} alone.")

@@ -1,0 +1,193 @@
+"""Verbs that use a package: run, chat, embed, score."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vlpack.cli import console
+from vlpack.cli import options as opt
+from vlpack.errors import OptionError
+
+
+def run(
+    package: opt.Package,
+    question: Annotated[
+        str | None, typer.Argument(help="The question; read from standard input where it is left out.")
+    ] = None,
+    image: opt.Images = None,
+    video: opt.Videos = None,
+    fps: opt.Fps = None,
+    num_frames: opt.NumFrames = None,
+    min_frames: opt.MinFrames = None,
+    max_frames: opt.MaxFrames = None,
+    total_pixels: opt.TotalPixels = None,
+    system: opt.System = None,
+    max_tokens: opt.MaxTokens = 512,
+    temperature: opt.Temperature = None,
+    top_k: opt.TopK = None,
+    top_p: opt.TopP = None,
+    repetition_penalty: opt.RepetitionPenalty = None,
+    seed: opt.Seed = None,
+    threads: opt.Threads = None,
+    min_pixels: opt.MinPixels = None,
+    max_pixels: opt.MaxPixels = None,
+    vision_provider: opt.VisionProvider = None,
+    allow_private_urls: opt.PrivateUrls = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Add a line of timing, on standard error.")] = False,
+    as_json: opt.Json = False,
+) -> None:
+    """Ask a package a question, about images and videos or without."""
+    from vlpack.preprocess import VideoOptions
+    from vlpack.runtime.model import Model
+    from vlpack.runtime.sampling import Sampling
+
+    question = console.question_from_stdin() if question is None else question
+    if not question.strip():
+        raise OptionError("The question is empty.", 'vlpack run PACKAGE [--image FILE] "question"')
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    seen = [*({"type": "image"} for _ in image or []), *({"type": "video"} for _ in video or [])]
+    messages.append({"role": "user", "content": [*seen, {"type": "text", "text": question}] if seen else question})
+    looked = {
+        "fps": fps,
+        "num_frames": num_frames,
+        "min_frames": min_frames,
+        "max_frames": max_frames,
+        "total_pixels": total_pixels,
+    }
+    opt.check_video_options(looked, video)
+    if video and not image and (min_pixels or max_pixels):
+        raise OptionError("--min-pixels and --max-pixels are for images.", "For videos there is --total-pixels.")
+    video_options = VideoOptions(**looked)  # type: ignore[arg-type]
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    sampling.search_options()  # a wrong value is told before the model is loaded
+    model = Model(
+        package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
+    )
+    stream = model.stream(
+        messages,
+        image or [],
+        video or [],
+        video_options=video_options if video else None,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        allow_private_urls=allow_private_urls,
+        timing=stats or as_json,
+    )
+    if max_pixels is None:
+        console.note_large_images(model, stream.prompt)
+    console.show_answer(stream, model.load_seconds, stats=stats, as_json=as_json)
+
+
+def chat(
+    package: opt.Package,
+    image: opt.Images = None,
+    video: opt.Videos = None,
+    fps: opt.Fps = None,
+    num_frames: opt.NumFrames = None,
+    min_frames: opt.MinFrames = None,
+    max_frames: opt.MaxFrames = None,
+    total_pixels: opt.TotalPixels = None,
+    system: opt.System = None,
+    messages: Annotated[
+        Path | None, typer.Option("--messages", help="JSON of a conversation to go on with, as /save writes it.")
+    ] = None,
+    max_tokens: opt.MaxTokens = 1024,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", help="Tokens at most. (default: what the model and half of the memory allow)"),
+    ] = None,
+    temperature: opt.Temperature = None,
+    top_k: opt.TopK = None,
+    top_p: opt.TopP = None,
+    repetition_penalty: opt.RepetitionPenalty = None,
+    seed: opt.Seed = None,
+    threads: opt.Threads = None,
+    min_pixels: opt.MinPixels = None,
+    max_pixels: opt.MaxPixels = None,
+    vision_provider: opt.VisionProvider = None,
+    allow_private_urls: opt.PrivateUrls = False,
+) -> None:
+    """Talk with a package in the terminal; /help says how. Lines of a pipe are questions, too."""
+    from vlpack.cli.chat_terminal import Terminal
+    from vlpack.cli.conversations import read_messages
+    from vlpack.preprocess import VideoOptions
+    from vlpack.runtime.model import Model
+    from vlpack.runtime.sampling import Sampling
+
+    video_options = VideoOptions(fps, num_frames, min_frames, max_frames, total_pixels)
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+    sampling.search_options()  # a wrong value, or file, is told before the model is loaded
+    before = read_messages(messages) if messages else []
+    model = Model(
+        package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
+    )
+    conversation = model.chat(
+        system=system,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        video_options=video_options,
+        context=context,
+        allow_private_urls=allow_private_urls,
+        messages=before,
+    )
+    Terminal(conversation, image or (), video or ()).run()
+
+
+Instruction = Annotated[str | None, typer.Option("--instruction", help="What the model is told to compare for.")]
+NamedPrompt = Annotated[
+    str | None, typer.Option("--prompt", help="Name of one of the model's own prompts instead, such as query.")
+]
+
+
+def embed(
+    package: Annotated[Path, typer.Argument(help="Folder of an embedding model's package.")],
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT…", help="One input each; lines of standard input without any.")
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", help="Image file or URL, an input of its own after the texts.")
+    ] = None,
+    instruction: Instruction = None,
+    prompt: NamedPrompt = None,
+    dimensions: Annotated[int | None, typer.Option("--dimensions", help="Keep so many of the first ones.")] = None,
+    max_pixels: opt.MaxPixels = None,
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Embed texts and images with an embedding model's package, and compare them."""
+    from vlpack.runtime.retrieval import Embedder
+
+    texts = texts or ([] if image else console.lines_from_stdin())
+    model = Embedder(package, threads=threads, max_pixels=max_pixels)
+    inputs: list[Any] = [*texts, *({"image": source} for source in image or [])]
+    embeddings = model.embed(inputs, instruction=instruction, prompt=prompt, dimensions=dimensions)
+    console.show_embeddings([*texts, *(image or [])], embeddings, as_json=as_json)
+
+
+def score(
+    package: Annotated[Path, typer.Argument(help="Folder of a reranker's package.")],
+    query: Annotated[str, typer.Argument(help="What is looked for.")],
+    documents: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="DOCUMENT…", help="Texts to score; lines of standard input without any."),
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", help="Image file or URL, a document of its own after the texts.")
+    ] = None,
+    instruction: Instruction = None,
+    prompt: NamedPrompt = None,
+    max_pixels: opt.MaxPixels = None,
+    threads: opt.Threads = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Score documents for a query with a reranker's package: 0 to 1, the best first."""
+    from vlpack.runtime.retrieval import Reranker
+
+    documents = documents or ([] if image else console.lines_from_stdin())
+    model = Reranker(package, threads=threads, max_pixels=max_pixels)
+    scored: list[Any] = [*documents, *({"image": source} for source in image or [])]
+    scores = model.score(query, scored, instruction=instruction, prompt=prompt)
+    console.show_scores([*documents, *(image or [])], scores, as_json=as_json)

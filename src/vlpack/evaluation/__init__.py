@@ -1,0 +1,1 @@
+"""Measures a package: questions with known answers, and speed and memory."""

@@ -1,0 +1,1 @@
+"""Writes a package: graphs, data files, settings, manifest and cards."""

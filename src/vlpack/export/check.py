@@ -1,0 +1,87 @@
+"""Whether a checkpoint and an architecture fit: every tensor has a place, every place a tensor of its shape."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from vlpack.architectures.base import Architecture, GraphOptions
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.errors import CheckpointError
+from vlpack.export.graph import declare
+from vlpack.quantize.policy import Policy
+from vlpack.quantize.storage import slabs
+
+HEAD = "lm_head.weight"
+
+UNUSED = ("*.rotary_emb.inv_freq", "*.rotary_pos_emb.inv_freq")
+"""Buffers that old checkpoints carry and that are computed from the config."""
+
+
+def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Policy) -> None:
+    """Every tensor of the whole model is there in its shape, and the checkpoint holds nothing else.
+
+    Raises:
+        CheckpointError: the first few that are missing, misshapen or unknown are named.
+    """
+    options = GraphOptions(policy.ir_dtype)
+    weights = [w for part in architecture.parts(options) for w in declare(part, policy)]
+    wanted = {tensor.name: tensor.shape for weight in weights for tensor in weight.source.tensors()}
+    missing = [name for name in wanted if name not in checkpoint.tensors]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise CheckpointError(
+            f"{checkpoint.folder}: {_some(missing)} {verb} missing from the checkpoint.",
+            "The config and the weights do not belong together, or the checkpoint is not complete.",
+        )
+    for name, shape in wanted.items():
+        found = checkpoint.tensors[name]
+        if found.shape != shape:
+            raise CheckpointError(
+                f"{found.file}: the tensor {name} has the shape {list(found.shape)} where config.json asks for "
+                f"{list(shape)}.",
+                "The config and the weights do not belong together.",
+            )
+        if found.dtype.kind not in "fV" or found.dtype.itemsize < 2:
+            raise CheckpointError(
+                f"{found.file}: the tensor {name} is of type {found.dtype}; weights must be bfloat16, float16, float32 "
+                "or float64.",
+                "Quantized checkpoints are not supported: use the original one.",
+            )
+    if architecture.tied and HEAD in checkpoint.tensors:
+        check_equal(checkpoint, f"{architecture.decoder.prefix}.embed_tokens.weight")
+    unused = (*UNUSED, HEAD) if architecture.tied else UNUSED
+    extra = [
+        name
+        for name in checkpoint.tensors
+        if name not in wanted and not any(fnmatchcase(name, pattern) for pattern in unused)
+    ]
+    if extra:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the model has no place for {_some(extra)}.",
+            "The config and the weights do not belong together, or this is another model.",
+        )
+
+
+def check_equal(checkpoint: Checkpoint, embedding: str) -> None:
+    """A tied checkpoint's own head is the embedding once more.
+
+    Raises:
+        CheckpointError: it is not. Transformers 4 would not use it, transformers 5 would.
+    """
+    one, two = checkpoint.tensors[HEAD], checkpoint.tensors[embedding]
+    equal = one.shape == two.shape and one.dtype == two.dtype
+    for start, stop in slabs(*two.shape) if equal else ():
+        equal = (
+            equal and checkpoint.rows(HEAD, start, stop).tobytes() == checkpoint.rows(embedding, start, stop).tobytes()
+        )
+    if not equal:
+        raise CheckpointError(
+            f"{one.file}: {HEAD} is another matrix than {embedding}, although config.json says that they are tied.",
+            "Set tie_word_embeddings to false in config.json to use it, or remove it from the checkpoint.",
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{'tensors' if len(names) > 1 else 'tensor'} {shown}{more}"

@@ -1,0 +1,107 @@
+"""``README.md`` of a package: what it is, how to run it, and where the runtime's own image processor differs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jinja2
+
+import vlpack
+from vlpack.export.origin import made_from
+from vlpack.export.processor_config import GridDifference
+from vlpack.quantize.policy import Policy
+
+_CARD = """\
+---
+library_name: onnxruntime-genai
+{% if source.repo_id %}base_model: {{ source.repo_id }}
+{% endif %}tags: [onnx, onnxruntime-genai, {{ genai_type }}, vlpack]
+---
+# {{ source.repo_id or source.name }}, {{ policy.precision }} for {{ policy.provider }}
+
+{{ made_from }} by vlpack {{ version }}, for the stock onnxruntime-genai (0.18 or newer).
+
+{% if complete -%}
+With vlpack installed:
+
+```
+vlpack run . --image picture.jpg "What is in the picture?"
+```
+{% elif runnable -%}
+The text decoder alone; it sees no images. With vlpack installed:
+
+```
+vlpack run . "Why is the sky blue?"
+```
+{% else -%}
+Only these parts of the model: {{ parts | join(", ") }}. The runtime needs decoder, vision and embedding together; build
+with `--part all` for a package that runs by itself.
+{% if "decoder" in files %}
+The decoder takes `inputs_embeds`{% if "per_layer_inputs" in decoder_inputs %} and `per_layer_inputs`, the DeepStack \
+features of the image tokens (zeros for text){% endif %}.
+{% endif %}{% endif %}
+{% if complete or runnable -%}
+`max_length` in `genai_config.json` is at most 4096 tokens, as the runtime allots the cache for all of them; set the \
+search option for longer ones (a large image alone can take thousands). `vlpack run` does so by itself.
+
+{% endif -%}
+## Contents
+| part | file |
+| --- | --- |
+{% for part, file in files.items() %}| {{ part }} | `{{ file }}` |
+{% endfor %}
+Hashes of all files, the source's among them, are in `vlpack.json`; `vlpack inspect .` checks them.
+
+## Precision
+Activations are {{ policy.dtype }}; norms, rotary angles and residual sums float32. The first rule that fits a module \
+decides:
+
+| role | modules | stored as |
+| --- | --- | --- |
+{% for rule in policy.described() %}| {{ rule.role }} | `{{ rule.modules }}` | {{ rule.storage }} |
+{% endfor %}
+{%- if complete %}
+
+## Images from C#, C++ and Java
+`processor_config.json` drives the runtime's own image processor. It is close to transformers' but not equal to it; \
+vlpack's Python side is. Where they differ:
+
+{% if difference -%}
+- Sizes: halves are rounded up where Python rounds them to even, so a few image sizes give another grid \
+({{ difference.width }}×{{ difference.height }}: {{ difference.runtime | join("×") }} patches instead of \
+{{ difference.transformers | join("×") }}). The answer may change slightly; nothing fails.
+{% endif -%}
+- JPEG decoding differs by about one level in 255, and transparency is treated differently.
+- There is no video; in Python vlpack has it, for Qwen3-VL.
+
+To have transformers' pixels there too, prepare `pixel_values` and `image_grid_thw` yourself and pass them as named \
+tensors, with `input_ids` whose image placeholders are expanded, and `num_image_tokens`.
+{%- endif %}
+"""
+
+
+def model_card(
+    source: Mapping[str, Any],
+    policy: Policy,
+    genai_type: str,
+    files: Mapping[str, str],
+    *,
+    decoder_inputs: Collection[str] = (),
+    difference: GridDifference | None = None,
+) -> str:
+    """The card as Markdown."""
+    environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(_CARD).render(
+        source={"repo_id": None, "name": None, **source},
+        made_from=made_from(source),
+        policy=policy,
+        genai_type=genai_type,
+        files=files,
+        parts=list(files),
+        complete={"decoder", "vision", "embedding"} <= set(files),
+        runnable="text" in files,
+        decoder_inputs=decoder_inputs,
+        difference=difference,
+        version=vlpack.__version__,
+    )

@@ -1,0 +1,57 @@
+"""Whether this processor multiplies unsigned by signed bytes exactly.
+
+x86 without VNNI or AMX adds two such products in 16 bits, which saturate: 255 · 127 + 255 · 127 becomes 32767. What the
+processor does is asked of onnxruntime's kernel itself, by one product, and not of lists of processors.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from vlpack.errors import VlpackWarning
+from vlpack.quantize.storage import ChannelInt8
+
+HINT = "--extra-options weight_type=uint8"
+
+
+class SaturationWarning(VlpackWarning):
+    """A package's products saturate on this processor."""
+
+
+@cache
+def saturates() -> bool:
+    """Whether sums of u8 × s8 products are cut off here."""
+    import onnxruntime as ort
+
+    size = 64
+    x = ir.Value(name="x", shape=ir.Shape([1, size]), type=ir.TensorType(ir.DataType.UINT8))
+    weight = ir.Value(name="w", const_value=ir.tensor(np.full((size, size), 127, np.int8), name="w"))
+    node = ir.node("MatMulInteger", [x, weight])
+    y = node.outputs[0]
+    y.name, y.shape, y.type = "y", ir.Shape([1, size]), ir.TensorType(ir.DataType.INT32)
+    graph = ir.Graph([x], [y], nodes=[node], initializers=[weight], opset_imports={"": 21}, name="saturation")
+    text = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    session = ort.InferenceSession(text, providers=["CPUExecutionProvider"])
+    (product,) = session.run(None, {"x": np.full((1, size), 255, np.uint8)})
+    return bool((product != size * 255 * 127).any())
+
+
+def warn_of_saturation(manifest: Mapping[str, Any]) -> None:
+    """Warn where a package has signed 8-bit matrices and this processor would saturate."""
+    rules = manifest.get("policy")
+    labels = (
+        {str(rule.get("storage")) for rule in rules if isinstance(rule, dict)} if isinstance(rules, list) else set()
+    )
+    if ChannelInt8().label in labels and saturates():
+        warnings.warn(
+            "This processor lacks VNNI, and products of the package's int8 weights may saturate on it: answers may be "
+            f"a little worse. Build with {HINT} for such processors.",
+            SaturationWarning,
+            stacklevel=3,
+        )

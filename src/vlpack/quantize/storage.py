@@ -1,0 +1,247 @@
+"""How one weight lies in the data file: which arrays it becomes, and the stream of their bytes.
+
+A `Storage` is data (a frozen dataclass, printed by ``inspect``) plus two answers: `arrays`, the dtype and shape of
+every initializer that a weight of ``rows × cols`` turns into, and `chunks`, those arrays' contents in file order, made
+from a reader of row slabs so that no weight is held whole unless its layout needs it. It knows nothing of ONNX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from vlpack.quantize.blocks import QuantizedBlocks, block_shapes, dequantize_blocks, quantize_blocks
+from vlpack.quantize.channels import ZERO_POINT, dequantize_rows, quantize_rows, unsigned
+from vlpack.quantize.gptq import Inputs, fit_blocks, fit_rows
+
+Array = npt.NDArray[Any]
+#: ``read(start, stop)`` → rows [stop - start, cols] of the checkpoint's weight, in its own dtype
+RowReader = Callable[[int, int], Array]
+#: array name → (dtype, shape)
+ArraySpecs = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+
+SLAB = 1 << 22
+"""Elements handled at a time: 16 MiB in fp32, small enough that the working set is a few slabs."""
+
+
+def slabs(rows: int, cols: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of at most `SLAB` elements that cover ``rows``."""
+    step = max(1, SLAB // max(cols, 1))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def transposed(matrix: Array) -> Array:
+    """``matrix [rows, cols]`` as ``[cols, rows]``, in strips that stay in the cache.
+
+    A strip's rows lie a cache line further apart than they are long: were that a power of two, as it mostly is, a
+    column's values would all have the same few places in the cache.
+    """
+    rows, cols = matrix.shape
+    out = np.empty((cols, rows), matrix.dtype)
+    strip = np.empty((64, cols + 64 // matrix.itemsize), matrix.dtype)[:, :cols]
+    for start in range(0, rows, 64):
+        piece = strip[: rows - start]
+        piece[...] = matrix[start : start + 64]
+        out[:, start : start + 64] = piece.T
+    return out
+
+
+class Storage(Protocol):
+    """How a weight of ``rows × cols`` is kept; see the module's docstring."""
+
+    @property
+    def label(self) -> str:
+        """Its name in the manifest and in ``inspect``."""
+
+    def arrays(self, rows: int, cols: int) -> ArraySpecs:
+        """Dtype and shape of each array, the largest first."""
+
+    def chunks(self, read: RowReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
+        """Contiguous pieces of the arrays, each array whole before the next begins."""
+
+    def values(
+        self, arrays: Mapping[str, Array], rows: int, cols: int, start: int = 0, stop: int | None = None
+    ) -> Array:
+        """What arrays of these contents stand for, whatever shapes a graph gives them.
+
+        Returns:
+            Rows ``[start, stop)`` of the weight, float32.
+        """
+
+
+@dataclass(frozen=True)
+class Float:
+    """As it stands in the checkpoint, row by row, cast to ``dtype``: embeddings, heads, norms, biases, tables."""
+
+    dtype: str = "float32"
+
+    @property
+    def label(self) -> str:
+        return self.dtype
+
+    def arrays(self, rows: int, cols: int) -> ArraySpecs:
+        return {"weight": (np.dtype(self.dtype), (rows, cols))}
+
+    def chunks(self, read: RowReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
+        for start, stop in slabs(rows, cols):
+            yield "weight", cast(read(start, stop), self.dtype)
+
+    def values(
+        self, arrays: Mapping[str, Array], rows: int, cols: int, start: int = 0, stop: int | None = None
+    ) -> Array:
+        return arrays["weight"].reshape(rows, cols)[start:stop].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """``[cols, rows]`` for MatMul's right side, cast to ``dtype``."""
+
+    dtype: str = "float32"
+
+    @property
+    def label(self) -> str:
+        return self.dtype
+
+    def arrays(self, rows: int, cols: int) -> ArraySpecs:
+        return {"weight": (np.dtype(self.dtype), (cols, rows))}
+
+    def chunks(self, read: RowReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
+        whole = read(0, rows)
+        for start, stop in slabs(cols, rows):
+            yield "weight", cast(transposed(whole[:, start:stop]), self.dtype)
+
+    def values(
+        self, arrays: Mapping[str, Array], rows: int, cols: int, start: int = 0, stop: int | None = None
+    ) -> Array:
+        return np.ascontiguousarray(arrays["weight"].reshape(cols, rows)[:, start:stop].T, np.float32)
+
+
+@dataclass(frozen=True)
+class ChannelInt8:
+    """8 bits, one scale per output channel, transposed for MatMulIntegerToFloat.
+
+    ``signed`` codes are two to three times as fast where the processor has instructions for u8 × s8 (VNNI, AMX, ARM's).
+    Other x86 processors sum such products in pairs of 16 bits, which saturate (see `vlpack.ort.saturation`): there
+    unsigned codes around 128 have an exact kernel. ``calibrated`` codes are rounded for the inputs that they meet.
+    """
+
+    signed: bool = True
+    calibrated: bool = False
+
+    @property
+    def label(self) -> str:
+        return ("int8" if self.signed else "uint8") + (" calibrated" if self.calibrated else "")
+
+    def arrays(self, rows: int, cols: int) -> ArraySpecs:
+        return {
+            "qweight": (np.dtype(np.int8 if self.signed else np.uint8), (cols, rows)),
+            "scales": (np.dtype(np.float32), (rows,)),
+        }
+
+    def chunks(
+        self, read: RowReader, rows: int, cols: int, inputs: Inputs | None = None
+    ) -> Iterator[tuple[str, Array]]:
+        """Rounded to the nearest, or for ``inputs``; scales are the same."""
+        whole = np.empty((rows, cols), np.int8)
+        scales = np.empty(rows, np.float32)
+        for start, stop in slabs(rows, cols):
+            weight = read(start, stop).astype(np.float32)
+            spare = weight if inputs is None else weight.copy()
+            whole[start:stop], scales[start:stop] = quantize_rows(spare)
+            if inputs is not None:
+                whole[start:stop] = fit_rows(weight, scales[start:stop], inputs)
+        for start, stop in slabs(cols, rows):
+            codes = transposed(whole[:, start:stop])
+            yield "qweight", codes if self.signed else unsigned(codes)
+        yield "scales", scales
+
+    def values(
+        self, arrays: Mapping[str, Array], rows: int, cols: int, start: int = 0, stop: int | None = None
+    ) -> Array:
+        codes = arrays["qweight"].reshape(cols, rows)[:, start:stop].T
+        return dequantize_rows(codes, arrays["scales"][start:stop], 0 if self.signed else ZERO_POINT)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """``bits`` bits in blocks of ``block_size`` along the input, a scale (and a zero point) per block: MatMulNBits.
+
+    ``dtype`` is that of the scales, which is that of the activations. ``accuracy_level`` is how the CPU multiplies:
+    4 quantizes the activations to 8 bits per block, 1 keeps them in fp32. ``calibrated`` weights are rounded for the
+    inputs that they meet (`vlpack.quantize.gptq`); those of ``rotated`` ones are about normally distributed.
+    """
+
+    bits: int = 4
+    block_size: int = 32
+    symmetric: bool = True
+    dtype: str = "float32"
+    accuracy_level: int = 4
+    calibrated: bool = False
+    rotated: bool = False
+
+    @property
+    def label(self) -> str:
+        kinds = {" asymmetric": not self.symmetric, " calibrated": self.calibrated}
+        return f"int{self.bits} block {self.block_size}" + "".join(kind for kind, has in kinds.items() if has)
+
+    def arrays(self, rows: int, cols: int) -> ArraySpecs:
+        shapes = block_shapes(rows, cols, self.bits, self.block_size)
+        specs: ArraySpecs = {
+            "qweight": (np.dtype(np.uint8), shapes.qweight),
+            "scales": (np.dtype(self.dtype), shapes.scales),
+        }
+        if not self.symmetric:
+            specs["zero_points"] = (np.dtype(np.uint8), shapes.zero_points)
+        return specs
+
+    def chunks(
+        self, read: RowReader, rows: int, cols: int, inputs: Inputs | None = None
+    ) -> Iterator[tuple[str, Array]]:
+        """Rounded to the nearest, or for ``inputs``; scales and zero points are the same."""
+        specs = self.arrays(rows, cols)
+        small = {name: np.empty(shape, dtype) for name, (dtype, shape) in specs.items() if name != "qweight"}
+        for start, stop in slabs(rows, cols):
+            weight = read(start, stop)
+            blocks = quantize_blocks(weight, self.bits, self.block_size, self.symmetric, rotated=self.rotated)
+            scales = cast(blocks.scales, self.dtype)
+            if inputs is not None:
+                blocks = fit_blocks(weight, blocks._replace(scales=scales), inputs, self.bits, self.block_size)
+            small["scales"][start:stop] = scales
+            if not self.symmetric:
+                small["zero_points"][start:stop] = blocks.zero_points
+            yield "qweight", blocks.qweight
+        yield from small.items()
+
+    def values(
+        self, arrays: Mapping[str, Array], rows: int, cols: int, start: int = 0, stop: int | None = None
+    ) -> Array:
+        shapes = block_shapes(rows, cols, self.bits, self.block_size)
+        zeros = None if self.symmetric else arrays["zero_points"].reshape(shapes.zero_points)[start:stop]
+        qweight, scales = arrays["qweight"].reshape(shapes.qweight), arrays["scales"].reshape(shapes.scales)
+        return dequantize_blocks(QuantizedBlocks(qweight[start:stop], scales[start:stop], zeros), cols, self.bits)
+
+
+def cast(array: Array, dtype: str) -> Array:
+    """``array`` in ``dtype``; float16 goes through float32, and a finite value that leaves its range is an error.
+
+    Raises:
+        OverflowError: a value is above float16's 65504.
+    """
+    if array.dtype == dtype:
+        return array
+    wide = array.astype(np.float32)
+    if dtype == "float32":
+        return wide
+    with np.errstate(over="ignore"):  # what leaves the range is told below
+        narrow = wide.astype(dtype)
+    if not np.isfinite(narrow).all():
+        raise OverflowError(f"{np.abs(wide).max():.3g} does not fit {dtype}")
+    return narrow
+
+
+__all__ = ["Array", "Blocks", "ChannelInt8", "Float", "RowReader", "Storage", "Transposed"]

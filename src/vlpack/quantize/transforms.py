@@ -1,0 +1,289 @@
+"""What is done to a weight between reading and storing: its channels balanced and rotated, the function unchanged.
+
+A `Channels` is a set of channels between whatever computes them (a norm, rows of a matrix) and the matrices that read
+them. A `Transform` says what that makes of one weight. Both are data; a `ChannelScales` computes the scales that
+balance each set of channels, once for all weights that need them.
+"""
+
+from __future__ import annotations
+
+import base64
+import threading
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vlpack.checkpoint.rows import Rows
+from vlpack.quantize.rotate import LARGEST, equal_columns, even_sizes, rotate
+from vlpack.quantize.storage import slabs
+
+if TYPE_CHECKING:
+    from vlpack.checkpoint.checkpoint import Checkpoint
+
+Array = npt.NDArray[Any]
+
+MAX_CHANNELS = 1 << 24
+"""Of one set, in a manifest."""
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Channels that are written by one weight and read by others.
+
+    Args:
+        producer: the norm's weight ``[channels, 1]``, or the matrix whose rows they are.
+        first: the first of the producer's rows that is a channel.
+        readers: the matrices that multiply them.
+        shape: ``(a, g, b)``: a reader's columns are ``a · g · b`` and stand for ``a · b`` channels, each of which comes
+            ``g`` times (query heads that share a value head, patches that are joined).
+        tolerance: None to make the readers' columns equally large; else see `vlpack.quantize.rotate.even_sizes`.
+    """
+
+    producer: Rows
+    first: int
+    readers: tuple[Rows, ...]
+    shape: tuple[int, int, int]
+    tolerance: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The tensor that has the first channel, and its row there: unique in a model."""
+        return f"{next(self.producer.tensors()).name}:{self.first}"
+
+    @property
+    def count(self) -> int:
+        """How many channels there are."""
+        return self.shape[0] * self.shape[2]
+
+    def along_columns(self, scales: Array) -> Array:
+        """Scales ``[channels]`` as the readers' columns have them."""
+        a, g, b = self.shape
+        return np.broadcast_to(scales.reshape(a, 1, b), (a, g, b)).reshape(-1)
+
+    def reader_norms(self, checkpoint: Checkpoint) -> Array:
+        """L2 norms ``[channels]`` of the columns of all readers together."""
+        total = np.zeros(self.shape, np.float64)
+        for reader in self.readers:
+            for start, stop in slabs(reader.rows, reader.cols):
+                piece = reader.read(checkpoint, start, stop).astype(np.float32, copy=False)
+                # row by row, an order that does not depend on the processor; the tiles' sums are added in float64
+                for tile in range(0, len(piece), 64):
+                    squares = np.square(piece[tile : tile + 64])
+                    total += np.add.reduce(squares, axis=0).reshape(self.shape)
+        return np.asarray(np.sqrt(total.sum(axis=1)).reshape(-1))
+
+    def producer_sizes(self, checkpoint: Checkpoint) -> Array:
+        """What stands for the activations' sizes ``[channels]``: L2 norms of the producer's rows."""
+        sizes = np.empty(self.count)
+        for start, stop in slabs(self.count, self.producer.cols):
+            piece = self.producer.read(checkpoint, self.first + start, self.first + stop)
+            sizes[start:stop] = np.linalg.norm(piece.astype(np.float64), axis=1)
+        return sizes
+
+
+class ChannelScales:
+    """What balances each set of channels: powers of two that the producer is multiplied by and the readers divided by.
+
+    Args:
+        checkpoint: whose weights say how large the channels are.
+        measured: tells the activations' sizes ``[channels]`` of a set where they were measured, and None elsewhere.
+        known: scales that were computed before, by `Channels.name`.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        measured: Callable[[Channels], Array | None] = lambda channels: None,
+        known: Mapping[str, Array] | None = None,
+    ) -> None:
+        self._checkpoint, self._measured = checkpoint, measured
+        self._known = dict(known or {})
+        self._locks: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, channels: Channels) -> Array:
+        """float32 ``[channels]``; computed when first asked for, by whichever thread asks."""
+        name = channels.name
+        with self._lock:
+            lock = self._locks.setdefault(name, threading.Lock())
+        with lock:
+            if name not in self._known:
+                self._known[name] = self._compute(channels)
+            return self._known[name]
+
+    def exponents(self) -> dict[str, Array]:
+        """All scales that were asked for, by name, as int8 exponents of two."""
+        return {name: np.rint(np.log2(scales)).astype(np.int8) for name, scales in sorted(self._known.items())}
+
+    def _compute(self, channels: Channels) -> Array:
+        norms = channels.reader_norms(self._checkpoint)
+        if channels.tolerance is None:
+            return equal_columns(norms)
+        sizes = self._measured(channels)
+        if sizes is None:
+            sizes = channels.producer_sizes(self._checkpoint)
+        return even_sizes(norms, sizes, channels.tolerance)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What is done to a weight ``[rows, cols]``.
+
+    Args:
+        reads: the channels that its columns are; they are divided by the scales.
+        input_rotation: size of the blocks of columns that are rotated; 1 for none.
+        writes: the channels that its rows from ``first`` on are; they are multiplied by the scales.
+        output_rotation: size of the blocks of these rows that are rotated; 1 for none.
+        first: of those rows.
+        count: of those rows.
+    """
+
+    reads: Channels | None = None
+    input_rotation: int = 1
+    writes: Channels | None = None
+    output_rotation: int = 1
+    first: int = 0
+    count: int = 0
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing."""
+        return self == IDENTITY
+
+    @property
+    def of_vector(self) -> Transform:
+        """What it makes of a bias, which has rows and no columns."""
+        return replace(self, reads=None, input_rotation=1)
+
+    def described(self) -> dict[str, Any]:
+        """As JSON, for the manifest: what differs from leaving the weight as it is."""
+        entries: dict[str, Any] = {}
+        if self.reads is not None or self.writes is not None:
+            sides = {"columns": self.reads, "rows": self.writes}
+            entries["balanced"] = [name for name, side in sides.items() if side is not None]
+        if self.input_rotation > 1:
+            entries["rotated"] = self.input_rotation
+        if self.output_rotation > 1:
+            entries["rows_rotated"] = self.output_rotation
+        return entries
+
+    def reader(self, read: Callable[[int, int], Array], scales: ChannelScales | None) -> Callable[[int, int], Array]:
+        """A reader of the transformed rows, from one of the checkpoint's rows ``read(start, stop)``."""
+        if self.is_identity:
+            return read
+        assert scales is not None, "a transformed weight needs the scales of its channels"
+
+        def transformed(start: int, stop: int) -> Array:
+            low, high = self._whole_blocks(start, stop)
+            piece = self.apply(read(low, high), low, scales)
+            return piece[start - low : stop - low]
+
+        return transformed
+
+    def apply(self, piece: Array, start: int, scales: ChannelScales) -> Array:
+        """Rows from ``start`` on, transformed, as float32."""
+        piece = piece.astype(np.float32)
+        if self.reads is not None:
+            piece /= self.reads.along_columns(scales(self.reads))
+        if self.input_rotation > 1:
+            piece = rotate(piece, self.input_rotation)
+        rows = self._own_rows(start, len(piece))
+        if rows.stop > rows.start and (self.writes is not None or self.output_rotation > 1):
+            own = piece[rows]
+            if self.writes is not None:
+                first = start + rows.start - self.first
+                own = own * scales(self.writes)[first : first + len(own), None]
+            piece[rows] = rotate(own.T, self.output_rotation).T
+        return piece
+
+    def undo(self, weight: Array, scales: ChannelScales) -> Array:
+        """The whole ``weight [rows, cols]``, float32, as it was before."""
+        rows = self._own_rows(0, len(weight))
+        if rows.stop > rows.start and (self.writes is not None or self.output_rotation > 1):
+            weight = weight.copy()
+            own = rotate(weight[rows].T, self.output_rotation, back=True).T
+            weight[rows] = own if self.writes is None else own / scales(self.writes)[:, None]
+        if self.input_rotation > 1:
+            weight = rotate(weight, self.input_rotation, back=True)
+        return weight if self.reads is None else weight * self.reads.along_columns(scales(self.reads))
+
+    def carry(self, products: Array, scales: ChannelScales, before: Transform, scales_before: ChannelScales) -> None:
+        """Turn ``Σ xᵀx`` of what a weight multiplies after another transform into that after this one, in place.
+
+        Args:
+            products: float32 ``[cols, cols]``, of inputs that were transformed by ``before``.
+            scales: of the channels.
+            before: another transform of the same weight.
+            scales_before: of the channels there.
+        """
+        ratio = np.ones(len(products), np.float32)
+        if self.reads is not None:
+            ratio *= self.reads.along_columns(scales(self.reads))
+        if before.reads is not None:
+            ratio /= before.reads.along_columns(scales_before(before.reads))
+        if self.input_rotation == before.input_rotation and (ratio == 1).all():
+            return
+        for matrix in (products, products.T):  # the products are symmetric: first along rows, then along columns
+            for start, stop in slabs(len(matrix), len(matrix)):
+                piece = rotate(matrix[start:stop], before.input_rotation, back=True)
+                matrix[start:stop] = rotate(piece * ratio, self.input_rotation)
+
+    def channel_squares(self, products: Array, scales: ChannelScales) -> Array:
+        """``Σ x²`` of each column before the transform, ``[cols]``, from ``Σ xᵀx [cols, cols]`` after it."""
+        size = self.input_rotation
+        squares = np.empty(len(products))
+        for start in range(0, len(products), size):
+            block = products[start : start + size, start : start + size]
+            block = rotate(rotate(block, size, back=True).T, size, back=True)
+            squares[start : start + size] = block.diagonal()
+        return squares if self.reads is None else squares / self.reads.along_columns(scales(self.reads)) ** 2
+
+    def _own_rows(self, start: int, length: int) -> slice:
+        """Which of the rows ``[start, start + length)`` are written channels, counted from ``start``."""
+        low = min(max(self.first - start, 0), length)
+        return slice(low, max(low, min(self.first + self.count - start, length)))
+
+    def _whole_blocks(self, start: int, stop: int) -> tuple[int, int]:
+        """The rows to read for rows ``[start, stop)``, so that no block of rotated rows is cut."""
+        size = self.output_rotation
+        if size == 1:
+            return start, stop
+        end = self.first + self.count
+        if self.first < start < end:
+            start -= (start - self.first) % size
+        if self.first < stop < end:
+            stop += -(stop - self.first) % size
+        return start, stop
+
+
+IDENTITY = Transform()
+
+
+def packed_scales(exponents: Mapping[str, Array]) -> dict[str, str]:
+    """Exponents of two by name, as text for a manifest: int8, compressed (most are 0), in base64."""
+    return {name: base64.b64encode(zlib.compress(values.tobytes(), 9)).decode() for name, values in exponents.items()}
+
+
+def unpacked_scales(packed: Mapping[str, str]) -> dict[str, Array]:
+    """The scales ``[channels]`` that `packed_scales` has written, from a manifest that anybody may have written.
+
+    Raises:
+        ValueError: an entry is not base64, not compressed, too long, or of other scales than a build chooses.
+    """
+    scales = {}
+    for name, text in packed.items():
+        stream = zlib.decompressobj()
+        try:
+            data = stream.decompress(base64.b64decode(text, validate=True), MAX_CHANNELS)
+        except (TypeError, ValueError, zlib.error) as error:
+            raise ValueError(f"the scales of {name} are damaged: {error}") from None
+        if stream.unconsumed_tail or not stream.eof:
+            raise ValueError(f"the scales of {name} are damaged or too many")
+        scales[name] = np.exp2(np.frombuffer(data, np.int8).astype(np.float32))
+        if scales[name].max(initial=1) > LARGEST or scales[name].min(initial=1) < 1 / LARGEST:
+            raise ValueError(f"the scales of {name} are not between 1/{LARGEST:.0f} and {LARGEST:.0f}")
+    return scales

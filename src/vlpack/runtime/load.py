@@ -1,0 +1,52 @@
+"""`vlpack.load`: a package in memory, as what it is for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlpack.errors import OptionError
+from vlpack.package.manifest import whole_package
+from vlpack.tasks import EMBEDDING, GENERATE, manifest_task
+
+if TYPE_CHECKING:
+    from vlpack.runtime.model import Model
+    from vlpack.runtime.retrieval import Embedder, Reranker
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    vision_provider: str | None = None,
+) -> Model | Embedder | Reranker:
+    """Load a package: one that generates as a `Model`, an embedding model as an `Embedder`, else a `Reranker`.
+
+    Args:
+        folder: the package.
+        threads: of the runtime; all cores by default.
+        min_pixels: smallest image area, square pixels, instead of the package's.
+        max_pixels: largest image area; smaller is faster.
+        vision_provider: where a `Model` looks at images: ``cpu`` or ``runtime``; see there.
+
+    Raises:
+        OptionError: an option does not suit the package.
+        PackageError: the folder is not a complete package, or the runtime cannot load it.
+    """
+    path = Path(os.path.expanduser(folder))
+    task = manifest_task(path, whole_package(path))
+    if task == GENERATE:
+        from vlpack.runtime.model import Model
+
+        return Model(
+            path, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
+        )
+    if vision_provider is not None:
+        raise OptionError(f"vision_provider has no effect on a model for the task {task}.", "Leave it away.")
+    from vlpack.runtime.retrieval import Embedder, Reranker
+
+    kind = Embedder if task == EMBEDDING else Reranker
+    return kind(path, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels)

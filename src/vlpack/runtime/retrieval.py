@@ -1,0 +1,344 @@
+"""A package that embeds or scores, loaded and running on plain onnxruntime: onnxruntime-genai has no such models."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vlpack.errors import InputError, OptionError, PackageError
+from vlpack.ort.saturation import warn_of_saturation
+from vlpack.ort.session import ort, session_options
+from vlpack.package.loaded_files import LoadedFiles
+from vlpack.package.manifest import graph_files
+from vlpack.preprocess import Prompt, PromptBuilder, Tokenizer
+from vlpack.preprocess.images import check_pixel_limits
+from vlpack.preprocess.mrope import mrope_positions
+from vlpack.preprocess.retrieval_prompts import ChatPrompts, Input, PlainPrompts
+from vlpack.preprocess.settings_folder import SettingsFolder
+from vlpack.runtime.limits import too_long
+from vlpack.system import checked_threads
+from vlpack.tasks import EMBEDDING, RERANKER, Loaded, check_package_task
+
+Floats = npt.NDArray[np.float32]
+Arrays = dict[str, npt.NDArray[Any]]
+
+BATCH_TOKENS = 4096
+"""Of a batch, padding counted: enough to keep all cores busy, and little memory."""
+WINDOW_PROMPTS, WINDOW_BYTES = 512, 1 << 28
+"""Prompts that are held at a time to be sorted by length, and the bytes of their pixels."""
+
+_PROVIDERS = {
+    "cpu": ("CPUExecutionProvider", "onnxruntime"),
+    "cuda": ("CUDAExecutionProvider", "onnxruntime-gpu"),
+    "dml": ("DmlExecutionProvider", "onnxruntime-directml"),
+    "webgpu": ("WebGpuExecutionProvider", "a build of onnxruntime with webgpu"),
+}
+
+
+class Encoder(Loaded):
+    """What embedding models and rerankers share: graphs, prompts and batches.
+
+    Args:
+        folder: the package.
+        threads: of the runtime; all cores by default.
+        min_pixels: smallest image area, square pixels, instead of the model's.
+        max_pixels: largest image area; smaller is faster.
+
+    Raises:
+        PackageError: the folder is not a complete package for this task, or onnxruntime cannot load it.
+    """
+
+    task: str
+    item: str
+    """What an error calls an input."""
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> None:
+        self.folder = Path(os.path.expanduser(folder))
+        threads = checked_threads(threads)
+        started = time.perf_counter()
+        files = LoadedFiles(self.folder)
+        self.manifest = files.manifest
+        check_package_task(self.folder, self.manifest, self.task)
+        section = self._checked_section()
+        self.prompts: dict[str, str] = section["prompts"]
+        self.max_length: int = section["max_length"]
+        self.hidden_size: int = section["hidden_size"]
+        self.image: dict[str, int] | None = section.get("image")
+        check_pixel_limits(self.folder, self.image is not None, min_pixels, max_pixels)
+        self.default_prompt: str | None = section["default_prompt"]
+        self.instruction: str = section["instruction"] or ""
+        """What the model is told where neither a call nor a prompt says it."""
+        self._form = self._prompt_form(section["form"], min_pixels, max_pixels)
+        warn_of_saturation(self.manifest)
+        self._sessions = self._load_sessions(threads)
+        files.check()  # nothing was replaced while it was loaded
+        self.load_seconds = time.perf_counter() - started
+
+    def _checked_section(self) -> dict[str, Any]:
+        """The manifest's section for encoders, which anybody may have written."""
+        section: Any = self.manifest.get("encoder")
+        try:
+            image = section.get("image")
+            prompts, default = section["prompts"], section["default_prompt"]
+            sound = (
+                section["form"] in ("plain", "chat")
+                and isinstance(section["instruction"], str | None)
+                and all(isinstance(text, str) for text in prompts.values())
+                and (default is None or default in prompts)
+                and all(type(section[name]) is int for name in ("max_length", "hidden_size"))
+                and (image is None or all(type(image[name]) is int and image[name] > 0 for name in _IMAGE))
+            )
+        except (AttributeError, KeyError, TypeError):
+            sound = False
+        if not sound:
+            raise PackageError(f"{self.folder}: the manifest's section 'encoder' is damaged.", "Build it again.")
+        return dict(section)
+
+    def _prompt_form(self, form: str, min_pixels: int | None, max_pixels: int | None) -> PlainPrompts | ChatPrompts:
+        settings = SettingsFolder(self.folder, self.manifest["files"])
+        if form == "plain":
+            return PlainPrompts(Tokenizer.from_folder(settings))
+        image = self.image or {}
+        builder = PromptBuilder.from_folder(
+            settings,
+            image_token_id=image.get("image_token_id"),
+            video_token_id=image.get("video_token_id"),
+            min_pixels=image.get("min_pixels") if min_pixels is None else min_pixels,
+            max_pixels=image.get("max_pixels") if max_pixels is None else max_pixels,
+            no_videos="Embedding models and rerankers take no videos.",
+        )
+        return ChatPrompts(builder)
+
+    def _load_sessions(self, threads: int) -> dict[str, Any]:
+        files = graph_files(self.folder, self.manifest)
+        if "text" not in files and not {"decoder", "vision", "embedding"} <= set(files):
+            raise PackageError(
+                f"{self.folder} holds only {', '.join(files) or 'no part'} of a model and does not run by itself.",
+                "Build it with --part all or --part text.",
+            )
+        asked = str(self.manifest.get("execution_provider"))
+        provider, wheel = _PROVIDERS.get(asked, (asked, "another build of onnxruntime"))
+        if provider not in ort.get_available_providers():
+            raise PackageError(
+                f"The package is for {asked}, which the installed onnxruntime lacks.",
+                f"Install {wheel} in place of onnxruntime, or build with -e cpu.",
+            )
+        options = session_options(threads)
+        try:
+            return {
+                name: ort.InferenceSession(str(self.folder / file), options, providers=[provider])
+                for name, file in files.items()
+            }
+        except Exception as error:
+            raise PackageError(f"onnxruntime cannot load {self.folder}: {str(error).strip()[:500]}") from None
+
+    def _chosen(self, prompt: str | None) -> str:
+        """The text of a named prompt, or of the default."""
+        prompt = self.default_prompt if prompt is None else prompt
+        if prompt is None:
+            return self.instruction
+        if prompt not in self.prompts:
+            names = ", ".join(self.prompts) or "none"
+            raise OptionError(f"The model has no prompt {prompt!r}.", f"Its prompts: {names}.")
+        return self.prompts[prompt] or self.instruction
+
+    def run(self, prompts: Iterable[Prompt]) -> Floats:
+        """What the graphs make of prompts, one row each, in their order.
+
+        Prompts of like length share a batch, padded on the right; each row is as if it were alone.
+
+        Raises:
+            InputError: a prompt is longer than the model's context.
+            PackageError: onnxruntime fails.
+        """
+        results: list[Floats] = []
+        for window in self._windows(prompts):
+            rows: dict[int, Floats] = {}
+            for batch in _batches([prompt.input_ids.shape[1] for prompt in window]):
+                try:
+                    outputs = self._forward([window[index] for index in batch])
+                except Exception as error:  # onnxruntime has a class for each of its codes, without a common one
+                    raise PackageError(f"onnxruntime failed: {str(error).strip()[:500]}") from error
+                rows.update(zip(batch, outputs, strict=True))
+            results += [rows[index] for index in range(len(window))]
+        return np.array(results, np.float32)
+
+    def _windows(self, prompts: Iterable[Prompt]) -> Iterator[list[Prompt]]:
+        window: list[Prompt] = []
+        pixels = 0
+        for number, prompt in enumerate(prompts, start=1):
+            if prompt.input_ids.shape[1] > self.max_length:
+                raise too_long(f"{self.item} {number}", prompt, self.max_length)
+            window.append(prompt)
+            pixels += 0 if prompt.pixel_values is None else prompt.pixel_values.nbytes
+            if len(window) == WINDOW_PROMPTS or pixels >= WINDOW_BYTES:
+                yield window
+                window, pixels = [], 0
+        if window:
+            yield window
+
+    def _forward(self, prompts: Sequence[Prompt]) -> Floats:
+        """One batch."""
+        length = max(prompt.input_ids.shape[1] for prompt in prompts)
+        ids = np.zeros((len(prompts), length), np.int64)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            count = prompt.input_ids.shape[1]
+            ids[row, :count], mask[row, :count] = prompt.input_ids[0], 1
+        if "text" in self._sessions:
+            return self._session("text", {"input_ids": ids, "attention_mask": mask})[0]
+        embedding = {"input_ids": ids, "image_features": self._features(prompts)}
+        tokens = dict(zip(self._outputs("embedding"), self._session("embedding", embedding), strict=True))
+        positions = np.zeros((3, *ids.shape), np.int64)
+        assert self.image is not None, "a package with a vision graph has image settings"
+        for row, prompt in enumerate(prompts):
+            row_ids = prompt.input_ids[0]
+            positions[:, row, : len(row_ids)] = mrope_positions(
+                row_ids, prompt.grids, self.image["image_token_id"], self.image["spatial_merge_size"]
+            )
+        return self._session("decoder", {**tokens, "attention_mask": mask, "position_ids": positions})[0]
+
+    def _features(self, prompts: Sequence[Prompt]) -> npt.NDArray[Any]:
+        """``image_features [tokens, W]`` of all images of a batch; they are of unequal sizes, so one by one."""
+        port = next(p for p in self._sessions["embedding"].get_inputs() if p.name == "image_features")
+        dtype = np.float16 if port.type == "tensor(float16)" else np.float32
+        features: list[npt.NDArray[Any]] = [np.zeros((0, port.shape[1]), dtype)]
+        for prompt in prompts:
+            for pixels, grid in prompt.images():
+                features += self._session("vision", {"pixel_values": pixels, "image_grid_thw": grid})
+        return np.concatenate(features)
+
+    def _session(self, part: str, inputs: Arrays) -> list[npt.NDArray[Any]]:
+        outputs: list[npt.NDArray[Any]] = self._sessions[part].run(None, inputs)
+        return outputs
+
+    def _outputs(self, part: str) -> list[str]:
+        return [port.name for port in self._sessions[part].get_outputs()]
+
+
+class Embedder(Encoder):
+    """An embedding model's package in memory. Make it with `vlpack.load`."""
+
+    task, item = EMBEDDING, "Input"
+
+    def embed(
+        self,
+        inputs: Sequence[Input],
+        *,
+        instruction: str | None = None,
+        prompt: str | None = None,
+        dimensions: int | None = None,
+        allow_private_urls: bool = False,
+    ) -> Floats:
+        """Embeddings of length 1, float32 ``[n, H]``: their dot product is the cosine similarity.
+
+        Args:
+            inputs: texts, or dictionaries with ``text``, ``image`` (a file, URL, PIL image or array; or a list) and
+                ``instruction``.
+            instruction: what the inputs are to be compared for; retrieval gives one to queries, none to documents.
+            prompt: the name of one of the model's own prompts instead, such as ``query``.
+            dimensions: keep so many of the first ones, where the model was trained for it.
+            allow_private_urls: let image URLs lead to this machine or its network.
+
+        Raises:
+            InputError: an input is not usable, or longer than the model's context; it is named by number, from 1.
+            OptionError: an option is not usable.
+        """
+        _check_one(instruction, prompt)
+        size = self.hidden_size
+        if dimensions is not None and not (type(dimensions) is int and 1 <= dimensions <= size):
+            raise OptionError(f"dimensions is {dimensions!r}; it must be a whole number from 1 to {size}.")
+        _check_list(inputs, "inputs")
+        prefix = self._chosen(prompt)
+        rows = self.run(
+            self._form.embedding(item, instruction, prefix, f"Input {number}", allow_private_urls=allow_private_urls)
+            for number, item in enumerate(inputs, start=1)
+        ).reshape(len(inputs), size)
+        if dimensions is None:
+            return rows
+        rows = rows[:, :dimensions]
+        short: Floats = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.float32(1e-12))
+        return short
+
+    def prompt(self, item: Input) -> Prompt:
+        """The prompt that `embed` makes of an input without instruction; `run` takes it."""
+        return self._form.embedding(item, None, self._chosen(None), "The input")
+
+
+class Reranker(Encoder):
+    """A reranker's package in memory. Make it with `vlpack.load`."""
+
+    task, item = RERANKER, "Document"
+
+    def score(
+        self,
+        query: Input,
+        documents: Sequence[Input],
+        *,
+        instruction: str | None = None,
+        prompt: str | None = None,
+        allow_private_urls: bool = False,
+    ) -> list[float]:
+        """How well each document answers the query: the probability, 0 to 1, that the model says yes and not no.
+
+        Args:
+            query: a text, or a dictionary with ``text`` and ``image``.
+            documents: likewise.
+            instruction: what makes a document relevant.
+            prompt: the name of one of the model's own instructions instead.
+            allow_private_urls: let image URLs lead to this machine or its network.
+
+        Raises:
+            InputError: query or documents are not usable, or too long together; named by number, from 1.
+            OptionError: an option is not usable.
+        """
+        _check_one(instruction, prompt)
+        _check_list(documents, "documents")
+        told = self._chosen(prompt) if instruction is None else instruction
+        scores = self.run(
+            self._form.reranker(query, document, told, f"Document {number}", allow_private_urls=allow_private_urls)
+            for number, document in enumerate(documents, start=1)
+        )
+        return [float(score) for score in scores]
+
+    def prompt(self, query: Input, document: Input) -> Prompt:
+        """The prompt that `score` makes of a pair without instruction; `run` takes it."""
+        return self._form.reranker(query, document, self._chosen(None), "The document")
+
+
+_IMAGE = ("image_token_id", "video_token_id", "spatial_merge_size", "min_pixels", "max_pixels")
+
+
+def _check_one(instruction: str | None, prompt: str | None) -> None:
+    if instruction is not None and prompt is not None:
+        raise OptionError("instruction and prompt are both given.", "Give one of them.")
+
+
+def _check_list(items: object, name: str) -> None:
+    if isinstance(items, (str, bytes, dict)) or not isinstance(items, Sequence):
+        raise InputError(f"{name} must be a list, also for a single one, not a {type(items).__name__}.", "[text]")
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices by falling length, in groups of at most `BATCH_TOKENS` with padding: a window's longest comes first."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if batch and lengths[batch[0]] * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,66 @@
+"""The machine: how many cores this process may use, how much memory it has used, and how much there is."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from vlpack.errors import OptionError
+
+
+def available_cores() -> int:
+    """At least 1."""
+    if sys.version_info >= (3, 13):
+        return os.process_cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0)) or 1
+    return os.cpu_count() or 1
+
+
+def checked_threads(threads: int | None) -> int:
+    """The runtime's threads: all cores where ``threads`` is None (its own default is half of them).
+
+    Raises:
+        OptionError: absurdly many, or none.
+    """
+    cores = available_cores()
+    if threads is not None and not 1 <= threads <= max(64, 4 * cores):
+        raise OptionError(f"threads is {threads}; this process may use {cores} cores.")
+    return threads or cores
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident memory of this process, in bytes."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_memory_bytes() -> int:
+    """What this process has in memory now, pages of mapped files included, in bytes; the peak where nobody tells."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+    try:
+        with open("/proc/self/status", encoding="utf-8") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS:"))
+    except (OSError, StopIteration):
+        return peak_memory_bytes()
+
+
+def total_memory_bytes() -> int:
+    """Physical memory of this machine, in bytes; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.virtual_memory().total)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0

@@ -1,0 +1,143 @@
+"""Cases become prompts, and a package answers them: with greedy tokens, or not at all where it does not generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vlpack.errors import InputError
+from vlpack.package.manifest import whole_package
+from vlpack.preprocess import Prompt, Tokenizer
+from vlpack.preprocess.retrieval_prompts import Input
+from vlpack.preprocess.settings_folder import SettingsFolder
+from vlpack.runtime.genai_model import RUNTIME
+from vlpack.runtime.load import load
+from vlpack.runtime.model import Model
+from vlpack.runtime.sampling import Sampling
+from vlpack.tasks import GENERATE, manifest_task
+from vlpack.verification.cases import DOCUMENT, Case, built_in
+
+if TYPE_CHECKING:
+    from vlpack.runtime.retrieval import Embedder, Reranker
+    from vlpack.verification.reference import Trace
+
+Array = npt.NDArray[Any]
+
+
+@dataclass
+class Asked:
+    """A case on its way: the prompt, the package's answer, and what both sides made of prompt and answer.
+
+    Args:
+        case: it is of.
+        prompt: for package and reference.
+        tokens: the greedy answer through the runtime; none of a package that embeds or scores.
+        ids: int64 ``[1, S]``: the prompt and all of the answer but its last token.
+        original: what the reference made of it, until it was compared.
+    """
+
+    case: Case
+    prompt: Prompt
+    tokens: list[int]
+    ids: Array
+    original: Trace | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All that a package in its runtime is needed for: it is gone when these are there.
+
+    Args:
+        asked: the cases.
+        tokenizer: of the package.
+        task: of the package.
+        stops: ids that end an answer; None where there are no answers.
+        plain: prompts are made without the chat template, as those of embedding models of texts.
+        limits: smallest and largest image area, where the package does not go by its preprocessor_config.json.
+    """
+
+    asked: list[Asked]
+    tokenizer: Tokenizer
+    task: str
+    stops: frozenset[int] | None = None
+    plain: bool = False
+    limits: Mapping[str, int] | None = None
+
+
+def ask(
+    folder: Path,
+    cases: Sequence[Case] | None,
+    *,
+    tokens: int,
+    threads: int | None,
+    visual: Sequence[int],
+    say: Callable[[str], None],
+) -> Answers:
+    """Load a package and put the cases to it.
+
+    Args:
+        folder: the package.
+        cases: what is asked; `built_in` ones that fit the package where None.
+        tokens: of each answer at most.
+        threads: of the runtime.
+        visual: tokens that stand for images and videos; the reference takes one that a model writes for an image's.
+        say: told what is being done.
+
+    Raises:
+        VlpackError: the package cannot be loaded, or a case does not fit it.
+    """
+    manifest = whole_package(folder)
+    sees = "vision.onnx" in manifest["files"]
+    generates = manifest_task(folder, manifest) == GENERATE
+    # all in the runtime, as the package is run from other languages
+    package = load(folder, threads=threads, vision_provider=RUNTIME if generates and sees else None)
+    if isinstance(package, Model):
+        asked = []
+        for case in cases or built_in(sees=sees, videos=package.takes_videos):
+            say(f"asking: {case.name}")
+            asked.append(_answer(package, case, tokens, visual))
+        eos = package.config["model"]["eos_token_id"]
+        stops = frozenset(eos if isinstance(eos, list) else [eos])
+        return Answers(asked, package.tokenizer, package.task, stops)
+    prompts = _prompts(package, cases or built_in(sees=sees))
+    asked = [Asked(case, prompt, [], prompt.input_ids.astype(np.int64)) for case, prompt in prompts]
+    image = package.image
+    limits = {"shortest_edge": image["min_pixels"], "longest_edge": image["max_pixels"]} if image else None
+    plain = package.manifest["encoder"]["form"] == "plain"
+    tokenizer = Tokenizer.from_folder(SettingsFolder(folder, manifest["files"]))
+    return Answers(asked, tokenizer, package.task, plain=plain, limits=limits)
+
+
+def _answer(model: Model, case: Case, tokens: int, visual: Sequence[int]) -> Asked:
+    if case.document is not None:
+        raise InputError(f"{case.name} has a document, and the package does not score any.", "Leave it away.")
+    prompt = model.prompt(case.prompt, case.images, case.videos, video_options=case.video_options)
+    answer = model.generate(prompt, max_tokens=tokens, sampling=Sampling(temperature=0)).tokens
+    answer = list(takewhile(lambda token: token not in visual, answer))
+    return Asked(case, prompt, answer, np.concatenate([prompt.input_ids[0], answer[:-1]]).astype(np.int64)[None])
+
+
+def _prompts(package: Embedder | Reranker, cases: Sequence[Case]) -> list[tuple[Case, Prompt]]:
+    from vlpack.runtime.retrieval import Reranker
+
+    prompts = []
+    for case in cases:
+        if case.videos:
+            raise InputError(f"{case.name} has a video, which the package does not take.", "Leave it away.")
+        if isinstance(package, Reranker):
+            prompts.append((case, package.prompt(case.prompt, _input(case.document or DOCUMENT, case))))
+        elif case.document is not None:
+            raise InputError(f"{case.name} has a document, and the package embeds one input.", "Leave it away.")
+        else:
+            prompts.append((case, package.prompt(_input(case.prompt, case))))
+    return prompts
+
+
+def _input(text: str, case: Case) -> Input:
+    return {"image": list(case.images), "text": text} if case.images else text

@@ -1,0 +1,228 @@
+"""Wrong graphs that look right: each is planted on purpose, and the comparison of the parity tests must see it.
+
+The first is the alias that tempts most: "Qwen3-VL is Qwen2.5-VL with other sections". The numbers in config.json are
+the same, the rotary frequencies go to other axes, and a comparison on text alone finds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import vlpack.architectures.qwen3_vl as family
+from parity import Inputs, Package, make_inputs, relative
+from tiny import Tiny
+from vlpack.builder import build
+from vlpack.layers.attention import Heads
+from vlpack.layers.deepstack import SideChannel
+from vlpack.layers.rope import chunked_axes
+from vlpack.layers.vision import Patches
+from vlpack.options import parse_extra_options
+from vlpack.preprocess import ImageProcessor
+
+TINY = Tiny(head_dim=128, mrope_section=(24, 20, 20), peak=4.0)
+EXACT = 1e-5
+"""The tolerance of the parity tests."""
+
+IMAGES = make_inputs(TINY, ((1, 8, 16), (1, 12, 6)))
+TEXT = make_inputs(TINY, (), text=24)
+
+
+@pytest.fixture
+def wrong(checkpoint: Callable[..., Any], reference: Callable[..., Any], tmp_path):
+    """Build as the code stands just now, and compare: errors of the merged features, the levels, and the logits."""
+
+    def errors(inputs: Inputs = IMAGES, tiny: Tiny = TINY) -> dict[str, float]:
+        build(checkpoint(tiny), tmp_path / "wrong", precision="fp32", threads=1, force=True,
+              extra_options=parse_extra_options(["prune_lm_head=false"]))  # fmt: skip
+        runs, expected = Package(tmp_path / "wrong"), reference(tiny)(inputs)
+        features = runs.features(inputs)
+        found = {}
+        if len(inputs.grid):
+            parts = np.split(features, 1 + len(tiny.deepstack), axis=-1)
+            wanted = {"merged": expected.merged} | {f"level {i}": level for i, level in enumerate(expected.levels)}
+            found = {name: relative(part, level) for part, (name, level) in zip(parts, wanted.items(), strict=True)}
+        logits, _ = runs.decode(runs.embed(inputs.ids, features), expected.positions)
+        found["logits"] = relative(logits, expected.logits)
+        print({name: f"{error:.2g}" for name, error in found.items()})
+        return found
+
+    return errors
+
+
+def test_the_right_graph_passes(wrong):
+    assert max(wrong().values()) <= EXACT
+    assert max(wrong(TEXT).values()) <= EXACT
+
+
+def test_chunked_rotary_axes(wrong, monkeypatch):
+    monkeypatch.setattr(family, "interleaved_axes", chunked_axes)
+    errors = wrong()
+    assert errors["merged"] <= EXACT
+    assert errors["logits"] > 0.2
+    # text has the same position on all axes: here the alias hides
+    assert wrong(TEXT)["logits"] <= EXACT
+
+
+def test_one_dimensional_positions(wrong, monkeypatch):
+    monkeypatch.setattr(family, "interleaved_axes", lambda sections: np.zeros(sum(sections), np.int64))
+    assert wrong()["logits"] > 0.2
+    assert wrong(TEXT)["logits"] <= EXACT
+
+
+def test_deepstack_dropped(wrong, monkeypatch):
+    monkeypatch.setattr(SideChannel, "levels_of", lambda self, op, channel: [])
+    errors = wrong()
+    assert errors["level 2"] <= EXACT
+    assert errors["logits"] > 0.2
+    assert wrong(TEXT)["logits"] <= EXACT
+
+
+def test_deepstack_levels_permuted_in_the_decoder(wrong, monkeypatch):
+    right = SideChannel.levels_of
+    monkeypatch.setattr(SideChannel, "levels_of", lambda self, op, channel: right(self, op, channel)[::-1])
+    errors = wrong()
+    assert errors["level 0"] <= EXACT
+    assert errors["logits"] > 0.2
+
+
+def test_deepstack_levels_permuted_in_the_encoder(wrong, monkeypatch):
+    right = SideChannel.join
+    monkeypatch.setattr(SideChannel, "join", lambda self, op, merged, levels: right(self, op, merged, levels[::-1]))
+    errors = wrong()
+    assert errors["level 0"] > 1
+    assert errors["level 1"] <= EXACT
+    assert errors["logits"] > 0.2
+
+
+def test_deepstack_one_layer_late(wrong, monkeypatch):
+    """As if the features were added to a layer's input, not to its output."""
+    right = SideChannel.levels_of
+
+    def late(self: SideChannel, op: Any, channel: ir.Value) -> list[ir.Value]:
+        levels = right(self, op, channel)
+        return [op.Mul(levels[0], 0.0), *levels]
+
+    monkeypatch.setattr(SideChannel, "levels_of", late)
+    assert wrong()["logits"] > 0.2
+
+
+def test_deepstack_mergers_by_depth_instead_of_by_place(wrong, monkeypatch):
+    """Only indexes out of order tell them apart."""
+    tiny = TINY.but(deepstack=(2, 0))
+    assert max(wrong(tiny=tiny).values()) <= EXACT
+    right = family.deepstack_indexes
+    monkeypatch.setattr(family, "deepstack_indexes", lambda config: sorted(right(config)))
+    errors = wrong(tiny=tiny)
+    assert errors["merged"] <= EXACT
+    assert errors["level 0"] > 1
+
+
+def test_gelu_of_another_kind(wrong, monkeypatch):
+    """The two differ by a thousandth at most, and yet by far more than the tolerance."""
+    for act, other in (("gelu_pytorch_tanh", "gelu"), ("gelu", "gelu_pytorch_tanh")):
+        tiny = TINY.but(vision_act=act)
+        with monkeypatch.context() as patch:
+            right = family.VisionMLP
+            patch.setattr(family, "VisionMLP", lambda *a, right=right, other=other: right(*a[:-1], other))
+            errors = wrong(tiny=tiny)
+        assert min(errors.values()) > 5 * EXACT
+
+
+def test_gelu_of_another_kind_in_the_mergers(wrong, monkeypatch):
+    right = family.activation
+    monkeypatch.setattr(family, "activation", lambda op, x, name: right(op, x, "gelu_pytorch_tanh"))
+    errors = wrong()
+    assert min(errors.values()) > 10 * EXACT
+
+
+@contextmanager
+def transposed(monkeypatch: pytest.MonkeyPatch, table: bool, angles: bool) -> Iterator[None]:
+    """Rows and columns change places in the position table, in the rotary angles, or in both."""
+    places, rope = family.patch_places, family.axial_rope
+
+    def turn(p: Patches) -> Patches:
+        return Patches(p.column, p.row, p.width, p.height)
+
+    with monkeypatch.context() as patch:
+        if table:
+            patch.setattr(family, "patch_places", lambda *a: turn(places(*a)))
+        if table != angles:
+            patch.setattr(family, "axial_rope", lambda op, p, *a: rope(op, turn(p), *a))
+        yield
+
+
+@pytest.mark.parametrize(("table", "angles"), [(True, False), (False, True), (True, True)])
+def test_rows_and_columns_of_the_encoder_changed_over(table, angles, wrong, monkeypatch):
+    with transposed(monkeypatch, table, angles):
+        errors = wrong()
+    assert min(errors.values()) > 0.1
+
+
+def test_positions_not_interpolated(wrong, monkeypatch):
+    """The nearest entry of the table instead of the mean of four."""
+    right = family.bilinear_taps
+
+    def nearest(op: Any, *arguments: Any) -> list[tuple[ir.Value, ir.Value]]:
+        return [(index, op.Round(weight)) for index, weight in right(op, *arguments)]
+
+    monkeypatch.setattr(family, "bilinear_taps", nearest)
+    assert min(wrong().values()) > 0.1
+
+
+def test_patches_in_raster_order(wrong, monkeypatch):
+    """As if the processor had not put the patches of a merge block side by side."""
+    right = family.patch_places
+    monkeypatch.setattr(family, "patch_places", lambda op, grid, merge: right(op, grid, 1))
+    assert min(wrong().values()) > 0.1
+
+
+def test_query_norm_forgotten(wrong, monkeypatch):
+    right = Heads._place
+
+    def forgetful(self: Heads, op: Any, x: ir.Value, count: int, norm: ir.Value | None, rope: Any) -> ir.Value:
+        return right(self, op, x, count, None if count == self.queries else norm, rope)
+
+    monkeypatch.setattr(Heads, "_place", forgetful)
+    # the norm's weight fills no place in the graph then; its parameter is left over and the build still goes through
+    assert wrong(TEXT)["logits"] > 0.1
+
+
+def test_another_epsilon_in_the_encoder(wrong, monkeypatch):
+    """LayerNorm's default, and not what Qwen3-VL has; the config says nothing of it."""
+    tiny = TINY.but(quiet=True)
+    assert max(wrong(tiny=tiny).values()) <= EXACT
+    monkeypatch.setattr(family, "LAYER_NORM_EPS", 1e-5)
+    assert min(wrong(tiny=tiny).values()) > 10 * EXACT
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),  # CLIP's and Qwen2.5-VL's
+        ((0.5, 0.5, 0.5), (1.0, 1.0, 1.0)),
+        ((0.0, 0.0, 0.0), (0.5, 0.5, 0.5)),
+    ],
+)
+def test_wrong_mean_and_std(mean, std, checkpoint, package, reference):
+    from dataclasses import replace
+
+    from PIL import Image
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8))
+    right = ImageProcessor.from_folder(checkpoint(TINY))
+    expected = None
+    for processor in (right, replace(right, image_mean=mean, image_std=std)):
+        processed = processor([image])
+        features = package(TINY).run(
+            "vision", pixel_values=processed.pixel_values, image_grid_thw=processed.image_grid_thw
+        )["image_features"]
+        if expected is None:
+            expected = features
+        else:
+            assert relative(features, expected) > 0.1

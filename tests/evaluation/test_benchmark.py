@@ -1,0 +1,172 @@
+"""`vlpack bench`: its figures belong together. How large they are is for people and machines to judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vlpack
+from samples import DIGITS
+from samples import vlpack as run_vlpack
+from vlpack.builder import build
+from vlpack.errors import InputError, OptionError, VlpackError
+from vlpack.evaluation.benchmark import Benchmark, compare, parse_size
+
+Capsys = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench") / "package"
+    build(DIGITS, folder, precision="int8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(package: Path) -> Benchmark:
+    return vlpack.bench(package, prompt_tokens=[20, 200], images=["64x32"], new_tokens=6, repeat=2, threads=1)
+
+
+def test_the_figures_add_up(result: Benchmark, package: Path) -> None:
+    short, long, image = result.works
+    assert [work.name for work in result.works] == ["20 tokens", "200 tokens", "64x32"]
+    assert (short.prompt_tokens, long.prompt_tokens) == (20, 200)
+    assert image.prompt_tokens > 2
+    assert short.prefill.median < long.prefill.median
+    for work in result.works:
+        assert 0 < work.token.low <= work.token.median <= work.token.high < 1
+        parts = (work.preprocess, work.vision, work.prefill)
+        assert work.first_token.low >= sum(part.low for part in parts) - 1e-9
+        assert work.first_token.high <= sum(part.high for part in parts) + 1e-9
+        assert 10_000_000 < work.resident <= work.peak
+        assert work.load > 0
+    assert (long.vision.high, long.preprocess.high) == (0, 0)
+    assert min(image.vision.low, image.preprocess.low) > 0
+    assert result.bytes == sum(path.stat().st_size for path in package.iterdir() if path.name != "vlpack.json")
+    assert result.load.low == min(work.load for work in result.works)
+    assert result.read > 0
+    assert result.machine["cores"] >= 1
+    assert result.threads == 1
+
+
+def test_an_end_token_does_not_end_the_measurement(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digits model ends its answers after a few tokens: the number of steps must be the one asked for."""
+    from vlpack.evaluation import benchmark_worker as benchmark_work
+    from vlpack.runtime import model as runtime
+
+    steps = []
+    make = runtime.make_generator
+
+    def watched(*arguments: Any) -> Any:
+        steps.append(make(*arguments))
+        return steps[-1]
+
+    monkeypatch.setattr(runtime, "make_generator", watched)
+    asked = {"package": str(package), "threads": 1, "new": 40, "repeat": 1, "image": (64, 32)}
+    found = benchmark_work.work(asked)
+    assert steps[0].token_count() == found["prompt_tokens"] + 40
+
+
+def test_every_answer_looks_at_the_image(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features are kept for those who ask again, and a measurement must not find them."""
+    from vlpack.evaluation import benchmark_worker as benchmark_work
+    from vlpack.runtime.vision import VisionEncoder
+
+    looked, run = [], VisionEncoder._run
+
+    def watched(self: VisionEncoder, *arguments: Any) -> Any:
+        looked.append(self)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(VisionEncoder, "_run", watched)
+    benchmark_work.work({"package": str(package), "threads": 1, "new": 2, "repeat": 3, "image": (64, 32)})
+    assert len(looked) == 3
+
+
+def test_the_command(package: Path, tmp_path: Path, capsys: Capsys) -> None:
+    path = tmp_path / "result.json"
+    options = ("--prompt-tokens", 20, "--new-tokens", 4, "--repeat", 1)
+    done = run_vlpack(capsys, "bench", package, *options, "-o", path)
+    assert done.code == 0
+    assert "20 tokens" in done.out
+    assert "times reading it" in done.out
+    assert "64x32" not in done.out
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier["works"][0]["first_token"]["median"] *= 1000
+    earlier["threads"] = 77
+    path.write_text(json.dumps(earlier), encoding="utf-8")
+    done = run_vlpack(capsys, "bench", package, *options, "--compare", path, "--json")
+    (work,) = json.loads(done.out)["compared"]
+    assert 0 < work["first_token"] < 0.1 < work["token"]
+    assert any("threads was 77" in sentence for sentence in json.loads(done.out)["differs"])
+    done = run_vlpack(capsys, "bench", package, *options, "--compare", path)
+    assert "now / then" in done.out
+    assert "threads was 77" in done.err
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{}", "not a result"),
+        ("[]", "must hold a JSON object"),
+        ('{"works": [{"name": "x"}]}', "not a result"),
+        ('{"works": []}', "not a result"),
+        ('{"works": [{"name": "x", "first_token": {"median": 0}, "token": {"median": 1}}]}', "not a result"),
+    ],
+)
+def test_what_is_no_result(text: str, problem: str, result: Benchmark, tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text(text, encoding="utf-8")
+    with pytest.raises(VlpackError, match=problem):
+        compare(result, tmp_path / "other.json")
+
+
+def test_no_work_in_common(result: Benchmark, tmp_path: Path) -> None:
+    other = result.as_json()
+    other["works"] = [{**other["works"][0], "name": "7 tokens"}]
+    (tmp_path / "other.json").write_text(json.dumps(other), encoding="utf-8")
+    with pytest.raises(InputError, match="it has 7 tokens"):
+        compare(result, tmp_path / "other.json")
+
+
+def test_what_cannot_be_measured(package: Path, tmp_path: Path, capsys: Capsys) -> None:
+    with pytest.raises(InputError, match="do not fit the model's context"):
+        vlpack.bench(package, prompt_tokens=[10**6])
+    for size in ("640", "0x10", "640x-1", "x", "99999x10"):
+        with pytest.raises(OptionError, match="not the size of an image"):
+            parse_size(size)
+    with pytest.raises(OptionError, match="new_tokens is 1"):
+        vlpack.bench(package, new_tokens=1)
+    build(DIGITS, tmp_path / "text", part="text")
+    with pytest.raises(InputError, match="no vision part"):
+        vlpack.bench(tmp_path / "text", images=["64x32"])
+    build(DIGITS, tmp_path / "embedding", task="embedding")
+    with pytest.raises(VlpackError, match="for the task embedding"):
+        vlpack.bench(tmp_path / "embedding")
+
+
+def test_files_are_looked_at_before_the_work(
+    package: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlpack.evaluation.benchmark.bench", lambda *arguments, **more: pytest.fail("it was measured"))
+    (tmp_path / "other.json").write_text("{}")
+    for options, problem in (
+        (("--compare", tmp_path / "none.json"), "There is no file"),
+        (("--compare", tmp_path / "other.json"), "not a result"),
+        (("--output", tmp_path), "cannot be written"),
+        (("--output", tmp_path / "none" / "result.json"), "cannot be written"),
+    ):
+        done = run_vlpack(capsys, "bench", package, *options)
+        assert (done.code, problem in done.err, done.out) == (2, True, "")
+
+
+def test_what_was_measured_is_not_lost(package: Path, result: Benchmark, tmp_path: Path, capsys: Capsys) -> None:
+    path, output = tmp_path / "earlier.json", tmp_path / "now.json"
+    path.write_text(json.dumps(result.as_json()), encoding="utf-8")
+    options = ("--prompt-tokens", 21, "--new-tokens", 2, "--repeat", 1)
+    done = run_vlpack(capsys, "bench", package, *options, "--compare", path, "-o", output)
+    assert (done.code, "no work in common" in done.err) == (2, True)
+    assert "21 tokens" in done.out
+    assert json.loads(output.read_text(encoding="utf-8"))["works"][0]["name"] == "21 tokens"

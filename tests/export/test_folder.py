@@ -1,0 +1,132 @@
+"""Several builds to one name at once: one whole package, a sentence for the others, and nothing left over."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlpack.errors import OptionError
+from vlpack.export import folder as output
+from vlpack.export.folder import output_folder
+
+needs_posix = pytest.mark.skipif(os.name == "nt", reason="locks and renames of POSIX")
+
+
+def fill(folder: Path, name: str) -> None:
+    """What counts as a package."""
+    (folder / name).write_text(name)
+    (folder / "vlpack.json").write_text(json.dumps({"format": 1, "files": {name: {}}}))
+
+
+def package(folder: Path, name: str) -> Path:
+    folder.mkdir()
+    fill(folder, name)
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def write(folder: Path, name: str, *, force: bool) -> None:
+    with output_folder(folder, force=force) as partial:
+        fill(partial, name)
+
+
+def race(number: int, folder: Path, rounds: int, force: bool, start: Any, results: Any) -> None:
+    """One of the processes: in every round a package of its own into the same name, all at the same time."""
+    chance = random.Random(number)
+    for round_ in range(rounds):
+        start.wait(60)
+        try:
+            with output_folder(folder / str(round_) / "package", force=force) as partial:
+                fill(partial, str(number))
+                time.sleep(chance.random() * 0.003)
+            results.put("won")
+        except OptionError as error:
+            results.put(error.message.replace(str(folder), "").lstrip("/0123456789"))
+        except BaseException as error:
+            results.put(repr(error))
+
+
+@needs_posix
+@pytest.mark.parametrize("force", [False, True])
+def test_processes_that_build_into_one_name(force: bool, tmp_path: Path) -> None:
+    processes, rounds = 4, 40
+    context = multiprocessing.get_context("spawn")
+    start, results = context.Barrier(processes), context.Queue()
+    workers = [
+        context.Process(target=race, args=(number, tmp_path, rounds, force, start, results))
+        for number in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    outcomes = Counter(results.get(timeout=120) for _ in range(processes * rounds))
+    for worker in workers:
+        worker.join()
+    wanted = {"won": processes * rounds} if force else {"won": rounds, "package exists.": (processes - 1) * rounds}
+    assert outcomes == wanted
+    for round_ in range(rounds):
+        assert names(tmp_path / str(round_)) == {"package"}
+        made = tmp_path / str(round_) / "package"
+        assert names(made) == {"vlpack.json", *json.loads((made / "vlpack.json").read_text())["files"]}
+
+
+def test_a_package_that_appears_at_the_last_moment_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = os.rename
+
+    def other_first(source: Path, target: Path) -> None:
+        if not target.exists():
+            package(target, "other")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", other_first)
+    with pytest.raises(OptionError, match="exists"):
+        write(tmp_path / "package", "mine", force=False)
+    assert names(tmp_path) == {"package"}
+    assert "other" in names(tmp_path / "package")
+
+
+def test_a_folder_taken_for_a_leftover_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, times = output._lock, []
+
+    def removed_first(folder: Path) -> int | None:
+        times.append(folder)
+        if len(times) == 1:
+            shutil.rmtree(folder)
+        return lock(folder)
+
+    monkeypatch.setattr(output, "_lock", removed_first)
+    write(tmp_path / "package", "mine", force=False)
+    assert names(tmp_path) == {"package"}
+    assert "mine" in names(tmp_path / "package")
+
+
+def test_a_package_is_put_back_where_its_successor_cannot_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package(tmp_path / "package", "before")
+    rename = os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if ".partial-" in source.name and "-old" not in source.name:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(output, "exchange", lambda one, other: False)
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "package", "after", force=True)
+    assert names(tmp_path) == {"package"}
+    assert "before" in names(tmp_path / "package")
