@@ -36,7 +36,8 @@ from safetensors.numpy import save_file
 
 import vlpack
 from vlpack.builder import build
-from vlpack.checkpoint.checkpoint import Checkpoint, sha256_file
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.files import sha256_file
 from vlpack.errors import PackageError, VlpackError
 from vlpack.inspection import inspect
 from vlpack.package.manifest import MANIFEST, _sealed

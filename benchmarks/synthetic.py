@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from vlpack.architectures import ARCHITECTURES
-from vlpack.architectures.base import GraphOptions
 from vlpack.architectures.moe import Mixture
+from vlpack.architectures.ports import GraphOptions
 from vlpack.export.graph import declare
 from vlpack.layers.moe import Layout
 from vlpack.quantize.policy import QuantizationOptions, make_policy

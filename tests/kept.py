@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlpack.architectures import architecture_of
-from vlpack.architectures.base import GraphOptions
+from vlpack.architectures.ports import GraphOptions
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.rows import Source, Stacked
 from vlpack.export.graph import Weight, declare
@@ -55,12 +55,12 @@ class Kept:
     ) -> None:
         self.weights: dict[str, np.ndarray] = {}
         self.declared: dict[str, Weight] = {}
-        with Checkpoint.open(folder) as checkpoint:
-            architecture = architecture_of(checkpoint, task)
+        with Checkpoint.open(folder) as opened:
+            architecture, checkpoint = architecture_of(opened, task)
             quantization = QuantizationOptions(**options)
             policy = make_policy(precision, provider, quantization, architecture.precision_facts)
             self.scales = ChannelScales(checkpoint)
-            for part in architecture.parts(GraphOptions(policy.ir_dtype)):
+            for part in architecture.parts(GraphOptions.of_policy(policy)):
                 for weight in declare(part, policy):
                     if weight.cols > 1:
                         self._add(weight, checkpoint)

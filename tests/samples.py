@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from vlpack.cli import app as cli
-from vlpack.package.manifest import MANIFEST, _sealed, sha256_file
+from vlpack.package.manifest import MANIFEST, sealed, sha256_file
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DIGITS = EXAMPLES / "digits-qwen3-vl"
@@ -141,4 +141,4 @@ def seal(package: Path) -> None:
     manifest = json.loads(path.read_text(encoding="utf-8"))
     for name, entry in manifest["files"].items():
         entry |= {"bytes": (package / name).stat().st_size, "sha256": sha256_file(package / name)}
-    path.write_text(_sealed(manifest), encoding="utf-8")
+    path.write_text(sealed(manifest), encoding="utf-8")

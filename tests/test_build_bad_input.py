@@ -20,7 +20,7 @@ import pytest
 import samples
 from samples import DIGITS, EMBEDDING, QUERY, Tensor, Tensors, copy_digits, edit_json, edit_tensors, poke, vlpack
 from vlpack.builder import build
-from vlpack.checkpoint.checkpoint import sha256_file
+from vlpack.checkpoint.files import sha256_file
 from vlpack.errors import OptionError, VlpackError
 from vlpack.export import folder as output_module
 from vlpack.export import weights as datafile

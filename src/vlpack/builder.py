@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlpack.architectures import Architecture, Part, architecture_of
-from vlpack.architectures.base import GraphOptions
+from vlpack.architectures.ports import GraphOptions
+from vlpack.architectures.task import decide_task
 from vlpack.calibration.options import BESIDE, check_calibration, say_nothing
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.hub import ResolvedSource
@@ -24,16 +25,15 @@ from vlpack.export.assets import write_beside
 from vlpack.export.check import check_tensors
 from vlpack.export.folder import check_free, check_space, output_folder
 from vlpack.export.graph import Graph, Weight, declare, trace
+from vlpack.export.manifest import write_manifest
 from vlpack.export.preflight import check_settings, resolve_checked
 from vlpack.export.retrieval import encoder_section
 from vlpack.export.weights import DataFiles, planned_bytes
-from vlpack.layers.attention import has_grouped_kernel
 from vlpack.lora.merge import Adapter, adapter_notes, merge_all, open_adapters, places_of
-from vlpack.options import ExtraOptions, check_effects
-from vlpack.package.manifest import write_manifest
+from vlpack.options import ExtraOptions, check_effects, check_task_options
 from vlpack.quantize.policy import Policy, QuantizationOptions, make_policy
 from vlpack.system import available_cores, peak_memory_bytes
-from vlpack.tasks import AUTO, GENERATE, check_task, check_task_options, decide_task
+from vlpack.tasks import AUTO, GENERATE, check_task
 
 if TYPE_CHECKING:
     from vlpack.calibration.hessians import Calibration
@@ -152,15 +152,15 @@ def build(
 
     with (
         ExitStack() as stack,
-        Checkpoint.open(found.folder) as base,
+        Checkpoint.open(found.folder) as opened,
         output_folder(output, force=force) as folder,
     ):
         for adapter in adapters:
             stack.callback(adapter.close)
-        task, reasons = decide_task(base, task, found.repo_id or found.name)
+        task, reasons = decide_task(opened, task, found.repo_id or found.name)
         notes += reasons
         check_task_options(extra, task, precision)
-        architecture = architecture_of(base, task)
+        architecture, base = architecture_of(opened, task)
         policy = make_policy(precision, execution_provider, quantization, architecture.precision_facts)
         check_tensors(architecture, base, policy)
         merged = merge_all(base, adapters, architecture)
@@ -278,7 +278,7 @@ def _calibration(
     files = {name: filename for name, (filename, _, _) in beside.parts.items()}
     weights = [weight for graph in graphs.values() for weight in graph.weights if weight.calibrated]
     policy = make_policy("int8", "cpu", QuantizationOptions(), architecture.precision_facts)
-    parts = architecture.parts(GraphOptions(policy.ir_dtype))
+    parts = architecture.parts(GraphOptions.of_policy(policy))
     transforms = {weight.path: weight.transform for part in parts for weight in declare(part, policy)}
     model = CalibrationModel(beside.folder, files, architecture)
     return start_calibration(model, weights, transforms, checkpoint, source, say)
@@ -335,8 +335,7 @@ def _in_background(work: Callable[[], Any]) -> Future[Any]:
 
 def _parts(architecture: Architecture, part: str, policy: Policy, extra: ExtraOptions) -> list[Part]:
     _check_cache(architecture, policy)
-    grouped = has_grouped_kernel(policy.provider, policy.ir_dtype)
-    options = GraphOptions(policy.ir_dtype, extra.prune_lm_head is not False, grouped, policy.cache == "int8")
+    options = GraphOptions.of_policy(policy, last_logits=extra.prune_lm_head is not False)
     if part == "text":
         return [architecture.decoder_part(options) if extra.exclude_embeds else architecture.text_part(options)]
     parts = architecture.parts(options)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vlpack.architectures import Part, architecture_of, read_settings
-from vlpack.architectures.base import GraphOptions
+from vlpack.architectures.ports import GraphOptions
+from vlpack.architectures.task import decide_task
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.files import existing_folder, quote
 from vlpack.checkpoint.hub import SETTINGS, is_folder, is_hub_id, resolve
@@ -16,7 +17,7 @@ from vlpack.export.check import check_tensors
 from vlpack.package.manifest import MANIFEST, damaged_files, graph_files, package_json, read_manifest, unlisted_files
 from vlpack.package.validate import check_config
 from vlpack.quantize.policy import QuantizationOptions, make_policy
-from vlpack.tasks import AUTO, GENERATE, RERANKER, decide_task
+from vlpack.tasks import AUTO, GENERATE, RERANKER
 
 CONFIG = "genai_config.json"
 
@@ -153,9 +154,9 @@ def inspect_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
         }
         if weights:
             task, notes = decide_task(checkpoint, AUTO, folder.resolve().name)
-            architecture = architecture_of(checkpoint, task)
+            architecture, named = architecture_of(checkpoint, task)
             policy = make_policy("fp32", "cpu", QuantizationOptions(), architecture.precision_facts)
-            check_tensors(architecture, checkpoint, policy)
+            check_tensors(architecture, named, policy)
         else:
             architecture = read_settings(checkpoint)
             task, notes = decide_task(checkpoint, AUTO, folder.resolve().name)

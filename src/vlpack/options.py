@@ -10,6 +10,7 @@ from typing import Any
 from vlpack.errors import OptionError
 from vlpack.quantize.policy import BLOCK_SIZES, Policy, QuantizationOptions
 from vlpack.quantize.storage import Blocks, ChannelInt8, Storage
+from vlpack.tasks import AUTO, GENERATE
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,32 @@ def check_effects(extra: ExtraOptions, part: str, policy: Policy, vision: str | 
     if extra.filename and part == "all" and extra.filename.lower() in ("vision.onnx", "embedding.onnx"):
         raise OptionError(f"filename={extra.filename} is the name of another part's graph.", "Choose another one.")
     _check_quantization(extra, part, policy, {role: policy.storage(role) for role in roles})
+
+
+def check_task_options(extra: ExtraOptions, task: str, precision: str) -> None:
+    """Every option that was given changes something in a package for ``task``.
+
+    Raises:
+        OptionError: one does not: such a package has no head over the vocabulary, and always embeds its tokens.
+    """
+    if task in (GENERATE, AUTO):
+        return
+    if extra.kv_cache is not None:
+        raise OptionError(f"kv_cache has no effect on a model for the task {task}, which keeps no cache.")
+    for name in ("prune_lm_head", "exclude_embeds", "shared_embeddings"):
+        if getattr(extra, name) is not None:
+            raise OptionError(
+                f"{name} has no effect on a model for the task {task}, which has no head over the vocabulary."
+                if name != "exclude_embeds"
+                else f"exclude_embeds is an option of models that generate; this one is for the task {task}."
+            )
+    if extra.algo_config == "rtn_last" or "last_matmul" in (extra.matmul_mixed_precision or {}):
+        raise OptionError(
+            f"rtn_last and last_matmul choose the head's bits; a model for the task {task} has no head over the "
+            "vocabulary."
+        )
+    if extra.accuracy_level is not None and precision != "int4":
+        raise OptionError(f"accuracy_level has no effect with precision {precision} on a model for the task {task}.")
 
 
 def _check_quantization(extra: ExtraOptions, part: str, policy: Policy, storages: Mapping[str, Storage]) -> None:

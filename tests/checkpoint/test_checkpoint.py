@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from vlpack.checkpoint import files as safefile
-from vlpack.checkpoint.checkpoint import Checkpoint, sha256_file
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.files import sha256_file
 from vlpack.errors import CheckpointError
 
 safetensors_numpy = pytest.importorskip("safetensors.numpy")

@@ -24,7 +24,8 @@ from tiny import Tiny, make_checkpoint
 from vlpack.architectures import architecture_of
 from vlpack.builder import build
 from vlpack.calibration.run import start_calibration
-from vlpack.checkpoint.checkpoint import Checkpoint, sha256_file
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.files import sha256_file
 from vlpack.checkpoint.hub import ResolvedSource
 from vlpack.errors import CheckpointError, VlpackError
 from vlpack.lora.merge import FILES, Adapter, Merged, merge
@@ -374,7 +375,7 @@ def merged(digits: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Merg
     tensors = {**pair(QUERY), f"{PREFIX}{NORM}.weight": np.ones(SHAPES[f"{NORM}.weight"], np.float32)}
     tensors |= {f"{PREFIX}{TABLE}.lora_embedding_{name}": factor for name, factor in zip("AB", TABLE_AB, strict=True)}
     folder = write_adapter(tmp_path_factory.mktemp("merged") / "adapter", tensors)
-    return merge(digits, Adapter.open(ResolvedSource(folder, None, None)), architecture_of(digits))
+    return merge(digits, Adapter.open(ResolvedSource(folder, None, None)), architecture_of(digits)[0])
 
 
 @settings(deadline=None, max_examples=40)

@@ -133,12 +133,12 @@ def test_build_and_verify_of_another_task(tmp_path: Path, capsys: Capsys) -> Non
     ],
 )
 def test_manifests_of_anybody(change: dict[str, object], words: str, tmp_path: Path, capsys: Capsys) -> None:
-    from vlpack.package.manifest import MANIFEST, _sealed
+    from vlpack.package.manifest import MANIFEST, sealed
 
     package = tmp_path / "package"
     build(DIGITS, package, part="text", precision="int4")
     manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))
-    (package / MANIFEST).write_text(_sealed({**manifest, **change}), encoding="utf-8")
+    (package / MANIFEST).write_text(sealed({**manifest, **change}), encoding="utf-8")
     done = vlpack(capsys, "verify", package, "--reference", DIGITS)
     assert done.code == 2
     assert words in done.err

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vlpack.architectures.base import Architecture, Part
+from vlpack.architectures.base import Architecture
 from vlpack.architectures.llama import Llama
+from vlpack.architectures.ports import Part
 from vlpack.architectures.qwen2 import Qwen2
 from vlpack.architectures.qwen2_5_vl import Qwen25VL
 from vlpack.architectures.qwen2_vl import Qwen2VL
@@ -11,10 +12,11 @@ from vlpack.architectures.qwen3 import Qwen3
 from vlpack.architectures.qwen3_moe import Qwen3Moe
 from vlpack.architectures.qwen3_vl import Qwen3VL
 from vlpack.architectures.qwen3_vl_moe import Qwen3VLMoe
+from vlpack.architectures.task import answer_ids, with_names_for
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.quantized import refuse_quantized
 from vlpack.errors import CheckpointError
-from vlpack.tasks import EMBEDDING, GENERATE, prepare_task
+from vlpack.tasks import EMBEDDING, GENERATE, RERANKER
 
 ARCHITECTURES: dict[str, type[Architecture]] = {
     "Qwen3VLForConditionalGeneration": Qwen3VL,
@@ -36,17 +38,21 @@ HEADLESS = {
 """What embedding models are called that were saved without a head → what they are called with one."""
 
 
-def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> Architecture:
-    """The architecture of a checkpoint for a task, its config read and checked, its tensors called by today's names.
+def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> tuple[Architecture, Checkpoint]:
+    """The architecture of a checkpoint for a task, and the checkpoint with the tensor names that it expects.
+
+    The checkpoint that is given stays as it is; the one that is returned reads the same open files.
 
     Raises:
-        CheckpointError: it is not supported, or its config is not usable.
+        CheckpointError: it is not supported, its config is not usable, or it lacks what the task needs.
     """
     architecture = read_settings(checkpoint, task)
-    checkpoint.rename(architecture.renamed)
-    prepare_task(architecture, checkpoint, task)
-    architecture.observe(checkpoint.tensors)
-    return architecture
+    architecture.task = task
+    named = with_names_for(architecture, checkpoint, task)
+    if task == RERANKER:
+        architecture.answers = answer_ids(named)
+    architecture.observe(named.tensors)
+    return architecture, named
 
 
 def read_settings(checkpoint: Checkpoint, task: str | None = None) -> Architecture:

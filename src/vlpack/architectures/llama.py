@@ -8,7 +8,6 @@ from typing import Any
 from vlpack.architectures.base import Architecture
 from vlpack.architectures.text import TextDecoder
 from vlpack.checkpoint.config import Section
-from vlpack.layers.deepstack import SideChannel
 
 
 class Llama(Architecture):
@@ -32,4 +31,3 @@ class Llama(Architecture):
             mlp_bias=root.flag("mlp_bias", False),
             theta=10000.0,
         )
-        self.deepstack = SideChannel(0, self.text.hidden_size)

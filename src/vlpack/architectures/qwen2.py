@@ -8,7 +8,6 @@ from typing import Any
 from vlpack.architectures.base import Architecture
 from vlpack.architectures.text import TextDecoder
 from vlpack.checkpoint.config import Section
-from vlpack.layers.deepstack import SideChannel
 from vlpack.tasks import EMBEDDING, GENERATE
 
 
@@ -25,4 +24,3 @@ class Qwen2(Architecture):
         self.decoder = TextDecoder.read(
             root, root, prefix="model", qk_norm=False, qkv_bias=True, o_bias=False, theta=10000.0
         )
-        self.deepstack = SideChannel(0, self.text.hidden_size)

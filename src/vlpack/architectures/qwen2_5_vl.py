@@ -8,7 +8,7 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from vlpack.architectures.base import GraphOptions
+from vlpack.architectures.ports import GraphOptions
 from vlpack.architectures.qwen2_vl import NORM_EPS, PatchMerger, Qwen2VL
 from vlpack.checkpoint.config import Section
 from vlpack.errors import CheckpointError

@@ -11,12 +11,13 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from vlpack.architectures.base import Architecture, GraphOptions, VisionFacts, output_width
+from vlpack.architectures.base import Architecture
+from vlpack.architectures.hparams import VisionFacts, output_width
+from vlpack.architectures.ports import GraphOptions
 from vlpack.architectures.text import TextDecoder
 from vlpack.checkpoint.config import Section
 from vlpack.layers import ops
 from vlpack.layers.channels import NormChannels
-from vlpack.layers.deepstack import SideChannel
 from vlpack.layers.mlp import ACTIVATIONS, VisionMLP
 from vlpack.layers.norm import LayerNorm, RMSNorm
 from vlpack.layers.rope import chunked_axes
@@ -141,7 +142,6 @@ class Qwen2VL(Architecture):
         )
         self.vision = VisionFacts.read(root, self.vision_config)
         self.width = output_width(self.vision_config, self.vision_width, self.text)
-        self.deepstack = SideChannel(0, self.width)
 
     def vision_model(self, options: GraphOptions) -> nn.Module:
         return VisionModel(self.vision_config, self.width, options.dtype)

@@ -8,7 +8,6 @@ from typing import Any
 from vlpack.architectures.base import Architecture
 from vlpack.architectures.text import TextDecoder
 from vlpack.checkpoint.config import Section
-from vlpack.layers.deepstack import SideChannel
 from vlpack.tasks import EMBEDDING, GENERATE, RERANKER
 
 
@@ -29,4 +28,3 @@ class Qwen3(Architecture):
         self.decoder = TextDecoder.read(
             root, root, prefix="model", qk_norm=True, qkv_bias=bias, o_bias=bias, theta=10000.0
         )
-        self.deepstack = SideChannel(0, self.text.hidden_size)

@@ -11,7 +11,9 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from vlpack.architectures.base import Architecture, GraphOptions, VisionFacts, output_width
+from vlpack.architectures.base import Architecture
+from vlpack.architectures.hparams import VisionFacts, output_width
+from vlpack.architectures.ports import GraphOptions
 from vlpack.architectures.text import TextDecoder
 from vlpack.checkpoint.config import Section
 from vlpack.errors import CheckpointError
@@ -157,8 +159,8 @@ class Qwen3VL(Architecture):
             sections=(24, 20, 20),
         )
         self.vision = VisionFacts.read(root, self.vision_config)
-        out = output_width(self.vision_config, "out_hidden_size", self.text)
-        self.deepstack = SideChannel(len(deepstack_indexes(self.vision_config)), out)
+        output_width(self.vision_config, "out_hidden_size", self.text)  # which is checked
+        self.deepstack_levels = len(deepstack_indexes(self.vision_config))
 
     def vision_model(self, options: GraphOptions) -> nn.Module:
         return VisionModel(self.vision_config, options.dtype, self.deepstack)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from vlpack.architectures.base import GraphOptions, Part, TextFacts
-from vlpack.architectures.pooled import pooled_part
+from vlpack.architectures.hparams import TextFacts
+from vlpack.architectures.ports import GraphOptions, Part, pooled_part
 from vlpack.checkpoint.config import Section
 from vlpack.errors import CheckpointError
 from vlpack.layers.attention import Attention, MakeAttend, grouped_query, mask_bias

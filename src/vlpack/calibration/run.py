@@ -14,8 +14,8 @@ from vlpack.calibration.options import SELF, Say
 from vlpack.calibration.prompts import LENGTH, conversations_of, openings, pictured, prompt_builder, texts_of
 from vlpack.calibration.teacher import CalibrationModel
 from vlpack.checkpoint.checkpoint import Checkpoint
-from vlpack.export.genai_config import eos_ids
 from vlpack.export.graph import Weight
+from vlpack.package.genai import eos_ids
 from vlpack.preprocess.prompt import Prompt
 from vlpack.preprocess.tokenizer import Tokenizer
 from vlpack.quantize.transforms import Transform

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import math
 import operator
 import os
@@ -17,18 +16,18 @@ import numpy as np
 from vlpack.checkpoint.files import (
     MAX_JSON_BYTES,
     FilePool,
-    OpenFile,
     check_plain_name,
     existing_folder,
     locate,
     quote,
     quote_error,
     read_json,
+    sha256_file,
 )
 from vlpack.checkpoint.safetensors import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, read_header
 from vlpack.errors import CheckpointError
 
-__all__ = ["Checkpoint", "TensorInfo", "sha256_file"]
+__all__ = ["Checkpoint", "TensorInfo"]
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -43,6 +42,7 @@ class Checkpoint:
     """A folder with `config.json` and safetensors, from anybody: opening it checks everything but the numbers.
 
     The tensors' bytes stay on disk until `rows` or `read` asks for some. Reads are safe from several threads at once.
+    `renamed` and `without` give views of the same open files, which are closed with the checkpoint that was opened.
 
     Attributes:
         folder: the folder as it was given.
@@ -127,8 +127,8 @@ class Checkpoint:
             )
         return names[0]
 
-    def rename(self, prefixes: Mapping[str, str]) -> None:
-        """Call tensors whose names begin with a key of ``prefixes`` by its value instead; files stay as they are.
+    def renamed(self, prefixes: Mapping[str, str]) -> Checkpoint:
+        """The same files, with tensors whose names begin with a key of ``prefixes`` called by its value instead.
 
         Raises:
             CheckpointError: two tensors would have one name.
@@ -139,11 +139,12 @@ class Checkpoint:
             if new in renamed:
                 raise CheckpointError(f"{self.folder} holds the tensor {quote(new)} under an old and a new name.")
             renamed[new] = tensor
-        self.tensors = MappingProxyType(renamed)
+        return Checkpoint(self.folder, self.config, renamed, self._files, self._pool)
 
-    def leave_out(self, name: str) -> None:
-        """Do as if the checkpoint did not hold this tensor, which it need not hold."""
-        self.tensors = MappingProxyType({key: tensor for key, tensor in self.tensors.items() if key != name})
+    def without(self, name: str) -> Checkpoint:
+        """The same files, without a tensor that they need not hold."""
+        kept = {key: tensor for key, tensor in self.tensors.items() if key != name}
+        return Checkpoint(self.folder, self.config, kept, self._files, self._pool)
 
     def json(self, name: str, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
         """Another JSON file of the folder, such as `generation_config.json`; None when there is none.
@@ -196,7 +197,7 @@ class Checkpoint:
         path = self.folder / path.name
         if path in self._files:
             with self._pool.use(path) as file:
-                return _digest(file)
+                return file.sha256()
         target = locate(self.folder, check_plain_name(path.name, str(self.folder)))
         if target is None:
             raise CheckpointError(f"{self.folder} has no file {quote(path.name)}.")
@@ -244,24 +245,6 @@ def new_name(name: str, prefixes: Mapping[str, str]) -> str:
     """``name`` with the prefix among the keys of ``prefixes``, if it has one, replaced by that one's value."""
     old = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
     return name if old is None else prefixes[old] + name[len(old) :]
-
-
-def sha256_file(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file in hexadecimal, read in pieces."""
-    file = OpenFile(Path(path), Path(path).resolve())
-    try:
-        return _digest(file)
-    finally:
-        file.close()
-
-
-def _digest(file: OpenFile) -> str:
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 22))
-    for offset in range(0, file.size, len(buffer)):
-        piece = buffer[: file.size - offset]
-        file.read_into(piece, offset)
-        digest.update(piece)
-    return digest.hexdigest()
 
 
 def _read_json(folder: Path, name: str, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any] | None:

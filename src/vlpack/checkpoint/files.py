@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -147,6 +148,15 @@ class OpenFile:
                     DOWNLOAD_AGAIN,
                 )
             done += count
+
+    def sha256(self) -> str:
+        """The SHA-256 of the whole file in hexadecimal, read in pieces."""
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 22))
+        for offset in range(0, self.size, len(buffer)):
+            piece = buffer[: self.size - offset]
+            self.read_into(piece, offset)
+            digest.update(piece)
+        return digest.hexdigest()
 
     def read(self, offset: int, count: int) -> bytes:
         """`count` bytes from `offset` on."""
@@ -312,3 +322,12 @@ def _check_depth(value: Any, where: str) -> None:
         if not level:
             return
     raise CheckpointError(f"{where}: the JSON is nested more than {MAX_JSON_DEPTH} deep.")
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file in hexadecimal."""
+    file = OpenFile(Path(path), Path(path).resolve())
+    try:
+        return file.sha256()
+    finally:
+        file.close()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vlpack.architectures import Architecture
-from vlpack.architectures.base import GraphOptions, VisionFacts
+from vlpack.architectures.hparams import VisionFacts
+from vlpack.architectures.ports import GraphOptions
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.config import Section
 from vlpack.checkpoint.files import locate
@@ -20,8 +21,6 @@ from vlpack.export.model_card import model_card
 from vlpack.export.processor_config import grid_difference, processor_config
 from vlpack.export.retrieval import CHAT
 from vlpack.export.retrieval_card import encoder_card
-from vlpack.layers.attention import has_grouped_kernel
-from vlpack.layers.int8_kv_codes import EXTRA
 from vlpack.preprocess import ImageProcessor, PromptBuilder, Tokenizer
 from vlpack.preprocess.prompt_builder import check_vision_start
 from vlpack.quantize.policy import Policy
@@ -79,15 +78,16 @@ def write_beside(
     if encoder is not None:
         return _write_encoder(folder, architecture, checkpoint, policy, names, origin, encoder)
     generation = checkpoint.json("generation_config.json") or {}
-    shared_cache = has_grouped_kernel(policy.provider, policy.ir_dtype)
+    options = GraphOptions.of_policy(policy)
+    _, cache_channels = options.cache_of(architecture.text)
     config = genai_config(
         architecture,
         names,
         policy.provider,
         Section(checkpoint.config),
         generation,
-        shared_cache=shared_cache,
-        cache_channels=architecture.text.head_size + (EXTRA if policy.cache == "int8" else 0),
+        shared_cache=options.grouped_kernel,
+        cache_channels=cache_channels,
     )
     _write_json(folder / "genai_config.json", config)
     difference = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
-from vlpack.architectures.base import Architecture, GraphOptions
+from vlpack.architectures.base import Architecture
+from vlpack.architectures.ports import GraphOptions
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError
 from vlpack.export.graph import declare
@@ -23,7 +24,7 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
     Raises:
         CheckpointError: the first few that are missing, misshapen or unknown are named.
     """
-    options = GraphOptions(policy.ir_dtype)
+    options = GraphOptions.of_policy(policy)
     weights = [w for part in architecture.parts(options) for w in declare(part, policy)]
     wanted = {tensor.name: tensor.shape for weight in weights for tensor in weight.source.tensors()}
     missing = [name for name in wanted if name not in checkpoint.tensors]

@@ -204,9 +204,3 @@ def _search(architecture: Architecture, generation: Mapping[str, Any], shared_ca
         "early_stopping": True,
         "past_present_share_buffer": shared_cache,
     }
-
-
-def eos_ids(config: dict[str, Any]) -> set[int]:
-    """The tokens that end an answer, by a genai_config.json."""
-    eos = config["model"]["eos_token_id"]
-    return set(eos) if isinstance(eos, list) else {eos}

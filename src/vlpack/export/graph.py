@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 
 import vlpack
-from vlpack.architectures.base import Part
+from vlpack.architectures.ports import Part
 from vlpack.checkpoint.rows import Rows, Source, stacked
 from vlpack.layers import ops
 from vlpack.layers.channels import NormChannels, RowChannels

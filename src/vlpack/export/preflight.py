@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from vlpack.architectures import Architecture, read_settings
-from vlpack.architectures.base import GraphOptions
+from vlpack.architectures.ports import GraphOptions
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.hub import SETTINGS, ResolvedSource, is_folder, resolve
 from vlpack.errors import OptionError
@@ -78,7 +78,7 @@ def check_settings(
     if not room or part not in ("all", "text"):
         return
     # the decoder and what sees: an embedding may share its bytes with the head
-    parts = [p for p in architecture.parts(GraphOptions(storage.ir_dtype)) if p.name != "embedding"]
+    parts = [p for p in architecture.parts(GraphOptions.of_policy(storage)) if p.name != "embedding"]
     wanted = [p for p in parts if part == "all" or p.name in ("text", "decoder")]
     with suppress(OSError, ValueError):  # of a place that cannot be written: told when the folder is made
         place = next(parent for parent in Path(os.path.realpath(output)).parents if parent.is_dir())

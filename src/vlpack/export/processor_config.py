@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from vlpack.architectures.base import Architecture, VisionFacts
+from vlpack.architectures.base import Architecture
+from vlpack.architectures.hparams import VisionFacts
 from vlpack.errors import CheckpointError
 from vlpack.preprocess import ImageProcessor, smart_resize
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlpack.architectures.base import Architecture, VisionFacts
+from vlpack.architectures.base import Architecture
+from vlpack.architectures.hparams import VisionFacts
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.sentence_transformers import SentenceFiles
 from vlpack.export.processor_config import check_processor

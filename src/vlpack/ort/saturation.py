@@ -12,7 +12,6 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from vlpack.errors import VlpackWarning
 from vlpack.quantize.storage import ChannelInt8
@@ -28,16 +27,18 @@ class SaturationWarning(VlpackWarning):
 def saturates() -> bool:
     """Whether sums of u8 × s8 products are cut off here."""
     import onnxruntime as ort
+    from onnx import TensorProto, helper, numpy_helper
 
     size = 64
-    x = ir.Value(name="x", shape=ir.Shape([1, size]), type=ir.TensorType(ir.DataType.UINT8))
-    weight = ir.Value(name="w", const_value=ir.tensor(np.full((size, size), 127, np.int8), name="w"))
-    node = ir.node("MatMulInteger", [x, weight])
-    y = node.outputs[0]
-    y.name, y.shape, y.type = "y", ir.Shape([1, size]), ir.TensorType(ir.DataType.INT32)
-    graph = ir.Graph([x], [y], nodes=[node], initializers=[weight], opset_imports={"": 21}, name="saturation")
-    text = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-    session = ort.InferenceSession(text, providers=["CPUExecutionProvider"])
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "weight"], ["y"])],
+        "saturation",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [1, size])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [1, size])],
+        [numpy_helper.from_array(np.full((size, size), 127, np.int8), "weight")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (product,) = session.run(None, {"x": np.full((1, size), 255, np.uint8)})
     return bool((product != size * 255 * 127).any())
 

@@ -1,88 +1,21 @@
-"""``vlpack.json``: where a package comes from, how each weight is stored, and the hash of every file.
-
-It holds no time and no path, so that the same source, options and versions give the same bytes. Its last entry is the
-hash of the others.
-"""
+"""``vlpack.json``, the manifest of a package, read and checked; its last entry is the hash of the others."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
-
-import vlpack
-from vlpack.checkpoint.checkpoint import Checkpoint, sha256_file
-from vlpack.checkpoint.files import existing_folder, locate, quote, read_json
+from vlpack.checkpoint.files import existing_folder, locate, quote, read_json, sha256_file
 from vlpack.checkpoint.hub import is_hub_id
 from vlpack.errors import CheckpointError, PackageError
-from vlpack.export.graph import Graph, Weight
 from vlpack.package.validate import check_graphs
-from vlpack.quantize.policy import Policy
-from vlpack.tasks import GENERATE
 
 MANIFEST = "vlpack.json"
 FORMAT = 1
-
-
-def write_manifest(
-    folder: Path,
-    checkpoint: Checkpoint,
-    source: Mapping[str, Any],
-    source_sha256: Mapping[str, str],
-    policy: Policy,
-    graphs: Mapping[str, Graph],
-    known_sha256: Mapping[str, str],
-    task: str = GENERATE,
-    encoder: Mapping[str, Any] | None = None,
-    calibration: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the manifest, last of all files, hashing those whose hash is not known yet.
-
-    Args:
-        folder: the package.
-        checkpoint: what it was made from.
-        source: ``repo_id`` and ``commit``, or the folder's ``name``.
-        source_sha256: file name → hash of the checkpoint's files.
-        policy: the precision policy.
-        graphs: file name → graph.
-        known_sha256: hashes computed while the files were written.
-        task: one of `vlpack.tasks.TASKS`.
-        encoder: `encoder_section`'s, for a model that does not generate.
-        calibration: on what the weights were calibrated, if they were.
-    """
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    written: dict[tuple[str, int], str] = {}
-    manifest = {
-        "format": FORMAT,
-        "vlpack": vlpack.__version__,
-        "versions": {name: version(name) for name in ("onnx-ir", "onnxscript", "numpy", "ml_dtypes")},
-        "python": platform.python_version(),
-        "source": {**source, "architecture": checkpoint.architecture, "files": dict(sorted(source_sha256.items()))},
-        "task": task,
-        **({} if encoder is None else {"encoder": dict(encoder)}),
-        "precision": policy.precision,
-        "execution_provider": policy.provider,
-        "activations": policy.dtype,
-        "cache": policy.cache,
-        "policy": policy.described(),
-        "quantization": asdict(policy.options),
-        **({} if calibration is None else {"calibration": dict(calibration)}),
-        "parts": {name: _part(graph, written) for name, graph in graphs.items()},
-        "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": known_sha256.get(path.name) or sha256_file(path)}
-            for path in files
-        },
-    }
-    (folder / MANIFEST).write_text(_sealed(manifest), encoding="utf-8")
 
 
 def refresh(folder: Path, name: str) -> None:
@@ -90,45 +23,14 @@ def refresh(folder: Path, name: str) -> None:
     manifest = read_manifest(folder)
     path = folder / name
     manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    (folder / MANIFEST).write_text(_sealed(manifest), encoding="utf-8")
+    (folder / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
 
 
-def _sealed(manifest: Mapping[str, Any]) -> str:
+def sealed(manifest: Mapping[str, Any]) -> str:
     """The manifest's text, with its own hash at the end."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return json.dumps({**body, "sha256": digest}, indent=1) + "\n"
-
-
-def _part(graph: Graph, written: dict[tuple[str, int], str]) -> dict[str, Any]:
-    ports = {
-        kind: {
-            value.name: [str(value.dtype), [d if isinstance(d, int) else str(d) for d in value.shape or ()]]
-            for value in values
-        }
-        for kind, values in (("inputs", graph.model.graph.inputs), ("outputs", graph.model.graph.outputs))
-    }
-    return {"name": graph.name, **ports, "weights": {weight.path: _weight(weight, written) for weight in graph.weights}}
-
-
-def _weight(weight: Weight, written: dict[tuple[str, int], str]) -> dict[str, Any]:
-    """Of one that is ``written`` already, place → path, ``shared_with`` tells where."""
-    arrays = weight.storage.arrays(weight.rows, weight.cols).values()
-    size = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in arrays)
-    shape = [weight.rows] if weight.cols == 1 else [weight.rows, weight.cols]
-    entry = {"storage": weight.storage.label, "shape": shape, "bytes": size, **weight.transform.described()}
-    place = _place(weight)
-    if place in written:
-        entry["shared_with"] = written[place]
-    else:
-        written[place] = weight.path
-    return entry
-
-
-def _place(weight: Weight) -> tuple[str, int]:
-    tensor = next(iter(weight.parameters.values())).const_value
-    assert isinstance(tensor, ir.ExternalTensor), "a package's weights are written before its manifest"
-    return str(tensor.location), tensor.offset or 0
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -225,7 +127,7 @@ def damaged_files(folder: Path, manifest: Mapping[str, Any], *, hashes: bool) ->
         hashes: compare contents too, not sizes alone.
     """
     problems = []
-    if hashes and (folder / MANIFEST).read_bytes() != _sealed(manifest).encode():
+    if hashes and (folder / MANIFEST).read_bytes() != sealed(manifest).encode():
         problems.append(f"{MANIFEST} was altered: its own sha256 is another than when it was written.")
     for name, entry in manifest["files"].items():
         path = folder / name

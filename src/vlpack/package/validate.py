@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import onnx
-from onnx.external_data_helper import uses_external_data
+from typing import TYPE_CHECKING, Any
 
 from vlpack.checkpoint.files import quote
 from vlpack.errors import PackageError
+
+if TYPE_CHECKING:
+    import onnx
 
 HINT = "vlpack writes no such package; do not use this one."
 
@@ -74,6 +74,8 @@ def _weights(graph: Path) -> Iterator[tuple[str, str]]:
     """Each weight that lies outside of the graph's file, and in which file: all that are named, as of several another
     reader may take another one.
     """
+    import onnx  # late, as a folder that is no package should be told at once
+
     try:
         model = onnx.load(graph, load_external_data=False)
     except Exception as error:  # protobuf's own kinds
@@ -151,9 +153,13 @@ def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
         yield from _of_attributes(function.attribute_proto)
 
 
+def _lies_outside(tensor: onnx.TensorProto) -> bool:
+    return bool(tensor.data_location == tensor.EXTERNAL)
+
+
 def _of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     dense = [*graph.initializer, *(part for s in graph.sparse_initializer for part in (s.values, s.indices))]
-    yield from filter(uses_external_data, dense)
+    yield from filter(_lies_outside, dense)
     yield from _of_nodes(graph.node)
 
 
@@ -164,8 +170,8 @@ def _of_nodes(nodes: Any) -> Iterator[onnx.TensorProto]:
 
 def _of_attributes(attributes: Any) -> Iterator[onnx.TensorProto]:
     for attribute in attributes:
-        yield from filter(uses_external_data, [attribute.t, *attribute.tensors])
+        yield from filter(_lies_outside, [attribute.t, *attribute.tensors])
         for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-            yield from filter(uses_external_data, (sparse.values, sparse.indices))
+            yield from filter(_lies_outside, (sparse.values, sparse.indices))
         for graph in (attribute.g, *attribute.graphs):
             yield from _of_graph(graph)

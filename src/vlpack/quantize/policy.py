@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import gcd
 
-import onnx_ir as ir
-
 from vlpack.errors import OptionError
 from vlpack.quantize.rotate import rotation_size
 from vlpack.quantize.storage import Blocks, ChannelInt8, Float, Storage, Transposed
@@ -147,11 +145,6 @@ class Policy:
             return BALANCE_TOLERANCE
         # where the activations' sizes are known, they and the weights are made alike, which costs either least
         return 1.0 if isinstance(storage, ChannelInt8) and storage.calibrated else 0.0
-
-    @property
-    def ir_dtype(self) -> ir.DataType:
-        """`dtype` as onnx_ir has it."""
-        return ir.DataType.FLOAT if self.dtype == "float32" else ir.DataType.FLOAT16
 
     @property
     def cache(self) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlpack.errors import InputError, OptionError
-from vlpack.export.genai_config import eos_ids
+from vlpack.package.genai import eos_ids
 from vlpack.preprocess import (
     ImageSource,
     Message,

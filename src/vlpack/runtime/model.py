@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vlpack.errors import InputError, OptionError
-from vlpack.export.genai_config import eos_ids
 from vlpack.ort.saturation import warn_of_saturation
+from vlpack.package.genai import eos_ids
 from vlpack.package.manifest import graph_files
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder, VideoOptions, VideoSource
 from vlpack.preprocess.images import check_pixel_limits

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vlpack.architectures.base import VisionFacts
+from vlpack.architectures.hparams import VisionFacts
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.preprocess.prompt_builder import VISION_END, VISION_START
 from vlpack.preprocess.retrieval_prompts import AFTER, BEFORE

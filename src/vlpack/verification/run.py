@@ -91,10 +91,10 @@ def verify(
     task = manifest_task(folder, manifest)
     adapters = open_adapters(places_of(lora))
     found = resolve(reference)
-    with ExitStack() as stack, Checkpoint.open(found.folder) as base:
+    with ExitStack() as stack, Checkpoint.open(found.folder) as opened:
         for adapter in adapters:
             stack.callback(adapter.close)
-        architecture = architecture_of(base, task)
+        architecture, base = architecture_of(opened, task)
         if base.architecture != manifest["source"]["architecture"]:
             raise VerifyError(
                 f"The package is a {manifest['source']['architecture']}, the reference a {base.architecture}.",

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from vlpack.architectures import Architecture
-from vlpack.architectures.base import GraphOptions, Part
+from vlpack.architectures.ports import GraphOptions, Part
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.rows import Source, Stacked
 from vlpack.errors import PackageError, VerifyError, VlpackError
@@ -195,7 +195,7 @@ def _collect(chunks: Iterator[tuple[str, Array]]) -> dict[str, Array]:
 
 
 def _parts(architecture: Architecture, policy: Policy, graphs: Mapping[str, ir.Model]) -> list[Part]:
-    options = GraphOptions(policy.ir_dtype)
+    options = GraphOptions.of_policy(policy)
     if "text" in graphs:
         return [architecture.text_part(options)]
     return [part for part in architecture.parts(options) if part.name in graphs]
