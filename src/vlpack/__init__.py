@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from vlpack.version import __version__
 
 __all__ = [
     "Answer",
@@ -18,6 +18,7 @@ __all__ = [
     "Sampling",
     "VideoOptions",
     "VlpackError",
+    "__version__",
     "bench",
     "build",
     "inspect",

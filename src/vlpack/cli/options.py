@@ -56,6 +56,18 @@ RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty",
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer.")]
 
 
+def check_package(folder: Path) -> None:
+    """A package is there: told before the libraries that run it are imported, which takes a second.
+
+    Raises:
+        PackageError: there is none.
+    """
+    from vlpack.package.manifest import check_folder, read_manifest
+
+    check_folder(folder)
+    read_manifest(folder)
+
+
 def check_video_options(options: dict[str, float | None], videos: Sequence[str] | None) -> None:
     """Raises an OptionError where there is an option for videos, and no video."""
     for name, value in options.items():

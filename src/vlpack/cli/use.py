@@ -40,6 +40,7 @@ def run(
     as_json: opt.Json = False,
 ) -> None:
     """Ask a package a question, about images and videos or without."""
+    opt.check_package(package)
     from vlpack.preprocess import VideoOptions
     from vlpack.runtime.model import Model
     from vlpack.runtime.sampling import Sampling
@@ -111,8 +112,11 @@ def chat(
     allow_private_urls: opt.PrivateUrls = False,
 ) -> None:
     """Talk with a package in the terminal; /help says how. Lines of a pipe are questions, too."""
+    opt.check_package(package)
     from vlpack.cli.chat_terminal import Terminal
     from vlpack.cli.conversations import read_messages
+
+    opt.check_package(package)
     from vlpack.preprocess import VideoOptions
     from vlpack.runtime.model import Model
     from vlpack.runtime.sampling import Sampling
@@ -158,6 +162,7 @@ def embed(
     as_json: opt.Json = False,
 ) -> None:
     """Embed texts and images with an embedding model's package, and compare them."""
+    opt.check_package(package)
     from vlpack.runtime.retrieval import Embedder
 
     texts = texts or ([] if image else console.lines_from_stdin())
@@ -184,6 +189,7 @@ def score(
     as_json: opt.Json = False,
 ) -> None:
     """Score documents for a query with a reranker's package: 0 to 1, the best first."""
+    opt.check_package(package)
     from vlpack.runtime.retrieval import Reranker
 
     documents = documents or ([] if image else console.lines_from_stdin())

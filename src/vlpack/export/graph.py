@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 
-import vlpack
 from vlpack.architectures.ports import Part
 from vlpack.checkpoint.rows import Rows, Source, stacked
 from vlpack.layers import ops
@@ -20,6 +19,7 @@ from vlpack.quantize.policy import Policy
 from vlpack.quantize.rotate import rotation_size
 from vlpack.quantize.storage import Blocks, ChannelInt8, Float, RowReader, Storage
 from vlpack.quantize.transforms import IDENTITY, Channels, ChannelScales, Transform
+from vlpack.version import __version__
 
 if TYPE_CHECKING:
     from vlpack.checkpoint.checkpoint import Checkpoint
@@ -193,5 +193,5 @@ def trace(part: Part, policy: Policy) -> Graph:
         builder.add_output(named, port.name)
     for node in graph:
         node.metadata_props.clear()  # scopes, which the nodes' names say already
-    model = ir.Model(graph, ir_version=10, producer_name="vlpack", producer_version=vlpack.__version__)
+    model = ir.Model(graph, ir_version=10, producer_name="vlpack", producer_version=__version__)
     return Graph(part.name, model, weights)

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-import vlpack
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.files import sha256_file
 from vlpack.export.graph import Graph, Weight
 from vlpack.package.manifest import FORMAT, MANIFEST, sealed
 from vlpack.quantize.policy import Policy
 from vlpack.tasks import GENERATE
+from vlpack.version import __version__
 
 
 def write_manifest(
@@ -54,7 +54,7 @@ def write_manifest(
     written: dict[tuple[str, int], str] = {}
     manifest = {
         "format": FORMAT,
-        "vlpack": vlpack.__version__,
+        "vlpack": __version__,
         "versions": {name: version(name) for name in ("onnx-ir", "onnxscript", "numpy", "ml_dtypes")},
         "python": platform.python_version(),
         "source": {**source, "architecture": checkpoint.architecture, "files": dict(sorted(source_sha256.items()))},

@@ -7,10 +7,10 @@ from typing import Any
 
 import jinja2
 
-import vlpack
 from vlpack.export.origin import made_from
 from vlpack.export.processor_config import GridDifference
 from vlpack.quantize.policy import Policy
+from vlpack.version import __version__
 
 _CARD = """\
 ---
@@ -103,5 +103,5 @@ def model_card(
         runnable="text" in files,
         decoder_inputs=decoder_inputs,
         difference=difference,
-        version=vlpack.__version__,
+        version=__version__,
     )

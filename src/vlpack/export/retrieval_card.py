@@ -7,12 +7,12 @@ from typing import Any
 
 import jinja2
 
-import vlpack
 from vlpack.export.origin import made_from
 from vlpack.export.retrieval import CHAT
 from vlpack.preprocess.retrieval_prompts import AFTER, BEFORE, JUDGE, plain_pair
 from vlpack.quantize.policy import Policy
 from vlpack.tasks import EMBEDDING, RERANKER
+from vlpack.version import __version__
 
 _CARD = """\
 ---
@@ -126,7 +126,7 @@ def encoder_card(
         files=files,
         parts={name: part for name, part in parts.items() if name in files},
         runnable="text" in files or {"decoder", "vision", "embedding"} <= set(files),
-        version=vlpack.__version__,
+        version=__version__,
     )
 
 

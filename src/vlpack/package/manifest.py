@@ -70,16 +70,21 @@ def package_json(folder: Path, name: str) -> dict[str, Any] | None:
         raise PackageError(error.message, "Build or copy the package again.") from None
 
 
+def check_folder(folder: Path) -> None:
+    """Raises a PackageError where there is no folder, with what to do about it."""
+    hint = "Give the folder of a package that `vlpack build` made."
+    if is_hub_id(folder):
+        hint += f" If {folder} is a checkpoint of the Hub, build it first: `vlpack build {folder} -o PACKAGE`."
+    existing_folder(folder, PackageError, hint)
+
+
 def whole_package(folder: Path) -> dict[str, Any]:
     """The manifest of a package whose files are all there in their sizes.
 
     Raises:
         PackageError: it is none, or files are missing or of other sizes.
     """
-    hint = "Give the folder of a package that `vlpack build` made."
-    if is_hub_id(folder):
-        hint += f" If {folder} is a checkpoint of the Hub, build it first: `vlpack build {folder} -o PACKAGE`."
-    existing_folder(folder, PackageError, hint)
+    check_folder(folder)
     manifest = read_manifest(folder)
     problems = damaged_files(folder, manifest, hashes=False)
     if problems:

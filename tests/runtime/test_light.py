@@ -1,0 +1,69 @@
+"""Using a package loads nothing that only building needs: a run is over before such imports would be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from samples import DIGITS, IMAGES, READ
+from vlpack.builder import build
+
+SCRIPT = """
+import json, sys
+from vlpack.cli.app import main
+code = 0
+try:
+    main(sys.argv[1:])
+except SystemExit as leaving:
+    code = leaving.code
+heavy = ("onnx_ir", "onnxscript", "sympy", "torch", "transformers", "vlpack.export", "vlpack.architectures",
+         "vlpack.layers", "vlpack.calibration", "vlpack.lora", "vlpack.verification")
+print(json.dumps([code or 0, sorted(name for name in heavy if name in sys.modules)]), file=sys.stderr)
+"""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(DIGITS, tmp_path_factory.mktemp("light") / "digits").folder
+
+
+def loaded(*arguments: object, given: str = "") -> list[object]:
+    """The exit code of a command, and which of the heavy modules it has imported."""
+    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=True)
+    told: list[object] = json.loads(done.stderr.splitlines()[-1])
+    return told
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run", "--image", IMAGES / "02.png", READ], ["chat"], ["inspect"]], ids=lambda each: each[0]
+)
+def test_a_verb_imports_nothing_that_builds(arguments: list[object], package: Path) -> None:
+    verb, *rest = arguments
+    assert loaded(verb, package, *rest, given=f"{READ}\n") == [0, []]
+
+
+@pytest.mark.parametrize("verb", ["embed", "score"])
+def test_the_wrong_task_is_told_without_what_builds(verb: str, package: Path) -> None:
+    assert loaded(verb, package, "words", *(["more"] if verb == "score" else [])) == [2, []]
+
+
+def test_building_imports_them(tmp_path: Path) -> None:
+    """The check sees imports where there are some."""
+    code, heavy = loaded("build", DIGITS, "-o", tmp_path / "package")
+    assert code == 0
+    assert {"onnx_ir", "onnxscript", "vlpack.export"} <= set(heavy)  # type: ignore[call-overload]
+
+
+def test_a_missing_package_needs_no_runtime() -> None:
+    """No library that takes long to load: the answer comes at once."""
+    script = SCRIPT.replace("heavy = (", 'heavy = ("onnx", "onnxruntime", "onnxruntime_genai", "numpy", "av", ')
+    done = subprocess.run(
+        [sys.executable, "-c", script, "run", "/nowhere/at/all", "Hello"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stderr.splitlines()[-1]) == [2, []]
+    assert "There is no folder" in done.stderr
