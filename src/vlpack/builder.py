@@ -20,7 +20,7 @@ from vlpack.architectures.task import decide_task
 from vlpack.calibration.options import BESIDE, check_calibration, say_nothing
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.hub import ResolvedSource
-from vlpack.errors import OptionError
+from vlpack.errors import Note, OptionError
 from vlpack.export.assets import write_beside
 from vlpack.export.check import check_tensors
 from vlpack.export.folder import check_free, check_space, output_folder
@@ -230,7 +230,7 @@ def build(
         source_bytes=source_bytes,
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory_bytes(),
-        notes=tuple(notes),
+        notes=tuple(map(Note, notes)),
     )
 
 

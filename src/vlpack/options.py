@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vlpack.errors import OptionError
+from vlpack.errors import OptionError, option
 from vlpack.quantize.policy import BLOCK_SIZES, Policy, QuantizationOptions
 from vlpack.quantize.storage import Blocks, ChannelInt8, Storage
 from vlpack.tasks import AUTO, GENERATE
@@ -102,14 +102,20 @@ def check_effects(extra: ExtraOptions, part: str, policy: Policy, vision: str | 
     """
     roles = [role for role in _PARTS[part] if not (role == "text.embedding" and extra.exclude_embeds)]
     if extra.exclude_embeds is not None and part != "text":
-        raise OptionError("exclude_embeds goes with --part text.", "Elsewhere the embedding is a part of its own.")
+        raise OptionError(
+            f"exclude_embeds goes with {option('part', 'text')}.", "Elsewhere the embedding is a part of its own."
+        )
     if vision is not None and "vision.linear" not in roles:
-        raise OptionError(f"--vision-precision has no effect with --part {part}, which has no vision encoder.")
+        raise OptionError(
+            f"{option('vision_precision')} has no effect with {option('part', part)}, which has no vision encoder."
+        )
     for name in ("matmul_mixed_precision", "prune_lm_head", "filename", "kv_cache"):
         if getattr(extra, name) is not None and "text.linear" not in roles:
-            raise OptionError(f"{name} is an option of the decoder, which --part {part} does not build.")
+            raise OptionError(f"{name} is an option of the decoder, which {option('part', part)} does not build.")
     if extra.balance is not None and part == "embedding":
-        raise OptionError("balance has no effect with --part embedding.", "It is for parts that multiply matrices.")
+        raise OptionError(
+            f"balance has no effect with {option('part', 'embedding')}.", "It is for parts that multiply matrices."
+        )
     if extra.kv_cache is not None and (policy.provider != "cpu" or policy.dtype != "float32"):
         raise OptionError(
             f"kv_cache=int8 cannot be had with precision {policy.precision} for {policy.provider}: onnxruntime has "
@@ -153,12 +159,12 @@ def check_task_options(extra: ExtraOptions, task: str, precision: str) -> None:
 
 def _check_quantization(extra: ExtraOptions, part: str, policy: Policy, storages: Mapping[str, Storage]) -> None:
     blocks = {role: storage for role, storage in storages.items() if isinstance(storage, Blocks)}
-    where = f"with precision {policy.precision} for {policy.provider} and --part {part}"
+    where = f"with precision {policy.precision} for {policy.provider} and {option('part', part)}"
     for name in ("block_size", "is_symmetric", "algo_config"):
         if getattr(extra, name) is not None and not blocks:
             raise OptionError(
                 f"{name} has no effect {where}: no weight is stored in blocks.",
-                "Leave it away, or build with --precision int4.",
+                f"Leave it away, or build with {option('precision', 'int4')}.",
             )
     multiplied = [
         storage for role, storage in blocks.items() if role != "text.embedding" and storage.dtype == "float32"

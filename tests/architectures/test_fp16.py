@@ -15,8 +15,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from test_parity_parts import HALF, dequantized
 
+from architectures.test_parity_parts import HALF, dequantized
 from parity import Package, Reference, make_inputs, relative
 from samples import Tensor, edit_tensors
 from tiny import Tiny, make_checkpoint

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_chat import THINKING
 
 import vlpack
+from runtime.test_chat import THINKING
 from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, copy_digits
 from tiny import Tiny
 from vlpack.cli import chat_terminal

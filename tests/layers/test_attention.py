@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 import onnxruntime_genai as og
 import pytest
-from test_parity_runtime import QUESTION, make_images
 
 from parity import make_inputs, relative
+from runtime.test_parity_runtime import QUESTION, make_images
 from samples import edit_json
 from tiny import Tiny
 from vlpack.quantize.policy import OFFERED

@@ -8,10 +8,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnxscript import GraphBuilder
-from test_parity_runtime import QUESTION
 
 from family import Member, make_member
 from parity import make_inputs, relative
+from runtime.test_parity_runtime import QUESTION
 from tiny import EXAMPLE, Tiny
 from vlpack.builder import build
 from vlpack.errors import OptionError

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from test_parity_runtime import QUESTION, TOKENS, check, make_images
 
 from family import ROPE, Member, make_member
 from parity import Package, Reference, make_inputs, relative
 from retrieval import Recipe, make_text
+from runtime.test_parity_runtime import QUESTION, TOKENS, check, make_images
 from samples import DIGITS, content, copy_digits, edit_json, vlpack
 from tiny import Tiny, make_checkpoint
 from vlpack.architectures import architecture_of

@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
-from test_embedding_reranker import JUDGE, RETRIEVE, TEXTS, WIDE, parts
-from test_family import IDS, TEXT_MEMBERS, VISION_MEMBERS
-from test_parity_parts import TINIES, TINY, check
 
 import vlpack
+from architectures.test_embedding_reranker import JUDGE, RETRIEVE, TEXTS, WIDE, parts
+from architectures.test_family import IDS, TEXT_MEMBERS, VISION_MEMBERS
+from architectures.test_parity_parts import TINIES, TINY, check
 from family import Member, make_member
 from kept import Kept
 from outliers import permute, plant, plant_values

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_video import generate, tensors
 
 import vlpack
 from parity import Reference
 from preprocess.video_files import clip
+from runtime.test_video import generate, tensors
 from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, copy_digits
 from tiny import Tiny
 from vlpack import Sampling

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from test_chat import GREEDY, TINY, TOKENS, TURNS, asked, made, model, wanted
 
 from parity import Reference
+from runtime.test_chat import GREEDY, TINY, TOKENS, TURNS, asked, made, model, wanted
 from tiny import Tiny
 from vlpack.runtime.model import Model
 

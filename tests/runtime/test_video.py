@@ -12,13 +12,13 @@ import numpy as np
 import onnxruntime_genai as og
 import pytest
 import torch
-from test_family import VISION_MEMBERS
 from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
 
+from architectures.test_family import VISION_MEMBERS
 from family import make_member
 from parity import Reference
 from preprocess.video_files import clip, pictures, write_video

@@ -11,7 +11,7 @@ import re
 from vlpack.architectures.base import Architecture
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.sentence_transformers import SentenceFiles
-from vlpack.errors import CheckpointError
+from vlpack.errors import CheckpointError, option
 from vlpack.preprocess.tokenizer import Tokenizer
 from vlpack.tasks import AUTO, EMBEDDING, GENERATE, RERANKER
 
@@ -37,7 +37,7 @@ def decide_task(checkpoint: Checkpoint, asked: str, name: str) -> tuple[str, lis
         if files.task not in (None, asked):
             raise CheckpointError(
                 f"{checkpoint.folder / 'modules.json'} describes a model for the task {files.task}, not {asked}.",
-                f"Leave --task away, or give --task {files.task}.",
+                f"Leave {option('task')} away, or give {option('task', files.task)}.",
             )
         return asked, []
     task, why = GENERATE, ""
@@ -48,12 +48,12 @@ def decide_task(checkpoint: Checkpoint, asked: str, name: str) -> tuple[str, lis
     elif any(bare in checkpoint.tensors for bare in _BARE):
         task, why = EMBEDDING, "its tensors are those of a model without a head"
     if task != GENERATE:
-        return task, [f"Taken as a model for the task {task}: {why}. --task chooses another one."]
+        return task, [f"Taken as a model for the task {task}: {why}. {option('task')} chooses another one."]
     hints = {EMBEDDING: r"embed", RERANKER: r"rerank"}
     looks = [other for other, pattern in hints.items() if re.search(pattern, name, re.IGNORECASE)]
     notes = [
         f"Built to generate text, as nothing but its name ({name}) says that it is for the task {other}. "
-        f"If it is, build it with --task {other}."
+        f"If it is, build it with {option('task', other)}."
         for other in looks
     ]
     return GENERATE, notes
@@ -74,7 +74,8 @@ def with_names_for(architecture: Architecture, checkpoint: Checkpoint, task: str
     if not architecture.tied and HEAD not in named.tensors:
         raise CheckpointError(
             f"{checkpoint.folder}: tensor {HEAD} is missing from the checkpoint, so it can neither generate nor score.",
-            "An embedding model has no head: build it with --task embedding. Else the checkpoint is not complete.",
+            f"An embedding model has no head: build it with {option('task', EMBEDDING)}. "
+            "Else the checkpoint is not complete.",
         )
     return named
 
@@ -92,7 +93,7 @@ def answer_ids(checkpoint: Checkpoint) -> tuple[int, int]:
         if token_id is None or tokenizer.encode(token) != [token_id]:
             raise CheckpointError(
                 f"{tokenizer.where}: '{token}' is not one token, so the checkpoint cannot be a reranker of this kind.",
-                "Build it with --task generate.",
+                f"Build it with {option('task', GENERATE)}.",
             )
         ids.append(token_id)
     SentenceFiles(checkpoint).check_answers(*ids)

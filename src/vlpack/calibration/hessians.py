@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from vlpack.calibration.teacher import CalibrationModel, Shown
 from vlpack.checkpoint.checkpoint import Checkpoint
-from vlpack.errors import CheckpointError
+from vlpack.errors import CheckpointError, option
 from vlpack.export.graph import Weight
 from vlpack.ort.graph_edits import every_token, load_graph, normalized, open_session
 from vlpack.quantize.gptq import Inputs, describe_inputs
@@ -153,7 +153,8 @@ class Calibration:
             if not np.isfinite(total.diagonal()).all():
                 raise CheckpointError(
                     f"The model's activations at {input_value.name} are not finite, so it cannot be calibrated.",
-                    "Build without --calibrate, and look at the checkpoint with --precision fp32 and `vlpack verify`.",
+                    f"Build without {option('calibrate')}, and look at the checkpoint with "
+                    f"{option('precision', 'fp32')} and `vlpack verify`.",
                 )
             measured = _Measured(total, weights)
             for weight in weights:

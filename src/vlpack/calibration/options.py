@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from vlpack.errors import OptionError
+from vlpack.errors import OptionError, option
 from vlpack.tasks import AUTO, GENERATE
 
 SELF = "self"
@@ -31,9 +31,13 @@ def check_calibration(source: str | os.PathLike[str] | None, part: str, task: st
     if source is None:
         return
     if part not in ("all", "text"):
-        raise OptionError(f"--calibrate has no effect with --part {part}, which has no decoder.", "Leave it away.")
+        raise OptionError(
+            f"{option('calibrate')} has no effect with {option('part', part)}, which has no decoder.", "Leave it away."
+        )
     if task not in (AUTO, GENERATE):
-        raise OptionError("--calibrate is for models that generate.", f"Leave it away: this one is for {task}.")
+        raise OptionError(
+            f"{option('calibrate')} is for models that generate.", f"Leave it away: this one is for {task}."
+        )
     if source != SELF and not Path(source).expanduser().is_file():
         raise OptionError(
             f"The calibration text {source} is no file.",

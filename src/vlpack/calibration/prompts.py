@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vlpack.errors import CheckpointError, InputError, OptionError, VlpackError
+from vlpack.errors import CheckpointError, InputError, OptionError, VlpackError, option
 from vlpack.jsonl import read_jsonl
 from vlpack.preprocess import PromptBuilder
 from vlpack.preprocess.prompt import Prompt
@@ -156,7 +156,7 @@ def _check_enough(path: Path, tokens: int) -> None:
     if tokens < MIN_TOKENS:
         raise OptionError(
             f"{path} has {tokens} tokens; calibration needs {MIN_TOKENS} at least.",
-            "Give a longer text, or --calibrate self, which lets the model write its own.",
+            f"Give a longer text, or {option('calibrate', 'self')}, which lets the model write its own.",
         )
 
 

@@ -25,7 +25,7 @@ from vlpack.checkpoint.files import (
     sha256_file,
 )
 from vlpack.checkpoint.safetensors import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, read_header
-from vlpack.errors import CheckpointError
+from vlpack.errors import CheckpointError, option
 
 __all__ = ["Checkpoint", "TensorInfo"]
 
@@ -325,7 +325,7 @@ def _no_weights(folder: Path, explicit: str | None) -> CheckpointError:
 def _is_adapter(folder: Path) -> CheckpointError:
     return CheckpointError(
         f"{folder} is an adapter, not a model.",
-        f"Give the model it was trained on, and the adapter beside it: vlpack build MODEL -o PACKAGE --lora {folder}",
+        f"Build the model that it was trained on, with {option('lora', folder)}.",
     )
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlpack.checkpoint.files import check_plain_name, locate, read_json, read_json_list
-from vlpack.errors import CheckpointError
+from vlpack.errors import CheckpointError, option
 
 if TYPE_CHECKING:
     from vlpack.checkpoint.checkpoint import Checkpoint
 
 MODULES = "modules.json"
 _SCORES = ("LogitScore", "CausalScoreHead")
-_GENERATE = "Build it with --task generate to have the model without these steps."
+_GENERATE = f"Build it with {option('task', 'generate')} to have the model without these steps."
 
 
 class SentenceFiles:
@@ -66,7 +66,7 @@ class SentenceFiles:
         if pooling is None:
             raise CheckpointError(
                 f"{self._folder} lacks {path}/config.json, which says how the model pools.",
-                "Download the checkpoint with its subfolders, or say --task generate.",
+                f"Download the checkpoint with its subfolders, or give {option('task', 'generate')}.",
             )
         # version 5 names one mode (or several), older ones have a flag for each
         modes = pooling.get("pooling_mode")

@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from vlpack.errors import InputError, OptionError, VlpackError, VlpackWarning
+from vlpack.errors import InputError, OptionError, VlpackError, VlpackWarning, on_command_line
 
 if TYPE_CHECKING:
     from vlpack.builder import BuildResult
@@ -80,15 +80,16 @@ def print_plain(text: str) -> None:
 
 def show_error(error: VlpackError) -> None:
     """One sentence, and what to do about it."""
-    err.print(f"[bold red]error:[/] {escape(error.message)}")
+    err.print(f"[bold red]error:[/] {escape(on_command_line(error.message))}")
     if error.hint:
-        err.print(escape(error.hint))
+        err.print(escape(on_command_line(error.hint)))
 
 
 def show_warning(message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
     """vlpack's own warnings are for people; where in its code they came up is not."""
     if issubclass(category, VlpackWarning):
-        err.print(f"[bold yellow]warning:[/] {escape(str(message))}")
+        text = message.args[0] if isinstance(message, Warning) else message
+        err.print(f"[bold yellow]warning:[/] {escape(on_command_line(text))}")
     else:
         err.print(escape(f"{category.__name__}: {message}"), style="dim")
 
@@ -151,7 +152,7 @@ def show_build(result: BuildResult, report: Report | None = None, *, as_json: bo
         table.add_row(part, file, size(count), stored)
     out.print(table)
     for note in result.notes:
-        out.print(f"[yellow]note:[/] {escape(note)}")
+        out.print(f"[yellow]note:[/] {escape(on_command_line(note))}")
     out.print(
         f"{escape(str(result.folder))}: {size(result.total_bytes)} from {size(result.source_bytes)} in "
         f"{result.seconds:.1f} s, peak memory {size(result.peak_memory)}"
@@ -312,7 +313,7 @@ def _show_checkpoint(description: dict[str, Any]) -> None:
     head = "tied" if description["tied"] else "untied"
     out.print(f"task {description['task']}, head {head}, {description['deepstack_levels']} DeepStack levels")
     for note in description["notes"]:
-        out.print(f"[yellow]note:[/] {escape(note)}")
+        out.print(f"[yellow]note:[/] {escape(on_command_line(note))}")
     for name, part in description["graphs"].items():
         out.print(f"\n[bold]{escape(name)}[/]")
         _show_ports(part)

@@ -21,7 +21,7 @@ from typing import Any
 
 from vlpack import errors
 from vlpack.checkpoint.files import read_json
-from vlpack.errors import InputError, OptionError, PackageError
+from vlpack.errors import InputError, OptionError, PackageError, option
 from vlpack.package.manifest import whole_package
 from vlpack.system import available_cores, checked_threads, total_memory_bytes
 from vlpack.tasks import GENERATE, check_package_task
@@ -154,7 +154,7 @@ def bench(
         prompt_tokens, images = PROMPTS, IMAGES if sees else ()
     images = images or ()
     if images and not sees:
-        raise InputError("The package has no vision part, so it takes no images.", "Leave --image away.")
+        raise InputError("The package has no vision part, so it takes no images.", f"Leave {option('images')} away.")
     asked: list[dict[str, Any]] = [{"tokens": length} for length in prompt_tokens or ()]
     asked += [{"image": parse_size(size)} for size in images]
     _read(folder, manifest)  # into the system's cache, as loading will find it
@@ -283,5 +283,7 @@ def earlier(path: Path) -> dict[str, Any]:
         if not (figures and whole and all(figure > 0 for figure in figures)):
             raise TypeError
     except (KeyError, TypeError):
-        raise InputError(f"{path} is not a result of `vlpack bench`.", "Make one with --output.") from None
+        raise InputError(
+            f"{path} is not a result of `vlpack bench`.", "Make one with `vlpack bench PACKAGE --output FILE`."
+        ) from None
     return then

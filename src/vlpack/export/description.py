@@ -9,6 +9,7 @@ from vlpack.architectures import Part, architecture_of, read_settings
 from vlpack.architectures.ports import GraphOptions
 from vlpack.architectures.task import decide_task
 from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.errors import Note
 from vlpack.export.check import check_tensors
 from vlpack.package.description import without_cache
 from vlpack.quantize.policy import QuantizationOptions, make_policy
@@ -47,7 +48,7 @@ def inspect_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
         parts = architecture.parts(GraphOptions())
         return {
             **described,
-            "notes": notes,
+            "notes": [Note(note) for note in notes],
             "task": task,
             "tied": architecture.tied,
             "text": vars(architecture.text),

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlpack.checkpoint.files import quote
-from vlpack.errors import OptionError, PackageError, VlpackError
+from vlpack.errors import OptionError, PackageError, VlpackError, option
 from vlpack.export.exchange import exchange
 from vlpack.package.manifest import MANIFEST, read_manifest
 
@@ -73,7 +73,9 @@ def _check_free(output: Path, *, force: bool) -> None:
     if not (output / MANIFEST).is_file():
         raise OptionError(f"{output} exists and is not a vlpack package.", another)
     if not force:
-        raise OptionError(f"{output} exists.", "Choose another name with -o, or replace the package with --force.")
+        raise OptionError(
+            f"{output} exists.", f"Choose another name, or replace the package with {option('force', True)}."
+        )
     try:
         known = {*read_manifest(output)["files"], MANIFEST}
     except PackageError as error:

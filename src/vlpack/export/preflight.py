@@ -11,7 +11,7 @@ from vlpack.architectures import Architecture, read_settings
 from vlpack.architectures.ports import GraphOptions
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.hub import SETTINGS, ResolvedSource, is_folder, resolve
-from vlpack.errors import OptionError
+from vlpack.errors import OptionError, option
 from vlpack.export.folder import check_space
 from vlpack.export.graph import declare
 from vlpack.export.weights import planned_bytes
@@ -89,5 +89,6 @@ def check_sees(architecture: Architecture, checkpoint: Checkpoint, part: str, vi
     """Raises an OptionError where an option is about a vision encoder that there is not."""
     if architecture.vision is None and (part in ("vision", "embedding") or vision_precision):
         raise OptionError(
-            f"{checkpoint.architecture} has no vision encoder.", "Leave --part and --vision-precision away."
+            f"{checkpoint.architecture} has no vision encoder.",
+            f"Leave {option('part')} and {option('vision_precision')} away.",
         )

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from vlpack.checkpoint.checkpoint import Checkpoint
-from vlpack.errors import CheckpointError
+from vlpack.errors import CheckpointError, option
 from vlpack.export.graph import Graph, Weight, WeightKey
 from vlpack.quantize.gptq import Inputs
 from vlpack.quantize.storage import Array, Blocks, ChannelInt8, slabs
@@ -168,7 +168,7 @@ def encode(
     except OverflowError as error:
         raise CheckpointError(
             f"The tensor {_overflowing(checkpoint, weight)} has a value that cannot be stored: {error}.",
-            "Build with --precision fp32.",
+            f"Build with {option('precision', 'fp32')}.",
         ) from None
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from vlpack.errors import VlpackWarning
+from vlpack.errors import VlpackWarning, option
 from vlpack.quantize.storage import ChannelInt8
 
-HINT = "--extra-options weight_type=uint8"
+HINT = option("extra.weight_type", "uint8")
 
 
 class SaturationWarning(VlpackWarning):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
-from vlpack.errors import InputError
+from vlpack.errors import InputError, option
 from vlpack.preprocess.addresses import is_public_address
 
 MAX_DOWNLOAD_BYTES = 64 * 2**20
@@ -138,7 +138,7 @@ def _connect(host: str, port: int, allow_private: bool, deadline: float) -> sock
             if not is_public_address(str(address)):
                 raise InputError(
                     f"{host} has the address {address}, which is not public; it is not fetched.",
-                    hint="Set allow_private_urls=True if you trust the URL.",
+                    hint=f"Give {option('allow_private_urls', True)} if you trust the URL.",
                 )
     failure: OSError = OSError(f"{host} has no address")
     for address in addresses:

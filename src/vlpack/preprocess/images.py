@@ -20,7 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vlpack.checkpoint.config import is_finite
-from vlpack.errors import CheckpointError, InputError, OptionError
+from vlpack.errors import CheckpointError, InputError, OptionError, option
 from vlpack.preprocess.settings_folder import SettingsFolder, given_settings
 
 MAX_ASPECT_RATIO = 200
@@ -186,13 +186,13 @@ class ImageProcessor:
         """A copy with other area limits, in square pixels; None keeps the present one. OptionError if impossible."""
         if min_pixels is None and _is_int(max_pixels) and 0 < max_pixels < self.min_pixels:
             raise OptionError(
-                f"max_pixels is {max_pixels}; the model's own min_pixels is {self.min_pixels}.",
-                "Give at least that, or min_pixels too.",
+                f"{option('max_pixels')} is {max_pixels}; the model's own {option('min_pixels')} is {self.min_pixels}.",
+                f"Give at least that, or {option('min_pixels')} too.",
             )
         if max_pixels is None and _is_int(min_pixels) and min_pixels > self.max_pixels:
             raise OptionError(
-                f"min_pixels is {min_pixels}; the model's own max_pixels is {self.max_pixels}.",
-                "Give at most that, or max_pixels too.",
+                f"{option('min_pixels')} is {min_pixels}; the model's own {option('max_pixels')} is {self.max_pixels}.",
+                f"Give at most that, or {option('max_pixels')} too.",
             )
         return dataclasses.replace(
             self,
@@ -237,7 +237,7 @@ class ImageProcessor:
             raise InputError(
                 f"The images take {4 * values / 1e9:.1f} GB as numbers; more than {4 * MAX_PIXEL_VALUES / 1e9:.1f} GB "
                 "are not made.",
-                "Give smaller or fewer images, or a smaller max_pixels.",
+                f"Give smaller or fewer images, or a smaller {option('max_pixels')}.",
             )
         # Filled image by image, so that beside the result only one resized uint8 image is alive.
         pixels = np.empty((int(patches_per_image.sum()), 3, self.temporal_patch_size, patch * patch), dtype=np.float32)
@@ -302,7 +302,9 @@ class ImageProcessor:
 def check_pixel_limits(folder: Path, sees: bool, min_pixels: int | None, max_pixels: int | None) -> None:
     """Raises an OptionError where limits are given to a package that does not see."""
     if not sees and (min_pixels is not None or max_pixels is not None):
-        raise OptionError(f"min_pixels and max_pixels have no effect: {folder} has no vision encoder.")
+        raise OptionError(
+            f"{option('min_pixels')} and {option('max_pixels')} have no effect: {folder} has no vision encoder."
+        )
 
 
 def _is_int(value: object) -> TypeGuard[int]:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from vlpack.checkpoint.config import is_finite
-from vlpack.errors import CheckpointError, InputError, OptionError
+from vlpack.errors import CheckpointError, InputError, OptionError, option
 from vlpack.preprocess.images import MAX_ASPECT_RATIO, MAX_TEMPORAL_PATCH
 from vlpack.preprocess.settings_folder import SettingsFolder, given_settings
 from vlpack.preprocess.torch_resize import FILTERS, resize_frame
@@ -118,7 +118,9 @@ class VideoOptions:
         if self.num_frames is not None:
             for name in ("fps", "min_frames", "max_frames"):
                 if getattr(self, name) is not None:
-                    raise OptionError(f"num_frames and {name} exclude each other.", "Give one of them.")
+                    raise OptionError(
+                        f"{option('num_frames')} and {option(name)} exclude each other.", "Give one of them."
+                    )
 
 
 class ProcessedVideo(NamedTuple):
@@ -248,7 +250,7 @@ class VideoProcessor:
         if options.total_pixels is not None:
             if options.total_pixels < self.min_pixels:
                 raise OptionError(
-                    f"total_pixels is {options.total_pixels}; the model's own least is {self.min_pixels}."
+                    f"{option('total_pixels')} is {options.total_pixels}; the model's own least is {self.min_pixels}."
                 )
             changes["max_pixels"] = options.total_pixels
         return dataclasses.replace(self, **changes)
@@ -289,7 +291,7 @@ class VideoProcessor:
         if num_frames * size[0] * size[1] > MAX_VIDEO_PIXELS:
             raise InputError(
                 f"{num_frames} frames of {size[1]}x{size[0]} pixels are more than {MAX_VIDEO_PIXELS} pixels together.",
-                "Take fewer frames, or give total_pixels.",
+                f"Take fewer frames, or give {option('total_pixels')}.",
             )
         return size
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import gcd
 
-from vlpack.errors import OptionError
+from vlpack.errors import OptionError, option
 from vlpack.quantize.rotate import rotation_size
 from vlpack.quantize.storage import Blocks, ChannelInt8, Float, Storage, Transposed
 
@@ -175,7 +175,9 @@ def make_policy(
     if options.mixed and precision != "int4":
         raise OptionError("matmul_mixed_precision goes with int4.", f"The precision is {precision}.")
     if options.calibrated and precision not in ("int8", "int4"):
-        raise OptionError("Calibration goes with int8 and int4.", f"{precision} needs none: leave --calibrate away.")
+        raise OptionError(
+            "Calibration goes with int8 and int4.", f"{precision} needs none: leave {option('calibrate')} away."
+        )
     rules = (
         *_vision_rules(precision, provider, dtype, options),
         *([Rule("text.answers", Float("float32"))] if facts.scores else []),

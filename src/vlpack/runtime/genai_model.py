@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlpack.checkpoint.files import quote
-from vlpack.errors import OptionError, PackageError
+from vlpack.errors import OptionError, PackageError, option
 from vlpack.package.loaded_files import LoadedFiles
 from vlpack.package.manifest import package_json
 from vlpack.package.validate import SECTIONS, check_config, weight_files
@@ -101,10 +101,12 @@ def vision_encoder(files: LoadedFiles, model: dict[str, Any], threads: int, aske
     """
     folder = files.folder
     if asked is not None and asked not in VISION_PROVIDERS:
-        raise OptionError(f"Unknown vision_provider {asked!r}.", f"There are {', '.join(VISION_PROVIDERS)}.")
+        raise OptionError(
+            f"Unknown {option('vision_provider')} {asked!r}.", f"There are {', '.join(VISION_PROVIDERS)}."
+        )
     if "vision" not in model:
         if asked is not None:
-            raise OptionError(f"vision_provider has no effect: {folder} has no vision encoder.")
+            raise OptionError(f"{option('vision_provider')} has no effect: {folder} has no vision encoder.")
         return None
     on_cpu = files.manifest.get("execution_provider") == "cpu"
     if asked == RUNTIME or (asked is None and not on_cpu):
@@ -114,7 +116,9 @@ def vision_encoder(files: LoadedFiles, model: dict[str, Any], threads: int, aske
     if not on_cpu or port is None or port[0] % merge**2:
         if asked is None:
             return None
-        raise OptionError(f"vision_provider {asked} does not suit {folder}.", f"Leave it away, or give {RUNTIME}.")
+        raise OptionError(
+            f"{option('vision_provider', asked)} does not suit {folder}.", f"Leave it away, or give {RUNTIME}."
+        )
     graph = folder / str(model["vision"]["filename"])
     opened = [graph.name, *weight_files(graph)]
     return VisionEncoder(graph, *port, merge, threads, check=lambda: files.check(opened))
@@ -140,7 +144,7 @@ def load_model(
     if "decoder" not in model or (embeds and len(sections) < 3):
         raise PackageError(
             f"{folder} holds only {', '.join(sections) or 'no part'} of a model and does not run by itself.",
-            "Build it with --part all, or with --part text and without exclude_embeds.",
+            f"Build it with {option('part', 'all')}, or with {option('part', 'text')} and without exclude_embeds.",
         )
     session = {"session_options": {"intra_op_num_threads": threads}}
     overlay: dict[str, dict[str, Any]] = {name: dict(session) for name in sections if name != "embedding"}

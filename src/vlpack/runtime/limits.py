@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-from vlpack.errors import InputError
+from vlpack.errors import InputError, option
 from vlpack.preprocess import Prompt
 
 
@@ -23,11 +23,11 @@ def too_long(subject: str, prompt: Prompt, room: int) -> InputError:
         return InputError(said, "Shorten it.")
     if prompt.videos:
         said += f" {prompt.num_video_tokens} of them are of videos, {sum(sizes) - prompt.num_video_tokens} of images."
-        return InputError(said, "Take fewer frames, or make them smaller with total_pixels.")
+        return InputError(said, f"Take fewer frames, or make them smaller with {option('total_pixels')}.")
     images = "Its image takes" if len(sizes) == 1 else f"Its {len(sizes)} images take"
     said += f" {images} {sum(sizes)} of them"
     enough = next((count for count, freed in enumerate(accumulate(reversed(sizes)), 1) if freed >= excess), None)
     if enough is None:
         return InputError(f"{said}, and without any it would not fit either.", "Shorten it.")
     last = "it" if len(sizes) == 1 else "the last" if enough == 1 else f"the last {enough}"
-    return InputError(f"{said}; without {last} it would fit.", "Or make images smaller with max_pixels.")
+    return InputError(f"{said}; without {last} it would fit.", f"Or make images smaller with {option('max_pixels')}.")

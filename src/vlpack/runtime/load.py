@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlpack.errors import OptionError
+from vlpack.errors import OptionError, option
 from vlpack.package.manifest import whole_package
 from vlpack.tasks import EMBEDDING, GENERATE, manifest_task
 
@@ -45,7 +45,9 @@ def load(
             path, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
         )
     if vision_provider is not None:
-        raise OptionError(f"vision_provider has no effect on a model for the task {task}.", "Leave it away.")
+        raise OptionError(
+            f"{option('vision_provider')} has no effect on a model for the task {task}.", "Leave it away."
+        )
     from vlpack.runtime.retrieval import Embedder, Reranker
 
     kind = Embedder if task == EMBEDDING else Reranker

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlpack.errors import InputError, OptionError
+from vlpack.errors import InputError, OptionError, option
 from vlpack.ort.saturation import warn_of_saturation
 from vlpack.package.genai import eos_ids
 from vlpack.package.manifest import graph_files
@@ -260,9 +260,9 @@ class Model(Loaded):
         needed, there = self.cache_bytes(limit), total_memory_bytes()
         if there and needed > there:
             raise OptionError(
-                f"The cache for {limit} tokens (prompt and max_tokens) takes {needed / 1e9:.1f} GB; this machine has "
-                f"{there / 1e9:.1f} GB.",
-                "Give a smaller --max-tokens.",
+                f"The cache for {limit} tokens (prompt and {option('max_tokens')}) takes {needed / 1e9:.1f} GB; "
+                f"this machine has {there / 1e9:.1f} GB.",
+                f"Give a smaller {option('max_tokens')}.",
             )
         return limit
 

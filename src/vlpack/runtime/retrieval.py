@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vlpack.errors import InputError, OptionError, PackageError
+from vlpack.errors import InputError, OptionError, PackageError, option
 from vlpack.ort.saturation import warn_of_saturation
 from vlpack.ort.session import ort, session_options
 from vlpack.package.loaded_files import LoadedFiles
@@ -127,7 +127,7 @@ class Encoder(Loaded):
         if "text" not in files and not {"decoder", "vision", "embedding"} <= set(files):
             raise PackageError(
                 f"{self.folder} holds only {', '.join(files) or 'no part'} of a model and does not run by itself.",
-                "Build it with --part all or --part text.",
+                f"Build it with {option('part', 'all')} or {option('part', 'text')}.",
             )
         asked = str(self.manifest.get("execution_provider"))
         provider, wheel = _PROVIDERS.get(asked, (asked, "another build of onnxruntime"))
