@@ -1,4 +1,4 @@
-"""The whole story on one page: checkpoint → architecture → graphs → weights → package."""
+"""`vlpack.build`: the whole story on one page, as plan → write → seal."""
 
 from __future__ import annotations
 
@@ -10,35 +10,26 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vlpack.architectures import Architecture, Part, architecture_of
 from vlpack.architectures.ports import GraphOptions
-from vlpack.architectures.task import decide_task
-from vlpack.calibration.options import BESIDE, check_calibration, say_nothing
+from vlpack.build_plan import PARTS, BuildOptions, BuildPlan, plan_build
+from vlpack.calibration.options import BESIDE, say_nothing
 from vlpack.checkpoint.checkpoint import Checkpoint
-from vlpack.checkpoint.hub import ResolvedSource
-from vlpack.errors import Note, OptionError
+from vlpack.errors import Note
 from vlpack.export.assets import write_beside
-from vlpack.export.check import check_tensors
 from vlpack.export.folder import check_free, check_space, output_folder
-from vlpack.export.graph import Graph, Weight, declare, trace
+from vlpack.export.graph import Graph, Weight, declare
 from vlpack.export.manifest import write_manifest
-from vlpack.export.preflight import check_settings, resolve_checked
-from vlpack.export.retrieval import encoder_section
 from vlpack.export.weights import DataFiles, planned_bytes
-from vlpack.lora.merge import Adapter, adapter_notes, merge_all, open_adapters, places_of
-from vlpack.options import ExtraOptions, check_effects, check_task_options
-from vlpack.quantize.policy import Policy, QuantizationOptions, make_policy
+from vlpack.options import ExtraOptions
+from vlpack.quantize.policy import QuantizationOptions, make_policy
 from vlpack.system import available_cores, peak_memory_bytes
-from vlpack.tasks import AUTO, GENERATE, check_task
+from vlpack.tasks import AUTO
 
 if TYPE_CHECKING:
     from vlpack.calibration.hessians import Calibration
-
-PARTS = ("all", "text", "vision", "embedding")
 
 
 class Progress(Protocol):
@@ -73,6 +64,23 @@ class BuildResult:
     seconds: float
     peak_memory: int
     notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the writing step leaves for the sealing one.
+
+    Args:
+        notes: what the user should know of the files beside the graphs.
+        sources: file name → SHA-256 of the checkpoint's files.
+        files: file name → SHA-256 of the files that were hashed while they were written.
+        calibration: what the manifest says of the calibration; None where there was none.
+    """
+
+    notes: list[str]
+    sources: dict[str, str]
+    files: dict[str, str]
+    calibration: dict[str, Any] | None
 
 
 def build(
@@ -118,205 +126,116 @@ def build(
         VlpackError: with a sentence that says what is wrong and what to do; nothing is left at ``output``.
     """
     started = time.perf_counter()
-    extra = ExtraOptions() if extra_options is None else extra_options
-    _check_arguments(extra, part, threads)
-    check_calibration(calibrate, part, task)
-    check_task(task)
-    execution_provider = str(execution_provider).lower()
-    vision_precision = str(vision_precision).lower() if vision_precision else None
-    precision = str(precision).lower() if precision else ("int8" if execution_provider == "cpu" else "fp16")
-    quantization = extra.quantization(vision_precision, calibrated=calibrate is not None)
-    # what is wrong with the options is told before anything is downloaded
-    check_effects(extra, part, make_policy(precision, execution_provider, quantization), vision_precision)
-    check_task_options(extra, task, precision)
-    output = Path(os.path.expanduser(output))
-    check_free(output, force=force)
-    # adapters first: they are small, and what is wrong with them is told before the model is downloaded
-    places = places_of(lora)
-    adapters = open_adapters(places, cache_dir, extra.hf_token)
-    found = resolve_checked(
-        source,
-        partial(
-            check_settings,
-            output=output,
-            part=part,
-            task=task,
-            vision_precision=vision_precision,
-            policy=partial(make_policy, precision, execution_provider, quantization),
-        ),
+    options = BuildOptions(
+        precision=precision,
+        execution_provider=execution_provider,
+        part=part,
+        task=task,
+        vision_precision=vision_precision,
+        extra=ExtraOptions() if extra_options is None else extra_options,
         revision=revision,
         cache_dir=cache_dir,
-        token=extra.hf_token,
+        threads=threads,
+        lora=lora,
+        calibrate=calibrate,
     )
-    notes = _unused_hub_options([source, *places], cache_dir, extra)
-
-    with (
-        ExitStack() as stack,
-        Checkpoint.open(found.folder) as opened,
-        output_folder(output, force=force) as folder,
-    ):
-        for adapter in adapters:
-            stack.callback(adapter.close)
-        task, reasons = decide_task(opened, task, found.repo_id or found.name)
-        notes += reasons
-        check_task_options(extra, task, precision)
-        architecture, base = architecture_of(opened, task)
-        policy = make_policy(precision, execution_provider, quantization, architecture.precision_facts)
-        check_tensors(architecture, base, policy)
-        merged = merge_all(base, adapters, architecture)
-        checkpoint = [base, *merged][-1]
-        graphs = {_filename(p, extra): trace(p, policy) for p in _parts(architecture, part, policy, extra)}
-        weights = [weight for graph in graphs.values() for weight in graph.weights]
-        notes += [*_check_sharing(architecture, policy, extra), *adapter_notes(merged, found, weights)]
-        origin = _origin(found, adapters)
-        names = {graph.name: filename for filename, graph in graphs.items()}
-        encoder = None if task == GENERATE else encoder_section(architecture, checkpoint, names)
-        notes += write_beside(folder, architecture, checkpoint, policy, names, origin, encoder)
-        own = _unshared(graphs, _shares(extra))
-        total = sum(map(planned_bytes, own))
-        check_space(folder, total)
-        if progress:
-            progress.start(total)
-        hashes = _in_background(lambda: _hash_sources(checkpoint))
-        calibration = _calibration(
-            calibrate,
-            part,
-            architecture,
-            checkpoint,
-            graphs,
-            partial(
-                build,
-                base.folder,
-                folder / BESIDE,
-                precision="int8",
-                task=task,
-                lora=[adapter.weights.folder for adapter in adapters],
-                threads=threads,
-            ),
-            progress,
-        )
-        files = DataFiles(
-            folder,
-            checkpoint,
-            threads=threads or default_threads(),
-            share=_shares(extra),
-            progress=progress.advance if progress else None,
-            calibration=calibration,
-        )
-        files.save_all(graphs)
-        shutil.rmtree(folder / BESIDE, ignore_errors=True)
-        write_manifest(
-            folder,
-            checkpoint,
-            origin,
-            hashes.result(),
-            policy,
-            graphs,
-            files.sha256,
-            task,
-            encoder,
-            calibration.described() if calibration else None,
-        )
+    output = Path(os.path.expanduser(output))
+    check_free(output, force=force)
+    with ExitStack() as stack:
+        plan = plan_build(source, output, options, stack)
+        folder = stack.enter_context(output_folder(output, force=force))
+        written = write(plan, folder, progress)
+        seal(plan, folder, written)
         parts = {
-            graph.name: (name, _size(folder, name), _labels(graph, weights))
-            for (name, graph), weights in zip(graphs.items(), own, strict=True)
+            graph.name: (name, _size(folder, name), _labels(graph, own))
+            for (name, graph), own in zip(plan.graphs.items(), plan.own_weights, strict=True)
         }
         total_bytes = sum(path.stat().st_size for path in folder.iterdir())
-        source_bytes = checkpoint.total_bytes()
     return BuildResult(
         folder=output,
         parts=parts,
         total_bytes=total_bytes,
-        source_bytes=source_bytes,
+        source_bytes=plan.checkpoint.total_bytes(),
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory_bytes(),
-        notes=tuple(map(Note, notes)),
+        notes=tuple(map(Note, [*plan.notes, *written.notes])),
     )
 
 
-def _check_arguments(extra: object, part: str, threads: int | None) -> None:
-    if not isinstance(extra, ExtraOptions):
-        raise OptionError(
-            "extra_options must be a vlpack.ExtraOptions.", "vlpack.ExtraOptions(block_size=64), for example."
-        )
-    if part not in PARTS:
-        raise OptionError(f"Unknown part '{part}'.", "Parts are " + ", ".join(PARTS) + ".")
-    if threads is not None and threads < 1:
-        raise OptionError(f"threads is {threads}; it must be at least 1.")
+def write(plan: BuildPlan, folder: Path, progress: Progress | None) -> Written:
+    """Write everything but the manifest into the folder: settings, tokenizer and cards, graphs and their weights."""
+    notes = write_beside(
+        folder, plan.architecture, plan.checkpoint, plan.policy, plan.names, plan.origin, plan.retrieval
+    )
+    check_space(folder, plan.total_bytes)
+    if progress:
+        progress.start(plan.total_bytes)
+    hashes = _in_background(lambda: _hash_sources(plan.checkpoint))
+    calibration = calibrate_plan(plan, folder / BESIDE, progress)
+    files = DataFiles(
+        folder,
+        plan.checkpoint,
+        threads=plan.options.threads or default_threads(),
+        share=plan.options.shares,
+        progress=progress.advance if progress else None,
+        calibration=calibration,
+    )
+    files.save_all(plan.graphs)
+    shutil.rmtree(folder / BESIDE, ignore_errors=True)
+    return Written(notes, hashes.result(), files.sha256, calibration.described() if calibration else None)
+
+
+def seal(plan: BuildPlan, folder: Path, written: Written) -> None:
+    """Write the manifest, last of all files, which makes the folder a package."""
+    write_manifest(
+        folder,
+        plan.checkpoint,
+        plan.origin,
+        written.sources,
+        plan.policy,
+        plan.graphs,
+        written.files,
+        plan.task,
+        plan.retrieval,
+        written.calibration,
+    )
+
+
+def calibrate_plan(plan: BuildPlan, beside: Path, progress: Progress | None) -> Calibration | None:
+    """What the calibrated weights of a plan multiply, measured in an 8-bit package that is built at ``beside``.
+
+    Returns:
+        None where nothing is calibrated.
+    """
+    options = plan.options
+    if options.calibrate is None:
+        return None
+    from vlpack.calibration.options import check_calibration
+    from vlpack.calibration.run import start_calibration
+    from vlpack.calibration.teacher import CalibrationModel
+
+    check_calibration(options.calibrate, options.part, plan.task)
+    say = progress.say if progress else say_nothing
+    say("building an 8-bit package to calibrate with")
+    eight_bits = build(
+        plan.checkpoint.folder,
+        beside,
+        precision="int8",
+        task=plan.task,
+        lora=[adapter.weights.folder for adapter in plan.adapters],
+        threads=options.threads,
+    )
+    files = {name: filename for name, (filename, _, _) in eight_bits.parts.items()}
+    policy = make_policy("int8", "cpu", QuantizationOptions(), plan.architecture.precision_facts)
+    graphs = plan.architecture.parts(GraphOptions.of_policy(policy))
+    transforms = {weight.path: weight.transform for part in graphs for weight in declare(part, policy)}
+    model = CalibrationModel(eight_bits.folder, files, plan.architecture)
+    return start_calibration(model, plan.calibrated_weights, transforms, plan.checkpoint, options.calibrate, say)
 
 
 def default_threads() -> int:
     """Cores, but no more than keep a disk busy: each thread holds a weight or a few slabs in memory."""
     return min(available_cores(), 8)
-
-
-def _origin(found: ResolvedSource, adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """The checkpoint and what is merged into it, for the manifest."""
-    merged = [adapter.described() for adapter in adapters]
-    return {**found.described(), **({"adapters": merged} if merged else {})}
-
-
-def _calibration(
-    source: str | os.PathLike[str] | None,
-    part: str,
-    architecture: Architecture,
-    checkpoint: Checkpoint,
-    graphs: dict[str, Graph],
-    eight_bits: Callable[[], BuildResult],
-    progress: Progress | None,
-) -> Calibration | None:
-    """What the calibrated weights of ``graphs`` multiply; None where nothing is calibrated."""
-    if source is None:
-        return None
-    check_calibration(source, part, architecture.task)
-    from vlpack.calibration.run import start_calibration
-    from vlpack.calibration.teacher import CalibrationModel
-
-    say = progress.say if progress else say_nothing
-    say("building an 8-bit package to calibrate with")
-    beside = eight_bits()
-    files = {name: filename for name, (filename, _, _) in beside.parts.items()}
-    weights = [weight for graph in graphs.values() for weight in graph.weights if weight.calibrated]
-    policy = make_policy("int8", "cpu", QuantizationOptions(), architecture.precision_facts)
-    parts = architecture.parts(GraphOptions.of_policy(policy))
-    transforms = {weight.path: weight.transform for part in parts for weight in declare(part, policy)}
-    model = CalibrationModel(beside.folder, files, architecture)
-    return start_calibration(model, weights, transforms, checkpoint, source, say)
-
-
-def _check_cache(architecture: Architecture, policy: Policy) -> None:
-    if policy.cache == "int8" and not architecture.decoder.qk_norm:
-        raise OptionError(
-            "kv_cache=int8 is for models that normalize their keys, as Qwen3's families do.",
-            "How large this one's become is not known, so nothing can be said of what 8 bits would lose.",
-        )
-
-
-def _unused_hub_options(
-    places: Sequence[str | os.PathLike[str]], cache_dir: str | os.PathLike[str] | None, extra: ExtraOptions
-) -> list[str]:
-    """Command lines for the builder name a cache for local folders too, so this is a note and not an error."""
-    unused = [name for name, value in (("cache_dir", cache_dir), ("hf_token", extra.hf_token)) if value is not None]
-    if not unused or not all(Path(place).expanduser().is_dir() for place in places):
-        return []
-    return [f"The checkpoint is a folder, so {' and '.join(unused)} had no effect."]
-
-
-def _shares(extra: ExtraOptions) -> bool:
-    return extra.shared_embeddings is not False
-
-
-def _check_sharing(architecture: Architecture, policy: Policy, extra: ExtraOptions) -> list[str]:
-    """A note where shared_embeddings was given and changes nothing; an error where it cannot be had."""
-    if extra.shared_embeddings and not architecture.tied:
-        raise OptionError("shared_embeddings=true needs a checkpoint with a tied head; this one is untied.")
-    if extra.shared_embeddings is None:
-        return []
-    if not architecture.tied:
-        return ["The embedding and the head are not tied, so shared_embeddings had no effect."]
-    if policy.storage("text.embedding") != policy.storage("text.head"):
-        return ["The embedding and the head are stored in different ways here, so shared_embeddings had no effect."]
-    return []
 
 
 def _in_background(work: Callable[[], Any]) -> Future[Any]:
@@ -331,34 +250,6 @@ def _in_background(work: Callable[[], Any]) -> Future[Any]:
 
     threading.Thread(target=run, daemon=True).start()
     return future
-
-
-def _parts(architecture: Architecture, part: str, policy: Policy, extra: ExtraOptions) -> list[Part]:
-    _check_cache(architecture, policy)
-    options = GraphOptions.of_policy(policy, last_logits=extra.prune_lm_head is not False)
-    if part == "text":
-        return [architecture.decoder_part(options) if extra.exclude_embeds else architecture.text_part(options)]
-    parts = architecture.parts(options)
-    return [p for p in parts if part in ("all", p.name)]
-
-
-def _filename(part: Part, extra: ExtraOptions) -> str:
-    if part.name in ("text", "decoder") and extra.filename:
-        return extra.filename
-    return "model.onnx" if part.name == "text" else f"{part.name}.onnx"
-
-
-def _unshared(graphs: dict[str, Graph], share: bool) -> list[list[Weight]]:
-    """The weights of each graph, without those that are written already."""
-    seen: set[Any] = set()
-    lists: list[list[Weight]] = []
-    for graph in graphs.values():
-        lists.append([])
-        for weight in graph.weights:
-            if not share or weight.key not in seen:
-                lists[-1].append(weight)
-            seen.add(weight.key)
-    return lists
 
 
 def _hash_sources(checkpoint: Checkpoint) -> dict[str, str]:

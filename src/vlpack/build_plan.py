@@ -1,0 +1,269 @@
+"""What a build will write, decided before anything is written: options checked, checkpoint found, graphs traced."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from vlpack.architectures import Architecture, Part, architecture_of
+from vlpack.architectures.ports import GraphOptions
+from vlpack.architectures.task import decide_task
+from vlpack.calibration.options import check_calibration
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.hub import ResolvedSource
+from vlpack.errors import OptionError
+from vlpack.export.check import check_tensors
+from vlpack.export.graph import Graph, Weight, trace
+from vlpack.export.preflight import check_settings, resolve_checked
+from vlpack.export.retrieval import encoder_section
+from vlpack.export.weights import planned_bytes
+from vlpack.lora.merge import Adapter, adapter_notes, merge_all, open_adapters, places_of
+from vlpack.options import ExtraOptions, check_effects, check_task_options
+from vlpack.quantize.policy import Policy, PrecisionFacts, QuantizationOptions, make_policy
+from vlpack.tasks import AUTO, GENERATE, check_task
+
+PARTS = ("all", "text", "vision", "embedding")
+
+Place = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What the caller chose, checked as far as it can be without a checkpoint.
+
+    The fields are arguments of `vlpack.build`, where they are described; ``extra`` is its ``extra_options``.
+
+    Raises:
+        OptionError: an option is unknown, or has no effect beside the others.
+    """
+
+    precision: str | None = None
+    execution_provider: str = "cpu"
+    part: str = "all"
+    task: str = AUTO
+    vision_precision: str | None = None
+    extra: ExtraOptions = field(default_factory=ExtraOptions)
+    revision: str | None = None
+    cache_dir: Place | None = None
+    threads: int | None = None
+    lora: Place | Sequence[Place] = ()
+    calibrate: Place | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("execution_provider", "vision_precision", "precision"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, str(value).lower() if value else None)
+        if self.precision is None:
+            object.__setattr__(self, "precision", "int8" if self.execution_provider == "cpu" else "fp16")
+        _check_arguments(self.extra, self.part, self.threads)
+        check_calibration(self.calibrate, self.part, self.task)
+        check_task(self.task)
+        check_effects(self.extra, self.part, self.policy(), self.vision_precision)
+        check_task_options(self.extra, self.task, str(self.precision))
+
+    @property
+    def quantization(self) -> QuantizationOptions:
+        """How weights are quantized."""
+        return self.extra.quantization(self.vision_precision, calibrated=self.calibrate is not None)
+
+    def policy(self, facts: PrecisionFacts | None = None) -> Policy:
+        """The precision policy for a model of which ``facts`` are known, or for any model."""
+        return make_policy(str(self.precision), self.execution_provider, self.quantization, facts or PrecisionFacts())
+
+    @property
+    def shares(self) -> bool:
+        """Whether weights that are equal in several graphs are stored once."""
+        return self.extra.shared_embeddings is not False
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Everything that a build writes, and from what.
+
+    Args:
+        options: what the caller chose.
+        task: one of `vlpack.tasks.TASKS`.
+        architecture: the model's.
+        checkpoint: the weights to read, adapters merged.
+        adapters: the LoRA adapters that are merged.
+        policy: which weight is stored how.
+        graphs: file name → graph, its weights not read yet.
+        origin: the checkpoint and the adapters, as the manifest names them.
+        notes: what the user should know.
+    """
+
+    options: BuildOptions
+    task: str
+    architecture: Architecture
+    checkpoint: Checkpoint
+    adapters: Sequence[Adapter]
+    policy: Policy
+    graphs: dict[str, Graph]
+    origin: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Part → file name of its graph."""
+        return {graph.name: filename for filename, graph in self.graphs.items()}
+
+    @cached_property
+    def retrieval(self) -> dict[str, Any] | None:
+        """The manifest's section about an embedding model or reranker; None for a model that generates."""
+        return None if self.task == GENERATE else encoder_section(self.architecture, self.checkpoint, self.names)
+
+    @cached_property
+    def own_weights(self) -> list[list[Weight]]:
+        """The weights of each graph that are written for it, without those that an earlier graph has already."""
+        seen: set[Any] = set()
+        lists: list[list[Weight]] = []
+        for graph in self.graphs.values():
+            lists.append([])
+            for weight in graph.weights:
+                if not self.options.shares or weight.key not in seen:
+                    lists[-1].append(weight)
+                seen.add(weight.key)
+        return lists
+
+    @property
+    def total_bytes(self) -> int:
+        """How many bytes of weights will be written."""
+        return sum(map(planned_bytes, self.own_weights))
+
+    @property
+    def calibrated_weights(self) -> list[Weight]:
+        """The weights that are rounded for the inputs that they meet."""
+        return [weight for graph in self.graphs.values() for weight in graph.weights if weight.calibrated]
+
+
+def plan_build(source: Place, output: Path, options: BuildOptions, stack: ExitStack) -> BuildPlan:
+    """Find the checkpoint, check that it can be built with these options, and trace the graphs.
+
+    Args:
+        source: a folder or a Hub id.
+        output: the package's folder, which need not be there.
+        options: what the caller chose.
+        stack: closes the checkpoint and the adapters when it is left.
+
+    Raises:
+        VlpackError: something is missing, unsupported or does not fit.
+    """
+    extra = options.extra
+    # adapters first: they are small, and what is wrong with them is reported before the model is downloaded
+    places = places_of(options.lora)
+    adapters = open_adapters(places, options.cache_dir, extra.hf_token)
+    for adapter in adapters:
+        stack.callback(adapter.close)
+    found = resolve_checked(
+        source,
+        partial(
+            check_settings,
+            output=output,
+            part=options.part,
+            task=options.task,
+            vision_precision=options.vision_precision,
+            policy=options.policy,
+        ),
+        revision=options.revision,
+        cache_dir=options.cache_dir,
+        token=extra.hf_token,
+    )
+    opened = stack.enter_context(Checkpoint.open(found.folder))
+    task, reasons = decide_task(opened, options.task, found.repo_id or found.name)
+    check_task_options(extra, task, str(options.precision))
+    architecture, base = architecture_of(opened, task)
+    policy = options.policy(architecture.precision_facts)
+    check_tensors(architecture, base, policy)
+    merged = merge_all(base, adapters, architecture)
+    graphs = trace_graphs(architecture, policy, options)
+    weights = [weight for graph in graphs.values() for weight in graph.weights]
+    return BuildPlan(
+        options=options,
+        task=task,
+        architecture=architecture,
+        checkpoint=[base, *merged][-1],
+        adapters=adapters,
+        policy=policy,
+        graphs=graphs,
+        origin=_origin(found, adapters),
+        notes=(
+            *_unused_hub_options([source, *places], options.cache_dir, extra),
+            *reasons,
+            *_check_sharing(architecture, policy, extra),
+            *adapter_notes(merged, found, weights),
+        ),
+    )
+
+
+def trace_graphs(architecture: Architecture, policy: Policy, options: BuildOptions) -> dict[str, Graph]:
+    """The graphs of the parts that are built, by file name."""
+    parts = _parts(architecture, options.part, policy, options.extra)
+    return {_filename(part, options.extra): trace(part, policy) for part in parts}
+
+
+def _check_arguments(extra: object, part: str, threads: int | None) -> None:
+    if not isinstance(extra, ExtraOptions):
+        raise OptionError(
+            "extra_options must be a vlpack.ExtraOptions.", "vlpack.ExtraOptions(block_size=64), for example."
+        )
+    if part not in PARTS:
+        raise OptionError(f"Unknown part '{part}'.", "Parts are " + ", ".join(PARTS) + ".")
+    if threads is not None and threads < 1:
+        raise OptionError(f"threads is {threads}; it must be at least 1.")
+
+
+def _origin(found: ResolvedSource, adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """The checkpoint and what is merged into it, for the manifest."""
+    merged = [adapter.described() for adapter in adapters]
+    return {**found.described(), **({"adapters": merged} if merged else {})}
+
+
+def _check_cache(architecture: Architecture, policy: Policy) -> None:
+    if policy.cache == "int8" and not architecture.decoder.qk_norm:
+        raise OptionError(
+            "kv_cache=int8 is for models that normalize their keys, as Qwen3's families do.",
+            "How large this one's become is not known, so nothing can be said of what 8 bits would lose.",
+        )
+
+
+def _unused_hub_options(
+    places: Sequence[str | os.PathLike[str]], cache_dir: str | os.PathLike[str] | None, extra: ExtraOptions
+) -> list[str]:
+    """Command lines for the builder name a cache for local folders too, so this is a note and not an error."""
+    unused = [name for name, value in (("cache_dir", cache_dir), ("hf_token", extra.hf_token)) if value is not None]
+    if not unused or not all(Path(place).expanduser().is_dir() for place in places):
+        return []
+    return [f"The checkpoint is a folder, so {' and '.join(unused)} had no effect."]
+
+
+def _check_sharing(architecture: Architecture, policy: Policy, extra: ExtraOptions) -> list[str]:
+    """A note where shared_embeddings was given and changes nothing; an error where it cannot be had."""
+    if extra.shared_embeddings and not architecture.tied:
+        raise OptionError("shared_embeddings=true needs a checkpoint with a tied head; this one is untied.")
+    if extra.shared_embeddings is None:
+        return []
+    if not architecture.tied:
+        return ["The embedding and the head are not tied, so shared_embeddings had no effect."]
+    if policy.storage("text.embedding") != policy.storage("text.head"):
+        return ["The embedding and the head are stored in different ways here, so shared_embeddings had no effect."]
+    return []
+
+
+def _parts(architecture: Architecture, part: str, policy: Policy, extra: ExtraOptions) -> list[Part]:
+    _check_cache(architecture, policy)
+    options = GraphOptions.of_policy(policy, last_logits=extra.prune_lm_head is not False)
+    if part == "text":
+        return [architecture.decoder_part(options) if extra.exclude_embeds else architecture.text_part(options)]
+    parts = architecture.parts(options)
+    return [p for p in parts if part in ("all", p.name)]
+
+
+def _filename(part: Part, extra: ExtraOptions) -> str:
+    if part.name in ("text", "decoder") and extra.filename:
+        return extra.filename
+    return "model.onnx" if part.name == "text" else f"{part.name}.onnx"
