@@ -154,7 +154,7 @@ def test_balance_and_rotation(make: Make, precision: str) -> None:
 
 
 def test_balance_and_rotation_that_are_wrong(refused: Callable[..., OptionError]) -> None:
-    refused("balance=true", part="embedding", match="balance has no effect with --part embedding")
+    refused("balance=true", part="embedding", match="balance has no effect with part=.embedding.")
     for name in ("balance", "rotation"):
         with pytest.raises(OptionError, match=f"{name}=maybe: it must be true or false"):
             parse_extra_options([f"{name}=maybe"])
@@ -294,8 +294,8 @@ def test_pairs_are_offered_or_refused(
         ("matmul_mixed_precision=last_matmul:int8", {"precision": "int8"}, "goes with int4"),
         ("matmul_mixed_precision=last_matmul:int8", {"precision": "int4", "part": "vision"}, "option of the decoder"),
         ("matmul_mixed_precision=last_matmul:int8", {"precision": "int4", "execution_provider": "dml"}, "DirectML"),
-        ("exclude_embeds=true", {}, "--part text"),
-        ("exclude_embeds=false", {"part": "vision"}, "--part text"),
+        ("exclude_embeds=true", {}, "part=.text."),
+        ("exclude_embeds=false", {"part": "vision"}, "part=.text."),
         ("prune_lm_head=true", {"part": "vision"}, "option of the decoder"),
         ("shared_embeddings=true", {"part": "vision"}, "shared_embeddings has no effect"),
         ("shared_embeddings=false", {"part": "embedding"}, "shared_embeddings has no effect"),

@@ -345,7 +345,7 @@ def test_what_is_told_from_the_checkpoint(copy: Any, tmp_path: Path) -> None:
     named = folder.rename(tmp_path / "My-Reranker")
     task, notes = built(named, tmp_path / "2")
     assert task == "generate"
-    assert "--task reranker" in notes[0]
+    assert "task='reranker'" in notes[0]
     add_steps(named, RERANKER_STEPS, true_token_id=2046, false_token_id=2047)
     task, notes = built(named, tmp_path / "3")
     assert (task, len(notes)) == ("reranker", 1)

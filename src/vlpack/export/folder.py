@@ -33,7 +33,7 @@ def _check_text(output: Path) -> None:
         raise OptionError(
             f"The name {quote(str(output))}, or that of a folder it is in, is not text in UTF-8; the runtime could not "
             "open the package.",
-            "Choose another name with -o.",
+            f"Choose another {option('output')}.",
         ) from None
     except (OSError, ValueError):  # which is told where the folder is made
         pass
@@ -69,12 +69,13 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def _check_free(output: Path, *, force: bool) -> None:
     if not os.path.lexists(output) or (output.is_dir() and not any(output.iterdir())):
         return
-    another = "Choose another name with -o."
+    another = f"Choose another {option('output')}."
     if not (output / MANIFEST).is_file():
         raise OptionError(f"{output} exists and is not a vlpack package.", another)
     if not force:
         raise OptionError(
-            f"{output} exists.", f"Choose another name, or replace the package with {option('force', True)}."
+            f"{output} exists.",
+            f"Choose another {option('output')}, or replace the package with {option('force', True)}.",
         )
     try:
         known = {*read_manifest(output)["files"], MANIFEST}
@@ -135,7 +136,7 @@ def check_space(folder: Path, needed: int, where: Path | None = None) -> None:
         raise VlpackError(
             f"Not enough space in {folder.parent}: the package takes {needed / 1e9:.2f} GB and "
             f"{free / 1e9:.2f} GB are free.",
-            "Free some space or choose another output with -o.",
+            f"Free some space, or choose another {option('output')}.",
         )
 
 
@@ -241,6 +242,6 @@ def _readable(error: OSError, final: Path) -> VlpackError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return VlpackError(
             f"The disk is full: {final.parent} has no room for the package.",
-            "Nothing was left behind. Free some space or choose another output with -o.",
+            f"Nothing was left behind. Free some space, or choose another {option('output')}.",
         )
     return VlpackError(f"Cannot write the package {final}: {error.strerror or error}.", "Nothing was left behind.")
