@@ -127,7 +127,7 @@ def test_a_conversation(terminal: Callable[..., Terminal], package: Path, tmp_pa
     screen.say(f"/save {saved}")
     screen.see("saved.json has 2 turns.")
     screen.say(f"/save {file}")
-    screen.see("is there already.")
+    screen.see("already exists.")
     screen.say("/frobnicate")
     screen.see("There is no command /frobnicate.")
     screen.say("/image nothing.png")

@@ -248,9 +248,9 @@ def test_options(tmp_path: Path) -> None:
             VideoOptions(**wrong)
     with pytest.raises(OptionError, match="exclude"):
         VideoOptions(fps=1, num_frames=2)
-    with pytest.raises(OptionError, match="own least is 1024"):
+    with pytest.raises(OptionError, match="model's minimum is 1024"):
         mine(path, VideoOptions(total_pixels=10))
-    assert len(mine(path, VideoOptions(max_frames=2)).frames_indices) == 2  # below the model's own least
+    assert len(mine(path, VideoOptions(max_frames=2)).frames_indices) == 2  # below the model's own minimum
     with pytest.raises(OptionError, match="min_frames is 9"):
         VideoOptions(min_frames=9, max_frames=5)
     with pytest.raises(OptionError, match="no effect on the 4 frames"):
