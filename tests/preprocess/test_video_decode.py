@@ -1,4 +1,4 @@
-"""Decoding: the right frames at the right times, no more of them than needed, and damaged files as sentences."""
+"""Decoding videos: the right frames at the right times, no more than needed, and clear errors for damaged files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .video_files import CLIPS, clip, decode, pictures, turn, write_video
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Collects the times of the frames that are decoded from now on."""
+    """Records the times of all frames that are decoded during the test."""
     times: list[int] = []
     decode_from = FileClip._decode
 
@@ -244,7 +244,7 @@ def test_files_that_end_early(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("suffix", "codec"), [("mp4", "libx264"), ("avi", "mpeg4"), ("webm", "libvpx-vp9")])
 def test_damaged_files_are_told_or_read(suffix: str, codec: str, tmp_path: Path) -> None:
-    """Whatever is in a file, a sentence comes of it or frames."""
+    """A damaged file gives either frames or an InputError, whatever the damage."""
     path = write_video(tmp_path / f"a.{suffix}", pictures(30), codec=codec, base=Fraction(1, 10))
     good = path.read_bytes()
     chance = random.Random(5)

@@ -1,4 +1,4 @@
-"""Videos from question to answer: the prompt's tokens, every logit and the greedy answer are transformers'."""
+"""Videos from question to answer: prompt tokens, all logits and the greedy answer agree with transformers."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def builder() -> PromptBuilder:
     "case", [case for case in GOLDEN["cases"] if not case["settings"]], ids=lambda case: case["name"]
 )
 def test_golden_prompts(case: dict[str, Any], builder: PromptBuilder) -> None:
-    """The tokens that transformers' own processor made of a clip and its question."""
+    """Prompt tokens equal those that transformers' own processor produced for a clip and its question."""
     prompt = builder(messages([video(clip(case["clip"]), **case["options"])]), add_generation_prompt=False)
     assert GOLDEN["text"] == prompt.text
     assert prompt.transformers_arrays(IMAGE, VIDEO)["input_ids"][0].tolist() == case["input_ids"]

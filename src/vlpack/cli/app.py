@@ -251,13 +251,13 @@ NO_MEMORY = b"error: There is not enough memory.\nClose other programs, or raise
 
 def _lack(error: Exception) -> VlpackError | None:
     """The message for an error that means a lack of memory, threads or file descriptors; None for other errors."""
-    if isinstance(error, OSError):  # of the output streams: errors of a user's files are VlpackErrors by now
+    if isinstance(error, OSError):  # from the output streams: errors of a user's files are VlpackErrors by now
         if error.errno in (errno.EMFILE, errno.ENFILE):
             return VlpackError("Too many files are open.", "Raise the limit on file descriptors (ulimit -n 256).")
         return VlpackError(f"Cannot write the output: {error.strerror or error}.")
     if "can't start new thread" in str(error):
         return VlpackError("No thread can be started.", "Raise the limits on memory and processes (ulimit -v, -u).")
-    mapping = ("failed to map segment", "Cannot allocate memory")  # of the dynamic loader
+    mapping = ("failed to map segment", "Cannot allocate memory")  # messages of the dynamic loader
     if isinstance(error, ImportError) and any(text in str(error) for text in mapping):
         return VlpackError("There is not enough memory to load a library.", "Raise the limit (ulimit -v).")
     return None

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 HELP = """\
 /image FILE or URL …   show images with the next message ("" takes them back)
-/video FILE …          show videos (or folders of pictures) with the next message ("" takes them back)
+/video FILE …          show videos (or folders of images) with the next message ("" takes them back)
 /system [TEXT]         tell the model how to behave; without a text, show the system message ("" removes it)
 /history               the conversation so far
 /drop [N]              forget the oldest turn, or N of them
@@ -334,4 +334,4 @@ def _turns(chat: Chat) -> str:
 
 def _nothing(rest: str, name: str) -> None:
     if rest:
-        raise OptionError(f"{name} takes nothing behind it.", f"Write {name} alone.")
+        raise OptionError(f"{name} takes no argument.", f"Write {name} alone.")

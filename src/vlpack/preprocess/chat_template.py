@@ -33,7 +33,7 @@ class ChatTemplate:
         special_tokens: variables such as bos_token and eos_token that the template may use.
         where: name of the template's file, for error messages.
         isolated: whether to render in a separate process whose memory and time are bounded. None isolates all
-            templates but those of `vlpack.preprocess.known_templates`, for which this process is safe and faster.
+            templates but the reviewed ones in `vlpack.preprocess.known_templates`; rendering in this process is faster.
 
     Raises:
         CheckpointError: the text is not a template.
@@ -139,7 +139,7 @@ def _default_template(template: object, file: Path) -> str:
     elif isinstance(template, dict):
         template = template.get("default", template)
     if not isinstance(template, str):
-        raise CheckpointError(f"{file} has a 'chat_template' that is neither a text nor has one named 'default'.")
+        raise CheckpointError(f"The 'chat_template' in {file} is neither a text nor a set with one named 'default'.")
     return template
 
 

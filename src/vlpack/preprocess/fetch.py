@@ -56,7 +56,7 @@ def fetch(
         try:
             current = urljoin(current, location)
         except ValueError:
-            raise InputError(f"{_name(parts)} redirects to {location[:200]!r}, which is no URL.") from None
+            raise InputError(f"{_name(parts)} redirects to {location[:200]!r}, which is not a URL.") from None
     raise InputError(f"{_name(_split(url))} redirects more than {_MAX_REDIRECTS} times.")
 
 

@@ -27,8 +27,8 @@ MAX_ENCODED_BYTES = MAX_DOWNLOAD_BYTES
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
 """The types of image that `load_image` accepts: path, URL or base64 text, encoded bytes, PIL image, array."""
 
-# EPS (for which Pillow runs Ghostscript), PDF, WMF and scientific containers are left out: nobody asks a model about
-# them, and each decoder is one more risk.
+# EPS (for which Pillow runs Ghostscript), PDF, WMF and scientific containers are left out: models are not asked about
+# such files.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM", "TGA", "ICO", "PCX")
 
 

@@ -29,8 +29,8 @@ MAX_ASPECT_RATIO = 200
 _MAX_FACTOR = 4096  # pixels per merge-block edge; with _MAX_MIN_PIXELS it bounds what a hostile config can allocate
 _MAX_MIN_PIXELS = 2**24  # Qwen3-VL's largest area
 MAX_TEMPORAL_PATCH = 16
-"""Maximum frames per temporal patch; all models have 2. The bound is needed because a package's settings may come from
-anybody, and every image takes 3 · 4 · temporal_patch_size bytes per pixel."""
+"""Maximum frames per temporal patch; all models have 2. The bound is needed because a package's settings are untrusted
+and every image takes 3 · 4 · temporal_patch_size bytes per pixel."""
 
 MAX_PIXEL_VALUES = 2**30
 """Maximum float32 values of all images of a prompt together (4 GiB): the largest image that is decoded, with two frames
@@ -94,7 +94,7 @@ class ProcessedImages(NamedTuple):
     """The vision encoder's inputs for all images of a prompt together.
 
     Attributes:
-        pixel_values: float32 [patches, C*T*p*p], the patches of one image after those of the other.
+        pixel_values: float32 [patches, C*T*p*p], the patches of all images, image after image.
         image_grid_thw: int64 [images, 3], patches of each image along time, height and width, before merging.
         num_image_tokens: int64 [images], placeholder tokens of each image in the prompt, after merging.
     """
@@ -217,7 +217,7 @@ class ImageProcessor:
         return self.patch_size * self.merge_size
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in pixels after resizing, for an image of the given height and width in pixels.
+        """The size of an image after resizing, (height, width) in pixels, from its size before.
 
         Raises:
             InputError: the image is empty or too elongated, or, with do_resize off, not a multiple of `factor`.

@@ -100,14 +100,14 @@ def _part(part: object, where: str, whole: Conversation) -> dict[str, Any]:
     kind = part.get("type")
     if kind == "text":
         if not isinstance(part.get("text"), str):
-            raise InputError(f"{where} has type 'text' and no 'text'.")
+            raise InputError(f"{where} has type 'text' but no 'text'.")
         return dict(part)
     if kind == "image_url":
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, Mapping) else url
         if not isinstance(url, str) or not url.lower().startswith(("http://", "https://", "data:")):
             raise InputError(
-                f"{where} has type 'image_url' and no http(s) URL or data: URI.",
+                f"{where} has type 'image_url' but no http(s) URL or data: URI.",
                 hint='For a file write {"type": "image", "path": "…"}.',
             )
         part, kind = {"type": "image", "url": url}, "image"
@@ -137,7 +137,7 @@ def _video(part: Mapping[str, Any], where: str) -> VideoPart:
     try:
         return VideoPart(_source(part, _VIDEO_KEYS, where), VideoOptions(**options) if options else None)
     except OptionError as error:
-        # What an error calls an option is a field of the message here, whatever the caller's interface is.
+        # The options are fields of the message here, so the command line must not write them as --option.
         raise InputError(f"{where}: {in_python(error.message)}", in_python(error.hint or "") or None) from error
 
 

@@ -108,7 +108,7 @@ class PromptBuilder:
 
         Raises:
             CheckpointError: a file is missing or damaged.
-            OptionError: the pixel limits are impossible.
+            OptionError: the pixel limits are out of range or exclude each other.
         """
         images = videos = None
         if image_token_id is None:

@@ -85,7 +85,7 @@ class TemplateProcess:
             self._worker = None
 
     def _ready(self) -> _Worker:
-        """The running process, or a new one if there is none, it has ended, or this process is a fork."""
+        """Returns the running worker; starts one if there is none, if it has ended, or after this process was forked."""
         if self._worker is not None and self._worker.usable():
             return self._worker
         worker = _Worker()

@@ -40,7 +40,7 @@ MAX_CHARACTERS = 16 * 2**20
 _MAX_NUMBER = 2**53  # enough for any id or timestamp; keeps ** and << from building gigabyte integers
 _MAX_PADDING = 10_000  # numbers given to calls and filters: indent(4), batch(3), center(80) …
 _AMPLIFIERS = frozenset({"join", "replace", "indent", "format", "format_map", "tojson", "string", "pprint"})
-_REMOVED_FILTERS = ("urlize", "wordwrap", "random")  # quadratic, or no place in a prompt
+_REMOVED_FILTERS = ("urlize", "wordwrap", "random")  # they take quadratic time or have no use in a prompt
 _LONG_FORMAT = re.compile(r"\d{5,}")  # "%99999d" and "{:>99999}" build text from digits
 
 
@@ -231,7 +231,7 @@ class _Generation(Extension):
 class _Namespace(Namespace):
     """jinja2's namespace without names that begin with an underscore, as in transformers."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # no name: allows namespace(self=…)
+    def __init__(*args: Any, **kwargs: Any) -> None:  # without a parameter name, so that namespace(self=…) works
         attributes = dict(*args[1:], **kwargs)
         for name in attributes:
             _check_name(name)
@@ -258,7 +258,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # jinja2's own escapes HTML, which is not what models were trained on.
+    # jinja2's own filter escapes HTML, which is not what models were trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -54,7 +54,7 @@ class Tokenizer:
         check_file(data, str(file))
         try:
             tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except BaseException as error:  # tokenizers raises bare Exception, and panics
+        except BaseException as error:  # the library raises bare Exceptions and panics
             if isinstance(error, Exception) or _is_panic(error):
                 raise CheckpointError(f"{file} is not a usable tokenizer: {error}.") from error
             raise
@@ -79,7 +79,7 @@ class Tokenizer:
             )
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeError) as error:  # lone surrogates
+        except (TypeError, UnicodeError) as error:  # the text has lone surrogates
             raise InputError(f"The prompt is not valid Unicode text: {error}.") from error
         except BaseException as error:
             if isinstance(error, Exception) or _is_panic(error):

@@ -40,7 +40,7 @@ def check_file(data: bytes, where: str) -> None:
             `MAX_GROWTH` characters of one.
     """
     if _normalizes_tokens(data):
-        values = parse_json(data, where, strict=True)  # strict: of a key given twice the library may read the other one
+        values = parse_json(data, where, strict=True)  # strict: refuses duplicate keys
         model = values.get("model")
         _growth(values, [model.get(name) for name in _AFFIXES] if isinstance(model, dict) else [], where)
 
@@ -101,6 +101,7 @@ _HARMLESS = re.compile(
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 
 Growth = Callable[[Mapping[str, Any]], float]
+"""A function that gives the growth of a rule: the maximum characters that the rule makes of one."""
 
 
 def _product(rules: Any, inner: str, known: Mapping[str, Growth]) -> float:
@@ -132,7 +133,8 @@ def _one(rule: Mapping[str, Any]) -> float:
 def _replace(rule: Mapping[str, Any]) -> float:
     """The growth of a replacement.
 
-    A literal pattern matches at most once per its length; a regular expression may match the empty text everywhere.
+    A literal pattern of n characters matches at most once per n characters; a regular expression may match the empty
+    text everywhere.
     """
     content, pattern = len(rule["content"]), rule["pattern"]
     if isinstance(pattern, Mapping):
@@ -171,8 +173,8 @@ def _template(rule: Mapping[str, Any]) -> float:
 _BYTES: Growth = lambda rule: 4.0  # noqa: E731 - a character has up to four bytes, and each becomes a character
 _NORMALIZERS: Mapping[str, Growth] = {
     **dict.fromkeys(("NFC", "NFD", "Lowercase", "Strip", "StripAccents", "Nmt"), _one),
-    # Applying them again changes nothing, so a chain of them grows a text only as much as one does: 18 at most, which
-    # is what the longest ligature becomes.
+    # Applying them again changes nothing, so a chain of them expands a text only as much as one does: at most 18 times,
+    # for the longest ligature.
     **dict.fromkeys(("NFKC", "NFKD"), _one),
     "BertNormalizer": lambda rule: 3.0,  # spaces around every Chinese character
     "ByteLevel": _BYTES,

@@ -19,7 +19,7 @@ _BLOCK = 64  # outputs per matrix product; one product for all outputs would mul
 
 
 def _bicubic(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    x, a = np.abs(x), -0.5  # antialiased resizing uses Pillow's a, not the -0.75 of torch's plain bicubic
+    x, a = np.abs(x), -0.5  # torch's antialiased resize uses Pillow's a, not the -0.75 of its plain bicubic
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * a
     weights: npt.NDArray[np.float64] = np.where(x < 1, near, np.where(x < 2, far, 0.0))

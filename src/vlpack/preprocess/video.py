@@ -292,7 +292,7 @@ class VideoProcessor:
         return [int(index) for index in np.linspace(0, total - 1, count).round()]
 
     def target_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in pixels of the frames after resizing.
+        """The size of a video's frames after resizing, (height, width) in pixels.
 
         Args:
             num_frames: number of chosen frames.
@@ -379,8 +379,8 @@ class VideoProcessor:
     def _level_values(self) -> npt.NDArray[np.float32]:
         """Lookup table that rescales and normalizes: float32 [3, 256], the value of each uint8 level per channel.
 
-        As in transformers/image_processing_backends.py, where both are done, mean and deviation are rescaled instead of
-        the pixels, all in float32. The image processor rescales the pixels first, which rounds differently.
+        If both are done, mean and deviation are rescaled instead of the pixels, all in float32, as in
+        transformers/image_processing_backends.py. The image processor rescales the pixels, which rounds differently.
         """
         levels = np.tile(np.arange(256, dtype=np.float32), (3, 1))
         mean = np.array(self.image_mean, np.float32)[:, None]

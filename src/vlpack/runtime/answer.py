@@ -89,7 +89,7 @@ class AnswerStream(Iterator[str]):
         begin: function that makes the runtime process the prompt.
         text: decoder from the package's tokenizer.
         ends: ids of the tokens that end an answer.
-        max_tokens: maximum number of tokens of the answer; it has fewer if the generator's cache is full before.
+        max_tokens: maximum number of tokens of the answer; it is shorter if the generator's cache fills up first.
         preprocess_seconds: seconds spent on making the prompt; None if it was already made.
         ended: called with the answer when a started stream ends for any reason.
         stop: texts at which the answer ends; the text of the answer does not include them.
@@ -119,7 +119,7 @@ class AnswerStream(Iterator[str]):
     def __next__(self) -> str:
         try:
             return next(self._pieces)
-        except RuntimeError as error:  # onnxruntime-genai's only kind
+        except RuntimeError as error:  # the only error class of onnxruntime-genai
             raise PackageError(f"The runtime failed: {str(error).strip()[:500]}") from error
 
     def close(self) -> None:

@@ -30,4 +30,6 @@ def too_long(subject: str, prompt: Prompt, room: int) -> InputError:
     if enough is None:
         return InputError(f"{said}, but without images it would not fit either.", "Shorten the text.")
     last = "it" if len(sizes) == 1 else "the last" if enough == 1 else f"the last {enough}"
-    return InputError(f"{said}; without {last} it would fit.", f"Or make images smaller with {option('max_pixels')}.")
+    return InputError(
+        f"{said}; without {last} it would fit.", f"Leave images out, or make them smaller with {option('max_pixels')}."
+    )

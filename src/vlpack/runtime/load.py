@@ -1,4 +1,4 @@
-"""`vlpack.load`: loads a package into memory as the class for its task."""
+"""`vlpack.load`, which loads a package as a `Model`, `Embedder` or `Reranker`, depending on its task."""
 
 from __future__ import annotations
 

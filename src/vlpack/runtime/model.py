@@ -239,7 +239,7 @@ class Model(Loaded):
         return Chat(self, **options)
 
     def search_options(self, sampling: Sampling | None) -> dict[str, Any]:
-        """The runtime's search options for a way of choosing tokens.
+        """Translates sampling settings into search options of the runtime, and adds the package's chunk size.
 
         Raises:
             OptionError: a value is out of range.
@@ -260,7 +260,7 @@ class Model(Loaded):
         """
         length = prompt.input_ids.size
         if length >= self.context_length:
-            raise too_long("The prompt", prompt, self.context_length - 1)  # one is for the answer
+            raise too_long("The prompt", prompt, self.context_length - 1)  # one token is for the answer
         limit = min(length + max_tokens, self.context_length)
         needed, there = self.cache_bytes(limit), total_memory_bytes()
         if there and needed > there:
@@ -298,7 +298,7 @@ def _as_messages(
     if not isinstance(messages, str):
         return messages
     parts = [*({"type": "image"} for _ in images), *({"type": "video"} for _ in videos)]
-    if not parts:  # text models' templates know no parts
+    if not parts:  # the chat templates of text models take no parts
         return [{"role": "user", "content": messages}]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": messages}]}]
 
@@ -315,4 +315,6 @@ def _check_prompt(prompt: Prompt, given: dict[str, Any], model: dict[str, Any]) 
     if prompt.videos and model.get("type") != "qwen3_vl":
         raise InputError(NO_VIDEOS, "Send single images.")
     if prompt.input_ids.max(initial=0) >= model["vocab_size"]:
-        raise InputError("The prompt has tokens that the package does not know.", "Make it with this model's prompt.")
+        raise InputError(
+            "The prompt has tokens that the package does not know.", "Make it with this model's `prompt` method."
+        )

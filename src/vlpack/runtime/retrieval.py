@@ -105,7 +105,9 @@ class Encoder(Loaded):
         except (AttributeError, KeyError, TypeError):
             sound = False
         if not sound:
-            raise PackageError(f"{self.folder}: the manifest's section 'encoder' is damaged.", "Build it again.")
+            raise PackageError(
+                f"{self.folder}: the manifest's section 'encoder' is damaged.", "Build the package again."
+            )
         return dict(section)
 
     def _prompt_form(self, form: str, min_pixels: int | None, max_pixels: int | None) -> PlainPrompts | ChatPrompts:

@@ -1,10 +1,10 @@
 """A package's vision encoder in a separate onnxruntime session, which is created with the first image.
 
 onnxruntime-genai would load the vision graph with the package, even if there are never images, and drop an image's
-features with each generator. So it gets a stand-in graph of a single Reshape that passes features through which were
-computed before. The features take the place of the pixels, as ``[patches, W / merge²]``: ``merge²`` rows are the W
-features of one token, so that the runtime's own bookkeeping still holds (an image has as many patches as its grid
-says, and a token for every ``merge²`` patches).
+features with each generator. Therefore it gets a stand-in graph of a single Reshape, to which vlpack passes finished
+features in place of the pixels. Their shape is ``[patches, W / merge²]``, and ``merge²`` rows are the W features of one
+token. So the runtime's own bookkeeping still holds: an image has the patches that its grid says, and one token for
+every ``merge²`` patches.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def features_port(graph: Path) -> tuple[int, np.dtype[Any]] | None:
     """
     try:
         inputs = onnx.load(graph, load_external_data=False).graph.input
-    except Exception as error:  # protobuf's own kinds
+    except Exception as error:  # protobuf has its own error classes
         raise PackageError(f"{graph} cannot be read: {str(error)[:200]}.", "Build the package again.") from None
     for port in inputs:
         tensor = port.type.tensor_type
