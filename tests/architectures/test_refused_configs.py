@@ -37,7 +37,7 @@ def test_another_token_before_images(template: bool, source: Path, tmp_path: Pat
     if not template:
         (source / "chat_template.jinja").unlink()
     edit_json(source / "config.json", "vision_start_token_id", value=VISION_END)
-    with pytest.raises(CheckpointError, match=r"vision_start_token_id is 2058, and <\|vision_start\|> is 2057"):
+    with pytest.raises(CheckpointError, match=r"vision_start_token_id is 2058, but <\|vision_start\|> is 2057"):
         build(source, tmp_path / "package")
     build(source, tmp_path / "text", part="text")  # which sees nothing
 
@@ -46,6 +46,6 @@ def test_another_token_before_images_in_a_package(tmp_path: Path) -> None:
     package = build(DIGITS, tmp_path / "package", precision="int4").folder
     edit_json(package / "genai_config.json", "model", "vision_start_token_id", value=VISION_END)
     seal(package)
-    with pytest.raises(vlpack.VlpackError, match="images would stand at wrong positions"):
+    with pytest.raises(vlpack.VlpackError, match="images would get wrong positions"):
         vlpack.load(package)
     shutil.rmtree(package)

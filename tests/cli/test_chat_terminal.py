@@ -1,4 +1,4 @@
-"""`vlpack chat` as a person has it: in a real terminal, typed at, and looked at."""
+"""`vlpack chat` in a real (pseudo-)terminal: text is typed, and the screen is read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GREEDY = ("--temperature", "0")
 
 
 class Terminal:
-    """A terminal with the program in it: what is typed, and what can be seen."""
+    """A pseudo-terminal in which the program runs; it types text and reads the screen."""
 
     def __init__(self, *arguments: object) -> None:
         command, *rest = [*CHAT, *map(str, arguments)]
@@ -49,7 +49,7 @@ class Terminal:
         self.child.send(text)
 
     def say(self, text: str) -> None:
-        """A line, when the program is ready for one."""
+        """Types a line once the program is ready for input."""
         self.until(lambda: self.text.endswith("\n>") or self.text == ">")
         self.type(text + ENTER)
 
@@ -71,7 +71,7 @@ class Terminal:
             self.stream.feed(data)
 
     def end(self) -> int:
-        """Its exit code."""
+        """Waits for the program to end and returns its exit code."""
         self.until(lambda: not self.child.isalive())
         self.child.close()
         status: int = self.child.exitstatus
@@ -127,7 +127,7 @@ def test_a_conversation(terminal: Callable[..., Terminal], package: Path, tmp_pa
     screen.say(f"/save {saved}")
     screen.see("saved.json has 2 turns.")
     screen.say(f"/save {file}")
-    screen.see("is there already.")
+    screen.see("already exists.")
     screen.say("/frobnicate")
     screen.see("There is no command /frobnicate.")
     screen.say("/image nothing.png")
@@ -240,7 +240,7 @@ def test_lines_of_a_pipe(package: Path) -> None:
     assert done.returncode == 0
     assert done.stdout == ANSWERS["01.png"]["read"] + "\n"
     assert "1 turn, " in done.stderr
-    assert "/reset takes nothing behind it." in done.stderr
+    assert "/reset takes no argument." in done.stderr
 
 
 def test_what_is_no_command_or_file(package: Path, tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_pieces_are_shown_as_they_are(package: Path, capsys: pytest.CaptureFixtu
 
 
 def test_interrupts_one_after_another(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second, in the midst of what is done about the first, and one with nothing to stop, end nothing."""
+    """Neither a second Control-C while the first is being handled nor one without a running answer ends the program."""
     chat = vlpack.load(package).chat(sampling=vlpack.Sampling(temperature=0))
     screen = chat_terminal.Terminal(chat)
     shown: list[str] = []

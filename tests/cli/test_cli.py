@@ -122,7 +122,7 @@ def test_a_build_as_json(tmp_path: Path, capsys: Capsys) -> None:
 
 
 def in_a_terminal(*arguments: object) -> str:
-    """What a command writes to a terminal."""
+    """Runs a command in a pseudo-terminal and returns its output."""
     import pty
 
     leader, follower = pty.openpty()
@@ -284,7 +284,7 @@ def cut_data(folder: Path) -> None:
 
 
 def same_size(name: str) -> Callable[[Path], None]:
-    """Damage that the check of sizes does not see."""
+    """Damages a file without changing its size, so that only its hash reveals it."""
 
     def damage(folder: Path) -> None:
         path = folder / name

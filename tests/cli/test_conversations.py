@@ -1,4 +1,4 @@
-"""Conversations in files are whole, and of any form that a chat takes."""
+"""Conversation files are written completely or not at all, and hold every form of message that a chat accepts."""
 
 from __future__ import annotations
 

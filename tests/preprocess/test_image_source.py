@@ -1,4 +1,4 @@
-"""Where images come from, and what is refused."""
+"""Loading images from all kinds of sources, and refusing unsafe or damaged ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pixels against transformers' PIL image processor: grids equal, values equal bit for bit."""
+"""The image processor against transformers' PIL image processor: equal grids and bit-identical pixel values."""
 
 from __future__ import annotations
 

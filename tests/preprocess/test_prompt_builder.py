@@ -136,7 +136,7 @@ def builder() -> PromptBuilder:
 
 
 def reference(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> tuple[str, list[int], Any]:
-    """(text, ids, image tensors) by the steps of Qwen3VLProcessor, which needs torchvision to be imported itself."""
+    """The reference (text, ids, image tensors), by the steps of Qwen3VLProcessor, which itself needs torchvision."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     parts = [p for m in messages if isinstance(m["content"], list) for p in m["content"] if p["type"] == "image"]
     if not parts:
@@ -350,7 +350,7 @@ def test_pixel_limits_and_preprocessor_errors(tmp_path: Path) -> None:
 
 
 class PanicException(BaseException):
-    """As the Rust library's is: no Exception, and found by its name alone."""
+    """A stand-in for the Rust library's panic: not an Exception, and recognizable only by its name."""
 
 
 def test_a_tokenizer_that_panics(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Templates that escape the sandbox's own bounds are stopped in their process, and honest ones are rendered as ever."""
+"""The process of a template stops what the sandbox's own bounds do not catch, and renders honest ones unchanged."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ESCAPES = {
 
 @pytest.fixture
 def tight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits that are reached soon."""
+    """Lowers the limits so that they are reached quickly."""
     monkeypatch.setattr(template_process, "MAX_SECONDS", 3.0)
     monkeypatch.setattr(template_process, "START_SECONDS", 6.0)
     monkeypatch.setattr(template_process, "MAX_MEMORY", 256 << 20)

@@ -1,4 +1,4 @@
-"""Chat templates are strangers' programs: these are stopped, soon and without much memory."""
+"""Hostile chat templates are stopped quickly and without taking much memory."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_runaway_templates_are_stopped(name: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("preamble", [BIG, LINES])
 def test_what_runaways_begin_with_is_allowed(preamble: str) -> None:
-    """Else it would be stopped itself, and whatever comes after it would never be tried."""
+    """Each hostile template starts with allowed steps; if those were refused, its hostile step would not be tested."""
     assert ChatTemplate(preamble + "{{ s.v | length }}").render([]) in (str(2**23), str(2**21))
     begun = [name for name, source in RUNAWAYS.items() if source.startswith(preamble)]
     assert len(begun) >= 2

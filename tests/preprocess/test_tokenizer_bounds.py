@@ -1,4 +1,4 @@
-"""Tokenizers whose rules make a text longer and longer are refused before they run."""
+"""Tokenizers whose rules expand a text without bound are refused before the rules run."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_bomb_in_added_tokens_does_not_hang_a_build(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("token", [{"normalized": True}, {"normalized": False}])
 def test_rules_as_lists(token: dict[str, Any], tmp_path: Path) -> None:
-    """The library also reads an object that is written as a list of its values."""
+    """The library also accepts an object that is written as a list of its values, so the check must too."""
     rules = {"type": "Sequence", "normalizers": [["Replace", {"String": "a"}, "aa"]] * 40}
     tokens = [{**ORIGINAL["added_tokens"][0], **token, "content": "a"}]
     with pytest.raises(CheckpointError, match=r"characters of one|not a usable"):

@@ -1,4 +1,4 @@
-"""Videos against transformers: its sampling, sizes, patches and timestamps called live, its pixels rebuilt from torch.
+"""The video processor against transformers: sampling, sizes, patches and timestamps live, resized pixels from torch.
 
 transformers' video processor resizes and normalizes through torchvision, which is not needed for anything else here;
 what torchvision's functions do with uint8 tensors is one call of torch each (`live_pixels`). The golden values of
@@ -40,14 +40,14 @@ REAL = {"shortest_edge": 4096, "longest_edge": 25165824}  # of the published Qwe
 
 
 def both(tmp_path: Path, **changes: Any) -> tuple[VideoProcessor, Qwen3VLVideoProcessor]:
-    """The processors of one settings file."""
+    """vlpack's and transformers' video processor, made from the same settings file."""
     config = json.loads((DIGITS / "video_preprocessor_config.json").read_text(encoding="utf-8")) | changes
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(config), encoding="utf-8")
     return VideoProcessor.from_folder(tmp_path), Qwen3VLVideoProcessor.from_pretrained(tmp_path)
 
 
 def live_pixels(live: Qwen3VLVideoProcessor, frames: list[np.ndarray]) -> tuple[np.ndarray, list[int]]:
-    """What transformers makes of these frames: pixel_values_videos and a row of video_grid_thw."""
+    """transformers' pixel_values_videos for these frames, and its row of video_grid_thw."""
     video = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
     factor, depth = live.patch_size * live.merge_size, live.temporal_patch_size
     size = smart_resize(
@@ -248,9 +248,9 @@ def test_options(tmp_path: Path) -> None:
             VideoOptions(**wrong)
     with pytest.raises(OptionError, match="exclude"):
         VideoOptions(fps=1, num_frames=2)
-    with pytest.raises(OptionError, match="own least is 1024"):
+    with pytest.raises(OptionError, match="model's minimum is 1024"):
         mine(path, VideoOptions(total_pixels=10))
-    assert len(mine(path, VideoOptions(max_frames=2)).frames_indices) == 2  # below the model's own least
+    assert len(mine(path, VideoOptions(max_frames=2)).frames_indices) == 2  # below the model's own minimum
     with pytest.raises(OptionError, match="min_frames is 9"):
         VideoOptions(min_frames=9, max_frames=5)
     with pytest.raises(OptionError, match="no effect on the 4 frames"):

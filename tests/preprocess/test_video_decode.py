@@ -1,4 +1,4 @@
-"""Decoding: the right frames at the right times, no more of them than needed, and damaged files as sentences."""
+"""Decoding videos: the right frames at the right times, no more than needed, and clear errors for damaged files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .video_files import CLIPS, clip, decode, pictures, turn, write_video
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Collects the times of the frames that are decoded from now on."""
+    """Records the times of all frames that are decoded during the test."""
     times: list[int] = []
     decode_from = FileClip._decode
 
@@ -215,7 +215,7 @@ def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
         ("rtsp://127.0.0.1/a", None, "not fetched"),
         ("concat:a.mp4|b.mp4", None, "not fetched"),
         (tmp_path / "pipe", None, "not a regular file"),
-        (tmp_path / "empty", 2, "has no pictures"),
+        (tmp_path / "empty", 2, "has no images"),
         (tmp_path / "empty.mp4", None, "not a video"),
         (tmp_path / "text.mp4", None, "not a video"),
         (tmp_path / "picture.png", None, "not a video"),
@@ -223,8 +223,8 @@ def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
         (tmp_path / "list.txt", None, "not a video"),
         (b"RIFF", None, "not a video"),
         (7, None, "cannot be read from a int"),
-        ([], 2, "without frames"),
-        ([small], None, "do not tell when"),
+        ([], 2, "has no frames"),
+        ([small], None, "does not say how many.*\n.* with fps"),
         (np.zeros((2, 4, 4), np.uint8), 2, "must be uint8"),
         ([small, large], 2, "Frame 2 has 64x64 pixels"),
         ([small, b"x"], 2, "Frame 2: "),
@@ -244,7 +244,7 @@ def test_files_that_end_early(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("suffix", "codec"), [("mp4", "libx264"), ("avi", "mpeg4"), ("webm", "libvpx-vp9")])
 def test_damaged_files_are_told_or_read(suffix: str, codec: str, tmp_path: Path) -> None:
-    """Whatever is in a file, a sentence comes of it or frames."""
+    """A damaged file gives either frames or an InputError, whatever the damage."""
     path = write_video(tmp_path / f"a.{suffix}", pictures(30), codec=codec, base=Fraction(1, 10))
     good = path.read_bytes()
     chance = random.Random(5)

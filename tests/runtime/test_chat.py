@@ -1,4 +1,4 @@
-"""Conversations: every answer is transformers' to the whole conversation, and what was computed stays computed."""
+"""Conversations: every answer equals transformers' for the whole conversation, and cached tokens are not recomputed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def model(built: Callable[..., Path]) -> Callable[..., Model]:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is computed from its beginning: a line for each generator, and for each image that is looked at."""
+    """Records what is computed anew: an entry for each new generator, and for each image that is encoded."""
     from vlpack.runtime import vision as vision_encoder
 
     lines: list[str] = []
@@ -80,7 +80,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def wanted(chat: Chat, question: dict[str, Any], reference: Reference, count: int = TOKENS) -> list[int]:
-    """transformers' answer to the whole conversation, which is put together anew."""
+    """transformers' answer to the whole conversation, computed from the start."""
     prompt = chat.model.prompt([*chat.messages, question])
     reference.model.model.rope_deltas = None
     return generate(reference, tensors(prompt), count)
@@ -318,7 +318,7 @@ def test_a_package_of_text(
 
 
 def test_digits(tmp_path: Path) -> None:
-    """Answers that end by themselves, of a trained model that never saw a conversation: it is asked anew."""
+    """A trained model, which has seen no conversations in training, is asked anew and ends its answers by itself."""
     model = vlpack.load(vlpack.build(DIGITS, tmp_path / "package").folder)
     chat = model.chat(sampling=GREEDY)
     for image in ("01.png", "05.png"):

@@ -1,4 +1,4 @@
-"""Answers that are stopped at any moment: the conversation, and what was computed of it, stay."""
+"""Stopping an answer at any moment keeps the conversation and its cached tokens."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_stopped_before_the_first_token(
     shown: list[int] = []
 
     class Stopped:
-        """A generator that Control-C finds after its second piece."""
+        """A generator that is interrupted by Control-C at its second chunk."""
 
         def __init__(self, generator: Any) -> None:
             self.generator = generator
@@ -75,7 +75,7 @@ def test_stopped_before_the_first_token(
 
 
 def test_stopped_while_an_image_is_looked_at(model: Callable[..., Model]) -> None:
-    """The session runs beside Python's main thread, is told to end, and sees the image the next time."""
+    """The session, which runs beside the main thread, is stopped by Control-C and encodes the image the next time."""
     told: list[bool] = []
     loaded = model(TINY.but(seed=5))
     assert loaded.vision is not None

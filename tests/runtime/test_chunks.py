@@ -1,4 +1,4 @@
-"""Prompts that the runtime hands to the decoder in pieces: the same logits and tokens, wherever an image is cut."""
+"""Chunked prefill gives the same logits and tokens, even if a chunk ends in the middle of an image."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def check(model: Model, prompt: Any) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("images", [(), ("00.png",), ("01.png", "02.png")])
 def test_digits(precision: str, images: tuple[str, ...], tmp_path: Path) -> None:
-    """Images' features, and DeepStack's channel beside them, are cut where the tokens are."""
+    """Image features and DeepStack features are cut at the same places as the tokens."""
     build(DIGITS, tmp_path / "package", precision=precision)
     model = Model(tmp_path / "package", threads=1, vision_provider="runtime")
     check(model, model.prompt(READ, [IMAGES / image for image in images]))
@@ -82,7 +82,7 @@ def test_other_families(name: str, tmp_path: Path) -> None:
 
 
 def test_the_packages_own_size(tmp_path: Path) -> None:
-    """A prompt of several chunks is answered as by a decoder that takes it whole."""
+    """A prompt of several chunks gets the same answer as without chunks."""
     build(DIGITS, tmp_path / "package", precision="fp32")
     config = json.loads((tmp_path / "package" / "genai_config.json").read_text(encoding="utf-8"))
     assert config["search"]["chunk_size"] == CHUNK_SIZE

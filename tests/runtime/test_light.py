@@ -1,4 +1,4 @@
-"""Using a package loads nothing that only building needs: a run is over before such imports would be."""
+"""Using a package imports no module that only building needs, because such imports take longer than a short run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(*arguments: object, given: str = "") -> list[object]:
-    """The exit code of a command, and which of the heavy modules it has imported."""
+    """The exit code of a command, and the heavy modules that it imported."""
     command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
     done = subprocess.run(command, input=given, capture_output=True, text=True, check=True)
     told: list[object] = json.loads(done.stderr.splitlines()[-1])
@@ -53,14 +53,14 @@ def test_the_wrong_task_is_told_without_what_builds(verb: str, package: Path) ->
 
 
 def test_building_imports_them(tmp_path: Path) -> None:
-    """The check sees imports where there are some."""
+    """The check above detects imports: building does import heavy modules."""
     code, heavy = loaded("build", DIGITS, "-o", tmp_path / "package")
     assert code == 0
     assert {"onnx_ir", "onnxscript", "vlpack.export"} <= set(heavy)  # type: ignore[call-overload]
 
 
 def test_a_missing_package_needs_no_runtime() -> None:
-    """No library that takes long to load: the answer comes at once."""
+    """A missing package is reported at once, without loading a library that takes long."""
     script = SCRIPT.replace("heavy = (", 'heavy = ("onnx", "onnxruntime", "onnxruntime_genai", "numpy", "av", ')
     done = subprocess.run(
         [sys.executable, "-c", script, "run", "/nowhere/at/all", "Hello"], capture_output=True, text=True, check=True

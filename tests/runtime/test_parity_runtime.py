@@ -1,4 +1,4 @@
-"""The stock runtime on a package, from question to answer: the same greedy tokens as transformers' generate."""
+"""Packages in the stock runtime, from question to answer: the same greedy tokens as transformers' generate."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ QUESTION = "What is in these images, and where?"
 
 @pytest.fixture(scope="session")
 def model(built):
-    """A package in the runtime, all of it, as it is run from other languages."""
+    """A package that runs entirely in onnxruntime-genai, as from other languages."""
     made: dict[object, Model] = {}
 
     def get(tiny: Tiny, **options: object) -> Model:
@@ -95,7 +95,7 @@ def test_checkpoints(name, images, model, reference):
 
 @pytest.mark.parametrize("part", ["all", "text"])
 def test_config_gives_the_decoder_s_sizes(part, built):
-    """onnxruntime-genai 0.18 reads most of them from the graph, and so would not tell if they were wrong."""
+    """onnxruntime-genai 0.18 reads most of these sizes from the graph, so running it would not reveal a wrong one."""
     tiny = TINIES["head_dim 128"]
     folder = built(tiny, part=part)
     config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
@@ -144,7 +144,7 @@ def test_answers_do_not_depend_on_earlier_ones(model):
 @pytest.mark.parametrize("images", ["text", "one image", "two equal", "two unequal"])
 @pytest.mark.parametrize("share", [True, False])
 def test_lower_level_with_and_without_shared_buffers(share, images, built, reference, model, tmp_path):
-    """onnxruntime-genai alone, as a user of the package without vlpack has it."""
+    """The package works with onnxruntime-genai alone, as for users without vlpack."""
     folder = tmp_path / "package"
     shutil.copytree(built(TINY), folder)
     config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
@@ -170,7 +170,7 @@ def test_lower_level_with_and_without_shared_buffers(share, images, built, refer
 
 
 def test_logits_of_the_prompt(model, reference):
-    """Not the winner alone: the runtime's own positions and its way of passing features leave every logit as it is."""
+    """All logits agree, not only the largest: the runtime's positions and its passing of features change nothing."""
     import torch
 
     for sizes in ("text", "two equal", "two unequal", "300 tokens"):

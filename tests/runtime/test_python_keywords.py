@@ -1,4 +1,4 @@
-"""Options of the Python interface are named: editors know them, and a typo is told."""
+"""The Python functions have named keyword arguments, so that editors complete them and typos are errors."""
 
 from __future__ import annotations
 

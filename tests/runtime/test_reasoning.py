@@ -1,4 +1,4 @@
-"""Reasoning and answer are told apart, however the text comes in pieces."""
+"""Reasoning and answer are separated correctly, however the text is split into pieces."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_stopping_early_frees_the_runtime_and_the_model_goes_on(model: vlpack.Mo
 
 
 def test_an_interrupted_answer_leaves_the_model_usable(tmp_path: Path) -> None:
-    """Control-C comes at any moment, also while the runtime computes; and so does an error of who reads the stream."""
+    """Control-C at any moment, also while the runtime computes, and errors in the code that reads the stream."""
     source = copy_digits(tmp_path / "checkpoint")
     edit_json(source / "generation_config.json", "eos_token_id", value=2175)  # an end that never comes
     model = vlpack.load(vlpack.build(source, tmp_path / "package").folder)

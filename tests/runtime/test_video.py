@@ -1,4 +1,4 @@
-"""Videos from question to answer: the prompt's tokens, every logit and the greedy answer are transformers'."""
+"""Videos from question to answer: prompt tokens, all logits and the greedy answer agree with transformers."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def builder() -> PromptBuilder:
     "case", [case for case in GOLDEN["cases"] if not case["settings"]], ids=lambda case: case["name"]
 )
 def test_golden_prompts(case: dict[str, Any], builder: PromptBuilder) -> None:
-    """The tokens that transformers' own processor made of a clip and its question."""
+    """Prompt tokens equal those that transformers' own processor produced for a clip and its question."""
     prompt = builder(messages([video(clip(case["clip"]), **case["options"])]), add_generation_prompt=False)
     assert GOLDEN["text"] == prompt.text
     assert prompt.transformers_arrays(IMAGE, VIDEO)["input_ids"][0].tolist() == case["input_ids"]
@@ -194,12 +194,12 @@ def test_videos_given_separately_are_the_same(builder: PromptBuilder) -> None:
 
 def test_videos_that_cannot_be_used(builder: PromptBuilder) -> None:
     for parts, options, message in (
-        ([{"type": "video"}], {}, "1 video parts without a source, and 0 videos"),
+        ([{"type": "video"}], {}, "1 video parts without a source, but 0 videos"),
         ([], {"videos": [BIKES]}, "0 video parts"),
         ([], {"video_options": VideoOptions(fps=1)}, "no effect: there are no videos"),
-        ([video(BIKES, fps=1)], {"video_options": VideoOptions(fps=1)}, "no effect: every video says"),
+        ([video(BIKES, fps=1)], {"video_options": VideoOptions(fps=1)}, "no effect: every video part has options"),
         ([video(BIKES, path=BIKES)], {}, "more than one of video, path"),
-        ([video(BIKES, nframes=3)], {}, "part 1 has 'nframes'"),
+        ([video(BIKES, nframes=3)], {}, "part 1 has the unknown field 'nframes'"),
         ([video(BIKES, fps=-1)], {}, "part 1: fps is -1"),
         ([video(pictures(1), fps=1)], {}, "1 frame is too short"),
         ([video(CARPHONE, num_frames=1)], {}, "1 frame is too short"),
@@ -292,7 +292,7 @@ def test_settings_of_version_5_reach_the_package(checkpoint: Callable[[Tiny], Pa
 def test_settings_that_do_not_fit(checkpoint: Callable[[Tiny], Path], tmp_path: Path) -> None:
     source = shutil.copytree(checkpoint(TINY), tmp_path / "source")
     settings = json.loads((source / "video_preprocessor_config.json").read_text(encoding="utf-8"))
-    for change, message in (({"patch_size": 4}, "patch_size 4"), ({"resample": 1}, "Videos cannot be taken.*resample")):
+    for change, message in (({"patch_size": 4}, "patch_size is 4"), ({"resample": 1}, "cannot be used.*resample")):
         (source / "video_preprocessor_config.json").write_text(json.dumps(settings | change), encoding="utf-8")
         builder = PromptBuilder.from_folder(source, image_token_id=IMAGE, video_token_id=VIDEO)
         assert builder(messages([image()])).has_images  # which is none of its business
@@ -307,10 +307,10 @@ def test_other_families(name: str, tmp_path: Path) -> None:
     build(checkpoint, tmp_path / "package", precision="fp32", threads=1)
     loaded = Model(tmp_path / "package", threads=1)
     if name != "Qwen3VLMoe":  # whose positions are not those of single images
-        with pytest.raises(InputError, match=r"Videos of Qwen2-VL and Qwen2\.5-VL are not taken"):
+        with pytest.raises(InputError, match=r"Videos of Qwen2-VL and Qwen2\.5-VL are not supported"):
             loaded.generate(QUESTION, videos=[CARPHONE])
         other = PromptBuilder.from_folder(checkpoint, image_token_id=IMAGE, video_token_id=VIDEO)
-        with pytest.raises(InputError, match=r"Videos of Qwen2-VL and Qwen2\.5-VL are not taken"):
+        with pytest.raises(InputError, match=r"Videos of Qwen2-VL and Qwen2\.5-VL are not supported"):
             loaded.generate(other(messages([video(CARPHONE)])))
         return
     live = member.model.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager").eval()

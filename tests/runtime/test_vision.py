@@ -1,4 +1,4 @@
-"""Images are looked at once, in a session that comes with the first, and can be interrupted meanwhile."""
+"""Images are encoded once, in a session that is created with the first image and can be interrupted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vlpack.runtime.vision import VisionEncoder, features_port
 
 
 class Session:
-    """In place of onnxruntime's: features are the grid's height times the pixels' mean."""
+    """A stand-in for an onnxruntime session, whose features are the grid's height times the mean of the pixels."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -35,7 +35,7 @@ class Session:
 
 
 def prompt(*images: tuple[int, int, float]) -> Prompt:
-    """Of images that are all of one value, their sizes in patches."""
+    """A prompt of uniform images; their sizes are in patches."""
     grids = np.array([(1, height, width) for height, width, _ in images], np.int64)
     pixels = [np.full((height * width, 12), value, np.float32) for height, width, value in images]
     tokens = grids.prod(axis=1) // 4
@@ -132,7 +132,7 @@ def test_where_images_are_looked_at(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="has no vision encoder"):
         vlpack.load(text, vision_provider="cpu")
     other = vlpack.build(DIGITS, tmp_path / "other", execution_provider="cuda").folder
-    with pytest.raises(OptionError, match="does not suit"):
+    with pytest.raises(OptionError, match="cannot be used with"):
         vlpack.load(other, vision_provider="cpu")
 
 

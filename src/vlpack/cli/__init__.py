@@ -1,1 +1,1 @@
-"""The command line: what the verbs take, and what a terminal shows. It decides nothing itself."""
+"""The command line: parses options, calls the library and prints results. It makes no decisions of its own."""

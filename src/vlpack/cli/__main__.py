@@ -1,4 +1,4 @@
-"""``python -m vlpack.cli`` is the command ``vlpack``."""
+"""Runs the command ``vlpack`` as ``python -m vlpack.cli``."""
 
 from vlpack.cli.app import main
 

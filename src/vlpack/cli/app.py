@@ -1,4 +1,4 @@
-"""The command line: verbs to calls, no logic."""
+"""The command ``vlpack``: its subcommands, and how it ends on errors and interruptions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vlpack.errors import OptionError, VlpackError
 
 app = typer.Typer(
     name="vlpack",
-    help="Qwen vision-language checkpoints to complete packages for the stock ONNX Runtime GenAI.",
+    help="Turns Qwen vision-language checkpoints into complete packages for the stock ONNX Runtime GenAI.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,8 +32,9 @@ app = typer.Typer(
 )
 
 EXTRA_OPTIONS = (
-    "As the builder's: block_size, is_symmetric, accuracy_level, algo_config, matmul_mixed_precision, exclude_embeds, "
-    "prune_lm_head, shared_embeddings, filename, hf_token. vlpack's own: balance, rotation, weight_type, kv_cache."
+    "From the builder of onnxruntime_genai: block_size, is_symmetric, accuracy_level, algo_config, "
+    "matmul_mixed_precision, exclude_embeds, prune_lm_head, shared_embeddings, filename, hf_token. "
+    "vlpack's own: balance, rotation, weight_type, kv_cache."
 )
 
 
@@ -63,7 +64,9 @@ def build(
             "-m", "--model_name", "--model-name", help="Hub id, as the builder of onnxruntime_genai takes it."
         ),
     ] = None,
-    input_folder: Annotated[str | None, typer.Option("-i", "--input", help="Checkpoint folder, likewise.")] = None,
+    input_folder: Annotated[
+        str | None, typer.Option("-i", "--input", help="Checkpoint folder, as the builder takes it.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the package.")] = None,
     precision: Annotated[
         str | None,
@@ -77,13 +80,13 @@ def build(
     ] = "all",
     task: Annotated[
         str,
-        typer.Option("--task", help="generate, embedding or reranker. (auto: what can be told from the checkpoint)"),
+        typer.Option("--task", help="generate, embedding or reranker; auto detects it from the checkpoint."),
     ] = "auto",
     vision_precision: Annotated[
         str | None,
         typer.Option(
             "--vision-precision",
-            help="Of the vision encoder. (default: as --precision; beside int4, int8 on cpu and fp16 elsewhere)",
+            help="Precision of the vision encoder. (default: that of --precision; with int4, int8 on cpu, else fp16)",
         ),
     ] = None,
     extra_options: Annotated[
@@ -91,15 +94,15 @@ def build(
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option("--lora", help="LoRA adapter to merge: a folder or a Hub id; give it again for another."),
+        typer.Option("--lora", help="LoRA adapter to merge: a folder or a Hub id; repeat the option for more."),
     ] = None,
     calibrate: Annotated[
         str | None,
         typer.Option(
             "--calibrate",
             metavar="self|FILE",
-            help="Fit int4 or int8 weights to what they multiply in texts: self for the model's own, or a file of "
-            'plain text or conversations (*.jsonl, {"messages": […]} a line). Takes minutes.',
+            help="Quantize int4 or int8 weights with GPTQ, calibrated on text: self for text that the model generates, "
+            'or a file of plain text or conversations (*.jsonl, {"messages": […]} per line). Takes minutes.',
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")] = None,
@@ -108,10 +111,12 @@ def build(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a package that is already there.")] = False,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, help="That encode weights. (default: all cores, at most 8)")
+        int | None,
+        typer.Option("--threads", min=1, help="Number of threads that encode weights. (default: all cores, at most 8)"),
     ] = None,
     verify_it: Annotated[
-        bool, typer.Option("--verify", help="Compare with transformers when built, and say so in the package's card.")
+        bool,
+        typer.Option("--verify", help="Compare the package with transformers and record the result in its README."),
     ] = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -123,14 +128,14 @@ def build(
     if len(given) != 1:
         raise OptionError(
             "Give one checkpoint." if given else "Which checkpoint?",
-            "vlpack build SOURCE -o OUTPUT, or -i FOLDER, or -m HUB_ID.",
+            "Write vlpack build SOURCE -o OUTPUT, or -i FOLDER or -m HUB_ID in place of SOURCE.",
         )
     if output is None or output == Path():
         raise OptionError("Where should the package go?", "Give its folder with -o.")
     if verify_it:
         from vlpack.verification.reference import require
 
-        require()  # told before anything is built
+        require()  # report what is missing before anything is built
     with console.build_progress() as progress:
         result = run_build(
             given[0],
@@ -174,7 +179,7 @@ def inspect(
     hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Compare the contents of all files.")] = True,
     as_json: opt.Json = False,
 ) -> None:
-    """Show what a package or a checkpoint is made of; exit with 1 where a package is damaged."""
+    """Show the graphs, weights and settings of a package or checkpoint; exit with 1 if a package is damaged."""
     from vlpack.inspection import inspect as run_inspect
 
     description = run_inspect(path, hashes=hashes)
@@ -190,7 +195,7 @@ app.command()(bench)
 
 @app.command()
 def architectures(as_json: opt.Json = False) -> None:
-    """List the architectures that are supported and what each needs."""
+    """List the supported architectures and what each needs."""
     from vlpack.architectures import described
 
     console.show_architectures(described(), as_json=as_json)
@@ -213,7 +218,7 @@ def demo(
 
 
 def spread_extra_options(arguments: list[str]) -> list[str]:
-    """``--extra_options A=1 B=2``, as the builder writes it, as one option each."""
+    """Splits ``--extra_options A=1 B=2``, the form of onnxruntime_genai's builder, into one option per value."""
     spread: list[str] = []
     key = ""
     for position, argument in enumerate(arguments):
@@ -228,12 +233,12 @@ def spread_extra_options(arguments: list[str]) -> list[str]:
         key = ""
         spread.append(argument)
     if arguments and arguments[-1] == key:
-        spread.append(key)  # without a value, which typer tells
+        spread.append(key)  # without a value: typer reports it
     return spread
 
 
 class _Interrupted(BaseException):
-    """Control-C or SIGTERM; its own class, as typer ends the process at a KeyboardInterrupt without a word."""
+    """Control-C or SIGTERM. A class of its own, because typer ends the process at a KeyboardInterrupt silently."""
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -241,25 +246,25 @@ def _interrupt(number: int, frame: object) -> None:
 
 
 NO_MEMORY = b"error: There is not enough memory.\nClose other programs, or raise the limit (ulimit -v).\n"
-"""Made beforehand: there is no memory to make it when it is needed."""
+"""The message for a MemoryError, encoded in advance because there may be no memory for it then."""
 
 
 def _lack(error: Exception) -> VlpackError | None:
-    """What this machine or its limits lack, if that is what an error of Python's own classes means."""
-    if isinstance(error, OSError):  # of the streams: what concerns a user's files is a VlpackError by now
+    """The message for an error that means a lack of memory, threads or file descriptors; None for other errors."""
+    if isinstance(error, OSError):  # from the output streams: errors of a user's files are VlpackErrors by now
         if error.errno in (errno.EMFILE, errno.ENFILE):
             return VlpackError("Too many files are open.", "Raise the limit on file descriptors (ulimit -n 256).")
         return VlpackError(f"Cannot write the output: {error.strerror or error}.")
     if "can't start new thread" in str(error):
         return VlpackError("No thread can be started.", "Raise the limits on memory and processes (ulimit -v, -u).")
-    mapping = ("failed to map segment", "Cannot allocate memory")  # of the dynamic loader
+    mapping = ("failed to map segment", "Cannot allocate memory")  # messages of the dynamic loader
     if isinstance(error, ImportError) and any(text in str(error) for text in mapping):
         return VlpackError("There is not enough memory to load a library.", "Raise the limit (ulimit -v).")
     return None
 
 
 def _show_plainly(error: VlpackError) -> None:
-    """Without rich where that cannot be: it loads modules, and takes memory and files."""
+    """Prints an error, without rich if rich fails: it loads modules, and needs memory and file descriptors."""
     try:
         console.show_error(error)
     except (MemoryError, OSError, ImportError, RuntimeError):
@@ -268,7 +273,7 @@ def _show_plainly(error: VlpackError) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point: a user's mistake is one sentence on standard error and exit code 2."""
+    """Entry point of the command. A user's mistake gives one sentence on standard error and exit code 2."""
     for number in (signal.SIGINT, signal.SIGTERM):  # so that a terminated build cleans up
         signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
@@ -281,20 +286,20 @@ def main(arguments: list[str] | None = None) -> None:
             raise OptionError(f"Argument {arguments.index('') + 1} is empty.", "Is a variable of your shell not set?")
         app(args=spread_extra_options(arguments), prog_name="vlpack")
     except SystemExit as leaving:
-        if isinstance(leaving.__context__, BrokenPipeError):  # typer's and rich's 1 would say of a package: damaged
-            sys.exit(128 + 13)  # the reader has left, which ends other programs with SIGPIPE
+        if isinstance(leaving.__context__, BrokenPipeError):  # not typer's exit code 1, which means a damaged package
+            sys.exit(128 + 13)  # the exit code of programs that SIGPIPE ends
         raise
     except VlpackError as error:
         _show_plainly(error)
         sys.exit(2)
     except MemoryError:
-        pass  # what the error's frames hold is free only when this block is left
+        pass  # the memory held by the error's frames is freed only after this block
     except (ImportError, RuntimeError, OSError) as error:
         told = _lack(error)
         if told is None:
             raise
         _show_plainly(told)
-        sys.stdout = None  # or Python would try once more to write as it ends
+        sys.stdout = None  # keeps Python from writing again when it exits
         sys.exit(2)
     except _Interrupted as interrupt:
         console.show_error(VlpackError("Interrupted."))

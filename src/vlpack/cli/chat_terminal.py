@@ -1,4 +1,4 @@
-"""``vlpack chat``: a conversation in a terminal, or with the lines of a pipe. What is typed becomes calls to `Chat`."""
+"""The command ``vlpack chat``: a conversation in a terminal or over a pipe, built on `vlpack.runtime.chat.Chat`."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ if TYPE_CHECKING:
 
 HELP = """\
 /image FILE or URL …   show images with the next message ("" takes them back)
-/video FILE …          show videos (or folders of pictures) with the next message ("" takes them back)
-/system [TEXT]         tell the model how to behave; without a text, say what it was told ("" takes it back)
+/video FILE …          show videos (or folders of images) with the next message ("" takes them back)
+/system [TEXT]         tell the model how to behave; without a text, show the system message ("" removes it)
 /history               the conversation so far
 /drop [N]              forget the oldest turn, or N of them
 /reset                 forget the whole conversation
-/save FILE             write the conversation as JSON (go on with it: vlpack chat PACKAGE --messages FILE)
-/stats                 what the last answer took, and how full the context is
+/save FILE             write the conversation as JSON (continue it with vlpack chat PACKAGE --messages FILE)
+/stats                 time and tokens of the last answer, and how full the context is
 /exit                  leave; so does Ctrl-D
-A line that ends with \\, or Alt-Enter, goes on in the next one. A message that begins with / is written with //.
-Ctrl-C stops an answer, and what there is of it stays in the conversation."""
+A \\ at the end of a line, or Alt-Enter, continues the message in the next line. To send a message that begins with /,
+begin it with //. Ctrl-C stops an answer; the part that was generated stays in the conversation."""
 
 
 _NONE = ('""', "''")
-"""Written behind a command to take back what was given."""
+"""The arguments of a command that take back what was given."""
 
 
 class Terminal:
-    """Reads messages and commands until there are no more, and shows the answers.
+    """The loop of a chat: reads messages and commands from standard input and prints the answers.
 
     Args:
         chat: the conversation.
-        images: shown with the first message.
-        videos: likewise.
+        images: files and URLs of images for the first message.
+        videos: files and folders of videos for the first message.
 
     Raises:
-        InputError: one of them is not there, or not taken.
+        InputError: an image or video does not exist, or the package does not take it.
     """
 
     def __init__(self, chat: Chat, images: Sequence[str] = (), videos: Sequence[str] = ()) -> None:
@@ -76,8 +76,8 @@ class Terminal:
         self.interactive = console.is_terminal(sys.stdin) and console.is_terminal(sys.stdout)
 
     def run(self) -> None:
-        """Until /exit or the end of the input."""
-        before = signal.getsignal(signal.SIGINT)  # makes an end of all, as it should where nobody types
+        """Runs the chat until /exit or the end of the input."""
+        before = signal.getsignal(signal.SIGINT)  # ends the program, which is right if the input is a pipe
         try:
             if self.interactive:
                 signal.signal(signal.SIGINT, self._interrupted)
@@ -93,7 +93,7 @@ class Terminal:
             signal.signal(signal.SIGINT, before)
 
     def _take(self, line: str) -> None:
-        """One message or command; a mistake in it is told, and nothing else happens."""
+        """Handles one message or command. An error in it is printed, and the chat goes on."""
         try:
             try:
                 self._stoppable = True
@@ -119,7 +119,7 @@ class Terminal:
                 raise
 
     def _interrupted(self, number: int, frame: object) -> None:
-        """Control-C stops what is done, once: a second one would break into what is done about the first."""
+        """Stops the current answer on Control-C; a second Control-C is ignored while the first is being handled."""
         if self._stoppable:
             self._stoppable = False
             raise KeyboardInterrupt
@@ -158,7 +158,7 @@ class Terminal:
             console.err.print(f"{warning} /drop forgets the oldest{self._images_back()}.", style="yellow")
 
     def _images_back(self) -> str:
-        """What else makes room, where images wait for the next question."""
+        """An addition to the warning about the context, if images wait for the next question."""
         return ', and /image "" takes back the images that wait for the next question' if self.images else ""
 
     def _show(self, pieces: Sequence[tuple[bool, str]]) -> None:
@@ -166,7 +166,7 @@ class Terminal:
             shown = console.without_controls(text) if console.is_terminal(sys.stdout) else text
             if thinking and self.interactive:
                 console.out.print(Text(shown, style="dim"), end="")
-            else:  # rich would make pictures of :words: and blanks of tabs
+            else:  # not by rich, which replaces :words: by emoji and tabs by spaces
                 print(shown, end="")
         print(end="", flush=True)
 
@@ -181,7 +181,7 @@ class Terminal:
         self._say_pending()
 
     def _there(self, sources: Sequence[str], *, of_videos: bool = False) -> list[str]:
-        """The sources; what is wrong with one is told now, and not with the question."""
+        """Checks the sources of images or videos now, so that an error is not reported only with the question."""
         self.chat.model.prompts.check_takes(images=bool(sources) and not of_videos, videos=bool(sources) and of_videos)
         for source in sources:
             if not of_videos:
@@ -224,7 +224,7 @@ class Terminal:
         (name,) = _sources(rest, "/save FILE", single=True)
         path = Path(name).absolute()
         if os.path.lexists(path) and path not in self._written:
-            raise OptionError(f"{path} is there already.", "Give another name.")
+            raise OptionError(f"{path} already exists.", "Give another name.")
         write_messages(path, self.chat.messages)
         self._written.add(path)
         self._say(f"{path} has {_turns(self.chat)}.")
@@ -239,17 +239,17 @@ class Terminal:
         )
 
     def _say(self, text: str) -> None:
-        # beside the answers, which a pipe carries on
+        # on standard error if standard output, which has the answers, is a pipe
         said = Text(console.without_controls(text), style="dim")
         (console.out if self.interactive else console.err).print(said)
 
     def _reader(self) -> Callable[[], str | None]:
-        """What gives the next message: an editor in a terminal, else the next line."""
+        """A function that reads the next message: with an editor in a terminal, else as one line of standard input."""
         if sys.stdin is None:
             raise OptionError("Standard input is closed.", "Run chat in a terminal, or give it lines by a pipe.")
         if not self.interactive:
             if isinstance(sys.stdin, io.TextIOWrapper):
-                sys.stdin.reconfigure(errors="surrogateescape")  # names of files may be of any bytes
+                sys.stdin.reconfigure(errors="surrogateescape")  # file names may contain any bytes
             return lambda: line.rstrip("\r\n") if (line := sys.stdin.readline()) else None
         session = _editor([f"/{name}" for name in (*self._commands, "exit")])
 
@@ -266,14 +266,14 @@ class Terminal:
 
 
 def _editor(commands: Sequence[str]) -> PromptSession[str]:
-    """Of lines and more: Enter sends, Alt-Enter or a backslash before Enter begins another line, Tab completes."""
+    """An editor for messages: Enter sends, Alt-Enter or a backslash before Enter starts a new line, Tab completes."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
     from prompt_toolkit.document import Document
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
     class Commands(Completer):
-        """Commands, and the files that three of them name."""
+        """Completes commands, and file names after the commands that take a file."""
 
         def get_completions(self, document: Document, complete_event: CompleteEvent):  # type: ignore[no-untyped-def]
             text = document.text_before_cursor
@@ -308,7 +308,7 @@ def _editor(commands: Sequence[str]) -> PromptSession[str]:
 
 
 def _sources(rest: str, usage: str, *, single: bool = False) -> list[str]:
-    """File names and URLs as people write or drop them: quoted, with escaped spaces, or one with spaces as it is."""
+    """Splits file names and URLs: quoted, with escaped spaces, or a single existing file whose name has spaces."""
     whole = os.path.expanduser(rest)
     if whole and (single or os.path.exists(whole)):
         if not os.path.exists(whole) and len(whole) > 1 and whole[0] == whole[-1] and whole[0] in "\"'":
@@ -324,7 +324,7 @@ def _sources(rest: str, usage: str, *, single: bool = False) -> list[str]:
 
 
 def _part(part: Any) -> str:
-    """Of a message's content, for people."""
+    """The text of a part of a message, or its type in brackets."""
     return part if isinstance(part, str) else part.get("text") or f"[{part['type']}]"
 
 
@@ -334,4 +334,4 @@ def _turns(chat: Chat) -> str:
 
 def _nothing(rest: str, name: str) -> None:
     if rest:
-        raise OptionError(f"{name} takes nothing behind it.", f"Write {name} alone.")
+        raise OptionError(f"{name} takes no argument.", f"Write {name} alone.")

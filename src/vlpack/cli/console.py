@@ -1,4 +1,7 @@
-"""What the command line prints: progress, tables, answers and errors. Quiet where it is not a terminal."""
+"""Terminal and JSON output of the command line: progress, tables, answers and errors.
+
+Progress and notes are printed only if standard error is a terminal.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def is_terminal(stream: TextIO | None) -> bool:
-    """Whether somebody sits there; a service's streams may be closed, and are then None."""
+    """Whether a stream is a terminal; the streams of a service may be closed and are then None."""
     return stream is not None and stream.isatty()
 
 
@@ -47,7 +50,7 @@ _PLAIN = {"✓": "ok", "✗": "no", "→": "->", "·": "|", "×": "x", "…": ".
 
 
 def _plainer(error: UnicodeError) -> tuple[str, int]:
-    """Stand-ins for what an encoding lacks: not every terminal or pipe takes every character of an answer."""
+    """Codec error handler that replaces characters which the encoding of a terminal or pipe cannot represent."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return "".join(_PLAIN.get(character, "?") for character in error.object[error.start : error.end]), error.end
@@ -57,36 +60,36 @@ codecs.register_error("vlpack.plainer", _plainer)
 
 
 def printable(text: object) -> str:
-    """Without what controls a terminal: names and values in a package or checkpoint may be anybody's."""
+    """A text with control characters escaped: names in an untrusted package or checkpoint could control a terminal."""
     return "".join(
         character if character.isprintable() or character == "\n" else ascii(character)[1:-1] for character in str(text)
     )
 
 
 def without_controls(text: str) -> str:
-    """An answer without what controls a terminal: a model can write any character."""
+    """A text without control characters but newline and tab, since a model could write ones that control a terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
 def escape(text: object) -> str:
-    """A text of somebody else's for the inside of a marked-up one."""
+    """An untrusted text, escaped so that it can be put into a text with rich markup."""
     return markup.escape(printable(text))
 
 
 def print_plain(text: str) -> None:
-    """A line of which nothing is markup."""
+    """Prints a line without interpreting markup in it."""
     out.print(printable(text), markup=False)
 
 
 def show_error(error: VlpackError) -> None:
-    """One sentence, and what to do about it."""
+    """Prints an error as one sentence, and its hint on a second line."""
     err.print(f"[bold red]error:[/] {escape(on_command_line(error.message))}")
     if error.hint:
         err.print(escape(on_command_line(error.hint)))
 
 
 def show_warning(message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
-    """vlpack's own warnings are for people; where in its code they came up is not."""
+    """Replacement of `warnings.showwarning` that prints warnings without the place in the code."""
     if issubclass(category, VlpackWarning):
         text = message.args[0] if isinstance(message, Warning) else message
         err.print(f"[bold yellow]warning:[/] {escape(on_command_line(text))}")
@@ -95,7 +98,7 @@ def show_warning(message: Warning | str, category: type[Warning], *place: object
 
 
 def size(count: int) -> str:
-    """Bytes for people."""
+    """A number of bytes with a unit, such as 1.2 MB."""
     value = float(count)
     for unit in ("B", "kB", "MB"):
         if value < 1000:
@@ -105,7 +108,7 @@ def size(count: int) -> str:
 
 
 class _BuildBar:
-    """`vlpack.builder.Progress` as a bar."""
+    """A progress bar that implements `vlpack.builder.Progress`."""
 
     def __init__(self, bar: Bar) -> None:
         self._bar = bar
@@ -123,7 +126,7 @@ class _BuildBar:
 
 @contextmanager
 def build_progress() -> Iterator[_BuildBar | None]:
-    """A bar with bytes, rate and time left; None where standard error is not a terminal."""
+    """A progress bar with bytes, rate and time left; yields None if standard error is not a terminal."""
     if not err.is_terminal:
         yield None
         return
@@ -135,7 +138,7 @@ def build_progress() -> Iterator[_BuildBar | None]:
 
 
 def show_build(result: BuildResult, report: Report | None = None, *, as_json: bool) -> None:
-    """The summary of a build; as JSON, of its verification too."""
+    """Prints the summary of a build; as JSON, it includes the verification."""
     if as_json:
         shown = {**asdict(result), "folder": str(result.folder)}
         if report:
@@ -160,7 +163,7 @@ def show_build(result: BuildResult, report: Report | None = None, *, as_json: bo
 
 
 def question_from_stdin() -> str:
-    """The question, where it is not an argument."""
+    """Reads the question from standard input, for calls without a question as argument."""
     if sys.stdin is None or sys.stdin.isatty():
         raise OptionError("What is the question?", 'vlpack run PACKAGE [--image FILE] "question"')
     try:
@@ -170,20 +173,20 @@ def question_from_stdin() -> str:
 
 
 def lines_from_stdin() -> list[str]:
-    """The inputs, one a line, where they are not arguments."""
+    """Reads inputs from standard input, one per line, for calls without inputs as arguments."""
     if sys.stdin is None or sys.stdin.isatty():
-        raise OptionError("There is no input.", "Give texts as arguments, or one a line on standard input.")
+        raise OptionError("There is no input.", "Give texts as arguments, or one per line on standard input.")
     try:
         lines = [line for line in sys.stdin.read().split("\n") if line.strip()]
     except UnicodeDecodeError as error:
         raise InputError(f"Standard input is not text: {error}.") from None
     if not lines:
-        raise OptionError("Standard input is empty.", "Give texts as arguments, or one a line.")
+        raise OptionError("Standard input is empty.", "Give texts as arguments, or one per line.")
     return lines
 
 
 def show_embeddings(labels: Sequence[str], embeddings: Any, *, as_json: bool) -> None:
-    """Embeddings as JSON; for people, how similar each is to the others."""
+    """Prints the embeddings as JSON, or a table of their cosine similarities."""
     if as_json:
         print(json.dumps({"dimensions": embeddings.shape[1], "embeddings": embeddings.tolist()}))
         return
@@ -198,7 +201,7 @@ def show_embeddings(labels: Sequence[str], embeddings: Any, *, as_json: bool) ->
 
 
 def show_scores(labels: Sequence[str], scores: Sequence[float], *, as_json: bool) -> None:
-    """Scores, in the documents' order as JSON, and the best first for people."""
+    """Prints the scores: as JSON in the order of the documents, else the best first."""
     if as_json:
         print(json.dumps({"scores": list(scores)}))
         return
@@ -207,13 +210,13 @@ def show_scores(labels: Sequence[str], scores: Sequence[float], *, as_json: bool
 
 
 def _short(label: str, width: int = 60) -> str:
-    """The beginning of an input, on one line."""
+    """The start of a text on one line, at most ``width`` characters."""
     line = " ".join(label.split())
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
 def show_answer(stream: AnswerStream, load_seconds: float, *, stats: bool, as_json: bool) -> None:
-    """The answer as it comes, and the line of timing."""
+    """Prints an answer as it is generated, and its statistics if ``stats`` is set."""
     for piece in stream:
         if not as_json:
             print(without_controls(piece) if is_terminal(sys.stdout) else piece, end="", flush=True)
@@ -231,7 +234,7 @@ def show_answer(stream: AnswerStream, load_seconds: float, *, stats: bool, as_js
 
 
 def timing(s: Stats) -> str:
-    """What an answer took, on one line."""
+    """The statistics of an answer on one line."""
     seen = [f"{s.image_tokens} of images"] if s.image_tokens else []
     if s.video_tokens:
         seen.append(f"{s.video_tokens} of {s.video_frames} video frame{'s' if s.video_frames > 1 else ''}")
@@ -254,25 +257,25 @@ def timing(s: Stats) -> str:
 
 
 LARGE_IMAGE = 800_000
-"""Square pixels, of 1024×768: above it two cores take more than six seconds to look at an image."""
+"""Area in square pixels, about 1024×768, above which two cores take more than six seconds to encode an image."""
 
 
 def note_large_images(model: Model, images: Prompt) -> None:
-    """Where somebody waits: that a large image takes long on a CPU, and what makes it smaller."""
+    """Prints a note in a terminal if a large image will take long on a CPU, with the option that makes it smaller."""
     processor = model.prompts.image_processor
     if not err.is_terminal or processor is None or model.manifest.get("execution_provider") != "cpu":
         return
     areas = images.grids[~images.is_video].prod(axis=1) * processor.patch_size**2
     if areas.max(initial=0) > 1.1 * LARGE_IMAGE:
         err.print(
-            f"An image of {areas.max() / 1e6:.1f} million pixels takes a CPU long to look at; "
-            f"--max-pixels {LARGE_IMAGE} makes it smaller, and small details are lost.",
+            f"An image of {areas.max() / 1e6:.1f} million pixels takes long on a CPU; "
+            f"--max-pixels {LARGE_IMAGE} makes it smaller, at the cost of small details.",
             style="dim",
         )
 
 
 def show_inspection(description: dict[str, Any], *, as_json: bool) -> None:
-    """A package's or checkpoint's make-up."""
+    """Prints the description of a package or checkpoint that `vlpack.inspect` returns."""
     if as_json:
         print(json.dumps(description, indent=1, default=str))
         return
@@ -284,20 +287,20 @@ def show_inspection(description: dict[str, Any], *, as_json: bool) -> None:
 
 
 def say_progress(text: str) -> None:
-    """What is being done, where somebody watches."""
+    """Prints the current step if standard error is a terminal."""
     if err.is_terminal:
         err.print(text, style="dim")
 
 
 def show_architectures(rows: list[dict[str, str]], *, as_json: bool) -> None:
-    """What is supported."""
+    """Prints the supported architectures."""
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    columns = [column for column in rows[0] if column != "parts"]  # which follow from the models
+    columns = [column for column in rows[0] if column != "parts"]  # the parts follow from the models
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        # on narrow terminals names stay whole, and the rest is wrapped
+        # on narrow terminals, names stay on one line and the other columns are wrapped
         table.add_column(column, overflow="fold", no_wrap=column == "architecture")
     for row in rows:
         table.add_row(*(row[column] for column in columns))
@@ -320,7 +323,7 @@ def _show_checkpoint(description: dict[str, Any]) -> None:
 
 
 def _show_ports(part: dict[str, Any]) -> None:
-    """Inputs and outputs of a graph; a package may come from anybody, so nothing of it is markup."""
+    """Prints the inputs and outputs of a graph, without markup, because a package is untrusted."""
     for kind in ("inputs", "outputs"):
         for port, (dtype, shape) in part[kind].items():
             print_plain(f"  {kind[:-1]:6} {port} {dtype} [{', '.join(map(str, shape))}]")
@@ -356,14 +359,14 @@ def _show_package(description: dict[str, Any]) -> None:
 
 
 def _fits(rule: dict[str, str]) -> str:
-    """What a rule of the policy is for; a package of an earlier version's has paths alone."""
+    """The weights to which a rule of the precision policy applies; rules of earlier versions have only module paths."""
     role, modules = rule.get("role", ""), rule["modules"]
     return " ".join([role, *([modules] if modules != "*" or not role else [])]).strip()
 
 
 @contextmanager
 def demo_table(*, as_json: bool) -> Iterator[Callable[[Row], None]]:
-    """Prints the demo's rows as they come."""
+    """Yields a function that prints a row of the demo, unless the output is JSON."""
 
     def report(row: Row) -> None:
         if not as_json:
@@ -375,7 +378,7 @@ def demo_table(*, as_json: bool) -> Iterator[Callable[[Row], None]]:
 
 
 def show_demo(result: BuildResult, rows: list[Row], *, as_json: bool) -> None:
-    """The demo's sum."""
+    """Prints the summary of the demo."""
     right = sum(row.right for row in rows)
     if as_json:
         print(json.dumps({"right": right, "asked": len(rows), "rows": [asdict(row) for row in rows]}))

@@ -1,4 +1,4 @@
-"""What verify, eval and bench print."""
+"""Terminal and JSON output of the commands verify, eval and bench."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def show_verification(report: Report, page: Path | None, *, as_json: bool) -> None:
-    """Verdict, cases and findings; and the page, where one is wanted."""
+    """Prints the cases, findings and verdict of a verification, and writes its HTML report to ``page`` if given."""
     if page is not None:
         from vlpack.verification.report import html
 
@@ -45,10 +45,10 @@ def show_verification(report: Report, page: Path | None, *, as_json: bool) -> No
         graph, whole = case.worst
         table.add_row(case.name, f"{graph:.1e}", f"{whole:.1e}", *spoken(case))
     console.out.print(table)
-    if report.weights:  # damaged files are not looked into
+    if report.weights:  # empty if the package's files are damaged
         same = sum(weight.same for weight in report.weights)
         console.out.print(
-            f"{same} of {len(report.weights)} weights are byte for byte what vlpack makes of the checkpoint."
+            f"{same} of {len(report.weights)} weights are byte for byte what vlpack builds from the checkpoint."
         )
     if report.mean_kl is not None and report.precision in ("int8", "int4"):
         from vlpack.verification.metrics import nearness
@@ -67,7 +67,7 @@ def show_verification(report: Report, page: Path | None, *, as_json: bool) -> No
 
 @contextmanager
 def question_progress() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar over the questions; None where standard error is not a terminal."""
+    """A progress bar over the questions; yields None if standard error is not a terminal."""
     if not console.err.is_terminal:
         yield None
         return
@@ -92,7 +92,15 @@ def show_benchmark(
     *,
     as_json: bool,
 ) -> None:
-    """The figures, medians; and how those of an earlier result changed."""
+    """Prints the median figures of a benchmark, with the changes from an earlier result, and writes them to ``output``.
+
+    Args:
+        result: the benchmark's result.
+        changes: from a comparison, for each prompt its name and the ratios (now / then) of the time to the first token
+            and of the time per token; and sentences about differences in the settings.
+        output: JSON file to write, if any.
+        as_json: whether to print JSON instead of tables.
+    """
     shown = result.as_json()
     if changes:
         shown["compared"] = [{"name": n, "first_token": first, "token": token} for n, first, token in changes[0]]
@@ -136,7 +144,7 @@ def show_benchmark(
 
 
 def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
-    """Scores and what they differ by."""
+    """Prints the scores of an evaluation and the differences between them."""
     if as_json:
         print(json.dumps(asdict(evaluation), indent=1, ensure_ascii=False))
         return

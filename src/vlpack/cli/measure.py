@@ -1,4 +1,4 @@
-"""Verbs that judge a package: verify, eval, bench."""
+"""The commands that test and measure a package: verify, eval, bench."""
 
 from __future__ import annotations
 
@@ -16,36 +16,50 @@ from vlpack.errors import InputError, OptionError
 def verify(
     package: Annotated[Path, typer.Argument(help="Folder of a package.")],
     reference: Annotated[str, typer.Option("--reference", help="Checkpoint it should be: a folder or a Hub id.")],
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Ask this; again for more.")] = None,
-    image: Annotated[list[str] | None, typer.Option("--image", help="With these images; again for more.")] = None,
-    video: Annotated[list[str] | None, typer.Option("--video", help="With these videos; again for more.")] = None,
-    cases: Annotated[
-        Path | None, typer.Option("--cases", help='JSONL file: {"prompt": "…", "images": ["a.png"]} a line.')
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Question to ask; repeat the option for more.")
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, max=4096, help="Of each greedy answer.")] = 32,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", help="Image for the questions; repeat the option for more.")
+    ] = None,
+    video: Annotated[
+        list[str] | None, typer.Option("--video", help="Video for the questions; repeat the option for more.")
+    ] = None,
+    cases: Annotated[
+        Path | None,
+        typer.Option("--cases", help='JSONL file of cases, one per line: {"prompt": "…", "images": ["a.png"]}.'),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", min=1, max=4096, help="Number of tokens of each greedy answer.")
+    ] = 32,
     stream: Annotated[
         bool | None,
         typer.Option(
             "--stream/--no-stream",
-            help="Keep one module of the reference in memory at a time. (default: where it is large for this machine)",
+            help="Keep only one module of the reference in memory at a time. (default: if it is large for this "
+            "machine)",
         ),
     ] = None,
     threads: opt.Threads = None,
     lora: Annotated[
-        list[str] | None, typer.Option("--lora", help="Adapter that was merged; again for another.")
+        list[str] | None, typer.Option("--lora", help="Adapter that was merged; repeat the option for more.")
     ] = None,
-    report: Annotated[Path | None, typer.Option("--report", help="Write a page to look at: report.html.")] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write an HTML report to this file, such as report.html.")
+    ] = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Compare a package with its checkpoint in transformers; exit with 1 where it is not the model."""
+    """Compare a package with its checkpoint in transformers; exit with 1 if it does not reproduce the model."""
     from vlpack.verification import verify as run_verify
     from vlpack.verification.cases import from_file, own
 
-    if report is not None and not report.absolute().parent.is_dir():  # told before the work
-        raise OptionError(f"There is no folder {report.absolute().parent} for the report.")
+    if report is not None and not report.absolute().parent.is_dir():  # report it before the work
+        raise OptionError(
+            f"There is no folder {report.absolute().parent} for the report.", "Make it, or give another path."
+        )
     given = (prompt or [], image or [], video or [])
     if cases is not None and any(given):
-        raise OptionError("--cases has its own prompts and images.", "Leave --prompt, --image and --video away.")
+        raise OptionError("--cases has its own prompts and images.", "Leave out --prompt, --image and --video.")
     asked = from_file(cases) if cases else own(*given) if any(given) else None
     result = run_verify(
         package,
@@ -65,19 +79,24 @@ def verify(
 def evaluate(
     package: Annotated[Path, typer.Argument(help="Folder of a package.")],
     data: Annotated[
-        Path, typer.Argument(help='JSONL: {"image": "a.png", "question": "…", "answer": "…", "choices": […]} a line.')
+        Path,
+        typer.Argument(
+            help='JSONL file, one question per line: {"image": "a.png", "question": "…", "answer": "…", '
+            '"choices": […]}.'
+        ),
     ],
     metric: Annotated[
-        str | None, typer.Option("--metric", help="exact, choice or anls. (default: choice where there are choices)")
+        str | None,
+        typer.Option("--metric", help="exact, choice or anls. (default: choice if the questions have choices)"),
     ] = None,
     reference: Annotated[
         str | None, typer.Option("--reference", help="Ask this checkpoint in transformers too: a folder or a Hub id.")
     ] = None,
     without_deepstack: Annotated[
-        bool, typer.Option("--without-deepstack", help="Ask once more with DeepStack's features set to zero.")
+        bool, typer.Option("--without-deepstack", help="Also ask with DeepStack's features set to zero.")
     ] = False,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many questions.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of an answer at most.")] = 32,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Ask only this many questions.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Maximum number of tokens of an answer.")] = 32,
     threads: opt.Threads = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -102,29 +121,31 @@ def evaluate(
 def bench(
     package: Annotated[Path, typer.Argument(help="Folder of a package.")],
     prompt_tokens: Annotated[
-        list[int] | None, typer.Option("--prompt-tokens", min=1, help="Length of a text prompt; again for another.")
+        list[int] | None,
+        typer.Option("--prompt-tokens", min=1, help="Length of a text prompt in tokens; repeat the option for more."),
     ] = None,
     image: Annotated[
-        list[str] | None, typer.Option("--image", help="Size of an image, such as 640x480; again for another.")
+        list[str] | None,
+        typer.Option("--image", help="Size of an image, such as 640x480; repeat the option for more."),
     ] = None,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Of each answer.")] = 32,
-    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Answers to each prompt.")] = 3,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Number of tokens of each answer.")] = 32,
+    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Number of answers to each prompt.")] = 3,
     threads: opt.Threads = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result to this JSON file.")] = None,
     compare: Annotated[
-        Path | None, typer.Option("--compare", help="Tell how an earlier result's figures changed.")
+        Path | None, typer.Option("--compare", help="Show the changes from an earlier result in this JSON file.")
     ] = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Measure loading, the time to the first token, the tokens after it, and memory."""
+    """Measure loading, the time to the first token, the time per token after it, and memory."""
     from vlpack.evaluation import benchmark
 
-    if compare is not None:  # what is wrong with either file is told before the work
+    if compare is not None:  # report what is wrong with either file before the work
         if not compare.is_file():
             raise InputError(f"There is no file {compare} to compare with.")
         benchmark.earlier(compare)
     if output is not None and (output.is_dir() or not os.access(output.absolute().parent, os.W_OK)):
-        raise OptionError(f"{output} cannot be written.", "Give the name of a file in a folder that is there.")
+        raise OptionError(f"{output} cannot be written.", "Give the name of a file in an existing folder.")
     with console_measure.question_progress() as progress:
         result = benchmark.bench(
             package,
@@ -137,7 +158,7 @@ def bench(
         )
     try:
         changes = benchmark.compare(result, compare) if compare else None
-    except InputError:  # the minutes of measuring are not lost
+    except InputError:  # show the result all the same: measuring took minutes
         console_measure.show_benchmark(result, None, output, as_json=as_json)
         raise
     console_measure.show_benchmark(result, changes, output, as_json=as_json)

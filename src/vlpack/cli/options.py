@@ -1,4 +1,4 @@
-"""Options that several verbs of the command line have, and what they become."""
+"""Options that several commands share, and their checks."""
 
 from __future__ import annotations
 
@@ -10,57 +10,71 @@ import typer
 
 from vlpack.errors import OptionError
 
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of the runtime. (default: all cores)")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Number of threads. (default: all cores)")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 Package = Annotated[Path, typer.Argument(help="Folder of a package.")]
-Images = Annotated[list[str] | None, typer.Option("--image", help="Image file or URL; give it again for more.")]
+Images = Annotated[list[str] | None, typer.Option("--image", help="Image file or URL; repeat the option for more.")]
 Videos = Annotated[
-    list[str] | None, typer.Option("--video", help="Video file, or folder of pictures; give it again for more.")
+    list[str] | None, typer.Option("--video", help="Video file or folder of images; repeat the option for more.")
 ]
 System = Annotated[str | None, typer.Option("--system", help="System prompt.")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Of an answer at most.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Maximum number of tokens of an answer.")]
 MinPixels = Annotated[int | None, typer.Option("--min-pixels", help="Smallest image area, in pixels.")]
 MaxPixels = Annotated[
     int | None, typer.Option("--max-pixels", help="Largest image area, in pixels; smaller is faster.")
 ]
-PrivateUrls = Annotated[bool, typer.Option("--allow-private-urls", help="Let image URLs lead into this network.")]
+PrivateUrls = Annotated[
+    bool, typer.Option("--allow-private-urls", help="Allow image URLs of this machine and its private network.")
+]
 VisionProvider = Annotated[
     str | None,
     typer.Option(
         "--vision-provider",
-        help="Where images are looked at: cpu, or runtime as other languages do. (default: cpu in packages for it)",
+        help="Where images are encoded: cpu (by vlpack) or runtime (by onnxruntime-genai). (default: cpu for packages "
+        "for the CPU)",
     ),
 ]
 
 Fps = Annotated[
     float | None,
-    typer.Option("--fps", help="Frames a second to look at; how many a folder of pictures has. (default: the model's)"),
+    typer.Option(
+        "--fps",
+        help="Frames per second to take from a video; for a folder of images, how many of them are shown per second. "
+        "(default: the model's)",
+    ),
 ]
 NumFrames = Annotated[
-    int | None, typer.Option("--num-frames", help="So many frames of a video, instead of so many a second.")
+    int | None, typer.Option("--num-frames", help="Number of frames to take from a video, instead of a rate.")
 ]
-MinFrames = Annotated[int | None, typer.Option("--min-frames", help="At least so many frames of a video.")]
-MaxFrames = Annotated[int | None, typer.Option("--max-frames", help="At most so many frames of a video.")]
+MinFrames = Annotated[int | None, typer.Option("--min-frames", help="Minimum number of frames to take from a video.")]
+MaxFrames = Annotated[int | None, typer.Option("--max-frames", help="Maximum number of frames to take from a video.")]
 TotalPixels = Annotated[
     int | None,
-    typer.Option("--total-pixels", help="Largest area of a video's frames together, in pixels; smaller is faster."),
+    typer.Option(
+        "--total-pixels", help="Largest area of all frames of a video together, in pixels; smaller is faster."
+    ),
 ]
 
 Temperature = Annotated[
-    float | None, typer.Option("--temperature", help="0 takes the likeliest token always. (default: the model's)")
+    float | None,
+    typer.Option("--temperature", help="Randomness; 0 always takes the most likely token. (default: the model's)"),
 ]
-TopK = Annotated[int | None, typer.Option("--top-k", help="Only the k likeliest tokens.")]
-TopP = Annotated[float | None, typer.Option("--top-p", help="Only the likeliest tokens whose probabilities sum to p.")]
-RepetitionPenalty = Annotated[float | None, typer.Option("--repetition-penalty", help="Above 1 avoids repeating.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer.")]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Number of most likely tokens to choose from.")]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="Probability that the tokens to choose from have together, up to 1.")
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option("--repetition-penalty", help="Above 1, makes repetitions less likely.")
+]
+Seed = Annotated[int | None, typer.Option("--seed", help="Random seed; the same seed gives the same answer.")]
 
 
 def check_package(folder: Path) -> None:
-    """A package is there: told before the libraries that run it are imported, which takes a second.
+    """Checks that a folder is a package, before the libraries that run it are imported, which takes a second.
 
     Raises:
-        PackageError: there is none.
+        PackageError: the folder does not exist or is not a package.
     """
     from vlpack.package.manifest import check_folder, read_manifest
 
@@ -69,7 +83,7 @@ def check_package(folder: Path) -> None:
 
 
 def check_video_options(options: dict[str, float | None], videos: Sequence[str] | None) -> None:
-    """Raises an OptionError where there is an option for videos, and no video."""
+    """Raises an OptionError if an option for videos is given without a video."""
     for name, value in options.items():
         if value is not None and not videos:
             raise OptionError(f"--{name.replace('_', '-')} has no effect without a video.", "Give one with --video.")

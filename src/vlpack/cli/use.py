@@ -1,4 +1,4 @@
-"""Verbs that use a package: run, chat, embed, score."""
+"""The commands that use a package: run, chat, embed, score."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlpack.errors import OptionError
 def run(
     package: opt.Package,
     question: Annotated[
-        str | None, typer.Argument(help="The question; read from standard input where it is left out.")
+        str | None, typer.Argument(help="The question; read from standard input if it is left out.")
     ] = None,
     image: opt.Images = None,
     video: opt.Videos = None,
@@ -36,10 +36,10 @@ def run(
     max_pixels: opt.MaxPixels = None,
     vision_provider: opt.VisionProvider = None,
     allow_private_urls: opt.PrivateUrls = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Add a line of timing, on standard error.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print a line of statistics on standard error.")] = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Ask a package a question, about images and videos or without."""
+    """Ask a package a question, with or without images and videos."""
     opt.check_package(package)
     from vlpack.preprocess import VideoOptions
     from vlpack.runtime.model import Model
@@ -63,7 +63,7 @@ def run(
         raise OptionError("--min-pixels and --max-pixels are for images.", "For videos there is --total-pixels.")
     video_options = VideoOptions(**looked)  # type: ignore[arg-type]
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-    sampling.search_options()  # a wrong value is told before the model is loaded
+    sampling.search_options()  # report a wrong value before the model is loaded
     model = Model(
         package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
     )
@@ -93,12 +93,15 @@ def chat(
     total_pixels: opt.TotalPixels = None,
     system: opt.System = None,
     messages: Annotated[
-        Path | None, typer.Option("--messages", help="JSON of a conversation to go on with, as /save writes it.")
+        Path | None, typer.Option("--messages", help="JSON file of a conversation to continue, as /save writes it.")
     ] = None,
     max_tokens: opt.MaxTokens = 1024,
     context: Annotated[
         int | None,
-        typer.Option("--context", help="Tokens at most. (default: what the model and half of the memory allow)"),
+        typer.Option(
+            "--context",
+            help="Maximum tokens of the conversation. (default: what the model and half of the memory allow)",
+        ),
     ] = None,
     temperature: opt.Temperature = None,
     top_k: opt.TopK = None,
@@ -111,7 +114,7 @@ def chat(
     vision_provider: opt.VisionProvider = None,
     allow_private_urls: opt.PrivateUrls = False,
 ) -> None:
-    """Talk with a package in the terminal; /help says how. Lines of a pipe are questions, too."""
+    """Chat with a package in the terminal; /help lists the commands. Lines of a pipe are questions too."""
     opt.check_package(package)
     from vlpack.cli.chat_terminal import Terminal
     from vlpack.cli.conversations import read_messages
@@ -123,7 +126,7 @@ def chat(
 
     video_options = VideoOptions(fps, num_frames, min_frames, max_frames, total_pixels)
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-    sampling.search_options()  # a wrong value, or file, is told before the model is loaded
+    sampling.search_options()  # report a wrong value or file before the model is loaded
     before = read_messages(messages) if messages else []
     model = Model(
         package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
@@ -140,7 +143,7 @@ def chat(
     Terminal(conversation, image or (), video or ()).run()
 
 
-Instruction = Annotated[str | None, typer.Option("--instruction", help="What the model is told to compare for.")]
+Instruction = Annotated[str | None, typer.Option("--instruction", help="Task for which the inputs are compared.")]
 NamedPrompt = Annotated[
     str | None, typer.Option("--prompt", help="Name of one of the model's own prompts instead, such as query.")
 ]
@@ -149,14 +152,15 @@ NamedPrompt = Annotated[
 def embed(
     package: Annotated[Path, typer.Argument(help="Folder of an embedding model's package.")],
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="TEXT…", help="One input each; lines of standard input without any.")
+        list[str] | None,
+        typer.Argument(metavar="TEXT…", help="Texts to embed; without any, the lines of standard input."),
     ] = None,
     image: Annotated[
-        list[str] | None, typer.Option("--image", help="Image file or URL, an input of its own after the texts.")
+        list[str] | None, typer.Option("--image", help="Image file or URL, as a separate input after the texts.")
     ] = None,
     instruction: Instruction = None,
     prompt: NamedPrompt = None,
-    dimensions: Annotated[int | None, typer.Option("--dimensions", help="Keep so many of the first ones.")] = None,
+    dimensions: Annotated[int | None, typer.Option("--dimensions", help="Keep only this many.")] = None,
     max_pixels: opt.MaxPixels = None,
     threads: opt.Threads = None,
     as_json: opt.Json = False,
@@ -174,13 +178,13 @@ def embed(
 
 def score(
     package: Annotated[Path, typer.Argument(help="Folder of a reranker's package.")],
-    query: Annotated[str, typer.Argument(help="What is looked for.")],
+    query: Annotated[str, typer.Argument(help="Query for which the documents are scored.")],
     documents: Annotated[
         list[str] | None,
-        typer.Argument(metavar="DOCUMENT…", help="Texts to score; lines of standard input without any."),
+        typer.Argument(metavar="DOCUMENT…", help="Texts to score; without any, the lines of standard input."),
     ] = None,
     image: Annotated[
-        list[str] | None, typer.Option("--image", help="Image file or URL, a document of its own after the texts.")
+        list[str] | None, typer.Option("--image", help="Image file or URL, as a separate document after the texts.")
     ] = None,
     instruction: Instruction = None,
     prompt: NamedPrompt = None,

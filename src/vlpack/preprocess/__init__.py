@@ -1,4 +1,4 @@
-"""Images, videos and prompts to tensors, exactly as transformers makes them, without torch or transformers."""
+"""Preprocessing: images, videos and prompts become exactly the tensors that transformers makes, without torch."""
 
 from vlpack.preprocess.chat_template import ChatTemplate
 from vlpack.preprocess.image_source import MAX_IMAGE_PIXELS, ImageSource, load_image

@@ -1,8 +1,8 @@
-"""Which IP addresses belong to the public internet, by a list of its own.
+"""Decides which IP addresses belong to the public internet, from a list of address blocks kept in this module.
 
-``ipaddress.is_global`` is not asked: what it says depends on Python's version, and it takes some addresses for public
-behind which a machine or its cloud provider answers. Sources: IANA's special-purpose address registries of IPv4 and
-IPv6, and IANA's registry of the IPv6 address space, of 2025.
+``ipaddress.is_global`` is not used: its answers depend on the Python version, and it calls some addresses public that
+lead to the machine itself or to its cloud provider. Sources: IANA's special-purpose address registries for IPv4 and
+IPv6, and IANA's registry of the IPv6 address space, as of 2025.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _NOT_PUBLIC_4 = tuple(
             "10.0.0.0/8",  # private
             "100.64.0.0/10",  # shared by a provider's customers
             "127.0.0.0/8",  # this machine
-            "168.63.129.16/32",  # Azure's host, as every machine there sees it; in no registry
+            "168.63.129.16/32",  # the Azure host, as its virtual machines see it; in no registry
             "169.254.0.0/16",  # link-local; cloud providers' metadata
             "172.16.0.0/12",  # private
             "192.0.0.0/24",  # protocol assignments; Oracle's metadata is at 192.0.0.192
             "192.0.2.0/24",  # documentation
-            "192.88.99.0/24",  # relays of 6to4, deprecated
+            "192.88.99.0/24",  # 6to4 relays, deprecated
             "192.168.0.0/16",  # private
             "198.18.0.0/15",  # benchmarks
             "198.51.100.0/24",  # documentation
@@ -32,8 +32,8 @@ _NOT_PUBLIC_4 = tuple(
     )
 )
 _PUBLIC_6 = ipaddress.IPv6Network("2000::/3")
-"""Global unicast. All else is refused: loopback, link-local, site-local (fec0::/10), unique local, multicast, the
-translation prefixes 64:ff9b:1::/48 and ::ffff:0:0:0/96 …"""
+"""Global unicast addresses. All others are refused: loopback, link-local, site-local (fec0::/10), unique local,
+multicast, and the translation prefixes such as 64:ff9b:1::/48 and ::ffff:0:0:0/96."""
 _NOT_PUBLIC_6 = tuple(
     map(
         ipaddress.IPv6Network,
@@ -46,12 +46,12 @@ _NOT_PUBLIC_6 = tuple(
     )
 )
 _WITH_IPV4 = (ipaddress.IPv6Network("::ffff:0:0/96"), ipaddress.IPv6Network("64:ff9b::/96"))
-"""Mapped addresses, and those by which a network without IPv4 reaches the IPv4 internet (NAT64): the last 32 bits are
-what counts."""
+"""IPv6 forms of an IPv4 address, which is the last 32 bits: IPv4-mapped addresses, and NAT64 addresses, by which a
+network without IPv4 reaches the IPv4 internet."""
 
 
 def is_public_address(address: str) -> bool:
-    """Whether an IP address belongs to the public internet, also inside IPv6 forms that embed an IPv4 address."""
+    """Whether an IP address belongs to the public internet; an IPv4 address embedded in an IPv6 one is checked too."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

@@ -1,4 +1,7 @@
-"""Finds a checkpoint's chat template and renders it as transformers/utils/chat_template_utils.py does, with bounds."""
+"""Finds a checkpoint's chat template and renders it as transformers does, with bounds on memory and time.
+
+The reference is transformers/utils/chat_template_utils.py.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,19 @@ _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 
 MAX_MESSAGE_CHARACTERS = 12 * 2**20
-"""Most characters of a conversation. It is less than a rendered prompt may have, so that a text that is too long is not
-taken for a template that grows without end."""
+"""Maximum characters of a conversation. The limit for a rendered prompt is higher, so that a long text is reported as
+too long and not as a template that grows without end."""
 
 
 class ChatTemplate:
     """A compiled chat template.
 
     Args:
-        source: the jinja text.
+        source: jinja source text.
         special_tokens: variables such as bos_token and eos_token that the template may use.
-        where: the file it came from, for error messages.
-        isolated: render it in a process of its own, whose memory and time are bounded. By default templates that are
-            known, such as those of the supported families, are rendered in this one, which is faster.
+        where: name of the template's file, for error messages.
+        isolated: whether to render in a separate process whose memory and time are bounded. None isolates all
+            templates but the reviewed ones in `vlpack.preprocess.known_templates`; rendering in this process is faster.
 
     Raises:
         CheckpointError: the text is not a template.
@@ -60,7 +63,10 @@ class ChatTemplate:
     def from_folder(cls, folder: str | os.PathLike[str] | SettingsFolder) -> ChatTemplate:
         """Reads chat_template.jinja, else chat_template.json, else `chat_template` of tokenizer_config.json.
 
-        Of several named templates "default" is taken. CheckpointError if there is none or it cannot be used.
+        Where the file has several named templates, the one named "default" is used.
+
+        Raises:
+            CheckpointError: there is no template, or it cannot be used.
         """
         root = SettingsFolder.of(folder)
         name = "tokenizer_config.json"
@@ -90,15 +96,15 @@ class ChatTemplate:
         """The prompt text of a conversation.
 
         Args:
-            messages: dictionaries with `role` and `content`; values that are not plain JSON become inert placeholders,
+            messages: dictionaries with `role` and `content`. Values that are not plain JSON become inert placeholders;
                 keys whose value is None are dropped.
-            add_generation_prompt: end with the header of the assistant's answer.
-            tools: JSON schemas of functions the model may call.
-            **variables: whatever else the template understands (enable_thinking …).
+            add_generation_prompt: whether to end with the header of the assistant's answer.
+            tools: JSON schemas of the functions that the model may call.
+            **variables: other variables that the template understands, such as enable_thinking.
 
         Raises:
-            InputError: the messages are longer than `MAX_MESSAGE_CHARACTERS`, or the template refuses them (its own
-                raise_exception) or cannot handle them.
+            InputError: the messages are longer than `MAX_MESSAGE_CHARACTERS`, or the template refuses them (by calling
+                raise_exception) or fails on them.
             CheckpointError: the template exceeds the bounds of `vlpack.preprocess.template_sandbox`.
         """
         values = {
@@ -112,8 +118,8 @@ class ChatTemplate:
         plain = _plain(values)
         if (length := _characters(plain["messages"])) > MAX_MESSAGE_CHARACTERS:
             raise InputError(
-                f"The messages have {length} characters; more than {MAX_MESSAGE_CHARACTERS} are not taken.",
-                "No supported model has a context for so much text: give less.",
+                f"The messages have {length} characters; more than {MAX_MESSAGE_CHARACTERS} are not accepted.",
+                "No supported model has a context for so much text: shorten the messages.",
             )
         try:
             return self._template.render(plain)
@@ -133,7 +139,7 @@ def _default_template(template: object, file: Path) -> str:
     elif isinstance(template, dict):
         template = template.get("default", template)
     if not isinstance(template, str):
-        raise CheckpointError(f"{file} holds no chat template that is a text or is named 'default'.")
+        raise CheckpointError(f"The 'chat_template' in {file} is neither a text nor a set with one named 'default'.")
     return template
 
 
@@ -150,13 +156,13 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: value for key, value in message.items() if value is not None}
-    # Reasoning goes by three names; transformers gives templates the first two of them.
+    # Three keys for reasoning are in use; like transformers, give the template the first two.
     reasoning = next((plain[key] for key in _REASONING_KEYS if key in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
 
 
 def _characters(value: Any) -> int:
-    """Characters of all texts in plain JSON."""
+    """Total number of characters of all texts in a plain JSON value."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
@@ -165,7 +171,7 @@ def _characters(value: Any) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """Plain JSON types all the way down, so that a template can reach no method of an image, array or other object."""
+    """A copy made of plain JSON types only: a template must not reach methods of images, arrays or other objects."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     for base in (str, int, float):

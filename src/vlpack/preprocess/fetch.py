@@ -1,4 +1,7 @@
-"""Downloads one small file over http(s) so that a URL written by a stranger cannot reach the inside of the network."""
+"""Downloads one small file over http(s), guarding against server-side request forgery.
+
+A URL may come from a stranger and must not lead to this machine or its private network.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from vlpack.errors import InputError, option
 from vlpack.preprocess.addresses import is_public_address
 
 MAX_DOWNLOAD_BYTES = 64 * 2**20
-"""Most bytes that are downloaded: 64 MiB."""
+"""Maximum size of a download, in bytes: 64 MiB."""
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -24,20 +27,20 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 def fetch(
     url: str, *, allow_private: bool = False, timeout: float = 30.0, max_bytes: int = MAX_DOWNLOAD_BYTES
 ) -> bytes:
-    """The body behind an http(s) URL.
+    """Downloads the file at an http(s) URL and returns its bytes.
 
-    Every address that the host name has must be public, and the connection goes to one of the addresses that were
-    checked, so a name cannot point elsewhere between the check and the connection. Redirects are checked alike.
-    Proxies from the environment are not used: they would connect where this could not check.
+    Every address of the host name must be public, and the connection goes to one of the addresses that were checked,
+    so the name cannot point elsewhere between the check and the connection. Redirects get the same checks. Proxies
+    from the environment are not used, because the addresses that a proxy connects to cannot be checked here.
 
     Args:
-        url: http or https, without user name and password.
-        allow_private: also connect to loopback, private, link-local and other reserved addresses.
+        url: http or https URL without user name and password.
+        allow_private: whether to also connect to loopback, private, link-local and other reserved addresses.
         timeout: seconds for everything after the name look-up, redirects included.
-        max_bytes: longest body.
+        max_bytes: maximum length of the body, in bytes.
 
     Raises:
-        InputError: refused, unreachable, too slow, too large, or answered with an error.
+        InputError: the URL is refused or unreachable, or the answer is an error, too slow or too large.
     """
     deadline = time.monotonic() + timeout
     current = url
@@ -53,7 +56,7 @@ def fetch(
         try:
             current = urljoin(current, location)
         except ValueError:
-            raise InputError(f"{_name(parts)} redirects to {location[:200]!r}, which is no URL.") from None
+            raise InputError(f"{_name(parts)} redirects to {location[:200]!r}, which is not a URL.") from None
     raise InputError(f"{_name(_split(url))} redirects more than {_MAX_REDIRECTS} times.")
 
 
@@ -71,12 +74,12 @@ def _split(url: str) -> SplitResult:
 
 
 def _name(parts: SplitResult) -> str:
-    # Without the query, which often carries a signature or key.
+    # The query is left out of messages: it often carries a signature or key.
     return f"{parts.scheme}://{parts.netloc}{parts.path}"[:200]
 
 
 def _get(parts: SplitResult, allow_private: bool, deadline: float, max_bytes: int) -> tuple[bytes, str | None]:
-    """One request: (body, None), or (nothing, the address it redirects to)."""
+    """Sends one request and returns (body, None), or (b"", location) where the server redirects to a location."""
     host = parts.hostname or ""
     port = parts.port or (443 if parts.scheme == "https" else 80)
     sock = _connect(host, port, allow_private, deadline)
@@ -99,11 +102,11 @@ def _get(parts: SplitResult, allow_private: bool, deadline: float, max_bytes: in
                 raise InputError(f"{_name(parts)} answered with status {response.status} {response.reason[:80]}.")
             length = response.length
             body = response.read(max_bytes + 1) if length is None or length <= max_bytes else b""
-            if time.monotonic() >= deadline:  # a body without a length just ends when the timer cuts it
+            if time.monotonic() >= deadline:  # a body without Content-Length just ends when the timer cuts it
                 raise TimeoutError
             if len(body) > max_bytes or (length is not None and length > max_bytes):
                 raise InputError(f"{_name(parts)} is larger than {max_bytes} bytes, the most that is downloaded.")
-            if response.length:  # what Content-Length promised and did not come
+            if response.length:  # bytes that Content-Length announced and that did not arrive
                 raise InputError(f"{_name(parts)} ended {response.length} bytes early.")
             return body, None
     finally:
@@ -113,13 +116,13 @@ def _get(parts: SplitResult, allow_private: bool, deadline: float, max_bytes: in
 
 @contextlib.contextmanager
 def _closed_at(sock: socket.socket, deadline: float) -> Iterator[None]:
-    """Shuts the socket at the deadline; a socket timeout alone does not stop a peer that sends a byte a second."""
+    """Shuts the socket down at the deadline; a socket timeout alone does not stop a peer that sends a byte a second."""
 
     def shut() -> None:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
-    # The descriptor moves into the TLS socket, so keep a handle of our own on the same connection.
+    # The descriptor moves into the TLS socket, so keep a second handle on the same connection.
     sock = sock.dup()
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), shut)
     timer.daemon = True
@@ -138,7 +141,7 @@ def _connect(host: str, port: int, allow_private: bool, deadline: float) -> sock
             if not is_public_address(str(address)):
                 raise InputError(
                     f"{host} has the address {address}, which is not public; it is not fetched.",
-                    hint=f"Give {option('allow_private_urls', True)} if you trust the URL.",
+                    hint=f"Pass {option('allow_private_urls', True)} if you trust the URL.",
                 )
     failure: OSError = OSError(f"{host} has no address")
     for address in addresses:

@@ -1,4 +1,4 @@
-"""Opens one image from wherever it is (path, URL, base64, bytes, array) and refuses what is unsafe or not an image."""
+"""Opens one image from a path, URL, base64 text, bytes or array, and refuses what is unsafe or not an image."""
 
 from __future__ import annotations
 
@@ -19,33 +19,35 @@ from vlpack.errors import InputError
 from vlpack.preprocess.fetch import MAX_DOWNLOAD_BYTES, fetch
 
 MAX_IMAGE_PIXELS = 2 * (2**30 // 4 // 3)
-"""Most pixels that are decoded: 178 956 970, where Pillow itself raises. As RGB that is 512 MiB."""
+"""Maximum pixels of an image that is decoded: 178 956 970, the limit at which Pillow raises; 512 MiB as RGB."""
 
 MAX_ENCODED_BYTES = MAX_DOWNLOAD_BYTES
-"""Most bytes that a base64 string may hold after decoding; the same as for a download."""
+"""Maximum bytes of a base64 text after decoding; the same as for a download."""
 
 ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]
-"""What `load_image` takes."""
+"""The types of image that `load_image` accepts: path, URL or base64 text, encoded bytes, PIL image, array."""
 
-# No EPS (Pillow runs Ghostscript on it), PDF, WMF or scientific containers: they are not what a model is asked about.
+# EPS (for which Pillow runs Ghostscript), PDF, WMF and scientific containers are left out: models are not asked about
+# such files.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM", "TGA", "ICO", "PCX")
 
 
 def load_image(source: ImageSource, *, allow_private_urls: bool = False) -> Image.Image:
-    """Loads an image as upright RGB, as transformers/image_utils.py load_image does.
+    """Loads an image as upright RGB, as ``load_image`` in transformers/image_utils.py does.
 
-    EXIF rotation is applied and alpha is dropped, not composited. Of an animation the first frame is taken.
+    EXIF rotation is applied. Alpha is dropped, not composited. An animation gives its first frame.
 
     Args:
         source: file path, http(s) URL, `data:` URI, base64 text, encoded bytes, PIL image, or uint8 array [H, W, 3].
-            Paths and URLs must not come from people you do not trust: a path reads any file of this user.
-        allow_private_urls: also fetch from loopback, private and link-local addresses.
+            Do not pass paths or URLs from people you do not trust: a path can name any file that this user can read.
+        allow_private_urls: whether to also fetch from loopback, private and link-local addresses.
 
     Returns:
-        A PIL image of mode RGB, decoded.
+        A decoded PIL image of mode RGB.
 
     Raises:
-        InputError: not an image, truncated, empty, of more than MAX_IMAGE_PIXELS pixels, or not to be had.
+        InputError: the source is missing, unreachable, not an image, truncated, empty, or has more than
+            `MAX_IMAGE_PIXELS` pixels.
     """
     if isinstance(source, Image.Image):
         return _upright_rgb(source, "the PIL image")
@@ -74,7 +76,9 @@ def _from_text(source: str, allow_private_urls: bool) -> Image.Image:
     if scheme.startswith("data:"):
         return _decode(io.BytesIO(_from_data_uri(source)), "the data: URI")
     if "://" in source[:32]:
-        raise InputError(f"{_shorten(source)} cannot be fetched: only http, https and data: are.", hint=_SOURCES_HINT)
+        raise InputError(
+            f"{_shorten(source)} cannot be fetched: only http, https and data: URLs are supported.", hint=_SOURCES_HINT
+        )
     if (encoded := _from_base64(source)) is not None:
         return _decode(io.BytesIO(encoded), "the base64 text")
     raise InputError(f"There is no image file {_shorten(source)}.", hint=_SOURCES_HINT)
@@ -94,7 +98,7 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
         raise InputError(
             f"An image array must be uint8 [H, W, 3] and not empty, not {array.dtype} {list(array.shape)}.",
-            hint="Convert it first; channels come last and levels run from 0 to 255.",
+            hint="Convert it to RGB with the channels last and levels from 0 to 255.",
         )
     _check_size(array.shape[1], array.shape[0], "the array")
     return Image.fromarray(np.ascontiguousarray(array))
@@ -119,7 +123,7 @@ def _from_base64(text: str) -> bytes | None:
         return None
     if len(data) > MAX_ENCODED_BYTES:
         raise InputError(f"The base64 text holds {len(data)} bytes; at most {MAX_ENCODED_BYTES} are decoded.")
-    # Eight bytes are the shortest image header there is; a short word is far likelier a mistyped path.
+    # The shortest image header has eight bytes; a shorter word is far more likely a mistyped path.
     return data if len(data) >= 8 else None
 
 
@@ -127,7 +131,7 @@ def _decode(file: Any, name: str) -> Image.Image:
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
-        # From half of MAX_IMAGE_PIXELS on Pillow warns; that is left to the user's warning filters.
+        # Pillow warns above half of MAX_IMAGE_PIXELS; that warning is left to the user's filters.
         with Image.open(file, formats=formats) as image:
             return _upright_rgb(image, name, owned=True)
     except InputError:
@@ -141,7 +145,7 @@ def _decode(file: Any, name: str) -> Image.Image:
     except UnidentifiedImageError as error:
         raise InputError(f"{name} is not an image of a known format ({', '.join(formats)}).") from error
     except Exception as error:
-        # Pillow's decoders raise nearly anything (OSError, SyntaxError, struct.error, KeyError …) on damaged files.
+        # On damaged files Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error, KeyError …
         raise InputError(f"{name} is a damaged or truncated image: {error}.") from error
 
 
@@ -153,7 +157,7 @@ def _upright_rgb(image: Image.Image, name: str, *, owned: bool = False) -> Image
         else:
             image = ImageOps.exif_transpose(image)
         image.load()
-        # `convert` copies even when there is nothing to convert; an animation must let go of its file, so it copies.
+        # `convert` always copies, so skip it for RGB; an animation is copied to let go of its file.
         return image if image.mode == "RGB" and not getattr(image, "is_animated", False) else image.convert("RGB")
     except Exception as error:
         raise InputError(f"{name} is a damaged or truncated image: {error}.") from error

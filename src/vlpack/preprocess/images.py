@@ -1,8 +1,8 @@
-"""Turns images into the patches of a Qwen vision tower, equal to transformers' PIL image processor bit for bit.
+"""The image processor: turns images into the patches of a Qwen vision encoder, bit for bit as transformers does.
 
-What transformers does per image, and what this file must therefore do: composite transparency onto white, resize with
-PIL on uint8, rescale in float64 and round to float32, normalize in float32, cut into patches in merge-block order, and
-repeat the one frame `temporal_patch_size` times.
+The steps per image are those of transformers' PIL image processor: composite transparency onto white, resize with PIL
+on uint8, rescale in float64 and round to float32, normalize in float32, cut into patches in merge-block order, and
+repeat the single frame `temporal_patch_size` times.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from vlpack.errors import CheckpointError, InputError, OptionError, option
 from vlpack.preprocess.settings_folder import SettingsFolder, given_settings
 
 MAX_ASPECT_RATIO = 200
-"""Longest edge over shortest edge that the Qwen processors accept."""
+"""Maximum ratio of the longest to the shortest edge, as in the Qwen processors."""
 
 _MAX_FACTOR = 4096  # pixels per merge-block edge; with _MAX_MIN_PIXELS it bounds what a hostile config can allocate
-_MAX_MIN_PIXELS = 2**24  # what Qwen3-VL has as its largest area
+_MAX_MIN_PIXELS = 2**24  # Qwen3-VL's largest area
 MAX_TEMPORAL_PATCH = 16
-"""Most frames of a patch; all models have 2. A package's settings may come from anybody, and every image takes
-3 · 4 · temporal_patch_size bytes a pixel."""
+"""Maximum frames per temporal patch; all models have 2. The bound is needed because a package's settings are untrusted
+and every image takes 3 · 4 · temporal_patch_size bytes per pixel."""
 
 MAX_PIXEL_VALUES = 2**30
-"""Most floats of all images of a prompt together, 4 GiB: the largest image that is decoded, at two frames a patch."""
+"""Maximum float32 values of all images of a prompt together (4 GiB): the largest image that is decoded, with two frames
+per patch."""
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -48,24 +49,24 @@ def smart_resize(
     *,
     rounded: Callable[[float], int] = round,
 ) -> tuple[int, int]:
-    """The size, in pixels, to which an image is resized: multiples of `factor`, area within limits, shape kept.
+    """The size to which an image is resized: multiples of `factor`, area within the limits, aspect ratio kept.
 
-    Formula of transformers/models/qwen2_vl/image_processing_pil_qwen2_vl.py. Halves round to even, as Python's
-    `round` does; the runtime's own processor rounds them away from zero and so picks other sizes.
+    The formula is that of transformers/models/qwen2_vl/image_processing_pil_qwen2_vl.py. Halves round to even, as
+    Python's `round` does; onnxruntime-genai's own processor rounds them away from zero and so chooses other sizes.
 
     Args:
-        height: pixels, at least 1.
-        width: pixels, at least 1.
-        factor: patch_size * merge_size, pixels.
+        height: height of the image in pixels, at least 1.
+        width: width of the image in pixels, at least 1.
+        factor: pixels along an edge of a merge block, patch_size * merge_size.
         min_pixels: smallest area, in square pixels.
         max_pixels: largest area, in square pixels.
-        rounded: how to round; only for telling where another program's sizes differ.
+        rounded: rounding function; another one is given only to find out where another program's sizes differ.
 
     Returns:
         (height, width) in pixels.
 
     Raises:
-        InputError: an empty image, or one more than 200 times as long as wide.
+        InputError: the image is empty, or its aspect ratio is above `MAX_ASPECT_RATIO`.
     """
     if height < 1 or width < 1:
         raise InputError(f"An image of {width}x{height} pixels is empty.")
@@ -90,12 +91,12 @@ def smart_resize(
 
 
 class ProcessedImages(NamedTuple):
-    """What the vision graph takes, for all images of a prompt together.
+    """The vision encoder's inputs for all images of a prompt together.
 
     Attributes:
-        pixel_values: float32 [patches, C*T*p*p]; images one after another.
-        image_grid_thw: int64 [images, 3]; patches per image along time, height and width (before merging).
-        num_image_tokens: int64 [images]; placeholders per image in the prompt (after merging).
+        pixel_values: float32 [patches, C*T*p*p], the patches of all images, image after image.
+        image_grid_thw: int64 [images, 3], patches of each image along time, height and width, before merging.
+        num_image_tokens: int64 [images], placeholder tokens of each image in the prompt, after merging.
     """
 
     pixel_values: npt.NDArray[np.float32]
@@ -105,10 +106,13 @@ class ProcessedImages(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """The image half of a Qwen-VL processor; field names and defaults are transformers' Qwen2VLImageProcessor's.
+    """The image processor of a Qwen-VL model, with the field names and defaults of transformers' Qwen2VLImageProcessor.
 
-    `min_pixels` and `max_pixels` (square pixels after resizing) are `size.shortest_edge` and `size.longest_edge` of a
-    v5 configuration. `resample` is a PIL.Image.Resampling number. A field out of range raises OptionError.
+    `min_pixels` and `max_pixels` (square pixels after resizing) are `size.shortest_edge` and `size.longest_edge` in
+    configurations of transformers 5. `resample` is a PIL.Image.Resampling number.
+
+    Raises:
+        OptionError: a field is out of range.
     """
 
     patch_size: int = 14
@@ -141,17 +145,17 @@ class ImageProcessor:
         _require(self.min_pixels <= self.max_pixels, "min_pixels", f"at most max_pixels ({self.max_pixels})", self)
         _require(self.min_pixels <= _MAX_MIN_PIXELS, "min_pixels", f"at most {_MAX_MIN_PIXELS}", self)
         _require(self.temporal_patch_size <= MAX_TEMPORAL_PATCH, "temporal_patch_size", "at most 16", self)
-        _require(self.factor <= _MAX_FACTOR, "patch_size", f"at most {_MAX_FACTOR} after times merge_size", self)
+        _require(self.factor <= _MAX_FACTOR, "patch_size", f"at most {_MAX_FACTOR} / merge_size", self)
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str] | SettingsFolder) -> ImageProcessor:
-        """Reads a checkpoint's or package's image settings.
+        """Reads the image settings of a checkpoint or package.
 
         As in transformers, `image_processor` inside processor_config.json wins over preprocessor_config.json. A
-        processor_config.json without it (the onnxruntime-extensions file of a built package) is passed over.
+        processor_config.json without it (the onnxruntime-extensions file of a built package) is ignored.
 
         Raises:
-            CheckpointError: neither file has the settings, or one of them is out of range.
+            CheckpointError: neither file has the settings, or a setting is out of range.
         """
         root, nested, flat = SettingsFolder.of(folder), "processor_config.json", "preprocessor_config.json"
         if root.has(nested) and isinstance(config := root.json(nested).get("image_processor"), dict):
@@ -171,7 +175,7 @@ class ImageProcessor:
         if size is None:
             size = {"shortest_edge": cls.min_pixels, "longest_edge": cls.max_pixels}
         for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-            # v4 files carry the top-level keys, often beside a `size` that they override.
+            # Files of transformers 4 have the top-level keys, which override a `size` beside them.
             values[name] = config.get(name)
             if values[name] is None:
                 values[name] = size.get(edge) if isinstance(size, dict) else None
@@ -183,16 +187,23 @@ class ImageProcessor:
             raise CheckpointError(f"{where}: {error.message}") from error
 
     def with_pixel_limits(self, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageProcessor:
-        """A copy with other area limits, in square pixels; None keeps the present one. OptionError if impossible."""
-        if min_pixels is None and _is_int(max_pixels) and 0 < max_pixels < self.min_pixels:
+        """A copy with other area limits, in square pixels; None keeps the present limit.
+
+        Raises:
+            OptionError: a limit is out of range, or the limits exclude each other.
+        """
+        for name, value in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+            if value is not None and not (_is_int(value) and value > 0):
+                raise OptionError(f"{option(name)} must be a positive integer, not {value!r}.")
+        if min_pixels is None and max_pixels is not None and max_pixels < self.min_pixels:
             raise OptionError(
                 f"{option('max_pixels')} is {max_pixels}; the model's own {option('min_pixels')} is {self.min_pixels}.",
-                f"Give at least that, or {option('min_pixels')} too.",
+                f"Raise it to at least that, or lower {option('min_pixels')} too.",
             )
-        if max_pixels is None and _is_int(min_pixels) and min_pixels > self.max_pixels:
+        if max_pixels is None and min_pixels is not None and min_pixels > self.max_pixels:
             raise OptionError(
                 f"{option('min_pixels')} is {min_pixels}; the model's own {option('max_pixels')} is {self.max_pixels}.",
-                f"Give at most that, or {option('max_pixels')} too.",
+                f"Lower it to at most that, or raise {option('max_pixels')} too.",
             )
         return dataclasses.replace(
             self,
@@ -202,16 +213,20 @@ class ImageProcessor:
 
     @property
     def factor(self) -> int:
-        """Edge in pixels of the block that becomes one token."""
+        """Edge length, in pixels, of the square of the image that becomes one token."""
         return self.patch_size * self.merge_size
 
     def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in pixels of an image of the given size after resizing; InputError if it has no place."""
+        """The size of an image after resizing, (height, width) in pixels, from its size before.
+
+        Raises:
+            InputError: the image is empty or too elongated, or, with do_resize off, not a multiple of `factor`.
+        """
         if self.do_resize:
             return smart_resize(height, width, self.factor, self.min_pixels, self.max_pixels)
         if height < 1 or width < 1 or height % self.factor or width % self.factor:
             raise InputError(
-                f"An image of {width}x{height} pixels is not a multiple of {self.factor} and do_resize is off.",
+                f"An image of {width}x{height} pixels is not a multiple of {self.factor}, and do_resize is off.",
                 hint="Resize the image or set do_resize to true.",
             )
         return height, width
@@ -220,13 +235,14 @@ class ImageProcessor:
         """Converts images to patches.
 
         Args:
-            images: PIL images of any mode. EXIF rotation is not applied here: `load_image` does it.
+            images: PIL images of any mode. EXIF rotation is not applied here but by `load_image`.
 
         Returns:
-            Arrays over all images; no images give empty ones.
+            Arrays that cover all images in order; empty arrays for no images.
 
         Raises:
-            InputError: an image is empty, too elongated or, with do_convert_rgb off, not RGB.
+            InputError: an image is empty, too elongated, damaged or, with do_convert_rgb off, not RGB; or the images
+                take more than `MAX_PIXEL_VALUES` values together.
         """
         patch = self.patch_size
         sizes = [self.target_size(image.height, image.width) for image in images]
@@ -235,11 +251,11 @@ class ImageProcessor:
         values = int(patches_per_image.sum()) * 3 * self.temporal_patch_size * patch * patch
         if values > MAX_PIXEL_VALUES:
             raise InputError(
-                f"The images take {4 * values / 1e9:.1f} GB as numbers; more than {4 * MAX_PIXEL_VALUES / 1e9:.1f} GB "
-                "are not made.",
+                f"The images take {4 * values / 1e9:.1f} GB as numbers; at most {4 * MAX_PIXEL_VALUES / 1e9:.1f} GB "
+                "are accepted.",
                 f"Give smaller or fewer images, or a smaller {option('max_pixels')}.",
             )
-        # Filled image by image, so that beside the result only one resized uint8 image is alive.
+        # Filled image by image, so that only one resized uint8 image is in memory beside the result.
         pixels = np.empty((int(patches_per_image.sum()), 3, self.temporal_patch_size, patch * patch), dtype=np.float32)
         level_values = self._level_values()
         start = 0
@@ -249,7 +265,7 @@ class ImageProcessor:
                 rgb = self._to_rgb(image)
                 if self.do_resize:
                     rgb = rgb.resize((width, height), resample=self.resample)
-            except (OSError, SyntaxError, ValueError) as error:  # PIL decodes lazily, so a damaged file shows here
+            except (OSError, SyntaxError, ValueError) as error:  # PIL decodes lazily, so damage is found here
                 raise InputError(f"Image {number} of {len(images)} cannot be decoded: {error}.") from error
             self._write_patches(np.asarray(rgb), level_values, pixels[start : start + count])
             start += count
@@ -260,7 +276,7 @@ class ImageProcessor:
         )
 
     def _to_rgb(self, image: Image.Image) -> Image.Image:
-        # transformers/image_transforms.py convert_to_rgb: anything that may be transparent goes onto white.
+        # As convert_to_rgb in transformers/image_transforms.py: what may be transparent is composited onto white.
         if not self.do_convert_rgb:
             if image.mode != "RGB":
                 raise InputError(f"The image has mode {image.mode} and do_convert_rgb is off; pass an RGB image.")
@@ -272,11 +288,11 @@ class ImageProcessor:
         return image if image.mode == "RGB" else image.convert("RGB")
 
     def _level_values(self) -> npt.NDArray[np.float32]:
-        """The float of each of the 256 uint8 levels, float32 [3, 256]: rescaling and normalizing as one lookup."""
+        """Lookup table that rescales and normalizes: float32 [3, 256], the value of each uint8 level per channel."""
         levels = np.arange(256, dtype=np.float64)
         if self.do_rescale:
             levels = levels * self.rescale_factor
-        # transformers rounds to float32 before it normalizes, and normalizes in float32; so must this.
+        # transformers rounds to float32 and then normalizes in float32; the same order gives the same bits.
         values = np.tile(levels.astype(np.float32), (3, 1))
         if self.do_normalize:
             mean = np.array(self.image_mean, dtype=np.float32)[:, None]
@@ -287,20 +303,23 @@ class ImageProcessor:
     def _write_patches(
         self, rgb: npt.NDArray[np.uint8], level_values: npt.NDArray[np.float32], out: npt.NDArray[np.float32]
     ) -> None:
-        """Writes uint8 [H, W, 3] into out [patches, 3, T, p*p], the patches of one merge block side by side."""
+        """Writes an image, uint8 [H, W, 3], into `out` [patches, 3, T, p*p] in merge-block order.
+
+        The merge_size² patches of a merge block follow each other.
+        """
         patch, merge = self.patch_size, self.merge_size
         rows, columns = rgb.shape[0] // self.factor, rgb.shape[1] // self.factor
         blocks = rgb.reshape(rows, merge, patch, columns, merge, patch, 3)
         blocks = blocks.transpose(0, 6, 3, 1, 4, 2, 5)  # [rows, 3, columns, merge, merge, p, p]
         out = out.reshape(rows, columns * merge * merge, 3, self.temporal_patch_size, patch * patch)
-        for row in range(rows):  # a row at a time: numpy widens uint8 indices to 64 bits
+        for row in range(rows):  # row by row saves memory: numpy widens uint8 indices to 64 bits
             for channel in range(3):
                 values = level_values[channel][blocks[row, channel]]  # [columns, merge, merge, p, p]
-                out[row, :, channel] = values.reshape(-1, 1, patch * patch)  # the frame, T times
+                out[row, :, channel] = values.reshape(-1, 1, patch * patch)  # broadcast: the same frame T times
 
 
 def check_pixel_limits(folder: Path, sees: bool, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Raises an OptionError where limits are given to a package that does not see."""
+    """Raises an OptionError if pixel limits are given for a package without a vision encoder."""
     if not sees and (min_pixels is not None or max_pixels is not None):
         raise OptionError(
             f"{option('min_pixels')} and {option('max_pixels')} have no effect: {folder} has no vision encoder."

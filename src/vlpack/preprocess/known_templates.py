@@ -1,6 +1,6 @@
-"""Chat templates that were read by vlpack's authors and do nothing odd: they need no process of their own.
+"""Chat templates that vlpack's authors have reviewed and found harmless: they need no separate process.
 
-Hashes are of the text without the white space around it.
+They are listed by the SHA-256 of their text without surrounding white space.
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ KNOWN = frozenset(
 
 
 def is_known(source: str) -> bool:
-    """Whether a template is one of the known ones."""
+    """Whether a template's source text is one of the reviewed templates."""
     return hashlib.sha256(source.strip().encode("utf-8", "surrogatepass")).hexdigest() in KNOWN

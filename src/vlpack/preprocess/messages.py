@@ -1,4 +1,4 @@
-"""Brings OpenAI-style and transformers-style messages to one form and lists their images and videos in order."""
+"""Normalizes OpenAI-style and transformers-style messages, and collects their images and videos in order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from vlpack.errors import InputError, OptionError
+from vlpack.errors import InputError, OptionError, in_python
 from vlpack.preprocess.image_source import ImageSource
 from vlpack.preprocess.video import VideoOptions
 from vlpack.preprocess.video_decode import VideoSource
@@ -23,19 +23,24 @@ _VIDEO_OPTIONS = tuple(field.name for field in dataclasses.fields(VideoOptions))
 
 
 class VideoPart(NamedTuple):
-    """A video of a conversation: None for a source that is given separately, None for options that are not given."""
+    """A video of a conversation.
+
+    Attributes:
+        source: the video; None where it is given separately.
+        options: the frame and size options in the message part; None where it has none.
+    """
 
     source: VideoSource | None
     options: VideoOptions | None
 
 
 class Conversation(NamedTuple):
-    """What `normalize_messages` makes of messages.
+    """Normalized messages, with their images and videos taken out.
 
     Attributes:
-        messages: for the chat template.
-        images: sources in the order of their parts; None where a part has none.
-        videos: likewise.
+        messages: messages in the form that the chat template takes.
+        images: image sources in the order of their parts; None for a part without a source.
+        videos: videos in the order of their parts.
     """
 
     messages: list[dict[str, Any]]
@@ -46,15 +51,20 @@ class Conversation(NamedTuple):
 def normalize_messages(messages: Sequence[Message]) -> Conversation:
     """Checks a conversation and separates it from its images and videos.
 
-    Parts of a `content` list are texts, {"type": "text", "text": …}, {"type": "image"} with one of image, url, path or
-    base64 or with none (the image is given separately), and {"type": "image_url", "image_url": {"url": …} or text},
-    which must be an http(s) URL or data: URI and never reads a file. The last becomes an image part, as in
-    transformers/processing_utils.py. {"type": "video"} has one of video or path, or none, and may have the fields of
-    `VideoOptions`; an unknown field beside them is an error, as it would do nothing. The messages given are not
-    changed.
+    A `content` list may hold these parts:
+
+    - a text, or {"type": "text", "text": …};
+    - {"type": "image"} with at most one of the keys image, url, path and base64; without any, the image is given
+      separately;
+    - {"type": "image_url", "image_url": {"url": …} or text}, which must be an http(s) URL or data: URI and never reads
+      a file; it becomes an image part, as in transformers/processing_utils.py;
+    - {"type": "video"} with at most one of video, path and url, and optionally the fields of `VideoOptions`; any other
+      field is an error, because it would have no effect.
+
+    The given messages are not changed.
 
     Raises:
-        InputError: no messages, or one of another shape; the message and part are named by number, from 1.
+        InputError: there are no messages, or one is malformed; it names the message and part by number, from 1.
     """
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
         raise InputError(
@@ -90,14 +100,14 @@ def _part(part: object, where: str, whole: Conversation) -> dict[str, Any]:
     kind = part.get("type")
     if kind == "text":
         if not isinstance(part.get("text"), str):
-            raise InputError(f"{where} has type 'text' and no 'text'.")
+            raise InputError(f"{where} has type 'text' but no 'text'.")
         return dict(part)
     if kind == "image_url":
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, Mapping) else url
         if not isinstance(url, str) or not url.lower().startswith(("http://", "https://", "data:")):
             raise InputError(
-                f"{where} has type 'image_url' and no http(s) URL or data: URI.",
+                f"{where} has type 'image_url' but no http(s) URL or data: URI.",
                 hint='For a file write {"type": "image", "path": "…"}.',
             )
         part, kind = {"type": "image", "url": url}, "image"
@@ -121,18 +131,21 @@ def _video(part: Mapping[str, Any], where: str) -> VideoPart:
     unknown = [key for key in part if key not in ("type", *_VIDEO_KEYS, *_VIDEO_OPTIONS)]
     if unknown:
         raise InputError(
-            f"{where} has {unknown[0]!r}, which a video does not have.", f"It may have {', '.join(_VIDEO_OPTIONS)}."
+            f"{where} has the unknown field {unknown[0]!r}.", f"A video may have {', '.join(_VIDEO_OPTIONS)}."
         )
     options = {key: part[key] for key in _VIDEO_OPTIONS if part.get(key) is not None}
     try:
         return VideoPart(_source(part, _VIDEO_KEYS, where), VideoOptions(**options) if options else None)
     except OptionError as error:
-        raise InputError(f"{where}: {error.message}", error.hint) from error
+        # The options are fields of the message here, so the command line must not write them as --option.
+        raise InputError(f"{where}: {in_python(error.message)}", in_python(error.hint or "") or None) from error
 
 
 def check_sources(images: object, videos: object) -> None:
-    """Raises an InputError where something else is given than a list of them."""
+    """Raises an InputError if ``images`` or ``videos`` is not a list."""
     for name, sources in (("image", images), ("video", videos)):
         if isinstance(sources, (str, bytes)) or not isinstance(sources, Sequence):
             kind = "" if isinstance(sources, (str, bytes, os.PathLike)) else f", not {type(sources).__name__}"
-            raise InputError(f"{name}s must be a list, also for a single one{kind}.", f"[{name}], or [] for none.")
+            raise InputError(
+                f"{name}s must be a list, even for a single {name}{kind}.", f"Write [{name}], or [] for none."
+            )

@@ -1,4 +1,7 @@
-"""Positions of a prompt with images. The runtime computes them itself when it generates; encoders are given them."""
+"""M-RoPE positions of a prompt with images, for embedding models and rerankers.
+
+For models that generate, onnxruntime-genai computes these positions itself.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,17 @@ import numpy.typing as npt
 def mrope_positions(
     input_ids: npt.NDArray[np.integer], grids: npt.NDArray[np.int64], image_token_id: int, merge_size: int
 ) -> npt.NDArray[np.int64]:
-    """M-RoPE's positions along time, height and width, int64 ``[3, S]``.
+    """M-RoPE positions along time, height and width: int64 ``[3, S]``.
 
-    Text counts on all three axes. An image's tokens stay at one time and count rows and columns from there, and what
-    follows begins after the larger of both. Source: Qwen2-VL (arXiv:2409.12191); transformers'
-    ``Qwen3VLModel.get_rope_index``.
+    Text tokens advance all three axes. The tokens of an image share one time position; their row and column positions
+    count up from it, and the text after the image starts at that position plus the larger of the row and column counts.
+    Sources: Qwen2-VL (arXiv:2409.12191); ``Qwen3VLModel.get_rope_index`` in transformers.
 
     Args:
-        input_ids: ``[S]``, placeholders expanded.
+        input_ids: token ids ``[S]`` with expanded placeholders.
         grids: ``[images, 3]``, patches along time (1), height and width, in the order of the placeholders.
-        image_token_id: of the placeholders.
-        merge_size: patches along each side of a token.
+        image_token_id: token id of the image placeholder.
+        merge_size: patches along each edge of a token.
     """
     positions = np.empty((3, len(input_ids)), np.int64)
     is_image = input_ids == image_token_id

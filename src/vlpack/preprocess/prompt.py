@@ -1,4 +1,4 @@
-"""A prompt as tensors, whatever it was made of."""
+"""The tensors of a prompt: token ids and the patches of its images and videos."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import numpy.typing as npt
 
 
 class PromptVideo(NamedTuple):
-    """A video of a prompt, which is a run of its grids.
+    """A video of a prompt. Its T temporal patches are T consecutive images of the prompt.
 
     Attributes:
-        first: index of its first row in `Prompt.image_grid_thw`; it has as many as temporal patches, all (1, H, W).
-        grid_thw: (T, H, W) in patches, as transformers' video_grid_thw has it.
-        timestamps: T times in seconds, as the model is told them.
-        frames_indices: the frames that were taken, by their numbers in the video.
-        seconds: that reading, decoding and resizing took.
+        first: row of its first temporal patch in `Prompt.image_grid_thw`; each of its T rows is (1, H, W).
+        grid_thw: (T, H, W) in patches, as in transformers' video_grid_thw.
+        timestamps: the T times in seconds that are written into the prompt.
+        frames_indices: numbers of the frames that were taken from the video.
+        seconds: seconds spent on reading, decoding and resizing.
     """
 
     first: int
@@ -30,15 +30,15 @@ class PromptVideo(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, ready for the runtime.
+    """A prompt as tensors, ready for the runtime.
 
     Attributes:
-        input_ids: int32 [1, S], placeholders expanded; a video's are an image's too, as the runtime wants it.
-        num_image_tokens: int64 [images], placeholders per image; [0] for text.
-        pixel_values: float32 [patches, C*T*p*p], None for text.
-        image_grid_thw: int64 [images, 3], None for text.
-        text: the rendered chat template, placeholders not expanded.
-        videos: which runs of those images are temporal patches of a video, in order.
+        input_ids: int32 [1, S] with expanded placeholders. Videos have image placeholders too, as the runtime expects.
+        num_image_tokens: int64 [images], placeholder tokens of each image; of shape [0] for text alone.
+        pixel_values: float32 [patches, C*T*p*p]; None for text alone.
+        image_grid_thw: int64 [images, 3]; None for text alone.
+        text: the rendered chat template, with placeholders not expanded.
+        videos: the videos in order; each names the images that are its temporal patches.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -50,16 +50,19 @@ class Prompt:
 
     @property
     def has_images(self) -> bool:
-        """Whether any image or video is in the prompt."""
+        """Whether the prompt has any image or video."""
         return self.pixel_values is not None
 
     @property
     def grids(self) -> npt.NDArray[np.int64]:
-        """`image_grid_thw`, int64 [images, 3]; no rows for text."""
+        """The rows of `image_grid_thw`, int64 [images, 3]; an array without rows for text alone."""
         return np.zeros((0, 3), np.int64) if self.image_grid_thw is None else self.image_grid_thw
 
     def images(self) -> Iterator[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]:
-        """Each image's pixels [patches, C*T*p*p] and grid [1, 3]: unequal ones go through a vision graph one by one."""
+        """Yields the pixels [patches, C*T*p*p] and the grid [1, 3] of each image.
+
+        A vision graph takes images of unequal sizes one by one.
+        """
         end = 0
         for grid in self.grids:
             start, end = end, end + int(grid.prod())
@@ -68,7 +71,7 @@ class Prompt:
 
     @property
     def is_video(self) -> npt.NDArray[np.bool_]:
-        """Which of the images are temporal patches of a video, bool [images]."""
+        """Mask of the images that are temporal patches of a video: bool [images]."""
         flags = np.zeros(len(self.grids), np.bool_)
         for video in self.videos:
             flags[video.first : video.first + video.grid_thw[0]] = True
@@ -76,19 +79,19 @@ class Prompt:
 
     @property
     def num_video_tokens(self) -> int:
-        """How many placeholders are of videos."""
+        """Number of placeholder tokens that stand for videos."""
         return int(self.num_image_tokens[self.is_video].sum())
 
     def transformers_arrays(self, image_token_id: int, video_token_id: int) -> dict[str, npt.NDArray[Any]]:
-        """The same prompt by the names, and in the form, that transformers' models take it.
+        """The keyword arguments by which a transformers model takes this prompt.
 
         Args:
-            image_token_id: of config.json.
-            video_token_id: likewise.
+            image_token_id: token id of the image placeholder, from config.json.
+            video_token_id: token id of the video placeholder, from config.json.
 
         Returns:
-            input_ids and mm_token_type_ids (0 text, 1 image, 2 video) int64 [1, S]; where there are any, pixel_values
-            and image_grid_thw of the images, pixel_values_videos and video_grid_thw of the videos.
+            input_ids and mm_token_type_ids (0 text, 1 image, 2 video), int64 [1, S]; with images also pixel_values and
+            image_grid_thw; with videos also pixel_values_videos and video_grid_thw.
         """
         ids = self.input_ids.astype(np.int64)
         of_video = np.zeros(ids.shape, np.bool_)
@@ -106,7 +109,7 @@ class Prompt:
         return arrays
 
     def named_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays by the names that the runtime gives its inputs; without the image ones for text."""
+        """The arrays under the names of onnxruntime-genai's inputs; for text alone only input_ids."""
         arrays: dict[str, npt.NDArray[Any]] = {"input_ids": self.input_ids}
         if self.pixel_values is not None and self.image_grid_thw is not None:
             arrays["pixel_values"] = self.pixel_values

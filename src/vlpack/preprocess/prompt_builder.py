@@ -1,4 +1,4 @@
-"""Messages, images and videos to the tensors a prompt is made of: what Qwen3VLProcessor does, without torch."""
+"""Builds the tensors of a prompt from messages, images and videos, as transformers' Qwen3VLProcessor does."""
 
 from __future__ import annotations
 
@@ -22,37 +22,44 @@ from vlpack.preprocess.video import ProcessedVideo, VideoOptions, VideoProcessor
 from vlpack.preprocess.video_decode import VideoSource
 
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-"""What stands around every temporal patch of a video, as text; the chat template writes one more pair around all."""
+"""The special tokens before and after every temporal patch of a video. The chat template writes one more pair around
+the whole video."""
 
 
 def check_vision_start(tokenizer: Tokenizer, token_id: int | None) -> None:
-    """The runtime counts positions of an image from the token before it, so that must be the one that prompts have.
+    """Checks that vision_start_token_id of the configuration is the tokenizer's id of `VISION_START`.
+
+    The runtime computes the positions of an image from the place of this token before it.
+
+    Args:
+        tokenizer: tokenizer of the checkpoint or package.
+        token_id: vision_start_token_id of the configuration.
 
     Raises:
-        CheckpointError: ``token_id`` is another one.
+        CheckpointError: the ids differ.
     """
     if token_id != tokenizer.token_id(VISION_START):
         raise CheckpointError(
-            f"vision_start_token_id is {token_id}, and {VISION_START} is {tokenizer.token_id(VISION_START)} in "
-            f"{tokenizer.where}: images would stand at wrong positions.",
+            f"vision_start_token_id is {token_id}, but {VISION_START} is {tokenizer.token_id(VISION_START)} in "
+            f"{tokenizer.where}: images would get wrong positions.",
             "Take config.json and tokenizer.json from the same checkpoint.",
         )
 
 
 class PromptBuilder:
-    """Makes prompts for one checkpoint or package.
+    """Builds prompts for one checkpoint or package.
 
     Args:
-        tokenizer: of the checkpoint.
-        chat_template: of the checkpoint.
-        image_processor: None if the package has no vision part; images are then refused.
-        image_token_id: id of the placeholder (`image_token_id` of config.json); needed with an image_processor.
-        video_token_id: id of the video placeholder, if any; needed with a video_processor.
-        video_processor: None if no videos are taken.
-        no_videos: why not, as a sentence.
+        tokenizer: tokenizer of the checkpoint.
+        chat_template: chat template of the checkpoint.
+        image_processor: image processor; None for a package without a vision part, for which images are refused.
+        image_token_id: id of the image placeholder (`image_token_id` of config.json); required with an image_processor.
+        video_token_id: id of the video placeholder, if any; required with a video_processor.
+        video_processor: video processor; None if videos are refused.
+        no_videos: reason why videos are refused, as a sentence.
 
     Raises:
-        CheckpointError: the tokenizer does not know image_token_id as a token of its own.
+        CheckpointError: image_token_id is not a special token of the tokenizer.
     """
 
     def __init__(
@@ -87,20 +94,21 @@ class PromptBuilder:
         max_pixels: int | None = None,
         no_videos: str | None = None,
     ) -> PromptBuilder:
-        """Reads tokenizer, chat template, image and video settings of a checkpoint or package.
+        """Reads the tokenizer, chat template, image settings and video settings of a checkpoint or package.
 
         Args:
-            folder: with tokenizer.json, a chat template and preprocessor_config.json.
-            image_token_id: from config.json; None for a text-only package, which needs no image settings.
-            video_token_id: from config.json, if any.
-            min_pixels: smallest image area, square pixels, instead of the file's.
-            max_pixels: largest image area, square pixels, instead of the file's.
-            no_videos: why videos are refused, as a sentence; None takes them, where there are settings for them. What
-                is wrong with those is told when the first video comes.
+            folder: folder with tokenizer.json, a chat template and preprocessor_config.json.
+            image_token_id: id of the image placeholder, from config.json; None for a text-only package, which needs no
+                image settings.
+            video_token_id: id of the video placeholder, from config.json, if any.
+            min_pixels: smallest image area in square pixels; None for the file's.
+            max_pixels: largest image area in square pixels; None for the file's.
+            no_videos: reason why videos are refused, as a sentence; None accepts videos if the folder has settings for
+                them. An error in those settings is reported when the first video is used.
 
         Raises:
             CheckpointError: a file is missing or damaged.
-            OptionError: the pixel limits are impossible.
+            OptionError: the pixel limits are out of range or exclude each other.
         """
         images = videos = None
         if image_token_id is None:
@@ -113,7 +121,7 @@ class PromptBuilder:
             try:
                 videos = VideoProcessor.from_folder(folder)
             except CheckpointError as error:
-                no_videos = f"Videos cannot be taken. {error.message}"
+                no_videos = f"Videos cannot be used. {error.message}"
         template = ChatTemplate.from_folder(folder)
         tokenizer = Tokenizer.from_folder(folder)
         return cls(tokenizer, template, images, image_token_id, video_token_id, videos, no_videos or "")
@@ -133,21 +141,21 @@ class PromptBuilder:
         """Makes the prompt of a conversation.
 
         Args:
-            messages: see `normalize_messages`.
-            images: for the image parts without a source of their own, in order. A PIL image is taken as it is
-                (transparency onto white, no EXIF rotation), everything else goes through `load_image`; so it is in
-                transformers. What an image processor made of one image is taken as that image.
-            videos: for the video parts without a source of their own, in order; see `open_clip`. What a video processor
-                made of one is taken as that video.
-            video_options: how those videos are looked at whose parts do not say it themselves.
-            add_generation_prompt: end with the header of the assistant's answer.
-            tools: JSON schemas of functions the model may call.
-            allow_private_urls: see `load_image`.
-            **variables: whatever else the chat template understands.
+            messages: conversation in one of the forms that `normalize_messages` accepts.
+            images: images for the image parts without a source, in order. As in transformers, a PIL image is used
+                without EXIF rotation and with transparency composited onto white; any other source goes through
+                `load_image`. An image that an `ImageProcessor` has already processed is used as it is.
+            videos: videos for the video parts without a source, in order, as `open_clip` accepts them. A video that a
+                `VideoProcessor` has already processed is used as it is.
+            video_options: frame and size options for the videos whose parts have none.
+            add_generation_prompt: whether to end with the header of the assistant's answer.
+            tools: JSON schemas of the functions that the model may call.
+            allow_private_urls: whether image URLs may lead to this machine or its private network.
+            **variables: other variables that the chat template understands.
 
         Raises:
-            InputError: messages, images, videos or their number are not usable.
-            OptionError: video_options do not fit the model's settings or a video.
+            InputError: messages, images or videos cannot be used, or their numbers do not match.
+            OptionError: the video options do not fit the model's settings or a video.
         """
         conversation = normalize_messages(messages)
         loaded = [_load(source, allow_private_urls) for source in _fill("image", conversation.images, images)]
@@ -176,10 +184,10 @@ class PromptBuilder:
         )
 
     def processed_image(self, source: ImageSource, allow_private_urls: bool = False) -> ProcessedImages:
-        """One image, for prompts that show it again and again; arguments as for `load_image`.
+        """Processes one image once, so that many prompts can use it. The arguments are those of `load_image`.
 
         Raises:
-            InputError: it is not usable, or the package takes no images.
+            InputError: the image cannot be used, or the package takes no images.
         """
         self.check_takes(images=True)
         assert self.image_processor is not None, "checked"
@@ -187,23 +195,33 @@ class PromptBuilder:
         return loaded if isinstance(loaded, ProcessedImages) else self.image_processor([loaded])
 
     def processed_video(self, source: VideoSource, options: VideoOptions | None = None) -> ProcessedVideo:
-        """One video, likewise; arguments as for `open_clip`.
+        """Processes one video once, so that many prompts can use it.
+
+        Args:
+            source: video as `open_clip` accepts it.
+            options: frame and size options; None for the model's settings.
 
         Raises:
-            InputError: it is not usable, or the package takes no videos.
-            OptionError: options do not fit the model's settings or the video.
+            InputError: the video cannot be used, or the package takes no videos.
+            OptionError: the options do not fit the model's settings or the video.
         """
         return self._process_videos([(source, options)])[0]
 
     def check_takes(self, *, images: bool = False, videos: bool = False) -> None:
-        """Raises an InputError where the package does not take what there is."""
+        """Raises an InputError if there are images or videos and the package does not take them."""
         if images and self.image_processor is None:
             raise InputError("The package has no vision part, so it takes no images.", hint="Send text only.")
         if videos and (self.video_processor is None or self.image_processor is None):
             raise InputError(self.no_videos, hint="Send text or single images.")
 
     def _check_token(self, name: str, token_id: int) -> str:
-        """A placeholder's text: a token that text is split at first, so that it expands the same as id and as text."""
+        """The text of a placeholder token, which must be a special token.
+
+        The tokenizer splits text at special tokens first, so that repeating the text and repeating the id are the same.
+
+        Raises:
+            CheckpointError: the id is not that of a special token.
+        """
         token = self.tokenizer.token(token_id) if self.tokenizer.is_added_token(token_id) else None
         if token is None or self.tokenizer.encode(token * 2) != [token_id] * 2:
             raise CheckpointError(
@@ -213,7 +231,7 @@ class PromptBuilder:
         return token
 
     def _processed(self, images: Sequence[Image.Image | ProcessedImages]) -> ProcessedImages:
-        """One run of images; those that are processed already stay as they are."""
+        """Processes the images and joins them in order; images that are already processed stay as they are."""
         assert self.image_processor is not None, "checked before"
         bare = [image for image in images if not isinstance(image, ProcessedImages)]
         if len(bare) == len(images):
@@ -230,7 +248,10 @@ class PromptBuilder:
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
             for_videos, for_images = getattr(self.video_processor, name), getattr(self.image_processor, name)
             if for_videos != for_images:
-                raise CheckpointError(f"The video settings have {name} {for_videos}, those of images {for_images}.")
+                raise CheckpointError(
+                    f"{name} is {for_videos} in the video settings and {for_images} in the image settings; "
+                    "they must be equal."
+                )
         return [
             source if isinstance(source, ProcessedVideo) else self.video_processor(source, options)
             for source, options in parts
@@ -239,7 +260,7 @@ class PromptBuilder:
     def _join(
         self, ids: npt.NDArray[np.int32], images: ProcessedImages, videos: Sequence[ProcessedVideo]
     ) -> tuple[ProcessedImages, tuple[PromptVideo, ...]]:
-        """Images and the videos' temporal patches in the order of their placeholders, as one run of images."""
+        """Joins images and the temporal patches of videos in the order of their placeholders in ``ids``."""
         assert self.image_processor is not None, "checked before"
         pixels: list[npt.NDArray[np.float32]] = []
         grids: list[tuple[int, int, int]] = []
@@ -255,26 +276,27 @@ class PromptBuilder:
                 video = videos[len(spans)]
                 spans.append(PromptVideo(len(grids), video.grid_thw, *video[2:]))
                 pixels.append(video.pixel_values)
-                # transformers' vision encoder and positions, too, take a video's patches one by one
+                # transformers' vision encoder and positions also treat each temporal patch as an image of its own
                 grids += [(1, *video.grid_thw[1:])] * video.grid_thw[0]
         grid = np.array(grids, np.int64)
         joined = pixels[0] if len(pixels) == 1 else np.concatenate(pixels)
         return ProcessedImages(joined, grid, grid.prod(axis=1) // self.image_processor.merge_size**2), tuple(spans)
 
     def _with_timestamps(self, text: str, videos: Sequence[ProcessedVideo]) -> str:
-        """The text with every video placeholder replaced by its temporal patches, an image placeholder for each.
+        """The text with every video placeholder replaced by a timestamp and an image placeholder per temporal patch.
 
-        Source: transformers/models/qwen3_vl/processing_qwen3_vl.py replace_video_token, with the other placeholder.
+        Source: replace_video_token in transformers/models/qwen3_vl/processing_qwen3_vl.py, which writes video
+        placeholders; the runtime knows only image placeholders.
         """
         assert self.image_token_id is not None, "checked before"
         assert self.video_token_id is not None, "checked before"
         for token in (VISION_START, VISION_END):
             token_id = self.tokenizer.token_id(token)
             if token_id is None or not self.tokenizer.is_added_token(token_id):
-                raise CheckpointError(f"{self.tokenizer.where} has no special token {token}, which videos need.")
+                raise CheckpointError(f"{self.tokenizer.where} lacks the special token {token}, which videos need.")
         image = VISION_START + self._check_token("image_token_id", self.image_token_id) + VISION_END
         between = text.split(self._check_token("video_token_id", self.video_token_id))
-        if len(between) != len(videos) + 1:  # a tokenizer that finds the token in other text, too
+        if len(between) != len(videos) + 1:  # the tokenizer also produces the token from other text
             raise InputError(f"The prompt has {len(between) - 1} video placeholders for {len(videos)} videos.")
         pieces = [between[0]]
         for video, after in zip(videos, between[1:], strict=True):
@@ -293,18 +315,18 @@ class PromptBuilder:
                 )
 
     def _expand(self, ids: npt.NDArray[np.int32], processed: ProcessedImages) -> npt.NDArray[np.int32]:
-        # transformers/models/qwen3_vl/processing_qwen3_vl.py replace_image_token: grid.prod() / merge² times.
+        # As replace_image_token in transformers/models/qwen3_vl/processing_qwen3_vl.py: grid.prod() / merge² copies.
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[ids == self.image_token_id] = processed.num_image_tokens
         return np.repeat(ids, repeats)
 
 
 def _fill(kind: str, sources: Sequence[Any], given: Sequence[Any]) -> list[Any]:
-    """The sources in order, parts without one taking those that were given separately."""
+    """The sources of all parts in order; parts without a source get the separately given ones."""
     bare = sum(source is None for source in sources)
     if bare != len(given):
         raise InputError(
-            f"The messages have {bare} {kind} parts without a source, and {len(given)} {kind}s are given.",
+            f"The messages have {bare} {kind} parts without a source, but {len(given)} {kind}s are given.",
             hint=f'Add a part {{"type": "{kind}"}} for each {kind}, or put the {kind} into the part.',
         )
     rest = iter(given)
@@ -316,7 +338,7 @@ def _fill_videos(
 ) -> list[tuple[VideoSource | ProcessedVideo, VideoOptions | None]]:
     sources = _fill("video", [part.source for part in parts], given)
     if options is not None and all(part.options for part in parts):
-        what = "every video says itself how it is looked at" if parts else "there are no videos"
+        what = "every video part has options of its own" if parts else "there are no videos"
         raise InputError(f"video_options would have no effect: {what}.")
     return [(source, part.options or options) for source, part in zip(sources, parts, strict=True)]
 

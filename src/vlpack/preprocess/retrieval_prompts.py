@@ -1,6 +1,6 @@
-"""Inputs of embedding models and rerankers to prompts, in the forms that the models were trained on.
+"""Prompts of embedding models and rerankers, in the forms that the models were trained on.
 
-Source: the recipes that QwenLM publishes in Qwen3-Embedding and Qwen3-VL-Embedding.
+Source: the example code in QwenLM's repositories Qwen3-Embedding and Qwen3-VL-Embedding.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from vlpack.preprocess.prompt_builder import PromptBuilder
 from vlpack.preprocess.tokenizer import Tokenizer
 
 Input: TypeAlias = str | Mapping[str, Any]
-"""A text, or a dictionary with ``text``, ``image`` (one or a list of each) and, for embedding, ``instruction``."""
+"""An input of an embedding model or reranker: a text, or a dictionary with ``text`` and ``image`` (each one value or a
+list) and, for embedding models, ``instruction``."""
 
 Parts: TypeAlias = list[dict[str, Any]]
 
@@ -27,21 +28,28 @@ JUDGE = (
     'Note that the answer can only be "yes" or "no".'
 )
 BEFORE = f"<|im_start|>system\n{JUDGE}<|im_end|>\n<|im_start|>user\n"
-# a reranker of the thinking models is asked for its answer after an empty thought
+# The rerankers are based on thinking models: an empty thought makes the next token the answer.
 AFTER = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
 class PlainPrompts:
-    """Texts by the tokenizer alone: Qwen3-Embedding and Qwen3-Reranker."""
+    """Prompts of the text models Qwen3-Embedding and Qwen3-Reranker, made by the tokenizer without a chat template."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
     def embedding(self, item: Input, instruction: str | None, prefix: str, where: str, **load: Any) -> Prompt:
-        """The prompt of one input; an instruction makes a query of it.
+        """The prompt of an embedding model for one input. An instruction marks the input as a query.
+
+        Args:
+            item: the input.
+            instruction: task description; an instruction in the input wins over it.
+            prefix: text that precedes an input without an instruction.
+            where: name of the input in errors, such as "Input 3".
+            **load: not used, since there are no images to load.
 
         Raises:
-            InputError: it is no text; ``where`` names it.
+            InputError: the input is not a text, or is empty.
         """
         texts, images, own = read_input(item, where, instruction=True)
         _refuse_images(images, where)
@@ -49,11 +57,11 @@ class PlainPrompts:
         text = (f"Instruct: {instruction}\nQuery:" if instruction else prefix) + "".join(texts)
         ids = self.tokenizer.encode(text, add_special_tokens=True)
         if not ids:
-            raise InputError(f"{where} is empty, and the tokenizer adds nothing to it.")
+            raise InputError(f"{where} is empty: it has no tokens.")
         return _text_prompt(ids, text)
 
     def reranker(self, query: Input, document: Input, instruction: str, where: str, **load: Any) -> Prompt:
-        """The prompt of a pair."""
+        """The prompt of a reranker for a query and a document; ``where`` names the document in errors."""
         pair = []
         for item, name in ((query, "The query"), (document, where)):
             texts, images, _ = read_input(item, name)
@@ -65,21 +73,28 @@ class PlainPrompts:
 
 
 def plain_pair(instruction: str, query: str, document: str) -> str:
-    """What a reranker of texts is asked, between `BEFORE` and `AFTER`."""
+    """The part of a text reranker's prompt between `BEFORE` and `AFTER`: instruction, query and document."""
     return f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
 
 
 class ChatPrompts:
-    """Texts and images by the chat template: Qwen3-VL-Embedding and Qwen3-VL-Reranker."""
+    """Prompts of Qwen3-VL-Embedding and Qwen3-VL-Reranker: texts and images, rendered by the chat template."""
 
     def __init__(self, builder: PromptBuilder) -> None:
         self.builder = builder
 
     def embedding(self, item: Input, instruction: str | None, prefix: str, where: str, **load: Any) -> Prompt:
-        """The prompt of one input: images, then texts, under the instruction.
+        """The prompt of an embedding model for one input: the instruction as system message, images, then texts.
+
+        Args:
+            item: the input.
+            instruction: task description; an instruction in the input wins over it.
+            prefix: instruction for an input that has no other.
+            where: name of the input in errors, such as "Input 3".
+            **load: keyword arguments of `PromptBuilder`.
 
         Raises:
-            InputError: it is neither text nor image; ``where`` names it.
+            InputError: the input has neither text nor image, or an image cannot be used.
         """
         texts, images, own = read_input(item, where, instruction=True)
         instruction = (own or instruction or prefix).strip()
@@ -88,7 +103,7 @@ class ChatPrompts:
         return self._chat(instruction, _parts(texts, images), where, **load)
 
     def reranker(self, query: Input, document: Input, instruction: str, where: str, **load: Any) -> Prompt:
-        """The prompt of a pair."""
+        """The prompt of a reranker for a query and a document; ``where`` names the document in errors."""
         parts: Parts = [{"type": "text", "text": f"<Instruct>: {instruction}"}]
         for prefix, item, name in (("<Query>:", query, "The query"), ("\n<Document>:", document, where)):
             texts, images, _ = read_input(item, name)
@@ -109,10 +124,15 @@ class ChatPrompts:
 def read_input(
     item: object, where: str, *, instruction: bool = False
 ) -> tuple[list[str], list[ImageSource], str | None]:
-    """Texts, images and instruction of an input.
+    """The texts, images and instruction of an input.
+
+    Args:
+        item: the input.
+        where: name of the input in errors, such as "Input 3".
+        instruction: whether the input may have an instruction.
 
     Raises:
-        InputError: it has another shape, or neither text nor image.
+        InputError: the input is of another form, or has neither text nor image.
     """
     if isinstance(item, str):
         return [item], [], None
@@ -121,7 +141,7 @@ def read_input(
         raise InputError(
             f"{where} must be a text or a dictionary of {', '.join(known)}"
             + (f", not a {type(item).__name__}." if not isinstance(item, Mapping) else f"; it has {list(item)}."),
-            '{"image": "a.png", "text": "…"}, for example.',
+            'For example {"image": "a.png", "text": "…"}.',
         )
     texts, images = _listed(item.get("text")), _listed(item.get("image"))
     own = item.get("instruction")
@@ -133,7 +153,7 @@ def read_input(
 
 
 def _listed(value: Any) -> list[Any]:
-    """None, one value or a list of values as a list."""
+    """A list of the values in ``value``, which is None, one value or a list."""
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
@@ -143,7 +163,7 @@ def _parts(texts: Sequence[str], images: Sequence[ImageSource]) -> Parts:
 
 def _refuse_images(images: Sequence[ImageSource], where: str) -> None:
     if images:
-        raise InputError(f"{where} has an image, and the model takes only text.")
+        raise InputError(f"{where} has an image, but the model takes only text.")
 
 
 def _text_prompt(ids: Sequence[int], text: str) -> Prompt:

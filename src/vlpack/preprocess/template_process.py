@@ -1,7 +1,8 @@
-"""A chat template that is rendered in a process of its own, where its memory and its time can be bounded.
+"""Renders an untrusted chat template in a separate process, where its memory and time can be bounded.
 
-Python cannot bound a stranger's program from inside: a list of lists that doubles, a comparison of two of them, a
-template of a hundred thousand macros take any memory or time within one step. See ``template_worker.py``.
+Python cannot bound an untrusted program from inside: a list of lists that doubles, a comparison of two such lists or a
+template of a hundred thousand macros can take any amount of memory or time within one step. The process runs
+``template_worker.py``.
 """
 
 from __future__ import annotations
@@ -23,33 +24,33 @@ from vlpack.preprocess import template_sandbox as sandbox
 from vlpack.preprocess import template_worker
 
 MAX_MEMORY = 1 << 30
-"""Bytes that the process may have beyond what it begins with; a long conversation takes some ten million."""
+"""Maximum bytes of memory beyond what the process has after its start; a long conversation takes about ten million."""
 
 MAX_SECONDS = 20.0
-"""Longest time for one prompt, or for reading the template; a prompt takes a millisecond."""
+"""Maximum seconds to render one prompt; normally it takes a millisecond."""
 
 START_SECONDS = 60.0
-"""Longest time for the process to start and read the template, on a machine that is busy with other things."""
+"""Maximum seconds for the process to start and compile the template, generous for a busy machine."""
 
 MAX_ANSWER = 8 * sandbox.MAX_CHARACTERS
-"""Most bytes of an answer: a character takes up to six."""
+"""Maximum bytes of an answer; in JSON a character takes up to six."""
 
 _WORKER = Path(template_worker.__file__)
 _ENVIRONMENT = ("TZ", "LANG", "LC_ALL", "PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
-"""Variables that the process gets. Tokens and keys are not among them."""
+"""Environment variables that are passed to the process. They hold no tokens or keys."""
 
 
 class TemplateProcess:
-    """A template in a process of its own, with `vlpack.preprocess.template_sandbox.Template`'s methods.
+    """A compiled chat template in a separate process, with the interface of `template_sandbox.Template`.
 
-    The process is started at once and kept for the next prompts; one that had to be ended is started again.
+    The process starts at once and is kept for later prompts. After it had to be ended, the next prompt starts another.
 
     Args:
-        source: the jinja text.
+        source: jinja source text.
 
     Raises:
-        BrokenTemplateError: the text is not a template, or reading it takes too much memory or time.
-        StoppedTemplateError: no process can be started.
+        BrokenTemplateError: the text is not a template, or compiling it takes too much memory or time.
+        StoppedTemplateError: the process cannot be started.
     """
 
     def __init__(self, source: str) -> None:
@@ -59,32 +60,32 @@ class TemplateProcess:
         self._ready()
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """The rendered text.
+        """Renders the template and returns the text.
 
         Args:
-            variables: plain JSON.
+            variables: the template's variables, as plain JSON values.
 
         Raises:
-            StoppedTemplateError: it takes too much memory or time, or makes too long a text.
-            RefusedTemplateError: it cannot render these variables, or says that it will not.
+            StoppedTemplateError: rendering takes too much memory or time, or the text is too long.
+            RefusedTemplateError: the template fails on these variables, or refuses them with raise_exception.
         """
         with self._lock:
             worker = self._ready()
             try:
                 answer = worker.ask(variables, MAX_SECONDS)
-            except BaseException:  # an interruption, too: the next answer would be this one's
+            except BaseException:  # also after an interruption: the next prompt would read this one's answer
                 self.close()
                 raise
             return _text_of(answer)
 
     def close(self) -> None:
-        """End the process."""
+        """Ends the process, if it runs."""
         if self._worker is not None:
             self._worker.end()
             self._worker = None
 
     def _ready(self) -> _Worker:
-        """The running process; a new one after the last has ended, or in a copy of this process."""
+        """Returns the running worker; starts one if there is none, if it has ended, or after this process was forked."""
         if self._worker is not None and self._worker.usable():
             return self._worker
         worker = _Worker()
@@ -107,17 +108,17 @@ class TemplateProcess:
 
 
 class _Worker:
-    """A process that runs ``template_worker.py``, and a thread that reads its answers."""
+    """A process that runs ``template_worker.py``, with a thread that reads its answers."""
 
     def __init__(self) -> None:
         if not sys.executable:
-            raise sandbox.StoppedTemplateError("there is no Python to run it apart from this program")
-        options: dict[str, Any] = {"start_new_session": True}  # Control-C is for this program alone
+            raise sandbox.StoppedTemplateError("there is no Python to run it in a separate process")
+        options: dict[str, Any] = {"start_new_session": True}  # Control-C must not reach the worker
         if sys.platform == "win32":
             options = {"creationflags": subprocess.CREATE_NO_WINDOW}
         try:
             self._process = subprocess.Popen(
-                # -I: nothing of the current folder or the environment is imported; -S: what is needed is told
+                # -I: import nothing from the current folder or environment; -S: sys.path comes with the first message
                 [sys.executable, "-I", "-S", str(_WORKER)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -133,11 +134,14 @@ class _Worker:
         self.end = weakref.finalize(self, _end, self._process)
 
     def usable(self) -> bool:
-        """Whether it runs, and belongs to this process: a fork shares pipes, and would take each other's answers."""
+        """Whether the worker runs and was started by this process.
+
+        A forked process shares the pipes with its parent, and each would read the other's answers.
+        """
         return self._parent == os.getpid() and self._process.poll() is None
 
     def ask(self, message: Mapping[str, Any], seconds: float) -> Any:
-        """Its answer to a message; a StoppedTemplateError where there is none in time."""
+        """Sends a message and returns the answer; StoppedTemplateError if none arrives within ``seconds``."""
         deadline = time.monotonic() + seconds
         assert self._process.stdin is not None, "a pipe"
         try:
@@ -146,7 +150,7 @@ class _Worker:
             raise self._ended() from None
         while True:
             try:
-                data = self._answers.get(timeout=0.05)  # a wait without an end hears no Control-C on Windows
+                data = self._answers.get(timeout=0.05)  # on Windows, a wait without a timeout ignores Control-C
                 break
             except queue.Empty:
                 if time.monotonic() > deadline:
@@ -158,7 +162,7 @@ class _Worker:
         return json.loads(data.decode("utf-8", "surrogatepass"))
 
     def _memory(self) -> int:
-        """Resident bytes where the system does not heed a limit of its own for them; 0 where it does."""
+        """Resident bytes of the worker on systems that do not enforce memory limits (Windows, macOS); else 0."""
         if sys.platform == "win32":
             import psutil
 
@@ -175,17 +179,17 @@ class _Worker:
             code = self._process.wait(5)
         except subprocess.TimeoutExpired:
             return sandbox.StoppedTemplateError("its text is too long")
-        what = "took too much memory or time" if code < 0 else "could not be run, or took too much memory"
-        return sandbox.StoppedTemplateError(f"it {what}: its process ended with {code}")
+        what = "took too much memory or time" if code < 0 else "could not be run or took too much memory"
+        return sandbox.StoppedTemplateError(f"it {what}: its process ended with code {code}")
 
 
 def _read_answers(stream: Any, answers: queue.Queue[bytes | None]) -> None:
-    """Put each answer into the queue, and None after the last or in place of one that is too long."""
+    """Puts each answer into the queue, and None when the stream ends or an answer is too long."""
     while True:
         try:
             size = int.from_bytes(head, "little") if len(head := stream.read(8)) == 8 else -1
             data = stream.read(size) if 0 <= size <= MAX_ANSWER else b""
-        except (OSError, ValueError):  # closed meanwhile
+        except (OSError, ValueError):  # the stream was closed meanwhile
             size, data = -1, b""
         if size < 0 or len(data) != size:
             answers.put(None)
@@ -197,18 +201,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     for stream in (process.stdin, process.stdout):
         if stream is not None:
-            with contextlib.suppress(OSError):  # of what was not sent any more
+            with contextlib.suppress(OSError):  # closing flushes what was not sent, which the ended process cannot take
                 stream.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(5)
 
 
 def _text_of(answer: Any) -> str:
-    """An answer's text, or the exception that it names."""
+    """The text in an answer; raises the exception that the answer names, if it names one."""
     if isinstance(answer, dict):
         if isinstance(text := answer.get("text"), str):
             return text
         kinds = {kind.__name__: kind for kind in sandbox.ChatTemplateError.__subclasses__()}
         if answer.get("error") in kinds:
             raise kinds[answer["error"]](str(answer.get("message"))[:2000])
-    raise sandbox.StoppedTemplateError("its process answered something else than a text")
+    raise sandbox.StoppedTemplateError("its process returned an answer without a text")

@@ -1,10 +1,10 @@
-"""A jinja2 environment in which a chat template, a stranger's program, can neither run away nor fill memory.
+"""A jinja2 environment with bounds on time and memory, for chat templates, which are programs from strangers.
 
-jinja2's own sandbox keeps a template from Python's internals and nothing else: nested loops, macros that call
-themselves and `"x" * 10**10` all pass. Here every loop turn, call, filter and concatenation costs a step, a
-clock runs, every value built is bounded, and what multiplies (products, padding, join, replace …) is estimated first.
-What these bounds cannot catch, memory by many values or long work within one step, is bounded by the process that
-strangers' templates are rendered in (``template_process.py``).
+jinja2's own sandbox only keeps a template away from Python's internals: nested loops, macros that call themselves and
+`"x" * 10**10` all pass. Here every loop iteration, call, filter and concatenation counts as a step, the time is
+limited, every value is bounded, and the result of an operation that multiplies (products, padding, join, replace …) is
+estimated before it runs. These bounds cannot catch memory taken by many values or long work within one step; those are
+bounded by the separate process in which unknown templates are rendered (``template_process.py``).
 """
 
 from __future__ import annotations
@@ -29,45 +29,45 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 MAX_STEPS = 500_000
-"""Loop turns, calls and filters of one rendering; a long conversation takes some thousands."""
+"""Maximum loop iterations, calls and filters of one rendering; a long conversation takes some thousands."""
 
 MAX_SECONDS = 30.0
-"""Longest rendering; a long conversation takes some milliseconds."""
+"""Maximum seconds of one rendering; a long conversation takes some milliseconds."""
 
 MAX_CHARACTERS = 16 * 2**20
-"""Longest text and longest list (in items) that a template may build; the whole rendering counts as one."""
+"""Maximum length of a text (in characters) or list (in items) that a template builds, and of the rendered text."""
 
 _MAX_NUMBER = 2**53  # enough for any id or timestamp; keeps ** and << from building gigabyte integers
 _MAX_PADDING = 10_000  # numbers given to calls and filters: indent(4), batch(3), center(80) …
 _AMPLIFIERS = frozenset({"join", "replace", "indent", "format", "format_map", "tojson", "string", "pprint"})
-_REMOVED_FILTERS = ("urlize", "wordwrap", "random")  # quadratic, or no place in a prompt
+_REMOVED_FILTERS = ("urlize", "wordwrap", "random")  # they take quadratic time or have no use in a prompt
 _LONG_FORMAT = re.compile(r"\d{5,}")  # "%99999d" and "{:>99999}" build text from digits
 
 
 class ChatTemplateError(Exception):
-    """What a template does instead of making a text; the message is a part of a sentence."""
+    """Base class of the ways in which a template can fail. The message is a part of a sentence."""
 
 
 class BrokenTemplateError(ChatTemplateError):
-    """The text is not a template."""
+    """The source text is not a valid template."""
 
 
 class StoppedTemplateError(ChatTemplateError):
-    """The template went beyond a bound."""
+    """The template was stopped because it exceeded a bound."""
 
 
 class RefusedTemplateError(ChatTemplateError):
-    """The template cannot render these variables, or says that it will not."""
+    """The template fails on the given variables, or refuses them with raise_exception."""
 
 
 class Template:
-    """A compiled template.
+    """A compiled chat template, rendered in this process with bounds.
 
     Args:
-        source: the jinja text.
+        source: jinja source text.
 
     Raises:
-        BrokenTemplateError: the text is not a template.
+        BrokenTemplateError: the text is not a valid template.
     """
 
     def __init__(self, source: str) -> None:
@@ -78,28 +78,28 @@ class Template:
             raise BrokenTemplateError(str(error) or type(error).__name__) from error
 
     def render(self, variables: Mapping[str, Any]) -> str:
-        """The rendered text.
+        """Renders the template and returns the text.
 
         Args:
-            variables: plain JSON.
+            variables: the template's variables, as plain JSON values.
 
         Raises:
-            StoppedTemplateError: it exceeds a bound.
-            RefusedTemplateError: it cannot render these variables, or says that it will not.
+            StoppedTemplateError: the template exceeds a bound.
+            RefusedTemplateError: the template fails on these variables, or refuses them with raise_exception.
         """
         try:
             return self._environment.render_bounded(self._template, variables)
         except (SecurityError, RecursionError, MemoryError, OverflowError) as error:
             reason = "it recurses too deeply" if isinstance(error, RecursionError) else str(error) or "out of memory"
             raise StoppedTemplateError(reason) from error
-        except Exception as error:  # a template is a program: any operation on any value can fail in it
+        except Exception as error:  # a template is a program: any operation in it can fail on any value
             raise RefusedTemplateError(str(error)) from error
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """The environment of transformers/utils/chat_template_utils.py, with bounds.
+    """The jinja2 environment of transformers/utils/chat_template_utils.py, with bounds.
 
-    A template that exceeds one raises jinja2's SecurityError.
+    A template that exceeds a bound raises jinja2's SecurityError.
     """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
@@ -108,7 +108,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self.steps = 0
         self._deadline = math.inf
-        self._rendering = threading.Lock()  # the steps are counted here, on the environment
+        self._rendering = threading.Lock()  # the step counter belongs to the environment: one rendering at a time
         self.filters["tojson"] = _tojson
         self.filters = {
             name: self._bounded_filter(name, filter_)
@@ -126,10 +126,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         del self.globals["lipsum"]
 
     def compile_template(self, source: str) -> jinja2.Template:
-        """Compiles a template with its loops counted; TemplateSyntaxError or RecursionError on a bad one."""
+        """Compiles a template and inserts a step counter into its loops.
+
+        A malformed template raises jinja2's TemplateSyntaxError or a RecursionError.
+        """
         tree = self.parse(source)
         for loop in list(tree.find_all(nodes.For)):
-            if loop.test is not None:  # turns that the test skips cost time too
+            if loop.test is not None:  # iterations that the test skips take time too
                 loop.test = nodes.And(_step_node(loop.test), loop.test).set_lineno(loop.lineno)
             loop.body.insert(0, nodes.ExprStmt(_step_node(loop)).set_lineno(loop.lineno))
         _replace_concatenations(tree)
@@ -138,7 +141,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return self.from_string(tree)
 
     def render_bounded(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
-        """The rendered text, built piece by piece so that an endless one stops at MAX_CHARACTERS."""
+        """Renders a template piece by piece, so that an endless text stops at MAX_CHARACTERS."""
         pieces: list[str] = []
         length = 0
         with self._rendering:
@@ -151,13 +154,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 pieces.append(piece)
         return "".join(pieces)
 
-    @jinja2.pass_context  # or jinja2 would compute the "constant" once, when compiling
+    @jinja2.pass_context  # without the context jinja2 would evaluate the filter once, when compiling
     def _step_filter(self, _context: object, _value: object) -> bool:
         self.step()
         return True
 
     def step(self) -> None:
-        """Counts one step; SecurityError when there are too many or they take too long."""
+        """Counts one step; raises a SecurityError beyond MAX_STEPS or MAX_SECONDS."""
         self.steps += 1
         if self.steps > MAX_STEPS:
             raise SecurityError(f"it takes more than {MAX_STEPS} steps")
@@ -165,18 +168,18 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             raise SecurityError(f"it takes longer than {MAX_SECONDS:g} seconds")
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
-        """Every call that a template makes passes here (jinja2's hook)."""
+        """Hook of jinja2: performs every call that a template makes, with checked arguments and result."""
         self.step()
         if obj not in (_raise_exception, self.globals["range"]):  # jinja2 bounds range itself
             _check_arguments(args, kwargs)
         if getattr(obj, "__name__", None) in _AMPLIFIERS:
-            # For str.format jinja2 returns a function of its own that wraps the method.
+            # For str.format jinja2 returns its own function, which wraps the method.
             subject = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
             _check_amplifier(obj.__name__, subject, args, kwargs)
         return _checked(super().call(context, obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """The operators of `intercepted_binops` pass here (jinja2's hook); checked before they allocate."""
+        """Hook of jinja2: performs the operators in `intercepted_binops`, bounded before they allocate."""
         self.step()
         for value, times in ((left, right), (right, left)):
             if operator == "*" and hasattr(value, "__len__") and isinstance(times, int):
@@ -202,7 +205,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             _check_arguments(args, kwargs)
             if name in _AMPLIFIERS and len(args) > takes_context:
                 context, (subject, *rest) = args[:takes_context], args[takes_context:]
-                if isinstance(subject, Iterator):  # what `map` and `select` give; it could be weighed only once
+                if isinstance(subject, Iterator):  # from `map` and `select`; estimating its length would use it up
                     subject = list(itertools.islice(subject, MAX_CHARACTERS))
                 _check_amplifier(name, subject, tuple(rest), kwargs)
                 args = (*context, subject, *rest)
@@ -228,7 +231,7 @@ class _Generation(Extension):
 class _Namespace(Namespace):
     """jinja2's namespace without names that begin with an underscore, as in transformers."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # no name: allows namespace(self=…)
+    def __init__(*args: Any, **kwargs: Any) -> None:  # without a parameter name, so that namespace(self=…) works
         attributes = dict(*args[1:], **kwargs)
         for name in attributes:
             _check_name(name)
@@ -255,7 +258,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # jinja2's own escapes HTML, which is not what models were trained on.
+    # jinja2's own filter escapes HTML, which is not what models were trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -264,7 +267,7 @@ def _step_node(at: nodes.Node) -> nodes.Filter:
 
 
 def _replace_concatenations(tree: nodes.Node) -> None:
-    """Turns every `a ~ b` into a filter that checks the length; jinja2 has no hook for it."""
+    """Replaces every `a ~ b` in the tree by a filter that checks the length; jinja2 has no hook for `~`."""
     for child in list(tree.iter_child_nodes()):
         _replace_concatenations(child)
     for field, value in list(tree.iter_fields()):
@@ -285,7 +288,7 @@ def _check_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 
 
 def _check_amplifier(name: str, subject: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Bounds the result of an operation that multiplies, from above, before it runs."""
+    """Checks an upper bound of the result of an operation that multiplies text, before the operation runs."""
     values = (*args, *kwargs.values())
     weight = _weight(subject) + _weight(values)
     text = subject if isinstance(subject, str) else ""
@@ -305,7 +308,7 @@ def _check_amplifier(name: str, subject: Any, args: tuple[Any, ...], kwargs: dic
 
 
 def _weight(value: Any) -> int:
-    """Characters that a value takes when written out, roughly; counting stops beyond the limit."""
+    """Approximate number of characters of a value when it is written out; counting stops beyond MAX_CHARACTERS."""
     if isinstance(value, str):
         return len(value)
     if not isinstance(value, (list, tuple, dict)):

@@ -1,9 +1,9 @@
-"""Renders a checkpoint's chat template in a process of its own, which has little memory and can be ended any time.
+"""The program of the separate process that renders a chat template with limited memory and time.
 
-This file is run by its path and imports nothing of vlpack but ``template_sandbox.py`` beside it, to start quickly.
-Messages are JSON after eight bytes that tell their length: first ``{"path", "source", "memory", "seconds"}``, then for
-each prompt the template's variables. An answer is ``{"text"}``, or ``{"error", "message"}`` with the name of one of the
-sandbox's exceptions.
+To start quickly, this file is run by its path and imports nothing of vlpack but ``template_sandbox.py`` beside it.
+A message is its length in eight bytes, little-endian, followed by JSON. The first one is
+``{"path", "source", "memory", "seconds"}``, the next ones are the template's variables for each prompt. An answer is
+``{"text"}``, or ``{"error", "message"}`` with the name of one of the sandbox's exceptions.
 """
 
 from __future__ import annotations
@@ -14,23 +14,26 @@ from typing import IO, Any
 
 
 def read(stream: IO[bytes]) -> Any:
-    """The next message, or None where there are no more."""
+    """Reads the next message; None at the end of the stream."""
     size = stream.read(8)
     return json.loads(stream.read(int.from_bytes(size, "little"))) if len(size) == 8 else None
 
 
 def write(stream: IO[bytes], message: Any) -> None:
-    """Send a message; lone surrogates of a text stay what they are."""
+    """Writes a message; lone surrogates in texts are preserved."""
     data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
     stream.write(len(data).to_bytes(8, "little") + data)
     stream.flush()
 
 
 def limit(memory: int) -> None:
-    """No more than ``memory`` bytes beyond what this process has now, no files, no processes; where the system can."""
+    """Limits this process to ``memory`` more bytes, and forbids writing files and starting processes.
+
+    Each limit is applied only where the operating system has it.
+    """
     try:
         import resource
-    except ImportError:  # Windows, where the parent watches
+    except ImportError:  # Windows, where the parent process watches the memory
         return
     try:
         with open("/proc/self/statm") as file:
@@ -48,7 +51,7 @@ def limit(memory: int) -> None:
 
 
 def limit_time(seconds: int) -> None:
-    """End this process when it has computed so much longer, should nobody be there any more who would."""
+    """Makes the system end this process after ``seconds`` more of processor time, in case the parent is gone."""
     try:
         import resource
     except ImportError:
@@ -60,13 +63,13 @@ def limit_time(seconds: int) -> None:
 
 
 def load_sandbox() -> Any:
-    """The module beside this file, without the package that it is in, whose imports take long."""
+    """Imports ``template_sandbox.py`` from beside this file without importing the vlpack package, which takes long."""
     import importlib.util
     from pathlib import Path
 
     spec = importlib.util.spec_from_file_location("sandbox", Path(__file__).with_name("template_sandbox.py"))
     assert spec is not None, "a path to a file"
-    assert spec.loader is not None, "likewise"
+    assert spec.loader is not None, "a file has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules["sandbox"] = module
     spec.loader.exec_module(module)
@@ -74,7 +77,7 @@ def load_sandbox() -> Any:
 
 
 def main() -> None:
-    """Answer until the parent closes its end."""
+    """Answers messages until the parent process closes the pipe."""
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     first = read(requests)
     sys.path[:] = first["path"]

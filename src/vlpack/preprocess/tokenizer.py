@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer: text to token ids, and ids back to text all at once or as they arrive."""
+"""The tokenizer of a checkpoint: text to token ids, and token ids to text, all at once or as they arrive."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.preprocess.tokenizer_bounds import check_file, growth_of
 
 MAX_CHARACTERS = 2**28
-"""Most characters that a tokenizer's rules may make of a text; real ones make at most a few times as many as it has."""
+"""Maximum characters into which a tokenizer's rules may expand a text; real tokenizers expand it a few times."""
 
 MAX_BYTES = 100_000_000
-"""Largest tokenizer.json that is read; those of the largest vocabularies have some ten megabytes."""
+"""Maximum size of a tokenizer.json, in bytes; those of the largest vocabularies have some ten megabytes."""
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether the Rust library gave up; its exception is no `Exception` and has no name that could be imported."""
+    """Whether an error is a panic of the Rust library, whose class is not an `Exception` and cannot be imported."""
     return type(error).__name__ == "PanicException"
 
 
 class Tokenizer:
-    """tokenizers.Tokenizer without the truncation and padding that a tokenizer.json may carry.
+    """A tokenizer without the truncation and padding that its tokenizer.json may ask for.
 
     Args:
-        tokenizer: as made by `tokenizers`.
-        where: the file it came from, for error messages.
-        growth: characters that its rules may make of one; see `growth_of`.
+        tokenizer: tokenizer of the `tokenizers` library.
+        where: name of the tokenizer's file, for error messages.
+        growth: maximum characters that its rules make of one character, from `growth_of`.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, where: str = "tokenizer.json", growth: float = 1.0) -> None:
@@ -54,7 +54,7 @@ class Tokenizer:
         check_file(data, str(file))
         try:
             tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except BaseException as error:  # tokenizers raises bare Exception, and panics
+        except BaseException as error:  # the library raises bare Exceptions and panics
             if isinstance(error, Exception) or _is_panic(error):
                 raise CheckpointError(f"{file} is not a usable tokenizer: {error}.") from error
             raise
@@ -64,21 +64,22 @@ class Tokenizer:
         """Token ids of a text. Special tokens written in it become their ids.
 
         Args:
-            text: any.
-            add_special_tokens: also add those that the tokenizer has around a text; embedding models end with one.
+            text: any text.
+            add_special_tokens: whether to add the special tokens that the tokenizer puts around a text. The prompts of
+                embedding models end with one.
 
         Raises:
             InputError: the text is not valid Unicode, or so long that the tokenizer's rules could fill the memory.
-            CheckpointError: the tokenizer fails on it.
+            CheckpointError: the tokenizer fails on the text.
         """
         if len(text) > self._longest:
             raise InputError(
-                f"The text has {len(text)} characters; with this tokenizer no more than {self._longest} are taken.",
-                "No supported model has a context for so much text: give less.",
+                f"The text has {len(text)} characters; with this tokenizer no more than {self._longest} are accepted.",
+                "No supported model has a context for so much text: shorten it.",
             )
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeError) as error:  # lone surrogates
+        except (TypeError, UnicodeError) as error:  # the text has lone surrogates
             raise InputError(f"The prompt is not valid Unicode text: {error}.") from error
         except BaseException as error:
             if isinstance(error, Exception) or _is_panic(error):
@@ -87,48 +88,48 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        """The text of token ids; bytes that are not valid UTF-8 become U+FFFD."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
-        """A decoder for ids that arrive one by one."""
+        """A new decoder for token ids that arrive one by one."""
         return TextStream(self, skip_special_tokens)
 
     def token_id(self, token: str) -> int | None:
-        """Id of a token, None if there is none."""
+        """The id of a token; None if the vocabulary does not have it."""
         number: int | None = self._tokenizer.token_to_id(token)
         return number
 
     def token(self, token_id: int) -> str | None:
-        """Token with an id, None if there is none."""
+        """The token with an id; None if the vocabulary does not have it."""
         text: str | None = self._tokenizer.id_to_token(token_id) if 0 <= token_id < 2**32 else None
         return text
 
     def is_added_token(self, token_id: int) -> bool:
-        """Whether an id is an added token, which text is split at before anything else happens to it."""
+        """Whether an id belongs to an added token; text is split at added tokens before anything else is done."""
         return token_id in self._tokenizer.get_added_tokens_decoder()
 
 
 class TextStream:
-    """Decodes ids one by one; the pieces joined equal decoding all ids at once.
+    """Decodes token ids one by one. The joined pieces equal the text of all ids decoded at once.
 
-    A character whose bytes are spread over several tokens is held back until its last byte has come. Written here
-    rather than taken from tokenizers (DecodeStream) because that has no flush and is missing before 0.21.
+    A character whose bytes are spread over several tokens is held back until its last byte has arrived. The class
+    DecodeStream of tokenizers is not used because it cannot flush and does not exist before version 0.21.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._ids: list[int] = []  # the last finished piece, as context, and what came since
-        self._context = 0  # how many of them are context
-        self._emitted = 0  # characters of their text already returned
+        self._ids: list[int] = []  # ids of the last finished piece, as context, and the ids since
+        self._context = 0  # number of context ids
+        self._emitted = 0  # characters of the text of `_ids` that were returned
 
     def push(self, token_id: int) -> str:
-        """The text that one more id completes; often empty."""
+        """Adds an id and returns the text that it completes, which may be empty."""
         self._ids.append(int(token_id))
         text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
-        # A trailing U+FFFD may be the first bytes of a character; an earlier one cannot change any more.
+        # A trailing U+FFFD may be the first bytes of a character; an earlier one is final.
         end = len(text) - text.endswith("�")
         piece = text[self._emitted : end]
         self._emitted = max(self._emitted, end)
@@ -139,7 +140,7 @@ class TextStream:
         return piece
 
     def flush(self) -> str:
-        """What was held back, at the end; afterwards the stream is as new."""
+        """Returns the text that was held back, and resets the stream."""
         text = self._tokenizer.decode(self._ids, skip_special_tokens=self._skip)
         piece = text[self._emitted :]
         self._ids, self._context, self._emitted = [], 0, 0

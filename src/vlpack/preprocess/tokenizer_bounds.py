@@ -1,7 +1,8 @@
-"""How much longer a tokenizer.json can make a text: its rules are a stranger's, and run where nothing can stop them.
+"""Bounds how much longer the rules of an untrusted tokenizer.json can make a text.
 
-Forty rules that replace ``a`` by ``aa`` make 2⁴⁰ characters of one. The tokenizers library applies such rules to its
-own added tokens when it reads the file, so they are looked at before it does.
+The rules run inside the tokenizers library, where nothing can stop them, and forty rules that replace ``a`` by ``aa``
+make 2⁴⁰ characters of one. The library applies the rules to the file's own added tokens when it reads the file, so they
+are checked before that.
 """
 
 from __future__ import annotations
@@ -20,34 +21,39 @@ from vlpack.checkpoint.files import parse_json, quote
 from vlpack.errors import CheckpointError
 
 MAX_GROWTH = 64
-"""Most characters that a tokenizer may make of one, by all of its rules one after another. Qwen's rules make up to 4,
-as bytes become characters; SentencePiece's tables make up to 18 of a ligature."""
+"""Maximum characters that all rules of a tokenizer together may make of one character. Qwen's rules make up to 4, since
+each byte of a character becomes a character; SentencePiece's tables make up to 18 of a ligature."""
 
 MAX_AFFIX = 64
-"""Longest prefix or suffix of subwords, in characters: it may be added to every character of a text."""
+"""Maximum characters of a prefix or suffix of subwords, which may be added to every character of a text."""
 
 
 def check_file(data: bytes, where: str) -> None:
-    """Look at a tokenizer.json's rules before the library runs them on added tokens, where it would.
+    """Checks the rules of a tokenizer.json if the library would run them on added tokens while it reads the file.
 
     Args:
-        data: tokenizer.json's bytes.
-        where: its name, for messages.
+        data: bytes of the tokenizer.json.
+        where: name of the file, for error messages.
 
     Raises:
-        CheckpointError: it is no JSON object, has rules that are not known here, or more than `MAX_GROWTH`.
+        CheckpointError: the file is not a JSON object, has rules that vlpack does not know, or its rules make more than
+            `MAX_GROWTH` characters of one.
     """
     if _normalizes_tokens(data):
-        values = parse_json(data, where, strict=True)  # a rule given twice may be read as either
+        values = parse_json(data, where, strict=True)  # strict: refuses duplicate keys
         model = values.get("model")
         _growth(values, [model.get(name) for name in _AFFIXES] if isinstance(model, dict) else [], where)
 
 
 def growth_of(tokenizer: tokenizers.Tokenizer, where: str) -> float:
-    """Characters that a tokenizer may make of one of a text, at least 1, by its rules as the library has read them.
+    """Maximum characters that the rules of a loaded tokenizer make of one character of a text; at least 1.
+
+    Args:
+        tokenizer: tokenizer of the `tokenizers` library.
+        where: name of the tokenizer's file, for error messages.
 
     Raises:
-        CheckpointError: there are rules that are not known here, or it is more than `MAX_GROWTH`.
+        CheckpointError: vlpack does not know one of the rules, or the result is above `MAX_GROWTH`.
     """
     rules = {name: getattr(tokenizer, name) for name in _KINDS}
     values = {name: None if rule is None else json.loads(rule.__getstate__()) for name, rule in rules.items()}
@@ -64,17 +70,17 @@ def _growth(values: Mapping[str, Any], affixes: Sequence[Any], where: str) -> fl
     growth = max(before * pieces * copies, after)
     if growth > MAX_GROWTH or any(affix is not None and len(affix) > MAX_AFFIX for affix in affixes):
         raise CheckpointError(
-            f"{where} has rules that make more than {MAX_GROWTH} characters of one, so that no text could be read.",
-            "No tokenizer of a language model does so: check where the checkpoint comes from.",
+            f"{where} has rules that make more than {MAX_GROWTH} characters of one, which could fill the memory.",
+            "No real tokenizer does so: check where the checkpoint comes from.",
         )
     return growth
 
 
 def _normalizes_tokens(data: bytes) -> bool:
-    """Whether an added token may be one that the library normalizes as it reads the file (``"normalized": true``).
+    """Whether the file may have an added token that the library normalizes while reading (``"normalized": true``).
 
-    Reading 12 MB of JSON to know it takes half a second, so this only sees whether everything that is true is one of
-    the settings that are known to be something else; where it is not sure, it says yes.
+    Parsing 12 MB of JSON takes half a second, so this only scans for ``true`` and checks that each one is the value of
+    a setting known to be harmless. In doubt the answer is yes.
     """
     place = data.find(b"true")
     while place >= 0:
@@ -95,10 +101,11 @@ _HARMLESS = re.compile(
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 
 Growth = Callable[[Mapping[str, Any]], float]
+"""A function that gives the growth of a rule: the maximum characters that the rule makes of one."""
 
 
 def _product(rules: Any, inner: str, known: Mapping[str, Growth]) -> float:
-    """The growth of rules that follow each other."""
+    """The growth of rules that are applied one after another: the product of their growths."""
     product = 1.0
     for rule in _flat(rules, inner):
         kind = rule["type"]
@@ -109,7 +116,7 @@ def _product(rules: Any, inner: str, known: Mapping[str, Growth]) -> float:
 
 
 def _flat(rules: Any, inner: str) -> Iterator[Mapping[str, Any]]:
-    """The rules of sequences within sequences, in their order."""
+    """Yields the rules in order, with nested sequences flattened; ``inner`` is the key of a sequence's rules."""
     if rules is None:
         return
     if rules["type"] == "Sequence":
@@ -124,7 +131,11 @@ def _one(rule: Mapping[str, Any]) -> float:
 
 
 def _replace(rule: Mapping[str, Any]) -> float:
-    """A pattern may match nothing, which is everywhere; a text matches as often as it has room."""
+    """The growth of a replacement.
+
+    A literal pattern of n characters matches at most once per n characters; a regular expression may match the empty
+    text everywhere.
+    """
     content, pattern = len(rule["content"]), rule["pattern"]
     if isinstance(pattern, Mapping):
         literal = pattern.get("String")
@@ -137,7 +148,10 @@ def _prepend(rule: Mapping[str, Any]) -> float:
 
 
 def _table(rule: Mapping[str, Any]) -> float:
-    """SentencePiece's table: a length, a trie of that length, and the texts that characters become, NUL after each."""
+    """The growth of SentencePiece's table: the longest replacement text in it, at least 18.
+
+    The table has the trie's length in four bytes, the trie, and the replacement texts, each ended by NUL.
+    """
     try:
         table = base64.b64decode(rule.get("precompiled_charsmap") or "", validate=True)
     except (binascii.Error, ValueError):
@@ -147,7 +161,7 @@ def _table(rule: Mapping[str, Any]) -> float:
 
 
 def _template(rule: Mapping[str, Any]) -> float:
-    """How often a template repeats its text."""
+    """The growth of a template: how often it repeats a text."""
     counts = [
         sum(piece["Sequence"]["id"] == name for piece in rule[kind] if "Sequence" in piece)
         for kind in ("single", "pair")
@@ -159,7 +173,8 @@ def _template(rule: Mapping[str, Any]) -> float:
 _BYTES: Growth = lambda rule: 4.0  # noqa: E731 - a character has up to four bytes, and each becomes a character
 _NORMALIZERS: Mapping[str, Growth] = {
     **dict.fromkeys(("NFC", "NFD", "Lowercase", "Strip", "StripAccents", "Nmt"), _one),
-    # they change nothing that they have changed, so a chain of them grows as one does: the longest ligature is of 18
+    # Applying them again changes nothing, so a chain of them expands a text only as much as one does: at most 18 times,
+    # for the longest ligature.
     **dict.fromkeys(("NFKC", "NFKD"), _one),
     "BertNormalizer": lambda rule: 3.0,  # spaces around every Chinese character
     "ByteLevel": _BYTES,
@@ -191,4 +206,4 @@ _KINDS: Mapping[str, tuple[str, Mapping[str, Growth]]] = {
     "post_processor": ("processors", _POST_PROCESSORS),
     "decoder": ("decoders", _DECODERS),
 }
-"""A tokenizer's kinds of rules: what a sequence of them is called, and what each can make of a character."""
+"""The kinds of rules of a tokenizer: for each the key of the rules in a sequence, and the growth of each known rule."""

@@ -1,7 +1,7 @@
-"""Resizes uint8 pictures to the very levels of torch's antialiased resize, which transformers' video processors use.
+"""Resizes uint8 images exactly as torch's antialiased resize does, which transformers' video processors use.
 
-Pillow computes the same thing with finer weights and so differs from it by a level here and there; the image processor
-of `vlpack.preprocess.images` uses Pillow because transformers' does.
+Pillow uses the same filters with finer weights, so that some of its levels differ by one. The image processor in
+`vlpack.preprocess.images` uses Pillow, because transformers' image processor does.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-_BLOCK = 64  # outputs that are computed by one small matrix product: most of a whole matrix would be zeros
+_BLOCK = 64  # outputs per matrix product; one product for all outputs would multiply mostly zeros
 
 
 def _bicubic(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    x, a = np.abs(x), -0.5  # antialiased resizing uses Pillow's a, not the -0.75 of torch's plain bicubic
+    x, a = np.abs(x), -0.5  # torch's antialiased resize uses Pillow's a, not the -0.75 of its plain bicubic
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = (((x - 5) * x + 8) * x - 4) * a
     weights: npt.NDArray[np.float64] = np.where(x < 1, near, np.where(x < 2, far, 0.0))
@@ -33,30 +33,30 @@ def _bilinear(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 class _Filter(NamedTuple):
     weight: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]
-    reach: float  # beyond which it is zero, in pixels of the larger scale
+    reach: float  # distance beyond which the weight is zero, in pixels of the larger scale
 
 
 _FILTERS = {Image.Resampling.BICUBIC: _Filter(_bicubic, 2.0), Image.Resampling.BILINEAR: _Filter(_bilinear, 1.0)}
 
 FILTERS = tuple(int(number) for number in _FILTERS)
-"""The `PIL.Image.Resampling` numbers that `resize_frame` knows."""
+"""The filters that `resize_frame` supports, as `PIL.Image.Resampling` numbers."""
 
 
 def resize_frame(
     frame: npt.NDArray[np.uint8], height: int, width: int, resample: int = Image.Resampling.BICUBIC
 ) -> npt.NDArray[np.uint8]:
-    """A frame in another size.
+    """Resizes a frame.
 
-    Equal, level by level, to ``torch.nn.functional.interpolate(…, antialias=True)`` on uint8 on a CPU, which
-    torchvision's ``resize`` and through it transformers/video_processing_utils.py call: first along the width, then
-    along the height, each with weights rounded to 16 bits and a result rounded to uint8. Source of the arithmetic:
-    ATen's ``_compute_index_ranges_int16_weights``.
+    The result equals ``torch.nn.functional.interpolate(…, antialias=True)`` on uint8 on a CPU bit for bit, which
+    transformers/video_processing_utils.py calls through torchvision's ``resize``: first along the width, then along
+    the height, each time with weights rounded to 16 bits and results rounded to uint8. Source of the arithmetic:
+    ``_compute_index_ranges_int16_weights`` in ATen.
 
     Args:
         frame: uint8 [H, W, C].
-        height: pixels of the result, at least 1.
-        width: likewise.
-        resample: one of `FILTERS`.
+        height: height of the result in pixels, at least 1.
+        width: width of the result in pixels, at least 1.
+        resample: filter, one of `FILTERS`.
 
     Returns:
         uint8 [height, width, C].
@@ -73,16 +73,16 @@ def resize_frame(
 
 class _Block(NamedTuple):
     start: int  # first input that the block's outputs depend on
-    weights: npt.NDArray[np.float64]  # [inputs, outputs], whole numbers
+    weights: npt.NDArray[np.float64]  # [inputs, outputs], integers stored as float64
 
 
 def _resize_rows(lines: npt.NDArray[np.uint8], size: int, resample: int) -> npt.NDArray[np.uint8]:
-    """uint8 [N, inputs] to uint8 [N, size]."""
+    """Resizes each row: uint8 [N, inputs] becomes uint8 [N, size]."""
     blocks, bits = _weights(lines.shape[1], size, resample)
     out = np.empty((len(lines), size), np.uint8)
     place = 0
     for start, weights in blocks:
-        # whole numbers below 2**53, so that the sums are exact in float64, whose products are fast
+        # integers below 2**53: the sums are exact in float64, whose matrix products are fast
         sums = lines[:, start : start + len(weights)].astype(np.float64) @ weights
         levels = np.floor((sums + 2.0 ** (bits - 1)) * 2.0**-bits)
         out[:, place : place + weights.shape[1]] = np.clip(levels, 0, 255)
@@ -92,7 +92,7 @@ def _resize_rows(lines: npt.NDArray[np.uint8], size: int, resample: int) -> npt.
 
 @functools.lru_cache(maxsize=16)
 def _weights(inputs: int, outputs: int, resample: int) -> tuple[list[_Block], int]:
-    """The filter's weights as whole numbers, in blocks of outputs, and the bits that they are scaled by."""
+    """The filter's weights as integers, in blocks of outputs, and the number of bits by which they were scaled."""
     kind = _FILTERS[Image.Resampling(resample)]
     scale = inputs / outputs
     reach, squeeze = kind.reach * max(scale, 1.0), 1 / max(scale, 1.0)
@@ -119,7 +119,7 @@ def _weights(inputs: int, outputs: int, resample: int) -> tuple[list[_Block], in
 
 
 def _bits(largest: float) -> int:
-    """How many bits weights are shifted by, so that the largest still fits into 16 with its sign."""
+    """Number of bits by which weights are shifted so that the largest one just fits into a signed 16-bit integer."""
     for bits in range(22):
         if math.floor(0.5 + largest * (1 << (bits + 1))) >= 1 << 15:
             return bits

@@ -1,7 +1,8 @@
-"""Turns a video into the patches and timestamps that transformers' Qwen3-VL video processor makes of it, bit for bit.
+"""The video processor: turns a video into patches and timestamps, bit for bit as transformers' for Qwen3-VL.
 
-Per video: choose frames, give them all one size within a budget of pixels for the whole video, normalize, and join
-every `temporal_patch_size` frames to a temporal patch, the last frame repeated where one is missing.
+The steps per video: choose frames, resize all of them to one size that keeps the whole video within a budget of pixels,
+normalize, and join every `temporal_patch_size` frames to a temporal patch. The last frame is repeated to fill the last
+patch.
 """
 
 from __future__ import annotations
@@ -25,34 +26,34 @@ from vlpack.preprocess.torch_resize import FILTERS, resize_frame
 from vlpack.preprocess.video_decode import Clip, VideoSource, open_clip
 
 MAX_FRAMES = 2**14
-"""Most frames that are taken of one video."""
+"""Maximum number of frames that are taken from one video."""
 
 MAX_VIDEO_PIXELS = 2**28
-"""Most pixels of all frames together after resizing: 3 GiB as floats, ten times Qwen3-VL's own limit."""
+"""Maximum pixels of all frames together after resizing: 3 GiB as float32, ten times Qwen3-VL's own limit."""
 
 
 def video_size(
     num_frames: int, height: int, width: int, temporal_factor: int, factor: int, min_pixels: int, max_pixels: int
 ) -> tuple[int, int]:
-    """The size, in pixels, that every frame of a video is given: multiples of `factor`, all frames within the limits.
+    """The size to which the frames of a video are resized: multiples of `factor`, the whole video within the limits.
 
-    Formula of transformers/models/qwen3_vl/video_processing_qwen3_vl.py ``smart_resize``.
+    The formula is ``smart_resize`` in transformers/models/qwen3_vl/video_processing_qwen3_vl.py.
 
     Args:
-        num_frames: that were chosen.
-        height: of a frame, pixels.
-        width: likewise.
-        temporal_factor: temporal_patch_size.
-        factor: patch_size * merge_size, pixels.
+        num_frames: number of chosen frames.
+        height: height of a frame in pixels.
+        width: width of a frame in pixels.
+        temporal_factor: frames per temporal patch, temporal_patch_size.
+        factor: pixels along an edge of a merge block, patch_size * merge_size.
         min_pixels: smallest area of all frames together, in square pixels.
-        max_pixels: largest area of all frames together.
+        max_pixels: largest area of all frames together, in square pixels.
 
     Returns:
         (height, width) in pixels.
 
     Raises:
-        InputError: frames more than 200 times as long as wide, or fewer than a temporal patch has, which transformers
-            refuses, too.
+        InputError: the frames' aspect ratio is above `MAX_ASPECT_RATIO`, or there are fewer frames than a temporal
+            patch has, which transformers refuses too.
     """
     if num_frames < temporal_factor:
         raise InputError(
@@ -86,18 +87,19 @@ def video_size(
 
 @dataclass(frozen=True)
 class VideoOptions:
-    """How one video is looked at, where the model's own settings are not wanted; None keeps those.
+    """Which frames of a video are used, and their size. None keeps the model's own setting.
 
     Attributes:
-        fps: frames a second to take of a file; of pictures, of which all are taken, how many there are a second.
-        num_frames: frames to take, evenly spaced, instead of so many a second.
-        min_frames: at least so many, as far as the video has them.
-        max_frames: at most so many.
-        total_pixels: largest area of all frames together after resizing, square pixels; a frame is never smaller than
-            one token.
+        fps: frames per second to take from a video file. For a folder or list of images, all of which are used, it is
+            the number of images per second.
+        num_frames: number of evenly spaced frames to take, instead of a number per second.
+        min_frames: minimum number of frames to take, as far as the video has them.
+        max_frames: maximum number of frames to take.
+        total_pixels: largest area of all frames together after resizing, in square pixels. A frame is never smaller
+            than one token.
 
     Raises:
-        OptionError: one is out of its range, or fps and num_frames are both given.
+        OptionError: a value is out of range, or num_frames is given together with fps, min_frames or max_frames.
     """
 
     fps: float | None = None
@@ -110,28 +112,31 @@ class VideoOptions:
         for name in ("num_frames", "min_frames", "max_frames", "total_pixels"):
             value, limit = getattr(self, name), MAX_VIDEO_PIXELS if name == "total_pixels" else MAX_FRAMES
             if value is not None and not (type(value) is int and 1 <= value <= limit):
-                raise OptionError(f"{name} is {value!r}; it must be a whole number from 1 to {limit}.")
+                raise OptionError(f"{option(name)} is {value!r}; it must be a whole number from 1 to {limit}.")
         if self.fps is not None and not (is_finite(self.fps) and 0 < self.fps <= 1000):
-            raise OptionError(f"fps is {self.fps!r}; it must be above 0 and at most 1000.")
+            raise OptionError(f"{option('fps')} is {self.fps!r}; it must be above 0 and at most 1000.")
         if self.min_frames is not None and self.max_frames is not None and self.min_frames > self.max_frames:
-            raise OptionError(f"min_frames is {self.min_frames}, and max_frames only {self.max_frames}.")
+            raise OptionError(
+                f"{option('min_frames')} is {self.min_frames}, more than {option('max_frames')}, which is "
+                f"{self.max_frames}."
+            )
         if self.num_frames is not None:
             for name in ("fps", "min_frames", "max_frames"):
                 if getattr(self, name) is not None:
                     raise OptionError(
-                        f"{option('num_frames')} and {option(name)} exclude each other.", "Give one of them."
+                        f"{option('num_frames')} and {option(name)} exclude each other.", "Give only one of them."
                     )
 
 
 class ProcessedVideo(NamedTuple):
-    """One video as the model takes it.
+    """A video as patches and timestamps, ready for the model.
 
     Attributes:
-        pixel_values: float32 [T*H*W, C*t*p*p], T temporal patches of H*W patches, of t frames each.
+        pixel_values: float32 [T*H*W, C*t*p*p]: T temporal patches of t frames, each divided into H*W patches.
         grid_thw: (T, H, W) in patches, before merging.
-        timestamps: T times, in seconds from the video's beginning: the middle of each temporal patch's frames.
-        frames_indices: the frames that were taken, by their numbers in the video.
-        seconds: that reading, decoding and resizing took.
+        timestamps: T times in seconds from the start of the video, each the middle of a temporal patch's frames.
+        frames_indices: numbers of the frames that were taken from the video.
+        seconds: seconds spent on reading, decoding and resizing.
     """
 
     pixel_values: npt.NDArray[np.float32]
@@ -143,10 +148,13 @@ class ProcessedVideo(NamedTuple):
 
 @dataclass(frozen=True)
 class VideoProcessor:
-    """The video half of a Qwen3-VL processor; names and defaults are transformers' Qwen3VLVideoProcessor's.
+    """The video processor of Qwen3-VL, with the field names and defaults of transformers' Qwen3VLVideoProcessor.
 
-    `min_pixels` and `max_pixels` are `size.shortest_edge` and `size.longest_edge`: square pixels of all frames together
-    after resizing. A field out of range raises OptionError.
+    `min_pixels` and `max_pixels` are `size.shortest_edge` and `size.longest_edge` of the configuration: square pixels
+    of all frames together after resizing.
+
+    Raises:
+        OptionError: a field is out of range.
     """
 
     patch_size: int = 16
@@ -182,7 +190,7 @@ class VideoProcessor:
             self._require(good, name, "three finite numbers")
         self._require(all(value > 0 for value in self.image_std), "image_std", "positive")
         self._require(is_finite(self.rescale_factor) and self.rescale_factor > 0, "rescale_factor", "positive")
-        self._require(self.resample in FILTERS, "resample", f"one of {FILTERS}: torch's resize is rebuilt for these")
+        self._require(self.resample in FILTERS, "resample", f"one of {FILTERS} (the supported filters)")
         rate = self.fps is None or (is_finite(self.fps) and 0 < self.fps <= 1000)
         self._require(rate, "fps", "above 0 and at most 1000, or null")
         whole = self.num_frames is None or (type(self.num_frames) is int and 0 < self.num_frames <= MAX_FRAMES)
@@ -190,7 +198,7 @@ class VideoProcessor:
         self._require(self.min_frames <= MAX_FRAMES, "min_frames", f"at most {MAX_FRAMES}")
         self._require(self.min_pixels <= MAX_VIDEO_PIXELS, "min_pixels", f"at most {MAX_VIDEO_PIXELS}")
         self._require(self.temporal_patch_size <= MAX_TEMPORAL_PATCH, "temporal_patch_size", "at most 16")
-        self._require(self.factor <= 4096, "patch_size", "at most 4096 after times merge_size")
+        self._require(self.factor <= 4096, "patch_size", "at most 4096 / merge_size")
 
     def _require(self, condition: bool, name: str, wanted: str) -> None:
         if not condition:
@@ -198,13 +206,13 @@ class VideoProcessor:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str] | SettingsFolder) -> VideoProcessor:
-        """Reads a checkpoint's or package's video settings.
+        """Reads the video settings of a checkpoint or package.
 
-        The order is transformers': `video_processor` inside processor_config.json, video_preprocessor_config.json,
-        preprocessor_config.json (of checkpoints from before videos had settings of their own).
+        The places are tried in transformers' order: `video_processor` inside processor_config.json,
+        video_preprocessor_config.json, preprocessor_config.json (in older checkpoints, for images and videos).
 
         Raises:
-            CheckpointError: none of them is there, or the settings are out of range.
+            CheckpointError: there are no video settings, or a setting is out of range.
         """
         root, nested = SettingsFolder.of(folder), "processor_config.json"
         if root.has(nested) and isinstance(config := root.json(nested).get("video_processor"), dict):
@@ -222,7 +230,7 @@ class VideoProcessor:
         values = given_settings(cls, config, ("min_pixels", "max_pixels"))
         for name in ("fps", "num_frames"):
             if name in config:
-                values[name] = config[name]  # here null means: not by this
+                values[name] = config[name]  # for these two, null means that frames are not chosen by it
         if values.get("num_frames") is not None and "fps" not in config:
             values["fps"] = None
         size = config.get("size")
@@ -237,7 +245,11 @@ class VideoProcessor:
             raise CheckpointError(f"{where}: {error.message}") from error
 
     def with_options(self, options: VideoOptions) -> VideoProcessor:
-        """A copy that heeds a user's options; OptionError if the model's own settings leave no room for them."""
+        """A copy with a user's options in place of the model's settings.
+
+        Raises:
+            OptionError: total_pixels is below the model's smallest area.
+        """
         changes = {
             name: value
             for name in ("fps", "num_frames", "min_frames", "max_frames")
@@ -250,20 +262,24 @@ class VideoProcessor:
         if options.total_pixels is not None:
             if options.total_pixels < self.min_pixels:
                 raise OptionError(
-                    f"{option('total_pixels')} is {options.total_pixels}; the model's own least is {self.min_pixels}."
+                    f"{option('total_pixels')} is {options.total_pixels}; the model's minimum is {self.min_pixels}."
                 )
             changes["max_pixels"] = options.total_pixels
         return dataclasses.replace(self, **changes)
 
     @property
     def factor(self) -> int:
-        """Edge in pixels of the block that becomes one token."""
+        """Edge length, in pixels, of the square of a frame that becomes one token."""
         return self.patch_size * self.merge_size
 
     def sample(self, total: int, fps: float) -> list[int]:
-        """The numbers of the frames to take of `total`, of which `fps` are shown a second; they never decrease.
+        """Chooses the frames of a video: their numbers in ascending order, possibly with repetitions.
 
-        Source: ``Qwen3VLVideoProcessor.sample_frames``.
+        Source: ``Qwen3VLVideoProcessor.sample_frames`` in transformers.
+
+        Args:
+            total: number of frames of the video.
+            fps: frames per second of the video.
         """
         if not self.do_sample_frames:
             return list(range(total))
@@ -276,7 +292,17 @@ class VideoProcessor:
         return [int(index) for index in np.linspace(0, total - 1, count).round()]
 
     def target_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in pixels of the frames of a video after resizing; InputError if it has no place."""
+        """The size of a video's frames after resizing, (height, width) in pixels.
+
+        Args:
+            num_frames: number of chosen frames.
+            height: height of a frame in pixels.
+            width: width of a frame in pixels.
+
+        Raises:
+            InputError: the frames are too elongated, too few or too large, or, with do_resize off, not multiples of
+                `factor`.
+        """
         most = self.max_pixels
         if self.cap_pixels_per_frame:
             frame = min(self.max_video_tokens * self.factor**2, self.max_pixels // num_frames)
@@ -286,12 +312,12 @@ class VideoProcessor:
             size = video_size(num_frames, height, width, self.temporal_patch_size, self.factor, self.min_pixels, most)
         elif height % self.factor or width % self.factor:
             raise InputError(
-                f"Frames of {width}x{height} pixels are not multiples of {self.factor} and do_resize is off."
+                f"Frames of {width}x{height} pixels are not multiples of {self.factor}, and do_resize is off."
             )
         if num_frames * size[0] * size[1] > MAX_VIDEO_PIXELS:
             raise InputError(
-                f"{num_frames} frames of {size[1]}x{size[0]} pixels are more than {MAX_VIDEO_PIXELS} pixels together.",
-                f"Take fewer frames, or give {option('total_pixels')}.",
+                f"{num_frames} frames of {size[1]}x{size[0]} pixels have more than {MAX_VIDEO_PIXELS} pixels together.",
+                f"Take fewer frames, or limit their size with {option('total_pixels')}.",
             )
         return size
 
@@ -299,12 +325,12 @@ class VideoProcessor:
         """Reads a video and converts it.
 
         Args:
-            source: see `open_clip`.
-            options: instead of the settings.
+            source: video as `open_clip` accepts it.
+            options: frame and size options; None for the processor's own settings.
 
         Raises:
             InputError: the video cannot be used.
-            OptionError: the options do not fit the settings or this kind of video.
+            OptionError: the options do not fit the processor's settings or this kind of video.
         """
         started = time.perf_counter()
         options = options or VideoOptions()
@@ -313,24 +339,27 @@ class VideoProcessor:
             if clip.sampled:
                 for name in ("num_frames", "min_frames", "max_frames"):
                     if getattr(options, name) is not None:
-                        raise OptionError(f"{name} has no effect on {clip.name}: all of them are taken.")
+                        raise OptionError(f"{option(name)} has no effect on {clip.name}: all of them are used.")
                 indices = list(range(len(clip.times)))
             else:
                 indices = chosen.sample(len(clip.times), clip.fps)
             if len(indices) > MAX_FRAMES:
-                raise InputError(f"{clip.name}: {len(indices)} frames are too many; at most {MAX_FRAMES} are taken.")
+                raise InputError(f"{clip.name}: {len(indices)} frames are too many; at most {MAX_FRAMES} are accepted.")
             pixels, grid = chosen._patches(clip, indices)
             stamps = chosen._timestamps([clip.times[index] for index in indices])
         return ProcessedVideo(pixels, grid, stamps, tuple(indices), time.perf_counter() - started)
 
     def _timestamps(self, times: list[float]) -> tuple[float, ...]:
-        # transformers/models/qwen3_vl/processing_qwen3_vl.py _calculate_timestamps
+        # As _calculate_timestamps in transformers/models/qwen3_vl/processing_qwen3_vl.py.
         size = self.temporal_patch_size
         times = times + times[-1:] * (-len(times) % size)
         return tuple((times[first] + times[first + size - 1]) / 2 for first in range(0, len(times), size))
 
     def _patches(self, clip: Clip, indices: list[int]) -> tuple[npt.NDArray[np.float32], tuple[int, int, int]]:
-        """float32 [T*H*W, C*t*p*p] and (T, H, W); frame by frame, so that only one is alive beside the result."""
+        """The patches, float32 [T*H*W, C*t*p*p], and the grid (T, H, W) of the chosen frames.
+
+        Frames are processed one by one, so that only one is in memory beside the result.
+        """
         height, width = self.target_size(len(indices), clip.height, clip.width)
         patch, merge, depth = self.patch_size, self.merge_size, self.temporal_patch_size
         grid = (math.ceil(len(indices) / depth), height // patch, width // patch)
@@ -348,10 +377,10 @@ class VideoProcessor:
         return out.reshape(math.prod(grid), -1), grid
 
     def _level_values(self) -> npt.NDArray[np.float32]:
-        """The float of each of the 256 uint8 levels, float32 [3, 256]: rescaling and normalizing as one lookup.
+        """Lookup table that rescales and normalizes: float32 [3, 256], the value of each uint8 level per channel.
 
-        As in transformers/image_processing_backends.py, mean and deviation take up the rescaling where both are done,
-        all in float32; the image processor rescales first, which rounds otherwise.
+        If both are done, mean and deviation are rescaled instead of the pixels, all in float32, as in
+        transformers/image_processing_backends.py. The image processor rescales the pixels, which rounds differently.
         """
         levels = np.tile(np.arange(256, dtype=np.float32), (3, 1))
         mean = np.array(self.image_mean, np.float32)[:, None]

@@ -1,7 +1,7 @@
-"""Opens one video (a file, its bytes, or a folder or list of pictures) and hands out the frames that are asked for.
+"""Opens one video (a file, its bytes, or a folder or list of images) and decodes chosen frames.
 
-A file is never decoded whole: its packets are listed first, which tells when each frame is shown, and only what is
-needed is decoded, from the nearest key frame on. One decoded frame is held at a time, whatever the video's length.
+A file is never decoded whole: listing its packets gives the time of each frame, and only what is needed is decoded,
+starting at the nearest key frame. At most one decoded frame is kept in memory, whatever the video's length.
 """
 
 from __future__ import annotations
@@ -20,36 +20,37 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vlpack.errors import InputError
+from vlpack.errors import InputError, option
 from vlpack.preprocess.image_source import ImageSource, load_image
 
 VideoSource: TypeAlias = "str | os.PathLike[str] | bytes | Sequence[ImageSource] | npt.NDArray[np.uint8]"
-"""What `open_clip` takes: a video file or folder of pictures, a file's bytes, or frames as a list or array."""
+"""The types of video that `open_clip` accepts: path of a video file or of a folder of images, bytes of a video file, or
+frames as a list or array."""
 
 MAX_FRAME_PIXELS = 2**26
-"""Most pixels of a frame that is decoded: twice an 8K frame's."""
+"""Maximum pixels of a frame that is decoded: twice those of an 8K frame."""
 
 MAX_PACKETS = 2**22
-"""Most frames that a file may have: 19 hours at 60 a second."""
+"""Maximum frames of a video file: 19 hours at 60 frames per second."""
 
-_MAX_HIDDEN = 16  # packets in a row that need not become frames
+_MAX_HIDDEN = 16  # packets in a row that may yield no frame
 
-# Containers that are one file. Playlists are none: they would make the decoder open whatever they name.
+# Containers that are a single file. Playlists are left out: they would make the decoder open whatever they name.
 _FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,gif,ivf,m4v,h264,hevc"
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif", ".avif", ".jp2")
-_HINT = "Give a video file, a folder of pictures or a list of frames."
+_HINT = "Give a video file, a folder of images or a list of frames."
 
 
 class Clip(Protocol):
-    """A video that is open.
+    """An open video.
 
     Attributes:
-        height: of its frames as they are shown, pixels.
-        width: likewise.
-        fps: frames a second, on average.
-        times: when each frame is shown, in seconds from the first one's; as many as there are frames.
-        sampled: whether somebody has chosen these frames already, so that none are left out.
-        name: for messages.
+        height: height of the upright frames in pixels.
+        width: width of the upright frames in pixels.
+        fps: average frames per second.
+        times: time of each frame, in seconds from the first frame.
+        sampled: whether the frames were already chosen by the user, so that all of them are used.
+        name: name of the video in error messages.
     """
 
     height: int
@@ -60,27 +61,36 @@ class Clip(Protocol):
     name: str
 
     def frames(self, indices: Iterable[int]) -> Iterator[npt.NDArray[np.uint8]]:
-        """The frames of these numbers, which never decrease, each uint8 [H, W, 3]; InputError for a damaged one."""
+        """Yields the frames with the given numbers, each uint8 [H, W, 3].
+
+        Args:
+            indices: numbers of frames, which never decrease.
+
+        Raises:
+            InputError: a frame is damaged.
+        """
         ...
 
 
 @contextlib.contextmanager
 def open_clip(source: VideoSource, fps: float | None = None) -> Iterator[Clip]:
-    """Opens a video.
+    """Opens a video; a context manager that closes it.
 
     Args:
-        source: path of a video file or of a folder of pictures (taken in the order of their names, numbers in them
-            counted as numbers), the bytes of a video file, or a list of frames, each anything that `load_image` takes.
-        fps: how many frames a second a folder or list has, which must be given for one; a file tells itself.
+        source: path of a video file; path of a folder of images, which are used in the natural order of their names (2
+            before 10); bytes of a video file; or a list of frames, each of which may be anything that `load_image`
+            accepts.
+        fps: frames per second of a folder or list of images, for which it is required; ignored for a file.
 
     Raises:
-        InputError: it is not there, damaged, too large, of an unknown format, or has no picture.
+        InputError: the video is missing, damaged, too large, of an unknown format, or has no frames.
     """
     pictures = _pictures(source)
     if pictures is not None:
         if fps is None:
             raise InputError(
-                "Frames that come as pictures do not tell when they were taken.", "Give fps: frames a second."
+                "A video given as images does not say how many of them are shown per second.",
+                f"Give their number per second with {option('fps')}.",
             )
         yield PictureClip(pictures, fps)
         return
@@ -97,7 +107,7 @@ def open_clip(source: VideoSource, fps: float | None = None) -> Iterator[Clip]:
 
 
 def _pictures(source: VideoSource) -> Sequence[ImageSource] | None:
-    """The frames of a folder, list or array; None for a file."""
+    """The images of a video that is a folder, list or array; None if the video is a file."""
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 4:
             raise InputError(
@@ -113,7 +123,7 @@ def _pictures(source: VideoSource) -> Sequence[ImageSource] | None:
     path = os.fspath(source)
     if "\0" in path or not os.path.lexists(path):
         if re.match(r"[a-z]{2,}:", path, re.IGNORECASE):
-            raise InputError("Videos are not fetched from URLs.", "Download it, and give the file's path.")
+            raise InputError("Videos are not fetched from URLs.", "Download the video and give the path of the file.")
         raise InputError(f"There is no video file {path[:200]!r}.", _HINT)
     if not os.path.isdir(path):
         return None
@@ -122,7 +132,7 @@ def _pictures(source: VideoSource) -> Sequence[ImageSource] | None:
         key=_natural,
     )
     if not names:
-        raise InputError(f"{path} has no pictures ({', '.join(_PICTURES)}).", _HINT)
+        raise InputError(f"The folder {path} has no images ({', '.join(_PICTURES)}).", _HINT)
     return [os.path.join(path, name) for name in names]
 
 
@@ -130,7 +140,10 @@ _PARTS = re.compile(r"([0-9]+)")
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """Sorts 2.png before 10.png. Only ASCII digits are numbers: ² is a digit for Python, and not one for ``int``."""
+    """Sort key that puts 2.png before 10.png.
+
+    Only ASCII digits count as numbers: ``str.isdigit`` is true for ², which ``int`` refuses.
+    """
     parts = [(bool(_PARTS.fullmatch(part)), part) for part in _PARTS.split(name)]
     return [(number, int(part) if number else 0, part) for number, part in parts]
 
@@ -145,13 +158,13 @@ def _open_file(path: str) -> IO[bytes]:
 
 
 class PictureClip:
-    """Frames that are pictures already; `Clip` says what it has."""
+    """A video given as images, one per frame; an implementation of `Clip`."""
 
     sampled = True
 
     def __init__(self, pictures: Sequence[ImageSource], fps: float) -> None:
         if not len(pictures):
-            raise InputError("A video without frames.", _HINT)
+            raise InputError("The video has no frames.", _HINT)
         self._pictures = pictures
         self._first = self._load(0)
         self.height, self.width = self._first.height, self._first.width
@@ -165,22 +178,22 @@ class PictureClip:
             raise InputError(f"Frame {number + 1}: {error.message}", error.hint) from error
 
     def frames(self, indices: Iterable[int]) -> Iterator[npt.NDArray[np.uint8]]:
-        """See `Clip`."""
+        """Yields the frames with the given numbers, as `Clip.frames` specifies."""
         for index in indices:
             picture = self._load(index) if index else self._first
             if picture.size != self._first.size:
                 raise InputError(
-                    f"Frame {index + 1} has {picture.width}x{picture.height} pixels, the first one "
+                    f"Frame {index + 1} has {picture.width}x{picture.height} pixels, but the first one has "
                     f"{self.width}x{self.height}.",
-                    "All frames of a video must have one size.",
+                    "All frames of a video must have the same size.",
                 )
             yield np.asarray(picture)
 
 
 class FileClip:
-    """A video file in PyAV; `Clip` says what it has.
+    """A video file decoded with PyAV; an implementation of `Clip`.
 
-    Frames are turned upright as the file asks; a pixel's shape is not heeded, as in transformers.
+    Frames are rotated upright as the file specifies. As in transformers, the pixel aspect ratio is ignored.
     """
 
     sampled = False
@@ -191,11 +204,11 @@ class FileClip:
         with self._told():
             self._open()
             self._list_packets()
-            # in MPEG program streams most packets' times are made up from those before, and wrong after seeking
+            # In MPEG program streams most packet times are derived from earlier packets, and are wrong after seeking.
             self._seekable = bool(self._keys) and self._container.format.name != "mpeg"
-            self._passed = 0  # frames, where they are counted
-            self._at: Any = None  # the frame that was asked for last
-            self._ahead: Any = None  # one that was decoded beyond it
+            self._passed = 0  # number of decoded frames, where frames are found by counting
+            self._at: Any = None  # the frame that was returned last
+            self._ahead: Any = None  # a frame that was decoded beyond it
             self._from_the_beginning()
             first = next(self._upright([0]))
         self.height, self.width = first.shape[:2]
@@ -205,7 +218,7 @@ class FileClip:
         av, name = _av(), self.name
         self._stack.close()
         self._file.seek(0)
-        # No protocols: whatever else a file might name, it does not get opened.
+        # Without protocols, the decoder cannot open anything that the file names.
         options = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
         self._container = self._stack.enter_context(av.open(self._file, mode="r", options=options))
         streams = self._container.streams.video
@@ -214,41 +227,41 @@ class FileClip:
         self._stream = streams[0]
         codec = self._stream.codec_context
         if codec is None:
-            raise InputError(f"{name} is of a kind of video that cannot be decoded here.", _HINT)
+            raise InputError(f"{name} uses a video codec that the installed PyAV cannot decode.", "Convert it first.")
         if codec.width * codec.height > MAX_FRAME_PIXELS:
             raise InputError(
                 f"{name} has {codec.width}x{codec.height} pixels; at most {MAX_FRAME_PIXELS} are decoded.",
                 "Scale it down first.",
             )
         self._stream.thread_type = "AUTO"
-        codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # where frames grow on the way
+        codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # for files whose frames become larger later on
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Closes the decoder."""
         self._stack.close()
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Errors of the decoder as sentences."""
+        """Turns errors of the decoder into an InputError that names the file."""
         try:
             yield
         except InputError:
             raise
-        except Exception as error:  # PyAV has an error for each of FFmpeg's, and its own for what a file lacks
+        except Exception as error:  # PyAV has a class for each FFmpeg error, and raises Python's own classes too
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            if isinstance(error, IndexError):  # PyAV's for a packet of a track that was not there at the beginning
-                reason = "its tracks change on the way"
+            if isinstance(error, IndexError):  # raised for a packet of a track that did not exist at the start
+                reason = "its tracks change within the file"
             raise InputError(f"{self.name} is not a video that can be read, or is damaged: {reason}.", _HINT) from error
 
     def _list_packets(self) -> None:
-        """When frames are shown: from their packets, so that nothing has to be decoded."""
+        """Reads the time of every frame from the packets, without decoding anything."""
         stamps: list[int | None] = []
         keys: list[int] = []
         dropped = 0
         for packet in self._container.demux(self._stream):
-            if packet.size == 0:  # the end
+            if packet.size == 0:  # end of the stream
                 continue
-            if packet.is_discard:  # cut away by the container's edit list
+            if packet.is_discard:  # cut off by the container's edit list
                 dropped += 1
                 continue
             stamps.append(packet.pts)
@@ -264,7 +277,7 @@ class FileClip:
         if not stamps:
             raise InputError(f"{self.name} has no frames.", _HINT)
         known = [stamp for stamp in stamps if stamp is not None]
-        # Without every time (raw streams, some AVI) frames are counted, as transformers counts always.
+        # If times are missing (raw streams, some AVI files), frames are found by counting, as transformers always does.
         self._stamps = sorted(known) if len(set(known)) == len(stamps) else []
         self._keys = sorted(keys)
         self._count = len(stamps)
@@ -278,27 +291,29 @@ class FileClip:
         else:
             self.fps = float(rate or self._stream.guessed_rate or 25)
         counted = [number / self.fps for number in range(self._count)]
-        # At a constant rate the number says it exactly where the container rounds, and as transformers says it.
+        # At a constant rate, number / fps is exact where the container rounds, and is the time that transformers uses.
         constant = all(abs(time - count) <= 2e-3 for time, count in zip(shown, counted, strict=False))
         self.times: Sequence[float] = counted if constant or not shown else shown
 
     def frames(self, indices: Iterable[int]) -> Iterator[npt.NDArray[np.uint8]]:
-        """See `Clip`."""
+        """Yields the frames with the given numbers, as `Clip.frames` specifies."""
         with self._told():
             for frame in self._upright(indices):
                 if frame.shape != self._shape:
-                    raise InputError(f"{self.name} changes the size of its frames on the way.", "Convert it first.")
+                    raise InputError(
+                        f"{self.name} has frames of different sizes.", "Convert it to a video of one frame size."
+                    )
                 yield frame
 
     def _upright(self, indices: Iterable[int]) -> Iterator[npt.NDArray[np.uint8]]:
         for index in indices:
             frame = self._by_time(self._stamps[index]) if self._stamps else self._by_number(index)
-            # counterclockwise degrees, as numpy turns
+            # PyAV gives counterclockwise degrees, and rot90 rotates counterclockwise
             turns = round(frame.rotation / 90) % 4
             yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns))
 
     def _by_time(self, stamp: int) -> Any:
-        """The frame that is shown at a time: the last one that begins no later."""
+        """Decodes the frame that is shown at a time stamp: the last frame that starts no later."""
         if self._at is None or self._at.pts < stamp:
             key = self._keys[bisect.bisect_right(self._keys, stamp) - 1] if self._keys else self._stamps[0]
             if self._seekable and (self._at is None or self._at.pts < key <= stamp):
@@ -309,12 +324,12 @@ class FileClip:
                 break
             self._at, self._ahead = self._ahead, None
         if self._at is None and self._seekable:
-            # the container cannot be sought in as it should: from the beginning, and never again
+            # Seeking does not work in this container: decode from the beginning, and do not seek again.
             self._seekable = False
             self._from_the_beginning()
             return self._by_time(stamp)
         shown = self._at or self._ahead
-        # Packets need not become frames (some codecs hide a few); where many do not, the file is damaged.
+        # Some codecs yield no frame for a few packets; if many packets yield none, the file is damaged.
         if shown is None or self._number(stamp) - self._number(shown.pts) > _MAX_HIDDEN:
             raise InputError(f"{self.name} is damaged: its frame {self._number(stamp) + 1} cannot be decoded.")
         return shown
@@ -330,19 +345,24 @@ class FileClip:
         return self._at
 
     def _seek(self, key: int) -> None:
-        """Go on with a key frame, at this time or before."""
+        """Continues decoding at the last key frame whose time is at most ``key``."""
         self._container.seek(key, stream=self._stream, backward=True)
         self._decoded, self._at, self._ahead = self._decode(key), None, None
 
     def _from_the_beginning(self) -> None:
-        # by opening the file again: not every container can be sought in
+        # Opens the file again, because not every container supports seeking.
         self._open()
         self._decoded, self._at, self._ahead = self._decode(None), None, None
 
     def _decode(self, key: int | None) -> Iterator[Any]:
-        """The frames from here on; after seeking, from the first key frame on, and none if that is beyond ``key``.
+        """Yields the frames from the current position on.
 
-        Seeking may end anywhere in some containers, and what is decoded without its key frame is not the picture.
+        Some containers seek to an arbitrary packet, and frames that are decoded without their key frame are wrong. So
+        after seeking, packets before the first key frame are skipped.
+
+        Args:
+            key: time of the key frame that was sought, None without seeking. There are no frames if the first key frame
+                is later, or is not one of those that were listed.
         """
         for packet in self._container.demux(self._stream):
             if key is not None:
@@ -358,5 +378,5 @@ def _av() -> Any:
     try:
         import av
     except ImportError as error:
-        raise InputError(f"Videos need PyAV, which cannot be loaded: {error}.", "pip install av") from None
+        raise InputError(f"Videos need PyAV, which cannot be loaded: {error}.", "Run pip install av.") from None
     return av

@@ -1,1 +1,1 @@
-"""A package in memory that answers: the stock onnxruntime-genai, conversations, vectors and scores."""
+"""Runs packages: answers and conversations with the stock onnxruntime-genai, embeddings and scores with onnxruntime."""

@@ -1,4 +1,4 @@
-"""What a package answers, as it comes, and what that took."""
+"""Answers of a package: the text as a stream, the finished answer, and its statistics."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from vlpack.system import peak_memory_bytes
 
 @dataclass
 class Stats:
-    """What an answer took: seconds, tokens, bytes.
+    """Statistics of an answer: numbers of tokens, seconds, and bytes of peak memory.
 
-    What was not measured is None: preprocessing of a prompt that was ready, and, with images whose features the runtime
-    makes (``vision_provider="runtime"``), how the time up to the first token divides into vision and prefill, unless
-    ``timing`` was asked for. ``video_seconds`` is what reading and resizing videos took, and a part of preprocessing.
-    ``reused_tokens`` of the prompt were in the cache already, from earlier turns of a conversation.
+    A time that was not measured is None. ``preprocess_seconds`` is None for a prompt that was already made. If the
+    runtime encodes the images (``vision_provider="runtime"``), ``vision_seconds`` and ``prefill_seconds`` are measured
+    only with ``timing=True``. ``video_seconds``, the time for reading and resizing videos, is a part of
+    ``preprocess_seconds``. ``reused_tokens`` is the number of prompt tokens that were already in the key/value cache
+    from earlier turns of a conversation.
     """
 
     prompt_tokens: int = 0
@@ -40,7 +41,7 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding, the first token not counted."""
+        """Decoding speed in tokens per second, without the first token."""
         return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
 
@@ -49,11 +50,11 @@ class Answer:
     """A finished answer.
 
     Attributes:
-        text: without special tokens.
-        tokens: as they were generated, an end token included.
-        finish_reason: ``stop`` (the model ended, or came to one of the texts to stop at), ``length`` (max_tokens or the
-            context's end was reached), ``interrupted`` (the stream was left before), or ``failed``.
-        stats: what it took.
+        text: text of the answer without special tokens.
+        tokens: ids of all generated tokens, including the end token.
+        finish_reason: ``stop`` (the model ended the answer, or a stop text occurred), ``length`` (max_tokens or the end
+            of the context was reached), ``interrupted`` (the stream was closed early), or ``failed``.
+        stats: statistics of the answer.
     """
 
     text: str
@@ -63,12 +64,12 @@ class Answer:
 
 
 class Begun(NamedTuple):
-    """A generator that has seen a prompt and made the first token of the answer.
+    """A generator of the runtime that has processed a prompt and generated the first token of the answer.
 
     Attributes:
-        generator: of the runtime.
-        vision_seconds: what looking at images took; None where it was not measured.
-        reused_tokens: of the prompt that it had seen before.
+        generator: the generator.
+        vision_seconds: seconds spent on encoding images; None if it was not measured.
+        reused_tokens: number of prompt tokens that were already in the generator's cache.
     """
 
     generator: og.Generator
@@ -77,19 +78,21 @@ class Begun(NamedTuple):
 
 
 class AnswerStream(Iterator[str]):
-    """Iterates over the answer's text; `answer` is complete when it ends. Leaving early frees the runtime's state.
+    """An iterator over the pieces of an answer's text. Closing it early frees the runtime's memory.
 
-    `prompt` is what is answered.
+    Attributes:
+        answer: the answer so far; it is complete when the iterator ends.
+        prompt: the prompt that is answered.
 
     Args:
-        prompt: what is answered.
-        begin: shows it to the runtime.
-        text: of the package's tokenizer.
-        ends: tokens that end an answer.
-        max_tokens: of the answer at most; fewer where the generator has no room for them.
-        preprocess_seconds: what making the prompt took.
-        ended: told the answer when the stream ends, however it does, if it was begun at all.
-        stop: texts that end an answer, which does not have them.
+        prompt: the prompt to answer.
+        begin: function that makes the runtime process the prompt.
+        text: decoder from the package's tokenizer.
+        ends: ids of the tokens that end an answer.
+        max_tokens: maximum number of tokens of the answer; it is shorter if the generator's cache fills up first.
+        preprocess_seconds: seconds spent on making the prompt; None if it was already made.
+        ended: called with the answer when a started stream ends for any reason.
+        stop: texts at which the answer ends; the text of the answer does not include them.
     """
 
     def __init__(
@@ -116,11 +119,11 @@ class AnswerStream(Iterator[str]):
     def __next__(self) -> str:
         try:
             return next(self._pieces)
-        except RuntimeError as error:  # onnxruntime-genai's only kind
+        except RuntimeError as error:  # the only error class of onnxruntime-genai
             raise PackageError(f"The runtime failed: {str(error).strip()[:500]}") from error
 
     def close(self) -> None:
-        """Stop, and free the runtime's state."""
+        """Stops the answer and frees the runtime's memory."""
         self._pieces.close()
 
     def _run(
@@ -134,7 +137,7 @@ class AnswerStream(Iterator[str]):
         try:
             yield from self._tokens(begin, text, ends, max_tokens)
         except (GeneratorExit, KeyboardInterrupt):
-            raise  # the answer stands as far as it came
+            raise  # the answer so far is kept
         except BaseException:
             self.answer.finish_reason = "failed"
             raise

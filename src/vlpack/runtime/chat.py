@@ -1,9 +1,9 @@
-"""A conversation with a package: images and videos in any turn, and nothing computed twice that need not be.
+"""A conversation with a package, with images and videos in any turn and reuse of the key/value cache.
 
-Each turn's prompt is the whole conversation, as transformers has it. What the runtime's generator has seen of it stays
-in its cache: the generator is taken back to where the two differ and shown the rest. A new image needs a new generator,
-since the runtime takes images at its beginning only; features of images seen before are kept by the vision encoder
-(`vlpack.runtime.vision`).
+The prompt of each turn is the whole conversation, as in transformers. The runtime's generator is rewound to the first
+token at which its sequence and the new prompt differ, and processes only the rest. A turn with a new image needs a new
+generator, since the runtime accepts images only at the start; the vision encoder (`vlpack.runtime.vision`) keeps the
+features of earlier images.
 """
 
 from __future__ import annotations
@@ -39,24 +39,26 @@ if TYPE_CHECKING:
     from vlpack.runtime.model import Model
 
 SPARE = 1024
-"""Tokens, at least, that a generator's cache has beyond what is needed; half of what is needed, if that is more.
+"""Minimum spare tokens in a generator's cache for later turns; half of the needed tokens are spared if that is more.
 
-The runtime fills all of it with zeros when it is made, so that room takes memory; without any, all is computed again.
+The runtime fills the whole cache with zeros when it is made, so spare room takes memory; without it, the next turn
+would compute the whole conversation again.
 """
 MEMORY_SHARE = 0.5
-"""Of this machine's memory, what the cache of a conversation may take."""
+"""Maximum share of this machine's memory for the cache of a conversation."""
 
 
 @dataclass
 class Turn:
-    """A question and its answer.
+    """One turn of a conversation: a question and its answer.
 
     Attributes:
-        user: the message, with images and videos as they were given.
-        assistant: the message; ``reasoning_content`` is what a thinking model wrote before it.
-        tokens: of both in the prompt of a later turn, so without reasoning where the template leaves it out.
-        images: what the image processor made of them, when they came: a file may change later.
-        videos: likewise.
+        user: message of the user, with images and videos as they were given.
+        assistant: message of the model; ``reasoning_content`` is what a thinking model wrote before its answer.
+        tokens: number of tokens of both messages in the prompt of a later turn, so without reasoning if the chat
+            template leaves it out.
+        images: the processed images, kept because a file may change later.
+        videos: the processed videos, kept for the same reason.
     """
 
     user: Message
@@ -67,28 +69,28 @@ class Turn:
 
 
 _NOTHING = Turn({"role": "user", "content": "?"})
-"""A question to come, for counting what stands before it."""
+"""A placeholder for the next question, used to count the tokens before it."""
 
 
 class Chat:
-    """A conversation with a package. Make it with `Model.chat`.
+    """A conversation with a package, made by `Model.chat`.
 
     Args:
-        model: the package.
-        system: the system message.
-        max_tokens: of an answer at most.
-        sampling: how tokens are chosen.
-        video_options: how videos are looked at whose parts do not say it themselves.
-        context: tokens of the conversation and an answer at most; by default what the model's context and half of this
-            machine's memory allow.
-        allow_private_urls: let image URLs lead to this machine or its network.
-        messages: a conversation to go on with, such as `saved` gave: an optional system message, then questions and
-            answers in turn.
-        **variables: of the chat template (``enable_thinking`` …).
+        model: the loaded package.
+        system: system message.
+        max_tokens: maximum number of tokens of an answer.
+        sampling: how the next token is chosen.
+        video_options: frame and size options for videos whose message parts have none.
+        context: maximum number of tokens of the conversation with an answer; by default what the model's context and
+            half of this machine's memory allow.
+        allow_private_urls: whether image URLs may lead to this machine or its private network.
+        messages: conversation to continue, such as `Chat.messages` of an earlier one: an optional system message,
+            followed by alternating questions and answers.
+        **variables: variables of the chat template, such as ``enable_thinking``.
 
     Raises:
-        InputError: messages are of another form.
-        OptionError: an option is out of its range.
+        InputError: the messages do not have this form.
+        OptionError: an option is out of range.
     """
 
     def __init__(
@@ -112,23 +114,25 @@ class Chat:
         self._options = model.search_options(sampling)
         self._video_options, self._variables = video_options, variables
         if messages:
-            normalize_messages(messages)  # anybody may have written them
+            normalize_messages(messages)  # checks them: they may come from an untrusted file
         messages = list(messages)
         if messages and messages[0]["role"] == "system":
             if system is not None:
-                raise InputError("There are two system messages.", "Leave one away.")
+                raise InputError(
+                    "There are two system messages: one in the messages, and one given separately.", "Leave one out."
+                )
             system = _text_of(messages.pop(0))
         self.turns: list[Turn] = []
         self._stream: AnswerStream | None = None
         self._generator: og.Generator | None = None
         self._capacity = 0
-        self._shown: list[Any] = []  # images and videos that the generator has seen
+        self._shown: list[Any] = []  # images and videos that the generator has processed
         self.system = system
         self._resume(messages)
 
     @property
     def system(self) -> str | None:
-        """The system message; a new one counts from the next question on."""
+        """The system message; a change takes effect with the next question."""
         return self._system
 
     @system.setter
@@ -144,33 +148,35 @@ class Chat:
 
     @property
     def messages(self) -> list[Message]:
-        """The conversation so far, in OpenAI's form, images and videos as they were given."""
+        """The conversation so far in OpenAI's format, with images and videos as they were given."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, *(message for turn in self.turns for message in (turn.user, turn.assistant))]
 
     @property
     def tokens(self) -> int:
-        """Of the conversation so far, with the system message."""
+        """Number of tokens of the conversation so far, including the system message."""
         return self._empty + sum(turn.tokens for turn in self.turns)
 
     def ask(self, text: str, images: Sequence[ImageSource] = (), videos: Sequence[VideoSource] = ()) -> Answer:
-        """The whole answer; arguments as for `stream`."""
+        """Answers a question and returns the whole answer; the arguments are those of `stream`."""
         stream = self.stream(text, images, videos)
         for _ in stream:
             pass
         return stream.answer
 
     def stream(self, text: str, images: Sequence[ImageSource] = (), videos: Sequence[VideoSource] = ()) -> AnswerStream:
-        """The answer as it is made, piece by piece. An answer that is left early stays in the conversation as it is.
+        """Answers a question and returns the answer as a stream of text.
+
+        If the stream is closed early, the conversation keeps the answer so far.
 
         Args:
             text: the question.
-            images: files, URLs, bytes, PIL images or arrays, which the question is about.
-            videos: files, folders of pictures, or lists of frames.
+            images: images that the question is about, as paths, URLs, bytes, PIL images or arrays.
+            videos: videos that the question is about, as files, folders of images or lists of frames.
 
         Raises:
-            InputError: the question, an image or a video is not usable, or the conversation does not fit the context;
-                it stays as it was.
+            InputError: the question, an image or a video cannot be used, or the conversation does not fit the context.
+                The conversation is left unchanged.
         """
         check_sources(images, videos)
         self._settle()
@@ -182,7 +188,7 @@ class Chat:
         started = time.perf_counter()
         turn = self._looked_at({"role": "user", "content": content}, {})
         prompt = self._prompt([*self.turns, turn])
-        turn.videos = [video._replace(seconds=0.0) for video in turn.videos]  # told once
+        turn.videos = [video._replace(seconds=0.0) for video in turn.videos]  # count the time in this turn only
         seconds = time.perf_counter() - started
         length = prompt.input_ids.size
         if length >= self.context:
@@ -213,10 +219,13 @@ class Chat:
         return self._stream
 
     def drop(self, count: int = 1) -> None:
-        """Forget the oldest turns.
+        """Removes the oldest turns from the conversation.
+
+        Args:
+            count: number of turns to remove.
 
         Raises:
-            OptionError: there are not so many.
+            OptionError: the conversation has fewer turns.
         """
         self._settle()
         if type(count) is not int or not 1 <= count <= len(self.turns):
@@ -224,12 +233,12 @@ class Chat:
         self.turns = self.turns[count:]
 
     def reset(self) -> None:
-        """Forget all turns; the system message stays."""
+        """Removes all turns from the conversation and keeps the system message."""
         self._settle()
         self.turns, self._generator, self._shown = [], None, []
 
     def warning(self) -> str | None:
-        """That the next answer may not fit, and what could be dropped; None while there is room."""
+        """A warning that the next answer may not fit the context, with turns to drop; None while there is room."""
         left = self.context - self.tokens
         if not self.turns or left > self.max_tokens:
             return None
@@ -239,7 +248,7 @@ class Chat:
         )
 
     def _keep(self, turn: Turn) -> None:
-        # counted alone: the whole conversation with each of its turns would take the square of its length
+        # Counted by itself: counting the whole conversation after each turn would take quadratic time.
         turn.tokens = self._prompt([turn, _NOTHING]).input_ids.size - self._empty
         self.turns.append(turn)
 
@@ -254,7 +263,7 @@ class Chat:
             yield from turn.videos
 
     def _looked_at(self, user: Message, assistant: Message) -> Turn:
-        """A turn whose images and videos are processed."""
+        """A turn of these messages, with its images and videos processed."""
         builder = self.model.prompts
         conversation = normalize_messages([user, assistant] if assistant else [user])
         images = [builder.processed_image(_given(image), self.allow_private_urls) for image in conversation.images]
@@ -281,18 +290,18 @@ class Chat:
         needed = len(ids) + room
         alike = len(seen) == len(self._shown) and all(map(lambda a, b: a is b, seen, self._shown))
         if generator is not None and alike and needed <= self._capacity:
-            cached = np.asarray(generator.get_sequence(0))[:-1]  # the last token is sampled, and not computed yet
+            cached = np.asarray(generator.get_sequence(0))[:-1]  # the last token is sampled but not in the cache yet
             shared = min(len(cached), len(ids) - 1)
             differs = np.flatnonzero(cached[:shared] != ids[:shared])
             keep = int(differs[0]) if len(differs) else shared
             places = np.flatnonzero(ids == self.model.prompts.image_token_id)
             if keep > (places[-1] if len(places) else 0):
-                self._generator = generator  # of which stands, after Control-C, what was computed before
+                self._generator = generator  # set first: after Control-C its computed part is still valid
                 generator.rewind_to(keep)
                 append(generator, prompt.input_ids[:, keep:], self._options)
                 generator.generate_next_token()
                 return Begun(generator, 0.0, keep)
-        del generator  # its cache goes before another one comes
+        del generator  # free its cache before the next one is allocated
         capacity = min(self.context, needed + max(needed // 2, SPARE))
         begun = self.model.begin(prompt, {**self._options, "max_length": capacity})
         self._generator, self._capacity, self._shown = begun.generator, capacity, seen
@@ -302,7 +311,7 @@ class Chat:
         roles = [message.get("role") for message in messages]
         if roles != ["user", "assistant"] * (len(roles) // 2):
             raise InputError(
-                "A conversation to go on with has questions and answers in turn, of the roles user and assistant, "
+                "A conversation to continue must have questions and answers in turn, of the roles user and assistant, "
                 f"after the system message; this one has {', '.join(map(str, roles[:6]))}{' …' * (len(roles) > 6)}."
             )
         for user, assistant in zip(messages[::2], messages[1::2], strict=True):
@@ -311,7 +320,7 @@ class Chat:
             self._keep(turn)
 
     def _too_long(self, length: int) -> InputError:
-        said = f"The conversation would have {length} tokens; {self.context} is the most, with the answer."
+        said = f"The conversation would have {length} tokens; {self.context} is the most, including the answer."
         if not self.turns:
             return InputError(said, "Shorten the question, or make images and videos smaller.")
         return InputError(said, self._could_be_dropped())
@@ -322,7 +331,7 @@ class Chat:
             seen = [(len(turn.images), "image"), (len(turn.videos), "video")]
             what = "".join(f", {count} {name}{'s' * (count > 1)}" for count, name in seen if count)
             listed.append(f"turn {number} ({turn.tokens} tokens{what})")
-        return f"Could be dropped, the oldest first: {', '.join(listed)}."
+        return f"Turns that could be dropped, the oldest first: {', '.join(listed)}."
 
 
 def _tokens_in_memory(model: Model) -> int:
@@ -339,13 +348,13 @@ def _given(source: Any) -> Any:
 def _text_of(message: Message) -> str:
     conversation = normalize_messages([message])
     if conversation.images or conversation.videos:
-        raise InputError("The system message has images or videos.", "Give them with the first question.")
+        raise InputError("The system message has images or videos.", "Put them into the first question.")
     content = conversation.messages[0].get("content", "")
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _without_sources(message: Message) -> dict[str, Any]:
-    """For the prompt: the sources are processed, and given in order."""
+    """A copy of a message whose image and video parts have no sources, which are given to the prompt separately."""
     (plain,) = normalize_messages([message]).messages
     if isinstance(plain.get("content"), list):
         plain["content"] = [

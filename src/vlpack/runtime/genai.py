@@ -1,4 +1,7 @@
-"""The stock onnxruntime-genai, or a sentence where it is not installed: building and inspecting do without it."""
+"""Imports onnxruntime-genai as ``og``, with a clear error if it is not installed.
+
+Building and inspecting packages work without it.
+"""
 
 from vlpack.errors import PackageError
 
@@ -7,7 +10,7 @@ try:
 except ModuleNotFoundError:
     raise PackageError(
         "Running a package needs onnxruntime-genai, which is not installed.",
-        "pip install 'onnxruntime-genai>=0.18' (its wheels are for Python 3.11 and newer).",
+        "Run pip install 'onnxruntime-genai>=0.18' (its wheels are for Python 3.11 and newer).",
     ) from None
 
 __all__ = ["og"]

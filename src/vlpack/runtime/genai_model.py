@@ -1,4 +1,4 @@
-"""A package in the stock onnxruntime-genai: checked, loaded, and shown a prompt."""
+"""Checks a package, loads it into onnxruntime-genai, and creates generators."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from vlpack.runtime.vision import STAND_IN, VisionEncoder, features_port
 from vlpack.tasks import GENERATE, check_package_task
 
 RUNTIME_NEEDED = (0, 18)
-"""onnxruntime-genai's first version that carries DeepStack's channel."""
+"""The first version of onnxruntime-genai that passes DeepStack's features from the vision encoder to the decoder."""
 
 SIZES = ("num_hidden_layers", "num_key_value_heads", "head_size")
 _INTEGERS = ("context_length", "vocab_size")
 
 RUNTIME = "runtime"
 VISION_PROVIDERS = ("cpu", RUNTIME)
-"""Where images are looked at: in a session of vlpack's on the CPU, or in onnxruntime-genai's own."""
+"""Where images are encoded: by vlpack in its own onnxruntime session on the CPU, or by onnxruntime-genai."""
 
 
 def open_package(folder: Path) -> LoadedFiles:
-    """The files of a whole package, which the runtime can run.
+    """Opens the files of a package that the runtime can run.
 
     Raises:
-        PackageError: it cannot, with what is wrong.
+        PackageError: the folder is not a complete package for generating text, or onnxruntime-genai is too old.
     """
     files = LoadedFiles(folder)
     check_package_task(folder, files.manifest, GENERATE)
@@ -43,21 +43,21 @@ def open_package(folder: Path) -> LoadedFiles:
         needed = ".".join(map(str, RUNTIME_NEEDED))
         raise PackageError(
             f"onnxruntime-genai {og.__version__} is too old: packages need {needed} or newer.",
-            f"pip install -U 'onnxruntime-genai>={needed}'",
+            f"Run pip install -U 'onnxruntime-genai>={needed}'.",
         )
     return files
 
 
 def read_config(folder: Path, files: Mapping[str, Any], graphs: Mapping[str, str]) -> dict[str, Any]:
-    """A package's genai_config.json, which anybody may have written.
+    """Reads and checks a package's genai_config.json, which is untrusted.
 
     Args:
-        folder: the package.
-        files: the manifest's.
-        graphs: part → file name.
+        folder: folder of the package.
+        files: ``files`` of the manifest.
+        graphs: file name of each part's graph.
 
     Raises:
-        PackageError: it cannot be read, or asks the runtime for what a package does not need.
+        PackageError: the file cannot be read, or asks the runtime for something that a package does not need.
     """
     path = folder / "genai_config.json"
     config = package_json(folder, path.name) if path.name in files else None
@@ -74,7 +74,7 @@ def read_config(folder: Path, files: Mapping[str, Any], graphs: Mapping[str, str
         objects = {"search": config.get("search", {})}
         for name in SECTIONS & model.keys():
             objects |= {f"{name}.inputs": model[name].get("inputs", {}), name: model[name]}
-            model[name]["filename"]  # which `check_config` has looked at
+            model[name]["filename"]  # must exist; `check_config` has checked its value
     except (KeyError, TypeError, AttributeError) as error:
         raise PackageError(f"{path} cannot be read: {error!r}.") from None
     for name, value in objects.items():
@@ -88,21 +88,21 @@ def read_config(folder: Path, files: Mapping[str, Any], graphs: Mapping[str, str
 
 
 def vision_encoder(files: LoadedFiles, model: dict[str, Any], threads: int, asked: str | None) -> VisionEncoder | None:
-    """The encoder in a session of its own, or None where the runtime runs it or there is none.
+    """The vision encoder in its own onnxruntime session; None if the runtime runs it or the package has none.
 
     Args:
-        files: of the package; the encoder's are compared with them when its session is made.
-        model: of genai_config.json.
-        threads: of the session.
-        asked: one of `VISION_PROVIDERS`, or None for ``cpu`` in packages for the CPU and ``runtime`` in others.
+        files: files of the package; the encoder's files are checked against them when the session is created.
+        model: section ``model`` of genai_config.json.
+        threads: number of threads of the session.
+        asked: one of `VISION_PROVIDERS`, or None for ``cpu`` with packages for the CPU and ``runtime`` with others.
 
     Raises:
-        OptionError: ``asked`` is none of those, or does not suit the package.
+        OptionError: ``asked`` is not one of `VISION_PROVIDERS`, or cannot be used with the package.
     """
     folder = files.folder
     if asked is not None and asked not in VISION_PROVIDERS:
         raise OptionError(
-            f"Unknown {option('vision_provider')} {asked!r}.", f"There are {', '.join(VISION_PROVIDERS)}."
+            f"Unknown {option('vision_provider')} {asked!r}.", f"It may be {' or '.join(VISION_PROVIDERS)}."
         )
     if "vision" not in model:
         if asked is not None:
@@ -117,7 +117,8 @@ def vision_encoder(files: LoadedFiles, model: dict[str, Any], threads: int, aske
         if asked is None:
             return None
         raise OptionError(
-            f"{option('vision_provider', asked)} does not suit {folder}.", f"Leave it away, or give {RUNTIME}."
+            f"{option('vision_provider', asked)} cannot be used with {folder}.",
+            f"Leave it out, or give {option('vision_provider', RUNTIME)}.",
         )
     graph = folder / str(model["vision"]["filename"])
     opened = [graph.name, *weight_files(graph)]
@@ -127,14 +128,14 @@ def vision_encoder(files: LoadedFiles, model: dict[str, Any], threads: int, aske
 def load_model(
     folder: Path, model: dict[str, Any], threads: int, provider: object, vision: VisionEncoder | None
 ) -> og.Model:
-    """The package in the runtime.
+    """Loads a package into onnxruntime-genai.
 
     Args:
-        folder: the package.
-        model: of genai_config.json.
-        threads: of each session but the embedding's, which has one, as the package says.
-        provider: the package is for, of its manifest.
-        vision: sees in place of the runtime, if given; it must live as long as the model.
+        folder: folder of the package.
+        model: section ``model`` of genai_config.json.
+        threads: number of threads of each session but the embedding's, which has one, as the package specifies.
+        provider: execution provider of the package, from its manifest.
+        vision: vision encoder that replaces the runtime's, if any; it must live as long as the model.
 
     Raises:
         PackageError: a part is missing, or the runtime cannot load one.
@@ -144,7 +145,8 @@ def load_model(
     if "decoder" not in model or (embeds and len(sections) < 3):
         raise PackageError(
             f"{folder} holds only {', '.join(sections) or 'no part'} of a model and does not run by itself.",
-            f"Build it with {option('part', 'all')}, or with {option('part', 'text')} and without exclude_embeds.",
+            f"Build it with {option('part', 'all')}, or with {option('part', 'text')} and without "
+            f"{option('extra.exclude_embeds')}.",
         )
     session = {"session_options": {"intra_op_num_threads": threads}}
     overlay: dict[str, dict[str, Any]] = {name: dict(session) for name in sections if name != "embedding"}
@@ -152,7 +154,7 @@ def load_model(
         config = og.Config(str(folder))
         if vision is not None:
             overlay["vision"]["filename"] = STAND_IN
-            config.add_model_data(STAND_IN, vision.stand_in)  # not copied
+            config.add_model_data(STAND_IN, vision.stand_in)  # not copied: the bytes must outlive the model
         config.overlay(json.dumps({"model": overlay}))
         return og.Model(config)
     except Exception as error:
@@ -160,21 +162,24 @@ def load_model(
 
 
 def _wheel(provider: object) -> str | None:
-    """What to do where a package is for another provider than the installed runtime may have."""
+    """A hint on which wheel of onnxruntime-genai a package's execution provider needs; None for the CPU."""
     if provider == "cpu":
         return None
     wheels = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-winml"}
     wheel = wheels.get(str(provider), f"a build of onnxruntime-genai with {provider}")
-    return f"The package is for {provider}: it needs {wheel} in place of onnxruntime-genai. Or build with -e cpu."
+    return (
+        f"The package is for {provider}: install {wheel} in place of onnxruntime-genai, or build with "
+        f"{option('execution_provider', 'cpu')}."
+    )
 
 
 def make_generator(model: og.Model, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> og.Generator:
-    """A generator that has seen a prompt.
+    """Creates a generator that has processed a prompt.
 
     Args:
-        model: in the runtime.
-        arrays: `Prompt.named_arrays`, or `VisionEncoder.runtime_arrays`.
-        options: of the search; max_length says how many tokens the cache is made for.
+        model: the model in the runtime.
+        arrays: inputs by name, from `Prompt.named_arrays` or `VisionEncoder.runtime_arrays`.
+        options: search options of the runtime; ``max_length`` is the number of tokens for which the cache is allocated.
     """
     params = og.GeneratorParams(model)
     params.set_search_options(**options)
@@ -190,9 +195,14 @@ def make_generator(model: og.Model, arrays: Mapping[str, Any], options: Mapping[
 
 
 def append(generator: og.Generator, ids: npt.NDArray[np.int32], options: Mapping[str, Any]) -> None:
-    """Show a generator more tokens, ``[1, S]``, a chunk at a time where the options of the search name its size.
+    """Appends tokens to a generator, in chunks if the search options have a ``chunk_size``.
 
-    The runtime would cut them likewise, and let nobody interrupt it meanwhile.
+    The runtime would split them into the same chunks, but could not be interrupted between them.
+
+    Args:
+        generator: generator of the runtime.
+        ids: token ids ``[1, S]``.
+        options: search options of the runtime.
     """
     step = options.get("chunk_size") or ids.size
     for start in range(0, ids.size, step):

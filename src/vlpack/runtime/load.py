@@ -1,4 +1,4 @@
-"""`vlpack.load`: a package in memory, as what it is for."""
+"""`vlpack.load`, which loads a package as a `Model`, `Embedder` or `Reranker`, depending on its task."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def load(
     max_pixels: int | None = None,
     vision_provider: str | None = None,
 ) -> Model | Embedder | Reranker:
-    """Load a package: one that generates as a `Model`, an embedding model as an `Embedder`, else a `Reranker`.
+    """Loads a package: a `Model` if it generates text, an `Embedder` or a `Reranker` if it is for that task.
 
     Args:
-        folder: the package.
-        threads: of the runtime; all cores by default.
-        min_pixels: smallest image area, square pixels, instead of the package's.
-        max_pixels: largest image area; smaller is faster.
-        vision_provider: where a `Model` looks at images: ``cpu`` or ``runtime``; see there.
+        folder: folder of the package.
+        threads: number of threads of the runtime; None for all cores.
+        min_pixels: smallest image area in square pixels; None for the package's.
+        max_pixels: largest image area in square pixels; None for the package's. Smaller is faster.
+        vision_provider: where a `Model` encodes images, ``cpu`` or ``runtime``; `Model` documents both.
 
     Raises:
-        OptionError: an option does not suit the package.
+        OptionError: an option is out of range or has no effect on the package.
         PackageError: the folder is not a complete package, or the runtime cannot load it.
     """
     path = Path(os.path.expanduser(folder))
@@ -45,9 +45,7 @@ def load(
             path, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
         )
     if vision_provider is not None:
-        raise OptionError(
-            f"{option('vision_provider')} has no effect on a model for the task {task}.", "Leave it away."
-        )
+        raise OptionError(f"{option('vision_provider')} has no effect on a model for the task {task}.", "Leave it out.")
     from vlpack.runtime.retrieval import Embedder, Reranker
 
     kind = Embedder if task == EMBEDDING else Reranker

@@ -1,4 +1,4 @@
-"""A built package, loaded and generating through the stock onnxruntime-genai."""
+"""A loaded package that generates text with the stock onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -29,30 +29,32 @@ from vlpack.system import checked_threads, total_memory_bytes
 from vlpack.tasks import GENERATE, Loaded
 
 NO_VIDEOS = (
-    "Videos of Qwen2-VL and Qwen2.5-VL are not taken: in the runtime a video and what follows it would stand at other "
-    "positions than in the model."
+    "Videos of Qwen2-VL and Qwen2.5-VL are not supported: the runtime would give a video, and the text after it, other "
+    "positions than the model expects."
 )
-"""Why only Qwen3-VL has videos: its positions are those of single images, which the runtime computes as the model."""
+"""The reason why videos are refused for models other than Qwen3-VL. Qwen3-VL gives every temporal patch the positions
+of a single image, which the runtime computes correctly."""
 
 
 class Model(Loaded):
-    """A package that generates, in memory. Make it with `vlpack.load`.
+    """A loaded package that generates text, made by `vlpack.load`.
 
     Args:
-        folder: the package.
-        threads: of the runtime; all cores by default (its own default is half of them).
-        min_pixels: smallest image area, square pixels, instead of the package's.
-        max_pixels: largest image area; smaller is faster. Videos have limits of their own: `VideoOptions`.
-        vision_provider: where images are looked at. ``cpu``, the default of packages for the CPU: in a session of
-            vlpack's own, which is loaded with the first image and keeps what it made of the last ones. ``runtime``: in
-            onnxruntime-genai, loaded with the package, as other languages have it.
+        folder: folder of the package.
+        threads: number of threads of the runtime; None for all cores (the runtime's own default is half of them).
+        min_pixels: smallest image area in square pixels; None for the package's.
+        max_pixels: largest image area in square pixels; None for the package's. Smaller is faster. Videos have limits
+            of their own, in `VideoOptions`.
+        vision_provider: where images are encoded. ``cpu``, the default for packages for the CPU: by vlpack in its own
+            session, which is loaded with the first image and keeps the features of recent images. ``runtime``: by
+            onnxruntime-genai, loaded with the package, as when it is used from other languages.
 
     Attributes:
-        prompts: makes prompts of messages.
-        vision: that session's encoder; None where there is none.
+        prompts: builder of prompts from messages.
+        vision: vision encoder in vlpack's own session; None if there is none.
 
     Raises:
-        OptionError: an option does not suit the package.
+        OptionError: an option is out of range or has no effect on the package.
         PackageError: the folder is not a complete package, or the runtime cannot load it.
     """
 
@@ -70,7 +72,7 @@ class Model(Loaded):
         started = time.perf_counter()
         files = open_package(self.folder)
         self.manifest = files.manifest
-        graphs = graph_files(self.folder, self.manifest)  # whose weights are looked at before the runtime opens them
+        graphs = graph_files(self.folder, self.manifest)  # also checks which weight files the graphs name
         self.config = read_config(self.folder, self.manifest["files"], graphs)
         model = self.config["model"]
         self.context_length: int = model["context_length"]
@@ -97,11 +99,11 @@ class Model(Loaded):
 
     @property
     def takes_videos(self) -> bool:
-        """Whether prompts may have videos."""
+        """Whether the model takes videos."""
         return self.prompts.video_processor is not None
 
     def cache_bytes(self, tokens: int) -> int:
-        """What the keys and values of so many tokens take: the runtime allots them before it begins."""
+        """Bytes of the key/value cache for a number of tokens; the runtime allocates it before it generates."""
         decoder = self.config["model"]["decoder"]
         sizes = (int(decoder[name]) for name in SIZES)
         dtype = self.manifest.get("cache", self.manifest.get("activations"))
@@ -114,10 +116,14 @@ class Model(Loaded):
         videos: Sequence[VideoSource] = (),
         **options: Any,
     ) -> Prompt:
-        """Messages as the tensors that the package is run on; `generate` and `stream` take the result.
+        """Makes the prompt of a conversation, for `generate` and `stream`.
 
-        Options are ``video_options`` and the chat template's variables (``tools``, ``enable_thinking`` …); see
-        `vlpack.preprocess.PromptBuilder`.
+        Args:
+            messages: question, or conversation in OpenAI's format.
+            images: images for the image parts without a source; with a question they precede it.
+            videos: videos for the video parts without a source; with a question they stand between images and question.
+            **options: ``video_options``, ``allow_private_urls``, and variables of the chat template such as ``tools``
+                and ``enable_thinking``, as `vlpack.preprocess.PromptBuilder` takes them.
         """
         check_sources(images, videos)
         return self.prompts(_as_messages(messages, images, videos), images, videos, **options)
@@ -140,7 +146,7 @@ class Model(Loaded):
         allow_private_urls: bool = False,
         timing: bool = False,
     ) -> Answer:
-        """The whole answer; arguments as for `stream`."""
+        """Generates an answer and returns it when it is complete; the arguments are those of `stream`."""
         stream = self.stream(
             messages,
             images,
@@ -179,31 +185,30 @@ class Model(Loaded):
         allow_private_urls: bool = False,
         timing: bool = False,
     ) -> AnswerStream:
-        """The answer as it is made, piece by piece.
+        """Generates an answer and returns it as a stream of text.
 
         Args:
-            messages: a question, a conversation in OpenAI's form, or a prompt that `prompt` made of them.
-            images: file names, URLs, bytes, PIL images or arrays for the image parts that name none; with a question
-                given as a string they go before it.
-            videos: likewise for the video parts: files, folders of pictures, or lists of frames; with a question given
-                as a string they go between images and question.
-            video_options: how videos are looked at whose parts do not say it themselves.
-            max_tokens: of the answer at most.
-            sampling: how tokens are chosen; or, in its place, what it would hold: temperature, top_k, top_p,
-                repetition_penalty and seed.
-            temperature: 0 takes the likeliest token always.
-            top_k: only the k likeliest.
-            top_p: only the likeliest whose probabilities sum to p.
-            repetition_penalty: above 1 makes tokens that have occurred less likely.
-            seed: the same seed gives the same answer.
-            stop: texts at which the answer ends; it does not have them.
-            allow_private_urls: let image URLs lead to this machine or its network.
-            timing: measure vision and prefill apart. It takes the runtime's log, which is one for the process, and
-                leaves it without a callback.
+            messages: question, conversation in OpenAI's format, or prompt made by `prompt`.
+            images: images for the image parts without a source, as paths, URLs, bytes, PIL images or arrays; with a
+                question given as a string they precede it.
+            videos: videos for the video parts without a source, as files, folders of images or lists of frames; with a
+                question given as a string they stand between images and question.
+            video_options: frame and size options for videos whose message parts have none.
+            max_tokens: maximum number of tokens of the answer.
+            sampling: how the next token is chosen, in place of temperature, top_k, top_p, repetition_penalty and seed.
+            temperature: randomness of the choice; 0 always takes the most likely token.
+            top_k: number of most likely tokens to choose from.
+            top_p: share of the probability, from 0 to 1, that the most likely tokens to choose from have together.
+            repetition_penalty: factor above 1 that makes tokens that have occurred less likely.
+            seed: seed of the random numbers; the same seed gives the same answer.
+            stop: texts at which the answer ends; the text of the answer does not include them.
+            allow_private_urls: whether image URLs may lead to this machine or its private network.
+            timing: whether to measure vision and prefill separately when the runtime encodes the images. This uses the
+                runtime's log callback, of which a process has only one, and removes it afterwards.
 
         Raises:
-            InputError: the messages or images are not usable, or do not fit the model's context.
-            OptionError: an option is out of its range.
+            InputError: the messages or images cannot be used, or do not fit the model's context.
+            OptionError: an option is out of range.
         """
         check_number("max_tokens", max_tokens, 1, 2**31 - 1, whole=True)
         check_sources(images, videos)
@@ -230,24 +235,24 @@ class Model(Loaded):
         return AnswerStream(prompt, begin, text, ends, max_tokens, preprocess_seconds, stop=stops)
 
     def chat(self, **options: Any) -> Chat:
-        """A conversation, whose unchanged turns are not computed again; options as for `vlpack.runtime.chat.Chat`."""
+        """Starts a conversation, in which unchanged turns are not computed again; options as for `Chat`."""
         return Chat(self, **options)
 
     def search_options(self, sampling: Sampling | None) -> dict[str, Any]:
-        """How tokens are chosen, as the runtime takes it.
+        """Translates sampling settings into search options of the runtime, and adds the package's chunk size.
 
         Raises:
-            OptionError: a value is out of its range.
+            OptionError: a value is out of range.
         """
         if sampling is not None and not isinstance(sampling, Sampling):
-            raise OptionError("sampling must be a vlpack.Sampling.", "vlpack.Sampling(temperature=0), for example.")
+            raise OptionError("sampling must be a vlpack.Sampling.", "For example vlpack.Sampling(temperature=0).")
         options = {**self._chunk, **(sampling or Sampling()).search_options()}
         if "top_k" in options:  # the runtime refuses to take more tokens than there are
             options["top_k"] = min(options["top_k"], self.vocab_size)
         return options
 
     def room(self, prompt: Prompt, max_tokens: int) -> int:
-        """The tokens that the cache is made for: of the prompt, and of the answer as far as the context has room.
+        """Number of tokens for which the cache is allocated: the prompt and the answer, limited by the context.
 
         Raises:
             InputError: the prompt does not fit the context.
@@ -255,7 +260,7 @@ class Model(Loaded):
         """
         length = prompt.input_ids.size
         if length >= self.context_length:
-            raise too_long("The prompt", prompt, self.context_length - 1)  # one is for the answer
+            raise too_long("The prompt", prompt, self.context_length - 1)  # one token is for the answer
         limit = min(length + max_tokens, self.context_length)
         needed, there = self.cache_bytes(limit), total_memory_bytes()
         if there and needed > there:
@@ -267,12 +272,12 @@ class Model(Loaded):
         return limit
 
     def begin(self, prompt: Prompt, options: dict[str, Any], timing: bool = False) -> Begun:
-        """A generator that has seen the prompt, and the first token.
+        """Creates a generator, which processes a prompt and generates the first token of the answer.
 
         Args:
-            prompt: of this package.
-            options: of the search, with max_length.
-            timing: measure what looking at images takes, where the runtime does it.
+            prompt: prompt of this package.
+            options: search options of the runtime, with ``max_length``.
+            timing: whether to measure the encoding of images when the runtime does it.
         """
         started = time.perf_counter()
         if self.vision is not None or not prompt.has_images:
@@ -293,19 +298,23 @@ def _as_messages(
     if not isinstance(messages, str):
         return messages
     parts = [*({"type": "image"} for _ in images), *({"type": "video"} for _ in videos)]
-    if not parts:  # text models' templates know no parts
+    if not parts:  # the chat templates of text models take no parts
         return [{"role": "user", "content": messages}]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": messages}]}]
 
 
 def _check_prompt(prompt: Prompt, given: dict[str, Any], model: dict[str, Any]) -> None:
-    """A ready prompt comes without what only its making could use, and from a package like this."""
+    """Checks a prompt that is already made: that no options for making it are given, and that it suits the package."""
     for what, value in given.items():
         if value:
-            raise InputError(f"The prompt is ready, so {what} would have no effect.", f"Give {what} to model.prompt.")
+            raise InputError(
+                f"The prompt is already made, so {what} would have no effect.", f"Give {what} to Model.prompt."
+            )
     if prompt.has_images and "vision" not in model:
-        raise InputError("The prompt has images, and the package has no vision part.", "Send text only.")
+        raise InputError("The prompt has images, but the package has no vision part.", "Send text only.")
     if prompt.videos and model.get("type") != "qwen3_vl":
         raise InputError(NO_VIDEOS, "Send single images.")
     if prompt.input_ids.max(initial=0) >= model["vocab_size"]:
-        raise InputError("The prompt has tokens that the package does not know.", "Make it with this model's prompt.")
+        raise InputError(
+            "The prompt has tokens that the package does not know.", "Make it with this model's `prompt` method."
+        )

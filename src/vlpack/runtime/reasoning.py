@@ -1,4 +1,4 @@
-"""What thinking models write before their answer: told apart from it, whole or as it comes."""
+"""Separates the reasoning that thinking models write from the answer after it, in a whole text or in a stream."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ OPEN, CLOSE = "<think>", "</think>"
 
 
 def opens_reasoning(prompt: str) -> bool:
-    """Whether a rendered chat template ends with the reasoning's beginning, so that an answer goes on with it."""
+    """Whether a rendered prompt ends with `OPEN`, so that the answer starts inside the reasoning."""
     return prompt.rstrip().endswith(OPEN)
 
 
 def split_reasoning(text: str, opened: bool) -> tuple[str | None, str]:
-    """An answer's reasoning, None where it has none, and what it says.
+    """Splits a text into its reasoning (None if it has none) and the answer.
 
     Args:
-        text: of the answer.
-        opened: the prompt ended with `OPEN`.
+        text: text that the model generated.
+        opened: whether the prompt ended with `OPEN`.
     """
     stream = ReasoningStream(opened)
     pieces = [*stream.push(text), *stream.flush()]
@@ -26,20 +26,20 @@ def split_reasoning(text: str, opened: bool) -> tuple[str | None, str]:
 
 
 class ReasoningStream:
-    """Pieces of an answer, each with whether it is reasoning. The marks themselves, and nothing else, are left out.
+    """Marks the pieces of a streamed text as reasoning or answer. Only the tags `OPEN` and `CLOSE` are left out.
 
     Args:
-        opened: the prompt ended with `OPEN`.
+        opened: whether the prompt ended with `OPEN`.
     """
 
     def __init__(self, opened: bool) -> None:
         self.reasoned = opened
-        """Whether there was any mark, before the answer or in it."""
+        """Whether there was any tag so far, in the prompt or in the text."""
         self._thinking, self._begun = opened, opened
-        self._held = ""  # what may be the beginning of a mark
+        self._held = ""  # text that may be the start of a tag
 
     def push(self, piece: str) -> list[tuple[bool, str]]:
-        """What is certain after one more piece."""
+        """Adds a piece of text and returns the pieces that are certain now, each as (is reasoning, text)."""
         self._held += piece
         found: list[tuple[bool, str]] = []
         while mark := self._awaited():
@@ -58,21 +58,21 @@ class ReasoningStream:
         return [(thinking, text) for thinking, text in found if text]
 
     def flush(self) -> list[tuple[bool, str]]:
-        """The rest."""
+        """Returns the text that was held back, as a list of at most one (is reasoning, text)."""
         rest, self._held = self._held, ""
         return [(self._thinking, rest)] if rest else []
 
     def _awaited(self) -> str | None:
-        """The mark that may come now: reasoning stands at an answer's beginning, once."""
+        """The tag that may come next, or None: reasoning stands only at the start of an answer, and only once."""
         return CLOSE if self._thinking else None if self._begun else OPEN
 
     def _may_be_mark(self) -> int:
-        """How many characters at the end must wait for more."""
+        """Number of characters at the end of the held text that may belong to a tag and must wait for more text."""
         mark = self._awaited()
         if mark is None:
             return 0
         if mark == OPEN and not self._held.strip():
-            return len(self._held)  # blanks before a mark belong to it
+            return len(self._held)  # white space before a tag belongs to it
         held = self._held
         length = next((n for n in range(min(len(mark) - 1, len(held)), 0, -1) if held.endswith(mark[:n])), 0)
         return len(held) if mark == OPEN and length and not held[:-length].strip() else length

@@ -1,4 +1,4 @@
-"""A package that embeds or scores, loaded and running on plain onnxruntime: onnxruntime-genai has no such models."""
+"""Loaded packages of embedding models and rerankers, which run on onnxruntime: onnxruntime-genai has no such models."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ Floats = npt.NDArray[np.float32]
 Arrays = dict[str, npt.NDArray[Any]]
 
 BATCH_TOKENS = 4096
-"""Of a batch, padding counted: enough to keep all cores busy, and little memory."""
+"""Maximum tokens of a batch, including padding: enough to keep all cores busy with little memory."""
 WINDOW_PROMPTS, WINDOW_BYTES = 512, 1 << 28
-"""Prompts that are held at a time to be sorted by length, and the bytes of their pixels."""
+"""Maximum prompts, and bytes of their pixels, that are kept at a time to be sorted by length."""
 
 _PROVIDERS = {
     "cpu": ("CPUExecutionProvider", "onnxruntime"),
@@ -42,21 +42,22 @@ _PROVIDERS = {
 
 
 class Encoder(Loaded):
-    """What embedding models and rerankers share: graphs, prompts and batches.
+    """Base class of `Embedder` and `Reranker`: loads the graphs, and runs prompts through them in batches.
 
     Args:
-        folder: the package.
-        threads: of the runtime; all cores by default.
-        min_pixels: smallest image area, square pixels, instead of the model's.
-        max_pixels: largest image area; smaller is faster.
+        folder: folder of the package.
+        threads: number of threads of the runtime; None for all cores.
+        min_pixels: smallest image area in square pixels; None for the model's.
+        max_pixels: largest image area in square pixels; None for the model's. Smaller is faster.
 
     Raises:
+        OptionError: an option is out of range or has no effect on the package.
         PackageError: the folder is not a complete package for this task, or onnxruntime cannot load it.
     """
 
     task: str
     item: str
-    """What an error calls an input."""
+    """Name of an input in error messages."""
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class Encoder(Loaded):
         check_pixel_limits(self.folder, self.image is not None, min_pixels, max_pixels)
         self.default_prompt: str | None = section["default_prompt"]
         self.instruction: str = section["instruction"] or ""
-        """What the model is told where neither a call nor a prompt says it."""
+        """The model's default instruction, used if neither the call nor a named prompt gives one."""
         self._form = self._prompt_form(section["form"], min_pixels, max_pixels)
         warn_of_saturation(self.manifest)
         self._sessions = self._load_sessions(threads)
@@ -88,7 +89,7 @@ class Encoder(Loaded):
         self.load_seconds = time.perf_counter() - started
 
     def _checked_section(self) -> dict[str, Any]:
-        """The manifest's section for encoders, which anybody may have written."""
+        """Reads and checks the section ``encoder`` of the manifest, which is untrusted."""
         section: Any = self.manifest.get("encoder")
         try:
             image = section.get("image")
@@ -104,7 +105,9 @@ class Encoder(Loaded):
         except (AttributeError, KeyError, TypeError):
             sound = False
         if not sound:
-            raise PackageError(f"{self.folder}: the manifest's section 'encoder' is damaged.", "Build it again.")
+            raise PackageError(
+                f"{self.folder}: the manifest's section 'encoder' is damaged.", "Build the package again."
+            )
         return dict(section)
 
     def _prompt_form(self, form: str, min_pixels: int | None, max_pixels: int | None) -> PlainPrompts | ChatPrompts:
@@ -134,7 +137,7 @@ class Encoder(Loaded):
         if provider not in ort.get_available_providers():
             raise PackageError(
                 f"The package is for {asked}, which the installed onnxruntime lacks.",
-                f"Install {wheel} in place of onnxruntime, or build with -e cpu.",
+                f"Install {wheel} in place of onnxruntime, or build with {option('execution_provider', 'cpu')}.",
             )
         options = session_options(threads)
         try:
@@ -146,7 +149,7 @@ class Encoder(Loaded):
             raise PackageError(f"onnxruntime cannot load {self.folder}: {str(error).strip()[:500]}") from None
 
     def _chosen(self, prompt: str | None) -> str:
-        """The text of a named prompt, or of the default."""
+        """The instruction text of a named prompt, or of the default prompt for None."""
         prompt = self.default_prompt if prompt is None else prompt
         if prompt is None:
             return self.instruction
@@ -156,9 +159,9 @@ class Encoder(Loaded):
         return self.prompts[prompt] or self.instruction
 
     def run(self, prompts: Iterable[Prompt]) -> Floats:
-        """What the graphs make of prompts, one row each, in their order.
+        """Runs prompts through the model and returns one row of output for each, in their order.
 
-        Prompts of like length share a batch, padded on the right; each row is as if it were alone.
+        Prompts of similar length share a batch, padded on the right. The padding does not change the results.
 
         Raises:
             InputError: a prompt is longer than the model's context.
@@ -170,7 +173,7 @@ class Encoder(Loaded):
             for batch in _batches([prompt.input_ids.shape[1] for prompt in window]):
                 try:
                     outputs = self._forward([window[index] for index in batch])
-                except Exception as error:  # onnxruntime has a class for each of its codes, without a common one
+                except Exception as error:  # onnxruntime's error classes have no common base
                     raise PackageError(f"onnxruntime failed: {str(error).strip()[:500]}") from error
                 rows.update(zip(batch, outputs, strict=True))
             results += [rows[index] for index in range(len(window))]
@@ -191,7 +194,7 @@ class Encoder(Loaded):
             yield window
 
     def _forward(self, prompts: Sequence[Prompt]) -> Floats:
-        """One batch."""
+        """Runs one batch of prompts: float32 rows, one per prompt."""
         length = max(prompt.input_ids.shape[1] for prompt in prompts)
         ids = np.zeros((len(prompts), length), np.int64)
         mask = np.zeros_like(ids)
@@ -212,7 +215,7 @@ class Encoder(Loaded):
         return self._session("decoder", {**tokens, "attention_mask": mask, "position_ids": positions})[0]
 
     def _features(self, prompts: Sequence[Prompt]) -> npt.NDArray[Any]:
-        """``image_features [tokens, W]`` of all images of a batch; they are of unequal sizes, so one by one."""
+        """``image_features [tokens, W]`` of all images of a batch, encoded one by one because their sizes differ."""
         port = next(p for p in self._sessions["embedding"].get_inputs() if p.name == "image_features")
         dtype = np.float16 if port.type == "tensor(float16)" else np.float32
         features: list[npt.NDArray[Any]] = [np.zeros((0, port.shape[1]), dtype)]
@@ -230,7 +233,7 @@ class Encoder(Loaded):
 
 
 class Embedder(Encoder):
-    """An embedding model's package in memory. Make it with `vlpack.load`."""
+    """A loaded package of an embedding model, made by `vlpack.load`."""
 
     task, item = EMBEDDING, "Input"
 
@@ -243,24 +246,25 @@ class Embedder(Encoder):
         dimensions: int | None = None,
         allow_private_urls: bool = False,
     ) -> Floats:
-        """Embeddings of length 1, float32 ``[n, H]``: their dot product is the cosine similarity.
+        """Embeds inputs as unit vectors, float32 ``[n, H]``; their dot products are cosine similarities.
 
         Args:
-            inputs: texts, or dictionaries with ``text``, ``image`` (a file, URL, PIL image or array; or a list) and
-                ``instruction``.
-            instruction: what the inputs are to be compared for; retrieval gives one to queries, none to documents.
-            prompt: the name of one of the model's own prompts instead, such as ``query``.
-            dimensions: keep so many of the first ones, where the model was trained for it.
-            allow_private_urls: let image URLs lead to this machine or its network.
+            inputs: texts, or dictionaries with ``text``, ``image`` (a file, URL, PIL image or array, or a list of
+                these) and ``instruction``.
+            instruction: task for which the inputs are compared. For retrieval, give one for queries and none for
+                documents.
+            prompt: name of one of the model's own prompts, such as ``query``, in place of an instruction.
+            dimensions: number of leading dimensions to keep, for models that were trained for it; None for all.
+            allow_private_urls: whether image URLs may lead to this machine or its private network.
 
         Raises:
-            InputError: an input is not usable, or longer than the model's context; it is named by number, from 1.
-            OptionError: an option is not usable.
+            InputError: an input cannot be used or is longer than the model's context; it is named by number, from 1.
+            OptionError: an option is out of range, or instruction and prompt are both given.
         """
         _check_one(instruction, prompt)
         size = self.hidden_size
         if dimensions is not None and not (type(dimensions) is int and 1 <= dimensions <= size):
-            raise OptionError(f"dimensions is {dimensions!r}; it must be a whole number from 1 to {size}.")
+            raise OptionError(f"{option('dimensions')} is {dimensions!r}; it must be a whole number from 1 to {size}.")
         _check_list(inputs, "inputs")
         prefix = self._chosen(prompt)
         rows = self.run(
@@ -274,12 +278,12 @@ class Embedder(Encoder):
         return short
 
     def prompt(self, item: Input) -> Prompt:
-        """The prompt that `embed` makes of an input without instruction; `run` takes it."""
+        """The prompt that `embed` makes of an input without an instruction, for `run`."""
         return self._form.embedding(item, None, self._chosen(None), "The input")
 
 
 class Reranker(Encoder):
-    """A reranker's package in memory. Make it with `vlpack.load`."""
+    """A loaded package of a reranker, made by `vlpack.load`."""
 
     task, item = RERANKER, "Document"
 
@@ -292,18 +296,19 @@ class Reranker(Encoder):
         prompt: str | None = None,
         allow_private_urls: bool = False,
     ) -> list[float]:
-        """How well each document answers the query: the probability, 0 to 1, that the model says yes and not no.
+        """Scores how well each document answers a query: the probability, 0 to 1, of "yes" rather than "no".
 
         Args:
-            query: a text, or a dictionary with ``text`` and ``image``.
-            documents: likewise.
-            instruction: what makes a document relevant.
-            prompt: the name of one of the model's own instructions instead.
-            allow_private_urls: let image URLs lead to this machine or its network.
+            query: text, or dictionary with ``text`` and ``image``.
+            documents: texts, or dictionaries with ``text`` and ``image``.
+            instruction: description of what makes a document relevant.
+            prompt: name of one of the model's own prompts, in place of an instruction.
+            allow_private_urls: whether image URLs may lead to this machine or its private network.
 
         Raises:
-            InputError: query or documents are not usable, or too long together; named by number, from 1.
-            OptionError: an option is not usable.
+            InputError: the query or a document cannot be used, or they are too long together; documents are named by
+                number, from 1.
+            OptionError: the model has no such prompt, or instruction and prompt are both given.
         """
         _check_one(instruction, prompt)
         _check_list(documents, "documents")
@@ -315,7 +320,7 @@ class Reranker(Encoder):
         return [float(score) for score in scores]
 
     def prompt(self, query: Input, document: Input) -> Prompt:
-        """The prompt that `score` makes of a pair without instruction; `run` takes it."""
+        """The prompt that `score` makes of a query and a document without an instruction, for `run`."""
         return self._form.reranker(query, document, self._chosen(None), "The document")
 
 
@@ -324,16 +329,21 @@ _IMAGE = ("image_token_id", "video_token_id", "spatial_merge_size", "min_pixels"
 
 def _check_one(instruction: str | None, prompt: str | None) -> None:
     if instruction is not None and prompt is not None:
-        raise OptionError("instruction and prompt are both given.", "Give one of them.")
+        raise OptionError(f"{option('instruction')} and {option('prompt')} are both given.", "Give only one of them.")
 
 
 def _check_list(items: object, name: str) -> None:
     if isinstance(items, (str, bytes, dict)) or not isinstance(items, Sequence):
-        raise InputError(f"{name} must be a list, also for a single one, not a {type(items).__name__}.", "[text]")
+        raise InputError(
+            f"{name} must be a list, even for a single one, not a {type(items).__name__}.", "Write [text]."
+        )
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices by falling length, in groups of at most `BATCH_TOKENS` with padding: a window's longest comes first."""
+    """Groups prompts of similar length into batches: indices by decreasing length.
+
+    The first one of a batch is its longest; a batch has at most `BATCH_TOKENS` tokens with padding, or one prompt.
+    """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         if batch and lengths[batch[0]] * (len(batch) + 1) > BATCH_TOKENS:

@@ -1,23 +1,23 @@
-"""How the next token of an answer is chosen, in the words of users and of the runtime."""
+"""Settings for how the next token of an answer is chosen."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vlpack.errors import OptionError
+from vlpack.errors import OptionError, option
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; None leaves it to the package's generation settings.
+    """How the next token of an answer is chosen. None stands for the package's own generation settings.
 
     Args:
-        temperature: 0 takes the likeliest token always.
-        top_k: only the k likeliest.
-        top_p: only the likeliest whose probabilities sum to p.
-        repetition_penalty: above 1 makes tokens that have occurred less likely.
-        seed: the same seed gives the same answer.
+        temperature: randomness of the choice; 0 always takes the most likely token.
+        top_k: number of most likely tokens to choose from.
+        top_p: share of the probability, from 0 to 1, that the most likely tokens to choose from have together.
+        repetition_penalty: factor above 1 that makes tokens that have occurred less likely.
+        seed: seed of the random numbers; the same seed gives the same answer.
     """
 
     temperature: float | None = None
@@ -27,10 +27,10 @@ class Sampling:
     seed: int | None = None
 
     def search_options(self) -> dict[str, Any]:
-        """As the runtime takes them.
+        """The settings as search options of onnxruntime-genai.
 
         Raises:
-            OptionError: a value is out of its range.
+            OptionError: a value is out of range, or top_k or top_p is given with temperature 0.
         """
         check_number("temperature", self.temperature, 0, 100)
         check_number("top_k", self.top_k, 1, 2**31 - 1, whole=True)
@@ -40,7 +40,11 @@ class Sampling:
         options: dict[str, Any] = {}
         if self.temperature == 0:
             if self.top_k is not None or self.top_p is not None:
-                raise OptionError("With temperature 0 the likeliest token is taken, so top_k and top_p have no effect.")
+                raise OptionError(
+                    f"{option('top_k')} and {option('top_p')} have no effect with {option('temperature', 0)}, which "
+                    "always takes the most likely token.",
+                    "Leave them out, or give a higher temperature.",
+                )
             options["do_sample"] = False
         elif self.temperature is not None or self.top_k is not None or self.top_p is not None:
             options["do_sample"] = True
@@ -55,7 +59,11 @@ class Sampling:
 
 
 def sampling_of(sampling: Sampling | None, single: Sampling) -> Sampling | None:
-    """How tokens are chosen, given as a whole or by ``single`` settings.
+    """The sampling settings of a call, which takes either a `Sampling` or single settings.
+
+    Args:
+        sampling: settings given as a whole, or None.
+        single: settings that were given one by one.
 
     Raises:
         OptionError: both are given.
@@ -64,15 +72,23 @@ def sampling_of(sampling: Sampling | None, single: Sampling) -> Sampling | None:
         return sampling
     if sampling is not None:
         names = [field.name for field in fields(single) if getattr(single, field.name) is not None]
-        raise OptionError(f"sampling and {', '.join(names)} are both given.", "Give the one or the others.")
+        raise OptionError(f"sampling and {', '.join(names)} are both given.", "Put all settings into one of them.")
     return single
 
 
 def check_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
-    """Raises an OptionError where ``value`` is given and no number, or none of the range."""
+    """Raises an OptionError if an option is not None and not a number from ``low`` to ``high``.
+
+    Args:
+        name: name of the option as a keyword argument.
+        value: value of the option.
+        low: smallest allowed value.
+        high: largest allowed value.
+        whole: whether the value must be an integer.
+    """
     if value is None:
         return
     kinds = int if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
         kind = "a whole number" if whole else "a number"
-        raise OptionError(f"{name} is {value!r}; it must be {kind} from {low:.10g} to {high:.10g}.")
+        raise OptionError(f"{option(name)} is {value!r}; it must be {kind} from {low:.10g} to {high:.10g}.")

@@ -1,4 +1,7 @@
-"""When each graph of a package finished: the runtime does not say, but its log tells the shapes of every output."""
+"""Measures when each graph of a package finishes, from the runtime's log.
+
+The runtime has no interface for this, but logs the shape of every output when it is computed.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ _lock = threading.Lock()
 
 
 class StageClock:
-    """While it is entered, notes when the runtime logs an output; of several at once, only the first gets the log.
+    """A context manager that records when the runtime logs each output.
 
-    The log is the process's: a callback that the program has set itself is gone afterwards, as the runtime tells nobody
-    which one it had.
+    A process has only one log callback. If several clocks run at once, only the first one measures. A callback that the
+    program has set before is lost, because the runtime does not return it.
 
     Args:
-        wanted: without it, nothing is touched and nothing measured.
+        wanted: whether to measure; if not, the log is left alone.
     """
 
     def __init__(self, wanted: bool) -> None:
@@ -44,9 +47,9 @@ class StageClock:
         now = time.perf_counter()
         for line in message.splitlines():
             if line.startswith("Name: "):
-                # several calls for one stage (unequal images): the last counts
+                # a stage may run several times (images of different sizes): keep the last time
                 self._times[line.split()[1]] = now
 
     def seconds_until(self, output: str, start: float) -> float | None:
-        """From ``start`` to the last output of that name; None where none was heard."""
+        """Seconds from ``start`` to the last output with this name; None if no such output was logged."""
         return self._times[output] - start if output in self._times else None

@@ -1,4 +1,4 @@
-"""Texts at which an answer ends, such as a line's end."""
+"""Stop texts: texts at which an answer ends, such as a line break."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from vlpack.errors import OptionError
 
 
 class StopTexts:
-    """Cuts an answer's text, as it comes, before the first of some texts.
+    """Ends a streamed text before the first occurrence of a stop text.
 
-    What may be the beginning of one is held back until that is clear.
+    The end of the text so far is held back while it may be the start of a stop text.
 
     Args:
-        stops: the texts, or one.
+        stops: stop texts, or a single one.
 
     Raises:
-        OptionError: they are no texts, or one is empty.
+        OptionError: a stop text is empty or not a text.
     """
 
     def __init__(self, stops: str | Sequence[str] = ()) -> None:
         self._stops = [stops] if isinstance(stops, str) else stops
         if not isinstance(self._stops, (list, tuple)) or not all(isinstance(s, str) and s for s in self._stops):
-            raise OptionError(f"stop is {stops!r}; it must be a list of texts that are not empty.", 'stop=["\\n"]')
+            raise OptionError(
+                f"stop is {stops!r}; it must be a list of texts that are not empty.", 'For example stop=["\\n"].'
+            )
         self._held = ""
 
     def push(self, piece: str) -> tuple[str, bool]:
-        """The text that is certain now, and whether the answer ends with it."""
+        """Adds a piece of text; returns the text that is certain now, and whether the answer ends after it."""
         text = self._held + piece
         found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
         if found:
@@ -38,6 +40,6 @@ class StopTexts:
         return text[:certain], False
 
     def flush(self) -> str:
-        """What was held back, where the answer ends otherwise."""
+        """Returns the text that was held back, for an answer that ends without a stop text."""
         text, self._held = self._held, ""
         return text

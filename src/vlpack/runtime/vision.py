@@ -1,9 +1,10 @@
-"""A package's vision encoder in an onnxruntime session of its own, which is made when the first image comes.
+"""A package's vision encoder in a separate onnxruntime session, which is created with the first image.
 
-onnxruntime-genai has a session of its own for it, loaded with the package whether images come or not, and forgets what
-it made of an image with the generator. Here it gets a stand-in: a graph of one Reshape that hands on features made
-before. They come as what it takes for pixels, ``[patches, W / merge²]``, of which ``merge²`` rows are one token's W
-features, so that its own bookkeeping (patches of an image by its grid, tokens by the grid through ``merge²``) stays.
+onnxruntime-genai would load the vision graph with the package, even if there are never images, and drop an image's
+features with each generator. Therefore it gets a stand-in graph of a single Reshape, to which vlpack passes finished
+features in place of the pixels. Their shape is ``[patches, W / merge²]``, and ``merge²`` rows are the W features of one
+token. So the runtime's own bookkeeping still holds: an image has the patches that its grid says, and one token for
+every ``merge²`` patches.
 """
 
 from __future__ import annotations
@@ -27,27 +28,28 @@ from vlpack.preprocess import Prompt
 Array = npt.NDArray[Any]
 
 STAND_IN = "vlpack-features.onnx"
-"""The stand-in's name for the runtime; there is no such file."""
+"""File name under which the runtime gets the stand-in graph from memory; there is no such file."""
 
 KEPT_BYTES = 1 << 28
-"""Features that are kept, the last ones used: 256 MiB, eight or more images of 1024×768 of a 2B model."""
+"""Maximum bytes of cached features, 256 MiB: with a 2B model, eight or more images of 1024×768. The least recently used
+ones are dropped."""
 
 OpenSession = Callable[[Path, int], Any]
-"""Makes an ``onnxruntime.InferenceSession`` of a graph's path and a number of threads."""
+"""A function that creates an ``onnxruntime.InferenceSession`` from the path of a graph and a number of threads."""
 
 
 class VisionEncoder:
-    """What a vision graph makes of images, each of them once.
+    """A vision encoder with a cache of the features of recent images.
 
     Args:
         graph: path of the package's vision graph.
-        width: W, of its ``image_features [tokens, W]``; merge_size² divides it.
-        dtype: of the features, float32 or float16.
-        merge_size: patches along an edge of what becomes one token.
-        threads: of the session.
-        open_session: makes it.
-        check: called before and after the session is made; it raises where the graph's files are not those of the
-            package that was loaded.
+        width: W of its output ``image_features [tokens, W]``; a multiple of merge_size².
+        dtype: type of the features, float32 or float16.
+        merge_size: patches along an edge of the square that becomes one token.
+        threads: number of threads of the session.
+        open_session: function that creates the session.
+        check: function that is called before and after the session is created, and raises an error if the graph's files
+            are no longer those of the loaded package.
     """
 
     def __init__(
@@ -68,24 +70,24 @@ class VisionEncoder:
         self.stand_in = _stand_in(width, self.dtype, merge_size**2)
 
     def load(self) -> None:
-        """Make the session now, not with the first image.
+        """Creates the session now instead of with the first image.
 
         Raises:
-            PackageError: onnxruntime cannot load the graph, or it is another one than when the package was loaded.
+            PackageError: onnxruntime cannot load the graph, or the graph was replaced since the package was loaded.
         """
         if self._session is not None:
             return
         self._check()
         try:
             session = self._open(self._graph, self._threads)
-        except Exception as error:  # onnxruntime has a class for each of its codes, without a common one
+        except Exception as error:  # onnxruntime's error classes have no common base
             self._check()
             raise PackageError(f"onnxruntime cannot load {self._graph}: {str(error).strip()[:500]}") from error
-        self._check()  # once more: it may have been replaced between
+        self._check()  # again: the files may have been replaced while the session was created
         self._session = session
 
     def features(self, prompt: Prompt) -> Array:
-        """``image_features [tokens, W]`` of a prompt's images in their order; those seen lately are not made again.
+        """The features ``[tokens, W]`` of a prompt's images, in order; those of recent images come from the cache.
 
         Raises:
             PackageError: onnxruntime cannot load the graph, or fails.
@@ -94,14 +96,14 @@ class VisionEncoder:
         return np.concatenate(made) if made else np.zeros((0, self.width), self.dtype)
 
     def runtime_arrays(self, prompt: Prompt) -> dict[str, Array]:
-        """`Prompt.named_arrays` for a runtime that has the stand-in."""
+        """The inputs of `Prompt.named_arrays` for a runtime with the stand-in: features in place of the pixels."""
         arrays = prompt.named_arrays()
         if prompt.has_images:
             arrays["pixel_values"] = self.features(prompt).reshape(-1, self.width // self.merge_size**2)
         return arrays
 
     def forget(self) -> None:
-        """Keep no features."""
+        """Drops all cached features."""
         self._kept.clear()
 
     def _of_image(self, pixels: npt.NDArray[np.float32], grid: npt.NDArray[np.int64]) -> Array:
@@ -110,26 +112,26 @@ class VisionEncoder:
         found = self._kept.pop(key.digest(), None)
         if found is None:
             found = self._run(pixels, grid)
-        self._kept[key.digest()] = found  # the youngest
+        self._kept[key.digest()] = found  # at the end: the most recently used
         while len(self._kept) > 1 and sum(features.nbytes for features in self._kept.values()) > KEPT_BYTES:
             self._kept.popitem(last=False)
         return found
 
     def _run(self, pixels: npt.NDArray[np.float32], grid: npt.NDArray[np.int64]) -> Array:
         options = ort.RunOptions()
-        # scores and layers of a large image take hundreds of MB, which the decoder's answer does not need
+        # Free the hundreds of MB that a large image's attention scores take, so that the decoder can use them.
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self.load()
         inputs = {"pixel_values": pixels, "image_grid_thw": grid}
         try:
-            with ThreadPoolExecutor(1) as worker:  # the program's own thread must wait to be interrupted
+            with ThreadPoolExecutor(1) as worker:  # the calling thread only waits, so that Control-C can interrupt it
                 try:
                     running = worker.submit(self._session.run, None, inputs, options)
-                    while not wait([running], timeout=0.1).done:  # Windows hears nothing in a wait without an end
+                    while not wait([running], timeout=0.1).done:  # on Windows, a wait without timeout ignores Control-C
                         pass
                     (features,) = running.result()
                 except BaseException:
-                    options.terminate = True  # which nothing but an interruption finds still running
+                    options.terminate = True  # has an effect only after an interruption, when the run still goes on
                     raise
         except Exception as error:
             raise PackageError(f"onnxruntime fails at {self._graph}: {str(error).strip()[:500]}") from error
@@ -137,15 +139,15 @@ class VisionEncoder:
 
 
 def features_port(graph: Path) -> tuple[int, np.dtype[Any]] | None:
-    """Width and type of ``image_features`` as an embedding graph takes it; None where the width is not static.
+    """Width and type of the input ``image_features`` of an embedding graph; None if the width is not static.
 
     Raises:
         PackageError: the graph cannot be read.
     """
     try:
         inputs = onnx.load(graph, load_external_data=False).graph.input
-    except Exception as error:  # protobuf's own kinds
-        raise PackageError(f"{graph} cannot be read: {str(error)[:200]}.", "Build it again.") from None
+    except Exception as error:  # protobuf has its own error classes
+        raise PackageError(f"{graph} cannot be read: {str(error)[:200]}.", "Build the package again.") from None
     for port in inputs:
         tensor = port.type.tensor_type
         if port.name == "image_features" and len(tensor.shape.dim) == 2 and tensor.shape.dim[1].dim_value > 0:
@@ -154,7 +156,7 @@ def features_port(graph: Path) -> tuple[int, np.dtype[Any]] | None:
 
 
 def _stand_in(width: int, dtype: np.dtype[Any], patches: int) -> bytes:
-    """A vision graph whose pixels are the features, ``patches`` rows of them for each token."""
+    """A stand-in for the vision graph, serialized: it reshapes its input, ``patches`` rows per token, to features."""
     kind = helper.np_dtype_to_tensor_dtype(dtype)
     graph = helper.make_graph(
         [helper.make_node("Reshape", ["pixel_values", "shape"], ["image_features"])],
