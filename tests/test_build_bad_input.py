@@ -368,7 +368,7 @@ def test_force_replaces_nothing_but_packages(
             place.symlink_to(folder)
         else:
             place = folder
-    refused(source, "exists" if "d" not in kind else "", "-o", options=("--force",), place=place.name)
+    refused(source, "exists" if "d" not in kind else "", "--output", options=("--force",), place=place.name)
     assert place.exists()
 
 

@@ -1,7 +1,7 @@
-"""The checkpoint that ships with the project, which was trained and has something to lose, on images made here.
+"""The trained checkpoint that ships with vlpack, compared with transformers on images that are drawn here.
 
-They are drawn in the style of the shipped ones with the font that comes with Pillow, so none is among those it was
-trained on, and they are so hard that some answers are wrong: there, small errors of a package would show first.
+The images have the style of the shipped ones and the font that comes with Pillow, so the checkpoint was not trained on
+them. Some are so hard that the answers are wrong; there, small errors of a package would show first.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SHAPES = [(2, 2), (3, 1), (3, 2), (2, 3), (4, 1), (4, 2), (5, 2), (3, 3)]
 """Columns and rows of an image; a cell is one token and holds a digit or nothing."""
 
 Answers = dict[tuple[int, str], str]
-"""(Number of the image, key of the question) → what was answered."""
+"""(Number of the image, key of the question) → answer."""
 
 
 def draw(digit: str, random: np.random.Generator) -> Image.Image:
@@ -83,7 +83,7 @@ def images() -> list[tuple[Image.Image, dict[str, str]]]:
 
 @pytest.fixture(scope="module")
 def asked() -> list[tuple[int, str]]:
-    """Every image is read, every fourth also counted."""
+    """The questions: to read every image, and to count the digits of every fourth."""
     return [(number, key) for number in range(COUNT) for key in QUESTIONS if key == "read" or number % 4 == 0]
 
 
@@ -104,7 +104,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(images, asked, models) -> Answers:
-    """transformers' answers; prompts of one shape go together, unpadded."""
+    """The answers of transformers, computed in batches of prompts of equal shape, without padding."""
     import torch
 
     live = Reference(EXAMPLE).model
@@ -173,7 +173,7 @@ def chunked(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("fault", [no_levels, chunked])
 def test_planted_faults_are_read_wrong(fault, images, expected, tmp_path):
-    """What the differences above would be if DeepStack were dropped, or the rotary axes Qwen2.5-VL's."""
+    """Dropping DeepStack, or using Qwen2.5-VL's rotary axes, causes larger differences than those allowed above."""
     with pytest.MonkeyPatch.context() as patch:
         fault(patch)
         build(EXAMPLE, tmp_path / "wrong", precision="fp32")

@@ -1,4 +1,4 @@
-"""Builds the small trained checkpoint that ships with vlpack and asks it about the images that ship with it."""
+"""Builds the small trained checkpoint that is installed with vlpack, and asks it about the installed images."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vlpack.runtime.model import Model
 from vlpack.runtime.sampling import Sampling
 
 QUESTIONS = {"read": "Read the digits.", "count": "How many digits are there?"}
-"""Key in answers.json → the question the checkpoint was trained on."""
+"""Key in answers.json → question that the checkpoint was trained on."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image, one question, what was answered and what is true."""
+    """The answer to one question about one image, and the true answer."""
 
     image: str
     question: str
@@ -28,15 +28,15 @@ class Row:
 
     @property
     def right(self) -> bool:
-        """The answer is the truth, white space aside."""
+        """Whether the answer is the true one, white space aside."""
         return self.answer.split() == self.truth.split()
 
 
 def examples_folder() -> Path:
-    """Where the checkpoint and the images are: beside the installed package, or in the repository.
+    """The folder of the demo's checkpoint and images, in the installed package or in the repository.
 
     Raises:
-        VlpackError: they were not installed.
+        VlpackError: the examples are not installed.
     """
     package = Path(vlpack.__file__).parent
     for folder in (package / "examples", package.parents[1] / "examples"):
@@ -48,7 +48,16 @@ def examples_folder() -> Path:
 def demo(
     output: Path, *, precision: str = "int8", report: Callable[[Row], None] = lambda row: None
 ) -> tuple[BuildResult, list[Row]]:
-    """Build into ``output`` and ask about every image; ``report`` is told each row as it comes."""
+    """Builds the demo's package and asks it every question about every image.
+
+    Args:
+        output: folder of the package.
+        precision: precision of the package.
+        report: callback that takes each row when it is ready.
+
+    Returns:
+        The result of the build, and all rows.
+    """
     examples = examples_folder()
     result = build(examples / "digits-qwen3-vl", output, precision=precision)
     images = examples / "digits-images"

@@ -1,7 +1,7 @@
-"""The errors that vlpack shows to people: what is wrong, where, and what to do, in the words of whoever called.
+"""Errors, warnings and notes for users, which say what is wrong, where, and what to do.
 
-A sentence names an option with `option`, which every interface writes in its own way: ``max_pixels=…`` is a keyword
-argument in Python and ``--max-pixels …`` on the command line. `in_python` and `on_command_line` write it out.
+A message names an option with `option`, and each interface writes it in its own form: a keyword argument in Python
+(``max_pixels=…``), an option on the command line (``--max-pixels …``). `in_python` and `on_command_line` do so.
 """
 
 from __future__ import annotations
@@ -9,23 +9,24 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-_OPEN, _CLOSE = "\ue000", "\ue001"  # private characters, which no text of a user's can be mistaken for
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters, which do not occur in a user's text
 _OPTION = re.compile(f"{_OPEN}([a-z_.]+)(?:=(.*?))?{_CLOSE}", re.DOTALL)
 
 
 def option(name: str, value: object = None) -> str:
-    """An option in a sentence, to be written as the caller's interface has it.
+    """A placeholder for an option in a message, which each interface writes in its own form.
 
     Args:
-        name: of the keyword argument, such as ``max_pixels``; options of `vlpack.ExtraOptions` have ``extra.`` before.
-        value: that is proposed; None for the option's name alone.
+        name: name of the keyword argument, such as ``max_pixels``; the fields of `vlpack.ExtraOptions` have the prefix
+            ``extra.``.
+        value: the value to show; None for the option's name alone.
     """
     said = "" if value is None else f"={value}"
     return f"{_OPEN}{name}{said}{_CLOSE}"
 
 
 def in_python(text: str) -> str:
-    """A sentence with its options as keyword arguments: ``task='embedding'``, ``ExtraOptions(kv_cache='int8')``."""
+    """A message with its options written as keyword arguments: ``task='embedding'``, ``kv_cache='int8'``."""
 
     def written(name: str, value: str | None) -> str:
         name = name.removeprefix("extra.")
@@ -38,7 +39,7 @@ def in_python(text: str) -> str:
 
 
 def on_command_line(text: str) -> str:
-    """A sentence with its options as those of the command ``vlpack``: ``--task embedding``, ``--force``."""
+    """A message with its options as on the command line: ``--task embedding``, ``--extra-options kv_cache=int8``."""
 
     def written(name: str, value: str | None) -> str:
         if name.startswith("extra."):
@@ -51,12 +52,16 @@ def on_command_line(text: str) -> str:
 
 
 class Note(str):
-    """A sentence for the user beside a result. As a string it names options as keyword arguments."""
+    """A sentence for the user that accompanies a result; as a string, it writes options as keyword arguments.
+
+    Attributes:
+        raw: the sentence with its `option` placeholders.
+    """
 
     raw: str
 
     def __new__(cls, text: str) -> Note:
-        """A note of a sentence that `option` was used in."""
+        """Makes a note from a sentence that may contain `option` placeholders."""
         note = super().__new__(cls, in_python(text))
         note.raw = text
         return note
@@ -67,13 +72,13 @@ def _write(text: str, written: Callable[[str, str | None], str]) -> str:
 
 
 class VlpackError(Exception):
-    """A mistake that the user can mend; the command line prints it as one sentence and exits with 2.
+    """An error that the user can correct. The command line prints it without a traceback and exits with 2.
 
-    As a string it names options as keyword arguments; `on_command_line` of `message` and `hint` as that has them.
+    As a string, it writes options as keyword arguments; the command line applies `on_command_line` to both texts.
 
     Args:
-        message: what is wrong and where (file, tensor, option), as a sentence.
-        hint: what to do about it, as a sentence; printed on a line of its own.
+        message: sentence that says what is wrong and where (file, tensor, option).
+        hint: sentence that says what to do about it, printed on a separate line; None if there is nothing to say.
     """
 
     def __init__(self, message: str, hint: str | None = None) -> None:
@@ -86,15 +91,15 @@ class VlpackError(Exception):
 
 
 class CheckpointError(VlpackError):
-    """The checkpoint is missing, damaged, unsafe or of an unsupported kind."""
+    """A checkpoint is missing, damaged, unsafe or of an unsupported kind."""
 
 
 class OptionError(VlpackError):
-    """An option is unknown, contradictory or not offered for this combination."""
+    """An option is unknown, contradicts another one, or has no effect in this combination."""
 
 
 class PackageError(VlpackError):
-    """A built package is incomplete, damaged or not loadable by this runtime."""
+    """A package is incomplete, damaged or cannot be loaded by this runtime."""
 
 
 class InputError(VlpackError):
@@ -102,11 +107,11 @@ class InputError(VlpackError):
 
 
 class VerifyError(VlpackError):
-    """A verification that cannot be done."""
+    """A verification cannot be done."""
 
 
 class VlpackWarning(UserWarning):
-    """Something that works, and not as well as it could; the text says what to do."""
+    """A warning that something works, but not as well as it could. The text says what to do."""
 
     def __str__(self) -> str:
         return in_python(super().__str__())

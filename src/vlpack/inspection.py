@@ -1,4 +1,4 @@
-"""`vlpack.inspect`: a package, a checkpoint's folder or a Hub id, described as data."""
+"""Implements `vlpack.inspect`, which describes a package or a checkpoint (a folder or a Hub id) as data."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from vlpack.package.manifest import MANIFEST
 
 
 def inspect(path: str | os.PathLike[str], *, hashes: bool = True) -> dict[str, Any]:
-    """Describe a package (hashes checked) or a checkpoint.
+    """Describes a package or a checkpoint.
 
     Args:
-        path: of its folder; or the Hub id of a checkpoint, of which no weights are downloaded.
-        hashes: of a package's files are compared.
+        path: folder of the package or checkpoint, or Hub id of a checkpoint, whose weights are not downloaded.
+        hashes: whether to compare the SHA-256 of every file of a package.
 
     Returns:
-        JSON-like: ``kind`` is ``package`` or ``checkpoint``; see `inspect_package` and `inspect_checkpoint`.
+        JSON-like data. ``kind`` is ``package`` or ``checkpoint``; `inspect_package` and `inspect_checkpoint` document
+        the rest.
 
     Raises:
-        VlpackError: it is neither, or cannot be read.
+        VlpackError: the folder is neither a package nor a checkpoint, or cannot be read.
     """
     if is_hub_id(path) and not is_folder(path):
         from vlpack.export.description import inspect_checkpoint
@@ -33,17 +34,18 @@ def inspect(path: str | os.PathLike[str], *, hashes: bool = True) -> dict[str, A
     folder = existing_folder(path, VlpackError, "Give the folder of a package or of a checkpoint, or a Hub id.")
     if (folder / MANIFEST).is_file():
         return inspect_package(folder, hashes=hashes)
-    from vlpack.export.description import inspect_checkpoint  # late: a package needs none of what builds
+    # imported late, because inspecting a package needs no code that builds
+    from vlpack.export.description import inspect_checkpoint
 
     return inspect_checkpoint(folder, weights=_has_weights(folder))
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether anything in a folder looks like weights, of whatever kind, or should: an index lists them."""
+    """Whether a folder has files that look like weights of any kind, or an index or adapter that belongs to some."""
     try:
         names = os.listdir(folder)
     except OSError:
-        return True  # which is told when it is opened
+        return True  # the error is reported when the checkpoint is opened
     return any(name.endswith((*_WEIGHTS, ".index.json")) or name == "adapter_config.json" for name in names)
 
 

@@ -1,4 +1,4 @@
-"""JSONL files of users: one object a line, read whole, and the line named where it cannot be used."""
+"""Reads a user's JSONL file, with one JSON value in each line; an error names the line that cannot be used."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ T = TypeVar("T")
 
 
 def read_jsonl(path: Path, parse: Callable[[Any], T], example: str) -> list[tuple[int, T]]:
-    """The number of each line that is not empty, and what ``parse`` makes of it.
+    """Reads all lines that are not empty.
 
     Args:
-        path: the file, UTF-8.
-        parse: of a line's value; its KeyError, TypeError, ValueError or AttributeError refuses the line.
-        example: a line as it should be, for the error.
+        path: path of the file, in UTF-8.
+        parse: function of a line's value. Its KeyError, TypeError, ValueError or AttributeError refuses the line.
+        example: a valid line, for the error's hint.
+
+    Returns:
+        For each line, its number and the result of ``parse``.
 
     Raises:
-        InputError: the file cannot be read or holds nothing, or a line cannot be used.
+        InputError: the file cannot be read, is empty, or has a line that cannot be used.
     """
     try:
-        # lines end at "\n" alone: a JSON text may hold U+2028 and other characters that str.splitlines splits at
+        # lines end at "\n" only: JSON strings may contain U+2028 and other characters at which str.splitlines splits
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text.") from None

@@ -1,4 +1,4 @@
-"""Pictures to try a model with, the same on every machine."""
+"""Synthetic images for verification, calibration and benchmarks, the same on every machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ from PIL import Image, ImageDraw
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
-    """A picture with edges, gradients and text, the same for the same arguments."""
+    """An RGB image with edges, gradients and text. Equal arguments give equal images.
+
+    Args:
+        width: width in pixels.
+        height: height in pixels.
+        seed: number that varies shapes, colors and text.
+    """
     shades = Image.linear_gradient("L").resize((width, height))
     image = Image.merge("RGB", (shades, shades.rotate(180), shades.transpose(Image.Transpose.FLIP_LEFT_RIGHT)))
     draw = ImageDraw.Draw(image)

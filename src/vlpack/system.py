@@ -1,15 +1,15 @@
-"""The machine: how many cores this process may use, how much memory it has used, and how much there is."""
+"""Facts about this process and machine: available cores, used memory and total memory."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-from vlpack.errors import OptionError
+from vlpack.errors import OptionError, option
 
 
 def available_cores() -> int:
-    """At least 1."""
+    """Number of cores that this process may use, at least 1."""
     if sys.version_info >= (3, 13):
         return os.process_cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
@@ -18,19 +18,22 @@ def available_cores() -> int:
 
 
 def checked_threads(threads: int | None) -> int:
-    """The runtime's threads: all cores where ``threads`` is None (its own default is half of them).
+    """The runtime's number of threads: ``threads``, or all cores if it is None (its own default is half of them).
 
     Raises:
-        OptionError: absurdly many, or none.
+        OptionError: ``threads`` is less than 1, or more than 64 and four times the number of cores.
     """
     cores = available_cores()
     if threads is not None and not 1 <= threads <= max(64, 4 * cores):
-        raise OptionError(f"threads is {threads}; this process may use {cores} cores.")
+        raise OptionError(
+            f"{option('threads')} is {threads}; this process may use {cores} cores.",
+            f"Leave out {option('threads')} to use all of them.",
+        )
     return threads or cores
 
 
 def peak_memory_bytes() -> int:
-    """Peak resident memory of this process, in bytes."""
+    """Peak resident memory of this process so far, in bytes."""
     if sys.platform == "win32":
         import psutil
 
@@ -42,7 +45,7 @@ def peak_memory_bytes() -> int:
 
 
 def resident_memory_bytes() -> int:
-    """What this process has in memory now, pages of mapped files included, in bytes; the peak where nobody tells."""
+    """Resident memory of this process now, in bytes, with pages of mapped files; the peak if it cannot be read."""
     if sys.platform == "win32":
         import psutil
 
@@ -55,7 +58,7 @@ def resident_memory_bytes() -> int:
 
 
 def total_memory_bytes() -> int:
-    """Physical memory of this machine, in bytes; 0 where the system does not tell."""
+    """Physical memory of this machine, in bytes; 0 if the system does not report it."""
     if sys.platform == "win32":
         import psutil
 

@@ -1,4 +1,4 @@
-"""The tasks of a model: generating text, embedding inputs, scoring documents; and errors that name the right one."""
+"""The tasks of models (generating text, embedding inputs, scoring documents), and errors for the wrong task."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from vlpack.errors import OptionError, PackageError
 GENERATE, EMBEDDING, RERANKER = "generate", "embedding", "reranker"
 TASKS = (GENERATE, EMBEDDING, RERANKER)
 AUTO = "auto"
+"""The value of a build's option ``task`` that derives the task from the checkpoint."""
 
 
 _USES = {
@@ -21,27 +22,27 @@ _METHODS = ("generate", "stream", "embed", "score")
 
 
 def check_task(task: str) -> None:
-    """Raises an OptionError where ``task`` is none of those that a build takes."""
+    """Raises an OptionError if ``task`` is not a value that a build accepts."""
     if task not in (AUTO, *TASKS):
         raise OptionError(f"Unknown task '{task}'.", f"Tasks are {', '.join((AUTO, *TASKS))}.")
 
 
 class WrongTaskError(PackageError, AttributeError):
-    """A package was asked for what another task's does; an AttributeError too, so that ``hasattr`` answers."""
+    """A package was used for another task than its own. Also an AttributeError, so that ``hasattr`` returns False."""
 
 
 def check_package_task(folder: Path, manifest: dict[str, Any], wanted: str) -> None:
-    """Raises a `WrongTaskError`, which says what to do instead, where a package is not for the task ``wanted``."""
+    """Raises a `WrongTaskError`, which says what to do instead, if a package is not for the task ``wanted``."""
     task = manifest_task(folder, manifest)
     if task != wanted:
         raise wrong_task(folder, task)
 
 
 def manifest_task(folder: Path, manifest: dict[str, Any]) -> str:
-    """The task that a package's manifest names; the first ones named none.
+    """The task in a package's manifest; ``generate`` in the first packages, which have no such entry.
 
     Raises:
-        PackageError: this vlpack does not know it.
+        PackageError: this version of vlpack does not know the task.
     """
     task = manifest.get("task", GENERATE)
     if task not in TASKS:
@@ -50,7 +51,7 @@ def manifest_task(folder: Path, manifest: dict[str, Any]) -> str:
 
 
 def wrong_task(folder: Path, task: str) -> WrongTaskError:
-    """The error for a package of ``task`` that was asked for something else."""
+    """The error for using a package of ``task`` for something else."""
     does, command, call = _USES[task]
     return WrongTaskError(
         f"{folder} is a package for the task {task}: it {does} and does nothing else.",
@@ -59,7 +60,7 @@ def wrong_task(folder: Path, task: str) -> WrongTaskError:
 
 
 class Loaded:
-    """A package in memory: methods of other tasks' packages are errors that name this one's."""
+    """Base class of loaded packages. Methods of another task raise a `WrongTaskError` that names the right method."""
 
     folder: Path
     task: str

@@ -562,7 +562,7 @@ def test_damaged_packages(loaded: Any, source: Any, tmp_path: Path) -> None:
         ("section 'encoder' is damaged", lambda m: m["encoder"].update(image={})),
         ("does not know", lambda m: m.update(task="x")),
         ("holds only vision", lambda m: [m["parts"].pop(name) for name in ("decoder.onnx", "embedding.onnx")]),
-        ("not its files", lambda m: m["parts"].update({"../x.onnx": m["parts"].pop("vision.onnx")})),
+        ("not among its files", lambda m: m["parts"].update({"../x.onnx": m["parts"].pop("vision.onnx")})),
         ("installed onnxruntime lacks", lambda m: m.update(execution_provider="cuda")),
     ]
     for match, change in changes:

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from family import WEIGHTS, Member, make_member
 from parity import Package, relative
 from vlpack.builder import build
-from vlpack.checkpoint.rows import Alternating, Part, Rows, Source, Stacked, Turned
+from vlpack.checkpoint.rows import Alternating, Part, Rows, Source, Stacked, TransposedRows
 from vlpack.errors import CheckpointError, OptionError
 from vlpack.options import parse_extra_options
 from vlpack.quantize.policy import PrecisionFacts, QuantizationOptions, make_policy
@@ -43,8 +43,8 @@ A, B = Source("a", (3, 4, 6), leading=2), Source("b", (12, 6))
 CASES: dict[str, tuple[Rows, Any]] = {
     "experts as a matrix": (A, lambda t: t.a.reshape(12, 6)),
     "a part": (Part(A, 4, 4), lambda t: t.a[1]),
-    "turned": (Turned(Part(A, 8, 4)), lambda t: t.a[2].T),
-    "a part of what is turned": (Part(Turned(B), 2, 3), lambda t: t.b.T[2:5]),
+    "turned": (TransposedRows(Part(A, 8, 4)), lambda t: t.a[2].T),
+    "a part of what is turned": (Part(TransposedRows(B), 2, 3), lambda t: t.b.T[2:5]),
     "stacked": (Stacked((B, Part(A, 0, 4), B)), lambda t: np.concatenate([t.b, t.a[0], t.b])),
     "alternating": (Alternating(A, B), lambda t: np.stack([t.a.reshape(12, 6), t.b], axis=1).reshape(24, 6)),
 }

@@ -1,4 +1,4 @@
-"""Reading sound checkpoints: the bytes are those that safetensors reads, no others are read, from any thread."""
+"""Reading sound checkpoints, also from several threads: exactly the bytes that safetensors reads, and no others."""
 
 import hashlib
 import json
@@ -143,7 +143,7 @@ def test_unknown_names_and_scalars(checkpoint: Checkpoint) -> None:
         CheckpointError, match=r"no tensor 'model.embed.weigth'\.\nThe nearest name is 'model.embed.weight'"
     ):
         checkpoint.read("model.embed.weigth")
-    with pytest.raises(CheckpointError, match="is a single number"):
+    with pytest.raises(CheckpointError, match="is a scalar"):
         checkpoint.rows("model.scale", 0, 1)
     assert checkpoint.read("model.scale") == np.float32(2.5)
 
@@ -184,7 +184,7 @@ def test_short_reads_and_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("positional", [True, False], ids=["pread", "seek"])
 def test_many_threads_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, positional: bool) -> None:
-    """More shards than open files, and more threads than both: files are closed and opened under the readers' feet."""
+    """More shards than open files, and more threads than both: files are closed and opened again while others read."""
     monkeypatch.setattr(safefile, "_POSITIONAL", positional and safefile._POSITIONAL)
     tensors = {f"t{i}": np.full((50, 33), i, np.int32) + np.arange(50, dtype=np.int32)[:, None] for i in range(12)}
     folder = make(tmp_path, tensors, shards=12)
@@ -270,7 +270,7 @@ def test_tensors_are_in_the_order_of_their_bytes(checkpoint: Checkpoint) -> None
 
 
 def test_the_single_file_wins_over_shards(tmp_path: Path) -> None:
-    """As in transformers, which also takes the weights that a config names."""
+    """The order of preference is that of transformers, which also reads the weights that a config names."""
     make(tmp_path, weights(1), shards=2)
     make(tmp_path, weights(2))
     with Checkpoint.open(tmp_path) as checkpoint:

@@ -1,4 +1,4 @@
-"""Folders and Hub ids: what is downloaded, from where, and what people read when it fails; no test uses the network."""
+"""Folders and Hub ids: what is downloaded, from where, and the messages of failures. No test uses the network."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ OTHER = "f" * 40
 
 
 class FakeHub:
-    """Stands in for `snapshot_download`: remembers what it was asked, then fails or returns as it was told."""
+    """Stands in for `snapshot_download`: records its arguments, then raises or returns what it was set up with."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,7 +38,7 @@ class FakeHub:
 
 @pytest.fixture(autouse=True)
 def _online_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an empty folder, with nothing set that changes what the Hub library does."""
+    """Runs each test in an empty folder, without environment variables that change what the Hub library does."""
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(tmp_path / "home")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -247,7 +247,7 @@ def test_patterns_take_what_a_build_needs_and_nothing_else() -> None:
 
 
 def http_error(kind: type[Exception], status: int, text: str) -> Exception:
-    """An error of the Hub library, which all want a response of the HTTP library that it happens to use."""
+    """An error of the Hub library; its constructor takes a response of the HTTP library that the Hub library uses."""
 
     class Response:
         status_code, headers, request, url = status, {}, None, "https://huggingface.co/api/models/org/name"
@@ -377,7 +377,7 @@ def test_an_incomplete_snapshot_is_noticed_when_opened(cache: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 def test_the_environment_variables_alone(cache: Path) -> None:
-    """A process of its own, as the library reads them when it is imported."""
+    """A new process, because the library reads the variables when it is imported."""
     program = (
         "from vlpack.checkpoint.hub import resolve\n"
         "found = resolve('org/name'); print(found.repo_id, found.commit, found.folder)\n"
@@ -394,7 +394,7 @@ def test_the_environment_variables_alone(cache: Path) -> None:
 
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Online, but nothing answers: a closed port of this machine."""
+    """Online mode without a server: the endpoint is a closed port of this machine."""
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(proxy, raising=False)

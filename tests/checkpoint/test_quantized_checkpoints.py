@@ -1,4 +1,4 @@
-"""Checkpoints that are quantized already are told as such, whatever it is that shows it."""
+"""Checkpoints that are already quantized are refused as such, whichever file or tensor shows it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def source(tmp_path: Path) -> Path:
 
 def refused(source: Path, tmp_path: Path, match: str) -> None:
     for attempt in (lambda: build(source, tmp_path / "package"), lambda: inspect(source)):
-        with pytest.raises(CheckpointError, match=f"quantized already .*{match}") as caught:
+        with pytest.raises(CheckpointError, match=f"already quantized .*{match}") as caught:
             attempt()
         assert "original" in str(caught.value.hint)
 

@@ -60,10 +60,10 @@ def test_packages_without_an_end(eos: Any, whole: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", [b"caf\xe9", b"caf\xe9/package"])
 def test_an_output_that_is_not_text(place: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = os.fsdecode(os.fsencode(tmp_path) + b"/" + place)
-    with pytest.raises(OptionError, match="not text in UTF-8"):
+    with pytest.raises(OptionError, match="not valid UTF-8"):
         vlpack.build(DIGITS, output)
     done = run_vlpack(capsys, "build", DIGITS, "-o", output)
-    assert (done.code, "not text in UTF-8" in done.err.replace("\n", " ")) == (2, True)
+    assert (done.code, "not valid UTF-8" in done.err.replace("\n", " ")) == (2, True)
     assert list(tmp_path.iterdir()) == []
     vlpack.build(DIGITS, tmp_path / "café")
     assert vlpack.load(tmp_path / "café")

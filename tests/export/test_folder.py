@@ -1,4 +1,4 @@
-"""Several builds to one name at once: one whole package, a sentence for the others, and nothing left over."""
+"""Several builds to one output at once: one complete package, an error for the others, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_posix = pytest.mark.skipif(os.name == "nt", reason="locks and renames of P
 
 
 def fill(folder: Path, name: str) -> None:
-    """What counts as a package."""
+    """Writes files that count as a package."""
     (folder / name).write_text(name)
     (folder / "vlpack.json").write_text(json.dumps({"format": 1, "files": {name: {}}}))
 
@@ -43,7 +43,7 @@ def write(folder: Path, name: str, *, force: bool) -> None:
 
 
 def race(number: int, folder: Path, rounds: int, force: bool, start: Any, results: Any) -> None:
-    """One of the processes: in every round a package of its own into the same name, all at the same time."""
+    """Runs in each process: every round writes a package to the same output, at the same time as the others."""
     chance = random.Random(number)
     for round_ in range(rounds):
         start.wait(60)
@@ -73,7 +73,9 @@ def test_processes_that_build_into_one_name(force: bool, tmp_path: Path) -> None
     outcomes = Counter(results.get(timeout=120) for _ in range(processes * rounds))
     for worker in workers:
         worker.join()
-    wanted = {"won": processes * rounds} if force else {"won": rounds, "package exists.": (processes - 1) * rounds}
+    wanted = (
+        {"won": processes * rounds} if force else {"won": rounds, "package already exists.": (processes - 1) * rounds}
+    )
     assert outcomes == wanted
     for round_ in range(rounds):
         assert names(tmp_path / str(round_)) == {"package"}

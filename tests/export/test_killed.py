@@ -1,4 +1,4 @@
-"""Builds killed at any moment: never half a package at the final name, and the next build cleans up."""
+"""Builds killed at any moment: the output is never half a package, and the next build cleans up."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ print(json.dumps(found))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
 @pytest.mark.parametrize("how", ["in one step", "in two steps"])
 def test_a_replacement_killed_before_each_of_its_steps(how: str, tmp_path: Path) -> None:
-    """The old package or the new one, never a part of either; where names cannot be exchanged, none for a moment."""
+    """The output is the old or the new package, never a part of one; without an atomic exchange it may be absent."""
     if how == "in one step" and sys.platform not in ("linux", "darwin"):
         pytest.skip("this system cannot exchange names")
     place = tmp_path / "place" / "package"
@@ -126,7 +126,7 @@ def test_a_replacement_killed_before_each_of_its_steps(how: str, tmp_path: Path)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
 def test_fifty_kills(tmp_path: Path) -> None:
-    """Each at a moment of its own, spread over the whole length of a build."""
+    """Fifty builds, each killed at another moment, spread over the whole duration of a build."""
     place = tmp_path / "package"
     done = subprocess.run(
         [sys.executable, "-c", KILLER, DIGITS, place, str(KILLS)],

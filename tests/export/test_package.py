@@ -1,4 +1,4 @@
-"""What a package holds: configs, copies, manifest; and that the stock runtime runs it without vlpack."""
+"""The contents of a package (settings, copied files, manifest), and that the stock runtime runs it without vlpack."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GREEDY = Sampling(temperature=0)
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The folder of a package, not to be altered."""
+    """Returns a package's folder, which tests share and must not alter."""
     made: dict[Any, Path] = {}
 
     def get(part: str = "all", *extra: str, **options: Any) -> Path:
@@ -48,7 +48,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """A package that may be altered."""
+    """A newly built package that a test may alter."""
     build(DIGITS, tmp_path / "package")
     return tmp_path / "package"
 
@@ -262,7 +262,7 @@ def test_generation_settings_that_cannot_be_kept_are_told(tmp_path: Path) -> Non
     assert "may differ" in note
     (note,) = notes("text", max_new_tokens=2048)
     assert "max_new_tokens" in note
-    assert "--max-tokens" in note
+    assert "max_tokens" in note
     assert notes("vision", **LOST) == ()  # which answers nothing
     config = og.Config(str(tmp_path / "package"))
     for name, value in LOST.items():

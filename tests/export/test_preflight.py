@@ -1,4 +1,4 @@
-"""Weights are downloaded only for what can be built, and a checkpoint without weights is told what is wrong with it."""
+"""Weights are downloaded only if a build is possible; errors of a checkpoint without weights are reported before."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_settings_come_first_and_weights_of_the_same_commit(hub: FakeHub, tmp_pa
 
 WRONG: dict[str, tuple[tuple[str, ...], Any, dict[str, Any], str]] = {
     "architecture": (("architectures",), ["MambaForCausalLM"], {}, "MambaForCausalLM is not supported"),
-    "quantized": (("quantization_config",), {"quant_method": "fp8"}, {}, "quantized already"),
+    "quantized": (("quantization_config",), {"quant_method": "fp8"}, {}, "already quantized"),
     "rotary": (("text_config", "rope_parameters", "rope_type"), "linear", {}, "rope_type 'linear'"),
     "size": (("text_config", "hidden_size"), -1, {}, "hidden_size"),
     "task": (("architectures",), ["Qwen3VLModel"], {"task": "generate"}, "not offered for the task generate"),
@@ -115,7 +115,7 @@ def same(described: dict[str, Any], whole: dict[str, Any]) -> None:
     for name in ("architecture", "task", "tied", "text", "vision", "deepstack_levels", "parts", "graphs"):
         assert described[name] == whole[name], name
     assert described["bytes"] is None
-    assert "weights were not looked at" in described["notes"][-1]
+    assert "weights were not read" in described["notes"][-1]
 
 
 def test_inspect_takes_a_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +123,7 @@ def test_inspect_takes_a_config_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     shutil.copyfile(DIGITS / "config.json", tmp_path / "checkpoint" / "config.json")
     same(inspect(tmp_path / "checkpoint"), inspect(DIGITS))
     done = run_vlpack(capsys, "inspect", tmp_path / "checkpoint")
-    assert (done.code, "weights were not looked at" in done.out.replace("\n", " ")) == (0, True)
+    assert (done.code, "weights were not read" in done.out.replace("\n", " ")) == (0, True)
 
 
 @pytest.mark.parametrize("file", ["model.safetensors.index.json", "pytorch_model.bin", "model.gguf"])

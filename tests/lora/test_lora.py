@@ -1,4 +1,4 @@
-"""LoRA adapters: packages built with them against live peft, names of other versions, and what is refused."""
+"""LoRA adapters: packages compared with live peft, tensor names of other versions, and adapters that are refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ PATTERNS = {
 
 
 def train(model: Any, folder: Path, seed: int = 0, **settings: Any) -> Path:
-    """An adapter of peft for ``model``, which is used up, with every number of it as training could leave it."""
+    """Saves a peft adapter with random weights in all its tensors; peft wraps ``model``, which cannot be used again."""
     adapted = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, "lora_alpha": 6, **settings}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def train(model: Any, folder: Path, seed: int = 0, **settings: Any) -> Path:
 
 
 def merged_reference(base: Path, *adapters: Path) -> Reference:
-    """The base in transformers with the adapters merged by peft, one after another."""
+    """The base model in transformers with the adapters merged by peft, one after another."""
     reference = Reference(base)
     for adapter in adapters:
         reference.model = peft.PeftModel.from_pretrained(reference.model, adapter).merge_and_unload().eval()
@@ -184,7 +184,7 @@ def test_two_adapters_are_merged_one_after_another(checkpoint: Callable[[Tiny], 
 def test_an_embedding_that_was_saved_though_not_trained(
     head: str, checkpoint: Callable[[Tiny], Path], tmp_path: Path
 ) -> None:
-    """peft saves it on request or where it sees fit, and loads it into the base, which stays tied."""
+    """peft saves the embedding on request or by its own rules, and loads it into the base, which stays tied."""
     base = tmp_path / "base"
     shutil.copytree(checkpoint(TINY), base)
     adapted = peft.get_peft_model(Reference(base).model, peft.LoraConfig(target_modules=["q_proj"]))
@@ -228,7 +228,7 @@ def test_text_models(tied: bool, tmp_path: Path) -> None:
 
 
 def test_an_embedding_model(tmp_path: Path) -> None:
-    """It has no head, so its embedding is tied to nothing, and its adapters were trained on a bare model."""
+    """An embedding model has no head, so nothing is tied, and its adapters were trained on a bare model."""
     base = make_text(tmp_path / "base")
     recipe = Recipe(base)
     adapter = train(recipe.body, tmp_path / "adapter", target_modules=["embed_tokens", "q_proj", "up_proj"])
@@ -258,7 +258,7 @@ def test_a_reranker(tmp_path: Path) -> None:
 
 
 def test_experts_of_a_mixture(tmp_path: Path) -> None:
-    """An adapter of transformers 4, which had a Linear for each expert, is merged by the names of a checkpoint's."""
+    """An adapter of transformers 4, which had a Linear for each expert, is merged under the checkpoint's names."""
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
     base = make_member(tmp_path / "base", Member("mixture", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", sizes))
     weights, random = load_file(base / "model.safetensors"), np.random.default_rng(0)
@@ -303,7 +303,7 @@ STYLES: dict[str, Callable[[str], str]] = {
 
 @pytest.fixture(scope="module")
 def aged(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """A Qwen2-VL with today's and with the Hub's names, and an adapter for it."""
+    """A Qwen2-VL with today's tensor names, the same one with the Hub's older names, and an adapter for it."""
     folder = tmp_path_factory.mktemp("aged")
     made = {}
     for old in (False, True):
@@ -415,7 +415,7 @@ def test_rows_that_do_not_exist(merged: Merged) -> None:
 def test_calibration_looks_at_the_merged_weights(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The 8-bit package beside has the adapter, too."""
+    """The 8-bit package that calibration builds also has the adapter merged."""
     seen: list[dict[str, Any]] = []
 
     def start(model: Any, *given: Any) -> Any:
@@ -522,7 +522,7 @@ def test_an_adapter_of_other_parts_is_a_note(tmp_path: Path) -> None:
 
 
 class Case:
-    """An adapter with a fault, and words of the error; ``settings`` and ``tensors`` replace, None takes away."""
+    """A faulty adapter and words of its error; ``settings`` and ``tensors`` replace entries, and None removes one."""
 
     def __init__(
         self, *words: str, settings: Any = None, tensors: Any = None, files: Callable[[Path], object] | None = None
@@ -582,7 +582,7 @@ REFUSED: dict[str, Case] = {
     "rslora is text": Case("'use_rslora' is 'yes'", settings={"use_rslora": "yes"}),
     "a pattern's rank": Case("rank_pattern: 'q_proj' is 2.5", settings={"rank_pattern": {"q_proj": 2.5}}),
     "a pattern's syntax": Case("is not a regular expression", settings={"alpha_pattern": {"q_(proj": 2}}),
-    "an endless pattern": Case("too intricate", settings={"rank_pattern": {"(a+)+b": 2}}),
+    "an endless pattern": Case("too complex", settings={"rank_pattern": {"(a+)+b": 2}}),
     "patterns as a list": Case("'rank_pattern' is [1]", settings={"rank_pattern": [1]}),
     "names as text": Case("'modules_to_save' must be a list", settings={"modules_to_save": "norm"}),
     "rank of the config": Case("is 4 in lora_A.weight, 4 in lora_B.weight and 8 by", settings={"r": 8}),
@@ -624,7 +624,7 @@ REFUSED: dict[str, Case] = {
         tensors={f"{PREFIX}{PATCHES}.lora_A.weight": ZEROS, f"{PREFIX}{PATCHES}.lora_B.weight": ZEROS},
     ),
     "a resized embedding": Case(
-        "vocabulary resized", tensors={f"{PREFIX}{EMBEDDING}.weight": np.zeros((9, 4), np.float32)}
+        "vocabulary was resized", tensors={f"{PREFIX}{EMBEDDING}.weight": np.zeros((9, 4), np.float32)}
     ),
     "a bias out of place": Case("is not where peft keeps it", tensors={f"{PREFIX}{QKV}.bias": BIAS}),
     "a base layer without LoRA": Case(
@@ -685,7 +685,7 @@ def test_options(adapter: Path, tmp_path: Path) -> None:
         build(DIGITS, tmp_path / "package", lora=DIGITS)
     with pytest.raises(CheckpointError, match="is an adapter, not a model") as caught:
         build(adapter, tmp_path / "package")
-    assert f"--lora {adapter}" in str(caught.value)
+    assert f"lora='{adapter}'" in str(caught.value)
     # the adapter is looked at first, so that nothing is downloaded in vain
     with pytest.raises(CheckpointError, match=r"has no adapter_config\.json"):
         build("org/name", tmp_path / "package", lora=DIGITS)

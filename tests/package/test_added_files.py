@@ -1,4 +1,4 @@
-"""Files that somebody adds to a package are neither used nor overlooked."""
+"""Files that are added to a package after its build are not used, and are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packages whose own files name files elsewhere, their manifests forged to match."""
+"""Packages whose files refer to files elsewhere, with manifests that are forged to match, are refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def of_initializer(location: str) -> Callable[[onnx.GraphProto], None]:
 
 
 def outer(kind: str) -> Callable[[onnx.GraphProto], None]:
-    """A constant that lies elsewhere, as a node's attribute, or within a subgraph."""
+    """Adds a constant with external data, as a node's attribute or within a subgraph."""
     tensor = elsewhere(helper.make_tensor("t", onnx.TensorProto.FLOAT, [2], [0.0, 0.0]), "../secret")
     node = helper.make_node("Constant", [], ["unused"], value=tensor)
     if kind == "subgraph":
@@ -60,7 +60,7 @@ def outer(kind: str) -> Callable[[onnx.GraphProto], None]:
 
 
 def twice(graph: onnx.GraphProto) -> None:
-    """A second place before the right one: of several, another reader may take another one."""
+    """Adds a second location before the right one: programs differ in which of several they read."""
     tensor = next(tensor for tensor in reversed(graph.initializer) if tensor.external_data)
     entries = [(entry.key, entry.value) for entry in tensor.external_data]
     elsewhere(tensor, "../secret")
@@ -138,7 +138,7 @@ def edit_config(package: Path, edit: Callable[[dict[str, Any]], object]) -> None
 
 
 def test_a_graph_that_is_no_part(package: Path) -> None:
-    """A file of the package, but one that is not looked into."""
+    """A configuration that names a file of the package that is not a checked graph is refused."""
     model = onnx.load(package / "vision.onnx", load_external_data=False)
     PLANTS["above"](model.graph)
     onnx.save(model, package / "other.onnx")
@@ -276,7 +276,7 @@ def test_names_that_control_a_terminal(package: Path, capsys: Capsys) -> None:
 
 
 def test_a_package_in_the_hub_s_cache(whole: Path, tmp_path: Path) -> None:
-    """There every file is a link into the repository's ``blobs``, which is no other place."""
+    """In the Hub's cache every file is a link into the repository's ``blobs``, which is allowed."""
     home = tmp_path / "models--org--name"
     snapshot = home / "snapshots" / ("0123456789" * 4)
     snapshot.mkdir(parents=True)

@@ -122,7 +122,7 @@ def test_build_and_verify_of_another_task(tmp_path: Path, capsys: Capsys) -> Non
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"parts": {"../../vision.onnx": {"name": "vision"}}}, "graphs that are not its files"),
+        ({"parts": {"../../vision.onnx": {"name": "vision"}}}, "graphs that are not among its files"),
         ({"parts": ["vision.onnx"]}, "which parts there are"),
         ({"parts": {"model.onnx": 5}}, "which parts there are"),
         ({"quantization": None}, "does not say how the weights are stored"),

@@ -1,1 +1,1 @@
-"""Reads Hugging Face checkpoints: folders and Hub ids, settings and tensors. Nothing in them is trusted."""
+"""Reads Hugging Face checkpoints, their settings and tensors, from a folder or a Hub id. No input is trusted."""

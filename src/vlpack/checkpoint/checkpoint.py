@@ -1,4 +1,4 @@
-"""Config and weights of a Hugging Face folder: validated when opened, read lazily, never loaded whole."""
+"""A Hugging Face checkpoint, its config and weights: validated when opened, read lazily, never loaded whole."""
 
 from __future__ import annotations
 
@@ -32,22 +32,24 @@ __all__ = ["Checkpoint", "TensorInfo"]
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 _CONVERT = (
-    "Where you trust its source, convert it once with transformers: `from_pretrained(folder).save_pretrained(new)` "
+    "If you trust its source, convert it once with transformers: `from_pretrained(folder).save_pretrained(new)` "
     "writes safetensors."
 )
 _MIXED = "Files of different downloads seem to be mixed: download the checkpoint again into an empty folder."
 
 
 class Checkpoint:
-    """A folder with `config.json` and safetensors, from anybody: opening it checks everything but the numbers.
+    """A Hugging Face checkpoint: an untrusted folder with `config.json` and safetensors files.
 
-    The tensors' bytes stay on disk until `rows` or `read` asks for some. Reads are safe from several threads at once.
-    `renamed` and `without` give views of the same open files, which are closed with the checkpoint that was opened.
+    Opening it checks everything except the values of the tensors. Their bytes stay on disk until `rows` or `read` asks
+    for some. Several threads may read at once. `renamed` and `without` return views of the same open files, which are
+    closed together with the checkpoint that opened them.
 
     Attributes:
         folder: the folder as it was given.
         config: the parsed `config.json`.
-        tensors: by name, in the order of their bytes: read in this order, the disk is read from front to back.
+        tensors: the tensors by name, in the order of their bytes; reading them in this order reads the disk from front
+            to back.
     """
 
     folder: Path
@@ -62,13 +64,13 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
-        """Opens and validates a folder; a CheckpointError says what is wrong with it, where, and what to do."""
+        """Opens and validates a folder. A CheckpointError says what is wrong with it, where, and what to do."""
         settings = cls.open_settings(folder)
         return cls.of_files(settings.folder, settings.config, *_find_weights(settings.folder, settings.config))
 
     @classmethod
     def open_settings(cls, folder: str | os.PathLike[str]) -> Checkpoint:
-        """A folder's config.json and other small files alone: weights are not looked for, and there are no tensors."""
+        """Opens only config.json and the other small files: weights are not looked for, and `tensors` is empty."""
         folder = existing_folder(folder, hint="Give a folder that holds config.json and model*.safetensors.")
         config = _read_json(folder, "config.json")
         if config is None and locate(folder, "adapter_config.json"):
@@ -82,7 +84,7 @@ class Checkpoint:
 
     @classmethod
     def has_weights(cls, folder: str | os.PathLike[str]) -> bool:
-        """Whether all weight files of a checkpoint are there; what is in them is not looked at."""
+        """Whether all weight files of a checkpoint are present. Their contents are not checked."""
         settings = cls.open_settings(folder)
         try:
             return bool(_find_weights(settings.folder, settings.config))
@@ -93,13 +95,13 @@ class Checkpoint:
     def of_files(
         cls, folder: Path, config: dict[str, Any], files: Mapping[str, Path], weight_map: dict[str, str] | None = None
     ) -> Checkpoint:
-        """Opens and validates a folder's weights.
+        """Opens and validates the given weight files of a folder.
 
         Args:
-            folder: where they are.
-            config: its config.
-            files: name → where the file really is, as `vlpack.checkpoint.files.locate` says.
-            weight_map: for shards, the file of each tensor.
+            folder: the checkpoint's folder.
+            config: the parsed config.json.
+            files: file name → real path, as `vlpack.checkpoint.files.locate` returns it.
+            weight_map: tensor name → file name, for weights in several shards.
         """
         pool = FilePool()
         try:
@@ -128,10 +130,10 @@ class Checkpoint:
         return names[0]
 
     def renamed(self, prefixes: Mapping[str, str]) -> Checkpoint:
-        """The same files, with tensors whose names begin with a key of ``prefixes`` called by its value instead.
+        """A view of the same files with renamed tensors: a prefix that is a key of ``prefixes`` becomes its value.
 
         Raises:
-            CheckpointError: two tensors would have one name.
+            CheckpointError: two tensors would have the same name.
         """
         renamed: dict[str, TensorInfo] = {}
         for name, tensor in self.tensors.items():
@@ -142,29 +144,29 @@ class Checkpoint:
         return Checkpoint(self.folder, self.config, renamed, self._files, self._pool)
 
     def without(self, name: str) -> Checkpoint:
-        """The same files, without a tensor that they need not hold."""
+        """A view of the same files without the tensor ``name``, if there is one."""
         kept = {key: tensor for key, tensor in self.tensors.items() if key != name}
         return Checkpoint(self.folder, self.config, kept, self._files, self._pool)
 
     def json(self, name: str, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
-        """Another JSON file of the folder, such as `generation_config.json`; None when there is none.
+        """The object in another JSON file of the folder, such as `generation_config.json`; None when there is no file.
 
         Raise `limit` for files that are large by nature (a `tokenizer.json` is 11 MB).
         """
         return _read_json(self.folder, name, limit=limit)
 
     def rows(self, name: str, start: int, stop: int, *, width: int | None = None) -> np.ndarray[Any, Any]:
-        """Rows [start, stop) of a tensor, and no more bytes than these, in memory of their own.
+        """Rows [start, stop) of a tensor as a new array. No other bytes are read.
 
         Args:
-            name: of the tensor.
+            name: name of the tensor.
             start: first row.
             stop: the row after the last.
-            width: see the tensor as a matrix with rows of so many values; by default rows go along its first axis.
+            width: number of values in a row, for a tensor read as a matrix; by default rows go along the first axis.
         """
         tensor = self._tensor(name)
         if not tensor.shape:
-            raise CheckpointError(f"{tensor.file}, tensor {quote(name)} is a single number and has no rows.")
+            raise CheckpointError(f"{tensor.file}, tensor {quote(name)} is a scalar and has no rows.")
         start, stop = operator.index(start), operator.index(stop)
         row = tensor.shape[1:] if width is None else (width,)
         values, per_row = math.prod(tensor.shape), math.prod(row)
@@ -177,16 +179,16 @@ class Checkpoint:
         return self._read(tensor, (stop - start, *row), tensor.offset + start * per_row * tensor.dtype.itemsize)
 
     def read(self, name: str) -> np.ndarray[Any, Any]:
-        """A whole tensor, in memory of its own."""
+        """A whole tensor as a new array."""
         tensor = self._tensor(name)
         return self._read(tensor, tensor.shape, tensor.offset)
 
     def weight_files(self) -> list[Path]:
-        """The safetensors files, by name."""
+        """Paths of the safetensors files, sorted by name."""
         return list(self._files)
 
     def total_bytes(self) -> int:
-        """The bytes of all tensors together."""
+        """Size of all tensors together, in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def sha256(self, path: str | os.PathLike[str]) -> str:
@@ -204,7 +206,7 @@ class Checkpoint:
         return sha256_file(target)
 
     def close(self) -> None:
-        """Closes the files; reading is a ValueError from here on."""
+        """Closes the files; reading afterwards raises a ValueError."""
         self._pool.close()
 
     def __enter__(self) -> Checkpoint:
@@ -233,16 +235,16 @@ class Checkpoint:
             array = np.empty(shape, tensor.dtype)
         except MemoryError as error:
             raise CheckpointError(
-                f"{tensor.file}, tensor {quote(tensor.name)}: no memory for {tensor.nbytes} bytes."
+                f"{tensor.file}, tensor {quote(tensor.name)}: there is not enough memory for its {tensor.nbytes} bytes."
             ) from error
         with self._pool.use(tensor.file) as file:
-            if array.nbytes:  # a view of an empty array has no bytes to give out
+            if array.nbytes:  # an empty array has no buffer to read into
                 file.read_into(array.reshape(-1).view(np.uint8).data, offset)
         return array
 
 
 def new_name(name: str, prefixes: Mapping[str, str]) -> str:
-    """``name`` with the prefix among the keys of ``prefixes``, if it has one, replaced by that one's value."""
+    """``name`` with its prefix replaced: the first key of ``prefixes`` that it begins with becomes that key's value."""
     old = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
     return name if old is None else prefixes[old] + name[len(old) :]
 
@@ -253,7 +255,7 @@ def _read_json(folder: Path, name: str, *, limit: int = MAX_JSON_BYTES) -> dict[
 
 
 def _find_weights(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Path], dict[str, str] | None]:
-    """The weight files and where they really are, and for shards the file of each tensor, as the index has it.
+    """Finds the weight files: name → real path and, for shards, the index's map from tensor name to file name.
 
     The order of preference is that of transformers: a file named in the config, the single file, then the shards.
     """
@@ -332,7 +334,7 @@ def _is_adapter(folder: Path) -> CheckpointError:
 def _merge(
     folder: Path, headers: dict[str, list[TensorInfo]], weight_map: dict[str, str] | None
 ) -> dict[str, TensorInfo]:
-    """All files' tensors in one dictionary, which must be exactly what the index promises."""
+    """Joins the tensors of all files in one dictionary and checks that they are exactly those that the index lists."""
     tensors: dict[str, TensorInfo] = {}
     for file, header in headers.items():
         for tensor in header:

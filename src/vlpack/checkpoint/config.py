@@ -1,4 +1,4 @@
-"""Values out of config.json: typed, bounded, and named in the error when they are not what they must be."""
+"""Reads values of config.json with their types and bounds checked; an error names the value that is wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LIMIT = 1 << 31
 
 
 def is_finite(value: object) -> TypeGuard[int | float]:
-    """Whether a value of a JSON file is a number that fits a float: JSON's integers have any length."""
+    """Whether a JSON value is a finite number that fits a float; an integer in JSON may be too long for one."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     try:
@@ -26,7 +26,7 @@ class Section:
 
     Args:
         values: the parsed JSON object.
-        where: its place for messages, such as ``config.json: text_config``.
+        where: place of the object, for messages, such as ``config.json: text_config``.
 
     Raises:
         CheckpointError: a value is missing, of another type or out of bounds.
@@ -53,28 +53,28 @@ class Section:
         return CheckpointError(f"{self.where}: '{name}' is {shown}; it must be {wanted}.")
 
     def integer(self, name: str, default: int | None = None, *, low: int = 1, high: int = _LIMIT) -> int:
-        """An integer in ``low … high``; ``default`` where the file has none."""
+        """An integer from ``low`` to ``high``; ``default`` if the name is absent."""
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self._fail(name, value, f"an integer from {low} to {high}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A finite number above zero."""
+        """A finite number above zero; ``default`` if the name is absent."""
         value = self._get(name, default)
         if not is_finite(value) or value <= 0:
             raise self._fail(name, value, "a number above zero")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
+        """A boolean; ``default`` if the name is absent."""
         value = self._get(name, default)
         if not isinstance(value, bool):
             raise self._fail(name, value, "true or false")
         return value
 
     def choice(self, name: str, choices: Sequence[str], default: str | None = None) -> str:
-        """One of ``choices``."""
+        """A string that must be one of ``choices``; ``default`` if the name is absent."""
         value = self._get(name, default)
         if value not in choices:
             raise self._fail(name, value, "one of " + ", ".join(choices))
@@ -83,7 +83,7 @@ class Section:
     def integers(
         self, name: str, default: Sequence[int] | None = None, *, low: int = 0, high: int = _LIMIT
     ) -> list[int]:
-        """A list of integers, or one integer as a list of one."""
+        """A list of integers from ``low`` to ``high``; a single integer is read as a list of one."""
         value = self._get(name, default)
         items = [value] if isinstance(value, int) else value
         if not isinstance(items, (list, tuple)) or len(items) > 4096:
@@ -94,11 +94,11 @@ class Section:
         return list(items)
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> Section:
-        """This section with values for names that it lacks; a null stays one."""
+        """A copy of this section with ``defaults`` for absent names; a name whose value is null stays null."""
         return Section({**defaults, **self.values}, self.where)
 
     def section(self, name: str, *, required: bool = True) -> Section:
-        """An object inside this one; an empty one where it is absent and not ``required``."""
+        """The object ``name`` inside this one; an empty section if it is absent and not ``required``."""
         value = self.values.get(name)
         if value is None and not required:
             value = {}

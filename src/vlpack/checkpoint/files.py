@@ -1,4 +1,4 @@
-"""Opens a checkpoint folder's files without trusting them: names, links, kinds of file, sizes, JSON, byte ranges."""
+"""Opens untrusted files of a checkpoint: checks names, links, kinds of file, sizes, JSON and byte ranges."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import Any, NoReturn
 from vlpack.errors import CheckpointError, VlpackError
 
 MAX_JSON_BYTES = 10_000_000
-"""Largest config-like JSON file; the biggest real ones are a few hundred kB."""
+"""Largest config file in JSON that is read, in bytes; the biggest real ones have a few hundred kB."""
 MAX_JSON_DEPTH = 100
-"""Deepest nesting of a JSON file, far from where Python's own recursion limit would bite a later reader of it."""
+"""Deepest nesting of a JSON file that is read, far below Python's recursion limit, which later code could reach."""
 MAX_OPEN_FILES = 64
-"""File descriptors kept open at once; checkpoints have up to a few hundred shards, systems allow 256 and more."""
+"""Files kept open at once: checkpoints have up to a few hundred shards, and some systems allow only 256 open files."""
 CHUNK_BYTES = 1 << 28
-"""Bytes asked of one system call: Linux returns at most 2 GiB per call and macOS refuses to read more."""
+"""Bytes requested in one system call: Linux returns at most 2 GiB per call, and macOS refuses to read more."""
 
 _POSITIONAL = hasattr(os, "preadv")  # Linux, macOS 11+, BSD; not Windows
 
@@ -31,7 +31,7 @@ DOWNLOAD_AGAIN = "The file is incomplete or damaged: download it again."
 
 
 def quote(name: object) -> str:
-    """An untrusted value for a message: escaped and at most about a hundred characters long."""
+    """An untrusted value as it appears in a message: escaped, and shortened to about a hundred characters."""
     text = ascii(name[:200] if isinstance(name, str) else name)
     return text if len(text) <= 120 else f"{text[:100]}…{text[-1]}"
 
@@ -39,9 +39,9 @@ def quote(name: object) -> str:
 def existing_folder(
     folder: str | os.PathLike[str], error: type[VlpackError] = CheckpointError, hint: str | None = None
 ) -> Path:
-    """A folder that is there, ``~`` expanded; else an ``error`` that says what is there instead."""
-    if folder == "":  # Path("") is the current folder, which nobody means who passes an empty variable
-        raise error("The folder is an empty name.", hint)
+    """The path of an existing folder, with ``~`` expanded. Raises ``error``, which says what is there instead."""
+    if folder == "":  # Path("") is the current folder, which an empty variable never means
+        raise error("The folder's name is empty.", hint)
     try:
         path = Path(folder).expanduser()
         if path.is_dir():
@@ -55,12 +55,12 @@ def existing_folder(
 
 
 def _reason(error: Exception) -> str:
-    """Without the name again, which the sentence has already."""
+    """The reason in an error, without the file name, which the message already contains."""
     return getattr(error, "strerror", None) or quote_error(error)
 
 
 def check_plain_name(name: str, where: str) -> str:
-    """The name, if it is one of a file directly in a folder; an index could otherwise point anywhere on the machine."""
+    """Returns ``name`` if it is a plain file name; otherwise an index could refer to any file of this machine."""
     if (
         not name
         or len(name) > 255
@@ -76,7 +76,7 @@ def check_plain_name(name: str, where: str) -> str:
 
 
 def locate(folder: Path, name: str) -> Path | None:
-    """Where the file `name` of `folder` really is; None when there is no such file.
+    """The real path of the file `name` of `folder`, links followed; None when there is no such file.
 
     A link may lead to another file of the folder, or, from a snapshot of the Hugging Face cache
     (`models--org--name/snapshots/<commit>/`), to that repository's own `blobs/`. All other links are refused: an
@@ -93,7 +93,7 @@ def locate(folder: Path, name: str) -> Path | None:
         home, target = folder.resolve(strict=True), path.resolve(strict=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is a link to a file that does not exist.", DOWNLOAD_AGAIN) from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: a circle of links, before Python 3.13
+    except (OSError, RuntimeError) as error:  # RuntimeError: a cycle of links, before Python 3.13
         raise CheckpointError(f"{path} cannot be opened: {quote_error(error)}.") from error
     allowed = [home]
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
@@ -107,18 +107,18 @@ def locate(folder: Path, name: str) -> Path | None:
 
 
 class OpenFile:
-    """One file, open for reads at any offset from any thread; made only of a path that `locate` returned.
+    """A file that is open for reading at any offset from any thread. Its path must be one that `locate` returned.
 
-    Reads are system calls and not a memory mapping: pages of a mapping count as this process's memory, and a mapped
-    file that somebody truncates kills the process with SIGBUS where a short read is an error with a name.
+    Files are read with system calls and not mapped: pages of a mapping count as memory of this process, and if somebody
+    truncates a mapped file, SIGBUS kills the process, whereas a short read can be reported as an error.
     """
 
     def __init__(self, shown: Path, target: Path) -> None:
-        self.shown = shown  # the name people know; the target may be a blob's hash
+        self.shown = shown  # the name for messages; the target may be a blob named by its hash
         self.users = 0
         self._lock = threading.Lock()
         self._fd = -1
-        # O_NOFOLLOW: nobody swaps the checked file for a link. O_NONBLOCK: nor for a FIFO, on which open() would hang.
+        # The checked file may be swapped: O_NOFOLLOW refuses a link, O_NONBLOCK keeps open() from hanging on a FIFO.
         flags = os.O_RDONLY | sum(
             getattr(os, flag, 0) for flag in ("O_BINARY", "O_CLOEXEC", "O_NOINHERIT", "O_NOFOLLOW", "O_NONBLOCK")
         )
@@ -134,7 +134,7 @@ class OpenFile:
         self.stamp = (status.st_size, status.st_mtime_ns)
 
     def read_into(self, out: memoryview, offset: int) -> None:
-        """Fills `out` with the file's bytes from `offset` on."""
+        """Fills `out` with the file's bytes, starting at `offset`."""
         self.check_unchanged()
         done = 0
         while done < len(out):
@@ -150,7 +150,7 @@ class OpenFile:
             done += count
 
     def sha256(self) -> str:
-        """The SHA-256 of the whole file in hexadecimal, read in pieces."""
+        """The SHA-256 of the whole file in hexadecimal, computed in pieces of 4 MiB."""
         digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 22))
         for offset in range(0, self.size, len(buffer)):
             piece = buffer[: self.size - offset]
@@ -159,22 +159,22 @@ class OpenFile:
         return digest.hexdigest()
 
     def read(self, offset: int, count: int) -> bytes:
-        """`count` bytes from `offset` on."""
+        """Returns `count` bytes of the file, starting at `offset`."""
         out = bytearray(count)
         self.read_into(memoryview(out), offset)
         return bytes(out)
 
     def check_unchanged(self) -> None:
-        """Raises when somebody wrote to the file since it was opened, as its tensors may be elsewhere by now."""
+        """Raises a CheckpointError if the file was written to since it was opened: its tensors may have moved."""
         status = os.fstat(self._fd)
         if (status.st_size, status.st_mtime_ns) != self.stamp:
             raise CheckpointError(
                 f"{self.shown} changed while it was in use: it had {self.stamp[0]} bytes and has {status.st_size} now.",
-                "Start again when nothing writes to the checkpoint any more.",
+                "Start again when no other program writes to the checkpoint.",
             )
 
     def close(self) -> None:
-        """Gives the descriptor back."""
+        """Closes the file descriptor; closing twice is allowed."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -193,7 +193,7 @@ class OpenFile:
 
 
 class FilePool:
-    """The open files of a checkpoint, the least recently used closed when there are more than `limit`."""
+    """The open files of a checkpoint. When there are more than `limit`, the least recently used one is closed."""
 
     def __init__(self, limit: int = MAX_OPEN_FILES) -> None:
         self._limit = limit
@@ -204,19 +204,19 @@ class FilePool:
         self._closed = False
 
     def add(self, shown: Path, target: Path) -> None:
-        """Makes a located file known; it is opened when first used."""
+        """Registers a located file; it is opened on first use."""
         self._targets[shown] = target
 
     @contextmanager
     def use(self, path: Path) -> Iterator[OpenFile]:
-        """The open file; it stays open at least as long as the `with` block lasts."""
+        """Yields an open file, which stays open at least until the `with` block ends."""
         with self._lock:
             if self._closed:
                 raise ValueError("the checkpoint is closed")
             file = self._open.get(path)
             if file is None:
                 file = self._open[path] = OpenFile(path, self._targets[path])
-                # Opened again after it had been closed to make room: it must still be the file that was validated.
+                # A file that was closed to make room and is opened again must still be the one that was validated.
                 file.stamp = self._stamps.setdefault(path, file.stamp)
             self._open.move_to_end(path)
             file.users += 1
@@ -229,7 +229,7 @@ class FilePool:
                 self._close_idle(0 if self._closed else self._limit)
 
     def close(self) -> None:
-        """Closes all files; one in use by another thread is closed when that thread is done with it."""
+        """Closes all files; a file that another thread is using is closed when that thread has finished."""
         with self._lock:
             self._closed = True
             self._close_idle(0)
@@ -242,12 +242,12 @@ class FilePool:
 
 
 def read_json(shown: Path, target: Path, *, limit: int = MAX_JSON_BYTES, strict: bool = False) -> dict[str, Any]:
-    """The object in a JSON file of at most `limit` bytes; see `parse_json`."""
+    """Reads the object in a JSON file of at most `limit` bytes, parsed by `parse_json`."""
     return parse_json(read_small(shown, target, limit), str(shown), strict=strict)
 
 
 def read_json_list(shown: Path, target: Path) -> list[Any]:
-    """The list in a JSON file, likewise."""
+    """Reads the list in a JSON file of at most `MAX_JSON_BYTES`."""
     value = _parse(read_small(shown, target, MAX_JSON_BYTES), str(shown), strict=False)
     if not isinstance(value, list):
         raise CheckpointError(f"{shown} must hold a JSON list, not a {type(value).__name__}.", DOWNLOAD_AGAIN)
@@ -256,7 +256,7 @@ def read_json_list(shown: Path, target: Path) -> list[Any]:
 
 
 def read_small(shown: Path, target: Path, limit: int) -> bytes:
-    """The bytes of a file, at most ``limit``; a CheckpointError where it has more or cannot be read."""
+    """Reads a whole file. Raises a CheckpointError if it has more than ``limit`` bytes or cannot be read."""
     file = OpenFile(shown, target)
     try:
         if file.size > limit:
@@ -269,7 +269,7 @@ def read_small(shown: Path, target: Path, limit: int) -> bytes:
 
 
 def check_not_lfs_pointer(shown: Path, start: bytes) -> None:
-    """Names the most common damage of all: a repository cloned without git-lfs, with stubs in place of the files."""
+    """Raises a CheckpointError for the pointer that a clone without git-lfs leaves, the most common damage of all."""
     if start.startswith(b"version https://git-lfs.github.com/"):
         raise CheckpointError(
             f"{shown} is a git-lfs pointer, not the file itself.", "Run `git lfs pull` in the checkpoint's folder."
@@ -277,7 +277,7 @@ def check_not_lfs_pointer(shown: Path, start: bytes) -> None:
 
 
 def parse_json(data: bytes, where: str, *, strict: bool = False) -> dict[str, Any]:
-    """The JSON object in `data`; `strict` also refuses repeated keys and NaN, which transformers accepts in configs."""
+    """Parses a JSON object; `strict` also refuses repeated keys and NaN, which transformers accepts in configs."""
     value = _parse(data, where, strict)
     if not isinstance(value, dict):
         raise CheckpointError(f"{where} must hold a JSON object, not a {type(value).__name__}.", DOWNLOAD_AGAIN)
@@ -292,12 +292,12 @@ def _parse(data: bytes, where: str, strict: bool) -> Any:
         return json.loads(data.decode("utf-8"))
     except RecursionError:
         raise CheckpointError(f"{where}: the JSON is nested too deeply.") from None
-    except ValueError as error:  # bad UTF-8, bad JSON, or a number of thousands of digits
+    except ValueError as error:  # bad UTF-8, bad JSON, or a number with thousands of digits
         raise CheckpointError(f"{where} is not valid JSON: {quote_error(error)}.", DOWNLOAD_AGAIN) from error
 
 
 def quote_error(error: Exception) -> str:
-    """The text of a library's error, shortened, for the inside of a sentence."""
+    """The text of a library's error, escaped and shortened, to be used inside a sentence."""
     return ascii(str(error))[1:-1][:200].rstrip(".")
 
 

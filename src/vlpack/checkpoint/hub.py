@@ -1,4 +1,4 @@
-"""Finds a checkpoint: a folder stays as it is, a Hub id becomes a folder of the Hugging Face cache."""
+"""Resolves the source of a checkpoint: an existing folder, or a Hub id, downloaded into the Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlpack.errors import CheckpointError, OptionError
+from vlpack.errors import CheckpointError, OptionError, option
 
 PATTERNS = ("*.safetensors", "*.json", "*.jinja", "merges.txt", "vocab.json", "tokenizer.*")
-"""What vlpack needs of a repository: weights, configs and the tokenizer."""
+"""Names of the files that vlpack needs from a repository: weights, configs and the tokenizer."""
 SETTINGS = tuple(pattern for pattern in PATTERNS if pattern != "*.safetensors")
-"""The small files among them, from which most of what cannot be built is known before weights are downloaded."""
+"""Names of the small files, which show most reasons against a build before any weights are downloaded."""
 IGNORED = ("[!1]*/*", "1[!_]*/*", "*.bin")
-"""What the patterns above would take too much: copies in subfolders (`original/`, `onnx/`) and pickles. The subfolders
-`1_…` are small: in them sentence-transformers keeps how a model pools or scores."""
+"""Names that the patterns above match but that are not needed: copies in subfolders (`original/`, `onnx/`) and pickles.
+The small subfolders `1_…` are kept: sentence-transformers stores there how a model pools or scores."""
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>.*))?", re.ASCII | re.DOTALL)
 _HUB_PAGE = re.compile(
@@ -31,7 +31,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class ResolvedSource:
-    """A checkpoint's folder and, when it came from the Hub, the repository and the commit it is."""
+    """A checkpoint's folder and, if it came from the Hub, its repository and commit."""
 
     folder: Path
     repo_id: str | None
@@ -39,11 +39,11 @@ class ResolvedSource:
 
     @property
     def name(self) -> str:
-        """The repository's id, or the folder's own name: where it lies is nobody's business."""
+        """The repository's id, or the folder's name without its path, which is private."""
         return self.repo_id or self.folder.resolve().name.encode(errors="replace").decode()
 
     def described(self) -> dict[str, str | None]:
-        """Where it comes from, for a manifest."""
+        """The origin as a package's manifest records it: repository and commit, or the folder's name."""
         return {"repo_id": self.repo_id, "commit": self.commit} if self.repo_id else {"name": self.name}
 
 
@@ -56,17 +56,18 @@ def resolve(
     offline: bool | None = None,
     patterns: Sequence[str] = PATTERNS,
 ) -> ResolvedSource:
-    """The local folder of a checkpoint, downloaded first when need be.
+    """Finds the local folder of a checkpoint and downloads it first if necessary.
 
     Args:
-        source: an existing folder, or a Hub id `org/name`, optionally with `@revision`. A folder of that name wins.
+        source: an existing folder, or a Hub id `org/name`, optionally with `@revision`. An existing folder of that name
+            takes precedence.
         revision: a branch, tag or commit of the Hub repository; the same as `@revision`.
         cache_dir: the Hugging Face cache to use; by default that of `HF_HOME` or `HF_HUB_CACHE`.
         token: a Hub token; by default that of `HF_TOKEN` or of `hf auth login`.
-        offline: never use the network, only what is in the cache; by default as `HF_HUB_OFFLINE` says.
-        patterns: names of the files to download, from the repository's top folder only.
+        offline: whether to use only the cache and never the network; by default the value of `HF_HUB_OFFLINE`.
+        patterns: name patterns of the files to download; subfolders other than `1_…` are skipped.
 
-    An interrupted download goes on where it stopped when called again.
+    An interrupted download continues where it stopped when this is called again.
     """
     text = os.fspath(source)
     folder = _existing_folder(text)
@@ -74,7 +75,7 @@ def resolve(
         if revision is not None:
             raise OptionError(
                 f"A revision ({revision}) can be chosen for a Hub id only, but {folder} is a folder.",
-                "Leave the revision away, or give a Hub id such as Qwen/Qwen3-VL-4B-Instruct.",
+                f"Leave out {option('revision')}, or give a Hub id such as Qwen/Qwen3-VL-4B-Instruct.",
             )
         return ResolvedSource(folder, *_origin(folder))
 
@@ -101,7 +102,7 @@ def resolve(
 
 
 def is_folder(source: str | os.PathLike[str]) -> bool:
-    """Whether a source is an existing folder and no Hub id."""
+    """Whether a source is an existing folder, as opposed to a Hub id."""
     return _existing_folder(os.fspath(source)) is not None
 
 
@@ -112,7 +113,7 @@ def is_hub_id(source: str | os.PathLike[str]) -> bool:
 
 
 def _existing_folder(text: str) -> Path | None:
-    if not text:  # Path("") is the current folder, which nobody means who passes an empty variable
+    if not text:  # Path("") is the current folder, which an empty variable never means
         return None
     try:
         path = Path(text).expanduser()
@@ -138,7 +139,7 @@ def _looks_like_path(text: str) -> bool:
 
 
 def _origin(folder: Path) -> tuple[str | None, str | None]:
-    """Repository and commit of a folder of the Hugging Face cache, `models--org--name/snapshots/<commit>`."""
+    """Repository and commit of a folder in the cache, `models--org--name/snapshots/<commit>`, or None and None."""
     snapshot = folder.resolve()
     kind, *names = snapshot.parent.parent.name.split("--")
     if kind != "models" or not names or snapshot.parent.name != "snapshots" or not _COMMIT.fullmatch(snapshot.name):
@@ -151,7 +152,7 @@ def _is_offline(offline: bool | None) -> bool:
         return offline
     from huggingface_hub import constants
 
-    # The library reads the variable once, when imported; a program may well set it later.
+    # The library reads the variable once, when it is imported; a program may set it later.
     in_environment = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     return in_environment or bool(constants.HF_HUB_OFFLINE)
 
@@ -165,7 +166,7 @@ def _download(
     offline: bool,
     patterns: list[str],
 ) -> Path:
-    # Imported here: it takes long, and a build from a folder does without.
+    # Imported here, because it is slow to import and a build from a folder does not need it.
     from huggingface_hub import errors, snapshot_download
 
     what = repo_id if revision is None else f"{repo_id} at revision {revision}"
@@ -179,7 +180,7 @@ def _download(
             allow_patterns=patterns,
             ignore_patterns=list(IGNORED),
         )
-    except errors.GatedRepoError as error:  # before RepositoryNotFoundError, which it is one of
+    except errors.GatedRepoError as error:  # caught before RepositoryNotFoundError, its base class
         raise CheckpointError(
             f"{repo_id} is gated: its authors ask who uses it.",
             f"Accept the terms on https://huggingface.co/{repo_id}, then set HF_TOKEN or run `hf auth login`.",
@@ -192,7 +193,7 @@ def _download(
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(
             f"{repo_id} has no revision {revision}.",
-            f"See https://huggingface.co/{repo_id}/commits/main for what it has.",
+            f"Its revisions are listed on https://huggingface.co/{repo_id}/commits/main.",
         ) from error
     except errors.HFValidationError as error:
         raise CheckpointError(
@@ -223,6 +224,6 @@ def _download(
 
 
 def _short(error: Exception) -> str:
-    """The first line of the library's message, which can be a page long and repeat what ours says."""
+    """The first line of the library's message; the rest can be a page long and repeat what ours says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return textwrap.shorten(lines[0].removeprefix("Got: "), 200, placeholder=" …").rstrip(".") + "."

@@ -1,4 +1,4 @@
-"""Checkpoints that somebody quantized already: what they are is said, as their tensors look like damaged ones."""
+"""Detects checkpoints that are already quantized, so that an error names the method and not the unexpected tensors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SECTIONS = {
     "compression_config": "compression_config of llm-compressor",
     "quantization": "quantization of MLX",
 }
-"""Objects in config.json that say so, and how they are called."""
+"""Objects in config.json that mark a quantized checkpoint, and their names in messages."""
 
 FILES = {"hf_quant_config.json": "ModelOpt", "quantize_config.json": "AutoGPTQ", "quant_config.json": "AutoAWQ"}
-"""Files beside config.json in which tools say so."""
+"""Settings files of quantized checkpoints beside config.json, and the tools that write them."""
 
 ENDINGS = {
     ".qweight": "GPTQ or AWQ",
@@ -30,17 +30,17 @@ ENDINGS = {
     ".SCB": "bitsandbytes",
     ".absmax": "bitsandbytes",
 }
-"""Ends of tensors' names that no unquantized model of the supported families has, and what writes them."""
+"""Endings of tensor names that no unquantized model of the supported families has, and the methods that use them."""
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raises a CheckpointError where a checkpoint is quantized, by its config, other tools' files or its tensors."""
+    """Raises a CheckpointError if config, tensors or another tool's files show that a checkpoint is quantized."""
     found = _in_config(checkpoint.config) or _in_config(checkpoint.config.get("text_config"))
     found = found or _in_tensors(checkpoint) or _in_files(checkpoint)
     if found:
         raise CheckpointError(
-            f"{checkpoint.folder}: the checkpoint is quantized already ({found}).",
-            "Use the original one, in bfloat16 or float32.",
+            f"{checkpoint.folder}: the checkpoint is already quantized ({found}).",
+            "Use the original checkpoint, in bfloat16 or float32.",
         )
 
 
@@ -61,7 +61,7 @@ def _in_tensors(checkpoint: Checkpoint) -> str | None:
 
 
 def _in_files(checkpoint: Checkpoint) -> str | None:
-    """A file alone counts only where it names a method: ModelOpt writes one for unquantized models, too."""
+    """The method named in a tool's settings file. A file without one is ignored: ModelOpt also writes such files."""
     for file, tool in FILES.items():
         settings = checkpoint.json(file) or {}
         nested = settings.get("quantization")

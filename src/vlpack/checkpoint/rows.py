@@ -1,7 +1,7 @@
-"""Where a weight's rows lie in a checkpoint: a tensor, or several above each other, in turn, or turned.
+"""Views of a checkpoint's tensors as the rows of one matrix: whole, sliced, transposed, stacked or interleaved.
 
-A `Rows` is data (a frozen dataclass, equal where the rows are) and reads any range of its rows without the others, as
-far as the checkpoint's layout lets it. Numbers that are NaN or infinite are found here, with the tensor's name.
+A `Rows` is plain data: a frozen dataclass, equal to another one with the same rows. It reads any range of rows without
+the others, as far as the checkpoint's layout allows. A NaN or infinite value is an error that names the tensor.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ Array = npt.NDArray[Any]
 
 
 class Rows(Protocol):
-    """The rows of a matrix; see the module's docstring."""
+    """A matrix whose rows lie in one or more tensors of a checkpoint and are read by range."""
 
     @property
     def rows(self) -> int:
-        """How many there are."""
+        """Number of rows."""
 
     @property
     def cols(self) -> int:
-        """The length of each."""
+        """Number of values in each row."""
 
     def tensors(self) -> Iterator[Source]:
-        """The tensors in which they lie, one of them several times where it serves several."""
+        """The tensors that hold the rows; a tensor that is used several times occurs several times."""
 
     def read(self, checkpoint: Checkpoint, start: int, stop: int) -> Array:
-        """Rows ``[start, stop)`` as ``[stop - start, cols]``, in the checkpoint's dtype.
+        """Reads rows ``[start, stop)`` as an array ``[stop - start, cols]`` in the checkpoint's dtype.
 
         Raises:
             CheckpointError: a value is NaN or infinite.
@@ -46,10 +46,10 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the checkpoint and the shape it must have.
+    """One tensor of the checkpoint, with the shape that it must have, as a matrix.
 
-    Seen as a matrix, ``leading`` of its axes count rows: one for a kernel ``[out, in, height, width]``, two for experts
-    ``[experts, out, in]``.
+    The first ``leading`` axes count rows and the others columns: one axis for a convolution's kernel
+    ``[out, in, height, width]``, two for experts ``[experts, out, in]``.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Part:
-    """``count`` rows of others, from ``first`` on."""
+    """A slice of another matrix: ``count`` rows, starting at row ``first``."""
 
     whole: Rows
     first: int
@@ -97,8 +97,8 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Turned:
-    """The columns of others as rows. All of them are read for any of these, so they should be few."""
+class TransposedRows:
+    """The transpose of another matrix. Reading any row reads the whole matrix, which should therefore be small."""
 
     whole: Rows
 
@@ -119,7 +119,7 @@ class Turned:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Rows above each other."""
+    """Several matrices of equal width, stacked vertically."""
 
     parts: tuple[Rows, ...]
 
@@ -146,14 +146,14 @@ class Stacked:
 
 
 def stacked(parts: Iterable[Rows]) -> Rows:
-    """Rows above each other; what is alone is itself."""
+    """Stacks matrices vertically; a single matrix is returned unchanged."""
     parts = tuple(parts)
     return parts[0] if len(parts) == 1 else Stacked(parts)
 
 
 @dataclass(frozen=True)
 class Alternating:
-    """A row of the first, a row of the second, and so on: gate and up as ORT's experts want them."""
+    """Two matrices with their rows interleaved, as onnxruntime's expert operator expects gate and up projections."""
 
     first: Rows
     second: Rows
@@ -178,10 +178,15 @@ class Alternating:
 
 
 def check_finite(name: str, piece: Array, first_row: int) -> None:
-    """Every value of ``piece``, rows of the tensor ``name`` from ``first_row`` on, is a number that fp32 holds.
+    """Checks that rows of a tensor hold only values that are finite in fp32.
+
+    Args:
+        name: name of the tensor.
+        piece: the rows, ``[rows, cols]``.
+        first_row: index of the first of these rows in the tensor.
 
     Raises:
-        CheckpointError: one is NaN or infinite.
+        CheckpointError: a value is NaN or infinite, or becomes infinite in fp32.
     """
     if piece.size and not _all_finite(piece):
         with np.errstate(over="ignore"):
@@ -194,9 +199,9 @@ def check_finite(name: str, piece: Array, first_row: int) -> None:
 
 def _all_finite(piece: Array) -> bool:
     if piece.dtype == ml_dtypes.bfloat16:
-        # as whole numbers, infinities and NaN are the largest of each sign
+        # read as integers, infinities and NaN are the largest values of each sign
         return bool(piece.view(np.int16).max() < 0x7F80 and piece.view(np.uint16).max() < 0xFF80)
     with np.errstate(over="ignore"):
-        wide = piece.astype(np.float32, copy=False)  # what is stored is made of these, float64 too
-    # the sum of finite float32 values may overflow, a max or min may not; NaN passes through both
+        wide = piece.astype(np.float32, copy=False)  # all weights are converted to float32 before they are stored
+    # a sum of finite float32 values could overflow; max and min cannot, and both pass NaN on
     return bool(np.isfinite(wide.max()) and np.isfinite(wide.min()))

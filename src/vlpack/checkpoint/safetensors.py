@@ -1,6 +1,6 @@
-"""Reads the header of a safetensors file and believes none of it before it is checked.
+"""Reads the header of an untrusted safetensors file and checks all of it.
 
-The format, all of it:
+The whole format:
 
     8 bytes   n, the header's length, unsigned little-endian
     n bytes   a JSON object in UTF-8 that begins with `{` and may be padded with spaces at its end:
@@ -24,12 +24,13 @@ from vlpack.checkpoint.files import DOWNLOAD_AGAIN, OpenFile, check_not_lfs_poin
 from vlpack.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
-"""As in the safetensors library itself."""
+"""Largest header that is read, in bytes; the safetensors library has the same limit."""
 MAX_TENSORS = 1_000_000
-"""Most tensors of a checkpoint; the largest known have about 100 000."""
+"""Largest number of tensors in a checkpoint; the largest known checkpoints have about 100 000."""
 MAX_NAME_LENGTH = 1024
+"""Longest name of a tensor, in characters."""
 MAX_RANK = 32
-"""The dimensions that NumPy before 2.0 allows."""
+"""Largest number of dimensions of a tensor, the limit of NumPy before 2.0."""
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -57,12 +58,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
     }.items()
     if hasattr(ml_dtypes, scalar)  # E8M0 came with ml_dtypes 0.5
 }
-"""The format's names of element types; its F4 and F6 types, several elements to a byte, are not read."""
+"""Element types by their names in the format. F4 and F6, which pack several elements in a byte, are not read."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor is and what it holds; `offset` counts from the beginning of the file."""
+    """Name, type, shape and place of a tensor; `offset` counts bytes from the beginning of the file."""
 
     name: str
     dtype: np.dtype[Any]
@@ -73,7 +74,11 @@ class TensorInfo:
 
 
 def read_header(file: OpenFile) -> list[TensorInfo]:
-    """The tensors of a safetensors file in the order of their bytes; a CheckpointError unless all of it is sound."""
+    """Reads and checks a safetensors header and returns the tensors in the order of their bytes.
+
+    Raises:
+        CheckpointError: the header is damaged, or does not describe exactly the file's bytes.
+    """
     path = file.shown
     if file.size < 8:
         raise CheckpointError(f"{path} is not a safetensors file: it has only {file.size} bytes.", DOWNLOAD_AGAIN)
@@ -107,11 +112,11 @@ def read_header(file: OpenFile) -> list[TensorInfo]:
 
 
 def _check_counts(header: bytes, path: Path) -> None:
-    """Refuses JSON that no header is, by counting characters: parsed, it could take thirty times its size in memory."""
+    """Counts characters to refuse JSON that cannot be a header, because parsing could take thirty times its size."""
     objects = header.count(b"{")
     if objects > MAX_TENSORS + 2:  # the header itself and the metadata
         raise CheckpointError(f"{path}: the header describes more than {MAX_TENSORS} tensors.")
-    # A tensor has 5 strings, 2 lists and at most 35 commas; the metadata may hold some more.
+    # An entry has 5 strings, 2 lists and at most 35 commas; the metadata may add some more.
     for mark, most in ((b'"', 10), (b"[", 2), (b",", MAX_RANK + 3)):
         if header.count(mark) > most * objects + 1_000_000:
             raise CheckpointError(f"{path}: the header holds more than descriptions of tensors.", DOWNLOAD_AGAIN)
@@ -136,7 +141,7 @@ def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
     nbytes, span = dtype.itemsize, dtype.itemsize
     for size in shape:
         nbytes *= size
-        span *= max(size, 1)  # NumPy's limit looks past zeros: [0, 2**62, 4] is too large for it
+        span *= max(size, 1)  # NumPy's size limit ignores zeros: [0, 2**62, 4] is too large for it
     if span >= 1 << 63:
         raise CheckpointError(f"{where}: the shape {quote(shape)} is larger than any machine's memory.")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(offset) for offset in offsets):
@@ -152,7 +157,7 @@ def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63  # not isinstance: True is an int too
+    return type(value) is int and 0 <= value < 1 << 63  # not isinstance, because True is an int too
 
 
 def _check_metadata(metadata: Any, path: Path) -> None:
@@ -161,7 +166,7 @@ def _check_metadata(metadata: Any, path: Path) -> None:
 
 
 def _check_cover(tensors: list[TensorInfo], path: Path, data_start: int, file_size: int) -> None:
-    """Each byte in exactly one tensor: no two share bytes, and nothing is hidden between or behind them."""
+    """Checks that each byte belongs to exactly one tensor: none overlap, and no data lies between or after them."""
     end, first_lost = data_start, None
     for tensor in tensors:
         if tensor.offset != end:
@@ -180,7 +185,7 @@ def _check_cover(tensors: list[TensorInfo], path: Path, data_start: int, file_si
         )
     if end < file_size:
         raise CheckpointError(
-            f"{path} has {file_size - end} bytes behind its last tensor: it should have {end} bytes "
+            f"{path} has {file_size - end} bytes after its last tensor: it should have {end} bytes "
             f"and has {file_size}.",
             DOWNLOAD_AGAIN,
         )

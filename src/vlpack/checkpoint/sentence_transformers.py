@@ -1,7 +1,7 @@
-"""What sentence-transformers' files beside a checkpoint say: its task, how it pools or scores, and its prompts.
+"""Reads the settings files of sentence-transformers: a model's task, its pooling or scoring step, and its prompts.
 
-``modules.json`` lists the steps after the transformer, each with a folder for its settings: ``Pooling`` and
-``Normalize`` make an embedding model, ``LogitScore`` a reranker. ``config_sentence_transformers.json`` has prompts.
+``modules.json`` lists the transformer and the steps after it, each with a folder for its settings: ``Pooling`` and
+``Normalize`` make an embedding model, ``LogitScore`` a reranker. ``config_sentence_transformers.json`` holds prompts.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 MODULES = "modules.json"
 _SCORES = ("LogitScore", "CausalScoreHead")
-_GENERATE = f"Build it with {option('task', 'generate')} to have the model without these steps."
+_GENERATE = f"Build with {option('task', 'generate')} to get the model without these steps."
 
 
 class SentenceFiles:
-    """The files of one checkpoint, read and checked; most checkpoints have none.
+    """The sentence-transformers settings of one checkpoint, read and checked. Most checkpoints have none.
 
     Attributes:
-        task: ``embedding`` or ``reranker``; None where there is no modules.json.
+        task: ``embedding`` or ``reranker``; None without a modules.json.
 
     Raises:
-        CheckpointError: a file is damaged, or asks for steps that vlpack would not compute.
+        CheckpointError: a file is damaged, or asks for steps that vlpack does not compute.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -47,7 +47,7 @@ class SentenceFiles:
             self._check_pooling(modules[1][1])
         elif len(kinds) == 2 and kinds[0] == "Transformer" and kinds[1] in _SCORES:
             self.task = "reranker"
-            # the settings of one published model are missing: its tokens are then the usual ones
+            # one published model lacks these settings; it uses the usual tokens
             self._score = self._settings(modules[1][1]) or {}
         else:
             raise CheckpointError(
@@ -56,7 +56,7 @@ class SentenceFiles:
             )
 
     def _settings(self, path: str) -> dict[str, Any] | None:
-        """``config.json`` of a step's folder."""
+        """The ``config.json`` of a step's folder; None if there is none."""
         check_plain_name(path, str(self._folder / MODULES))
         target = locate(self._folder, f"{path}/config.json")
         return None if target is None else read_json(self._folder / path / "config.json", target)
@@ -66,9 +66,9 @@ class SentenceFiles:
         if pooling is None:
             raise CheckpointError(
                 f"{self._folder} lacks {path}/config.json, which says how the model pools.",
-                f"Download the checkpoint with its subfolders, or give {option('task', 'generate')}.",
+                f"Download the checkpoint with its subfolders, or build with {option('task', 'generate')}.",
             )
-        # version 5 names one mode (or several), older ones have a flag for each
+        # version 5 names one mode or a list of modes; older versions have a flag for each mode
         modes = pooling.get("pooling_mode")
         if modes is None:
             prefix = "pooling_mode_"
@@ -81,34 +81,34 @@ class SentenceFiles:
             )
 
     def check_answers(self, yes: int, no: int) -> None:
-        """The checkpoint's score is that of the tokens ``yes`` against ``no``.
+        """Checks that the reranker's score compares the tokens ``yes`` and ``no``, given by their ids.
 
         Raises:
-            CheckpointError: it names others.
+            CheckpointError: the checkpoint's score uses other tokens.
         """
         named = {"true_token_id": yes, "false_token_id": no}
         for name, token_id in named.items():
             if name in self._score and self._score[name] != token_id:
                 raise CheckpointError(
-                    f"{self._folder / MODULES}: the score has {name} {self._score[name]}; vlpack's is of the tokens "
-                    f"yes ({yes}) and no ({no}).",
+                    f"{self._folder / MODULES}: the score has {name} {self._score[name]}; vlpack supports only "
+                    f"the tokens yes ({yes}) and no ({no}).",
                     _GENERATE,
                 )
 
     def prompts(self) -> tuple[dict[str, str], str | None]:
-        """Named prompts, and the name of the one that is used where none is chosen."""
+        """The prompts by name, and the name of the default prompt, or None."""
         config = self._checkpoint.json("config_sentence_transformers.json") or {}
         prompts, default = config.get("prompts") or {}, config.get("default_prompt_name")
         where = self._folder / "config_sentence_transformers.json"
         if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
-            raise CheckpointError(f"{where}: 'prompts' must be an object of texts.")
+            raise CheckpointError(f"{where}: 'prompts' must be an object whose values are texts.")
         if default is not None and default not in prompts:
-            raise CheckpointError(f"{where}: default_prompt_name is {default!r}, which is none of its prompts.")
+            raise CheckpointError(f"{where}: default_prompt_name is {default!r}, which is not one of its prompts.")
         return dict(prompts), default
 
 
 def _modules(folder: Path) -> list[tuple[str, str]]:
-    """Class and folder of every step; the file is a list, which the reader of JSON objects does not take."""
+    """Class name and folder of every step in modules.json; an empty list if there is no such file."""
     target = locate(folder, MODULES)
     if target is None:
         return []

@@ -1,1 +1,1 @@
-"""Writes a package: graphs, data files, settings, manifest and cards."""
+"""Writes packages: graphs, data files, settings, manifest and README."""

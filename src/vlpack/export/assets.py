@@ -1,4 +1,4 @@
-"""The files beside the graphs: runtime and processor configs, model card, and what the checkpoint hands on whole."""
+"""Writes the files beside the graphs: runtime and processor settings, README, and copies of the checkpoint's files."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ COPIED = (
     "video_preprocessor_config.json",
     "generation_config.json",
 )
-"""Files that go into the package whole, where the checkpoint has them."""
+"""Files of the checkpoint that are copied into the package unchanged, if they exist."""
 
 MAX_COPIED_BYTES = 100_000_000
-"""Of each of them; the largest real ones are tokenizers of some ten megabytes."""
+"""Largest file that is copied, in bytes; the largest real ones are tokenizers of about ten megabytes."""
 
 _VIDEO_SETTINGS = "video_preprocessor_config.json"
 
@@ -55,16 +55,16 @@ def write_beside(
     origin: Mapping[str, Any],
     encoder: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Write everything but the graphs and the manifest.
+    """Writes all files of a package except the graphs, their data and the manifest.
 
     Args:
-        folder: the package.
-        architecture: of the checkpoint.
-        checkpoint: whose tokenizer and settings go along.
+        folder: the package's folder.
+        architecture: the checkpoint's architecture.
+        checkpoint: the checkpoint, whose tokenizer and settings are copied.
         policy: the precision policy.
         names: part → file name of its graph.
-        origin: the source, as the manifest names it.
-        encoder: `encoder_section`'s, for a model that does not generate.
+        origin: the package's origin, as in the manifest's ``source``.
+        encoder: result of `encoder_section` for an embedding model or reranker; None for a model that generates.
 
     Returns:
         Notes for the user.
@@ -110,7 +110,7 @@ def write_beside(
 
 
 def _check_prompts(folder: Path, checkpoint: Checkpoint, vision: VisionFacts | None) -> list[str]:
-    """What is wrong with tokenizer or template is told now, not when the package is first used."""
+    """Checks tokenizer and chat template at build time, before the package is used. Returns notes for the user."""
     if not (folder / "tokenizer.json").is_file():
         return ["The checkpoint has no tokenizer.json, so the package runs on token ids only; `vlpack run` needs one."]
     note = None
@@ -139,7 +139,7 @@ def _write_encoder(
     origin: Mapping[str, Any],
     encoder: Mapping[str, Any],
 ) -> list[str]:
-    """The files beside graphs that do not generate: no runtime's config, as plain onnxruntime runs them."""
+    """Writes the files of an embedding model or reranker; without runtime settings, as plain onnxruntime runs it."""
     if "image" in encoder:
         _write_image_settings(folder, checkpoint)
     parts = {part.name: part for part in architecture.parts(GraphOptions())}
@@ -157,12 +157,13 @@ def _write_encoder(
 def _write_image_settings(folder: Path, checkpoint: Checkpoint) -> None:
     whole = checkpoint.json("processor_config.json") or {}
     for key, name in (("image_processor", "preprocessor_config.json"), ("video_processor", _VIDEO_SETTINGS)):
-        if isinstance(nested := whole.get(key), dict):  # transformers 5 keeps settings there; here it is the runtime's
+        # transformers 5 nests these settings in processor_config.json; a package's file of that name is the runtime's
+        if isinstance(nested := whole.get(key), dict):
             _write_json(folder / name, nested)
 
 
 def _copy(checkpoint: Checkpoint, name: str, folder: Path) -> None:
-    """A file of the checkpoint into the package, where there is one; links that lead out of it are refused."""
+    """Copies a file of the checkpoint into the package, if it exists. Links out of the checkpoint are refused."""
     target = locate(checkpoint.folder, name)
     if target is None:
         return

@@ -1,4 +1,4 @@
-"""Whether a checkpoint and an architecture fit: every tensor has a place, every place a tensor of its shape."""
+"""Checks a checkpoint against its architecture: exactly the expected tensors must exist, in the expected shapes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from vlpack.quantize.policy import Policy
 from vlpack.quantize.storage import slabs
 
 HEAD = "lm_head.weight"
+"""Tensor name of the head over the vocabulary."""
 
 UNUSED = ("*.rotary_emb.inv_freq", "*.rotary_pos_emb.inv_freq")
-"""Buffers that old checkpoints carry and that are computed from the config."""
+"""Name patterns of buffers in old checkpoints that are ignored, because they are computed from the config."""
 
 
 def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Policy) -> None:
-    """Every tensor of the whole model is there in its shape, and the checkpoint holds nothing else.
+    """Checks that a checkpoint has every tensor of the whole model in its shape and dtype, and no other tensors.
 
     Raises:
-        CheckpointError: the first few that are missing, misshapen or unknown are named.
+        CheckpointError: tensors are missing, have a wrong shape or dtype, or are unknown; the first few are named.
     """
     options = GraphOptions.of_policy(policy)
     weights = [w for part in architecture.parts(options) for w in declare(part, policy)]
@@ -32,13 +33,13 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
         verb = "is" if len(missing) == 1 else "are"
         raise CheckpointError(
             f"{checkpoint.folder}: {_some(missing)} {verb} missing from the checkpoint.",
-            "The config and the weights do not belong together, or the checkpoint is not complete.",
+            "The config and the weights do not belong together, or the checkpoint is incomplete.",
         )
     for name, shape in wanted.items():
         found = checkpoint.tensors[name]
         if found.shape != shape:
             raise CheckpointError(
-                f"{found.file}: the tensor {name} has the shape {list(found.shape)} where config.json asks for "
+                f"{found.file}: the tensor {name} has the shape {list(found.shape)}; config.json asks for "
                 f"{list(shape)}.",
                 "The config and the weights do not belong together.",
             )
@@ -46,7 +47,7 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
             raise CheckpointError(
                 f"{found.file}: the tensor {name} is of type {found.dtype}; weights must be bfloat16, float16, float32 "
                 "or float64.",
-                "Quantized checkpoints are not supported: use the original one.",
+                "Quantized checkpoints are not supported: use the original checkpoint.",
             )
     if architecture.tied and HEAD in checkpoint.tensors:
         check_equal(checkpoint, f"{architecture.decoder.prefix}.embed_tokens.weight")
@@ -64,10 +65,10 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
 
 
 def check_equal(checkpoint: Checkpoint, embedding: str) -> None:
-    """A tied checkpoint's own head is the embedding once more.
+    """Checks that the head stored in a tied checkpoint equals the embedding.
 
     Raises:
-        CheckpointError: it is not. Transformers 4 would not use it, transformers 5 would.
+        CheckpointError: it differs. Transformers 4 would ignore such a head, transformers 5 would use it.
     """
     one, two = checkpoint.tensors[HEAD], checkpoint.tensors[embedding]
     equal = one.shape == two.shape and one.dtype == two.dtype
@@ -78,7 +79,7 @@ def check_equal(checkpoint: Checkpoint, embedding: str) -> None:
     if not equal:
         raise CheckpointError(
             f"{one.file}: {HEAD} is another matrix than {embedding}, although config.json says that they are tied.",
-            "Set tie_word_embeddings to false in config.json to use it, or remove it from the checkpoint.",
+            f"Set tie_word_embeddings to false in config.json to use {HEAD}, or remove it from the checkpoint.",
         )
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is made of and what vlpack would make of it, as data that the command line prints."""
+"""Describes a checkpoint, and the package that vlpack would build from it, as data for ``vlpack inspect``."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from vlpack.tasks import AUTO, GENERATE, RERANKER
 
 
 def inspect_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
-    """Architecture, sizes, tensors by dtype, and the parts that vlpack would make of it.
+    """Describes a checkpoint: architecture, sizes, tensors by dtype, and the parts of a package built from it.
 
     Args:
-        folder: the checkpoint.
-        weights: look at them, too; else it is described by its config, and ``bytes`` is None.
+        folder: the checkpoint's folder.
+        weights: whether to read the weights' headers; otherwise only config.json is used, and ``bytes`` is None.
 
     Raises:
-        CheckpointError: weights and config do not fit, as a build would find.
+        CheckpointError: the checkpoint is not supported, or its weights do not fit its config.
     """
     with Checkpoint.open(folder) if weights else Checkpoint.open_settings(folder) as checkpoint:
         described: dict[str, Any] = {
@@ -43,8 +43,9 @@ def inspect_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
         else:
             architecture = read_settings(checkpoint)
             task, notes = decide_task(checkpoint, AUTO, folder.resolve().name)
-            architecture.task = GENERATE if task == RERANKER else task  # whose tokens only the tokenizer knows
-            notes = [*notes, "Its weights were not looked at, so this is what its config.json says."]
+            # a reranker needs the token ids of yes and no, which only the tokenizer knows
+            architecture.task = GENERATE if task == RERANKER else task
+            notes = [*notes, "The weights were not read, so this description follows from config.json alone."]
         parts = architecture.parts(GraphOptions())
         return {
             **described,

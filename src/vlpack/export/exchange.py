@@ -1,4 +1,4 @@
-"""Two folders change names in one step, where the system can do so: no moment is without either."""
+"""Exchanges the names of two folders in one atomic step, where the system can: each name exists at every moment."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 _HERE = -100
-"""AT_FDCWD of fcntl.h: paths are relative to the current folder."""
+"""``AT_FDCWD`` of fcntl.h: paths are relative to the current folder."""
 _EXCHANGE = 2
-"""RENAME_EXCHANGE of linux/fs.h, which is also RENAME_SWAP of macOS' sys/stdio.h."""
+"""``RENAME_EXCHANGE`` of linux/fs.h, which equals ``RENAME_SWAP`` of macOS' sys/stdio.h."""
 _CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
-"""What a kernel, a file system or a sandbox says that does not know it."""
+"""Error numbers of a kernel, file system or sandbox that does not support the exchange."""
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two files or folders of one file system.
+    """Exchanges the names of two files or folders of one file system.
 
     Returns:
-        Whether it was done; not where this system cannot do it.
+        Whether the names were exchanged; False if the system does not support it.
 
     Raises:
-        OSError: it can, and one of them is not there or must not be renamed.
+        OSError: the system supports it, but one of the two does not exist or may not be renamed.
     """
     call = _system_call()
     if call is None:
@@ -40,7 +40,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 @cache
 def _system_call() -> Any:
-    """renameat2(2) of Linux, renameatx_np(2) of macOS; None without either."""
+    """The function renameat2(2) of Linux or renameatx_np(2) of macOS; None if the C library has neither."""
     name = {"linux": "renameat2", "darwin": "renameatx_np"}.get(sys.platform)
     try:
         call = getattr(ctypes.CDLL(None, use_errno=True), name) if name else None

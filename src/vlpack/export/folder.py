@@ -1,8 +1,8 @@
-"""The folder of a package under construction: it has its name only when it is complete.
+"""The output folder of a build, which appears under its final name only when the package is complete.
 
-Everything is written to a hidden sibling, ``.NAME.partial-…``, which is renamed at the end. An error removes it; what a
-killed build left behind is removed by the next build to the same name. A build holds a lock on its folder, so that the
-next one can tell the two apart (process ids cannot: they repeat, in containers at once).
+All files are written to a hidden sibling, ``.NAME.partial-…``, which is renamed at the end. An error removes it; the
+next build removes what a killed build left. Every build holds a lock on its partial folder, which tells a running build
+from a killed one (process ids cannot: they are reused, and repeat in containers).
 """
 
 from __future__ import annotations
@@ -26,25 +26,24 @@ if os.name != "nt":
 
 
 def _check_text(output: Path) -> None:
-    """Raises an OptionError where a package's path is not text in UTF-8, as the runtime opens none that is not."""
+    """Raises an OptionError if a package's path is not valid UTF-8, because the runtime cannot open such paths."""
     try:
         os.path.realpath(output).encode()
     except UnicodeEncodeError:
         raise OptionError(
-            f"The name {quote(str(output))}, or that of a folder it is in, is not text in UTF-8; the runtime could not "
-            "open the package.",
+            f"The path {quote(str(output))} is not valid UTF-8; the runtime could not open the package.",
             f"Choose another {option('output')}.",
         ) from None
-    except (OSError, ValueError):  # which is told where the folder is made
+    except (OSError, ValueError):  # reported when the folder is created
         pass
 
 
 def check_free(output: Path, *, force: bool) -> None:
-    """The name of a package is free: nothing is there, or an empty folder, or, with ``force``, a package.
+    """Checks that a package may be written to ``output``: it is free, an empty folder, or with ``force`` a package.
 
     Raises:
-        OptionError: it is not, or the name cannot be a package's. Only a folder that holds a package and nothing else
-            is ever replaced.
+        OptionError: it may not, or the path is not usable. Only a folder that holds a package and nothing else is ever
+            replaced.
     """
     _check_text(output)
     while True:
@@ -53,7 +52,7 @@ def check_free(output: Path, *, force: bool) -> None:
             return _check_free(output, force=force)
         except (OptionError, OSError) as error:
             if _identity(output) != before:
-                continue  # another build replaced it while it was looked at
+                continue  # another build replaced it during the check
             if isinstance(error, OSError):
                 raise OptionError(f"{output} cannot be read: {error.strerror or error}.") from None
             raise
@@ -74,7 +73,7 @@ def _check_free(output: Path, *, force: bool) -> None:
         raise OptionError(f"{output} exists and is not a vlpack package.", another)
     if not force:
         raise OptionError(
-            f"{output} exists.",
+            f"{output} already exists.",
             f"Choose another {option('output')}, or replace the package with {option('force', True)}.",
         )
     try:
@@ -83,19 +82,21 @@ def _check_free(output: Path, *, force: bool) -> None:
         raise OptionError(f"{output} is not replaced: {error.message}", another) from None
     foreign = sorted(path.name for path in output.iterdir() if path.name not in known or path.is_dir())
     if foreign:
-        raise OptionError(f"{output} is not replaced: {foreign[0]!r} in it is not the package's.", another)
+        raise OptionError(
+            f"{output} is not replaced: it contains {foreign[0]!r}, which is not a file of the package.", another
+        )
 
 
 @contextmanager
 def output_folder(output: Path, *, force: bool) -> Iterator[Path]:
-    """A folder to write into, which becomes ``output`` when the block ends without an error.
+    """Yields a new folder to write into, which is renamed to ``output`` if the block ends without an error.
 
     Args:
-        output: the package's name; its parents are made where they are missing. A link is followed.
-        force: replace a package that is already there. Anything else that is there is never replaced.
+        output: final path of the package; missing parent folders are created, and a link is followed.
+        force: whether to replace an existing package. Nothing else is ever replaced.
 
     Raises:
-        OptionError: ``output`` exists, or its parent cannot be written.
+        OptionError: ``output`` already exists, or its parent folder cannot be written.
         VlpackError: the disk is full.
     """
     try:
@@ -116,17 +117,17 @@ def output_folder(output: Path, *, force: bool) -> Iterator[Path]:
         if lock is not None:
             os.close(lock)
         for parent in new_parents:
-            with suppress(OSError):  # somebody else uses it by now
+            with suppress(OSError):  # another program uses it by now
                 parent.rmdir()
 
 
 def check_space(folder: Path, needed: int, where: Path | None = None) -> None:
-    """Say before the work that the disk cannot hold it.
+    """Checks before a build that the disk has room for the package.
 
     Args:
-        folder: of the package, for the message.
-        needed: bytes.
-        where: a folder on the disk, if ``folder`` is not there yet.
+        folder: the package's folder, for the message.
+        needed: size of the package in bytes.
+        where: an existing folder on the same disk, if ``folder`` does not exist yet.
 
     Raises:
         VlpackError: fewer than ``needed`` bytes are free.
@@ -136,15 +137,15 @@ def check_space(folder: Path, needed: int, where: Path | None = None) -> None:
         raise VlpackError(
             f"Not enough space in {folder.parent}: the package takes {needed / 1e9:.2f} GB and "
             f"{free / 1e9:.2f} GB are free.",
-            f"Free some space, or choose another {option('output')}.",
+            f"Free some space or choose another {option('output')}.",
         )
 
 
 def _new_partial(final: Path) -> tuple[Path, int | None]:
-    """A new folder beside ``final``, and the lock on it.
+    """Creates the partial folder beside ``final`` and locks it.
 
-    Until it is locked, another build may take it for a leftover and remove it, and one that fails may remove parents
-    that both found missing: then a new one is made.
+    Before it is locked, another build may mistake it for a leftover and remove it, or a failing build may remove the
+    parents that both created: then it is created again.
     """
     attempts = 20
     while True:
@@ -166,14 +167,14 @@ def _new_partial(final: Path) -> tuple[Path, int | None]:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that keeps ``folder`` locked until it is closed or its process dies; None where there are no locks.
+    """Locks a folder until the returned descriptor is closed or the process ends; None if locks are not supported.
 
     Raises:
-        BlockingIOError: another process holds it.
-        FileNotFoundError: the folder is gone.
+        BlockingIOError: another process holds the lock.
+        FileNotFoundError: the folder does not exist any more.
     """
     if os.name == "nt":
-        return None  # folders cannot be opened there: no leftover is removed
+        return None  # Windows cannot open folders, so there are no locks and no leftover is removed
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -181,7 +182,7 @@ def _lock(folder: Path) -> int | None:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
             raise
-        return None  # a network disk
+        return None  # some network file systems have no locks
     return descriptor
 
 
@@ -191,7 +192,7 @@ def _remove_leftovers(final: Path) -> None:
         if not ours.fullmatch(leftover.name) or not leftover.is_dir() or leftover.is_symlink():
             continue
         if leftover.name.endswith("-old") and leftover.with_name(leftover.name.removesuffix("-old")).exists():
-            continue  # the package that a build is replacing right now, and would put back if it failed
+            continue  # a running build is replacing this package, and puts it back if it fails
         with suppress(FileNotFoundError, BlockingIOError):
             lock = _lock(leftover)
             if lock is not None:
@@ -200,17 +201,17 @@ def _remove_leftovers(final: Path) -> None:
 
 
 def _put_in_place(partial: Path, final: Path, *, force: bool) -> None:
-    """Give the finished folder its name.
+    """Renames the finished folder to its final name.
 
-    Other builds may do the same at any point in between. A rename onto a folder that is not empty fails, so nothing is
-    overwritten; with ``force`` the last one to come wins, and without it the first.
+    Other builds may do the same at any moment. Renaming onto a folder that is not empty fails, so nothing is
+    overwritten; with ``force`` the last build wins, without it the first.
     """
     old = Path(f"{partial}-old")
     while True:
         check_free(final, force=force)
         try:
             if force and _exchanged(partial, final):
-                return  # what was there goes with the partial folder, whose name it has
+                return  # the old package now has the partial folder's name and is removed with it
             _make_room(final, old, force=force)
             os.rename(partial, final)
         except BaseException as error:
@@ -218,14 +219,14 @@ def _put_in_place(partial: Path, final: Path, *, force: bool) -> None:
                 with suppress(OSError):
                     os.rename(old, final)
                 raise
-            shutil.rmtree(old, ignore_errors=True)  # another build was faster, also at replacing this one
+            shutil.rmtree(old, ignore_errors=True)  # another build wrote or replaced the package first
         else:
             shutil.rmtree(old, ignore_errors=True)
             return
 
 
 def _exchanged(partial: Path, final: Path) -> bool:
-    with suppress(FileNotFoundError):  # nothing is there yet
+    with suppress(FileNotFoundError):  # there is no package yet
         return exchange(partial, final)
     return False
 
@@ -234,7 +235,7 @@ def _make_room(final: Path, old: Path, *, force: bool) -> None:
     with suppress(FileNotFoundError):
         if force:
             os.rename(final, old)
-        elif os.name == "nt":  # where a rename does not replace an empty folder
+        elif os.name == "nt":  # on Windows, a rename does not replace an empty folder
             os.rmdir(final)
 
 
@@ -242,6 +243,6 @@ def _readable(error: OSError, final: Path) -> VlpackError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return VlpackError(
             f"The disk is full: {final.parent} has no room for the package.",
-            f"Nothing was left behind. Free some space, or choose another {option('output')}.",
+            f"Nothing was left behind. Free some space or choose another {option('output')}.",
         )
     return VlpackError(f"Cannot write the package {final}: {error.strerror or error}.", "Nothing was left behind.")

@@ -1,4 +1,4 @@
-"""``genai_config.json``: what onnxruntime-genai needs to know of the graphs, the tokens and the search."""
+"""Writes ``genai_config.json``, which describes graphs, tokens and search settings for onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 from vlpack.architectures.base import Architecture
 from vlpack.checkpoint.config import Section
-from vlpack.errors import CheckpointError
+from vlpack.errors import CheckpointError, option
 
 DEFAULT_MAX_LENGTH = 4096
-"""Tokens of prompt and answer. The runtime allots the key-value cache for this many, so not the context length."""
+"""Default limit of prompt and answer in tokens. The runtime allocates the key/value cache for this many, so it is
+shorter than the context length."""
 
 _CANNOT: dict[str, Any] = {
     **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "presence_penalty", "frequency_penalty"), 0),
@@ -21,11 +22,11 @@ _CANNOT: dict[str, Any] = {
     **dict.fromkeys(("sequence_bias", "logit_bias", "forced_bos_token_id", "forced_eos_token_id", "stop_strings")),
     **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config", "dola_layers", "token_healing")),
 }
-"""Settings that change an answer and that the runtime does not know, or, of beams, does not carry through images and
-streaming; with the value that changes nothing, where it is another than null or nothing."""
+"""Generation settings that the runtime does not support, or (beams) not together with images and streaming, and the
+value of each that has no effect, if there is one besides null."""
 
 _TRANSFORMERS_DEFAULT_MAX_LENGTH = 20
-"""transformers takes this ``max_length`` for one that nobody has set."""
+"""The ``max_length`` that transformers treats as not set."""
 
 
 def genai_config(
@@ -37,16 +38,19 @@ def genai_config(
     shared_cache: bool,
     cache_channels: int,
 ) -> dict[str, Any]:
-    """The configuration as JSON.
+    """The configuration as JSON data.
 
     Args:
-        architecture: with its sizes and token ids.
-        files: part name → file name of the graphs that the package has.
-        provider: execution provider.
+        architecture: the model's architecture, with sizes and token ids.
+        files: part name → file name of each graph in the package.
+        provider: the execution provider.
         config: the checkpoint's config.json.
-        generation: its generation_config.json, or nothing.
-        shared_cache: the decoder can write new keys into the buffer of the old ones.
-        cache_channels: of a head, in the decoder's inputs and outputs.
+        generation: the checkpoint's generation_config.json; empty if there is none.
+        shared_cache: whether the decoder can write new keys and values into the buffer of the old ones.
+        cache_channels: number of channels of a head in the cache's inputs and outputs.
+
+    Raises:
+        CheckpointError: a token id or a search setting is not usable.
     """
     session = {"log_id": "onnxruntime-genai", "provider_options": [] if provider == "cpu" else [{provider: {}}]}
     text = config.section("text_config", required=False)
@@ -62,7 +66,7 @@ def genai_config(
         model["vision"] = _vision(architecture, files["vision"], session)
     if "embedding" in files:
         model["embedding"] = {
-            # it looks rows up; threads that wait for more would take the decoder's cores at every token
+            # a lookup needs one thread; more would spin between tokens and take cores from the decoder
             "session_options": {"intra_op_num_threads": 1, **session},
             "filename": files["embedding"],
             "inputs": {"input_ids": "input_ids", "image_features": "image_features"},
@@ -71,7 +75,7 @@ def genai_config(
     if "text" not in files and architecture.vision is not None:
         facts = architecture.vision
         if max(facts.image_token_id, facts.video_token_id, facts.vision_start_token_id) >= architecture.text.vocab_size:
-            raise CheckpointError(f"{config.where}: an image or video token's id is not within the vocabulary.")
+            raise CheckpointError(f"{config.where}: the id of an image or video token is outside the vocabulary.")
         model |= {
             "image_token_id": facts.image_token_id,
             "video_token_id": facts.video_token_id,
@@ -84,8 +88,9 @@ def genai_config(
 
 
 CHUNK_SIZE = 512
-"""Tokens of a prompt that the decoder takes at a time. The CPU's attention computes all scores of a call, also those
-that causality takes away: 2048 tokens at once are a fifth slower than in four calls, and want more memory."""
+"""Number of prompt tokens that the decoder processes in one call. Attention on the CPU computes all scores of a call,
+also those that the causal mask removes: 2048 tokens in one call are a fifth slower than in four calls, and need more
+memory."""
 
 
 def _decoder(
@@ -129,14 +134,14 @@ def _vision(architecture: Architecture, filename: str, session: dict[str, Any]) 
         "spatial_merge_size": facts.spatial_merge_size,
         "tokens_per_second": facts.tokens_per_second,
         "patch_size": facts.patch_size,
-        # the runtime's default name for the grid is another model's
+        # the runtime's default name of the grid is that of another model
         "inputs": {"pixel_values": "pixel_values", "image_grid_thw": "image_grid_thw"},
         "outputs": {"image_features": "image_features"},
     }
 
 
 def _token_ids(text: Section, config: Section, generation: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """The ids that begin, end and pad; generation_config.json goes before config.json, and lists of ends are kept."""
+    """The BOS, EOS and padding ids. generation_config.json overrides config.json, and several EOS ids are kept."""
 
     def first(name: str) -> Any:
         for values in (generation, config.values, text.values):
@@ -149,38 +154,38 @@ def _token_ids(text: Section, config: Section, generation: Mapping[str, Any], vo
     if not eos:
         raise CheckpointError(f"{config.where}: 'eos_token_id' is an empty list, so no answer would ever end.")
     known: dict[str, Any] = {"eos_token_id": eos if len(eos) > 1 else eos[0]}
-    # the runtime's default, 0, is an ordinary token of Qwen's
+    # the runtime's default, 0, is an ordinary token in Qwen's vocabulary
     known["pad_token_id"] = ids.integer("pad_token_id", eos[-1], low=0, high=vocab_size - 1)
     known["bos_token_id"] = ids.integer("bos_token_id", known["pad_token_id"], low=0, high=vocab_size - 1)
     return known
 
 
 def search_notes(generation: Mapping[str, Any]) -> list[str]:
-    """What generation_config.json asks for and the package cannot carry, as sentences for the user."""
+    """Notes for the user on settings of generation_config.json that a package cannot hold."""
     lost = [name for name, neutral in _CANNOT.items() if _says(generation.get(name), neutral)]
     notes = []
     if lost:
         notes.append(
-            f"generation_config.json sets {', '.join(lost)}, which onnxruntime-genai cannot do here: answers are made "
-            "without, and may differ from those of programs that can."
+            f"generation_config.json sets {', '.join(lost)}, which onnxruntime-genai does not support here: answers "
+            "may differ from those of programs that support it."
         )
     limits = [name for name in ("max_new_tokens", "max_time") if _says(generation.get(name), None)]
     if limits:
         notes.append(
-            f"generation_config.json's {' and '.join(limits)} cannot be kept in a package: an answer's length is "
-            "`vlpack run`'s --max-tokens, or max_length of the runtime's search options."
+            f"A package cannot hold {' and '.join(limits)} of generation_config.json. Limit answers with "
+            f"{option('max_tokens')}, or with max_length of the runtime's search options."
         )
     return notes
 
 
 def _says(value: Any, neutral: Any) -> bool:
-    """Whether a setting says anything; 0 and 1 may (a token id), where they are not its neutral value."""
+    """Whether a setting has an effect. 0 and 1 may have one (as token ids), unless they are the neutral value."""
     return value is not None and value is not False and value != neutral and value not in ([], {}, "")
 
 
 def _search(architecture: Architecture, generation: Mapping[str, Any], shared_cache: bool) -> dict[str, Any]:
     values = Section(generation, "generation_config.json")
-    greedy = generation.get("temperature") == 0  # what transformers says too, with a warning
+    greedy = generation.get("temperature") == 0  # transformers also takes it for greedy search, with a warning
     top_p = values.number("top_p", 1.0)
     if top_p > 1:
         raise CheckpointError(f"generation_config.json: 'top_p' is {top_p}; it must be at most 1.")
@@ -189,12 +194,12 @@ def _search(architecture: Architecture, generation: Mapping[str, Any], shared_ca
         max_length = DEFAULT_MAX_LENGTH
     return {
         "max_length": min(architecture.text.context_length, max_length, DEFAULT_MAX_LENGTH),
-        "min_length": values.integer("min_length", 0, low=0),  # of prompt and answer, as in transformers
+        "min_length": values.integer("min_length", 0, low=0),  # counts prompt and answer, as in transformers
         "num_beams": 1,
         "num_return_sequences": 1,
         "do_sample": values.flag("do_sample", False) and not greedy,
         "temperature": 1.0 if greedy else values.number("temperature", 1.0),
-        # 0 is all tokens; the runtime refuses to take more than there are
+        # 0 means all tokens; the runtime refuses more than the vocabulary has
         "top_k": min(values.integer("top_k", 50, low=0), architecture.text.vocab_size),
         "top_p": top_p,
         "repetition_penalty": values.number("repetition_penalty", 1.0),

@@ -1,4 +1,4 @@
-"""A part's module tree as an ONNX graph, and the list of weights that its initializers want."""
+"""Traces a part's module tree to an ONNX graph, and lists the weights that fill the graph's initializers."""
 
 from __future__ import annotations
 
@@ -25,25 +25,32 @@ if TYPE_CHECKING:
     from vlpack.checkpoint.checkpoint import Checkpoint
 
 OPSET = {"cpu": 23}
-"""Operator set by execution provider. The CPU's is the first with RMSNormalization; the others' kernels are registered
-per version and lag behind, so they get the older `OLD_OPSET`."""
+"""ONNX operator set by execution provider. 23 is the first with RMSNormalization. The kernels of other providers are
+registered per version and lag behind, so those get `OLD_OPSET`."""
 OLD_OPSET = 21
+"""ONNX operator set of all providers that `OPSET` does not list."""
 
 VECTOR = Float("float32")
-"""How norms and biases are stored, in every precision."""
+"""Storage of norms and biases, in every precision."""
 
 BYTE_CACHE_OPSET = 24
-"""The first operator set with TensorScatter, which writes into a cache of 8 bits."""
+"""ONNX operator set of graphs with an int8 KV cache: the first with TensorScatter, which writes into that cache."""
 
 
 WeightKey = tuple[Rows, Storage, Transform]
+"""Source, storage and transform of a weight; weights with equal keys have equal bytes."""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight ``[rows, cols]`` of a graph: where it comes from, how it is stored, which initializers it fills.
+    """One weight ``[rows, cols]`` of a graph, with its place in the checkpoint and its storage in the package.
 
-    ``transform`` is what is done to it between reading and storing.
+    Args:
+        path: path of the module or parameter, unique in the graph.
+        source: the rows of the checkpoint that it is made from.
+        storage: the format in which it is stored.
+        parameters: the initializers that it fills: name of the stored array → parameter.
+        transform: balancing and rotation between reading and storing.
     """
 
     path: str
@@ -54,32 +61,32 @@ class Weight:
 
     @property
     def rows(self) -> int:
-        """Output features, entries of a table, or the length of a vector."""
+        """Number of rows: output features, entries of an embedding, or length of a vector."""
         return self.source.rows
 
     @property
     def cols(self) -> int:
-        """Input features, the width of a table, or 1."""
+        """Number of columns: input features, width of an embedding, or 1 for a vector."""
         return self.source.cols
 
     @property
     def calibrated(self) -> bool:
-        """Whether it is rounded for the inputs that it meets."""
+        """Whether the weight is quantized with calibration, for measured inputs."""
         return isinstance(self.storage, Blocks | ChannelInt8) and self.storage.calibrated
 
     @property
     def key(self) -> WeightKey:
-        """Equal for weights that are the same bytes."""
+        """A key that is equal for weights whose stored bytes are equal."""
         return self.source, self.storage, self.transform
 
     def reader(self, checkpoint: Checkpoint, scales: ChannelScales) -> RowReader:
-        """Reads rows of the weight as they are stored, but for rounding."""
+        """Returns a function that reads rows of the weight, transformed but not yet rounded."""
         return self.transform.reader(partial(self.source.read, checkpoint), scales)
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A traced part."""
+    """The ONNX graph of one part, and its weights."""
 
     name: str
     model: ir.Model
@@ -87,7 +94,7 @@ class Graph:
 
 
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module below ``module`` with its path; a list's items already carry the list's name."""
+    """Yields ``module`` and all modules below it, with paths. The names of a list's items include the list's name."""
     yield path, module
     for child in module.children():
         own = "" if isinstance(child, nn.ModuleList) else child.name or ""
@@ -95,7 +102,7 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def declare(part: Part, policy: Policy) -> list[Weight]:
-    """Give every `Stored` module its storage and rotation, and list all weights in the order of the tree."""
+    """Gives every `Stored` module its storage and rotation, and lists all weights in the order of the module tree."""
     modules = list(walk(part.module, part.module.name or ""))
     sources: dict[nn.Module, Rows] = {}
     parameters: dict[nn.Module, dict[str, nn.Parameter]] = {}
@@ -133,12 +140,15 @@ def declare(part: Part, policy: Policy) -> list[Weight]:
 def plan_transforms(
     modules: Sequence[nn.Module], sources: Mapping[nn.Module, Rows], policy: Policy
 ) -> dict[nn.Module, Transform]:
-    """What is done to the weight of each module, the modules' rotations set; those that are not named stay as they are.
+    """Plans the transform (balancing and rotation) of each module's weight, and sets the modules' rotations.
 
     Args:
-        modules: all of a part, their storages chosen.
-        sources: where the weight of each lies in the checkpoint.
-        policy: says which are balanced and rotated.
+        modules: all modules of a part, with their storages chosen.
+        sources: module → the rows of its weight in the checkpoint.
+        policy: the precision policy, which decides what is balanced and rotated.
+
+    Returns:
+        Module → transform. The weights of other modules are stored without one.
     """
     plans: dict[nn.Module, Transform] = {}
 
@@ -164,7 +174,7 @@ def plan_transforms(
                 for reader in readers:
                     change(reader, reads=channels)
             if isinstance(link, RowChannels) and link.mixes and link.reader.rotation > 1:
-                # in the weights alone, and so as large as a block may be
+                # this rotation is in the weights alone and free at run time, so blocks are as large as possible
                 size = rotation_size(shape[2], shape[2])
                 change(producer, output_rotation=size, first=first, count=shape[0] * shape[2])
                 change(link.reader, input_rotation=size)
@@ -173,12 +183,12 @@ def plan_transforms(
 
 
 def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of a parameter, whose dimensions are all known."""
+    """The shape of a parameter; all its dimensions are known."""
     return tuple(ops.shape_of(parameter).numpy())
 
 
 def trace(part: Part, policy: Policy) -> Graph:
-    """Write the graph of ``part``: its weights are declared by ``policy`` and still empty."""
+    """Traces the graph of a part. Its weights are declared as ``policy`` says; they have no values yet."""
     weights = declare(part, policy)
     opset = OPSET.get(policy.provider, OLD_OPSET)
     if any(port.dtype == ir.DataType.INT8 for port in part.inputs):
@@ -192,6 +202,6 @@ def trace(part: Part, policy: Policy) -> Graph:
         named.dtype, named.shape = port.dtype, ir.Shape(port.shape)
         builder.add_output(named, port.name)
     for node in graph:
-        node.metadata_props.clear()  # scopes, which the nodes' names say already
+        node.metadata_props.clear()  # module scopes, which the nodes' names already contain
     model = ir.Model(graph, ir_version=10, producer_name="vlpack", producer_version=__version__)
     return Graph(part.name, model, weights)

@@ -1,6 +1,6 @@
-"""Writes ``vlpack.json``: where a package comes from, how each weight is stored, and the hash of every file.
+"""Writes the manifest ``vlpack.json``: a package's origin, the storage of each weight, and the hash of every file.
 
-It holds no time and no path, so that the same source, options and versions give the same bytes.
+It contains no time and no path, so that the same source, options and versions give the same bytes.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ def write_manifest(
     encoder: Mapping[str, Any] | None = None,
     calibration: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the manifest, last of all files, hashing those whose hash is not known yet.
+    """Writes the manifest, the last file of a package, and hashes the files whose hash is not known yet.
 
     Args:
-        folder: the package.
-        checkpoint: what it was made from.
-        source: ``repo_id`` and ``commit``, or the folder's ``name``.
-        source_sha256: file name → hash of the checkpoint's files.
+        folder: the package's folder.
+        checkpoint: the checkpoint that the package was built from.
+        source: the checkpoint's origin: ``repo_id`` and ``commit``, or the folder's ``name``.
+        source_sha256: file name → SHA-256 of each of the checkpoint's files.
         policy: the precision policy.
         graphs: file name → graph.
-        known_sha256: hashes computed while the files were written.
+        known_sha256: file name → SHA-256 that was computed while the file was written.
         task: one of `vlpack.tasks.TASKS`.
-        encoder: `encoder_section`'s, for a model that does not generate.
-        calibration: on what the weights were calibrated, if they were.
+        encoder: result of `encoder_section` for an embedding model or reranker; None for a model that generates.
+        calibration: description of the calibration; None without one.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     written: dict[tuple[str, int], str] = {}
@@ -88,7 +88,7 @@ def _part(graph: Graph, written: dict[tuple[str, int], str]) -> dict[str, Any]:
 
 
 def _weight(weight: Weight, written: dict[tuple[str, int], str]) -> dict[str, Any]:
-    """Of one that is ``written`` already, place → path, ``shared_with`` tells where."""
+    """The entry of a weight. If its place is already in ``written`` (place → path), ``shared_with`` has that path."""
     arrays = weight.storage.arrays(weight.rows, weight.cols).values()
     size = sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in arrays)
     shape = [weight.rows] if weight.cols == 1 else [weight.rows, weight.cols]

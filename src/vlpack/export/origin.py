@@ -1,4 +1,4 @@
-"""Where a package comes from, as a sentence of its README begins."""
+"""Describes the origin of a package for its README."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def made_from(source: Mapping[str, Any]) -> str:
-    """``Made from …``, in Markdown.
+    """The beginning of a sentence, ``Made from …``, in Markdown.
 
     Args:
-        source: as the manifest names it: ``repo_id`` and ``commit``, or the folder's ``name``; and its ``adapters``.
+        source: the manifest's ``source``: ``repo_id`` and ``commit``, or the folder's ``name``; and its ``adapters``.
     """
     folder = "" if source.get("repo_id") else "the folder "
     merged = "".join(f", with the LoRA adapter {_place(a)} merged into it" for a in source.get("adapters", ()))

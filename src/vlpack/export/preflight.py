@@ -1,4 +1,4 @@
-"""What is known of a checkpoint before its weights are there: gigabytes are not fetched for what cannot be built."""
+"""Checks a checkpoint's settings before its weights are downloaded, so that no gigabytes are fetched in vain."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def resolve_checked(
     cache_dir: str | os.PathLike[str] | None,
     token: str | bool | None,
 ) -> ResolvedSource:
-    """The folder of a checkpoint, whose weights are downloaded only when ``check`` has nothing against its settings.
+    """Finds a checkpoint's folder; downloads its weights only after ``check`` has accepted its settings.
 
     Args:
-        source: a folder or a Hub id; see `resolve`, as for the others.
-        check: given the checkpoint without weights, raises where it cannot be used; with ``room`` true, where a
-            download follows, also where the disk has no room for the package.
-        revision: of a Hub id.
-        cache_dir: where the Hub's files are kept.
-        token: of the Hub.
+        source: a folder or a Hub id, as in `vlpack.checkpoint.hub.resolve`.
+        check: function that takes the checkpoint without weights and raises if it cannot be built. Its argument
+            ``room`` is true if a download follows; then it also raises if the disk has no room for the package.
+        revision: branch, tag or commit of a Hub id.
+        cache_dir: the Hugging Face cache to use.
+        token: a Hub token.
     """
     found = resolve(source, revision=revision, cache_dir=cache_dir, token=token, patterns=SETTINGS)
     complete = is_folder(source) or found.repo_id is None or Checkpoint.has_weights(found.folder)
     check(Checkpoint.open_settings(found.folder), room=not complete)
     if complete or found.repo_id is None:
         return found
-    # by the commit, as the branch may have moved meanwhile
+    # the same commit, as the branch may have moved meanwhile
     return resolve(found.repo_id, revision=found.commit or revision, cache_dir=cache_dir, token=token)
 
 
@@ -56,39 +56,39 @@ def check_settings(
     policy: Callable[[PrecisionFacts], Policy],
     room: bool,
 ) -> None:
-    """The architecture and what config.json says of it are supported, and the package would have room on the disk.
+    """Checks that an architecture and its config.json are supported, and that the disk has room for the package.
 
     Args:
-        checkpoint: perhaps without weights.
-        output: the package's folder, which need not be there.
-        part: of the package that is to be built.
-        task: that it is to be for, or auto.
-        vision_precision: that was asked for.
-        policy: the precision policy, by what it must know of the architecture.
-        room: look at the disk, too.
+        checkpoint: the checkpoint, possibly without weights.
+        output: the package's folder, which need not exist.
+        part: the part of the package to build, or all.
+        task: the package's task, or auto.
+        vision_precision: precision given for the vision encoder; None if none was given.
+        policy: function that makes the precision policy from the architecture's facts.
+        room: whether to check the disk's free space.
 
     Raises:
-        CheckpointError: it is not supported.
-        OptionError: an option does not suit it.
-        VlpackError: the disk is too small.
+        CheckpointError: the checkpoint is not supported.
+        OptionError: an option does not apply to the checkpoint.
+        VlpackError: the disk has too little space.
     """
     architecture = read_settings(checkpoint, None if task == AUTO else task)
     check_sees(architecture, checkpoint, part, vision_precision)
     storage = policy(architecture.precision_facts)
     if not room or part not in ("all", "text"):
         return
-    # the decoder and what sees: an embedding may share its bytes with the head
+    # without the embedding, which may share its bytes with the head
     parts = [p for p in architecture.parts(GraphOptions.of_policy(storage)) if p.name != "embedding"]
     wanted = [p for p in parts if part == "all" or p.name in ("text", "decoder")]
-    with suppress(OSError, ValueError):  # of a place that cannot be written: told when the folder is made
+    with suppress(OSError, ValueError):  # a path that cannot be written is reported when the folder is created
         place = next(parent for parent in Path(os.path.realpath(output)).parents if parent.is_dir())
         check_space(place / output.name, sum(planned_bytes(declare(p, storage)) for p in wanted), where=place)
 
 
 def check_sees(architecture: Architecture, checkpoint: Checkpoint, part: str, vision_precision: str | None) -> None:
-    """Raises an OptionError where an option is about a vision encoder that there is not."""
+    """Raises an OptionError if an option concerns the vision encoder of a model that has none."""
     if architecture.vision is None and (part in ("vision", "embedding") or vision_precision):
         raise OptionError(
             f"{checkpoint.architecture} has no vision encoder.",
-            f"Leave {option('part')} and {option('vision_precision')} away.",
+            f"Leave out {option('part')} and {option('vision_precision')}.",
         )

@@ -1,7 +1,7 @@
-"""``processor_config.json``: the runtime's own image processor, for callers in C#, C++ and Java.
+"""Writes ``processor_config.json``, settings of onnxruntime-genai's image processor for callers in C#, C++ and Java.
 
-It is near transformers', not equal to it (docs/runtime-contract.md of the project, README.md of every package say
-where); Python callers get transformers' pixels from `vlpack.preprocess`.
+That processor's pixels differ slightly from transformers' (docs/runtime-contract.md of the project and the README.md of
+every package describe where). Python callers get exactly transformers' pixels from `vlpack.preprocess`.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _SIZES = ((1280, 720), (1920, 1080), (1024, 768), (640, 480), (800, 600), (854, 
 
 
 def processor_config(architecture: Architecture, processor: ImageProcessor) -> dict[str, Any]:
-    """The steps of onnxruntime-extensions, with the checkpoint's numbers.
+    """The processing steps of onnxruntime-extensions, with the checkpoint's image settings, as JSON data.
 
     Raises:
-        CheckpointError: the image settings are not for this vision encoder.
+        CheckpointError: the image settings do not fit the vision encoder.
     """
     merge, patch = processor.merge_size, processor.patch_size
     assert architecture.vision is not None, "a package with a vision graph has a vision encoder"
@@ -32,14 +32,14 @@ def processor_config(architecture: Architecture, processor: ImageProcessor) -> d
         "max_pixels": processor.max_pixels,
         "patch_size": patch,
         "merge_size": merge,
-        # required by the step, and without effect beside smart_resize
+        # required, but without effect together with smart_resize
         "width": 16 * patch * merge,
         "height": 16 * patch * merge,
     }
     normalize = {
         "mean": list(processor.image_mean),
         "std": list(processor.image_std),
-        # without the family's flag the layout of the patches is another one
+        # the model family's flag selects the layout of the patches
         architecture.normalize_flag: 1,
     }
     patches = {"patch_size": patch, "temporal_patch_size": processor.temporal_patch_size, "merge_size": merge}
@@ -59,10 +59,10 @@ def processor_config(architecture: Architecture, processor: ImageProcessor) -> d
 
 
 def check_processor(facts: VisionFacts, processor: ImageProcessor) -> None:
-    """The image settings make the patches that the vision encoder takes.
+    """Checks that the image settings produce patches of the sizes that the vision encoder takes.
 
     Raises:
-        CheckpointError: they do not.
+        CheckpointError: a size differs.
     """
     for name, found, wanted in (
         ("patch_size", processor.patch_size, facts.patch_size),
@@ -71,13 +71,13 @@ def check_processor(facts: VisionFacts, processor: ImageProcessor) -> None:
     ):
         if found != wanted:
             raise CheckpointError(
-                f"The checkpoint's image settings have {name} {found}, its config.json has {wanted}.",
+                f"The checkpoint's image settings have {name} {found}, but its config.json has {wanted}.",
                 "Take preprocessor_config.json and config.json from the same checkpoint.",
             )
 
 
 class GridDifference(NamedTuple):
-    """An image size, and its patches along height and width in the runtime's processor and in transformers'."""
+    """An image size in pixels, and its patch grids (height, width) in the runtime's processor and in transformers."""
 
     width: int
     height: int
@@ -86,10 +86,10 @@ class GridDifference(NamedTuple):
 
 
 def grid_difference(processor: ImageProcessor) -> GridDifference | None:
-    """The first size, common ones before others, at which the two round differently; None where there is none."""
+    """The first image size, common ones before others, that the two processors round differently; None without one."""
     factor, patch = processor.factor, processor.patch_size
     limits = (factor, processor.min_pixels, processor.max_pixels)
-    # at an even number of blocks and a half, Python rounds down and the runtime up
+    # an even number of blocks and a half: Python rounds it down (to even), the runtime up
     made = [(2 * blocks * factor + factor // 2,) * 2 for blocks in range(1, 33)]
     for width, height in (*_SIZES, *made):
         theirs = smart_resize(height, width, *limits)

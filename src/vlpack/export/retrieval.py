@@ -1,4 +1,4 @@
-"""What the manifest of an embedding model or reranker tells whoever runs it: prompts, tokens, and limits of images."""
+"""The manifest's section for running an embedding model or reranker: prompts, token ids and image limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlpack.preprocess import ImageProcessor
 from vlpack.tasks import EMBEDDING, RERANKER
 
 PLAIN, CHAT = "plain", "chat"
-"""Forms of a prompt: the text itself, or a conversation by the chat template."""
+"""Forms of a prompt: plain text, or a conversation formatted with the chat template."""
 
 INSTRUCTIONS = {
     (EMBEDDING, PLAIN): None,
@@ -22,18 +22,18 @@ INSTRUCTIONS = {
     (RERANKER, PLAIN): "Given a web search query, retrieve relevant passages that answer the query",
     (RERANKER, CHAT): "Given a search query, retrieve relevant candidates that answer the query.",
 }
-"""What the models of each task and form are told where nobody says otherwise: their published recipes'."""
+"""Default instruction by task and form, from the models' published recipes."""
 
 LEAST_IMAGE_TOKENS, MOST_IMAGE_TOKENS = 4, 1800
-"""The recipes' limits of an image, which are narrower than those of the checkpoints' own settings."""
+"""Limits of an image in tokens, from the published recipes; narrower than in the checkpoints' own settings."""
 
 
 def encoder_section(architecture: Architecture, checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, Any]:
-    """The section as JSON.
+    """The section ``encoder`` of the manifest, as JSON data.
 
     Args:
-        architecture: with its task.
-        checkpoint: whose prompts and tokens go along.
+        architecture: the model's architecture, with its task.
+        checkpoint: the checkpoint, whose prompts and image settings are used.
         names: part → file name of its graph.
 
     Raises:
@@ -58,7 +58,7 @@ def encoder_section(architecture: Architecture, checkpoint: Checkpoint, names: M
 
 
 def _image(facts: VisionFacts) -> dict[str, int]:
-    area = (facts.patch_size * facts.spatial_merge_size) ** 2  # square pixels of a token
+    area = (facts.patch_size * facts.spatial_merge_size) ** 2  # pixels of one token
     return {
         "image_token_id": facts.image_token_id,
         "video_token_id": facts.video_token_id,

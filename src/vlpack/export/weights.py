@@ -1,9 +1,9 @@
-"""The external data files of a package: weights streamed from the checkpoint, encoded, hashed and written once.
+"""Writes the external data files of a package: weights are streamed from the checkpoint, encoded, hashed and written.
 
-Every weight's arrays follow each other in the order of the graph, large ones on page boundaries so that they can be
+The arrays of all weights are written in the order of the graph, large ones at page boundaries so that they can be
 mapped. Worker threads encode a few weights ahead, each through a queue of a few slabs, and one thread writes in order:
 memory stays at a few slabs per worker, and the bytes do not depend on the number of threads. A weight that several
-graphs use in the same storage (a tied head) is written once and referred to.
+graphs use in the same storage (such as a tied head) is written once.
 """
 
 from __future__ import annotations
@@ -27,37 +27,40 @@ from vlpack.quantize.storage import Array, Blocks, ChannelInt8, slabs
 from vlpack.quantize.transforms import ChannelScales
 
 PAGE = 4096
+"""Alignment of large arrays in a data file, in bytes."""
 SMALL = 64
+"""Alignment of arrays that are smaller than a page, in bytes."""
 
 Progress = Callable[[int, str], None]
-"""Told the bytes just written and the path of their weight."""
+"""A callback that takes the number of bytes just written and the path of their weight."""
 
 InputsOf = Callable[[Weight], Inputs]
+"""A function that returns the calibration data of a weight's inputs."""
 
 
 class Measurements(Protocol):
-    """What was measured of a model's activations (`vlpack.calibration.hessians.Calibration`)."""
+    """Measurements of a model's activations (`vlpack.calibration.hessians.Calibration`)."""
 
     scales: ChannelScales
 
     def __call__(self, weight: Weight) -> Inputs:
-        """What a matrix multiplies."""
+        """The calibration data of a matrix's inputs."""
 
 
 _END = object()
 
 
 class DataFiles:
-    """Writes graphs and their weights into a folder.
+    """A writer of graphs and their weights, for one folder.
 
     Args:
-        folder: where the files go.
-        checkpoint: where the weights come from.
-        threads: that encode.
-        share: store a weight that two graphs use once.
-        progress: called after every write.
-        calibration: what matrices multiply, asked once for each that is calibrated, in order; and, from that, the
-            scales of balanced channels. Without it the scales come from the checkpoint's weights.
+        folder: folder of the files.
+        checkpoint: the checkpoint that the weights are read from.
+        threads: number of threads that encode weights.
+        share: whether to store a weight that several graphs use only once.
+        progress: callback after every write.
+        calibration: measured inputs of the matrices, requested once for each calibrated matrix, in order, and the
+            scales of balanced channels derived from them. Without it, the scales come from the checkpoint's weights.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class DataFiles:
         self._placed: dict[WeightKey, dict[str, tuple[str, int]]] = {}
 
     def save(self, graph: Graph, filename: str) -> None:
-        """Write ``filename`` and, for weights that are not yet in the folder, ``filename.data``.
+        """Writes the graph ``filename`` and, for weights that are not in the folder yet, its data ``filename.data``.
 
         Raises:
             CheckpointError: a weight is not finite or does not fit its storage.
@@ -107,7 +110,7 @@ class DataFiles:
         ir.save(graph.model, self.folder / filename)
 
     def save_all(self, graphs: Mapping[str, Graph]) -> None:
-        """`save`, by file name."""
+        """Saves several graphs, given by file name, in order."""
         for filename, graph in graphs.items():
             self.save(graph, filename)
 
@@ -142,7 +145,7 @@ class DataFiles:
 
 
 def planned_bytes(weights: Sequence[Weight]) -> int:
-    """What the arrays of ``weights`` will take, without padding."""
+    """Size of the stored arrays of ``weights`` in bytes, without padding."""
     total = 0
     for weight in weights:
         for dtype, shape in weight.storage.arrays(weight.rows, weight.cols).values():
@@ -153,10 +156,13 @@ def planned_bytes(weights: Sequence[Weight]) -> int:
 def encode(
     checkpoint: Checkpoint, weight: Weight, scales: ChannelScales, inputs_of: InputsOf | None = None
 ) -> Iterator[tuple[str, Array]]:
-    """The arrays of one weight, piece by piece; a calibrated one is rounded to the nearest without ``inputs_of``.
+    """Encodes one weight, piece by piece. A calibrated weight is rounded to the nearest if ``inputs_of`` is None.
+
+    Yields:
+        Name of a stored array, and the next piece of it.
 
     Raises:
-        CheckpointError: a value is NaN or infinite, or leaves the storage's range; the tensor is named.
+        CheckpointError: a value is NaN or infinite, or outside the storage's range; the message names the tensor.
     """
     read, storage = weight.reader(checkpoint, scales), weight.storage
     try:
@@ -173,7 +179,7 @@ def encode(
 
 
 def _overflowing(checkpoint: Checkpoint, weight: Weight) -> str:
-    """Which of the weight's tensors has a value beyond float16."""
+    """The name of a tensor of the weight that has a value outside the range of float16."""
     for source in weight.source.tensors():
         for start, stop in slabs(source.rows, source.cols):
             with np.errstate(over="ignore"):
@@ -184,10 +190,15 @@ def _overflowing(checkpoint: Checkpoint, weight: Weight) -> str:
 
 
 def ahead(jobs: Sequence[Callable[[], Iterator[Any]]], threads: int, depth: int = 2) -> Iterator[Iterator[Any]]:
-    """The iterators that ``jobs`` make, in order, each run by one of ``threads`` workers ``depth`` items ahead.
+    """Runs generators in worker threads and yields their iterators in order; each runs up to ``depth`` items ahead.
 
-    No more jobs are begun than there are workers, and one: finished ones wait in memory until they are read.
-    An exception of a job is raised where its items are read. Leaving early stops the workers.
+    At most ``threads + 1`` jobs are begun and not yet read, because finished ones wait in memory. An exception in a job
+    is raised where its items are read. Closing this generator early stops the workers.
+
+    Args:
+        jobs: functions that return an iterator.
+        threads: number of worker threads.
+        depth: number of items that a job may be ahead of its reader.
     """
     queues: list[queue.Queue[Any]] = [queue.Queue(depth) for _ in jobs]
     stop = threading.Event()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
-from vlpack.checkpoint.rows import Alternating, Part, Rows, Source, Stacked, Turned
+from vlpack.checkpoint.rows import Alternating, Part, Rows, Source, Stacked, TransposedRows
 from vlpack.layers import ops
 from vlpack.layers.linear import Linear, Stored
 from vlpack.layers.rotation import rotate
@@ -85,7 +85,7 @@ class ExpertWeights(Stored):
             turned = self.layout is Layout.TURNED
             shape = (self.experts, self.width, self.out) if turned else (self.experts, self.out, self.width)
             whole: Rows = Part(Source(path, shape, leading=2), expert * shape[1], shape[1])
-            whole = Turned(whole) if turned else whole
+            whole = TransposedRows(whole) if turned else whole
             rows = self.out // len(self.names)
             parts = [Part(whole, index * rows, rows) for index in range(len(self.names))]
         return Alternating(*parts) if len(parts) == 2 else parts[0]

@@ -1,1 +1,1 @@
-"""LoRA adapters of peft: read, checked and merged into a checkpoint's weights as these are read."""
+"""LoRA adapters of peft: read, checked, and merged into a checkpoint's weights while the weights are read."""

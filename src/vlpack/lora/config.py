@@ -1,4 +1,4 @@
-"""``adapter_config.json``: what a LoRA adapter's merge needs, and an error for every setting that would change it.
+"""The settings of a LoRA adapter, read from ``adapter_config.json``; unsupported ones that affect a merge are errors.
 
 Source: ``LoraConfig`` and ``get_pattern_key`` of peft.
 """
@@ -21,17 +21,17 @@ MERGE_WITH_PEFT = "If peft can merge it (merge_and_unload, then save_pretrained)
 
 WITHOUT_EFFECT = frozenset(
     {
-        # where the adapter comes from, how it was trained, where its tensors went: the tensors themselves say the rest
+        # origin, training, and target modules, which the names of the tensors show anyway
         *("auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type", "inference_mode"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
         *("runtime_config", "megatron_core"),
-        # of beginnings that `init_lora_weights` names, and of a variant that has a switch of its own
+        # settings of initializations that `init_lora_weights` names, and of a variant with its own switch (QALoRA)
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
-        # ms-swift's: learning rates, and the type in which the tensors were trained
+        # settings of ms-swift: learning rates, and the dtype that the tensors were trained in
         *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
     }
 )
-"""Settings that change nothing about a finished adapter's merge, whatever they are."""
+"""Settings that do not affect how a trained adapter is merged, whatever their values are."""
 
 READ = frozenset(
     {
@@ -39,7 +39,7 @@ READ = frozenset(
         *("modules_to_save", "lora_bias", "ensure_weight_tying", "init_lora_weights"),
     }
 )
-"""Settings that `LoraConfig.read` looks at. All others must be off."""
+"""Settings that `LoraConfig.read` interprets. All settings that are in neither set must be off."""
 
 VARIANTS: Mapping[str, str] = {
     "use_dora": "DoRA",
@@ -55,21 +55,26 @@ VARIANTS: Mapping[str, str] = {
     "arrow_config": "Arrow",
     "megatron_config": "Megatron's layers",
 }
-"""Settings that make another method of LoRA, by their people's names."""
+"""Settings that switch on an unsupported variant of LoRA, and that variant's name in messages."""
 
 PLAIN_BEGINNINGS = ("gaussian", "eva", "orthogonal", "mica")
-"""Values of ``init_lora_weights`` that leave the base model as it is; PiSSA, OLoRA and others do not."""
+"""Initializations (``init_lora_weights``) that leave the base model unchanged; PiSSA, OLoRA and others change it."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """The settings of an adapter, with peft's names.
+    """The settings of a LoRA adapter that a merge needs, under peft's names.
 
     Args:
-        rank_pattern: module → rank where it is not ``r``; the first pattern that fits decides.
-        alpha_pattern: … where it is not ``lora_alpha``.
-        modules_to_save: modules that were trained whole, by the ends of their paths.
-        base_model_name_or_path: of the model it was trained on, where it says so.
+        r: rank of the two factors ``A`` and ``B``.
+        lora_alpha: numerator of the scaling.
+        use_rslora: whether the scaling is ``lora_alpha / √r`` instead of ``lora_alpha / r``.
+        rank_pattern: (pattern of module paths, rank) for modules whose rank is not ``r``; the first match decides.
+        alpha_pattern: (pattern of module paths, alpha) for modules whose alpha is not ``lora_alpha``.
+        modules_to_save: endings of the paths of modules that were trained in full.
+        lora_bias: whether every ``B`` has a bias.
+        ensure_weight_tying: whether a tied embedding and head stay tied although one of them was trained.
+        base_model_name_or_path: the model that the adapter was trained on; None if it is not recorded.
     """
 
     r: int
@@ -84,14 +89,14 @@ class LoraConfig:
 
     @classmethod
     def read(cls, values: Mapping[str, Any], where: str) -> LoraConfig:
-        """From the parsed file.
+        """Reads the settings from a parsed ``adapter_config.json``.
 
         Args:
-            values: what is in it.
-            where: the file, for messages.
+            values: the parsed JSON object.
+            where: path of the file, for messages.
 
         Raises:
-            CheckpointError: a setting is malformed, unknown, or asks for what is not merged here.
+            CheckpointError: a setting is malformed, unknown, or asks for a method that vlpack does not merge.
         """
         config = Section(values, where)
         kind = values.get("peft_type")
@@ -125,16 +130,16 @@ class LoraConfig:
         )
 
     def rank(self, module: str) -> int:
-        """The rank of a module's LoRA, by its path at training time."""
+        """The rank of the LoRA on a module, given by its path at training time."""
         return _first(self.rank_pattern, module, self.r)
 
     def scaling(self, module: str) -> float:
-        """The factor of a module's ``B A``. Source: peft; for ``use_rslora`` Kalajdzievski 2023 (arXiv:2312.03732)."""
+        """The scaling of a module's ``B A``. Source: peft; for ``use_rslora`` Kalajdzievski 2023 (arXiv:2312.03732)."""
         rank = self.rank(module)
         return _first(self.alpha_pattern, module, self.lora_alpha) / (rank**0.5 if self.use_rslora else rank)
 
     def saves(self, path: str) -> bool:
-        """Whether the module or tensor at ``path``, or one around it, was trained whole."""
+        """Whether the module or tensor at ``path``, or a module that contains it, was trained in full."""
         parts = path.split(".")
         around = (".".join(parts[: count + 1]) for count in range(len(parts)))
         return any(module.endswith(self.modules_to_save) for module in around)
@@ -153,14 +158,14 @@ def _patterns(config: Section, name: str, read: Any) -> Patterns[Any]:
 
 
 def _compiled(pattern: str, where: str) -> re.Pattern[str]:
-    """A pattern as peft matches it: at the end of a module's path, from a dot on.
+    """Compiles a pattern with peft's meaning: it matches a module's path from the start or from a dot, up to the end.
 
-    Anybody may have written it, and some regular expressions take years. So no group may be repeated, and there are few
-    places where a match can go several ways; names, and lists of layers, have fewer.
+    The pattern is untrusted, and some regular expressions take years to match. So no group may be repeated, and the
+    number of repetitions and groups is limited, to more than names and lists of layers need.
     """
     repeats, groups = re.findall(r"[*+?{]", pattern), pattern.count("(")
     if len(pattern) > 1000 or len(repeats) > 3 or groups > 2 or re.search(r"\)[*+?{]", pattern):
-        raise CheckpointError(f"{where}: {quote(pattern)} is too intricate a pattern.", "Name the modules one by one.")
+        raise CheckpointError(f"{where}: {quote(pattern)} is too complex a pattern.", "Name the modules one by one.")
     try:
         return re.compile(rf"(?:.*\.)?(?:{pattern})$")
     except (re.error, OverflowError) as error:

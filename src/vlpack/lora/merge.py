@@ -1,7 +1,7 @@
-"""LoRA adapters of peft, merged into a checkpoint while its weights are read: ``W + scaling · B A``, slab by slab.
+"""Merges LoRA adapters of peft into a checkpoint while its weights are read: ``W + scaling · B A``, slab by slab.
 
-The runtime ignores adapters on multimodal models, so what they change has to be in the weights. A `Merged` is a
-checkpoint whose tensors have the base's names and shapes; whatever reads it needs to know nothing of adapters.
+onnxruntime-genai ignores adapters on multimodal models, so their changes must be in the weights. A `Merged` is a
+checkpoint whose tensors have the base's names and shapes; code that reads it needs no knowledge of adapters.
 
 Source: Hu et al. 2021 (arXiv:2106.09685); ``merge_and_unload`` of peft.
 """
@@ -33,7 +33,7 @@ from vlpack.tasks import EMBEDDING
 
 CONFIG, WEIGHTS, INDEX = "adapter_config.json", "adapter_model.safetensors", "adapter_model.safetensors.index.json"
 FILES = (CONFIG, WEIGHTS, INDEX)
-"""What is needed of an adapter's repository; the last to say that shards are not read."""
+"""Files to download from an adapter's repository; the index only lets an error say that shards are not supported."""
 
 A, B, B_BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
@@ -44,15 +44,15 @@ Array = npt.NDArray[Any]
 
 
 class Delta(Protocol):
-    """What is added to a tensor, seen as a matrix."""
+    """A matrix that is added to a tensor of the base, computed by rows."""
 
     def rows(self, start: int, stop: int) -> Array:
-        """Rows ``[start, stop)``, in fp32."""
+        """Computes rows ``[start, stop)`` in fp32."""
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """``scaling · B A``; for an embedding (``turned``) the transpose of it. A and B stay on disk."""
+    """The low-rank update ``scaling · B A``, transposed for an embedding (``turned``). A and B stay on disk."""
 
     weights: Checkpoint
     a: str  # [r, in]
@@ -61,7 +61,7 @@ class LowRank:
     turned: bool = False
 
     def rows(self, start: int, stop: int) -> Array:
-        """As `Delta` says."""
+        """Computes rows ``[start, stop)`` of the update in fp32."""
         a = _fp32(self.weights, self.a)
         product: Array
         if self.turned:
@@ -74,20 +74,20 @@ class LowRank:
 
 @dataclass(frozen=True)
 class BiasOfB:
-    """``scaling · b``, where B has a bias."""
+    """The update ``scaling · b`` of a bias, from the bias ``b`` of a LoRA's B."""
 
     weights: Checkpoint
     name: str
     scaling: float
 
     def rows(self, start: int, stop: int) -> Array:
-        """As `Delta` says."""
+        """Computes rows ``[start, stop)`` of the update in fp32."""
         scaled: Array = _fp32(self.weights, self.name, start, stop) * np.float32(self.scaling)
         return scaled
 
 
 class Adapter:
-    """A validated adapter: its settings, and its tensors by the modules they are for."""
+    """A validated LoRA adapter: settings, low-rank factors by module, and tensors that replace those of the base."""
 
     def __init__(self, found: ResolvedSource, weights: Checkpoint, config: LoraConfig) -> None:
         self.weights, self.config, self._found = weights, config, found
@@ -102,10 +102,10 @@ class Adapter:
 
     @classmethod
     def open(cls, found: ResolvedSource) -> Adapter:
-        """Open and check an adapter's folder.
+        """Opens and checks an adapter's folder.
 
         Raises:
-            CheckpointError: it is no LoRA adapter, or damaged, or asks for what is not merged here.
+            CheckpointError: it is not a LoRA adapter, is damaged, or uses a method that vlpack does not merge.
         """
         folder = found.folder
         place = locate(folder, CONFIG)
@@ -117,10 +117,10 @@ class Adapter:
         config = LoraConfig.read(values, str(folder / CONFIG))
         place = locate(folder, WEIGHTS)
         if place is None:
-            what = "is in shards, which are not read" if locate(folder, INDEX) else "may be a pickle, or missing"
+            what = "is in shards, which are not supported" if locate(folder, INDEX) else "may be a pickle, or missing"
             raise CheckpointError(
                 f"{folder} has no {WEIGHTS}; the adapter {what}.",
-                "Where you trust its source, load it with peft and call save_pretrained: that writes one file.",
+                "If you trust its source, load it with peft and call save_pretrained, which writes one file.",
             )
         weights = Checkpoint.of_files(folder, values, {WEIGHTS: place})
         try:
@@ -131,20 +131,20 @@ class Adapter:
 
     @property
     def file(self) -> str:
-        """The file of the tensors, for messages."""
+        """Path of the file with the tensors, for messages."""
         return str(self.weights.folder / WEIGHTS)
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The adapter's name for messages: its repository's id or its folder's name."""
         return self._found.name
 
     def described(self) -> dict[str, Any]:
-        """Where it comes from and its files' hashes, for the manifest."""
+        """The adapter's origin and the hashes of its files, for the manifest."""
         return {**self._found.described(), "files": {name: self.weights.sha256(name) for name in (CONFIG, WEIGHTS)}}
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file with the tensors."""
         self.weights.close()
 
     def _sort(self, key: str, tensor: TensorInfo) -> None:
@@ -162,12 +162,12 @@ class Adapter:
                 self.parts.setdefault(path.removesuffix(f".{kind}"), {})[kind] = tensor
                 return
         if "lora_" in path or ".token_adapter." in path:
-            raise CheckpointError(f"{where} belongs to a method that is not merged here.", MERGE_WITH_PEFT)
+            raise CheckpointError(f"{where} belongs to a method that vlpack does not merge.", MERGE_WITH_PEFT)
         self.whole[path] = tensor
 
 
 class Merged(Checkpoint):
-    """A checkpoint with an adapter merged into it, read as any other. It closes with its base and its adapter."""
+    """A checkpoint with a LoRA adapter merged into it. It reads from the files of its base and of its adapter."""
 
     def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
         super().__init__(base.folder, base.config, dict(base.tensors), base.weight_files(), base._pool)
@@ -176,21 +176,21 @@ class Merged(Checkpoint):
         self._deltas: dict[str, Delta] = {}
 
     def take(self, name: str, source: Checkpoint, inner: str) -> None:
-        """The tensor ``name`` is ``inner`` of ``source`` from now on."""
+        """Replaces the tensor ``name`` by the tensor ``inner`` of ``source``."""
         self._places[name] = (source, inner)
         self.tensors = {**self.tensors, name: replace(source.tensors[inner], name=name)}
 
     def add(self, name: str, delta: Delta) -> None:
-        """Add to the tensor ``name``."""
+        """Adds ``delta`` to the tensor ``name``."""
         self._deltas[name] = delta
 
     @property
     def changed(self) -> set[str]:
-        """The tensors that are not the base's."""
+        """Names of the tensors that differ from the base's."""
         return self._places.keys() | self._deltas.keys()
 
     def rows(self, name: str, start: int, stop: int, *, width: int | None = None) -> Array:
-        """As of any checkpoint; in fp32 where something is added."""
+        """Rows ``[start, stop)`` of a tensor as in `Checkpoint.rows`, but in fp32 if the adapter adds to the tensor."""
         source, inner = self._places.get(name, (self._base, name))
         delta = self._deltas.get(name)
         if delta is None or start >= stop:
@@ -202,12 +202,12 @@ class Merged(Checkpoint):
         out = np.empty((stop - start, cols), np.float32)
         for low, high in slabs(stop - start, cols):
             out[low:high] = source.rows(inner, start + low, start + high, width=cols)
-            with np.errstate(over="ignore", invalid="ignore"):  # whoever reads it looks for such values
+            with np.errstate(over="ignore", invalid="ignore"):  # the caller checks for infinite values
                 out[low:high] += delta.rows(start + low, start + high)
         return out if width is not None else out.reshape(stop - start, *self._tensor(name).shape[1:])
 
     def read(self, name: str) -> Array:
-        """As of any checkpoint; in fp32 where something is added."""
+        """A whole tensor as in `Checkpoint.read`, but in fp32 if the adapter adds to the tensor."""
         shape = self._tensor(name).shape
         if name not in self.changed:
             return self._base.read(name)
@@ -218,7 +218,7 @@ Place = str | os.PathLike[str]
 
 
 def places_of(lora: Place | Sequence[Place]) -> Sequence[Place]:
-    """One place, or several, as several."""
+    """The places of adapters as a sequence, from one place or several."""
     return [lora] if isinstance(lora, str | os.PathLike) else lora
 
 
@@ -227,16 +227,16 @@ def open_adapters(
     cache_dir: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
 ) -> list[Adapter]:
-    """The adapters at folders or Hub ids, opened and checked.
+    """Opens and checks the adapters at the given folders or Hub ids.
 
     Raises:
-        CheckpointError: one cannot be had, or is not usable.
+        CheckpointError: an adapter cannot be found or downloaded, or is not usable.
     """
     return [Adapter.open(resolve(place, cache_dir=cache_dir, token=token, patterns=FILES)) for place in places]
 
 
 def merge_all(base: Checkpoint, adapters: Sequence[Adapter], architecture: Architecture) -> list[Merged]:
-    """``base`` with the first adapter, with the first two, and so on: the last is what to read. See `merge`."""
+    """Merges adapters one after another with `merge`. Returns every step; the last one has all adapters merged."""
     merged: list[Merged] = []
     for adapter in adapters:
         merged.append(merge(merged[-1] if merged else base, adapter, architecture))
@@ -244,7 +244,7 @@ def merge_all(base: Checkpoint, adapters: Sequence[Adapter], architecture: Archi
 
 
 def adapter_notes(merged: Sequence[Merged], base: ResolvedSource, weights: Sequence[Weight]) -> list[str]:
-    """Sentences about adapters that say they were trained on another model, or change none of ``weights``."""
+    """Notes for the user on adapters that were trained on another model or that change none of ``weights``."""
     used = {tensor.name for weight in weights for tensor in weight.source.tensors()}
     notes = []
     for checkpoint in merged:
@@ -262,21 +262,21 @@ def _last_part(path: str) -> str:
 
 
 def merge(base: Checkpoint, adapter: Adapter, architecture: Architecture) -> Merged:
-    """``base`` with ``adapter`` merged into it.
+    """Merges a LoRA adapter into a checkpoint.
 
     Args:
-        base: a checkpoint that `vlpack.export.check.check_tensors` has passed.
-        adapter: fits it or is refused.
-        architecture: of the base; it is untied where the adapter trained the embedding or the head apart.
+        base: the checkpoint, which `vlpack.export.check.check_tensors` has accepted.
+        adapter: the adapter, which is checked against the base.
+        architecture: the base's architecture; its embedding and head are untied if the adapter trained them apart.
 
     Raises:
-        CheckpointError: a tensor has no place or another shape; ranks disagree; peft's merge would not be what was
-            trained.
+        CheckpointError: a tensor has no counterpart in the base or another shape, ranks disagree, or peft's merge would
+            differ from the model that was trained.
     """
     merged = Merged(base, adapter)
     shapes = {name: tensor.shape for name, tensor in base.tensors.items()}
     embedding = f"{architecture.decoder.prefix}.embed_tokens.weight"
-    tied = architecture.tied and architecture.task != EMBEDDING  # which has no head to be tied
+    tied = architecture.tied and architecture.task != EMBEDDING  # an embedding model has no head
     if tied:
         shapes.setdefault(HEAD, shapes[embedding])
     names = _Names(adapter, shapes, architecture.renamed)
@@ -285,16 +285,16 @@ def merge(base: Checkpoint, adapter: Adapter, architecture: Architecture) -> Mer
         if tensor.shape != shapes[name]:
             raise CheckpointError(
                 f"{adapter.file}: {path} has the shape {list(tensor.shape)}, {name} of the base {list(shapes[name])}.",
-                "Is it of another model, or was the vocabulary resized? Neither can be merged.",
+                "The adapter is of another model, or its vocabulary was resized; neither can be merged.",
             )
         merged.take(name, adapter.weights, tensor.name)
     for module, parts in adapter.parts.items():
         name = names.find(f"{module}.weight")
         if tied and name in (HEAD, embedding):
             raise CheckpointError(
-                f"{adapter.file}: LoRA on {module}, which is tied to another module. Merged, it would change both, "
-                "and that is not the model that was trained (peft's issue 2777).",
-                "Save the base with a head of its own and tie_word_embeddings false, and build from that.",
+                f"{adapter.file} has LoRA on {module}, which is tied to another module. Merging it would change "
+                "both, which is not the model that was trained (peft's issue 2777).",
+                "Save the base with a separate head and tie_word_embeddings false, and build from that.",
             )
         merged.add(name, _low_rank(adapter, module, parts, name, shapes[name]))
         if B_BIAS in parts:
@@ -310,7 +310,7 @@ def merge(base: Checkpoint, adapter: Adapter, architecture: Architecture) -> Mer
 
 
 def _settle_tie(merged: Merged, base: Checkpoint, adapter: Adapter, architecture: Architecture, embedding: str) -> None:
-    """What was trained apart is apart from now on; what was not stays tied."""
+    """Unties the embedding and the head if the adapter trained them apart; otherwise they must stay equal."""
     if not {HEAD, embedding} & merged.changed:
         return
     apart = any(
@@ -327,13 +327,13 @@ def _settle_tie(merged: Merged, base: Checkpoint, adapter: Adapter, architecture
 def _low_rank(
     adapter: Adapter, module: str, parts: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]
 ) -> LowRank:
-    """The change of one weight, its shapes and ranks compared with the base and the config."""
+    """The low-rank update of one weight, after its shapes and ranks were checked against the base and the config."""
     turned = EMBEDDING_A in parts
     first, second = (EMBEDDING_A, EMBEDDING_B) if turned else (A, B)
     if len(shape) != 2 or (turned and A in parts):
         what = "a convolution or a stack of experts" if len(shape) > 2 else "not one matrix"
         raise CheckpointError(
-            f"{adapter.file}: LoRA on {module}, which is {what}; that is not merged.", MERGE_WITH_PEFT
+            f"{adapter.file} has LoRA on {module}, which is {what}; vlpack does not merge that.", MERGE_WITH_PEFT
         )
     if not turned and (B_BIAS in parts) != adapter.config.lora_bias:
         raise CheckpointError(f"{adapter.file}: {module} and lora_bias in {CONFIG} disagree on a bias of lora_B.")
@@ -359,28 +359,28 @@ def _check_shape(adapter: Adapter, path: str, tensor: TensorInfo, wanted: tuple[
 
 
 class _Names:
-    """From the adapter's names, which are of the transformers that trained it, to the base's."""
+    """Maps an adapter's tensor names, which depend on the transformers version that trained it, to the base's names."""
 
     def __init__(self, adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], renamed: Mapping[str, str]) -> None:
         self._adapter, self._shapes, self._renamed = adapter, shapes, renamed
         self._found: dict[str, str] = {}
 
     def whole(self, path: str) -> str:
-        """The base's name of a tensor that is replaced."""
+        """The base's name of a tensor that the adapter replaces."""
         module, _, kind = path.rpartition(".")
         plain = module.removesuffix(".base_layer")
         if (plain != module) != (plain in self._adapter.parts):
-            raise CheckpointError(f"{self._adapter.file}: {path} is not where peft keeps it, and would be lost there.")
+            raise CheckpointError(f"{self._adapter.file}: {path} is not where peft keeps it; peft would not load it.")
         name = self.find(f"{plain}.{kind}")
-        if len(self._shapes[name]) == 3:  # kept in either of two ways, see layers/moe.py
-            raise CheckpointError(f"{self._adapter.file}: {path} is a stack of experts, which is not replaced.")
+        if len(self._shapes[name]) == 3:  # stored in one of two layouts, see layers/moe.py
+            raise CheckpointError(f"{self._adapter.file}: {path} is a stack of experts, which vlpack does not replace.")
         return name
 
     def find(self, path: str) -> str:
-        """The base's name of a tensor, which only one of the adapter's may have.
+        """The base's name of a tensor that the adapter changes; each may be changed under one name only.
 
         Raises:
-            CheckpointError: there is none, or it was found before.
+            CheckpointError: the base has no such tensor, or the adapter changes it under another name too.
         """
         name = next((name for name in self._candidates(path) if name in self._shapes), None)
         if name is None:
@@ -394,7 +394,7 @@ class _Names:
         return name
 
     def _candidates(self, path: str) -> Iterator[str]:
-        # transformers 4 before 4.52 had `language_model.model` in some classes; a bare model has no `model.` in front
+        # transformers before 4.52 used `language_model.model` in some classes; a bare model has no prefix `model.`
         turned = path.replace("language_model.model.", "model.language_model.", 1).replace("language_model.lm_", "lm_")
         for form in (path, f"model.{path}", turned):
             yield form
@@ -402,7 +402,7 @@ class _Names:
 
 
 def _matrix(piece: Array) -> Array:
-    return piece.reshape(len(piece), int(np.prod(piece.shape[1:])))  # not -1: there may be no rows
+    return piece.reshape(len(piece), int(np.prod(piece.shape[1:])))  # not -1, which fails if there are no rows
 
 
 def _is_unused(name: str) -> bool:
@@ -410,7 +410,7 @@ def _is_unused(name: str) -> bool:
 
 
 def _fp32(weights: Checkpoint, name: str, start: int = 0, stop: int | None = None) -> Array:
-    """Rows of an adapter's tensor as a matrix ``[rows, cols]``."""
+    """Reads rows ``[start, stop)`` of an adapter's tensor as an fp32 matrix ``[rows, cols]``."""
     shape = weights.tensors[name].shape
     piece = weights.rows(name, start, shape[0] if stop is None else stop, width=int(np.prod(shape[1:])))
     check_finite(f"{name} of {weights.folder.name}", piece, start)

@@ -1,1 +1,1 @@
-"""What lies beside the graphs: configs of runtime and processor, model card, manifest, and the folder itself."""
+"""Reads packages: manifest, runtime configuration, description, and checks that a package uses only its own files."""

@@ -1,4 +1,4 @@
-"""What a package is made of, as data that the command line prints."""
+"""Describes a package as plain data, which ``vlpack inspect`` prints."""
 
 from __future__ import annotations
 
@@ -15,21 +15,32 @@ CONFIG = "genai_config.json"
 
 
 def inspect_package(folder: Path, *, hashes: bool) -> dict[str, Any]:
-    """Architecture, source, policy, parts with their ports and storage by layer group, files and their condition.
+    """Describes a package: architecture, source, policy, parts with inputs and outputs, storage, files and problems.
 
-    ``problems`` also names what was added to the folder: a chat template beside vlpack's files, say, would change
-    prompts in programs that read it. ``unlisted`` has all such names, hidden ones (``.git``, ``.DS_Store``) too.
+    Args:
+        folder: the package's folder.
+        hashes: whether to compare the SHA-256 of every file, in addition to its size.
+
+    Returns:
+        JSON-like data. ``problems`` has a sentence for each damaged file and each file that was added later; an added
+        chat template, for example, would change the prompts of programs that read it. ``unlisted`` names all added
+        files, also hidden ones (``.git``, ``.DS_Store``), which are no problem.
+
+    Raises:
+        PackageError: the folder is not a package, or its manifest is damaged.
     """
     manifest = read_manifest(folder)
     problems = damaged_files(folder, manifest, hashes=hashes)
     try:
         described = _described(manifest)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        raise PackageError(f"{folder / MANIFEST} is damaged: entries are missing.", "Build it again.") from None
+        raise PackageError(
+            f"{folder / MANIFEST} is damaged: entries are missing.", "Build the package again."
+        ) from None
     unlisted = unlisted_files(folder, manifest)
     added = [name for name in unlisted if not name.startswith(".")]
     problems = list(problems)
-    if not problems:  # the manifest may be forged to match
+    if not problems:  # the manifest may be forged to match the files
         try:
             graphs = graph_files(folder, manifest)
             check_config(folder / CONFIG, package_json(folder, CONFIG), manifest["files"], graphs)
@@ -78,7 +89,7 @@ def _without_files(origin: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_cache(ports: dict[str, Any]) -> dict[str, Any]:
-    """The cache's many ports as one line each for keys and values."""
+    """Inputs or outputs, with the key/value cache of all layers merged into one entry for keys and one for values."""
     shown: dict[str, Any] = {}
     for name, port in ports.items():
         head, _, rest = name.partition(".")
@@ -88,7 +99,7 @@ def without_cache(ports: dict[str, Any]) -> dict[str, Any]:
 
 
 def _groups(weights: dict[str, Any]) -> list[dict[str, Any]]:
-    """Weights of equal name and storage in all layers, as one row; bytes of those that are stored here."""
+    """Groups weights of all layers by name and storage. Weights that another graph stores count no bytes here."""
     rows: dict[tuple[str, str, bool], dict[str, Any]] = {}
     for path, weight in weights.items():
         name = ".".join("*" if part.isdigit() else part for part in path.split("."))

@@ -1,4 +1,4 @@
-"""What a package's genai_config.json says."""
+"""Reads values of a package's ``genai_config.json``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from typing import Any
 
 
 def eos_ids(config: dict[str, Any]) -> set[int]:
-    """The tokens that end an answer, by a genai_config.json."""
+    """Ids of the tokens that end an answer, from a parsed genai_config.json."""
     eos = config["model"]["eos_token_id"]
     return set(eos) if isinstance(eos, list) else {eos}

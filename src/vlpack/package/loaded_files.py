@@ -1,4 +1,4 @@
-"""The files of a package as they were when it was loaded, so that none of another package is opened later."""
+"""Detects that a package's files were replaced after it was loaded, before files of another package are opened."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from vlpack.errors import PackageError
 from vlpack.package.manifest import MANIFEST, whole_package
 
 Stamp = tuple[int, int, int, int]
-"""Device, inode, size in bytes and time of the last change in nanoseconds."""
+"""Identity of a file: device, inode, size in bytes, time of the last change in nanoseconds."""
 
 
 class LoadedFiles:
-    """A package's manifest, and which files it described when it was read.
+    """A package's manifest together with the identity of its files at the time of loading.
 
     A package can be replaced while a program uses it (``vlpack build --force``). Parts that are opened later than the
-    others, such as the vision encoder, would then come from another package without a word.
+    others, such as the vision encoder, would then silently come from another package.
 
     Args:
-        folder: the package.
+        folder: the package's folder.
 
     Attributes:
-        manifest: of the package, whose files were all there in their sizes.
+        manifest: the package's manifest; all files that it lists existed with the listed sizes.
 
     Raises:
-        PackageError: the folder is not a complete package, or was replaced while it was read.
+        PackageError: the folder is not a complete package, or it was replaced while it was read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,16 +36,16 @@ class LoadedFiles:
         self.manifest: dict[str, Any] = whole_package(folder)
         self._stamps = {name: _stamp(folder / name) for name in self.manifest["files"]}
         self._stamps[MANIFEST] = before
-        self.check([MANIFEST])  # a folder is replaced as a whole: with the same manifest these are its files
+        self.check([MANIFEST])  # folders are replaced as a whole, so with an unchanged manifest all files belong to it
 
     def check(self, names: Iterable[str] | None = None) -> None:
-        """Raises a PackageError where one of these files (of all of them by default) is not what it was any more."""
+        """Raises a PackageError if one of ``names`` (by default, of all files) changed since the package was loaded."""
         for name in self._stamps if names is None else names:
             stamp = _stamp(self.folder / name)
             if stamp is None or stamp != self._stamps.get(name):
                 found = "was replaced or altered" if stamp else "is gone"
                 raise PackageError(
-                    f"{self.folder / name} {found} since the package was loaded, so it may belong to another one.",
+                    f"{self.folder / name} {found} since the package was loaded, so it may belong to another package.",
                     "Load the package again.",
                 )
 

@@ -1,7 +1,7 @@
-"""What a package's own files name must be the package's own files: a graph's weights, a configuration's graphs.
+"""Checks that a package refers only to its own files: weights named in a graph, graphs named in a configuration.
 
-The runtime opens whatever they name, and does what its configuration asks for. A package may come from anybody, and its
-manifest may be forged to match, so this is looked at before the runtime is.
+The runtime opens every file that they name and obeys its configuration. A package is untrusted, and its manifest may be
+forged to match, so these checks run before the runtime opens anything.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 HINT = "vlpack writes no such package; do not use this one."
 
 MAX_GRAPH_BYTES = 1 << 27
-"""Largest graph that is read, 128 MiB; a 2B's are below 1 MB, as weights lie beside them."""
+"""Largest graph file that is read, 128 MiB; those of a 2B model have less than 1 MB, as weights are in other files."""
 
 SECTIONS = frozenset({"decoder", "vision", "embedding"})
-"""Of a configuration's model: those that vlpack writes. The runtime knows others, which open files of theirs."""
+"""Allowed sections of a configuration's ``model``, those that vlpack writes. Others may open more files."""
 
 SESSION_OPTIONS = frozenset(
     {
@@ -30,23 +30,24 @@ SESSION_OPTIONS = frozenset(
         *("enable_cpu_mem_arena", "enable_mem_pattern", "graph_optimization_level"),
     }
 )
-"""What a package may ask of onnxruntime. Others write files anywhere (a profile, say) or load libraries."""
+"""Allowed session options of onnxruntime. Others may write files anywhere (such as a profile) or load libraries."""
 
 PROVIDERS = frozenset({"cpu", "cuda", "dml", "webgpu"})
+"""Allowed execution providers."""
 PROVIDER_OPTIONS = frozenset({"device_id"})
-"""Likewise of a provider, whose options can be paths and even addresses in memory."""
+"""Allowed options of an execution provider. Others can be paths and even addresses in memory."""
 
 
 def check_graphs(folder: Path, graphs: Mapping[str, str], files: Mapping[str, Any]) -> None:
-    """Every weight of every graph lies in a file of the package.
+    """Checks that all external weights of all graphs lie in files of the package.
 
     Args:
-        folder: the package.
-        graphs: part → file name.
-        files: the manifest's.
+        folder: the package's folder.
+        graphs: part → file name of its graph.
+        files: the files that the manifest lists, by name.
 
     Raises:
-        PackageError: one does not, or a graph cannot be read.
+        PackageError: a weight lies elsewhere, or a graph is too large or cannot be read.
     """
     for name in graphs.values():
         size = (folder / name).stat().st_size
@@ -62,7 +63,7 @@ def check_graphs(folder: Path, graphs: Mapping[str, str], files: Mapping[str, An
 
 
 def weight_files(graph: Path) -> set[str]:
-    """Names of the files that hold a graph's weights.
+    """Names of the external files that hold a graph's weights.
 
     Raises:
         PackageError: the graph cannot be read.
@@ -71,15 +72,15 @@ def weight_files(graph: Path) -> set[str]:
 
 
 def _weights(graph: Path) -> Iterator[tuple[str, str]]:
-    """Each weight that lies outside of the graph's file, and in which file: all that are named, as of several another
-    reader may take another one.
+    """Name and file of each external weight. If a weight names several files, all are given: programs differ in which
+    of them they read.
     """
-    import onnx  # late, as a folder that is no package should be told at once
+    import onnx  # imported late, so that a folder that is not a package is reported without this delay
 
     try:
         model = onnx.load(graph, load_external_data=False)
-    except Exception as error:  # protobuf's own kinds
-        raise PackageError(f"{graph} cannot be read: {quote(str(error))}.", "Build it again.") from None
+    except Exception as error:  # protobuf has its own exception types
+        raise PackageError(f"{graph} cannot be read: {quote(str(error))}.", "Build the package again.") from None
     for tensor in _tensors(model):
         locations = [entry.value for entry in tensor.external_data if entry.key == "location"]
         for location in locations or [""]:
@@ -87,22 +88,22 @@ def _weights(graph: Path) -> Iterator[tuple[str, str]]:
 
 
 def check_config(where: Path, config: Any, files: Mapping[str, Any], graphs: Mapping[str, str]) -> None:
-    """A configuration for the runtime names files of the package alone, at any depth, and asks for nothing odd.
+    """Checks that a configuration of the runtime names, at any depth, only files of the package and allowed options.
 
     Args:
-        where: the file, for messages.
-        config: what is in it; None where a package has none.
-        files: the manifest's.
-        graphs: part → file name, of those that `check_graphs` has looked into.
+        where: path of the configuration, for messages.
+        config: the parsed JSON; None if the package has no configuration.
+        files: the files that the manifest lists, by name.
+        graphs: part → file name, for the graphs that `check_graphs` has accepted.
 
     Raises:
-        PackageError: it does not.
+        PackageError: the configuration names another file, loads a library, or uses an option that is not allowed.
     """
     for key, value in _entries(config):
         if key.endswith("filename"):
-            # as a graph, only one that was looked into
+            # "filename" alone names a graph, which must be one that was checked
             if not isinstance(value, str) or value not in (graphs.values() if key == "filename" else files):
-                raise PackageError(f"{where} names the file {quote(value)}, which is not one of the package.", HINT)
+                raise PackageError(f"{where} names the file {quote(value)}, which is not a file of the package.", HINT)
         elif "library" in key.lower():
             raise PackageError(f"{where} asks to load a library ({quote(key)}), whose code would run.", HINT)
         elif key == "session_options":
@@ -146,7 +147,7 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Those that lie outside of the graph's file, in nodes' attributes, subgraphs and functions too."""
+    """All tensors of a model with external data, also those in nodes' attributes, subgraphs and functions."""
     yield from _of_graph(model.graph)
     for function in model.functions:
         yield from _of_nodes(function.node)
