@@ -21,7 +21,7 @@ from vlpack.builder import build
 from vlpack.layers.attention import Heads
 from vlpack.layers.deepstack import SideChannel
 from vlpack.layers.rope import chunked_axes
-from vlpack.layers.vision import Patches
+from vlpack.layers.vision import PatchPositions
 from vlpack.options import parse_extra_options
 from vlpack.preprocess import ImageProcessor
 
@@ -144,14 +144,14 @@ def test_gelu_of_another_kind_in_the_mergers(wrong, monkeypatch):
 @contextmanager
 def transposed(monkeypatch: pytest.MonkeyPatch, table: bool, angles: bool) -> Iterator[None]:
     """Rows and columns change places in the position table, in the rotary angles, or in both."""
-    places, rope = family.patch_places, family.axial_rope
+    places, rope = family.patch_positions, family.axial_rope
 
-    def turn(p: Patches) -> Patches:
-        return Patches(p.column, p.row, p.width, p.height)
+    def turn(p: PatchPositions) -> PatchPositions:
+        return PatchPositions(p.column, p.row, p.width, p.height)
 
     with monkeypatch.context() as patch:
         if table:
-            patch.setattr(family, "patch_places", lambda *a: turn(places(*a)))
+            patch.setattr(family, "patch_positions", lambda *a: turn(places(*a)))
         if table != angles:
             patch.setattr(family, "axial_rope", lambda op, p, *a: rope(op, turn(p), *a))
         yield
@@ -177,18 +177,18 @@ def test_positions_not_interpolated(wrong, monkeypatch):
 
 def test_patches_in_raster_order(wrong, monkeypatch):
     """As if the processor had not put the patches of a merge block side by side."""
-    right = family.patch_places
-    monkeypatch.setattr(family, "patch_places", lambda op, grid, merge: right(op, grid, 1))
+    right = family.patch_positions
+    monkeypatch.setattr(family, "patch_positions", lambda op, grid, merge: right(op, grid, 1))
     assert min(wrong().values()) > 0.1
 
 
 def test_query_norm_forgotten(wrong, monkeypatch):
-    right = Heads._place
+    right = Heads._norm_rotate
 
     def forgetful(self: Heads, op: Any, x: ir.Value, count: int, norm: ir.Value | None, rope: Any) -> ir.Value:
         return right(self, op, x, count, None if count == self.queries else norm, rope)
 
-    monkeypatch.setattr(Heads, "_place", forgetful)
+    monkeypatch.setattr(Heads, "_norm_rotate", forgetful)
     # the norm's weight fills no place in the graph then; its parameter is left over and the build still goes through
     assert wrong(TEXT)["logits"] > 0.1
 

@@ -671,6 +671,6 @@ def test_embed_and_score(loaded: Any, capsys: Any, tmp_path: Path, monkeypatch: 
 def test_build_on_the_command_line(source: Any, capsys: Any, tmp_path: Path) -> None:
     done = run_vlpack(capsys, "build", source("bare"), "-o", tmp_path / "p", "-p", "fp32")
     assert done.code == 0
-    assert "note: Taken as a model for the task embedding" in done.out
+    assert "note: Built for the task embedding" in done.out
     done = run_vlpack(capsys, "inspect", tmp_path / "p")
     assert "embedding, fp32 for cpu" in done.out

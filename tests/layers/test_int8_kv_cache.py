@@ -15,10 +15,16 @@ from runtime.test_parity_runtime import QUESTION
 from tiny import EXAMPLE, Tiny
 from vlpack.builder import build
 from vlpack.errors import OptionError
-from vlpack.layers import int8_kv_codes as module
+from vlpack.layers import int8_kv_cache as module
 from vlpack.layers.attention import Heads
-from vlpack.layers.int8_kv_cache import byte_cache
-from vlpack.layers.int8_kv_codes import CHANNELS, EXTRA, LOWEST, OCTAVES, tables
+from vlpack.layers.int8_kv_cache import (
+    EXPONENT_CHANNELS,
+    EXTRA_CHANNELS,
+    LOWEST_EXPONENT,
+    OCTAVES_PER_CHANNEL,
+    exponent_codes,
+    int8_kv_cache,
+)
 from vlpack.layers.rope import Frequencies, angles_from_positions, inverse_frequencies
 from vlpack.options import ExtraOptions
 from vlpack.runtime.model import Model
@@ -44,8 +50,8 @@ def make_session() -> ort.InferenceSession:
     mask, positions = builder.input("mask", int64, ["B", "total"]), builder.input("positions", int64, ["B", "S"])
     norms = tuple(builder.input(f"{kind}_weight", float32, [SIZE]) for kind in "qk")
     rope = angles_from_positions(builder.op, positions, FREQUENCIES)
-    past = tuple(builder.input(f"past_{kind}", int8, ["B", KV_HEADS, "P", SIZE + EXTRA]) for kind in "kv")
-    attend = byte_cache(HEADS, KV_HEADS, SIZE, 1.0)(builder.op, mask, positions, rope)
+    past = tuple(builder.input(f"past_{kind}", int8, ["B", KV_HEADS, "P", SIZE + EXTRA_CHANNELS]) for kind in "kv")
+    attend = int8_kv_cache(HEADS, KV_HEADS, SIZE, 1.0)(builder.op, mask, positions, rope)
     outputs = attend(builder.op, qkv, Heads(HEADS, KV_HEADS, SIZE, norms, 1e-12), past)
     for value, name in zip(outputs, ("y", "present_k", "present_v"), strict=True):
         builder.add_output(value, name)
@@ -92,7 +98,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 def run(session, qkv, weight, ends, room: int = 0):
     """The tokens in pieces, as a cache that grows or, with ``room``, in one that is as large from the beginning."""
     batch = len(qkv["q"])
-    past = [np.zeros((batch, KV_HEADS, room, SIZE + EXTRA), np.int8) for _ in "kv"]
+    past = [np.zeros((batch, KV_HEADS, room, SIZE + EXTRA_CHANNELS), np.int8) for _ in "kv"]
     outputs, start = [], 0
     for end in ends:
         positions = np.arange(start, end)
@@ -112,7 +118,7 @@ def read(codes: list[np.ndarray], weight: np.ndarray) -> tuple[np.ndarray, np.nd
     keys, values = (x.transpose(0, 2, 1, 3).astype(np.float64) for x in codes)
     step = np.tile(np.maximum(weight[: SIZE // 2], weight[SIZE // 2 :]), 2) * SIZE**0.5 / 127
     k = keys[..., :SIZE] * step
-    twice = np.argsort(-step, kind="stable")[: EXTRA - 1]
+    twice = np.argsort(-step, kind="stable")[: EXTRA_CHANNELS - 1]
     k[..., twice] += keys[..., SIZE + 1 :] * step[twice] / 254
     return k, values[..., :SIZE] / 127 * 2.0 ** keys[..., SIZE : SIZE + 1]
 
@@ -133,7 +139,7 @@ def test_attention_over_codes_is_attention(session, ends, room, spread):
         )
     assert relative(y[:, -1], attention(qkv["q"], k, v)) <= EXACT
     assert relative(y[:, -1], attention(**qkv)) <= ROUNDED
-    assert np.abs(k - qkv["k"]).max() <= 0.51 * SIZE**0.5 / 127 * np.sort(weight["k"])[-EXTRA // 2]
+    assert np.abs(k - qkv["k"]).max() <= 0.51 * SIZE**0.5 / 127 * np.sort(weight["k"])[-EXTRA_CHANNELS // 2]
     peak = np.abs(qkv["v"]).max(-1, keepdims=True)
     assert (np.abs(v - qkv["v"]) <= 0.51 / 127 * 2 * peak + 1e-12).all()
 
@@ -147,14 +153,14 @@ def test_rows_of_a_batch_are_apart(session):
 
 
 def no_exponents() -> tuple[np.ndarray, np.ndarray]:
-    codes, worth = tables()
+    codes, worth = exponent_codes()
     codes[:, 0] = 0
     return codes, worth
 
 
 def test_a_planted_fault_is_seen(monkeypatch):
     """Tokens whose exponent is lost are weighed wrong."""
-    monkeypatch.setattr(module, "tables", no_exponents)
+    monkeypatch.setattr(module, "exponent_codes", no_exponents)
     qkv, weight = make_qkv(1.0)
     y, _ = run(make_session(), qkv, weight, (39, 40))
     assert relative(y[:, -1], attention(**qkv)) > 0.2
@@ -163,7 +169,7 @@ def test_a_planted_fault_is_seen(monkeypatch):
 def test_every_exponent(session):
     """Values of all sizes that the cache knows, one token each, come back within a step."""
     qkv, weight = make_qkv(0.0)
-    for exponent in range(LOWEST, LOWEST + CHANNELS * OCTAVES):
+    for exponent in range(LOWEST_EXPONENT, LOWEST_EXPONENT + EXPONENT_CHANNELS * OCTAVES_PER_CHANNEL):
         only = {"q": qkv["q"][:, :1], "k": qkv["k"][:, :1], "v": np.full((1, 1, KV_HEADS, SIZE), 2.0**exponent)}
         y, _ = run(session, only, weight, (1,))
         assert np.allclose(y, 2.0**exponent, rtol=1 / 127), exponent
@@ -183,7 +189,7 @@ def test_a_package(built, package, reference):
         logits.append(out)
     assert EXACT < relative(np.concatenate(logits, axis=1), expected.logits) <= ROUNDED
     model = Model(built(TINY, "kv_cache=int8"), threads=1)
-    assert model.cache_bytes(100) == 2 * TINY.layers * TINY.kv_heads * (TINY.head_dim + EXTRA) * 100
+    assert model.cache_bytes(100) == 2 * TINY.layers * TINY.kv_heads * (TINY.head_dim + EXTRA_CHANNELS) * 100
     answers = [m.generate(QUESTION, max_tokens=24).text for m in (model, Model(built(TINY), threads=1))]
     assert answers[0][:8] == answers[1][:8] != ""
 

@@ -108,13 +108,13 @@ def swap_gelu_of_mergers(patch: pytest.MonkeyPatch) -> None:
 
 
 def transpose_the_table(patch: pytest.MonkeyPatch) -> None:
-    from vlpack.layers.vision import patch_places
+    from vlpack.layers.vision import patch_positions
 
     def turned(*arguments: Any) -> Any:
-        places = patch_places(*arguments)
+        places = patch_positions(*arguments)
         return places._replace(row=places.column, column=places.row, height=places.width, width=places.height)
 
-    patch.setattr("vlpack.architectures.qwen3_vl.patch_places", turned)
+    patch.setattr("vlpack.architectures.qwen3_vl.patch_positions", turned)
 
 
 GRAPH_FAULTS: dict[str, tuple[Patch, str]] = {

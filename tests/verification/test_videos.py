@@ -84,13 +84,13 @@ def test_images_and_videos_in_turn(source: Path, tmp_path: Path, monkeypatch: py
 
 def off_by_one(patch: pytest.MonkeyPatch) -> None:
     """Patches of a frame stand a row lower in the graph than in the model, as if the grid began at 1."""
-    from vlpack.layers.vision import patch_places
+    from vlpack.layers.vision import patch_positions
 
     def lower(op: Any, *arguments: Any) -> Any:
-        places = patch_places(op, *arguments)
+        places = patch_positions(op, *arguments)
         return places._replace(row=op.Mod(op.Add(places.row, 1), places.height))
 
-    patch.setattr("vlpack.architectures.qwen3_vl.patch_places", lower)
+    patch.setattr("vlpack.architectures.qwen3_vl.patch_positions", lower)
 
 
 def test_a_grid_off_by_one_in_the_graph(source: Path, tmp_path: Path) -> None:

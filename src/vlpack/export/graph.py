@@ -32,7 +32,7 @@ OLD_OPSET = 21
 VECTOR = Float("float32")
 """How norms and biases are stored, in every precision."""
 
-BYTE_CACHE_OPSET = 24
+INT8_KV_CACHE_OPSET = 24
 """The first operator set with TensorScatter, which writes into a cache of 8 bits."""
 
 
@@ -182,7 +182,7 @@ def trace(part: Part, policy: Policy) -> Graph:
     weights = declare(part, policy)
     opset = OPSET.get(policy.provider, OLD_OPSET)
     if any(port.dtype == ir.DataType.INT8 for port in part.inputs):
-        opset = BYTE_CACHE_OPSET
+        opset = INT8_KV_CACHE_OPSET
     graph = ir.Graph([], [], nodes=[], opset_imports={"": opset, "com.microsoft": 1}, name=part.name)
     builder = GraphBuilder(graph)
     inputs = [builder.input(port.name, port.dtype, list(port.shape)) for port in part.inputs]
