@@ -132,7 +132,7 @@ def test_no_work_in_common(result: Benchmark, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_measured(package: Path, tmp_path: Path, capsys: Capsys) -> None:
-    with pytest.raises(InputError, match="do not fit the model's context"):
+    with pytest.raises(InputError, match="do not fit into the model's context"):
         vlpack.bench(package, prompt_tokens=[10**6])
     for size in ("640", "0x10", "640x-1", "x", "99999x10"):
         with pytest.raises(OptionError, match="not the size of an image"):
@@ -167,6 +167,6 @@ def test_what_was_measured_is_not_lost(package: Path, result: Benchmark, tmp_pat
     path.write_text(json.dumps(result.as_json()), encoding="utf-8")
     options = ("--prompt-tokens", 21, "--new-tokens", 2, "--repeat", 1)
     done = run_vlpack(capsys, "bench", package, *options, "--compare", path, "-o", output)
-    assert (done.code, "no work in common" in done.err) == (2, True)
+    assert (done.code, "no prompt in common" in done.err) == (2, True)
     assert "21 tokens" in done.out
     assert json.loads(output.read_text(encoding="utf-8"))["works"][0]["name"] == "21 tokens"

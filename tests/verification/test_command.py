@@ -129,7 +129,7 @@ def test_build_and_verify_of_another_task(tmp_path: Path, capsys: Capsys) -> Non
         ({"quantization": {"mixed": 5}}, "does not say how the weights are stored"),
         ({"quantization": {"block_size": "x", "mixed": {}}}, "vlpack.json"),
         ({"quantization": {"mixed": {"last_matmul": "x"}}}, "does not say how the weights are stored"),
-        ({"policy": None}, "policy is not the one"),
+        ({"policy": None}, "policy in vlpack.json is not the one"),
     ],
 )
 def test_manifests_of_anybody(change: dict[str, object], words: str, tmp_path: Path, capsys: Capsys) -> None:

@@ -13,7 +13,7 @@ from samples import seal
 from vlpack.builder import build
 from vlpack.errors import InputError
 from vlpack.tasks import EMBEDDING, RERANKER
-from vlpack.verification.cases import built_in, from_file
+from vlpack.verification.cases import built_in, read_cases
 from vlpack.verification.result import Report
 from vlpack.verification.run import verify
 
@@ -48,7 +48,7 @@ def test_no_fault(
         assert stage.graph is not None
         assert stage.graph.relative < 1e-5
         assert 0 < stage.total.relative < bound
-        assert (case.tokens, case.speaks, case.logits.mean_kl, case.logits.top1) == ([], False, 0.0, 1.0)
+        assert (case.tokens, case.generates, case.logits.mean_kl, case.logits.top1) == ([], False, 0.0, 1.0)
     assert all(weight.same for weight in report.weights)
     assert ("vision features" in {stage.name for stage in report.cases[1].stages}) == (kind == "vision")
 
@@ -107,13 +107,13 @@ def test_documents(sources: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "cases.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     build(sources["text"], tmp_path / "reranker", task=RERANKER, threads=1)
-    report = verify(tmp_path / "reranker", sources["text"], cases=from_file(path), threads=1)
+    report = verify(tmp_path / "reranker", sources["text"], cases=read_cases(path), threads=1)
     assert report.ok
     first, second = report.cases
     assert first.stages[1].total != second.stages[1].total
     build(sources["text"], tmp_path / "embedding", task=EMBEDDING, threads=1)
     with pytest.raises(InputError, match="line 1 has a document"):
-        verify(tmp_path / "embedding", sources["text"], cases=from_file(path), threads=1)
+        verify(tmp_path / "embedding", sources["text"], cases=read_cases(path), threads=1)
     build(sources["text"], tmp_path / "words", threads=1)
     with pytest.raises(InputError, match="line 1 has a document"):
-        verify(tmp_path / "words", sources["text"], cases=from_file(path), threads=1)
+        verify(tmp_path / "words", sources["text"], cases=read_cases(path), threads=1)

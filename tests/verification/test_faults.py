@@ -16,7 +16,7 @@ from samples import seal
 from tiny import Tiny
 from vlpack.builder import build
 from vlpack.errors import PackageError, VerifyError
-from vlpack.verification.cases import built_in, from_file
+from vlpack.verification.cases import built_in, read_cases
 from vlpack.verification.reference import Reference
 from vlpack.verification.result import Report
 from vlpack.verification.run import verify
@@ -189,7 +189,7 @@ def transpose_weight(package: Path) -> None:
 FILE_FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "mean": (lose_mean, "pixels", "two images: pixels are"),
     "eos": (lose_eos, "stop tokens", "[2049]"),
-    "tokenizer": (break_tokenizer, "prompt", "tokens are not the checkpoint's"),
+    "tokenizer": (break_tokenizer, "prompt", "token ids are not the checkpoint's"),
     "one block scale": (corrupt_scale, "weights", "layers.2.mlp.down_proj in the decoder"),
     "a transposed weight": (transpose_weight, "weights", "blocks.1.attn.proj in the vision"),
 }
@@ -261,10 +261,10 @@ def test_cases_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes((IMAGES / "00.png").read_bytes())
     path = tmp_path / "cases.jsonl"
     path.write_text('{"prompt": "What?", "images": ["a.png"]}\n\n{"prompt": "Why?"}\n', encoding="utf-8")
-    one, two = from_file(path)
+    one, two = read_cases(path)
     assert (one.name, one.prompt, one.labels, len(one.images)) == ("line 1", "What?", ("a.png",), 1)
     assert (two.name, two.images) == ("line 3", ())
     for bad in ("[]", '{"prompt": 3}', "{", '{"images": []}', '{"prompt": "x", "images": [1]}', ""):
         path.write_text(bad, encoding="utf-8")
         with pytest.raises(InputError, match=r"cases\.jsonl"):
-            from_file(path)
+            read_cases(path)

@@ -14,7 +14,7 @@ from vlpack.builder import build
 from vlpack.errors import VerifyError
 from vlpack.options import parse_extra_options
 from vlpack.verification import reference
-from vlpack.verification.metrics import KL_TOLERANCE, nearness
+from vlpack.verification.metrics import KL_TOLERANCE, describe_kl
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("gguf")
@@ -88,11 +88,11 @@ def test_packages_of_earlier_versions(tmp_path: Path) -> None:
 
 
 def test_how_near_it_is() -> None:
-    assert "nearer than 8 bits" in nearness(0.001)
-    assert "as near as 8 bits" in nearness(0.007)
-    assert "between" in nearness(0.02)
-    assert "as near as 4 bits" in nearness(0.2)
-    assert "farther than 4 bits" in nearness(1.0)
+    assert "nearer than 8 bits" in describe_kl(0.001)
+    assert "as near as 8 bits" in describe_kl(0.007)
+    assert "between" in describe_kl(0.02)
+    assert "as near as 4 bits" in describe_kl(0.2)
+    assert "farther than 4 bits" in describe_kl(1.0)
 
 
 def test_a_transformers_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,4 +110,4 @@ def test_a_transformers_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_nothing_is_nearer_than_itself() -> None:
-    assert np.isclose(float(nearness(0.0123).split()[5]), 0.012)
+    assert np.isclose(float(describe_kl(0.0123).split()[5]), 0.012)

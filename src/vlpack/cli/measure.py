@@ -39,14 +39,14 @@ def verify(
 ) -> None:
     """Compare a package with its checkpoint in transformers; exit with 1 where it is not the model."""
     from vlpack.verification import verify as run_verify
-    from vlpack.verification.cases import from_file, own
+    from vlpack.verification.cases import read_cases, user_cases
 
     if report is not None and not report.absolute().parent.is_dir():  # told before the work
         raise OptionError(f"There is no folder {report.absolute().parent} for the report.")
     given = (prompt or [], image or [], video or [])
     if cases is not None and any(given):
         raise OptionError("--cases has its own prompts and images.", "Leave --prompt, --image and --video away.")
-    asked = from_file(cases) if cases else own(*given) if any(given) else None
+    asked = read_cases(cases) if cases else user_cases(*given) if any(given) else None
     result = run_verify(
         package,
         reference,
@@ -55,7 +55,7 @@ def verify(
         streamed=stream,
         threads=threads,
         lora=lora or (),
-        say=console.say_progress,
+        progress=console.say_progress,
     )
     console_measure.show_verification(result, report, as_json=as_json)
     if not result.ok:
