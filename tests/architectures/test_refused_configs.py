@@ -1,4 +1,4 @@
-"""Configs that would silently build another model than transformers makes of them."""
+"""Refused configs: vlpack would otherwise silently build another model than transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vlpack bench`: its figures belong together. How large they are is for people and machines to judge."""
+"""`vlpack bench`: its figures are consistent with each other. Their size depends on the machine and is not tested."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_figures_add_up(result: Benchmark, package: Path) -> None:
 
 
 def test_an_end_token_does_not_end_the_measurement(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The digits model ends its answers after a few tokens: the number of steps must be the one asked for."""
+    """The digits model ends its answers after a few tokens, but the benchmark takes the requested number of steps."""
     from vlpack.evaluation import benchmark_worker as benchmark_work
     from vlpack.runtime import model as runtime
 
@@ -71,7 +71,7 @@ def test_an_end_token_does_not_end_the_measurement(package: Path, monkeypatch: p
 
 
 def test_every_answer_looks_at_the_image(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features are kept for those who ask again, and a measurement must not find them."""
+    """The model keeps an image's features for the next question, and a measurement must not use them."""
     from vlpack.evaluation import benchmark_worker as benchmark_work
     from vlpack.runtime.vision import VisionEncoder
 

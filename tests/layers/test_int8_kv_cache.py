@@ -1,4 +1,4 @@
-"""The 8-bit cache: `kv_cache=int8`, whose keys and values are codes and whose attention is the same."""
+"""The 8-bit key/value cache (`kv_cache=int8`): attention over it, and packages that use it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def session():
 
 
 def make_session() -> ort.InferenceSession:
-    """The attention alone."""
+    """A session of a graph with nothing but the attention over the 8-bit cache."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 24, "com.microsoft": 1}, name="attention")
     builder = GraphBuilder(graph)
     float32, int8, int64 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT64
@@ -65,14 +65,14 @@ def normalized(x: np.ndarray) -> np.ndarray:
 
 
 def rotated(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """The halves of ``x [B, S, heads, D]`` turned to ``positions [S]``."""
+    """The rotary embedding of ``x [B, S, heads, D]`` at ``positions [S]``."""
     angles = positions[:, None, None] * FREQUENCIES.inverse  # [S, 1, D / 2]
     a, b = np.split(x, 2, axis=-1)
     return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], -1)
 
 
 def make_qkv(spread: float, batch: int = 1) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What norm and rotation leave, values whose tokens differ by ``exp(spread · normal)``, and the norms' weights."""
+    """Queries and keys after norm and rotation, values of sizes ``exp(spread · normal)``, and the norms' weights."""
     random = np.random.default_rng(3)
     weight = {n: (size * np.exp(random.normal(0, 1, SIZE))).astype(np.float32) for n, size in (("k", 1), ("q", 0.5))}
     q = random.normal(0, 1, (batch, TOTAL, HEADS, SIZE))
@@ -86,7 +86,7 @@ def make_qkv(spread: float, batch: int = 1) -> tuple[dict[str, np.ndarray], dict
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """In float64, for the last query over all keys: ``[B, heads · D]``."""
+    """The attention of the last query over all keys, in float64: ``[B, heads · D]``."""
     group = HEADS // KV_HEADS
     k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
     scores = np.einsum("bhd,bthd->bht", q[:, -1], k) / SIZE**0.5
@@ -96,7 +96,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def run(session, qkv, weight, ends, room: int = 0):
-    """The tokens in pieces, as a cache that grows or, with ``room``, in one that is as large from the beginning."""
+    """Run the tokens piece by piece, with a cache that grows or, with ``room``, one of full size from the start."""
     batch = len(qkv["q"])
     past = [np.zeros((batch, KV_HEADS, room, SIZE + EXTRA_CHANNELS), np.int8) for _ in "kv"]
     outputs, start = [], 0
@@ -114,7 +114,7 @@ def run(session, qkv, weight, ends, room: int = 0):
 
 
 def read(codes: list[np.ndarray], weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values ``[B, T, kv_heads, D]`` of a cache, by the module's words."""
+    """Keys and values ``[B, T, kv_heads, D]`` of a cache, decoded as the module's docstring describes."""
     keys, values = (x.transpose(0, 2, 1, 3).astype(np.float64) for x in codes)
     step = np.tile(np.maximum(weight[: SIZE // 2], weight[SIZE // 2 :]), 2) * SIZE**0.5 / 127
     k = keys[..., :SIZE] * step
@@ -159,7 +159,7 @@ def no_exponents() -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_a_planted_fault_is_seen(monkeypatch):
-    """Tokens whose exponent is lost are weighed wrong."""
+    """Tokens without their exponent get a wrong weight, and the comparison must see it."""
     monkeypatch.setattr(module, "exponent_codes", no_exponents)
     qkv, weight = make_qkv(1.0)
     y, _ = run(make_session(), qkv, weight, (39, 40))
@@ -167,7 +167,7 @@ def test_a_planted_fault_is_seen(monkeypatch):
 
 
 def test_every_exponent(session):
-    """Values of all sizes that the cache knows, one token each, come back within a step."""
+    """Values of every size that the cache covers, one token each, are restored to within a step."""
     qkv, weight = make_qkv(0.0)
     for exponent in range(LOWEST_EXPONENT, LOWEST_EXPONENT + EXPONENT_CHANNELS * OCTAVES_PER_CHANNEL):
         only = {"q": qkv["q"][:, :1], "k": qkv["k"][:, :1], "v": np.full((1, 1, KV_HEADS, SIZE), 2.0**exponent)}
@@ -176,7 +176,7 @@ def test_every_exponent(session):
 
 
 def test_a_package(built, package, reference):
-    """One pass rounds nothing; a second one reads the codes. The runtime allots them and answers."""
+    """The first pass rounds nothing and the second reads the codes; the runtime allocates the cache and answers."""
     options = ("kv_cache=int8", "prune_lm_head=false")
     inputs = make_inputs(TINY, ((1, 4, 6),), text=20)
     expected, runs = reference(TINY)(inputs), package(TINY, *options)

@@ -34,7 +34,7 @@ def test_build_and_verify(tmp_path: Path, capsys: Capsys) -> None:
 
 
 def test_the_card_and_the_manifest_change_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever stops the writing in its middle, the package is the one that it was."""
+    """If anything stops the writing in its middle, the package stays as it was."""
     from vlpack.verification import card, verify
 
     package = tmp_path / "package"

@@ -1,4 +1,4 @@
-"""`verify` of packages that embed or score: nothing is generated, and the last stage is a vector or a score."""
+"""`verify` of embedding and reranker packages: nothing is generated, and the last stage is a vector or a score."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def check(source: Path, package: Path) -> Report:
-    """A text and, where there is a vision encoder, two images."""
+    """Verify with a text case and, if there is a vision encoder, a case with two images."""
     cases = built_in(sees=(package / "vision.onnx").is_file())
     return verify(package, source, cases=[cases[0], cases[-1]], threads=1)
 
@@ -84,7 +84,7 @@ def test_faults(fault: str, sources: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_the_wrong_token_is_pooled(sources: dict[str, Path], tmp_path: Path) -> None:
-    """The last layer computes the pooled token alone, so that the wrong one shows behind it and nowhere before."""
+    """The last layer computes only the pooled token, so a wrong choice shows only after that layer."""
     import onnx_ir as ir
 
     build(sources["text"], tmp_path / "package", task=EMBEDDING, threads=1)
@@ -102,7 +102,7 @@ def test_the_wrong_token_is_pooled(sources: dict[str, Path], tmp_path: Path) -> 
 
 
 def test_documents(sources: dict[str, Path], tmp_path: Path) -> None:
-    """A case may name what a reranker scores; where there is nothing to score it is an error."""
+    """A case may contain the document for a reranker; for other packages that is an error."""
     lines = [{"prompt": "Where is Lyon?", "document": text} for text in ("In France.", "In a pan.")]
     path = tmp_path / "cases.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")

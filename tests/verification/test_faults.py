@@ -1,4 +1,4 @@
-"""Faults, each planted in a package, and what `verify` says of them; and packages without any."""
+"""Packages with a planted fault each, and what `verify` reports about them; and packages without faults."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def source(checkpoint: Callable[[Tiny], Path]) -> Path:
 
 
 def check(source: Path, package: Path) -> Report:
-    """Two cases are enough: one of text, one with two images."""
+    """Verify with two cases: one of text, one with two images."""
     cases = built_in(sees=True)
     return verify(package, source, cases=[cases[0], cases[3]], tokens=8, threads=1)
 
@@ -218,7 +218,7 @@ def test_streamed_is_the_same(source: Path, tmp_path: Path) -> None:
 
 
 def test_streaming_takes_weights_out_again(source: Path) -> None:
-    """Only what is in use is in memory: no parameter is left after a pass, and few are there at any moment."""
+    """Only parameters in use are in memory: none after a pass, and few at any moment."""
     tensors = load_file(source / "model.safetensors")
     held: list[int] = []
 

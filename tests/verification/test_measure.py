@@ -1,4 +1,4 @@
-"""Distances and bounds: what is not a number is far away, and what has no weights has one bound."""
+"""Differences and bounds: a value that is not finite differs infinitely; a stage without weights has one bound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page and the JSON of a verification: whole, and inert whatever a token says."""
+"""The page and the JSON of a verification: complete, and inert whatever text a token contains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlpack.verification.result import Finding, ImageMap, WeightResult
 
 
 class Checked(HTMLParser):
-    """Every tag that is opened is closed, in order; what is in it."""
+    """Parses a page, checks that every opened tag is closed in order, and collects text and attributes."""
 
     VOID = ("meta", "img", "br", "input")
 
@@ -137,7 +137,7 @@ def test_a_weight_that_is_not_a_number_has_the_highest_bar(first: bool) -> None:
 
 
 def test_no_text_makes_a_page_large() -> None:
-    """Names, tokens and prompts of any length, and modules without number, of which one could be anything."""
+    """The page stays small with names, tokens and prompts of any length and any number of modules."""
     long = "x" * 2_000_000
     one = case(
         name=long, prompt=long, images=[long, *["a" * 200] * 5000], pieces=[long] * 4, reference_pieces=[long] * 4
@@ -217,7 +217,7 @@ def test_numbers(value: float, shown: str) -> None:
 
 
 def test_the_plot_is_logarithmic() -> None:
-    """Equal steps for powers of ten, zero on the floor and infinity at the ceiling, and neither is joined."""
+    """Powers of ten have equal steps; zero is at the bottom and infinity at the top, and no line joins either."""
     made = stages_plot(
         [stage("layer 0", 1e-4, float("inf")), stage("layer 1", 1e-3, 0.0), stage("layer 2", 1e-2, 1e-1)]
     )

@@ -111,14 +111,14 @@ class Architecture(ABC):
         ]
 
     def decoder_part(self, options: GraphOptions) -> Part:
-        """The decoder that takes ``inputs_embeds`` and DeepStack's channel."""
+        """The decoder graph that takes ``inputs_embeds`` and DeepStack's channel."""
         if self.task != GENERATE:
             return self.decoder.pooled_part("decoder", options, self.deepstack, self.yes_no_ids)
         module = self.decoder.causal_lm(options, self.deepstack)
         return decoder_part("decoder", module, self.text, options, self.deepstack, self.decoder.position_axes)
 
     def text_part(self, options: GraphOptions) -> Part:
-        """The decoder that takes ``input_ids`` and embeds them itself."""
+        """The decoder graph that takes ``input_ids`` and embeds them itself."""
         if self.task != GENERATE:
             return self.decoder.pooled_part("text", options, None, self.yes_no_ids)
         module = self.decoder.causal_lm(options, None)

@@ -93,7 +93,7 @@ def window_side(config: Section, merge: int) -> int:
 
 
 class Qwen25VL(Qwen2VL):
-    """``Qwen2_5_VLForConditionalGeneration``: 3B, 7B, 32B, 72B."""
+    """``Qwen2_5_VLForConditionalGeneration``, the models 3B, 7B, 32B, 72B."""
 
     models = "Qwen2.5-VL 3B, 7B, 32B, 72B"
     vision_width = "out_hidden_size"

@@ -122,7 +122,7 @@ def decoder_settings(root: Section) -> Section:
 
 
 class Qwen2VL(Architecture):
-    """``Qwen2VLForConditionalGeneration``: 2B, 7B, 72B."""
+    """``Qwen2VLForConditionalGeneration``, the models 2B, 7B, 72B."""
 
     models = "Qwen2-VL 2B, 7B, 72B"
     # the runtime refuses the type qwen2_vl; image inputs and outputs are the same as Qwen2.5-VL's

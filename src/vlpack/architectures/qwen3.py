@@ -12,7 +12,7 @@ from vlpack.tasks import EMBEDDING, GENERATE, RERANKER
 
 
 class Qwen3(Architecture):
-    """``Qwen3ForCausalLM``: 0.6B to 32B."""
+    """``Qwen3ForCausalLM``, the models 0.6B to 32B."""
 
     models = "Qwen3 0.6B to 32B"
     needs = "no sliding window"

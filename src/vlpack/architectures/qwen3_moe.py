@@ -12,7 +12,7 @@ from vlpack.tasks import GENERATE
 
 
 class Qwen3Moe(MixtureOfExperts, Qwen3):
-    """``Qwen3MoeForCausalLM``: 30B-A3B, 235B-A22B."""
+    """``Qwen3MoeForCausalLM``, the models 30B-A3B, 235B-A22B."""
 
     models = "Qwen3 30B-A3B, 235B-A22B"
     tasks = (GENERATE,)

@@ -140,7 +140,7 @@ def deepstack_indexes(config: Section) -> list[int]:
 
 
 class Qwen3VL(Architecture):
-    """``Qwen3VLForConditionalGeneration``: 2B, 4B, 8B, 32B; Instruct and Thinking."""
+    """``Qwen3VLForConditionalGeneration``, the models 2B, 4B, 8B, 32B; Instruct and Thinking."""
 
     models = "Qwen3-VL 2B, 4B, 8B, 32B; Instruct and Thinking"
     needs = "onnxruntime-genai 0.18 (for DeepStack)"

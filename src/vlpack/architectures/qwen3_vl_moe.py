@@ -15,7 +15,7 @@ from vlpack.tasks import GENERATE
 
 
 class Qwen3VLMoe(MixtureOfExperts, Qwen3VL):
-    """``Qwen3VLMoeForConditionalGeneration``: 30B-A3B, 235B-A22B."""
+    """``Qwen3VLMoeForConditionalGeneration``, the models 30B-A3B, 235B-A22B."""
 
     models = "Qwen3-VL 30B-A3B, 235B-A22B"
     tasks = (GENERATE,)

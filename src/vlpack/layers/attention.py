@@ -89,7 +89,7 @@ class GroupedQuery(NamedTuple):
     rope: Rope
 
     def __call__(self, op: OpBuilder, qkv: ir.Value, heads: Heads, past: Past) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """See `AttentionBackend`."""
+        """Causal attention, as `AttentionBackend` defines it."""
         q, k, v = heads.split_norm_rotate(op, qkv, self.rope, ops.dtype_of(past[0]))
         return ops.group_query_attention(op, q, k, v, past, self.lengths, heads.queries, heads.keys)
 
@@ -109,7 +109,7 @@ class MaskBias(NamedTuple):
     bias: ir.Value  # fp32 [B, 1, 1, S, total]: 0 where a token attends to a key, next to -∞ elsewhere
 
     def __call__(self, op: OpBuilder, qkv: ir.Value, heads: Heads, past: Past) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """See `AttentionBackend`."""
+        """Causal attention, as `AttentionBackend` defines it."""
         batch, size, kv_heads = ops.shape_of(past[0])[0], heads.size, heads.keys
         q, k, v = heads.split_norm_rotate(op, qkv, self.rope, ops.dtype_of(past[0]))
         q = op.Reshape(op.Mul(q, float(size) ** -0.5), [0, 0, kv_heads, heads.queries // kv_heads, size])

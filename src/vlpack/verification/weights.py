@@ -135,7 +135,7 @@ class Weights:
         return arrays
 
     def stored(self, part: str, weight: Weight) -> Array:
-        """The package's values of a weight, dequantized and without balance and rotation, float32 ``[rows, cols]``."""
+        """The package's values of a weight, dequantized, balance and rotation undone, float32 ``[rows, cols]``."""
         values = weight.storage.values(self.held(part, weight), weight.rows, weight.cols)
         return weight.transform.undo(values, self.scales)
 
