@@ -92,7 +92,7 @@ class ExpertWeights(Stored):
 
 
 class Experts(nn.Module):
-    """The experts of one layer; its modules have their names in the checkpoint."""
+    """The experts of one layer; its modules are named as in the checkpoint."""
 
     def __init__(self, sizes: ExpertSizes, layout: Layout) -> None:
         super().__init__()

@@ -187,7 +187,7 @@ def experts(
 
 
 def rotary(op: OpBuilder, x: ir.Value, rows: ir.Value, cos: ir.Value, sin: ir.Value, num_heads: int) -> ir.Value:
-    """Rotary embedding of each head of ``x [B, S, heads · D]`` by the angles in ``rows`` of cos, sin ``[.., D/2]``."""
+    """Rotary embedding of each head of ``x [B, S, heads · D]``; ``rows`` selects each token's row of cos and sin."""
     y = microsoft(op).RotaryEmbedding(x, rows, cos, sin, num_heads=num_heads)
     return typed(y, dtype_of(x), shape_of(x))
 

@@ -16,9 +16,9 @@ In fp32 the tests measure 3e-6, and 2e-5 at the sizes of an 8B model; the rest i
 models. The smallest fault that was tried causes 5e-4."""
 
 QUANTIZED_TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.15, "int4": 1.0}
-"""Largest relative L2 error of a stage against the original weights that quantization explains, by precision; a larger
-one means a fault. SmolLM2 has 0.07 in int8 and 0.38 in int4; random weights of 36 layers reach 0.89 in int4. The cost
-of quantization is judged by `KL_TOLERANCE`."""
+"""Largest relative L2 error of a stage that quantization alone explains, against the original weights, by precision; a
+larger one means a fault. SmolLM2 has 0.07 in int8 and 0.38 in int4; random weights of 36 layers reach 0.89 in int4. The
+cost of quantization is judged by `KL_TOLERANCE`."""
 
 KL_TOLERANCE = {"fp32": 1e-6, "fp16": 1e-3, "int8": 0.03, "int4": 0.8}
 """Largest mean Kullback-Leibler divergence of the next token's distribution, in nats, by precision. On the built-in

@@ -166,7 +166,7 @@ class _Comparison:
         self.weights = Weights(architecture, checkpoint, policy, loaded, manifest.get("calibration"))
 
     def compare_weights(self) -> list[WeightResult]:
-        """Compare every weight."""
+        """Compare every weight of the package with the checkpoint."""
         self.progress("comparing weights")
         return list(self.weights.compare())
 
