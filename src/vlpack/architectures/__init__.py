@@ -99,8 +99,8 @@ def refuse_bidirectional(checkpoint: Checkpoint) -> None:
         for name, mark in marks.items():
             if bool(config.get(name, not mark)) is mark:
                 raise CheckpointError(
-                    f"{checkpoint.folder / 'config.json'}{where}: {name} is {str(mark).lower()}; vlpack's attention is "
-                    "causal."
+                    f"{checkpoint.folder / 'config.json'}{where}: {name} is {str(mark).lower()}, which is not "
+                    "supported: vlpack's attention is causal."
                 )
 
 

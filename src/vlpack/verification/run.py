@@ -295,12 +295,12 @@ def _judge_weights(weights: Sequence[WeightResult]) -> list[Finding]:
     if not altered:
         return []
     worst = max(altered, key=lambda weight: weight.error - weight.expected)
-    more = f", and {len(altered) - 1} more are not" if len(altered) > 1 else ""
+    more = f" The same holds for {len(altered) - 1} more." if len(altered) > 1 else ""
     return [
         Finding(
             "weights",
             f"{worst.path} in the {worst.part} graph is not what vlpack makes of the checkpoint: its relative error is "
-            f"{worst.error:.2g}, where {worst.storage} explains {worst.expected:.2g}{more}.",
+            f"{worst.error:.2g}, where {worst.storage} explains {worst.expected:.2g}.{more}",
         )
     ]
 
