@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from vlpack.architectures import ARCHITECTURES
-from vlpack.architectures.moe import Mixture
+from vlpack.architectures.moe import MixtureOfExperts
 from vlpack.architectures.ports import GraphOptions
 from vlpack.export.graph import declare
 from vlpack.layers.moe import Layout
@@ -86,7 +86,7 @@ def config(size: str, layers: int | None = None) -> dict[str, Any]:
 def tensors(values: dict[str, Any], layout: Layout) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the model."""
     architecture = ARCHITECTURES[values["architectures"][0]](values)
-    if isinstance(architecture, Mixture):
+    if isinstance(architecture, MixtureOfExperts):
         architecture.layout = layout
     policy = make_policy("fp32", "cpu", QuantizationOptions(), architecture.precision_facts)
     weights = [w for part in architecture.parts(GraphOptions()) for w in declare(part, policy)]
@@ -123,7 +123,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="of the decoder, fewer than the model has")
     parser.add_argument(
-        "--experts", choices=Layout.__members__, default="TURNED", help="layout of a mixture's; TURNED is the Hub's"
+        "--experts",
+        choices=Layout.__members__,
+        default="TRANSPOSED",
+        help="layout of a mixture's; TRANSPOSED is the Hub's",
     )
     parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer files are copied")
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Wrong graphs that look right: each is planted on purpose, and the comparison of the parity tests must see it.
+"""Plausible but wrong graphs, built on purpose: the comparison of the parity tests must see each of them.
 
-The first is the alias that tempts most: "Qwen3-VL is Qwen2.5-VL with other sections". The numbers in config.json are
-the same, the rotary frequencies go to other axes, and a comparison on text alone finds nothing.
+The first is the most tempting shortcut: "Qwen3-VL is Qwen2.5-VL with other sections". The numbers in config.json are
+the same, but the rotary frequencies belong to other axes, and a comparison on text alone does not show it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vlpack.builder import build
 from vlpack.layers.attention import Heads
 from vlpack.layers.deepstack import SideChannel
 from vlpack.layers.rope import chunked_axes
-from vlpack.layers.vision import Patches
+from vlpack.layers.vision import PatchPositions
 from vlpack.options import parse_extra_options
 from vlpack.preprocess import ImageProcessor
 
@@ -35,7 +35,7 @@ TEXT = make_inputs(TINY, (), text=24)
 
 @pytest.fixture
 def wrong(checkpoint: Callable[..., Any], reference: Callable[..., Any], tmp_path):
-    """Build as the code stands just now, and compare: errors of the merged features, the levels, and the logits."""
+    """Build with the code as currently patched, and return the errors of merged features, levels and logits."""
 
     def errors(inputs: Inputs = IMAGES, tiny: Tiny = TINY) -> dict[str, float]:
         build(checkpoint(tiny), tmp_path / "wrong", precision="fp32", threads=1, force=True,
@@ -101,7 +101,7 @@ def test_deepstack_levels_permuted_in_the_encoder(wrong, monkeypatch):
 
 
 def test_deepstack_one_layer_late(wrong, monkeypatch):
-    """As if the features were added to a layer's input, not to its output."""
+    """DeepStack's features are added to a layer's input instead of its output."""
     right = SideChannel.levels_of
 
     def late(self: SideChannel, op: Any, channel: ir.Value) -> list[ir.Value]:
@@ -113,7 +113,7 @@ def test_deepstack_one_layer_late(wrong, monkeypatch):
 
 
 def test_deepstack_mergers_by_depth_instead_of_by_place(wrong, monkeypatch):
-    """Only indexes out of order tell them apart."""
+    """Mergers in order of depth instead of the list's order; only unsorted indexes show the difference."""
     tiny = TINY.but(deepstack=(2, 0))
     assert max(wrong(tiny=tiny).values()) <= EXACT
     right = family.deepstack_indexes
@@ -124,7 +124,7 @@ def test_deepstack_mergers_by_depth_instead_of_by_place(wrong, monkeypatch):
 
 
 def test_gelu_of_another_kind(wrong, monkeypatch):
-    """The two differ by a thousandth at most, and yet by far more than the tolerance."""
+    """The other kind of GELU: the two differ by at most a thousandth, which is far more than the tolerance."""
     for act, other in (("gelu_pytorch_tanh", "gelu"), ("gelu", "gelu_pytorch_tanh")):
         tiny = TINY.but(vision_act=act)
         with monkeypatch.context() as patch:
@@ -143,15 +143,15 @@ def test_gelu_of_another_kind_in_the_mergers(wrong, monkeypatch):
 
 @contextmanager
 def transposed(monkeypatch: pytest.MonkeyPatch, table: bool, angles: bool) -> Iterator[None]:
-    """Rows and columns change places in the position table, in the rotary angles, or in both."""
-    places, rope = family.patch_places, family.axial_rope
+    """Rows and columns are exchanged in the position table, in the rotary angles, or in both."""
+    places, rope = family.patch_positions, family.axial_rope
 
-    def turn(p: Patches) -> Patches:
-        return Patches(p.column, p.row, p.width, p.height)
+    def turn(p: PatchPositions) -> PatchPositions:
+        return PatchPositions(p.column, p.row, p.width, p.height)
 
     with monkeypatch.context() as patch:
         if table:
-            patch.setattr(family, "patch_places", lambda *a: turn(places(*a)))
+            patch.setattr(family, "patch_positions", lambda *a: turn(places(*a)))
         if table != angles:
             patch.setattr(family, "axial_rope", lambda op, p, *a: rope(op, turn(p), *a))
         yield
@@ -165,7 +165,7 @@ def test_rows_and_columns_of_the_encoder_changed_over(table, angles, wrong, monk
 
 
 def test_positions_not_interpolated(wrong, monkeypatch):
-    """The nearest entry of the table instead of the mean of four."""
+    """The nearest entry of the position table instead of the interpolation of four."""
     right = family.bilinear_taps
 
     def nearest(op: Any, *arguments: Any) -> list[tuple[ir.Value, ir.Value]]:
@@ -176,25 +176,25 @@ def test_positions_not_interpolated(wrong, monkeypatch):
 
 
 def test_patches_in_raster_order(wrong, monkeypatch):
-    """As if the processor had not put the patches of a merge block side by side."""
-    right = family.patch_places
-    monkeypatch.setattr(family, "patch_places", lambda op, grid, merge: right(op, grid, 1))
+    """Patches are taken in raster order instead of merge-block order."""
+    right = family.patch_positions
+    monkeypatch.setattr(family, "patch_positions", lambda op, grid, merge: right(op, grid, 1))
     assert min(wrong().values()) > 0.1
 
 
 def test_query_norm_forgotten(wrong, monkeypatch):
-    right = Heads._place
+    right = Heads._norm_rotate
 
     def forgetful(self: Heads, op: Any, x: ir.Value, count: int, norm: ir.Value | None, rope: Any) -> ir.Value:
         return right(self, op, x, count, None if count == self.queries else norm, rope)
 
-    monkeypatch.setattr(Heads, "_place", forgetful)
+    monkeypatch.setattr(Heads, "_norm_rotate", forgetful)
     # the norm's weight fills no place in the graph then; its parameter is left over and the build still goes through
     assert wrong(TEXT)["logits"] > 0.1
 
 
 def test_another_epsilon_in_the_encoder(wrong, monkeypatch):
-    """LayerNorm's default, and not what Qwen3-VL has; the config says nothing of it."""
+    """The default epsilon of LayerNorm instead of Qwen3-VL's, which the config does not contain."""
     tiny = TINY.but(quiet=True)
     assert max(wrong(tiny=tiny).values()) <= EXACT
     monkeypatch.setattr(family, "LAYER_NORM_EPS", 1e-5)

@@ -1,4 +1,4 @@
-"""Embedding models and rerankers against live transformers, from checkpoint to vector or score; and every error."""
+"""Embedding models and rerankers compared with live transformers, from checkpoint to result, and all errors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ WIDE, TALL, SMALL = picture(1, 96, 64), picture(2, 40, 101), picture(3, 8, 9)
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Checkpoints, made once: do not change them."""
+    """A checkpoint that is made once and shared, so tests must not change it."""
     makers: dict[str, Callable[[Path], Path]] = {
         "text": make_text,
         "untied": lambda folder: make_text(folder, BIASED),
@@ -106,7 +106,7 @@ def copy(source: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]
 
 
 def bare(folder: Path) -> Path:
-    """The checkpoint without its head, under the names that a model without one has."""
+    """A copy of the checkpoint as a model without a head: no head, and tensor names without the prefix."""
     config = (folder / "config.json").read_text(encoding="utf-8")
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
     (folder / "model.safetensors").unlink()
@@ -216,7 +216,7 @@ def test_precisions(loaded: Any, name: str, precision: str, least: float) -> Non
 @pytest.mark.parametrize("changed", [None, False], ids=["balanced and rotated", "plain"])
 @pytest.mark.parametrize("name", ["text", "vision"])
 def test_int4_is_exact_with_the_weights_it_keeps(loaded: Any, source: Any, name: str, changed: bool | None) -> None:
-    """Four bits change the vectors of such small models much, so that a bound on their distance would say little."""
+    """int4 is exact with the package's weights; a bound against the original weights would say little at this size."""
     options = {"vision_precision": "fp32"} if name == "vision" else {}
     extra = vlpack.ExtraOptions(accuracy_level=1, balance=changed, rotation=changed)
     reference, kept = Recipe(source(name)), Kept(source(name), "int4", task="embedding", vision="fp32")
@@ -300,7 +300,7 @@ def test_every_pair_is_a_sound_model(source: Any, tmp_path: Path, task: str, pro
 
 @pytest.mark.parametrize("name", ["text", "vision"])
 def test_attention_in_plain_operators(loaded: Any, source: Any, tmp_path: Path, name: str) -> None:
-    """As fp32 on CUDA needs it; here the CPU computes it."""
+    """Attention in standard operators, which fp32 on CUDA needs; here it runs on the CPU."""
     folder = vlpack.build(
         source(name), tmp_path / "p", task="embedding", precision="fp32", execution_provider="cuda"
     ).folder
@@ -671,6 +671,6 @@ def test_embed_and_score(loaded: Any, capsys: Any, tmp_path: Path, monkeypatch: 
 def test_build_on_the_command_line(source: Any, capsys: Any, tmp_path: Path) -> None:
     done = run_vlpack(capsys, "build", source("bare"), "-o", tmp_path / "p", "-p", "fp32")
     assert done.code == 0
-    assert "note: Taken as a model for the task embedding" in done.out
+    assert "note: Built for the task embedding" in done.out
     done = run_vlpack(capsys, "inspect", tmp_path / "p")
     assert "embedding, fp32 for cpu" in done.out

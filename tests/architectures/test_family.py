@@ -1,4 +1,4 @@
-"""Every family against live transformers: each part and the whole at fp32, greedy tokens through the stock runtime."""
+"""Every family compared with live transformers: parts and whole in fp32, and greedy tokens of the stock runtime."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ QWEN3_VL |= {"deepstack_visual_indexes": [2, 0], "hidden_act": "gelu_pytorch_tan
 
 
 def member(family: str, kind: str, *, old: bool = False, fused: bool = False, **settings: Any) -> Member:
-    """A family's member; old ones are tied too."""
+    """A small model of a family; with ``old``, it has the tensor names of older checkpoints and a tied head."""
     text, vision = settings.get("text", {}), settings.get("vision")
     kinds = [
         k for k in ("attention_bias", "mlp_bias", "attention_factor") if k in text | text.get("rope_parameters", {})
@@ -96,7 +96,7 @@ LAYOUTS = {
 
 
 class Family:
-    """A member's checkpoint, package and reference, made once."""
+    """A family's checkpoint, package and reference, made once."""
 
     def __init__(self, member: Member, folder: Path) -> None:
         self.checkpoint = make_member(folder / "checkpoint", member)
@@ -210,7 +210,7 @@ def test_greedy_tokens(member: Member, images: list[tuple[int, int]], family: An
 
 @pytest.mark.parametrize("member", VISION_MEMBERS, **IDS)
 def test_the_runtimes_own_pixels(member: Member, family: Any, tmp_path: Path) -> None:
-    """What the runtime's image processor, for callers without Python, writes: `Architecture.normalize_flag`."""
+    """The pixels of the runtime's own image processor, for callers without Python (`Architecture.normalize_flag`)."""
     og = pytest.importorskip("onnxruntime_genai")
     folder = family(member).folder / "last"
     # smooth, and of a size that both leave as it is
@@ -266,7 +266,7 @@ def test_parts_of_a_text_model(family: Any, tmp_path: Path) -> None:
 
 
 def test_a_question_is_a_text_to_the_template(tmp_path: Path) -> None:
-    """Text models' templates add or test ``message.content`` as a text; a list of parts fails there, or is left out."""
+    """The templates of text models take ``message.content`` as a string; a list of parts fails or is left out."""
     folder = make_member(tmp_path / "checkpoint", TEXT_MEMBERS[0])
     template = "{% for message in messages %}{{ message.role + ': ' + message.content }}{% endfor %}"
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
@@ -276,7 +276,7 @@ def test_a_question_is_a_text_to_the_template(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("member", TEXT_MEMBERS + VISION_MEMBERS, **IDS)
 def test_an_epsilon_that_is_not_there(member: Member, family: Any) -> None:
-    """Where the config leaves it away, it is the reference's."""
+    """An epsilon that the config leaves out has transformers' default."""
     from vlpack.architectures import ARCHITECTURES
 
     config = json.loads((family(member).checkpoint / "config.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""fp16 on a GPU rounds every value between two nodes; none of them may leave its range where the fp32 model is fine.
+"""fp16 graphs on a GPU round every value between nodes; none may exceed fp16's range if the fp32 model is fine.
 
 onnxruntime's CPU kernels compute fp16 products in fp32 and drop the casts between them, so a value that would be
 infinite on a GPU is not on the CPU, unless it is a graph's output: these tests make all of them outputs.
@@ -54,7 +54,7 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def magnitudes(model: Any, names: list[str]) -> Iterator[dict[str, tuple[float, float]]]:
-    """Of each linear layer, the largest magnitudes in and out, filled as the model runs."""
+    """The largest magnitudes of each linear layer's input and output, collected while the model runs."""
     found: dict[str, tuple[float, float]] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -72,7 +72,7 @@ def magnitudes(model: Any, names: list[str]) -> Iterator[dict[str, tuple[float, 
 
 
 def run_exposed(path: Path, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """A graph's outputs, and all the fp16 values between its nodes by the node's name."""
+    """Run a graph, and return its outputs and all fp16 values between its nodes, by the node's name."""
     model = onnx.load(path, load_external_data=False)
     inferred = onnx.shape_inference.infer_shapes(model).graph
     outputs = [port.name for port in model.graph.output]
@@ -89,7 +89,7 @@ def run_exposed(path: Path, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np
 
 
 def check_range(values: dict[str, np.ndarray], last: str) -> None:
-    """The values are finite, and those of the feed-forward layers' ends are among them."""
+    """Check that the values are finite, and that the feed-forward layers' last values are among them."""
     assert [name for name, value in values.items() if not np.isfinite(value).all()] == []
     products = [name for name in values if f"{last}/MatMul" in name]
     assert len(products) >= min(TINY.depth, TINY.layers)

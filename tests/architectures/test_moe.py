@@ -1,4 +1,4 @@
-"""Experts beyond the parity tests of the families: where their rows lie, how they are quantized, what is refused."""
+"""Mixtures of experts: layouts of the weights, quantization, and refused configs. Parity is tested in test_family."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 
 
 class Tensors:
-    """A checkpoint of two tensors, as far as sources ask."""
+    """A stand-in for a checkpoint with two tensors, with the methods that `Rows` call."""
 
     def __init__(self) -> None:
         random = np.random.default_rng(0)
@@ -109,7 +109,7 @@ def test_precisions(
 
 @pytest.mark.parametrize("normalized", [False, True])
 def test_shares_in_fp16(normalized: bool, tmp_path: Path) -> None:
-    """Experts that weigh as much as the rest, so that their shares show: of all experts, or of the chosen ones."""
+    """The experts' outputs are large, so that errors of their shares show: of all experts, or of the chosen ones."""
     member = replace(MEMBER, text=EXPERTS | {"norm_topk_prob": normalized})
 
     def loud(tensors: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ def test_a_role_that_is_none() -> None:
     ],
 )
 def test_blocks_of_experts_divide_their_sizes(provider: str, size: int, int4: str, int8: str | None) -> None:
-    """By default; a size that was asked for is taken or refused."""
+    """The default block size divides the experts' sizes; a requested size that does not is refused."""
     facts = PrecisionFacts(num_hidden_layers=3, expert_size=size)
     assert make_policy("int4", provider, QuantizationOptions(), facts).storage("text.expert").label == int4
     if int8:

@@ -1,4 +1,4 @@
-"""Every graph of a package, in onnxruntime, against transformers with the same weights."""
+"""Every graph of a package, in onnxruntime, compared with transformers with the same weights."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def inputs_of(tiny: Tiny, images: str) -> Inputs:
 
 
 def check_vision(tiny: Tiny, features: np.ndarray, expected, bound: float) -> None:
-    """The merged features and each level by itself: a large part must not hide a wrong small one."""
+    """Compare the merged features and each level separately, so that a large one cannot hide a wrong small one."""
     parts = np.split(features.astype(np.float32), 1 + len(tiny.deepstack), axis=-1)
     assert len(expected.levels) == len(tiny.deepstack)
     for part, wanted in zip(parts, [expected.merged, *expected.levels], strict=True):
@@ -86,7 +86,7 @@ def check_vision(tiny: Tiny, features: np.ndarray, expected, bound: float) -> No
 
 
 def check(tiny: Tiny, package: Package, reference, inputs: Inputs, bound: float, packed: bool = False) -> None:
-    """All parts, each fed with what the one before has made."""
+    """Compare all parts, each fed with the output of the one before."""
     expected = reference(tiny)(inputs)
     features = package.features(inputs, packed)
     if len(inputs.grid):
@@ -158,7 +158,7 @@ def test_only_the_last_logits_by_default(layers, package, reference):
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_the_last_layer_computes_the_last_token_alone(precision, built, package, reference):
-    """Of the others it makes keys and values, and nothing is different."""
+    """The last layer computes only keys and values of the other tokens, and the result is the same."""
     inputs = make_inputs(TINY, ((1, 4, 6),))
     positions = reference(TINY)(inputs).positions
     pruned, whole = (package(TINY, f"prune_lm_head={flag}", precision=precision) for flag in ("true", "false"))
@@ -212,7 +212,7 @@ def test_tokens_after_an_image_are_embedded_without_features(package, reference)
 @pytest.mark.parametrize("deepstack", [(0, 1, 2), ()])
 @pytest.mark.parametrize("token", [IMAGE, VIDEO])
 def test_an_image_token_that_the_model_generated_is_a_word(token, deepstack, package, reference):
-    """It may do so at any time, and transformers goes on; so must the package."""
+    """The model may generate such a token at any time; transformers embeds it like a word, and so must the package."""
     tiny = TINY.but(deepstack=deepstack)
     inputs = inputs_of(tiny, "text")
     inputs.ids[0, 3] = token
@@ -228,7 +228,7 @@ def test_fewer_features_than_image_tokens_fail(package):
 
 @pytest.mark.parametrize("first", [4000, 100_000, 262_000])
 def test_far_positions(first, package, reference):
-    """Angles of thousands of radians: sine and cosine must not be those of a rounded angle."""
+    """At angles of thousands of radians, sine and cosine must not be those of a rounded angle."""
     import torch
 
     inputs = inputs_of(TINY, "text")
@@ -296,7 +296,7 @@ def is_output(module: str) -> bool:
 
 
 def dequantized(precision: str, provider: str = "cpu", **options):
-    """Weight name → the storage's values of it, channels as they are, as `Reference.with_weights` takes it."""
+    """Maps a weight's name and values to those that its storage keeps, as `Reference.with_weights` takes it."""
     policy = make_policy(precision, provider, QuantizationOptions(**options), PrecisionFacts(TINY.layers))
     joined = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 
@@ -313,7 +313,7 @@ def dequantized(precision: str, provider: str = "cpu", **options):
 
 @pytest.fixture(scope="module")
 def kept(checkpoint):
-    """Like `dequantized`, of a checkpoint, with its channels balanced and rotated where they are by default."""
+    """The stored weights of a checkpoint, with channels balanced and rotated as they are by default."""
     made = {}
 
     def get(tiny: Tiny, precision: str, provider: str = "cpu", **options) -> Kept:
@@ -331,14 +331,14 @@ def channels(request) -> str:
 
 
 def rounded_per_token(x):
-    """Each row in 255 steps of its own largest value."""
+    """Round each row to 255 steps of its own largest value."""
     step = float(np.float32(1 / 127))
     peak = x.abs().amax(-1, keepdim=True) + 1e-20
     return (x / peak / step).round() * step * peak
 
 
 def rounded_per_block(x, size: int):
-    """What MatMulNBits makes of its input at accuracy level 4, in blocks of ``size``."""
+    """Round an input as MatMulNBits does at accuracy level 4, in blocks of ``size``."""
     import torch
 
     blocks = torch.nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
@@ -349,7 +349,7 @@ def rounded_per_block(x, size: int):
 
 @contextmanager
 def activations(reference: Reference, rounding, head_rounding, kept: Kept | None):
-    """Inputs of the linear layers go through ``rounding``, for a while; balanced and rotated as ``kept`` says."""
+    """A context that balances and rotates inputs of linear layers as in ``kept`` and applies ``rounding``."""
     import torch
 
     hooks = []
@@ -379,7 +379,7 @@ INT4 = {
 
 
 def as_strings(accuracy_level=4, block_size=None, is_symmetric=None, mixed=None) -> list[str]:
-    """Quantization options as those of the command line."""
+    """Quantization options as strings of the command line."""
     pairs = {"accuracy_level": accuracy_level, "block_size": block_size, "is_symmetric": is_symmetric}
     strings = [f"{key}={str(value).lower()}" for key, value in pairs.items() if value is not None]
     return strings + [f"matmul_mixed_precision={k}:{v}" for k, v in (mixed or {}).items()]
@@ -412,10 +412,10 @@ ROUNDED = {
 @pytest.mark.parametrize("tiny", [TINY, TINIES["v4, untied, bias, sharded, bf16"]], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_8_bit_activations(name, tiny, channels, package, reference, kept):
-    """With the rounding of the activations imitated in transformers the results are the same to the last bits.
+    """With the rounding of activations imitated in transformers, the results are equal to the last bits.
 
-    Unless a value lies so close to the middle of two codes that the order of a sum decides; that moves the result by
-    a percent or so. It is rare in short prompts, so some of these must be exact, and all of them close.
+    The exception is a value so close to the middle of two codes that the order of a sum decides: it moves the result by
+    about a percent. That is rare in short prompts, so some of these must be exact, and all of them close.
     """
     options, rounding = ROUNDED[name]
     runs, live = package(tiny, *CHANNELS[channels], **options), reference(tiny)

@@ -1,4 +1,4 @@
-"""Configs that would silently build another model than transformers makes of them."""
+"""Refused configs: vlpack would otherwise silently build another model than transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("keys", [("is_causal",), ("text_config", "is_causal")])
 def test_attention_that_is_not_causal(keys: tuple[str, ...], value: Any, source: Path, tmp_path: Path) -> None:
     edit_json(source / "config.json", *keys, value=value)
-    with pytest.raises(CheckpointError, match="is_causal is false; vlpack's attention is causal"):
+    with pytest.raises(CheckpointError, match="is_causal is false, which is not supported"):
         build(source, tmp_path / "package")
     edit_json(source / "config.json", *keys, value=True)
     edit_json(source / "config.json", "use_bidirectional_attention", value=None)

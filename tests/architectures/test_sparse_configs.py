@@ -1,4 +1,4 @@
-"""Configs that hold only what differs from the defaults of transformers' classes."""
+"""Configs that contain only values that differ from the defaults of transformers' classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YaRN's frequencies are those of transformers, whatever the settings are and wherever they stand."""
+"""YaRN's frequencies equal transformers', for various settings and places of them in the config."""
 
 from __future__ import annotations
 

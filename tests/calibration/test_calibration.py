@@ -508,7 +508,7 @@ def test_verification_refuses_damaged_scales(entry: Any, calibrated: Path, tmp_p
     described["calibration"]["scales"] = entry
     (folder / "vlpack.json").write_text(json.dumps(described), encoding="utf-8")
     seal(folder)
-    with pytest.raises(PackageError, match="scales of channels"):
+    with pytest.raises(PackageError, match="channel scales"):
         verify(folder, DIGITS, tokens=2)
 
 

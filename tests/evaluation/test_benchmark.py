@@ -1,4 +1,4 @@
-"""`vlpack bench`: its figures belong together. How large they are is for people and machines to judge."""
+"""`vlpack bench`: its figures are consistent with each other. Their size depends on the machine and is not tested."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_figures_add_up(result: Benchmark, package: Path) -> None:
 
 
 def test_an_end_token_does_not_end_the_measurement(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The digits model ends its answers after a few tokens: the number of steps must be the one asked for."""
+    """The digits model ends its answers after a few tokens, but the benchmark takes the requested number of steps."""
     from vlpack.evaluation import benchmark_worker as benchmark_work
     from vlpack.runtime import model as runtime
 
@@ -71,7 +71,7 @@ def test_an_end_token_does_not_end_the_measurement(package: Path, monkeypatch: p
 
 
 def test_every_answer_looks_at_the_image(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Features are kept for those who ask again, and a measurement must not find them."""
+    """The model keeps an image's features for the next question, and a measurement must not use them."""
     from vlpack.evaluation import benchmark_worker as benchmark_work
     from vlpack.runtime.vision import VisionEncoder
 
@@ -132,7 +132,7 @@ def test_no_work_in_common(result: Benchmark, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_measured(package: Path, tmp_path: Path, capsys: Capsys) -> None:
-    with pytest.raises(InputError, match="do not fit the model's context"):
+    with pytest.raises(InputError, match="do not fit into the model's context"):
         vlpack.bench(package, prompt_tokens=[10**6])
     for size in ("640", "0x10", "640x-1", "x", "99999x10"):
         with pytest.raises(OptionError, match="not the size of an image"):
@@ -167,6 +167,6 @@ def test_what_was_measured_is_not_lost(package: Path, result: Benchmark, tmp_pat
     path.write_text(json.dumps(result.as_json()), encoding="utf-8")
     options = ("--prompt-tokens", 21, "--new-tokens", 2, "--repeat", 1)
     done = run_vlpack(capsys, "bench", package, *options, "--compare", path, "-o", output)
-    assert (done.code, "no work in common" in done.err) == (2, True)
+    assert (done.code, "no prompt in common" in done.err) == (2, True)
     assert "21 tokens" in done.out
     assert json.loads(output.read_text(encoding="utf-8"))["works"][0]["name"] == "21 tokens"

@@ -1,4 +1,4 @@
-"""Scores of known answers, data that is refused, the shipped checkpoint beside transformers and without DeepStack."""
+"""`vlpack eval`: scores of known answers, refused data, comparison with transformers and without DeepStack."""
 
 from __future__ import annotations
 

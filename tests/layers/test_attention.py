@@ -1,6 +1,6 @@
-"""Attention in ONNX's own operators, which packages have where onnxruntime lacks its fused one: fp32 on CUDA.
+"""Attention in ONNX's standard operators, which packages use where onnxruntime lacks its fused operator: fp32 on CUDA.
 
-The packages run on the CPU's kernels here; what they compute is the same.
+Here the packages run on the CPU, where they must compute the same.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The 8-bit cache: `kv_cache=int8`, whose keys and values are codes and whose attention is the same."""
+"""The 8-bit key/value cache (`kv_cache=int8`): attention over it, and packages that use it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from runtime.test_parity_runtime import QUESTION
 from tiny import EXAMPLE, Tiny
 from vlpack.builder import build
 from vlpack.errors import OptionError
-from vlpack.layers import int8_kv_codes as module
+from vlpack.layers import int8_kv_cache as module
 from vlpack.layers.attention import Heads
-from vlpack.layers.int8_kv_cache import byte_cache
-from vlpack.layers.int8_kv_codes import CHANNELS, EXTRA, LOWEST, OCTAVES, tables
+from vlpack.layers.int8_kv_cache import (
+    EXPONENT_CHANNELS,
+    EXTRA_CHANNELS,
+    LOWEST_EXPONENT,
+    OCTAVES_PER_CHANNEL,
+    exponent_codes,
+    int8_kv_cache,
+)
 from vlpack.layers.rope import Frequencies, angles_from_positions, inverse_frequencies
 from vlpack.options import ExtraOptions
 from vlpack.runtime.model import Model
@@ -36,7 +42,7 @@ def session():
 
 
 def make_session() -> ort.InferenceSession:
-    """The attention alone."""
+    """A session of a graph with nothing but the attention over the 8-bit cache."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 24, "com.microsoft": 1}, name="attention")
     builder = GraphBuilder(graph)
     float32, int8, int64 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT64
@@ -44,8 +50,8 @@ def make_session() -> ort.InferenceSession:
     mask, positions = builder.input("mask", int64, ["B", "total"]), builder.input("positions", int64, ["B", "S"])
     norms = tuple(builder.input(f"{kind}_weight", float32, [SIZE]) for kind in "qk")
     rope = angles_from_positions(builder.op, positions, FREQUENCIES)
-    past = tuple(builder.input(f"past_{kind}", int8, ["B", KV_HEADS, "P", SIZE + EXTRA]) for kind in "kv")
-    attend = byte_cache(HEADS, KV_HEADS, SIZE, 1.0)(builder.op, mask, positions, rope)
+    past = tuple(builder.input(f"past_{kind}", int8, ["B", KV_HEADS, "P", SIZE + EXTRA_CHANNELS]) for kind in "kv")
+    attend = int8_kv_cache(HEADS, KV_HEADS, SIZE, 1.0)(builder.op, mask, positions, rope)
     outputs = attend(builder.op, qkv, Heads(HEADS, KV_HEADS, SIZE, norms, 1e-12), past)
     for value, name in zip(outputs, ("y", "present_k", "present_v"), strict=True):
         builder.add_output(value, name)
@@ -59,14 +65,14 @@ def normalized(x: np.ndarray) -> np.ndarray:
 
 
 def rotated(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """The halves of ``x [B, S, heads, D]`` turned to ``positions [S]``."""
+    """The rotary embedding of ``x [B, S, heads, D]`` at ``positions [S]``."""
     angles = positions[:, None, None] * FREQUENCIES.inverse  # [S, 1, D / 2]
     a, b = np.split(x, 2, axis=-1)
     return np.concatenate([a * np.cos(angles) - b * np.sin(angles), b * np.cos(angles) + a * np.sin(angles)], -1)
 
 
 def make_qkv(spread: float, batch: int = 1) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """What norm and rotation leave, values whose tokens differ by ``exp(spread · normal)``, and the norms' weights."""
+    """Queries and keys after norm and rotation, values of sizes ``exp(spread · normal)``, and the norms' weights."""
     random = np.random.default_rng(3)
     weight = {n: (size * np.exp(random.normal(0, 1, SIZE))).astype(np.float32) for n, size in (("k", 1), ("q", 0.5))}
     q = random.normal(0, 1, (batch, TOTAL, HEADS, SIZE))
@@ -80,7 +86,7 @@ def make_qkv(spread: float, batch: int = 1) -> tuple[dict[str, np.ndarray], dict
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """In float64, for the last query over all keys: ``[B, heads · D]``."""
+    """The attention of the last query over all keys, in float64: ``[B, heads · D]``."""
     group = HEADS // KV_HEADS
     k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
     scores = np.einsum("bhd,bthd->bht", q[:, -1], k) / SIZE**0.5
@@ -90,9 +96,9 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def run(session, qkv, weight, ends, room: int = 0):
-    """The tokens in pieces, as a cache that grows or, with ``room``, in one that is as large from the beginning."""
+    """Run the tokens piece by piece, with a cache that grows or, with ``room``, one of full size from the start."""
     batch = len(qkv["q"])
-    past = [np.zeros((batch, KV_HEADS, room, SIZE + EXTRA), np.int8) for _ in "kv"]
+    past = [np.zeros((batch, KV_HEADS, room, SIZE + EXTRA_CHANNELS), np.int8) for _ in "kv"]
     outputs, start = [], 0
     for end in ends:
         positions = np.arange(start, end)
@@ -108,11 +114,11 @@ def run(session, qkv, weight, ends, room: int = 0):
 
 
 def read(codes: list[np.ndarray], weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values ``[B, T, kv_heads, D]`` of a cache, by the module's words."""
+    """Keys and values ``[B, T, kv_heads, D]`` of a cache, decoded as the module's docstring describes."""
     keys, values = (x.transpose(0, 2, 1, 3).astype(np.float64) for x in codes)
     step = np.tile(np.maximum(weight[: SIZE // 2], weight[SIZE // 2 :]), 2) * SIZE**0.5 / 127
     k = keys[..., :SIZE] * step
-    twice = np.argsort(-step, kind="stable")[: EXTRA - 1]
+    twice = np.argsort(-step, kind="stable")[: EXTRA_CHANNELS - 1]
     k[..., twice] += keys[..., SIZE + 1 :] * step[twice] / 254
     return k, values[..., :SIZE] / 127 * 2.0 ** keys[..., SIZE : SIZE + 1]
 
@@ -133,7 +139,7 @@ def test_attention_over_codes_is_attention(session, ends, room, spread):
         )
     assert relative(y[:, -1], attention(qkv["q"], k, v)) <= EXACT
     assert relative(y[:, -1], attention(**qkv)) <= ROUNDED
-    assert np.abs(k - qkv["k"]).max() <= 0.51 * SIZE**0.5 / 127 * np.sort(weight["k"])[-EXTRA // 2]
+    assert np.abs(k - qkv["k"]).max() <= 0.51 * SIZE**0.5 / 127 * np.sort(weight["k"])[-EXTRA_CHANNELS // 2]
     peak = np.abs(qkv["v"]).max(-1, keepdims=True)
     assert (np.abs(v - qkv["v"]) <= 0.51 / 127 * 2 * peak + 1e-12).all()
 
@@ -147,30 +153,30 @@ def test_rows_of_a_batch_are_apart(session):
 
 
 def no_exponents() -> tuple[np.ndarray, np.ndarray]:
-    codes, worth = tables()
+    codes, worth = exponent_codes()
     codes[:, 0] = 0
     return codes, worth
 
 
 def test_a_planted_fault_is_seen(monkeypatch):
-    """Tokens whose exponent is lost are weighed wrong."""
-    monkeypatch.setattr(module, "tables", no_exponents)
+    """Tokens without their exponent get a wrong weight, and the comparison must see it."""
+    monkeypatch.setattr(module, "exponent_codes", no_exponents)
     qkv, weight = make_qkv(1.0)
     y, _ = run(make_session(), qkv, weight, (39, 40))
     assert relative(y[:, -1], attention(**qkv)) > 0.2
 
 
 def test_every_exponent(session):
-    """Values of all sizes that the cache knows, one token each, come back within a step."""
+    """Values of every size that the cache covers, one token each, are restored to within a step."""
     qkv, weight = make_qkv(0.0)
-    for exponent in range(LOWEST, LOWEST + CHANNELS * OCTAVES):
+    for exponent in range(LOWEST_EXPONENT, LOWEST_EXPONENT + EXPONENT_CHANNELS * OCTAVES_PER_CHANNEL):
         only = {"q": qkv["q"][:, :1], "k": qkv["k"][:, :1], "v": np.full((1, 1, KV_HEADS, SIZE), 2.0**exponent)}
         y, _ = run(session, only, weight, (1,))
         assert np.allclose(y, 2.0**exponent, rtol=1 / 127), exponent
 
 
 def test_a_package(built, package, reference):
-    """One pass rounds nothing; a second one reads the codes. The runtime allots them and answers."""
+    """The first pass rounds nothing and the second reads the codes; the runtime allocates the cache and answers."""
     options = ("kv_cache=int8", "prune_lm_head=false")
     inputs = make_inputs(TINY, ((1, 4, 6),), text=20)
     expected, runs = reference(TINY)(inputs), package(TINY, *options)
@@ -183,7 +189,7 @@ def test_a_package(built, package, reference):
         logits.append(out)
     assert EXACT < relative(np.concatenate(logits, axis=1), expected.logits) <= ROUNDED
     model = Model(built(TINY, "kv_cache=int8"), threads=1)
-    assert model.cache_bytes(100) == 2 * TINY.layers * TINY.kv_heads * (TINY.head_dim + EXTRA) * 100
+    assert model.cache_bytes(100) == 2 * TINY.layers * TINY.kv_heads * (TINY.head_dim + EXTRA_CHANNELS) * 100
     answers = [m.generate(QUESTION, max_tokens=24).text for m in (model, Model(built(TINY), threads=1))]
     assert answers[0][:8] == answers[1][:8] != ""
 

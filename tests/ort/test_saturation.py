@@ -1,4 +1,4 @@
-"""Signed and unsigned 8-bit weights: the same values, one of them fast, one of them exact on every x86 processor."""
+"""Signed and unsigned 8-bit weights: signed ones are fast, unsigned ones are exact on every x86 processor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_both_types_are_the_same_model(packages: dict[str, Path]) -> None:
-    """The codes are the same but for 128, so graphs and answers are, where nothing saturates."""
+    """The codes differ only by 128, so graphs and answers agree if nothing saturates."""
     import onnxruntime as ort
 
     inputs, results = None, []
@@ -67,7 +67,7 @@ def test_a_processor_that_saturates(
 
 
 def test_the_processor_is_asked() -> None:
-    """By a product; what comes out must be what such a processor says of itself, where it does."""
+    """The result of the test product must agree with the processor's own list of instructions, if there is one."""
     path = Path("/proc/cpuinfo")
     flags = set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
     if flags & {"avx512_vnni", "avx_vnni", "amx_int8"}:

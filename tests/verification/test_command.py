@@ -34,7 +34,7 @@ def test_build_and_verify(tmp_path: Path, capsys: Capsys) -> None:
 
 
 def test_the_card_and_the_manifest_change_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever stops the writing in its middle, the package is the one that it was."""
+    """If anything stops the writing in its middle, the package stays as it was."""
     from vlpack.verification import card, verify
 
     package = tmp_path / "package"
@@ -129,7 +129,7 @@ def test_build_and_verify_of_another_task(tmp_path: Path, capsys: Capsys) -> Non
         ({"quantization": {"mixed": 5}}, "does not say how the weights are stored"),
         ({"quantization": {"block_size": "x", "mixed": {}}}, "vlpack.json"),
         ({"quantization": {"mixed": {"last_matmul": "x"}}}, "does not say how the weights are stored"),
-        ({"policy": None}, "policy is not the one"),
+        ({"policy": None}, "policy in vlpack.json is not the one"),
     ],
 )
 def test_manifests_of_anybody(change: dict[str, object], words: str, tmp_path: Path, capsys: Capsys) -> None:

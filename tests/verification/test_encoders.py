@@ -1,4 +1,4 @@
-"""`verify` of packages that embed or score: nothing is generated, and the last stage is a vector or a score."""
+"""`verify` of embedding and reranker packages: nothing is generated, and the last stage is a vector or a score."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from samples import seal
 from vlpack.builder import build
 from vlpack.errors import InputError
 from vlpack.tasks import EMBEDDING, RERANKER
-from vlpack.verification.cases import built_in, from_file
+from vlpack.verification.cases import built_in, read_cases
 from vlpack.verification.result import Report
 from vlpack.verification.run import verify
 
@@ -28,7 +28,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def check(source: Path, package: Path) -> Report:
-    """A text and, where there is a vision encoder, two images."""
+    """Verify with a text case and, if there is a vision encoder, a case with two images."""
     cases = built_in(sees=(package / "vision.onnx").is_file())
     return verify(package, source, cases=[cases[0], cases[-1]], threads=1)
 
@@ -48,7 +48,7 @@ def test_no_fault(
         assert stage.graph is not None
         assert stage.graph.relative < 1e-5
         assert 0 < stage.total.relative < bound
-        assert (case.tokens, case.speaks, case.logits.mean_kl, case.logits.top1) == ([], False, 0.0, 1.0)
+        assert (case.tokens, case.generates, case.logits.mean_kl, case.logits.top1) == ([], False, 0.0, 1.0)
     assert all(weight.same for weight in report.weights)
     assert ("vision features" in {stage.name for stage in report.cases[1].stages}) == (kind == "vision")
 
@@ -84,7 +84,7 @@ def test_faults(fault: str, sources: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_the_wrong_token_is_pooled(sources: dict[str, Path], tmp_path: Path) -> None:
-    """The last layer computes the pooled token alone, so that the wrong one shows behind it and nowhere before."""
+    """The last layer computes only the pooled token, so a wrong choice shows only after that layer."""
     import onnx_ir as ir
 
     build(sources["text"], tmp_path / "package", task=EMBEDDING, threads=1)
@@ -102,18 +102,18 @@ def test_the_wrong_token_is_pooled(sources: dict[str, Path], tmp_path: Path) -> 
 
 
 def test_documents(sources: dict[str, Path], tmp_path: Path) -> None:
-    """A case may name what a reranker scores; where there is nothing to score it is an error."""
+    """A case may contain the document for a reranker; for other packages that is an error."""
     lines = [{"prompt": "Where is Lyon?", "document": text} for text in ("In France.", "In a pan.")]
     path = tmp_path / "cases.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     build(sources["text"], tmp_path / "reranker", task=RERANKER, threads=1)
-    report = verify(tmp_path / "reranker", sources["text"], cases=from_file(path), threads=1)
+    report = verify(tmp_path / "reranker", sources["text"], cases=read_cases(path), threads=1)
     assert report.ok
     first, second = report.cases
     assert first.stages[1].total != second.stages[1].total
     build(sources["text"], tmp_path / "embedding", task=EMBEDDING, threads=1)
     with pytest.raises(InputError, match="line 1 has a document"):
-        verify(tmp_path / "embedding", sources["text"], cases=from_file(path), threads=1)
+        verify(tmp_path / "embedding", sources["text"], cases=read_cases(path), threads=1)
     build(sources["text"], tmp_path / "words", threads=1)
     with pytest.raises(InputError, match="line 1 has a document"):
-        verify(tmp_path / "words", sources["text"], cases=from_file(path), threads=1)
+        verify(tmp_path / "words", sources["text"], cases=read_cases(path), threads=1)

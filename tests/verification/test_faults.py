@@ -1,4 +1,4 @@
-"""Faults, each planted in a package, and what `verify` says of them; and packages without any."""
+"""Packages with a planted fault each, and what `verify` reports about them; and packages without faults."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from samples import seal
 from tiny import Tiny
 from vlpack.builder import build
 from vlpack.errors import PackageError, VerifyError
-from vlpack.verification.cases import built_in, from_file
+from vlpack.verification.cases import built_in, read_cases
 from vlpack.verification.reference import Reference
 from vlpack.verification.result import Report
 from vlpack.verification.run import verify
@@ -35,7 +35,7 @@ def source(checkpoint: Callable[[Tiny], Path]) -> Path:
 
 
 def check(source: Path, package: Path) -> Report:
-    """Two cases are enough: one of text, one with two images."""
+    """Verify with two cases: one of text, one with two images."""
     cases = built_in(sees=True)
     return verify(package, source, cases=[cases[0], cases[3]], tokens=8, threads=1)
 
@@ -108,13 +108,13 @@ def swap_gelu_of_mergers(patch: pytest.MonkeyPatch) -> None:
 
 
 def transpose_the_table(patch: pytest.MonkeyPatch) -> None:
-    from vlpack.layers.vision import patch_places
+    from vlpack.layers.vision import patch_positions
 
     def turned(*arguments: Any) -> Any:
-        places = patch_places(*arguments)
+        places = patch_positions(*arguments)
         return places._replace(row=places.column, column=places.row, height=places.width, width=places.height)
 
-    patch.setattr("vlpack.architectures.qwen3_vl.patch_places", turned)
+    patch.setattr("vlpack.architectures.qwen3_vl.patch_positions", turned)
 
 
 GRAPH_FAULTS: dict[str, tuple[Patch, str]] = {
@@ -189,7 +189,7 @@ def transpose_weight(package: Path) -> None:
 FILE_FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "mean": (lose_mean, "pixels", "two images: pixels are"),
     "eos": (lose_eos, "stop tokens", "[2049]"),
-    "tokenizer": (break_tokenizer, "prompt", "tokens are not the checkpoint's"),
+    "tokenizer": (break_tokenizer, "prompt", "token ids are not the checkpoint's"),
     "one block scale": (corrupt_scale, "weights", "layers.2.mlp.down_proj in the decoder"),
     "a transposed weight": (transpose_weight, "weights", "blocks.1.attn.proj in the vision"),
 }
@@ -218,7 +218,7 @@ def test_streamed_is_the_same(source: Path, tmp_path: Path) -> None:
 
 
 def test_streaming_takes_weights_out_again(source: Path) -> None:
-    """Only what is in use is in memory: no parameter is left after a pass, and few are there at any moment."""
+    """Only parameters in use are in memory: none after a pass, and few at any moment."""
     tensors = load_file(source / "model.safetensors")
     held: list[int] = []
 
@@ -261,10 +261,10 @@ def test_cases_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes((IMAGES / "00.png").read_bytes())
     path = tmp_path / "cases.jsonl"
     path.write_text('{"prompt": "What?", "images": ["a.png"]}\n\n{"prompt": "Why?"}\n', encoding="utf-8")
-    one, two = from_file(path)
+    one, two = read_cases(path)
     assert (one.name, one.prompt, one.labels, len(one.images)) == ("line 1", "What?", ("a.png",), 1)
     assert (two.name, two.images) == ("line 3", ())
     for bad in ("[]", '{"prompt": 3}', "{", '{"images": []}', '{"prompt": "x", "images": [1]}', ""):
         path.write_text(bad, encoding="utf-8")
         with pytest.raises(InputError, match=r"cases\.jsonl"):
-            from_file(path)
+            read_cases(path)

@@ -1,4 +1,4 @@
-"""Distances and bounds: what is not a number is far away, and what has no weights has one bound."""
+"""Differences and bounds: a value that is not finite differs infinitely; a stage without weights has one bound."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_agreement() -> None:
 def test_bounds(graph: Difference | None, total: Difference, wrong: tuple[Difference, float] | None) -> None:
     stage = Stage("a", graph, total, 1e-4, 0.6)
     assert stage.ok is (wrong is None)
-    assert stage.wrong is wrong or (stage.wrong and wrong and stage.wrong[1] == wrong[1])
+    assert stage.violation is wrong or (stage.violation and wrong and stage.violation[1] == wrong[1])
     if wrong:
-        assert stage.wrong
-        assert stage.wrong[0] is (total if graph is None or graph is NEAR else graph)
+        assert stage.violation
+        assert stage.violation[0] is (total if graph is None or graph is NEAR else graph)

@@ -1,4 +1,4 @@
-"""The page and the JSON of a verification: whole, and inert whatever a token says."""
+"""The page and the JSON of a verification: complete, and inert whatever text a token contains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlpack.verification.result import Finding, ImageMap, WeightResult
 
 
 class Checked(HTMLParser):
-    """Every tag that is opened is closed, in order; what is in it."""
+    """Parses a page, checks that every opened tag is closed in order, and collects text and attributes."""
 
     VOID = ("meta", "img", "br", "input")
 
@@ -76,7 +76,7 @@ def test_a_good_page() -> None:
     assert "✓ The package is the model: it computes what checkpoint does, within what rounding allows." in seen.text
     assert "not the model" not in page
     assert "✗" not in page
-    assert "2 of 4 are what the reference likes best" in seen.text
+    assert "2 of 4 are the reference’s most likely token" in seen.text
     assert "␣end reference: ␣other" in seen.text
     assert "#3 ties with ↵" in seen.text  # a token without a text shows its id
     assert "All 24 weights are byte for byte" in seen.text
@@ -90,7 +90,7 @@ def test_a_good_page() -> None:
 
 def test_a_failed_page() -> None:
     seen = Checked(page := html(failed()))
-    assert "✗ The package is not the model: it parts at layer 7 in “one image”." in seen.text
+    assert "✗ The package is not the model: it first differs at layer 7 in “one image”." in seen.text
     assert seen.text.index("layer 7 is 0.5 away") < seen.text.index("Error through the model")
     assert "1 of 24 weights are not what vlpack makes" in seen.text
     assert "✗ 1 altered" in seen.text
@@ -99,7 +99,7 @@ def test_a_failed_page() -> None:
     for tile in ("Graph error ✗ off", "Whole error ✗ off", "Next token, KL ✗ off", "Weights ✗ off"):
         assert tile in seen.text
     assert page.count('class="off"') == 1  # the bar of the altered weight
-    assert seen.text.index("✗ 1 altered") < seen.text.index("Kept" if "Also" not in seen.text else "Also kept")
+    assert seen.text.index("✗ 1 altered") < seen.text.index("Stored" if "Also" not in seen.text else "Also stored")
 
 
 def test_a_case_beyond_its_bounds_is_marked_whatever_the_findings_say() -> None:
@@ -109,7 +109,9 @@ def test_a_case_beyond_its_bounds_is_marked_whatever_the_findings_say() -> None:
 
 
 def test_what_is_wrong_with_the_package_has_no_case() -> None:
-    assert verdict(REPORTS["damaged"]()) == ("The package is not the model: its files are not those that were written.")
+    assert verdict(REPORTS["damaged"]()) == (
+        "The package is not the model: its files are not those that the build wrote."
+    )
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -135,7 +137,7 @@ def test_a_weight_that_is_not_a_number_has_the_highest_bar(first: bool) -> None:
 
 
 def test_no_text_makes_a_page_large() -> None:
-    """Names, tokens and prompts of any length, and modules without number, of which one could be anything."""
+    """The page stays small with names, tokens and prompts of any length and any number of modules."""
     long = "x" * 2_000_000
     one = case(
         name=long, prompt=long, images=[long, *["a" * 200] * 5000], pieces=[long] * 4, reference_pieces=[long] * 4
@@ -176,7 +178,7 @@ def test_json() -> None:
     assert list(shown)[:2] == ["ok", "verdict"]
     assert set(shown) >= {"package", "reference", "precision", "cases", "weights", "findings", "versions", "seconds"}
     assert shown["ok"] is False
-    assert shown["verdict"].endswith("parts at layer 7 in “one image”.")
+    assert shown["verdict"].endswith("first differs at layer 7 in “one image”.")
     assert shown["findings"][0]["stage"] == "layer 7"
     found = shown["cases"][1]
     assert found["first_bad"] == "layer 7"
@@ -215,7 +217,7 @@ def test_numbers(value: float, shown: str) -> None:
 
 
 def test_the_plot_is_logarithmic() -> None:
-    """Equal steps for powers of ten, zero on the floor and infinity at the ceiling, and neither is joined."""
+    """Powers of ten have equal steps; zero is at the bottom and infinity at the top, and no line joins either."""
     made = stages_plot(
         [stage("layer 0", 1e-4, float("inf")), stage("layer 1", 1e-3, 0.0), stage("layer 2", 1e-2, 1e-1)]
     )

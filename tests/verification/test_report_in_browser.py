@@ -1,4 +1,4 @@
-"""The page of a verification as a real browser lays it out: on a phone and on a desk, light and dark."""
+"""The page of a verification in a real browser: on a phone and a desktop screen, light and dark."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ addEventListener("load", () => {
 
 @pytest.fixture(scope="module")
 def looked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """Every page as a real browser lays it out, on a phone and a desk, light and dark; and what the browser logged."""
+    """The layout of every page in a browser, on a phone and a desktop screen, light and dark, and the browser's log."""
     if BROWSER is None:
         pytest.skip("there is no Chromium to look at the page with")
     folder = tmp_path_factory.mktemp("browser")
@@ -106,5 +106,5 @@ def test_in_a_browser(name: str, width: int, scheme: str, looked: tuple[dict[str
 
 
 def test_the_browser_has_nothing_to_say(looked: tuple[dict[str, Any], str]) -> None:
-    """No error, no blocked script, nothing that was wanted from elsewhere."""
+    """The browser logs no error, no blocked script and no request for an external resource."""
     assert [line for line in looked[1].splitlines() if "CONSOLE" in line] == []

@@ -1,4 +1,4 @@
-"""The standard by which quantized packages are judged: outliers that a package does not survive are told."""
+"""The bounds by which quantized packages are judged: a package that outliers have spoiled is reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlpack.builder import build
 from vlpack.errors import VerifyError
 from vlpack.options import parse_extra_options
 from vlpack.verification import reference
-from vlpack.verification.metrics import KL_TOLERANCE, nearness
+from vlpack.verification.metrics import KL_TOLERANCE, describe_kl
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("gguf")
@@ -27,7 +27,7 @@ from vlpack.verification.run import verify  # noqa: E402
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2 with outlier channels that leave its function as it is."""
+    """SmolLM2 with planted outlier channels that do not change its function."""
     from safetensors.numpy import load_file, save_file
 
     folder = tmp_path_factory.mktemp("planted")
@@ -53,7 +53,7 @@ CASE = Case("a sentence", "The capital of France is Paris, and the capital of It
     ],
 )
 def test_outliers(planted: Path, precision: str, extra: list[str], passes: bool, tmp_path: Path) -> None:
-    """A package that lost the model to outliers is not the model; one that was balanced and rotated is."""
+    """A package spoiled by outliers is not the model; one that was balanced and rotated is."""
     build(planted, tmp_path / "package", precision=precision, extra_options=parse_extra_options(extra))
     report = verify(tmp_path / "package", planted, cases=[CASE], tokens=4)
     kl = report.cases[0].logits.mean_kl
@@ -64,7 +64,7 @@ def test_outliers(planted: Path, precision: str, extra: list[str], passes: bool,
 
 
 def test_calibrated_scales_are_read_back(planted: Path, tmp_path: Path) -> None:
-    """Weights of a calibrated package are brought back by the scales in its manifest, and altered ones are told."""
+    """The manifest's scales restore the weights of a calibrated package, and altered scales are reported."""
     (tmp_path / "text").write_text("Rivers carry sand to the sea. " * 400, encoding="utf-8")
     build(planted, tmp_path / "package", precision="int8", calibrate=tmp_path / "text")
     report = verify(tmp_path / "package", planted, cases=[CASE], tokens=4)
@@ -73,7 +73,7 @@ def test_calibrated_scales_are_read_back(planted: Path, tmp_path: Path) -> None:
 
 
 def test_packages_of_earlier_versions(tmp_path: Path) -> None:
-    """Their manifests do not speak of balance and rotation, and such weights have neither."""
+    """Manifests of earlier versions lack balance and rotation, and their weights have neither."""
     from vlpack.quantize.policy import PrecisionFacts
     from vlpack.verification.weights import policy_of
 
@@ -88,15 +88,15 @@ def test_packages_of_earlier_versions(tmp_path: Path) -> None:
 
 
 def test_how_near_it_is() -> None:
-    assert "nearer than 8 bits" in nearness(0.001)
-    assert "as near as 8 bits" in nearness(0.007)
-    assert "between" in nearness(0.02)
-    assert "as near as 4 bits" in nearness(0.2)
-    assert "farther than 4 bits" in nearness(1.0)
+    assert "nearer than 8 bits" in describe_kl(0.001)
+    assert "as near as 8 bits" in describe_kl(0.007)
+    assert "between" in describe_kl(0.02)
+    assert "as near as 4 bits" in describe_kl(0.2)
+    assert "farther than 4 bits" in describe_kl(1.0)
 
 
 def test_a_transformers_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a torchvision of another build: a sentence, not a traceback."""
+    """A failed import, as with a mismatched torchvision, is reported as a sentence, not as a traceback."""
 
     class Broken(ModuleType):
         def __getattr__(self, name: str) -> object:
@@ -110,4 +110,4 @@ def test_a_transformers_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_nothing_is_nearer_than_itself() -> None:
-    assert np.isclose(float(nearness(0.0123).split()[5]), 0.012)
+    assert np.isclose(float(describe_kl(0.0123).split()[5]), 0.012)

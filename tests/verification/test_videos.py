@@ -1,4 +1,4 @@
-"""`verify` with videos: right ones, one off by a patch, and prompts in which images and videos take turns."""
+"""`verify` with videos: correct ones, one shifted by a patch, and prompts that mix images and videos."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_it_is_asked_by_itself(source: Path, tmp_path: Path) -> None:
 
 
 def test_images_and_videos_in_turn(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers takes all images before all videos; the prompt and the package have them as they come."""
+    """transformers takes all images before all videos; prompt and package have them in the order of the prompt."""
     build(source, tmp_path / "package", precision="fp32", threads=1)
     model_prompt = asking.Model.prompt
 
@@ -83,14 +83,14 @@ def test_images_and_videos_in_turn(source: Path, tmp_path: Path, monkeypatch: py
 
 
 def off_by_one(patch: pytest.MonkeyPatch) -> None:
-    """Patches of a frame stand a row lower in the graph than in the model, as if the grid began at 1."""
-    from vlpack.layers.vision import patch_places
+    """The graph places the patches of a frame a row lower than the model, as if the grid began at 1."""
+    from vlpack.layers.vision import patch_positions
 
     def lower(op: Any, *arguments: Any) -> Any:
-        places = patch_places(op, *arguments)
+        places = patch_positions(op, *arguments)
         return places._replace(row=op.Mod(op.Add(places.row, 1), places.height))
 
-    patch.setattr("vlpack.architectures.qwen3_vl.patch_places", lower)
+    patch.setattr("vlpack.architectures.qwen3_vl.patch_positions", lower)
 
 
 def test_a_grid_off_by_one_in_the_graph(source: Path, tmp_path: Path) -> None:

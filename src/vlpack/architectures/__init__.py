@@ -1,4 +1,4 @@
-"""The supported model families: one file each, and the registry that finds them."""
+"""The supported model families, one file each, and the registry in which a checkpoint's family is looked up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlpack.architectures.qwen3 import Qwen3
 from vlpack.architectures.qwen3_moe import Qwen3Moe
 from vlpack.architectures.qwen3_vl import Qwen3VL
 from vlpack.architectures.qwen3_vl_moe import Qwen3VLMoe
-from vlpack.architectures.task import answer_ids, with_names_for
+from vlpack.architectures.task import with_names_for, yes_no_token_ids
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.quantized import refuse_quantized
 from vlpack.errors import CheckpointError
@@ -28,42 +28,43 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "Qwen2ForCausalLM": Qwen2,
     "LlamaForCausalLM": Llama,
 }
-"""Name in config.json's ``architectures`` → the class that builds it. A new family is one line here."""
+"""Maps a name in config.json's ``architectures`` to the class that builds it. A new family adds one line here."""
 
 HEADLESS = {
     "Qwen3VLModel": "Qwen3VLForConditionalGeneration",
     "Qwen3Model": "Qwen3ForCausalLM",
     "Qwen2Model": "Qwen2ForCausalLM",
 }
-"""What embedding models are called that were saved without a head → what they are called with one."""
+"""Maps the architecture name of a model saved without a head (an embedding model) to the name with a head."""
 
 
 def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> tuple[Architecture, Checkpoint]:
     """The architecture of a checkpoint for a task, and the checkpoint with the tensor names that it expects.
 
-    The checkpoint that is given stays as it is; the one that is returned reads the same open files.
+    The given checkpoint is not changed; the returned one reads the same open files.
 
     Raises:
-        CheckpointError: it is not supported, its config is not usable, or it lacks what the task needs.
+        CheckpointError: the checkpoint is not supported, its config is not usable, or it lacks tensors or tokens that
+            the task needs.
     """
     architecture = read_settings(checkpoint, task)
     architecture.task = task
     named = with_names_for(architecture, checkpoint, task)
     if task == RERANKER:
-        architecture.answers = answer_ids(named)
+        architecture.yes_no_ids = yes_no_token_ids(named)
     architecture.observe(named.tensors)
     return architecture, named
 
 
 def read_settings(checkpoint: Checkpoint, task: str | None = None) -> Architecture:
-    """The architecture as config.json describes it, for which no weights need be there.
+    """The architecture that config.json describes; no weights are needed.
 
     Args:
-        checkpoint: perhaps without weights (`Checkpoint.open_settings`).
-        task: what it is to be for; None where that is not known yet.
+        checkpoint: the checkpoint, perhaps without weights (`Checkpoint.open_settings`).
+        task: the task that the package is built for; None if it is not known yet.
 
     Raises:
-        CheckpointError: it is not supported, quantized already, or its config is not usable.
+        CheckpointError: the checkpoint is not supported or already quantized, or its config is not usable.
     """
     name = checkpoint.architecture
     family = ARCHITECTURES.get(HEADLESS.get(name, name))
@@ -78,18 +79,19 @@ def read_settings(checkpoint: Checkpoint, task: str | None = None) -> Architectu
     if task is not None and task not in offered:
         raise CheckpointError(
             f"{checkpoint.folder}: {name} is not offered for the task {task}.",
-            f"Offered for {' and '.join(offered)}.",
+            f"It is offered for {' and '.join(offered)}.",
         )
     refuse_bidirectional(checkpoint)
     return architecture
 
 
 def refuse_bidirectional(checkpoint: Checkpoint) -> None:
-    """Some models of these architectures let tokens see what follows them: transformers does at ``is_causal: false``,
-    and embedding models may by code of their own.
+    """Refuse a model whose tokens attend to later tokens, because vlpack's attention is causal.
+
+    transformers computes such attention for ``is_causal: false``; embedding models may do so by code of their own.
 
     Raises:
-        CheckpointError: the config says so.
+        CheckpointError: the config asks for bidirectional attention.
     """
     marks = {"is_causal": False, "use_bidirectional_attention": True, "bidirectional": True}
     nested = checkpoint.config.get("text_config")
@@ -97,13 +99,13 @@ def refuse_bidirectional(checkpoint: Checkpoint) -> None:
         for name, mark in marks.items():
             if bool(config.get(name, not mark)) is mark:
                 raise CheckpointError(
-                    f"{checkpoint.folder / 'config.json'}{where}: {name} is {str(mark).lower()}; vlpack's attention is "
-                    "causal."
+                    f"{checkpoint.folder / 'config.json'}{where}: {name} is {str(mark).lower()}, which is not "
+                    "supported: vlpack's attention is causal."
                 )
 
 
 def described() -> list[dict[str, str]]:
-    """What is supported, for people: an entry for each architecture of the registry."""
+    """A description for people of every supported architecture: one dictionary for each entry of the registry."""
     return [
         {
             "architecture": name,

@@ -1,4 +1,4 @@
-"""What every architecture answers: its graphs, and the facts that the runtime's configuration needs."""
+"""The interface of every architecture: its graphs, and the facts that the runtime's configuration needs."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ if TYPE_CHECKING:
 
 
 class Architecture(ABC):
-    """A model family with its config read. See docs/adding-an-architecture.md."""
+    """A model whose config has been read; each family is a subclass (docs/adding-an-architecture.md)."""
 
     models: str
-    """The published models, for people."""
+    """Names of the published models, for people."""
     needs: str = ""
-    """What they need beyond what every model does, likewise."""
+    """Requirements or limits of these models that others do not have, for people."""
     providers: tuple[str, ...] = tuple(OFFERED)
-    """Execution providers that have the operators."""
+    """Execution providers that have all the operators that the model needs."""
     genai_type: str
-    """``model.type`` in genai_config.json of the complete package."""
+    """``model.type`` in the genai_config.json of a package with vision, embedding and decoder graphs."""
     genai_text_type: str
-    """… and of the decoder that embeds by itself."""
+    """``model.type`` in the genai_config.json of a package whose decoder embeds token ids itself."""
     normalize_flag: str = ""
     """The attribute of the image processor's Normalize step that makes it write this family's patch layout."""
     tasks: tuple[str, ...] = (GENERATE,)
-    """What its models can be for."""
+    """Tasks that the family's models can be built for."""
     task: str = GENERATE
-    """What this one is for; `architecture_of` sets it."""
-    answers: tuple[int, int] | None = None
-    """A reranker's ids of the tokens yes and no, likewise."""
+    """Task that this model is built for; `architecture_of` sets it."""
+    yes_no_ids: tuple[int, int] | None = None
+    """Token ids of yes and no if the model is a reranker; `architecture_of` sets them."""
     renamed: Mapping[str, str] = {}
-    """Prefix of older checkpoints → today's, for tensors that were once named otherwise."""
+    """Maps prefixes of tensor names in older checkpoints to today's prefixes."""
     decoder: TextDecoder
     vision: VisionFacts | None = None
-    """None for a text model."""
+    """Sizes and token ids of the vision part; None for a text model."""
     deepstack_levels: int = 0
-    """How many features from the depth of the vision encoder go to the decoder's first layers."""
+    """Number of features from inside the vision encoder that are added after the decoder's first layers (DeepStack)."""
 
     @abstractmethod
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -59,16 +59,16 @@ class Architecture(ABC):
         """
 
     def observe(self, tensors: Mapping[str, TensorInfo]) -> None:  # noqa: B027 (most need not)
-        """Take from the checkpoint's tensors what its config does not say; by default there is nothing.
+        """Read facts from the checkpoint's tensors that its config does not contain; the default reads nothing.
 
         Raises:
-            CheckpointError: what they say is not supported.
+            CheckpointError: the tensors have a layout that is not supported.
         """
 
     @property
     def precision_facts(self) -> PrecisionFacts:
-        """What a precision policy must know."""
-        return PrecisionFacts(self.text.num_hidden_layers, scores=self.answers is not None)
+        """The facts about the model that a precision policy depends on."""
+        return PrecisionFacts(self.text.num_hidden_layers, scores=self.yes_no_ids is not None)
 
     def vision_model(self, options: GraphOptions) -> nn.Module:
         """The vision encoder: ``pixel_values``, ``image_grid_thw`` → ``image_features``."""
@@ -86,16 +86,16 @@ class Architecture(ABC):
 
     @property
     def deepstack(self) -> SideChannel:
-        """DeepStack's way from the vision encoder to the decoder; without levels there is none."""
+        """The channel that carries DeepStack's levels from the vision encoder to the decoder, if there are any."""
         return SideChannel(self.deepstack_levels, self.text.hidden_size)
 
     @property
     def tied(self) -> bool:
-        """The head's weight is the embedding's."""
+        """Whether the head and the embedding share one weight."""
         return self.decoder.tied
 
     def untie(self) -> None:
-        """The head has a weight of its own from now on, whatever the config says."""
+        """Treat the head's weight as a weight of its own from now on, whatever the config says."""
         self.decoder = replace(self.decoder, tied=False)
 
     def parts(self, options: GraphOptions) -> list[Part]:
@@ -111,15 +111,15 @@ class Architecture(ABC):
         ]
 
     def decoder_part(self, options: GraphOptions) -> Part:
-        """The decoder that takes ``inputs_embeds`` and DeepStack's channel."""
+        """The decoder graph that takes ``inputs_embeds`` and DeepStack's channel."""
         if self.task != GENERATE:
-            return self.decoder.pooled_part("decoder", options, self.deepstack, self.answers)
+            return self.decoder.pooled_part("decoder", options, self.deepstack, self.yes_no_ids)
         module = self.decoder.causal_lm(options, self.deepstack)
         return decoder_part("decoder", module, self.text, options, self.deepstack, self.decoder.position_axes)
 
     def text_part(self, options: GraphOptions) -> Part:
-        """The decoder that takes ``input_ids`` and embeds them itself."""
+        """The decoder graph that takes ``input_ids`` and embeds them itself."""
         if self.task != GENERATE:
-            return self.decoder.pooled_part("text", options, None, self.answers)
+            return self.decoder.pooled_part("text", options, None, self.yes_no_ids)
         module = self.decoder.causal_lm(options, None)
         return decoder_part("text", module, self.text, options, None, self.decoder.position_axes)

@@ -11,7 +11,7 @@ from vlpack.layers.vision import patch_size, pixels_of, temporal_patch_size
 
 @dataclass(frozen=True)
 class TextFacts:
-    """The decoder's sizes, as genai_config.json wants them."""
+    """The decoder's sizes, with the names that genai_config.json has for them."""
 
     hidden_size: int
     head_size: int
@@ -23,10 +23,10 @@ class TextFacts:
 
     @classmethod
     def read(cls, config: Section) -> TextFacts:
-        """From the text part of a config.json.
+        """Read the sizes from the text part of a config.json.
 
         Raises:
-            CheckpointError: a size is missing, absurd or does not go with another.
+            CheckpointError: a size is missing, out of range or inconsistent with another.
         """
         heads = config.integer("num_attention_heads", high=1 << 12)
         kv_heads = config.integer("num_key_value_heads", heads, high=1 << 12)
@@ -51,7 +51,7 @@ class TextFacts:
 
 @dataclass(frozen=True)
 class VisionFacts:
-    """What the runtime's image handling needs: patch sizes, and the ids of the tokens around and for an image."""
+    """The facts that image processing needs: patch sizes, and the ids of the tokens around and for an image."""
 
     depth: int
     pixels: int
@@ -66,7 +66,7 @@ class VisionFacts:
 
     @classmethod
     def read(cls, root: Section, vision: Section) -> VisionFacts:
-        """From a config.json and its vision part; Qwen's ids where the config has none."""
+        """Read the facts from a config.json and its vision part; ids that it lacks are Qwen's."""
         return cls(
             depth=vision.integer("depth", high=1024),
             pixels=pixels_of(vision),
@@ -82,10 +82,10 @@ class VisionFacts:
 
 
 def output_width(vision: Section, name: str, text: TextFacts) -> int:
-    """The width of the vision encoder's features, which must be the decoder's.
+    """The width of the vision encoder's features, which must equal the decoder's hidden_size.
 
     Raises:
-        CheckpointError: it is not.
+        CheckpointError: the two differ.
     """
     width = vision.integer(name, text.hidden_size)
     if width != text.hidden_size:

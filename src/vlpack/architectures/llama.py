@@ -1,4 +1,4 @@
-"""Llama: a text decoder, mostly without biases. Source: transformers' ``modeling_llama.py``."""
+"""Llama: a text decoder, usually without biases. Source: transformers' ``modeling_llama.py``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlpack.checkpoint.config import Section
 
 
 class Llama(Architecture):
-    """``LlamaForCausalLM``: Llama 1, 2 and 3, SmolLM, TinyLlama and whatever else has this shape."""
+    """``LlamaForCausalLM``: Llama 1, 2 and 3, SmolLM, TinyLlama and other models of this architecture."""
 
     models = "Llama 1, 2 and 3, and others of that shape"
     needs = "no llama3 rotary scaling"
@@ -19,7 +19,7 @@ class Llama(Architecture):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         root = Section(config)
-        root.integer("max_position_embeddings")  # `TextDecoder` has Qwen's length where the config has none
+        root.integer("max_position_embeddings")  # required here: the default in `TextFacts` is Qwen's
         bias = root.flag("attention_bias", False)
         self.decoder = TextDecoder.read(
             root,

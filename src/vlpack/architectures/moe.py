@@ -1,4 +1,4 @@
-"""What the mixture-of-experts models share: which layers have experts, and how the checkpoint keeps them."""
+"""The base of the mixture-of-experts models: which layers have experts, and how the checkpoint stores them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from vlpack.layers.moe import ExpertSizes, Layout, SparseMoe, layout_of
 from vlpack.quantize.policy import EXPERT_PROVIDERS, PrecisionFacts
 
 
-class Mixture(Architecture):
-    """An architecture whose decoder has experts. A subclass calls `add_experts` when its decoder is read."""
+class MixtureOfExperts(Architecture):
+    """A mixture-of-experts architecture; a subclass calls `add_experts` once its decoder has been read."""
 
     providers = EXPERT_PROVIDERS
     layout = Layout.SEPARATE
 
     def add_experts(self, text: Section, norm_topk_prob: bool) -> None:
-        """Give the decoder's layers experts, as the config says.
+        """Replace the feed-forward modules of those layers that have experts according to the config.
 
         Args:
             text: the decoder's settings.
-            norm_topk_prob: see `SparseMoe`.
+            norm_topk_prob: whether the shares of a token's chosen experts sum to 1 (`SparseMoe`).
 
         Raises:
             CheckpointError: a value is missing or not supported.
@@ -38,7 +38,7 @@ class Mixture(Architecture):
             hidden_size=self.text.hidden_size,
             moe_intermediate_size=text.integer("moe_intermediate_size"),
         )
-        text.choice("hidden_act", ["silu"], "silu")  # the only one that MoE and QMoE multiply by
+        text.choice("hidden_act", ["silu"], "silu")  # the only activation that vlpack writes for MoE and QMoE
         step = text.integer("decoder_sparse_step", 1)
         dense = text.integers("mlp_only_layers", []) if text.values.get("mlp_only_layers") else []
         self.norm_topk_prob = norm_topk_prob

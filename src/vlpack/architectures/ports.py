@@ -1,4 +1,4 @@
-"""The graphs of a package as seen from outside: their names, inputs and outputs."""
+"""The interfaces of a package's graphs: their names, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onnxscript import nn
 from vlpack.architectures.hparams import TextFacts
 from vlpack.layers.attention import has_grouped_kernel
 from vlpack.layers.deepstack import CHANNEL, SideChannel
-from vlpack.layers.int8_kv_codes import EXTRA
+from vlpack.layers.int8_kv_cache import EXTRA_CHANNELS
 from vlpack.quantize.policy import Policy
 
 INT64 = ir.DataType.INT64
@@ -42,30 +42,30 @@ class Part:
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """What passes between the graphs, and how tokens attend.
+    """Options of the graphs: the dtype between them, the logits, and the kind of attention and cache.
 
     Args:
-        dtype: of embeddings, image features, cache and logits.
-        last_logits: only the last token's logits, ``[B, 1, V]``.
-        grouped_kernel: onnxruntime has its fused attention where the graphs will run (`has_grouped_kernel`).
-        byte_cache: keys and values are kept in 8 bits (`vlpack.layers.int8_kv_cache`).
+        dtype: dtype of embeddings, image features, cache and logits.
+        last_logits: whether only the last token's logits are computed, ``[B, 1, V]``.
+        grouped_kernel: whether the execution provider has a fused attention kernel (`has_grouped_kernel`).
+        int8_kv_cache: whether keys and values are stored in 8 bits (`vlpack.layers.int8_kv_cache`).
     """
 
     dtype: ir.DataType = ir.DataType.FLOAT
     last_logits: bool = True
     grouped_kernel: bool = True
-    byte_cache: bool = False
+    int8_kv_cache: bool = False
 
     @classmethod
     def of_policy(cls, policy: Policy, *, last_logits: bool = True) -> GraphOptions:
-        """What follows from a precision policy."""
+        """The graph options that follow from a precision policy."""
         dtype = ir.DataType.FLOAT if policy.dtype == "float32" else ir.DataType.FLOAT16
         return cls(dtype, last_logits, has_grouped_kernel(policy.provider, dtype), policy.cache == "int8")
 
     def cache_of(self, text: TextFacts) -> tuple[ir.DataType, int]:
-        """The cache's dtype and channels per head."""
-        if self.byte_cache:
-            return ir.DataType.INT8, text.head_size + EXTRA
+        """The dtype of the key/value cache and its number of channels per head."""
+        if self.int8_kv_cache:
+            return ir.DataType.INT8, text.head_size + EXTRA_CHANNELS
         return self.dtype, text.head_size
 
 
@@ -77,9 +77,10 @@ def decoder_part(
     deepstack: SideChannel | None,
     position_axes: int,
 ) -> Part:
-    """The decoder's ports; it takes ``inputs_embeds`` where ``deepstack`` is given and ``input_ids`` where it is None.
+    """The decoder graph of a model that generates, with its inputs and outputs.
 
-    ``position_axes`` is 3 for M-RoPE's ``[3, B, S]`` positions, 0 for plain ``[B, S]``.
+    It takes ``inputs_embeds`` if ``deepstack`` is given, and ``input_ids`` if it is None. ``position_axes`` is 3 for
+    M-RoPE's positions ``[3, B, S]`` and 0 for plain ones ``[B, S]``.
     """
     tokens: tuple[int | str, ...] = ("batch_size", "sequence_length")
     if deepstack is None:
@@ -104,7 +105,10 @@ def decoder_part(
 
 
 def vision_part(module: nn.Module, pixels: int, deepstack: SideChannel, options: GraphOptions) -> Part:
-    """The vision encoder's ports; ``pixels`` is the length of a flattened patch. Pixels are fp32 in every precision."""
+    """The vision graph with its inputs and outputs; pixels are fp32 in every precision.
+
+    ``pixels`` is the number of values in a flattened patch.
+    """
     inputs = (
         Port("pixel_values", ir.DataType.FLOAT, ("num_patches", pixels)),
         Port("image_grid_thw", INT64, ("num_images", 3)),
@@ -114,7 +118,7 @@ def vision_part(module: nn.Module, pixels: int, deepstack: SideChannel, options:
 
 
 def embedding_part(module: nn.Module, deepstack: SideChannel, options: GraphOptions) -> Part:
-    """The embedding's ports; the widths are static, as the runtime needs them for the channel."""
+    """The embedding graph with its inputs and outputs; the widths are static because the runtime requires that."""
     tokens: tuple[int | str, ...] = ("batch_size", "sequence_length")
     inputs = (
         Port("input_ids", INT64, tokens),
@@ -134,9 +138,10 @@ def pooled_part(
     deepstack: SideChannel | None,
     scores: bool,
 ) -> Part:
-    """The ports of an embedding model's or reranker's decoder, which has no cache; results are fp32 in all precisions.
+    """The decoder graph of an embedding model or reranker, with its inputs and outputs.
 
-    It takes ``inputs_embeds`` with their positions where ``deepstack`` is given, and ``input_ids`` where it is None.
+    It has no cache, and its result is fp32 in every precision. It takes ``inputs_embeds`` and ``position_ids`` if
+    ``deepstack`` is given, and ``input_ids`` if it is None.
     """
     tokens: tuple[int | str, ...] = ("batch_size", "sequence_length")
     mask = Port("attention_mask", INT64, tokens)

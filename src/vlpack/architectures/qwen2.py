@@ -12,7 +12,7 @@ from vlpack.tasks import EMBEDDING, GENERATE
 
 
 class Qwen2(Architecture):
-    """``Qwen2ForCausalLM``: Qwen2, Qwen2.5 and whatever else has this shape."""
+    """``Qwen2ForCausalLM``: Qwen2, Qwen2.5 and other models of this architecture."""
 
     models = "Qwen2, Qwen2.5 and others of that shape"
     needs = "no sliding window"

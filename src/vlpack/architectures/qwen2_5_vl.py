@@ -23,7 +23,7 @@ from vlpack.layers.vision import (
     axial_theta,
     check_heads,
     frames_of,
-    patch_places,
+    patch_positions,
     patch_size,
     windows_of,
 )
@@ -37,11 +37,14 @@ VISION_DEFAULTS = {
     "temporal_patch_size": 2,
     "tokens_per_second": 4,
 }
-"""transformers' for configs that hold only what differs from them."""
+"""transformers' default values; a config may contain only the values that differ from them."""
 
 
 class VisionModel(nn.Module):
-    """``pixel_values [N, C·T·p·p]``, ``image_grid_thw [images, 3]`` → ``image_features [tokens, H]``."""
+    """The vision encoder: pixels to one feature vector per image token.
+
+    ``pixel_values [N, C·T·p·p]``, ``image_grid_thw [images, 3]`` → ``image_features [tokens, H]``.
+    """
 
     def __init__(self, config: Section, out: int, dtype: ir.DataType) -> None:
         super().__init__("model.visual")
@@ -66,7 +69,7 @@ class VisionModel(nn.Module):
         self.merger = PatchMerger(RMSNorm(self.size, NORM_EPS), self.size, self.merge, out)
 
     def forward(self, op: OpBuilder, pixel_values: ir.Value, image_grid_thw: ir.Value) -> list[ir.Value]:
-        places = patch_places(op, image_grid_thw, self.merge)
+        places = patch_positions(op, image_grid_thw, self.merge)
         frames = frames_of(op, image_grid_thw)
         rope = axial_rope(op, places, frames, self.size // self.heads, self.theta)
         windows = windows_of(op, places, frames, self.window)
@@ -78,7 +81,11 @@ class VisionModel(nn.Module):
 
 
 def window_side(config: Section, merge: int) -> int:
-    """Side of a window in patches: a whole number of merged tokens."""
+    """The side of an attention window in patches: a whole number of merged tokens.
+
+    Raises:
+        CheckpointError: the window is smaller than one token.
+    """
     side = config.integer("window_size", 112, high=1 << 16) // merge // patch_size(config) * merge
     if side < merge:
         raise CheckpointError(f"{config.where}: window_size is smaller than one token.")
@@ -86,7 +93,7 @@ def window_side(config: Section, merge: int) -> int:
 
 
 class Qwen25VL(Qwen2VL):
-    """``Qwen2_5_VLForConditionalGeneration``: 3B, 7B, 32B, 72B."""
+    """``Qwen2_5_VLForConditionalGeneration``, the models 3B, 7B, 32B, 72B."""
 
     models = "Qwen2.5-VL 3B, 7B, 32B, 72B"
     vision_width = "out_hidden_size"

@@ -29,11 +29,11 @@ from vlpack.layers.vision import (
     axial_theta,
     check_heads,
     frames_of,
-    patch_places,
+    patch_positions,
 )
 
 NORM_EPS = 1e-6
-"""Of the vision encoder; not in the config."""
+"""Epsilon of the vision encoder's norms, which the config does not contain."""
 
 TEXT_DEFAULTS = {
     "vocab_size": 152064,
@@ -43,35 +43,42 @@ TEXT_DEFAULTS = {
     "num_attention_heads": 64,
     "num_key_value_heads": 8,
 }
-"""transformers' for configs that hold only what differs from them, as its releases of 2024 and 2025 wrote some."""
+"""transformers' default values for the decoder: releases of 2024 and 2025 wrote only values that differ from them."""
 VISION_DEFAULTS = {"depth": 32, "embed_dim": 1280, "num_heads": 16, "patch_size": 14, "temporal_patch_size": 2}
+"""transformers' default values for the vision encoder; a config may contain only the values that differ from them."""
 
 RENAMED = {"visual.": "model.visual.", "model.layers.": "model.language_model.layers."} | {
     f"model.{name}.": f"model.language_model.{name}." for name in ("embed_tokens", "norm")
 }
-"""Names of the Hub's checkpoints, which are older than transformers' nested ones."""
+"""Maps the tensor-name prefixes of the Hub's checkpoints to the newer, nested ones of transformers."""
 
 
 class PatchMerger(nn.Module):
-    """``m · m`` neighbouring patches to one token of the decoder's width, ``[frames, patches, H] → [tokens, out]``."""
+    """The merger: joins ``m · m`` adjacent patches to one token of the decoder's width.
+
+    It maps ``[frames, patches, H]`` to ``[tokens, out]``.
+    """
 
     def __init__(self, norm: LayerNorm | RMSNorm, size: int, merge: int, out: int) -> None:
         super().__init__()
         self.ln_q = norm
         self.width, self.merge = size * merge * merge, merge
-        # layers are named by their places in the reference's sequence, an exact GELU between them
+        # the layers are named by their places in transformers' nn.Sequential; between them is an exact GELU
         self.mlp = VisionMLP(self.width, self.width, "gelu", out, names=("0", "2"), role="output")
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         return self.mlp(op, op.Reshape(self.ln_q(op, x), [-1, self.width]))
 
     def channels(self) -> list[NormChannels]:
-        """See `vlpack.layers.channels`."""
+        """The norm's channels, which can be rescaled within the weights (`vlpack.layers.channels`)."""
         return [NormChannels(self.ln_q, self.mlp.readers, self.merge**2)]
 
 
 class VisionModel(nn.Module):
-    """``pixel_values [N, C·T·p·p]``, ``image_grid_thw [images, 3]`` → ``image_features [tokens, H]``."""
+    """The vision encoder: pixels to one feature vector per image token.
+
+    ``pixel_values [N, C·T·p·p]``, ``image_grid_thw [images, 3]`` → ``image_features [tokens, H]``.
+    """
 
     def __init__(self, config: Section, out: int, dtype: ir.DataType) -> None:
         super().__init__("model.visual")
@@ -95,7 +102,7 @@ class VisionModel(nn.Module):
         self.merger = PatchMerger(LayerNorm(self.size, NORM_EPS), self.size, self.merge, out)
 
     def forward(self, op: OpBuilder, pixel_values: ir.Value, image_grid_thw: ir.Value) -> list[ir.Value]:
-        places = patch_places(op, image_grid_thw, self.merge)
+        places = patch_positions(op, image_grid_thw, self.merge)
         frames = frames_of(op, image_grid_thw)
         rope = axial_rope(op, places, frames, self.size // self.heads, self.theta)
         x = op.Reshape(self.patch_embed(op, pixel_values), op.Concat(frames, [self.size], axis=0))
@@ -106,16 +113,19 @@ class VisionModel(nn.Module):
 
 
 def decoder_settings(root: Section) -> Section:
-    """The decoder's settings, which the Hub's configs keep at the top, without those that transformers leaves there."""
+    """The decoder's settings from the top level of a config, where the Hub's configs have them.
+
+    ``original_max_position_embeddings`` is left out, because transformers does not move it into the text config.
+    """
     apart = "original_max_position_embeddings"
     return Section({name: value for name, value in root.values.items() if name != apart}, root.where)
 
 
 class Qwen2VL(Architecture):
-    """``Qwen2VLForConditionalGeneration``: 2B, 7B, 72B."""
+    """``Qwen2VLForConditionalGeneration``, the models 2B, 7B, 72B."""
 
     models = "Qwen2-VL 2B, 7B, 72B"
-    # the runtime refuses the type qwen2_vl; images go in and come out as in its successor
+    # the runtime refuses the type qwen2_vl; image inputs and outputs are the same as Qwen2.5-VL's
     genai_type = "qwen2_5_vl"
     genai_text_type = "qwen2_5_vl_text"
     normalize_flag = "qwen2_5_vl"
@@ -137,7 +147,7 @@ class Qwen2VL(Architecture):
             o_bias=False,
             theta=1000000.0,
             eps=1e-5,
-            weave=chunked_axes,
+            mrope_layout=chunked_axes,
             sections=(16, 24, 24),
         )
         self.vision = VisionFacts.read(root, self.vision_config)

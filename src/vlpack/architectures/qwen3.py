@@ -1,4 +1,4 @@
-"""Qwen3: a text decoder with q/k norms. Source: transformers' ``modeling_qwen3.py``."""
+"""Qwen3: a text decoder with norms on queries and keys. Source: transformers' ``modeling_qwen3.py``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlpack.tasks import EMBEDDING, GENERATE, RERANKER
 
 
 class Qwen3(Architecture):
-    """``Qwen3ForCausalLM``: 0.6B to 32B."""
+    """``Qwen3ForCausalLM``, the models 0.6B to 32B."""
 
     models = "Qwen3 0.6B to 32B"
     needs = "no sliding window"
@@ -20,7 +20,7 @@ class Qwen3(Architecture):
     tasks: tuple[str, ...] = (GENERATE, EMBEDDING, RERANKER)
 
     defaults: Mapping[str, Any] = {"head_dim": 128}
-    """transformers' for configs without, where they are others than those of all text models."""
+    """Default values of this family, for configs without them, that differ from those of other text models."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         root = Section(config).with_defaults(self.defaults)

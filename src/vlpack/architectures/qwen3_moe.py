@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlpack.architectures.moe import Mixture
+from vlpack.architectures.moe import MixtureOfExperts
 from vlpack.architectures.qwen3 import Qwen3
 from vlpack.checkpoint.config import Section
 from vlpack.tasks import GENERATE
 
 
-class Qwen3Moe(Mixture, Qwen3):
-    """``Qwen3MoeForCausalLM``: 30B-A3B, 235B-A22B."""
+class Qwen3Moe(MixtureOfExperts, Qwen3):
+    """``Qwen3MoeForCausalLM``, the models 30B-A3B, 235B-A22B."""
 
     models = "Qwen3 30B-A3B, 235B-A22B"
     tasks = (GENERATE,)

@@ -1,4 +1,4 @@
-"""Qwen3-VL: a text decoder with q/k norms and interleaved M-RoPE, and a vision encoder that feeds it by DeepStack.
+"""Qwen3-VL: a text decoder with norms on queries and keys and interleaved M-RoPE, and a vision encoder with DeepStack.
 
 Source: Qwen3-VL technical report (arXiv:2511.21631); transformers' ``modeling_qwen3_vl.py``.
 """
@@ -33,20 +33,22 @@ from vlpack.layers.vision import (
     bilinear_taps,
     check_heads,
     frames_of,
-    patch_places,
+    patch_positions,
 )
 from vlpack.tasks import EMBEDDING, GENERATE, RERANKER
 
 LAYER_NORM_EPS = 1e-6
-"""Of the vision encoder; not in the config."""
+"""Epsilon of the vision encoder's norms, which the config does not contain."""
 
 TEXT = "model.language_model"
+"""Prefix of the decoder's tensors in the checkpoint."""
 
 
 class PatchMerger(nn.Module):
-    """``m · m`` neighbouring patches to one token of the decoder's width, ``[frames, patches, H] → [tokens, out]``.
+    """A merger: joins ``m · m`` adjacent patches to one token of the decoder's width.
 
-    The final merger normalizes each patch before they are joined, DeepStack's mergers the joined ones.
+    It maps ``[frames, patches, H]`` to ``[tokens, out]``. The final merger normalizes each patch before joining them;
+    DeepStack's mergers (``postshuffle_norm``) normalize the joined patches.
     """
 
     def __init__(self, hidden_size: int, merge: int, out_hidden_size: int, postshuffle_norm: bool) -> None:
@@ -62,16 +64,19 @@ class PatchMerger(nn.Module):
             x = self.norm(op, op.Reshape(x, [-1, self.width]))
         else:
             x = op.Reshape(self.norm(op, x), [-1, self.width])
-        # exact GELU, whatever the blocks use
+        # always an exact GELU, whatever activation the blocks have
         return self.linear_fc2(op, activation(op, self.linear_fc1(op, x), "gelu"))
 
     def channels(self) -> list[NormChannels]:
-        """See `vlpack.layers.channels`."""
+        """The norm's channels, which can be rescaled within the weights (`vlpack.layers.channels`)."""
         return [NormChannels(self.norm, [self.linear_fc1], 1 if self.postshuffle_norm else self.merge**2)]
 
 
 class VisionModel(nn.Module):
-    """``pixel_values [N, C·T·p·p]``, ``image_grid_thw [images, 3]`` → ``image_features [tokens, (1 + levels)·H]``."""
+    """The vision encoder with DeepStack: pixels to image features with one extra feature per level.
+
+    ``pixel_values [N, C·T·p·p]``, ``image_grid_thw [images, 3]`` → ``image_features [tokens, (1 + levels)·H]``.
+    """
 
     def __init__(self, config: Section, dtype: ir.DataType, deepstack: SideChannel) -> None:
         super().__init__("model.visual")
@@ -102,7 +107,7 @@ class VisionModel(nn.Module):
         )
 
     def forward(self, op: OpBuilder, pixel_values: ir.Value, image_grid_thw: ir.Value) -> list[ir.Value]:
-        places = patch_places(op, image_grid_thw, self.merge)
+        places = patch_positions(op, image_grid_thw, self.merge)
         frames = frames_of(op, image_grid_thw)
         rope = axial_rope(op, places, frames, self.size // self.heads, self.theta)
         x = self.patch_embed(op, pixel_values)  # [N, H]
@@ -116,13 +121,17 @@ class VisionModel(nn.Module):
         levels = []
         for index, block in enumerate(self.blocks):
             x = block(op, x, rope)
-            if index in self.indexes:  # the levels go by depth, each through the merger at its place in the list
+            if index in self.indexes:  # the levels are in order of depth; each has the merger at its index's place
                 levels.append(self.deepstack_merger_list[self.indexes.index(index)](op, x))
         return [ops.cast(op, self.deepstack.join(op, self.merger(op, x), levels), self.dtype)]
 
 
 def deepstack_indexes(config: Section) -> list[int]:
-    """Blocks whose output goes to DeepStack; each names one merger, in the list's order."""
+    """The indexes of the vision blocks whose output is a DeepStack level; the k-th index has the k-th merger.
+
+    Raises:
+        CheckpointError: an index is out of range or occurs twice.
+    """
     depth = config.integer("depth", high=1024)
     indexes = config.integers("deepstack_visual_indexes", [8, 16, 24], high=depth - 1)
     if len(set(indexes)) != len(indexes):
@@ -131,7 +140,7 @@ def deepstack_indexes(config: Section) -> list[int]:
 
 
 class Qwen3VL(Architecture):
-    """``Qwen3VLForConditionalGeneration``: 2B, 4B, 8B, 32B; Instruct and Thinking."""
+    """``Qwen3VLForConditionalGeneration``, the models 2B, 4B, 8B, 32B; Instruct and Thinking."""
 
     models = "Qwen3-VL 2B, 4B, 8B, 32B; Instruct and Thinking"
     needs = "onnxruntime-genai 0.18 (for DeepStack)"
@@ -140,7 +149,7 @@ class Qwen3VL(Architecture):
     normalize_flag = "qwen3_vl"
     tasks: tuple[str, ...] = (GENERATE, EMBEDDING, RERANKER)
     text_defaults: Mapping[str, Any] = {"head_dim": 128}
-    """transformers' for configs without, where they are others than those of all text models."""
+    """Default values of this family, for configs without them, that differ from those of other text models."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         root = Section(config)
@@ -155,11 +164,11 @@ class Qwen3VL(Architecture):
             qkv_bias=bias,
             o_bias=bias,
             theta=500000.0,
-            weave=interleaved_axes,
+            mrope_layout=interleaved_axes,
             sections=(24, 20, 20),
         )
         self.vision = VisionFacts.read(root, self.vision_config)
-        output_width(self.vision_config, "out_hidden_size", self.text)  # which is checked
+        output_width(self.vision_config, "out_hidden_size", self.text)  # only for its check
         self.deepstack_levels = len(deepstack_indexes(self.vision_config))
 
     def vision_model(self, options: GraphOptions) -> nn.Module:

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlpack.architectures.moe import Mixture
+from vlpack.architectures.moe import MixtureOfExperts
 from vlpack.architectures.qwen3_vl import Qwen3VL
 from vlpack.checkpoint.config import Section
 from vlpack.tasks import GENERATE
 
 
-class Qwen3VLMoe(Mixture, Qwen3VL):
-    """``Qwen3VLMoeForConditionalGeneration``: 30B-A3B, 235B-A22B."""
+class Qwen3VLMoe(MixtureOfExperts, Qwen3VL):
+    """``Qwen3VLMoeForConditionalGeneration``, the models 30B-A3B, 235B-A22B."""
 
     models = "Qwen3-VL 30B-A3B, 235B-A22B"
     tasks = (GENERATE,)
@@ -23,5 +23,5 @@ class Qwen3VLMoe(Mixture, Qwen3VL):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        # the reference normalizes the shares whatever its config's norm_topk_prob says
+        # transformers normalizes the experts' shares whatever the config's norm_topk_prob is
         self.add_experts(Section(config).section("text_config"), norm_topk_prob=True)

@@ -1,7 +1,8 @@
-"""What a checkpoint is for: generating text, embedding inputs, or scoring documents, as decided when it is built.
+"""The task that a checkpoint is built for: generating text, embedding inputs or scoring documents (reranking).
 
-A reranker has the config and tensors of a generating model, and an embedding model may have them too. What cannot be
-told from the checkpoint is asked for (``--task``); what was decided is said in a note and recorded in the manifest.
+A reranker has the config and tensors of a generating model, and an embedding model may have them too. If the checkpoint
+does not show its task, the user chooses it (option ``task``). The build reports the decision in a note and records it
+in the manifest.
 """
 
 from __future__ import annotations
@@ -20,15 +21,19 @@ _BARE = ("embed_tokens.weight", "language_model.embed_tokens.weight")
 
 
 def decide_task(checkpoint: Checkpoint, asked: str, name: str) -> tuple[str, list[str]]:
-    """The task of a checkpoint, and notes that say why.
+    """Decide the task of a checkpoint.
 
     Args:
-        checkpoint: as it lies there, its tensors not renamed yet.
-        asked: one of `TASKS`, or ``auto`` for what can be told from the checkpoint.
-        name: its Hub id or folder; only ever a hint in a note.
+        checkpoint: the checkpoint with its original tensor names.
+        asked: the task that the user chose, or ``auto`` to recognize it by the checkpoint.
+        name: the checkpoint's Hub id or folder; it never decides, but may lead to a note.
+
+    Returns:
+        the task, and notes for the user that explain it.
 
     Raises:
-        CheckpointError: sentence-transformers' files ask for another pooling or score than vlpack computes.
+        CheckpointError: sentence-transformers' files describe another task, or a pooling or score that vlpack does not
+            compute.
     """
     if asked == GENERATE:
         return GENERATE, []
@@ -37,36 +42,36 @@ def decide_task(checkpoint: Checkpoint, asked: str, name: str) -> tuple[str, lis
         if files.task not in (None, asked):
             raise CheckpointError(
                 f"{checkpoint.folder / 'modules.json'} describes a model for the task {files.task}, not {asked}.",
-                f"Leave {option('task')} away, or give {option('task', files.task)}.",
+                f"Leave out {option('task')}, or give {option('task', files.task)}.",
             )
         return asked, []
     task, why = GENERATE, ""
     if files.task is not None:
         task, why = files.task, "modules.json of sentence-transformers says so"
-    elif checkpoint.architecture.endswith("Model"):  # as transformers calls what it saves without a head
+    elif checkpoint.architecture.endswith("Model"):  # transformers' name for a model saved without a head
         task, why = EMBEDDING, f"{checkpoint.architecture} has no head to generate with"
     elif any(bare in checkpoint.tensors for bare in _BARE):
         task, why = EMBEDDING, "its tensors are those of a model without a head"
     if task != GENERATE:
-        return task, [f"Taken as a model for the task {task}: {why}. {option('task')} chooses another one."]
+        return task, [f"Built for the task {task}: {why}. {option('task')} chooses another one."]
     hints = {EMBEDDING: r"embed", RERANKER: r"rerank"}
     looks = [other for other, pattern in hints.items() if re.search(pattern, name, re.IGNORECASE)]
     notes = [
-        f"Built to generate text, as nothing but its name ({name}) says that it is for the task {other}. "
-        f"If it is, build it with {option('task', other)}."
+        f"Built to generate text. Only the name {name} suggests that the model is for the task {other}: "
+        f"if it is, build it with {option('task', other)}."
         for other in looks
     ]
     return GENERATE, notes
 
 
 def with_names_for(architecture: Architecture, checkpoint: Checkpoint, task: str) -> Checkpoint:
-    """A view of the checkpoint in which tensors have the names that the architecture looks for in a model for ``task``.
+    """A view of the checkpoint whose tensors have the names that the architecture expects for ``task``.
 
     Raises:
-        CheckpointError: there is no head to generate or score with, or two tensors would have one name.
+        CheckpointError: the head that the task needs is missing, or two tensors would get the same name.
     """
     named = checkpoint.renamed(architecture.renamed)
-    if task != GENERATE:  # models without a head may have been saved without the prefix that it makes necessary
+    if task != GENERATE:  # a model saved without a head may lack the prefix "model."
         names = ("embed_tokens", "layers", "norm") if architecture.vision is None else ("language_model", "visual")
         named = named.renamed({f"{name}.": f"model.{name}." for name in names})
     if task == EMBEDDING:
@@ -74,17 +79,17 @@ def with_names_for(architecture: Architecture, checkpoint: Checkpoint, task: str
     if not architecture.tied and HEAD not in named.tensors:
         raise CheckpointError(
             f"{checkpoint.folder}: tensor {HEAD} is missing from the checkpoint, so it can neither generate nor score.",
-            f"An embedding model has no head: build it with {option('task', EMBEDDING)}. "
-            "Else the checkpoint is not complete.",
+            f"If it is an embedding model, which has no head, build it with {option('task', EMBEDDING)}. "
+            "Otherwise the checkpoint is incomplete.",
         )
     return named
 
 
-def answer_ids(checkpoint: Checkpoint) -> tuple[int, int]:
-    """The ids of the tokens ``yes`` and ``no``, whose logits make a reranker's score.
+def yes_no_token_ids(checkpoint: Checkpoint) -> tuple[int, int]:
+    """The ids of the tokens ``yes`` and ``no``, from whose logits a reranker's score is computed.
 
     Raises:
-        CheckpointError: they are not tokens of their own, or the checkpoint scores by other ones.
+        CheckpointError: yes or no is not a single token, or the checkpoint scores by other tokens.
     """
     tokenizer = Tokenizer.from_folder(checkpoint.folder)
     ids = []

@@ -1,4 +1,4 @@
-"""The text decoders of the family: what they share, read from a config once, and built from it."""
+"""The text decoder that all families share: its settings, read from a config, and the modules built from them."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from vlpack.architectures.hparams import TextFacts
 from vlpack.architectures.ports import GraphOptions, Part, pooled_part
 from vlpack.checkpoint.config import Section
 from vlpack.errors import CheckpointError
-from vlpack.layers.attention import Attention, MakeAttend, grouped_query, mask_bias
+from vlpack.layers.attention import Attention, MakeBackend, grouped_query, mask_bias
 from vlpack.layers.decoder import CausalLM, DecoderLayer, TextModel
 from vlpack.layers.deepstack import SideChannel
-from vlpack.layers.int8_kv_cache import byte_cache
+from vlpack.layers.int8_kv_cache import int8_kv_cache
 from vlpack.layers.linear import Embedding, Linear
 from vlpack.layers.mlp import ACTIVATIONS, GatedMLP
 from vlpack.layers.pooling import EmbeddingHead, PooledModel, ScoreHead
-from vlpack.layers.rope import Frequencies, Rope, Weave, angles_from_positions, read_frequencies
+from vlpack.layers.rope import Frequencies, MropeLayout, Rope, angles_from_positions, read_frequencies
 
 MakeMLP = Callable[[int], nn.Module]
-"""The feed-forward module of a layer, by its index."""
+"""Makes the feed-forward module of a layer, given its index."""
 
 
 @dataclass(frozen=True)
 class TextDecoder:
-    """A decoder's settings, and what can be built from them.
+    """The settings of a text decoder, with methods that build its modules.
 
     Args:
-        facts: its sizes.
-        prefix: of its tensors in the checkpoint.
-        tied: the head's weight is the embedding's.
-        eps: of its RMS norms.
-        qkv_bias: biases on q, k and v.
-        o_bias: … on the output projection.
-        qk_norm: an RMS norm on every query and key head.
-        frequencies: of the rotary embedding, and which axis of the positions turns each.
+        facts: the decoder's sizes.
+        prefix: prefix of its tensors in the checkpoint.
+        tied: whether the head and the embedding share one weight.
+        eps: epsilon of its RMS norms.
+        qkv_bias: whether q, k and v have biases.
+        o_bias: whether the output projection has a bias.
+        qk_norm: whether every query and key head has an RMS norm.
+        frequencies: frequencies of the rotary embedding, and the position axis of each.
         position_axes: 3 for M-RoPE's positions ``[3, B, S]``, 0 for ``[B, S]``.
-        make_mlp: makes the feed-forward modules.
+        make_mlp: makes the feed-forward module of a layer.
     """
 
     facts: TextFacts
@@ -66,23 +66,23 @@ class TextDecoder:
         theta: float,
         eps: float = 1e-6,
         mlp_bias: bool = False,
-        weave: Weave | None = None,
+        mrope_layout: MropeLayout | None = None,
         sections: tuple[int, int, int] = (0, 0, 0),
     ) -> TextDecoder:
-        """From a config.json and its text part.
+        """Read the settings from a config.json and its text part.
 
         Args:
-            root: the whole config, which has the last word on tying.
-            text: the part with the decoder's sizes; the same where the config is flat.
-            prefix: see the class.
-            qk_norm: see the class.
-            qkv_bias: see the class.
-            o_bias: see the class.
-            theta: of the rotary embedding where the config has none.
-            eps: of the norms, likewise.
-            mlp_bias: biases on the feed-forward matrices.
-            weave: how M-RoPE's three axes share the frequencies; None for plain positions.
-            sections: of M-RoPE, where the config has none.
+            root: the whole config; its tie_word_embeddings overrides the text part's.
+            text: the part with the decoder's sizes; the whole config if it is flat.
+            prefix: prefix of the decoder's tensors in the checkpoint.
+            qk_norm: whether every query and key head has an RMS norm.
+            qkv_bias: whether q, k and v have biases.
+            o_bias: whether the output projection has a bias.
+            theta: theta of the rotary embedding for a config without one.
+            eps: epsilon of the norms for a config without one.
+            mlp_bias: whether the feed-forward matrices have biases.
+            mrope_layout: how M-RoPE's three axes share the frequencies; None for plain positions.
+            sections: M-RoPE's sections for a config without them.
 
         Raises:
             CheckpointError: a value is missing or not supported.
@@ -99,17 +99,17 @@ class TextDecoder:
             qkv_bias=qkv_bias,
             o_bias=o_bias,
             qk_norm=qk_norm,
-            frequencies=read_frequencies(text, facts.head_size, theta, weave, sections),
-            position_axes=3 if weave else 0,
+            frequencies=read_frequencies(text, facts.head_size, theta, mrope_layout, sections),
+            position_axes=3 if mrope_layout else 0,
             make_mlp=lambda layer: GatedMLP(size, intermediate, act, mlp_bias),
         )
 
     def embed_tokens(self) -> Embedding:
-        """The token embedding."""
+        """The module of the token embedding."""
         return Embedding(self.facts.vocab_size, self.facts.hidden_size, name=f"{self.prefix}.embed_tokens")
 
     def causal_lm(self, options: GraphOptions, deepstack: SideChannel | None) -> CausalLM:
-        """The decoder; it takes ``inputs_embeds`` where ``deepstack`` is given, and token ids where it is None."""
+        """The decoder with its head; it takes embeddings if ``deepstack`` is given, and token ids if it is None."""
         facts = self.facts
         tied_to = f"{self.prefix}.embed_tokens.weight" if self.tied else None
         return CausalLM(
@@ -120,7 +120,7 @@ class TextDecoder:
             options.last_logits,
             deepstack,
             self.embed_tokens() if deepstack is None else None,
-            self._make_byte_cache() if options.byte_cache else _make_attend(options),
+            self._int8_kv_cache_backend() if options.int8_kv_cache else _backend(options),
         )
 
     def pooled_part(
@@ -128,12 +128,15 @@ class TextDecoder:
         name: str,
         options: GraphOptions,
         deepstack: SideChannel | None,
-        answers: tuple[int, int] | None,
+        yes_no_ids: tuple[int, int] | None,
     ) -> Part:
-        """The decoder as one vector for each row of tokens or, with ``answers``, one score; no cache, no logits."""
+        """The decoder graph of an embedding model or, with ``yes_no_ids``, of a reranker; without cache and logits.
+
+        It gives one vector, or one score, for each row of tokens.
+        """
         facts = self.facts
         table = f"{self.prefix}.embed_tokens.weight" if self.tied else "lm_head.weight"
-        head = ScoreHead(table, facts.vocab_size, facts.hidden_size, answers) if answers else EmbeddingHead()
+        head = ScoreHead(table, facts.vocab_size, facts.hidden_size, yes_no_ids) if yes_no_ids else EmbeddingHead()
         module = PooledModel(
             self._text_model(),
             head,
@@ -142,9 +145,9 @@ class TextDecoder:
             options.dtype,
             deepstack,
             self.embed_tokens() if deepstack is None else None,
-            _make_attend(options),
+            _backend(options),
         )
-        return pooled_part(name, module, facts, options, deepstack, bool(answers))
+        return pooled_part(name, module, facts, options, deepstack, bool(yes_no_ids))
 
     def _text_model(self) -> TextModel:
         facts = self.facts
@@ -165,24 +168,24 @@ class TextDecoder:
             qk_norm_eps=self.eps if self.qk_norm else None,
         )
 
-    def _make_byte_cache(self) -> MakeAttend:
+    def _int8_kv_cache_backend(self) -> MakeBackend:
         facts = self.facts
         heads = facts.num_attention_heads, facts.num_key_value_heads, facts.head_size
-        return byte_cache(*heads, self.frequencies.scaling)
+        return int8_kv_cache(*heads, self.frequencies.scaling)
 
     def _rope(self, op: OpBuilder, position_ids: ir.Value) -> Rope:
         return angles_from_positions(op, position_ids, self.frequencies)
 
 
-def _make_attend(options: GraphOptions) -> MakeAttend:
+def _backend(options: GraphOptions) -> MakeBackend:
     return grouped_query if options.grouped_kernel else mask_bias
 
 
 def refuse_sliding_window(text: Section) -> None:
-    """Attention over a window of past tokens would be computed over all of them.
+    """Refuse a model with sliding-window attention, because vlpack would let tokens attend to all earlier ones.
 
     Raises:
-        CheckpointError: the config asks for it.
+        CheckpointError: the config asks for sliding-window attention.
     """
     kinds = text.values.get("layer_types") or []
     if text.flag("use_sliding_window", False) or "sliding_attention" in kinds:

@@ -19,7 +19,7 @@ from vlpack.calibration.teacher import CalibrationModel, Shown
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError, option
 from vlpack.export.graph import Weight
-from vlpack.ort.graph_edits import every_token, load_graph, normalized, open_session
+from vlpack.ort.graph_edits import compute_all_tokens, load_graph, norm_input, open_session
 from vlpack.quantize.gptq import Inputs, describe_inputs
 from vlpack.quantize.transforms import Channels, ChannelScales, Transform, packed_scales
 
@@ -70,11 +70,11 @@ class Calibration:
         self._transforms, self._scales_before = transforms, ChannelScales(checkpoint)
         self._file, self._threads, self._say = model.folder / model.decoder_file, model.threads, say
         self._graph = load_graph(self._file)
-        every_token(self._graph.graph)
+        compute_all_tokens(self._graph.graph)
         prefix, count = architecture.decoder.prefix, architecture.text.num_hidden_layers
         self._prefixes = [f"{prefix}.layers.{layer}." for layer in range(count)]
         norms = [*(f"{name}input_layernorm.weight" for name in self._prefixes), f"{prefix}.norm.weight"]
-        self._borders = [normalized(self._graph.graph, norm) for norm in norms]
+        self._borders = [norm_input(self._graph.graph, norm) for norm in norms]
         self._weights: list[list[Weight]] = [[] for _ in norms]
         self._stage_of: dict[Channels, int] = {}
         for weight in weights:

@@ -160,7 +160,7 @@ def build(
         from vlpack.verification.card import record
 
         source_name = f"{given[0]}@{revision}" if revision else str(given[0])
-        report = run_verify(output, source_name, threads=threads, lora=lora or (), say=console.say_progress)
+        report = run_verify(output, source_name, threads=threads, lora=lora or (), progress=console.say_progress)
         record(output, report)
     console.show_build(result, report, as_json=as_json)
     if report and not as_json:

@@ -37,13 +37,13 @@ def show_verification(report: Report, page: Path | None, *, as_json: bool) -> No
 
         print(json.dumps(to_json(report), indent=1))
         return
-    from vlpack.verification.card import spoken
+    from vlpack.verification.card import generation_columns
 
     columns = ("case", "graph error", "whole error", "KL, nats", "same top token", "answer's tokens agree")
     table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False)
     for case in report.cases:
         graph, whole = case.worst
-        table.add_row(case.name, f"{graph:.1e}", f"{whole:.1e}", *spoken(case))
+        table.add_row(case.name, f"{graph:.1e}", f"{whole:.1e}", *generation_columns(case))
     console.out.print(table)
     if report.weights:  # empty if the package's files are damaged
         same = sum(weight.same for weight in report.weights)
@@ -51,9 +51,9 @@ def show_verification(report: Report, page: Path | None, *, as_json: bool) -> No
             f"{same} of {len(report.weights)} weights are byte for byte what vlpack builds from the checkpoint."
         )
     if report.mean_kl is not None and report.precision in ("int8", "int4"):
-        from vlpack.verification.metrics import nearness
+        from vlpack.verification.metrics import describe_kl
 
-        console.out.print(nearness(report.mean_kl))
+        console.out.print(describe_kl(report.mean_kl))
     for finding in report.findings:
         console.out.print(f"[bold red]{console.escape(finding.stage)}:[/] {console.escape(finding.message)}")
     model = f"{console.escape(report.package)} ({report.precision} for {report.provider})"

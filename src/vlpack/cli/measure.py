@@ -51,7 +51,7 @@ def verify(
 ) -> None:
     """Compare a package with its checkpoint in transformers; exit with 1 if it does not reproduce the model."""
     from vlpack.verification import verify as run_verify
-    from vlpack.verification.cases import from_file, own
+    from vlpack.verification.cases import read_cases, user_cases
 
     if report is not None and not report.absolute().parent.is_dir():  # report it before the work
         raise OptionError(
@@ -60,7 +60,7 @@ def verify(
     given = (prompt or [], image or [], video or [])
     if cases is not None and any(given):
         raise OptionError("--cases has its own prompts and images.", "Leave out --prompt, --image and --video.")
-    asked = from_file(cases) if cases else own(*given) if any(given) else None
+    asked = read_cases(cases) if cases else user_cases(*given) if any(given) else None
     result = run_verify(
         package,
         reference,
@@ -69,7 +69,7 @@ def verify(
         streamed=stream,
         threads=threads,
         lora=lora or (),
-        say=console.say_progress,
+        progress=console.say_progress,
     )
     console_measure.show_verification(result, report, as_json=as_json)
     if not result.ok:

@@ -1,1 +1,1 @@
-"""Measures a package: questions with known answers, and speed and memory."""
+"""Evaluation of a package: scores on questions with known answers, and benchmarks of speed and memory."""

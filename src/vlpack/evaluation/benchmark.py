@@ -1,7 +1,7 @@
-"""How fast a package is here: loading, the time to the first token and its parts, the tokens after it, memory.
+"""Benchmark of a package on this machine: load time, time to the first token and its parts, later tokens, memory.
 
-Every work runs in a process of its own, so that the memory and the caches of one are not another's. What is measured is
-the stock runtime through `vlpack.Model`, greedily, and no end token ends an answer.
+Each prompt is measured in a process of its own, so that memory and caches do not carry over. The stock runtime is
+measured through `vlpack.Model` with greedy decoding, and end tokens do not end an answer.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from vlpack.system import available_cores, checked_threads, total_memory_bytes
 from vlpack.tasks import GENERATE, check_package_task
 
 PROMPTS = (512, 2048)
-"""Tokens, where nothing else is asked for."""
+"""Default lengths of the text prompts, in tokens."""
 IMAGES = ("640x480",)
-"""Likewise, where the package sees."""
+"""Default sizes of the images, for a package that takes images."""
 
 COMPARED = ("precision", "threads", "new_tokens", "machine", "versions")
-"""What figures hang on, and a comparison tells when it differs."""
+"""Fields that the figures depend on; a comparison reports those that differ."""
 
-Told = Callable[[str, int, int], None]
-"""Told what is being done, how many works are done, and how many there are."""
+Progress = Callable[[str, int, int], None]
+"""Called with a description of the step, the number of prompts measured so far, and their total number."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Of several measurements: seconds, or bytes."""
+    """Median and range of several measurements, in seconds or bytes."""
 
     median: float
     low: float
@@ -48,25 +48,25 @@ class Figure:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Figure:
-        """Of measurements, one at least."""
+        """The figure of at least one measured value."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True)
-class Work:
-    """One prompt, measured.
+class Measurement:
+    """The measurement of one prompt.
 
     Args:
-        name: ``512 tokens`` or ``640x480``.
-        prompt_tokens: of it all.
-        first_token: seconds from the question to the first token; its parts follow.
-        preprocess: resizing images and cutting them into patches.
-        vision: the vision encoder; 0 for text.
-        prefill: the rest.
+        name: name of the prompt, such as ``512 tokens`` or ``640x480``.
+        prompt_tokens: number of tokens of the whole prompt.
+        first_token: seconds from the question to the first token: the sum of the next three.
+        preprocess: seconds for resizing images and cutting them into patches.
+        vision: seconds in the vision encoder; 0 for text.
+        prefill: seconds for everything else before the first token.
         token: seconds for each token after the first.
-        resident: bytes in memory after the answer, files' pages included.
-        peak: at most.
-        load: seconds.
+        resident: resident memory after the answers in bytes, including pages of files.
+        peak: peak memory in bytes.
+        load: seconds to load the package.
     """
 
     name: str
@@ -83,21 +83,21 @@ class Work:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A package on a machine.
+    """The result of a benchmark: a package's figures on one machine.
 
     Args:
-        package: its folder's name.
-        sha256: of its manifest, which tells packages apart.
-        precision: of the package.
-        bytes: of its files.
-        read: seconds to read them once, after they were read before.
+        package: name of the package's folder.
+        sha256: hash of its manifest, which identifies the package.
+        precision: the package's precision.
+        bytes: size of its files in bytes.
+        read: seconds to read the files from the system's cache.
         load: seconds to load the package.
-        works: in the order that they were asked for.
-        threads: of the runtime.
-        new_tokens: of each answer.
-        repeat: answers to each prompt.
-        machine: processor, cores, memory, system.
-        versions: of vlpack and what ran.
+        works: the measurements, in the order of the prompts.
+        threads: number of threads of the runtime.
+        new_tokens: number of tokens of each answer.
+        repeat: number of answers to each prompt.
+        machine: processor, number of cores, bytes of memory, and operating system.
+        versions: versions of vlpack and the runtime's libraries.
     """
 
     package: str
@@ -106,7 +106,7 @@ class Benchmark:
     bytes: int
     read: float
     load: Figure
-    works: list[Work]
+    works: list[Measurement]
     threads: int
     new_tokens: int
     repeat: int
@@ -114,7 +114,7 @@ class Benchmark:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """For a file, and for `compare`."""
+        """The result as a JSON object, the form in which `compare` reads an earlier one."""
         return asdict(self)
 
 
@@ -126,21 +126,22 @@ def bench(
     new_tokens: int = 32,
     repeat: int = 3,
     threads: int | None = None,
-    progress: Told | None = None,
+    progress: Progress | None = None,
 ) -> Benchmark:
-    """Measure a package.
+    """Measure the speed and memory of a package on this machine.
 
     Args:
-        package: its folder.
-        prompt_tokens: lengths of text prompts; 512 and 2048 where neither these nor images are given.
-        images: sizes such as ``640x480``, asked about one at a time; 640x480 likewise, where the package sees.
-        new_tokens: of each answer, the first one included.
-        repeat: how often each prompt is answered.
-        threads: of the runtime; all cores by default.
-        progress: told what is being done.
+        package: the package's folder.
+        prompt_tokens: lengths of text prompts in tokens; 512 and 2048 if neither lengths nor images are given.
+        images: sizes of images such as ``640x480``, each with a prompt of its own; 640x480 if neither lengths nor
+            images are given and the package takes images.
+        new_tokens: number of tokens of each answer, including the first one.
+        repeat: number of answers to each prompt.
+        threads: number of threads of the runtime; all cores by default.
+        progress: called before each prompt is measured.
 
     Raises:
-        VlpackError: the package cannot be run, or a work does not fit it.
+        VlpackError: the package cannot be run, or a prompt does not fit it.
     """
     folder = Path(package).expanduser()
     manifest = whole_package(folder)
@@ -148,24 +149,22 @@ def bench(
     threads = checked_threads(threads)
     for name, value, least in (("new_tokens", new_tokens, 2), ("repeat", repeat, 1)):
         if value < least:
-            raise OptionError(f"{name} is {value}; it must be at least {least}.")
+            raise OptionError(f"{option(name)} is {value}; it must be at least {least}.")
     sees = (folder / "vision.onnx").is_file()
     if prompt_tokens is None and images is None:
         prompt_tokens, images = PROMPTS, IMAGES if sees else ()
     images = images or ()
     if images and not sees:
-        raise InputError("The package has no vision part, so it takes no images.", f"Leave {option('images')} away.")
+        raise InputError("The package has no vision part, so it takes no images.", f"Leave out {option('images')}.")
     asked: list[dict[str, Any]] = [{"tokens": length} for length in prompt_tokens or ()]
     asked += [{"image": parse_size(size)} for size in images]
-    _read(folder, manifest)  # into the system's cache, as loading will find it
+    _read(folder, manifest)  # into the system's cache, from which loading will read
     seconds = _read(folder, manifest)
     works = []
     for number, one in enumerate(asked):
         if progress:
             progress("Measuring", number, len(asked))
-        works.append(
-            _measured({"package": str(folder), "threads": threads, "new": new_tokens, "repeat": repeat, **one})
-        )
+        works.append(_measure({"package": str(folder), "threads": threads, "new": new_tokens, "repeat": repeat, **one}))
     return Benchmark(
         package=folder.resolve().name,
         sha256=manifest["sha256"],
@@ -183,14 +182,14 @@ def bench(
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """``WIDTHxHEIGHT`` in pixels.
+    """Parse the size of an image, ``WIDTHxHEIGHT`` in pixels.
 
     Raises:
-        OptionError: it is something else.
+        OptionError: the text is not such a size, or a side is not between 1 and 16384.
     """
     width, _, height = text.lower().partition("x")
     if not (width.isdecimal() and height.isdecimal() and 0 < int(width) <= 16384 and 0 < int(height) <= 16384):
-        raise OptionError(f"'{text}' is not the size of an image.", "640x480, for example.")
+        raise OptionError(f"'{text}' is not the size of an image.", "Give width and height in pixels, such as 640x480.")
     return int(width), int(height)
 
 
@@ -199,7 +198,7 @@ def _name(work: Mapping[str, Any]) -> str:
 
 
 def _read(folder: Path, manifest: Mapping[str, Any]) -> float:
-    """Seconds to read a package's files once."""
+    """Read all of a package's files once and return the seconds it took."""
     started = time.perf_counter()
     buffer = bytearray(1 << 22)
     for name in manifest["files"]:
@@ -209,8 +208,8 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> float:
     return time.perf_counter() - started
 
 
-def _measured(work: Mapping[str, Any]) -> Work:
-    """Let another process do it."""
+def _measure(work: Mapping[str, Any]) -> Measurement:
+    """Measure one prompt in another process."""
     command = [sys.executable, "-m", "vlpack.evaluation.benchmark_worker", json.dumps(work)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
@@ -218,18 +217,18 @@ def _measured(work: Mapping[str, Any]) -> Work:
     except (IndexError, ValueError):
         raise PackageError(
             f"Measuring {_name(work)} ended with code {done.returncode}: {done.stderr.strip()[-300:] or 'killed'}.",
-            "Is there enough memory?",
+            "Check that the machine has enough memory.",
         ) from None
     if "error" in found:
         raise getattr(errors, found["kind"])(found["error"], found["hint"])
     parts: dict[str, Any] = {
         part: Figure.of(found.pop(part)) for part in ("first_token", "preprocess", "vision", "prefill", "token")
     }
-    return Work(name=_name(work), **parts, **found)
+    return Measurement(name=_name(work), **parts, **found)
 
 
 def machine() -> dict[str, Any]:
-    """What figures hang on."""
+    """A description of this machine: processor, cores, memory and operating system."""
     processor = platform.processor()
     path = Path("/proc/cpuinfo")
     if path.is_file():
@@ -244,19 +243,24 @@ def machine() -> dict[str, Any]:
 
 
 def compare(now: Benchmark, path: Path) -> tuple[list[tuple[str, float, float]], list[str]]:
-    """What became of an earlier result.
+    """Compare a result with an earlier one.
+
+    Args:
+        now: the new result.
+        path: file of the earlier result.
 
     Returns:
-        Name, time to the first token and time of a later one, now as a multiple of then, for each work of both; and
-        sentences about what else differs.
+        For each prompt in both results: its name, and the new time to the first token and time per later token, each as
+        a multiple of the earlier one.
+        Sentences about other differences between the two.
 
     Raises:
-        InputError: the file is no result, or has no work in common.
+        InputError: the file is not a result, or the two have no prompt in common.
     """
     then = earlier(path)
     before = {work["name"]: (work["first_token"]["median"], work["token"]["median"]) for work in then["works"]}
     differs = [
-        f"{name} was {then[name]!r} then and is {getattr(now, name)!r} now."
+        f"{name} was {then[name]!r} in the earlier result and is {getattr(now, name)!r} now."
         for name in COMPARED
         if then[name] != getattr(now, name)
     ]
@@ -266,15 +270,15 @@ def compare(now: Benchmark, path: Path) -> tuple[list[tuple[str, float, float]],
         if work.name in before
     ]
     if not ratios:
-        raise InputError(f"{path} has no work in common: it has {', '.join(before)}.")
+        raise InputError(f"{path} has no prompt in common with this benchmark; its prompts are {', '.join(before)}.")
     return ratios, differs
 
 
 def earlier(path: Path) -> dict[str, Any]:
-    """An earlier result that can be compared with, which is better known before minutes of measuring than after.
+    """Read and check an earlier result; calling it before the benchmark finds mistakes before minutes of measuring.
 
     Raises:
-        InputError: the file is no result.
+        InputError: the file is not a result.
     """
     then = read_json(path, path)
     try:

@@ -1,6 +1,6 @@
-"""One measurement of `vlpack bench` in a process of its own.
+"""The worker process of `vlpack bench`, which measures one prompt.
 
-``python -m vlpack.evaluation.benchmark_worker JSON`` prints JSON.
+``python -m vlpack.evaluation.benchmark_worker JSON`` takes the description of the prompt and prints the result as JSON.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vlpack.errors import InputError, VlpackError
+from vlpack.errors import InputError, VlpackError, option
 from vlpack.preprocess import Prompt
 from vlpack.runtime.model import Model
 from vlpack.sample_images import picture
@@ -24,7 +24,7 @@ QUESTION = "What is shown here?"
 
 
 def main() -> None:
-    """Do the work that the first argument describes."""
+    """Measure the prompt that the first argument describes, and print the result or the error."""
     try:
         found = work(json.loads(sys.argv[1]))
     except VlpackError as error:
@@ -33,10 +33,14 @@ def main() -> None:
 
 
 def work(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the package and answer; lists of seconds by stage, one for each answer."""
+    """Load the package, answer the prompt several times, and measure time and memory.
+
+    Returns:
+        lists of seconds by stage, with one item per answer; load time, memory in bytes, and the prompt's tokens.
+    """
     model = Model(asked["package"], threads=asked["threads"])
     load = model.load_seconds
-    if "image" in asked and model.vision is not None:  # which would load it with the first answer
+    if "image" in asked and model.vision is not None:  # otherwise the first answer would load it
         started = time.perf_counter()
         model.vision.load()
         load += time.perf_counter() - started
@@ -51,7 +55,7 @@ def work(asked: Mapping[str, Any]) -> dict[str, Any]:
         times["first_token"].append(preprocess + times["vision"][-1] + times["prefill"][-1])
     tokens = prompt.input_ids.shape[1]
     resident = resident_memory_bytes()
-    memory = {"resident": resident, "peak": max(peak_memory_bytes(), resident)}  # which the system counts apart
+    memory = {"resident": resident, "peak": max(peak_memory_bytes(), resident)}  # the system counts the two separately
     return {"prompt_tokens": tokens, **times, **memory, "load": load}
 
 
@@ -60,27 +64,28 @@ def _prompt(model: Model, asked: Mapping[str, Any]) -> Prompt:
         width, height = asked["image"]
         prompt = model.prompt(QUESTION, [picture(width, height, 1)])
     else:
-        ids = np.resize(np.array(model.tokenizer.encode(TEXT), np.int32), asked["tokens"])  # repeated
+        ids = np.resize(np.array(model.tokenizer.encode(TEXT), np.int32), asked["tokens"])  # repeated to the length
         prompt = Prompt(ids[None], np.zeros(0, np.int64), None, None, "")
     room = model.context_length - asked["new"]
     if not 0 < prompt.input_ids.shape[1] <= room:
         raise InputError(
-            f"A prompt of {prompt.input_ids.shape[1]} tokens and an answer of {asked['new']} do not fit the model's "
-            f"context of {model.context_length}."
+            f"A prompt of {prompt.input_ids.shape[1]} tokens and an answer of {asked['new']} do not fit into the "
+            f"model's context of {model.context_length} tokens.",
+            f"Give smaller {option('prompt_tokens')} or {option('new_tokens')}.",
         )
     return prompt
 
 
 def _answer(model: Model, prompt: Prompt, count: int) -> dict[str, float]:
     length = prompt.input_ids.shape[1] + count
-    # the least length keeps an end token from ending the answer
+    # min_length keeps end tokens from ending the answer
     options = {"max_length": length, "min_length": length, "do_sample": False}
     if model.vision is not None:
-        model.vision.forget()  # what it made of the image for the answer before
+        model.vision.forget()  # the features that it kept from the previous answer
     started = time.perf_counter()
     generator, vision, _ = model.begin(prompt, options, timing=True)
     first = time.perf_counter()
-    assert vision is not None, "nobody else in this process takes the runtime's log"
+    assert vision is not None, "another user of the runtime's log in this process"
     for _ in range(count - 1):
         generator.generate_next_token()
     token = (time.perf_counter() - first) / (count - 1)

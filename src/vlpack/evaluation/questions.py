@@ -1,4 +1,4 @@
-"""``vlpack eval``: a package's score on questions about images, beside the reference's and one without DeepStack."""
+"""The scores of ``vlpack eval``: a package on questions about images, beside the reference and without DeepStack."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vlpack.checkpoint.hub import resolve
-from vlpack.errors import OptionError, VerifyError
+from vlpack.errors import OptionError, VerifyError, option
 from vlpack.jsonl import read_jsonl
 from vlpack.layers.deepstack import CHANNEL
 from vlpack.package.manifest import read_manifest
@@ -31,7 +31,10 @@ LETTERS = string.ascii_uppercase
 
 @dataclass(frozen=True)
 class Question:
-    """One line of the data: images as paths, and the accepted answers; with ``choices`` the answer is one of them."""
+    """A question with the paths of its images and the accepted answers.
+
+    With ``choices``, the accepted answers are the letters of the right choices.
+    """
 
     question: str
     images: tuple[str, ...]
@@ -40,7 +43,7 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """As it is asked: choices get letters, and the model is told to answer with one."""
+        """The prompt's text; choices get letters, and the model is asked to answer with one of these."""
         if not self.choices:
             return self.question
         listed = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, self.choices, strict=False))
@@ -49,15 +52,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """Of one model on all questions.
+    """The score of one model on all questions.
 
     Args:
-        name: of the model.
-        mean: 0 to 1.
+        name: name of the model.
+        mean: mean score, 0 to 1.
         low: lower end of the 95% confidence interval.
-        high: upper end.
-        values: by question.
-        answers: likewise.
+        high: upper end of the 95% confidence interval.
+        values: score of each question.
+        answers: answer to each question.
     """
 
     name: str
@@ -70,7 +73,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How much better the first model is than the second on the same questions, with a 95% confidence interval."""
+    """The mean advantage of the first model over the second on the same questions, with a 95% confidence interval."""
 
     first: str
     second: str
@@ -81,7 +84,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores, the package's first, and its advantage over each other model."""
+    """The result of an evaluation: the scores, the package's first, and its advantage over each other model."""
 
     metric: str
     questions: int
@@ -104,21 +107,21 @@ def evaluate(
     threads: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
-    """Ask every question of a JSONL file, greedily, and score the answers.
+    """Ask every question of a JSONL file with greedy decoding, and score the answers.
 
     Args:
-        package: its folder.
-        data: a line is an object with ``question``, ``image`` or ``images`` (paths from the file's folder), ``answer``
-            (a string or a list of accepted ones) and perhaps ``choices``.
-        metric: ``exact`` (equal but for case, spaces and punctuation), ``choice`` (the right letter or text), ``anls``
-            (Biten et al. 2019, arXiv:1905.13648: 1 - edit distance / length where that is at least one half); by
-            default ``choice`` where there are choices and ``exact`` elsewhere.
-        reference: a checkpoint's folder or Hub id, asked the same in transformers.
-        without_deepstack: ask the package once more with DeepStack's features set to zero.
-        limit: only the first so many questions.
-        max_tokens: of an answer.
-        threads: of the runtime.
-        progress: told the model's name, the questions asked and their number.
+        package: the package's folder.
+        data: the file; each line is an object with ``question``, ``image`` or ``images`` (paths relative to the file's
+            folder), ``answer`` (a string or a list of accepted ones) and perhaps ``choices``.
+        metric: ``exact`` (equal except for case, spaces and punctuation), ``choice`` (the right letter or text) or
+            ``anls`` (Biten et al. 2019, arXiv:1905.13648: 1 - edit distance / length, or 0 if that is less than one
+            half); by default ``choice`` if all questions have choices, and otherwise ``exact``.
+        reference: folder or Hub id of a checkpoint that is asked the same questions in transformers.
+        without_deepstack: whether to ask the package once more with DeepStack's features set to zero.
+        limit: number of questions to ask, from the first one on; None for all.
+        max_tokens: largest number of tokens of an answer.
+        threads: number of threads of the runtime.
+        progress: called with the model's name, the number of questions asked so far, and their total number.
 
     Raises:
         VlpackError: the data or an option is not usable.
@@ -126,11 +129,14 @@ def evaluate(
     questions = read_questions(Path(data))[:limit]
     metric = metric or ("choice" if all(question.choices for question in questions) else "exact")
     if metric not in METRICS:
-        raise OptionError(f"Unknown metric '{metric}'.", f"Metrics are {', '.join(METRICS)}.")
+        raise OptionError(f"Unknown metric '{metric}'.", f"Choose one of {', '.join(METRICS)}.")
     if metric == "choice" and not all(question.choices for question in questions):
-        raise OptionError("The metric choice needs choices with every question.")
+        raise OptionError(
+            "The metric choice needs choices with every question, and some questions have none.",
+            f"Add choices, or give {option('metric', 'exact')}.",
+        )
     checkpoint = None
-    if reference is not None:  # what is missing is told before the questions are asked
+    if reference is not None:  # reports anything missing before the questions are asked
         require()
         checkpoint = resolve(reference).folder
     folder = Path(package).expanduser()
@@ -167,10 +173,10 @@ def evaluate(
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The data.
+    """Read the questions of a JSONL file.
 
     Raises:
-        InputError: a line is not a question, or its image is not there.
+        InputError: a line is not a question, or one of its images does not exist.
     """
     example = '{"image": "a.png", "question": "…", "answer": "…"}, perhaps with "choices": […]'
     return [question for _, question in read_jsonl(path, lambda entry: _question(entry, path.parent), example)]
@@ -182,7 +188,7 @@ def _question(entry: Mapping[str, Any], folder: Path) -> Question:
     if not answers:
         raise ValueError("it has no answer")
     if not isinstance(entry["question"], str):
-        raise TypeError("its question is not a text")
+        raise TypeError("its question is not a string")
     paths = [folder / image for image in images]
     if missing := next((path for path in paths if not path.is_file()), None):
         raise ValueError(f"there is no image {missing}")
@@ -197,12 +203,12 @@ def _question(entry: Mapping[str, Any], folder: Path) -> Question:
 def _strings(value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(item, (str, int, float)) and not isinstance(item, bool) for item in values):
-        raise TypeError("images, answers and choices are texts or lists of texts")
+        raise TypeError("images, answers and choices must be strings or lists of strings")
     return [str(item) for item in values]
 
 
 def score(metric: str, question: Question, answer: str) -> float:
-    """0 to 1; the best over the accepted answers."""
+    """The score of an answer, 0 to 1: the best score over all accepted answers."""
     if metric == "choice":
         return float(_letter(answer, question.choices) in question.answers)
     if metric == "exact":
@@ -215,7 +221,7 @@ def _plain(text: str) -> str:
 
 
 def _letter(answer: str, choices: Sequence[str]) -> str | None:
-    """The letter that an answer names, by itself or through the choice's text."""
+    """The letter that an answer names, either directly or by the text of the choice; None if it names none."""
     for letter, choice in zip(LETTERS, choices, strict=False):
         if _plain(answer) == _plain(choice):
             return letter
@@ -231,7 +237,7 @@ def _anls(answer: str, accepted: str) -> float:
 
 
 def _edits(one: str, two: str) -> int:
-    """Levenshtein's distance."""
+    """The Levenshtein distance between two texts."""
     row = list(range(len(two) + 1))
     for i, a in enumerate(one, 1):
         diagonal, row[0] = row[0], i
@@ -241,7 +247,7 @@ def _edits(one: str, two: str) -> int:
 
 
 def interval(values: Any) -> tuple[float, float, float]:
-    """Mean and 95% interval: Wilson's for zeros and ones, a bootstrap's for the rest."""
+    """The mean of scores and its 95% confidence interval: Wilson's if all are 0 or 1, otherwise a bootstrap's."""
     array = np.asarray(values, np.float64)
     if not np.isin(array, (0.0, 1.0)).all():
         return _bootstrap(array)
@@ -251,7 +257,7 @@ def interval(values: Any) -> tuple[float, float, float]:
 
 
 def _bootstrap(array: Any) -> tuple[float, float, float]:
-    """The same draws every time, so that a run repeated says the same."""
+    """The mean and its 95% bootstrap interval; the random draws are fixed, so that repeated runs agree."""
     random, n = np.random.default_rng(0), len(array)
     means = [float(array[random.integers(0, n, n)].mean()) for _ in range(2000)]
     low, high = np.quantile(means, (0.025, 0.975))
@@ -259,7 +265,7 @@ def _bootstrap(array: Any) -> tuple[float, float, float]:
 
 
 def _reference(folder: Path, model: Model, max_tokens: int) -> Answerer:
-    """The checkpoint in transformers, asked with the package's own prompts and pixels."""
+    """An answerer that asks the checkpoint in transformers, with the package's own prompts and pixels."""
     import torch
     import transformers
 
@@ -286,7 +292,7 @@ def _reference(folder: Path, model: Model, max_tokens: int) -> Answerer:
 
 @contextmanager
 def _without_deepstack(folder: Path) -> Iterator[Path]:
-    """A copy of the package whose embedding graph sends zeros down DeepStack's channel; weights stay where they are.
+    """A temporary copy of the package whose embedding graph sets DeepStack's features to zero; weights are not copied.
 
     Raises:
         OptionError: the package has no DeepStack.
@@ -296,12 +302,12 @@ def _without_deepstack(folder: Path) -> Iterator[Path]:
     graph = ir.load(folder / "embedding.onnx") if (folder / "embedding.onnx").is_file() else None
     channel = next((value for value in graph.graph.outputs if value.name == CHANNEL), None) if graph else None
     if graph is None or channel is None:
-        raise OptionError(f"{folder} has no DeepStack to leave out.")
+        raise OptionError(f"{folder} has no DeepStack.", f"Leave out {option('without_deepstack')}.")
     with _folder_beside(folder) as temporary:
         copy = Path(temporary) / "package"
         copy.mkdir()
         for path in folder.iterdir():
-            if path.name not in ("vlpack.json", "embedding.onnx"):  # which are written anew
+            if path.name not in ("vlpack.json", "embedding.onnx"):  # written anew below
                 _link_or_copy(path, copy / path.name)
         zero = ir.tensor(np.zeros(1, channel.dtype.numpy()), name="no_deepstack")  # type: ignore[union-attr]
         factor = ir.Value(name="no_deepstack", const_value=zero, shape=ir.Shape([1]), type=channel.type)
@@ -319,7 +325,7 @@ def _without_deepstack(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _folder_beside(folder: Path) -> Iterator[str]:
-    """A folder for a while, on the package's own disk where that can be written, so that files can be linked."""
+    """A temporary folder, if possible on the package's disk so that files can be hard links."""
     try:
         temporary = tempfile.TemporaryDirectory(prefix=".vlpack-eval-", dir=folder.resolve().parent)
     except OSError:
@@ -329,7 +335,7 @@ def _folder_beside(folder: Path) -> Iterator[str]:
 
 
 def _link_or_copy(path: Path, place: Path) -> None:
-    """A hard link where the disk can; of links by name, packages have none that lead elsewhere."""
+    """Make a hard link, or a copy if the disk has none; symbolic links of a package never lead outside it."""
     try:
         os.link(path.resolve(), place)
     except OSError:

@@ -33,7 +33,7 @@ OLD_OPSET = 21
 VECTOR = Float("float32")
 """Storage of norms and biases, in every precision."""
 
-BYTE_CACHE_OPSET = 24
+INT8_KV_CACHE_OPSET = 24
 """ONNX operator set of graphs with an int8 KV cache: the first with TensorScatter, which writes into that cache."""
 
 
@@ -192,7 +192,7 @@ def trace(part: Part, policy: Policy) -> Graph:
     weights = declare(part, policy)
     opset = OPSET.get(policy.provider, OLD_OPSET)
     if any(port.dtype == ir.DataType.INT8 for port in part.inputs):
-        opset = BYTE_CACHE_OPSET
+        opset = INT8_KV_CACHE_OPSET
     graph = ir.Graph([], [], nodes=[], opset_imports={"": opset, "com.microsoft": 1}, name=part.name)
     builder = GraphBuilder(graph)
     inputs = [builder.input(port.name, port.dtype, list(port.shape)) for port in part.inputs]

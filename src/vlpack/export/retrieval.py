@@ -50,7 +50,7 @@ def encoder_section(architecture: Architecture, checkpoint: Checkpoint, names: M
         "hidden_size": architecture.text.hidden_size,
     }
     if architecture.task == RERANKER:
-        section["answers"] = dict(zip(("yes", "no"), architecture.answers or (), strict=True))
+        section["answers"] = dict(zip(("yes", "no"), architecture.yes_no_ids or (), strict=True))
     if architecture.vision and "vision" in names:
         check_processor(architecture.vision, ImageProcessor.from_folder(checkpoint.folder))
         section["image"] = _image(architecture.vision)

@@ -1,1 +1,1 @@
-"""What several architectures share, as `onnxscript.nn` modules that write ONNX nodes."""
+"""Layers that several architectures share: `onnxscript.nn` modules that write ONNX nodes."""

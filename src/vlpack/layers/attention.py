@@ -1,4 +1,4 @@
-"""Causal self-attention of the text decoders, over a key-value cache."""
+"""Causal self-attention of the text decoders, over a key/value cache."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from vlpack.layers.norm import NormWeight, rms_norm
 from vlpack.layers.rope import Rope
 
 Past = tuple[ir.Value, ir.Value]
-"""Keys and values so far, ``[B, kv_heads, P, D]``."""
+"""The keys and values of the tokens so far, ``[B, kv_heads, P, D]`` each."""
 
 
 class Heads(NamedTuple):
-    """What a layer's projection ``[B, S, (queries + 2 · keys) · size]`` holds: queries, keys and values."""
+    """The attention heads in a layer's joint projection ``[B, S, (queries + 2 · keys) · size]``."""
 
-    queries: int
-    keys: int  # and values
-    size: int
+    queries: int  # number of query heads
+    keys: int  # number of key heads, and of value heads
+    size: int  # channels of each head
     norms: tuple[ir.Value, ir.Value] | None  # weights [D] of the RMS norms on every query and key head
-    eps: float  # of these
+    eps: float  # epsilon of these norms
 
-    def place(
+    def split_norm_rotate(
         self, op: OpBuilder, qkv: ir.Value, rope: Rope, dtype: ir.DataType
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Queries, keys and values ``[B, S, heads · D]``, the former two normalized and rotated in fp32."""
+        """Queries, keys and values ``[B, S, heads · D]``; queries and keys are normalized and rotated in fp32."""
         counts = self.queries, self.keys, self.keys
         q, k, v = op.Split(qkv, [count * self.size for count in counts], axis=-1, _outputs=3)
         q_norm, k_norm = self.norms or (None, None)
-        q, k = self._place(op, q, self.queries, q_norm, rope), self._place(op, k, self.keys, k_norm, rope)
+        q, k = self._norm_rotate(op, q, self.queries, q_norm, rope), self._norm_rotate(op, k, self.keys, k_norm, rope)
         q, k, v = (ops.cast(op, x, dtype) for x in (q, k, v))
         return q, k, v
 
-    def _place(self, op: OpBuilder, x: ir.Value, count: int, norm: ir.Value | None, rope: Rope) -> ir.Value:
+    def _norm_rotate(self, op: OpBuilder, x: ir.Value, count: int, norm: ir.Value | None, rope: Rope) -> ir.Value:
         x = ops.cast(op, x, ops.FLOAT)
         if norm is not None:
             split = rms_norm(op, op.Reshape(x, [0, 0, count, self.size]), norm, self.eps)
@@ -46,65 +46,72 @@ class Heads(NamedTuple):
         return ops.rotary(op, x, rope.rows, rope.cos, rope.sin, count)
 
 
-class Attend(Protocol):
-    """How new tokens attend to the cache and to each other: made of the attention mask once, and used by all layers."""
+class AttentionBackend(Protocol):
+    """Attention of new tokens to the cache and to each other; made once per graph and used by all layers."""
 
     def __call__(self, op: OpBuilder, qkv: ir.Value, heads: Heads, past: Past) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """Causal attention over the cache and the new tokens ``qkv``, which ``heads`` takes apart.
+        """Causal attention over the cache ``past`` and the new tokens, whose joint projection ``qkv`` has ``heads``.
 
         Returns:
             output ``[B, S, heads · D]``, present key and value ``[B, kv_heads, total, D]``.
         """
 
 
-MakeAttend = Callable[[OpBuilder, ir.Value, ir.Value, Rope], Attend]
-"""From ``attention_mask`` int64 [B, total], ``position_ids`` [.., B, S] and the angles of these."""
+MakeBackend = Callable[[OpBuilder, ir.Value, ir.Value, Rope], AttentionBackend]
+"""Makes the attention of all layers from ``attention_mask`` int64 [B, total], ``position_ids`` [.., B, S] and their
+rotary angles."""
 
-Pick = Callable[[OpBuilder, ir.Value], ir.Value]
-"""The tokens that matter, ``[B, S, ..] → [B, fewer, ..]``."""
+SelectTokens = Callable[[OpBuilder, ir.Value], ir.Value]
+"""Selects the tokens whose outputs are needed, ``[B, S, ..] → [B, fewer, ..]``."""
 
 
 class CacheLengths(NamedTuple):
-    """What GroupQueryAttention asks of the attention mask. It can write new keys into the buffer of the old ones."""
+    """The lengths that GroupQueryAttention takes instead of an attention mask.
+
+    With them it can write the new keys and values into the buffer of the old ones.
+    """
 
     seqlens_k: ir.Value  # int32 [B]: valid keys - 1
-    total: ir.Value  # int32 scalar: width of the mask
+    total: ir.Value  # int32 scalar: width of the attention mask
 
 
 def cache_lengths(op: OpBuilder, attention_mask: ir.Value) -> CacheLengths:
-    """Lengths from ``attention_mask`` int64 [B, total], ones before zeros."""
+    """The lengths of an ``attention_mask`` int64 [B, total] whose rows are ones followed by zeros."""
     valid = op.ReduceSum(attention_mask, [1], keepdims=0)
     total = op.Squeeze(op.Shape(attention_mask, start=1, end=2))
     return CacheLengths(op.Cast(op.Sub(valid, 1), to=ops.INT32), op.Cast(total, to=ops.INT32))
 
 
 class GroupedQuery(NamedTuple):
-    """Attention in onnxruntime's fused operator."""
+    """An attention backend that uses onnxruntime's fused operator GroupQueryAttention."""
 
     lengths: CacheLengths
     rope: Rope
 
     def __call__(self, op: OpBuilder, qkv: ir.Value, heads: Heads, past: Past) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """See `Attend`."""
-        q, k, v = heads.place(op, qkv, self.rope, ops.dtype_of(past[0]))
+        """Causal attention, as `AttentionBackend` defines it."""
+        q, k, v = heads.split_norm_rotate(op, qkv, self.rope, ops.dtype_of(past[0]))
         return ops.group_query_attention(op, q, k, v, past, self.lengths, heads.queries, heads.keys)
 
 
 def grouped_query(op: OpBuilder, attention_mask: ir.Value, position_ids: ir.Value, rope: Rope) -> GroupedQuery:
-    """See `GroupedQuery`; no need of ``position_ids``."""
+    """Make the attention backend `GroupedQuery`, which does not need ``position_ids``."""
     return GroupedQuery(cache_lengths(op, attention_mask), rope)
 
 
 class MaskBias(NamedTuple):
-    """The same in ONNX's own operators, where the fused one has no kernel. The cache grows by concatenation."""
+    """An attention backend in ONNX's standard operators, for providers without a kernel of the fused one.
+
+    The cache grows by concatenation.
+    """
 
     rope: Rope
     bias: ir.Value  # fp32 [B, 1, 1, S, total]: 0 where a token attends to a key, next to -∞ elsewhere
 
     def __call__(self, op: OpBuilder, qkv: ir.Value, heads: Heads, past: Past) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """See `Attend`."""
+        """Causal attention, as `AttentionBackend` defines it."""
         batch, size, kv_heads = ops.shape_of(past[0])[0], heads.size, heads.keys
-        q, k, v = heads.place(op, qkv, self.rope, ops.dtype_of(past[0]))
+        q, k, v = heads.split_norm_rotate(op, qkv, self.rope, ops.dtype_of(past[0]))
         q = op.Reshape(op.Mul(q, float(size) ** -0.5), [0, 0, kv_heads, heads.queries // kv_heads, size])
         q = op.Transpose(q, perm=[0, 2, 3, 1, 4])  # [B, kv_heads, group, S, D]
         present = []
@@ -121,19 +128,22 @@ class MaskBias(NamedTuple):
 
 
 def mask_bias(op: OpBuilder, attention_mask: ir.Value, position_ids: ir.Value, rope: Rope) -> MaskBias:
-    """The bias from ``attention_mask`` int64 [B, total]; ``position_ids`` [.., S] tells the number of new tokens."""
+    """Make the attention backend `MaskBias` from ``attention_mask`` int64 [B, total].
+
+    Only the last dimension of ``position_ids`` [.., S] is used: the number of new tokens.
+    """
     length, total = op.Squeeze(op.Shape(position_ids, start=-1)), op.Squeeze(op.Shape(attention_mask, start=1, end=2))
     token = op.Unsqueeze(op.Range(op.Sub(total, length), total, 1), [1])  # [S, 1], counted from the cache's beginning
     causal = op.LessOrEqual(op.Range(0, total, 1), token)  # [S, total]
     valid = op.Cast(op.Unsqueeze(attention_mask, [1, 2, 3]), to=ir.DataType.BOOL)  # [B, 1, 1, 1, total]
-    # not -∞, which would make NaNs of the row of a pad that may attend to nothing
+    # not -∞: the softmax over a padding token, which may attend to nothing, would be NaN
     return MaskBias(rope, op.Where(op.And(causal, valid), 0.0, -1e30))
 
 
 def has_grouped_kernel(provider: str, dtype: ir.DataType) -> bool:
-    """Whether onnxruntime has a kernel of GroupQueryAttention: on CUDA it is for fp16 and bf16 only.
+    """Whether onnxruntime has a GroupQueryAttention kernel for a provider and dtype: on CUDA only for fp16 and bf16.
 
-    Where it has none, `MaskBias` takes its place, and the runtime must not share the buffers of past and present.
+    Without a kernel, `MaskBias` is used, and the runtime must not share one buffer between past and present.
     """
     return not (provider == "cuda" and dtype == ops.FLOAT)
 
@@ -165,20 +175,20 @@ class Attention(nn.Module):
         self.o_proj = Linear(q_size, hidden_size, bias=o_bias)
 
     def forward(
-        self, op: OpBuilder, x: ir.Value, attend: Attend, past: Past, pick: Pick
+        self, op: OpBuilder, x: ir.Value, backend: AttentionBackend, past: Past, select_tokens: SelectTokens
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
         heads = self.heads
         if self.q_norm is not None and self.k_norm is not None:
             heads = heads._replace(norms=(self.q_norm(op), self.k_norm(op)))
-        y, key, value = attend(op, self.qkv_proj(op, x), heads, past)
-        return self.o_proj(op, pick(op, y)), key, value
+        y, key, value = backend(op, self.qkv_proj(op, x), heads, past)
+        return self.o_proj(op, select_tokens(op, y)), key, value
 
     @property
     def readers(self) -> list[Stored]:
-        """What multiplies the module's input."""
+        """The matrices that multiply the module's input."""
         return [self.qkv_proj]
 
     def channels(self) -> list[RowChannels]:
-        """See `vlpack.layers.channels`."""
+        """The channels that can be rescaled or rotated within the weights (`vlpack.layers.channels`)."""
         heads = self.heads
         return [value_channels(self.qkv_proj, self.o_proj, heads.queries, heads.keys, heads.size)]

@@ -1,6 +1,7 @@
-"""Which channels of a model can be rescaled, or rotated within the weights, without changing what it computes.
+"""The channels of a model that can be rescaled, or rotated within the weights, without changing what it computes.
 
-Modules list their own in a method ``channels()``; `vlpack.export.graph` turns them into what is done to each weight.
+A module lists its channels in a method ``channels()``; `vlpack.export.graph` derives from them the transform of each
+weight.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from vlpack.layers.linear import Linear, Stored
 
 @dataclass(frozen=True)
 class NormChannels:
-    """A norm's outputs, which only ``readers`` multiply.
+    """The output channels of a norm, which only the matrices ``readers`` multiply.
 
     Args:
-        norm: with a parameter ``weight``, perhaps also ``bias``.
-        readers: all modules that are given the norm's output.
-        repeats: how often the channels come side by side in a reader's input (patches that are joined).
+        norm: the norm module, with a parameter ``weight`` and perhaps a ``bias``.
+        readers: all modules that take the norm's output.
+        repeats: number of times that the channels occur side by side in a reader's input (joined patches).
     """
 
     norm: nn.Module
@@ -31,15 +32,15 @@ class NormChannels:
 
 @dataclass(frozen=True)
 class RowChannels:
-    """Rows of one matrix, which reach another by operations that are linear in them.
+    """Rows of one matrix whose outputs reach another matrix through operations that are linear in them.
 
     Args:
-        producer: the matrix, with its bias.
-        first: the first of its rows that is a channel.
-        reader: the only matrix that multiplies them.
-        shape: see `vlpack.quantize.transforms.Channels`.
-        mixes: blocks of ``shape[2]`` channels may be rotated in producer and reader, as what lies between treats all
-            channels of a block alike.
+        producer: the matrix with the rows, and its bias.
+        first: index of the first row that is a channel.
+        reader: the only matrix that multiplies the channels.
+        shape: the channels' arrangement, as in `vlpack.quantize.transforms.Channels`.
+        mixes: whether blocks of ``shape[2]`` channels may be rotated in producer and reader, because the operations
+            between them treat all channels of a block alike.
     """
 
     producer: Linear
@@ -50,15 +51,15 @@ class RowChannels:
 
 
 def readers_of(module: Any) -> Sequence[Stored]:
-    """The matrices that multiply the input of an attention or feed-forward module, which says so by ``readers``."""
+    """The matrices that multiply the input of an attention or feed-forward module: its attribute ``readers``."""
     readers: Sequence[Stored] = module.readers
     return readers
 
 
 def value_channels(qkv: Linear, output: Stored, queries: int, keys: int, size: int) -> RowChannels:
-    """Attention's values, from the last rows of a joint projection to the output projection.
+    """The channels of attention's values: from the last rows of the joint projection ``qkv`` to the output projection.
 
-    Attention weighs whole heads of values, so that each may be multiplied by any matrix if the output projection is
-    multiplied by its inverse. ``queries // keys`` query heads share a value head.
+    Attention multiplies a whole value head by one weight, so the head may be multiplied by any matrix if the output
+    projection is multiplied by the inverse. ``queries // keys`` query heads share a value head.
     """
     return RowChannels(qkv, qkv.rows - keys * size, output, (keys, queries // keys, size), mixes=True)

@@ -1,9 +1,9 @@
-"""DeepStack's way through the package: where the vision encoder puts its levels and where the decoder finds them.
+"""DeepStack's route through a package: how the vision encoder's levels reach the first decoder layers.
 
 Qwen3-VL adds features from several depths of its vision encoder to the hidden states after its first decoder layers
-(Meng et al. 2024, arXiv:2406.04334). The runtime knows nothing of it, but forwards a generic ``per_layer_inputs``
-tensor from the embedding graph to the decoder. This object is all that the graphs and genai_config.json know of that
-route; another contract would be another class with the same methods.
+(Meng et al. 2024, arXiv:2406.04334). The runtime does not know DeepStack, but it forwards a generic tensor
+``per_layer_inputs`` from the embedding graph to the decoder. `SideChannel` is all that the graphs and genai_config.json
+know of that route; another route would be another class with the same methods.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import onnx_ir as ir
 from onnxscript import OpBuilder
 
 CHANNEL = "per_layer_inputs"
+"""Name of the tensor that carries DeepStack's levels."""
 
 
 @dataclass(frozen=True)
 class SideChannel:
-    """``levels`` features of ``hidden_size`` each beside every image token's embedding.
+    """The tensor that carries DeepStack's features: ``levels`` vectors of ``hidden_size`` for every image token.
 
-    Without levels there is no channel, and the package is an ordinary one.
+    With 0 levels there is no such tensor, and the package is an ordinary one.
     """
 
     levels: int
@@ -28,20 +29,23 @@ class SideChannel:
 
     @property
     def feature_width(self) -> int:
-        """Last dimension of ``image_features``: the embedding and then the levels."""
+        """Last dimension of ``image_features``: the embedding followed by the levels."""
         return (1 + self.levels) * self.hidden_size
 
     @property
     def channel_width(self) -> int:
-        """Last dimension of the channel; 0 where there is none."""
+        """Last dimension of the channel; 0 without levels."""
         return self.levels * self.hidden_size
 
     def join(self, op: OpBuilder, merged: ir.Value, levels: list[ir.Value]) -> ir.Value:
-        """Vision: ``merged [N, H]`` and the levels ``[N, H]`` as ``image_features [N, (1 + levels) · H]``."""
+        """In the vision graph: join ``merged [N, H]`` and the levels ``[N, H]`` to ``image_features``.
+
+        The result is ``[N, (1 + levels) · H]``.
+        """
         return op.Concat(merged, *levels, axis=-1) if levels else merged
 
     def split(self, op: OpBuilder, features: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-        """Embedding: ``[.., (1 + levels) · H]`` as the embeddings ``[.., H]`` and the channel."""
+        """In the embedding graph: split ``[.., (1 + levels) · H]`` into the embeddings ``[.., H]`` and the channel."""
         if not self.levels:
             return features, None
         sizes = [self.hidden_size, self.channel_width]
@@ -49,7 +53,7 @@ class SideChannel:
         return embeds, channel
 
     def levels_of(self, op: OpBuilder, channel: ir.Value | None) -> list[ir.Value]:
-        """Decoder: the channel ``[B, S, levels · H]`` as a ``[B, S, H]`` for each of the first layers."""
+        """In the decoder: split the channel ``[B, S, levels · H]`` into ``[B, S, H]`` for each of the first layers."""
         if channel is None:
             return []
         if self.levels == 1:
@@ -57,5 +61,5 @@ class SideChannel:
         return list(op.Split(channel, axis=-1, num_outputs=self.levels, _outputs=self.levels))
 
     def genai_names(self) -> dict[str, str]:
-        """What genai_config.json's ``decoder.inputs`` and ``embedding.outputs`` say of it."""
+        """The channel's entry in ``decoder.inputs`` and ``embedding.outputs`` of genai_config.json."""
         return {CHANNEL: CHANNEL} if self.levels else {}

@@ -1,4 +1,4 @@
-"""The embedding graph of a vision-language package: token embeddings, with image features in the images' places."""
+"""The embedding graph of a vision-language package: token embeddings, with image features at the image tokens."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from vlpack.layers.linear import Embedding
 
 
 class ImageEmbedding(nn.Module):
-    """``input_ids [B, S]``, ``image_features [F, W]`` → ``inputs_embeds [B, S, H]`` and DeepStack's channel.
+    """Token embeddings in which image tokens are replaced by image features.
 
-    The features go, in order, to the tokens whose id is one of ``image_token_ids``; F is 0 in text and in decoding.
-    The channel is zero in every other row. Source: ``masked_scatter`` in transformers' ``Qwen3VLModel.forward``.
+    ``input_ids [B, S]`` and ``image_features [F, W]`` become ``inputs_embeds [B, S, H]`` and DeepStack's channel. The
+    features go, in order, to the tokens whose id is in ``image_token_ids``; F is 0 for text and in decoding. The
+    channel is zero at all other tokens. Source: ``masked_scatter`` in transformers' ``Qwen3VLModel.forward``.
     """
 
     def __init__(
@@ -30,10 +31,10 @@ class ImageEmbedding(nn.Module):
         is_image = op.Equal(input_ids, self.image_token_ids[0])
         for token_id in self.image_token_ids[1:]:
             is_image = op.Or(is_image, op.Equal(input_ids, token_id))
-        # without features such a token is one that the model has generated itself, and a word like any other
+        # without features, the model generated such a token itself, and it is embedded like any other
         is_image = op.And(is_image, op.Greater(op.Size(image_features), 0))
-        # row 0 is zeros and serves the text; the k-th image token takes row k. One token too many is out of range,
-        # which the runtime reports, where a clamp would repeat a feature in silence.
+        # row 0 is zeros, for text; the k-th image token takes row k. A token without a feature is out of range, which
+        # the runtime reports; a clamp would silently repeat a feature.
         zeros = np.zeros([1, self.deepstack.feature_width], self.dtype.numpy())
         rows = op.Concat(ops.constant(op, zeros, zeros.dtype), image_features, axis=0)  # [1 + F, W]
         flat = op.Cast(op.Reshape(is_image, [-1]), to=ops.INT64)

@@ -1,90 +1,175 @@
-"""A key-value cache of 8 bits on the CPU: a quarter of fp32's bytes to read for every token.
+"""The key/value cache in 8 bits on the CPU: each token reads a quarter of the bytes of an fp32 cache.
 
-onnxruntime's GroupQueryAttention reads keys and values of int8, ``code · scale[head, channel]``, with scales that the
-graph must know beforehand. Nothing is calibrated here, so they come from what is certain:
+onnxruntime's GroupQueryAttention reads int8 keys and values as ``code · scale[head, channel]``, with scales that are
+constants of the graph. Nothing is calibrated here, so the scales come from bounds that always hold:
 
-- *Keys* have been through an RMS norm, so no channel leaves ``sqrt(D) · |weight|``; the rotation mixes two channels,
-  of which the larger weight counts: a 127th of it is the channels' step. The norm's weight is divided by the step, so
-  that keys are in steps and their codes are they, rounded; that of the queries is multiplied by it. What rounding
-  leaves of the 15 channels with the largest steps, which would be most of the error, is kept in 8 more bits beside
-  them, and ``q`` has the same channels twice.
-- *Values* have no bound. Each head of each token is divided by its own power of two, ``2^e``, which the attention
-  itself multiplies back: one more channel of the key is ``e``, so that ``q · k`` grows by ``e · ln 2`` and the token's
-  weight by ``2^e``, and eight of the value are ``2^-e``, whose weighted mean is what the softmax's sum has grown by.
-  With weights p: ``(Σ p 2^e (v / 2^e)) / (Σ p 2^e 2^-e) = Σ p v / Σ p``, the attention over the values as they were.
+- *Keys* leave an RMS norm, so the magnitude of a channel is at most ``sqrt(D) · |weight|``. The rotary embedding mixes
+  two channels, and the larger of their weights bounds both: a 127th of that bound is the step of both channels. The
+  weight of the keys' norm is divided by the step, so that rounding the keys gives their codes; the weight of the
+  queries' norm is multiplied by the step. The rounding remainders of the 15 channels with the largest steps would be
+  most of the error. They are kept in 8 more bits, in extra channels of the key, and ``q`` repeats those channels.
+- *Values* have no bound. Each head of each token is divided by a power of two of its own, ``2^e``, which the attention
+  itself multiplies back. One extra channel of the key holds ``e``, so that ``q · k`` grows by ``e · ln 2`` and the
+  token's weight by ``2^e``. Eight extra channels of the value hold ``2^-e``, whose weighted mean is the factor by which
+  the sum of the softmax has grown. With weights p: ``(Σ p 2^e (v / 2^e)) / (Σ p 2^e 2^-e) = Σ p v / Σ p``, which is
+  the attention over the original values.
 
-Both are integers that int8 holds exactly: e itself, and 2^-e as one power of two in that of eight channels whose scale
-is near. Reading int8 is slow where many tokens are new, so prompts dequantize the cache and attend in fp32.
+int8 holds both numbers exactly: e is an integer, and 2^-e is a power of two in one of eight channels, each with a scale
+for its own range of e. The int8 kernel is slow for many new tokens, so prompts dequantize the cache and attend in fp32.
 
-For one token every operator costs, however small: queries, keys and values go through the same ones together.
+When one token is decoded, every operator costs time, however small, so queries, keys and values go through the same
+operators together.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
 from vlpack.layers import ops
-from vlpack.layers.attention import CacheLengths, Heads, MakeAttend, Past, cache_lengths
-from vlpack.layers.int8_kv_codes import EXTRA, LEFT, LESS, Constants, constants
+from vlpack.layers.attention import CacheLengths, Heads, MakeBackend, Past, cache_lengths
 from vlpack.layers.norm import rms_norm
 from vlpack.layers.rope import Rope
 
+EXTRA_CHANNELS = 16
+"""Number of extra channels of each head in the cache; the kernel is slow if it is not a multiple of 16. In a key the
+first one holds the exponent e and the other 15 hold rounding remainders; in a value the first eight hold 2^-e."""
+EXPONENT_CHANNELS, OCTAVES_PER_CHANNEL = 8, 7
+LOWEST_EXPONENT = -EXPONENT_CHANNELS * OCTAVES_PER_CHANNEL // 2
+"""The smallest exponent e. The largest is ``LOWEST_EXPONENT + 55``, so that values from 4e-9 to 1e8 are covered."""
+QUERY_SCALE = 2.0**-40
+"""Factor that queries are scaled down by. Rounding turns them all into 0, so that computing the rounding remainders,
+which keys need, leaves the queries unchanged."""
+REMAINDER_STEP = 1 / 254
+"""Step of the rounding remainders, in units of the channel's step: a remainder is at most half a step."""
 
-class ByteCache(NamedTuple):
-    """Attention over the 8-bit cache; see the module."""
+
+def exponent_codes() -> tuple[np.ndarray, np.ndarray]:
+    """Codes of all exponents in keys and values, and the number that a code of 1 stands for in each channel of a value.
+
+    Returns:
+        Codes ``[56, 2, EXTRA_CHANNELS]``. Row ``i`` is for the exponent ``e = LOWEST_EXPONENT + i``: for the key, e
+        and then zeros; for the value, ``2^-e`` in one of eight channels and zeros in the others.
+        Numbers ``[EXTRA_CHANNELS]``.
+    """
+    codes, worth = np.zeros((EXPONENT_CHANNELS * OCTAVES_PER_CHANNEL, 2, EXTRA_CHANNELS)), np.zeros(EXTRA_CHANNELS)
+    for index in range(len(codes)):
+        channel, octave = divmod(index, OCTAVES_PER_CHANNEL)
+        codes[index, 0, 0] = LOWEST_EXPONENT + index
+        codes[index, 1, channel] = 2 ** (OCTAVES_PER_CHANNEL - 1 - octave)  # 64, 32 … 1
+        worth[channel] = 2.0 ** -(LOWEST_EXPONENT + channel * OCTAVES_PER_CHANNEL + OCTAVES_PER_CHANNEL - 1)
+    return codes, worth
+
+
+def halves_to_codes(codes: np.ndarray) -> np.ndarray:
+    """A matrix ``[56, ..]`` that turns a vector of ``i + 1`` halves, then ones, into row ``i`` of ``codes [56, ..]``.
+
+    Row ``i`` is ``codes[0]`` plus the differences ``codes[j] - codes[j - 1]`` for j up to ``i``. The factor
+    ``2 - 2h`` is 1 if h is a half and 0 if h is 1; its constant part is added to the first row, whose h is always a
+    half. All numbers are integers, so the product is exact.
+    """
+    steps = np.diff(codes, axis=0)
+    return np.concatenate([2 * (codes[:1] + 2 * steps.sum(0, keepdims=True)), -2 * steps])
+
+
+class Constants(NamedTuple):
+    """Constants of the 8-bit cache that all layers share.
+
+    A group is ``kv_heads`` heads; the groups are those of the queries, then one of keys and one of values. The cache
+    holds values as ``v · 2^(LOWEST_EXPONENT - 1 - e)``; that power of two is computed as a product of halves.
+    """
+
+    thresholds: ir.Value  # [56]: the peak of a value exceeds 1 + (e - LOWEST_EXPONENT) of them
+    extra: ir.Value  # [groups, 56, EXTRA_CHANNELS]: `halves_to_codes`; a half stands for a threshold that is exceeded
+    extra_of_new: ir.Value  # [2, 56, EXTRA_CHANNELS]: the same for keys and values only
+    steps: tuple[ir.Value, ir.Value]  # [kv_heads, D + EXTRA_CHANNELS] each: scales of the codes of keys and of values
+    steps_of_new: ir.Value  # [2, 1, D + EXTRA_CHANNELS]: the same for the keys and values of a prompt
+    worth: ir.Value  # [EXTRA_CHANNELS, 1]: turns the means of a value's extra channels into the divisor of the others
+    ones: ir.Value  # [D]
+
+
+def constants(op: OpBuilder, heads: int, kv_heads: int, size: int) -> Constants:
+    """Make the constants for ``heads`` query heads and ``kv_heads`` key heads of ``size`` channels each."""
+    codes, worth = exponent_codes()
+    of_new = halves_to_codes(codes).transpose(1, 0, 2)  # [2, 56, EXTRA_CHANNELS]
+    of_queries = np.zeros((heads // kv_heads, *of_new.shape[1:]))
+    # this channel of the query turns the key's e into e · ln 2: the kernel then multiplies the token's weight by 2^e
+    of_queries[:, 0, 0] = 2 * math.log(2) * size**0.5 * QUERY_SCALE
+    least = 2.0 ** (LOWEST_EXPONENT - 1)
+    steps = np.ones((2, size + EXTRA_CHANNELS))
+    steps[0, size + 1 :] = REMAINDER_STEP
+    steps[1, :size] = least / 127
+    key_steps, value_steps = (np.tile(one, (kv_heads, 1)) for one in steps)
+    return Constants(
+        thresholds=ops.constant(op, [-1.0, *(2.0 ** (LOWEST_EXPONENT + i) for i in range(len(codes) - 1))]),
+        extra=ops.constant(op, np.concatenate([of_queries, of_new])),
+        extra_of_new=ops.constant(op, of_new),
+        steps=(ops.constant(op, key_steps), ops.constant(op, value_steps)),
+        steps_of_new=ops.constant(op, steps[:, None]),
+        worth=ops.constant(op, least * worth[:, None]),
+        ones=ops.constant(op, np.ones(size)),
+    )
+
+
+class Int8KVCache(NamedTuple):
+    """An attention backend (`AttentionBackend`) over the 8-bit key/value cache that this module describes."""
 
     lengths: CacheLengths
     rope: Rope
-    beside: Rope  # for one new token: as many tokens in its place as keys have heads
-    decoding: ir.Value  # bool scalar: there is one new token
-    start: ir.Value  # int64 [1]: how many tokens the cache has
-    scaling: float  # what cosine and sine are multiplied by
+    decode_rope: Rope  # for one new token: its row repeated for each key head, as if these were tokens
+    decoding: ir.Value  # bool scalar: there is exactly one new token
+    start: ir.Value  # int64 [1]: number of tokens already in the cache
+    scaling: float  # factor of the rotary embedding's cosine and sine
     constants: Constants
 
     def __call__(self, op: OpBuilder, qkv: ir.Value, heads: Heads, past: Past) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """See `vlpack.layers.attention.Attend`; the cache is int8 ``[B, kv_heads, P, D + EXTRA]``."""
+        """Attention as `AttentionBackend` defines it, over a cache in int8 ``[B, kv_heads, P, D + EXTRA_CHANNELS]``."""
         batch, (queries, kv_heads, size) = ops.shape_of(past[0])[0], heads[:3]
-        wide, groups, scale = size + EXTRA, queries // kv_heads + 2, size**-0.5 / LESS
-        assert heads.norms is not None, "an 8-bit cache is for keys that are normalized"
-        step, pick = _key_steps(op, heads.norms[1], size, self.scaling)
-        q_weight, k_weight = op.Mul(heads.norms[0], op.Mul(step, LESS)), op.Div(heads.norms[1], step)
+        wide, groups, scale = size + EXTRA_CHANNELS, queries // kv_heads + 2, size**-0.5 / QUERY_SCALE
+        assert heads.norms is not None, "the 8-bit cache needs normalized keys"
+        step, selector = _key_steps(op, heads.norms[1], size, self.scaling)
+        q_weight, k_weight = op.Mul(heads.norms[0], op.Mul(step, QUERY_SCALE)), op.Div(heads.norms[1], step)
         repeated = [op.Expand(weight, [n, kv_heads, size]) for weight, n in ((q_weight, groups - 2), (k_weight, 1))]
         weights = op.Concat(*repeated, axis=0)  # [groups - 1, kv_heads, D]
 
         def one_token(op: OpBuilder) -> list[ir.Value]:
             parts = op.Reshape(qkv, [0, groups, kv_heads, size])
             qk, v = op.Split(parts, [groups - 1, 1], axis=1, _outputs=2)
-            # onnxruntime's norm is slow where every head has weights of its own
+            # onnxruntime's norm is slow if every head has its own weights, so these are multiplied afterwards
             qk = op.Mul(rms_norm(op, qk, self.constants.ones, heads.eps), weights)
-            # a head is a token to the rotation, and a group a head
-            qk = ops.rotary(op, qk, self.beside.rows, self.beside.cos, self.beside.sin, groups - 1)
-            extended = self._extended(op, qk, v, 1, pick, self.constants.extra)
+            # the rotary operator takes each head for a token and each group for a head
+            qk = ops.rotary(op, qk, self.decode_rope.rows, self.decode_rope.cos, self.decode_rope.sin, groups - 1)
+            extended = self._extended(op, qk, v, 1, selector, self.constants.extra)
             new = op.Reshape(extended, [0, 1, groups * kv_heads * wide])
-            y, *present = ops.byte_attention(
+            y, *present = ops.group_query_attention_int8(
                 op, new, past, self.lengths, queries, kv_heads, self.constants.steps, scale
             )
-            y, sums = op.Split(op.Reshape(y, [0, 0, queries, wide]), [size, EXTRA], axis=-1, _outputs=2)
+            y, sums = op.Split(op.Reshape(y, [0, 0, queries, wide]), [size, EXTRA_CHANNELS], axis=-1, _outputs=2)
             y = op.Div(y, op.MatMul(sums, self.constants.worth))
             return [op.Reshape(y, [0, 0, queries * size]), *present]
 
         def more_tokens(op: OpBuilder) -> list[ir.Value]:
-            q, k, v = heads._replace(norms=(q_weight, k_weight)).place(op, qkv, self.rope, ops.FLOAT)
+            scaled = heads._replace(norms=(q_weight, k_weight))
+            q, k, v = scaled.split_norm_rotate(op, qkv, self.rope, ops.FLOAT)
             earlier = [op.Cast(op.Slice(x, [0], self.start, [2]), to=ops.FLOAT) for x in past]
-            keys, extra = op.Split(earlier[0], [size, EXTRA], axis=-1, _outputs=2)  # [B, kv_heads, P, ..]
-            keys = op.Add(keys, op.MatMul(op.Mul(extra, LEFT), op.Transpose(pick, perm=[1, 0])))
-            values, _ = op.Split(earlier[1], [size, EXTRA], axis=-1, _outputs=2)
+            keys, extra = op.Split(earlier[0], [size, EXTRA_CHANNELS], axis=-1, _outputs=2)  # [B, kv_heads, P, ..]
+            keys = op.Add(keys, op.MatMul(op.Mul(extra, REMAINDER_STEP), op.Transpose(selector, perm=[1, 0])))
+            values, _ = op.Split(earlier[1], [size, EXTRA_CHANNELS], axis=-1, _outputs=2)
             exponents = op.Slice(extra, [0], [1], [3])
             values = op.Mul(values, op.Mul(op.Pow(2.0, exponents), 1 / 127))
             shape = [batch, kv_heads, "past", size]
             cache = ops.typed(keys, ops.FLOAT, shape), ops.typed(values, ops.FLOAT, shape)
             y, _, _ = ops.group_query_attention(op, q, k, v, cache, self.lengths, queries, kv_heads, scale)
             k, v = (op.Reshape(x, [0, 0, 1, kv_heads, size]) for x in (k, v))
-            new = op.Div(self._extended(op, k, v, 2, pick, self.constants.extra_of_new), self.constants.steps_of_new)
-            # QuantizeLinear is slow where it has scales of its own for the last dimension
+            new = op.Div(
+                self._extended(op, k, v, 2, selector, self.constants.extra_of_new), self.constants.steps_of_new
+            )
+            # QuantizeLinear is slow with one scale per element of the last dimension, so the division comes before it
             codes = op.Split(op.QuantizeLinear(new, 1.0, output_dtype=ir.DataType.INT8), [1, 1], axis=2, _outputs=2)
             return [y, *(self._written(op, *args) for args in zip(past, codes, strict=True))]
 
@@ -95,36 +180,39 @@ class ByteCache(NamedTuple):
         return ops.typed(y, ops.FLOAT, ops.last_dim(qkv, queries * size)), present[0], present[1]
 
     def _extended(
-        self, op: OpBuilder, qk: ir.Value, v: ir.Value, axis: int, pick: ir.Value, extra: ir.Value
+        self, op: OpBuilder, qk: ir.Value, v: ir.Value, axis: int, selector: ir.Value, extra: ir.Value
     ) -> ir.Value:
-        """With the channels that an 8-bit cache has beside, ``[.., groups, kv_heads, D + EXTRA]``.
+        """Queries, keys and values with the extra channels appended, ``[.., groups, kv_heads, D + EXTRA_CHANNELS]``.
 
         Args:
             op: the graph under construction.
-            qk: groups of queries, or none, and that of keys, ``[.., groups - 1, kv_heads, D]``.
+            qk: the query groups (perhaps none) and the group of keys, ``[.., groups - 1, kv_heads, D]``.
             v: values ``[.., 1, kv_heads, D]``.
-            axis: of the groups.
-            pick: see `_key_steps`.
-            extra: see `Constants`, for these groups.
+            axis: axis of the groups.
+            selector: matrix from `_key_steps` that selects the channels with remainders.
+            extra: ``extra`` or ``extra_of_new`` of `Constants`, for these groups.
         """
         peak = op.ReduceMax(op.Abs(v), [-1], keepdims=1)
         passed = op.Where(op.Greater(peak, self.constants.thresholds), 0.5, 1.0)  # [.., 1, kv_heads, 56]
         x = op.Concat(qk, op.Mul(v, op.ReduceProd(passed, [-1], keepdims=1)), axis=axis)
-        picked = op.MatMul(x, pick)  # what that is of the values is too small for a code
+        picked = op.MatMul(x, selector)  # for values, these remainders are too small to change a code
         left = op.Sub(picked, op.Round(picked))
         return op.Concat(x, op.Add(left, op.MatMul(passed, extra)), axis=-1)
 
     def _written(self, op: OpBuilder, cache: ir.Value, new: ir.Value) -> ir.Value:
-        """The cache with the codes ``new [B, S, 1, kv_heads, D + EXTRA]`` at its end."""
+        """The cache with the codes ``new [B, S, 1, kv_heads, D + EXTRA_CHANNELS]`` written at its end."""
         codes = op.Transpose(op.Squeeze(new, [2]), perm=[0, 2, 1, 3])
         missing = op.Sub(op.Cast(self.lengths.total, to=ops.INT64), op.Shape(cache, start=2, end=3))
-        room = op.Concat([0] * 6, op.Max(missing, 0), [0], axis=0)  # none where the runtime has allotted it
+        room = op.Concat([0] * 6, op.Max(missing, 0), [0], axis=0)  # 0 if the runtime allocated it
         at = op.Expand(self.start, op.Shape(new, start=0, end=1))
         return op.TensorScatter(op.Pad(cache, room), codes, at, axis=2)
 
 
 def _branch(op: OpBuilder, trace: Callable[[OpBuilder], list[ir.Value]]) -> ir.Graph:
-    """The graph of three outputs that ``trace`` writes; its name is in all of its values', which must be unique."""
+    """A subgraph with the three outputs that ``trace`` returns.
+
+    The name of ``trace`` becomes part of the name of every value in it, because these must be unique in the model.
+    """
 
     def scoped(op: OpBuilder) -> list[ir.Value]:
         op.builder.push_module(trace.__name__)
@@ -136,32 +224,41 @@ def _branch(op: OpBuilder, trace: Callable[[OpBuilder], list[ir.Value]]) -> ir.G
 
 
 def _key_steps(op: OpBuilder, weight: ir.Value, size: int, scaling: float) -> tuple[ir.Value, ir.Value]:
-    """For keys that were normalized, weighed by ``weight [D]`` and rotated; onnxruntime computes this once, at loading.
+    """The quantization step of each key channel, for keys that were normalized, scaled by ``weight [D]`` and rotated.
+
+    onnxruntime folds all of it into constants when it loads the graph.
 
     Returns:
-        a channel's step ``[D]``; and a matrix ``[D, EXTRA]`` of ones and zeros that picks the channels which have a
-        second one: the first column is zeros.
+        steps ``[D]``, and a matrix ``[D, EXTRA_CHANNELS]`` of zeros and ones that selects the channels whose rounding
+        remainders are kept. Its first column, the exponent's place, is zeros.
     """
     halves = op.Reshape(op.Abs(weight), [2, size // 2])
     larger = op.ReduceMax(halves, [0], keepdims=0)
     half = op.Add(op.Mul(larger, scaling * size**0.5 / 127), 1e-20)  # a channel of weight 0 has codes of 0
     step = op.Concat(half, half, axis=0)
-    _, places = op.TopK(step, [min(EXTRA - 1, size)], _outputs=2)
-    chosen = op.Equal(op.Unsqueeze(op.Range(0, size, 1), [1]), places)  # [D, EXTRA - 1]
-    return step, op.Pad(op.Cast(chosen, to=ops.FLOAT), [0, 1, 0, EXTRA - 1 - min(EXTRA - 1, size)])
+    _, places = op.TopK(step, [min(EXTRA_CHANNELS - 1, size)], _outputs=2)
+    chosen = op.Equal(op.Unsqueeze(op.Range(0, size, 1), [1]), places)  # [D, EXTRA_CHANNELS - 1]
+    return step, op.Pad(op.Cast(chosen, to=ops.FLOAT), [0, 1, 0, EXTRA_CHANNELS - 1 - min(EXTRA_CHANNELS - 1, size)])
 
 
-def byte_cache(heads: int, kv_heads: int, size: int, scaling: float) -> MakeAttend:
-    """Makes the attention over 8-bit caches, of ``size`` channels a head; ``scaling`` is of the rotary tables."""
+def int8_kv_cache(heads: int, kv_heads: int, size: int, scaling: float) -> MakeBackend:
+    """A function that makes the attention backend of an 8-bit key/value cache.
 
-    def make(op: OpBuilder, attention_mask: ir.Value, position_ids: ir.Value, rope: Rope) -> ByteCache:
+    Args:
+        heads: number of query heads.
+        kv_heads: number of key and value heads.
+        size: channels of each head.
+        scaling: factor of the rotary embedding's cosine and sine.
+    """
+
+    def make(op: OpBuilder, attention_mask: ir.Value, position_ids: ir.Value, rope: Rope) -> Int8KVCache:
         lengths = cache_lengths(op, attention_mask)
         new = op.Shape(position_ids, start=-1)
         start = op.Sub(op.Reshape(op.Cast(lengths.total, to=ops.INT64), [1]), new)
-        # the operator wants no fewer rows than there are tokens, even where all have the same
+        # the operator wants at least as many rows as tokens, even if all tokens use the same row
         cos, sin = (op.Pad(table, [0, 0, kv_heads, 0]) for table in (rope.cos, rope.sin))
-        beside = Rope(cos, sin, op.Expand(op.Slice(rope.rows, [0], [1], [1]), [1, kv_heads]))
+        decode_rope = Rope(cos, sin, op.Expand(op.Slice(rope.rows, [0], [1], [1]), [1, kv_heads]))
         decoding = op.Squeeze(op.Equal(new, 1))
-        return ByteCache(lengths, rope, beside, decoding, start, scaling, constants(op, heads, kv_heads, size))
+        return Int8KVCache(lengths, rope, decode_rope, decoding, start, scaling, constants(op, heads, kv_heads, size))
 
     return make

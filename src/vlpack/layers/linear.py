@@ -1,4 +1,4 @@
-"""Linear and Embedding: modules whose weight is stored, and multiplied, as the precision policy says."""
+"""Linear and embedding layers whose weight is stored, and multiplied, as the precision policy decides."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from vlpack.quantize.storage import Blocks, ChannelInt8, Float, Storage, Transpo
 
 
 class Stored(nn.Module):
-    """A module with one weight ``[rows, cols]`` whose storage is chosen after the module tree stands.
+    """A module with one weight ``[rows, cols]`` whose storage is chosen after the module tree is complete.
 
     Args:
-        rows: output features, or the entries of a table.
-        cols: input features, or the width of a table.
-        stacked: names of the checkpoint's modules whose weights (and biases), one above the other, make this one,
-            with their row counts; itself where empty.
-        source_shape: the shape of the checkpoint's weight where it is not ``[rows, cols]`` (a convolution's kernel).
-        name: as of any module; a dotted one is the place in the checkpoint.
-        tied_to: the checkpoint's tensor that is this weight, where another module owns it.
-        role: what the weight is for, by which the policy chooses its storage (`vlpack.quantize.policy`).
+        rows: number of output features, or of a table's entries.
+        cols: number of input features, or a table's width.
+        stacked: names of the checkpoint's modules whose weights (and biases) are stacked to make this one, with their
+            numbers of rows; empty if the checkpoint has the module itself.
+        source_shape: shape of the checkpoint's weight if it is not ``[rows, cols]`` (a convolution's kernel).
+        name: module name; a name with dots is the path in the checkpoint.
+        tied_to: name of the checkpoint's tensor that this weight is, if another module owns it.
+        role: purpose of the weight, by which the policy chooses its storage (`vlpack.quantize.policy`).
 
     Attributes:
-        rotation: size of the blocks of its columns that are rotated where the graph must rotate what it multiplies
-            (or, of a table, rotate back what it gives); 1 for none.
+        rotation: size of the blocks of columns that are rotated in the stored weight, so that the graph rotates the
+            layer's input (or rotates a table's output back); 1 for no rotation.
     """
 
     can_rotate = True
-    """Whether the graph can rotate what the weight multiplies."""
+    """Whether the graph can rotate the input that the weight multiplies."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Stored(nn.Module):
         self.arrays: dict[str, nn.Parameter] = {}
 
     def source(self, path: str) -> Rows:
-        """Where the weight of the module at ``path`` lies in the checkpoint."""
+        """The checkpoint's rows that make the weight of the module at ``path``."""
         if self.tied_to:
             return Source(self.tied_to, (self.rows, self.cols))
         if self.stacked:
@@ -64,7 +64,7 @@ class Stored(nn.Module):
         return Source(f"{path}.weight", self.source_shape)
 
     def store(self, storage: Storage) -> dict[str, nn.Parameter]:
-        """Declare the initializers that ``storage`` makes of the weight; returns them by array name."""
+        """Declare the graph initializers in which ``storage`` keeps the weight, and return them by array name."""
         self.storage = storage
         self.arrays = {}
         for name, (dtype, shape) in storage.arrays(self.rows, self.cols).items():
@@ -73,14 +73,14 @@ class Stored(nn.Module):
         return self.arrays
 
     def declared_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape under which the graph sees an array; the bytes are the same."""
+        """The shape that the graph declares for an array of the storage; the bytes are the same."""
         return shape
 
 
 class Linear(Stored):
-    """``y = x Wᵀ + b``, ``x [.., in_features] → y [.., out_features]``, in the compute dtype of the weight.
+    """A linear layer ``y = x Wᵀ + b``, ``x [.., in_features] → y [.., out_features]``, in the weight's compute dtype.
 
-    Where ``wide``, the input and output may leave fp16's range even if the weight is multiplied in fp16: every row is
+    With ``fp16_safe``, input and output may exceed fp16's range even if the weight is multiplied in fp16: every row is
     divided by its largest magnitude before the product and multiplied back in fp32, and y is fp32.
     """
 
@@ -93,14 +93,14 @@ class Linear(Stored):
         source_shape: Sequence[int] = (),
         tied_to: str | None = None,
         role: str = "linear",
-        wide: bool = False,
+        fp16_safe: bool = False,
     ) -> None:
         super().__init__(out_features, in_features, stacked, source_shape, tied_to=tied_to, role=role)
         self.bias = nn.Parameter([out_features], name="bias") if bias else None
-        self.wide = wide
+        self.fp16_safe = fp16_safe
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        if self.wide and self._dtype == ir.DataType.FLOAT16:
+        if self.fp16_safe and self._dtype == ir.DataType.FLOAT16:
             x, peak = ops.divide_by_peak(op, ops.cast(op, x, ops.FLOAT))
             y = op.Mul(ops.cast(op, self._product(op, x), ops.FLOAT), peak)
         else:
@@ -109,7 +109,7 @@ class Linear(Stored):
 
     @property
     def _dtype(self) -> ir.DataType:
-        """In which the weight is multiplied."""
+        """The dtype in which the weight is multiplied."""
         match self.storage:
             case ChannelInt8():
                 return ops.FLOAT
@@ -134,7 +134,10 @@ class Linear(Stored):
                 raise AssertionError(f"{self.name}: no way to multiply by {self.storage}")
 
     def _tied_head(self, op: OpBuilder, x: ir.Value, weight: ir.Value) -> ir.Value:
-        """Gemm reads the rows as the embedding keeps them, so that a tied head needs no transposed copy."""
+        """The product with a weight that is stored row by row, as the embedding of a tied head is.
+
+        Gemm reads the weight transposed, so a tied head needs no transposed copy.
+        """
         y = op.Gemm(op.Reshape(x, [-1, self.cols]), weight, transB=1)
         batch_and_sequence = op.Shape(x, start=0, end=-1)
         y = op.Reshape(y, op.Concat(batch_and_sequence, [self.rows], axis=0))
@@ -142,7 +145,7 @@ class Linear(Stored):
 
 
 class Embedding(Stored):
-    """Rows of a table: ``ids [..] → [.., embedding_dim]``."""
+    """An embedding: looks up rows of a table, ``ids [..] → [.., embedding_dim]``."""
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, name: str | None = None, role: str = "embedding"
@@ -150,7 +153,7 @@ class Embedding(Stored):
         super().__init__(num_embeddings, embedding_dim, name=name, role=role)
 
     def declared_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        # GatherBlockQuantized wants a row's blocks side by side where MatMulNBits wants them apart
+        # GatherBlockQuantized wants a row's blocks joined in one dimension, MatMulNBits in two
         return (shape[0], shape[1] * shape[2]) if name == "qweight" and len(shape) == 3 else shape
 
     def forward(self, op: OpBuilder, ids: ir.Value) -> ir.Value:

@@ -1,4 +1,4 @@
-"""Feed-forward layers: SwiGLU of the text decoders, and the two-layer MLP of the vision encoders."""
+"""Feed-forward layers: the text decoders' SwiGLU and the vision encoders' two-layer MLP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ACTIVATIONS = ("gelu_pytorch_tanh", "gelu_new", "gelu", "quick_gelu", "silu")
 
 
 def activation(op: OpBuilder, x: ir.Value, name: str) -> ir.Value:
-    """An activation by its name in config.json (transformers' ``ACT2FN``)."""
+    """Apply an activation function, given by its name in config.json (transformers' ``ACT2FN``)."""
     match name:
         case "gelu_pytorch_tanh" | "gelu_new":
             return op.Gelu(x, approximate="tanh")
@@ -28,18 +28,19 @@ def activation(op: OpBuilder, x: ir.Value, name: str) -> ir.Value:
 
 
 class GatedMLP(nn.Module):
-    """``down(act(gate(x)) · up(x))``: SwiGLU (Shazeer 2020, arXiv:2002.05202) where ``act`` is SiLU.
+    """A gated feed-forward layer ``down(act(gate(x)) · up(x))``.
 
-    Trained models have tokens whose product of gate and up, and what ``down`` makes of it, leave fp16's range ("massive
-    activations", Sun et al. 2024, arXiv:2402.17762), so the product is fp32 and ``down`` is wide.
+    With SiLU as ``act`` it is SwiGLU (Shazeer 2020, arXiv:2002.05202). In trained models, a few tokens' product of gate
+    and up, and the output of ``down``, exceed fp16's range ("massive activations", Sun et al. 2024, arXiv:2402.17762),
+    so the product is fp32 and ``down`` is ``fp16_safe``.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, bias: bool = False) -> None:
         super().__init__()
-        # joined, they would be one product, and a copy to take it apart, which costs more than a second product
+        # one joined matrix would need a copy to split its output, which costs more than a second product
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=bias)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, wide=True)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=bias, fp16_safe=True)
         self.hidden_act = hidden_act
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
@@ -48,24 +49,24 @@ class GatedMLP(nn.Module):
 
     @property
     def readers(self) -> list[Stored]:
-        """What multiplies the module's input."""
+        """The matrices that multiply the module's input."""
         return [self.gate_proj, self.up_proj]
 
     def channels(self) -> list[RowChannels]:
-        """See `vlpack.layers.channels`."""
+        """The channels that can be rescaled within the weights (`vlpack.layers.channels`)."""
         return [RowChannels(self.up_proj, 0, self.down_proj, (1, 1, self.up_proj.rows))]
 
 
 class VisionMLP(nn.Module):
-    """Two layers with biases and an activation between: the encoders' feed-forward modules and mergers.
+    """Two linear layers with biases and an activation between them: the encoders' feed-forward modules and mergers.
 
     Args:
-        hidden_size: of the input.
-        intermediate_size: between the layers.
-        hidden_act: the activation.
-        out_size: of the output; the input's where None.
-        names: of the two layers in the checkpoint.
-        role: of the second layer's weight.
+        hidden_size: width of the input.
+        intermediate_size: width between the two layers.
+        hidden_act: name of the activation.
+        out_size: width of the output; the input's if None.
+        names: names of the two layers in the checkpoint.
+        role: role of the second layer's weight (`Stored`).
     """
 
     def __init__(
@@ -79,12 +80,14 @@ class VisionMLP(nn.Module):
     ) -> None:
         super().__init__()
         setattr(self, names[0], Linear(hidden_size, intermediate_size, bias=True))
-        setattr(self, names[1], Linear(intermediate_size, out_size or hidden_size, bias=True, wide=True, role=role))
+        setattr(
+            self, names[1], Linear(intermediate_size, out_size or hidden_size, bias=True, fp16_safe=True, role=role)
+        )
         self.hidden_act = hidden_act
 
     @property
     def readers(self) -> list[Stored]:
-        """What multiplies the module's input."""
+        """The matrices that multiply the module's input."""
         first, _ = self.children()
         assert isinstance(first, Linear)
         return [first]

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 class Layout(Enum):
-    """How a checkpoint keeps its experts: E of them, each with ``2 · I`` rows of gate and up, and H of down."""
+    """The layout of a checkpoint's E experts, each with ``2 · I`` rows of gate and up and H rows of down."""
 
     SEPARATE = "a matrix per expert"  # experts.{e}.gate_proj.weight [I, H], up_proj [I, H], down_proj [H, I]
     FUSED = "all experts in one tensor"  # experts.gate_up_proj [E, 2 · I, H], down_proj [E, H, I]
-    TURNED = "all experts in one tensor, input first"  # experts.gate_up_proj [E, H, 2 · I], down_proj [E, I, H]
+    TRANSPOSED = "all experts in one tensor, input first"  # experts.gate_up_proj [E, H, 2 · I], down_proj [E, I, H]
 
 
 @dataclass(frozen=True)
 class ExpertSizes:
-    """Numbers of a mixture, with Hugging Face's names."""
+    """The sizes of a mixture of experts, with Hugging Face's names."""
 
     num_experts: int
     num_experts_per_tok: int
@@ -38,28 +38,28 @@ class ExpertSizes:
 
 
 def layout_of(tensors: Mapping[str, TensorInfo], experts: str, sizes: ExpertSizes) -> Layout:
-    """Which layout a checkpoint has, by the tensors of one module ``…mlp.experts``."""
+    """The layout of a checkpoint's experts, recognized by the tensors of one module ``…mlp.experts``."""
     down = tensors.get(f"{experts}.down_proj")
     if down is None:
         return Layout.SEPARATE
     up = tensors.get(f"{experts}.gate_up_proj")
-    hidden, wide = sizes.hidden_size, 2 * sizes.moe_intermediate_size
-    # either of them may be square, but not both
-    turned = down.shape[1:] == (wide // 2, hidden) and (up is None or up.shape[1:] == (hidden, wide))
-    return Layout.TURNED if turned else Layout.FUSED
+    hidden, inner = sizes.hidden_size, sizes.moe_intermediate_size
+    # one of the two may be square, which tells nothing, but not both
+    transposed = down.shape[1:] == (inner, hidden) and (up is None or up.shape[1:] == (hidden, 2 * inner))
+    return Layout.TRANSPOSED if transposed else Layout.FUSED
 
 
 class ExpertWeights(Stored):
-    """The weights of all experts, ``[E, out, in]`` to the graph and ``[E · out, in]`` to storages.
+    """The weights of all experts: ``[E, out, in]`` in the graph, ``[E · out, in]`` for storages.
 
     Args:
-        sizes: of the mixture.
-        layout: of the checkpoint.
+        sizes: sizes of the mixture.
+        layout: layout of the experts in the checkpoint.
         names: ``("gate_proj", "up_proj")``, whose rows alternate, or ``("down_proj",)``.
     """
 
     def __init__(self, sizes: ExpertSizes, layout: Layout, names: tuple[str, ...]) -> None:
-        # what the down projections multiply never leaves ORT's operator
+        # the input of the down projections stays inside onnxruntime's operator, where the graph cannot rotate it
         self.can_rotate = len(names) == 2
         hidden, inner = sizes.hidden_size, sizes.moe_intermediate_size
         self.experts, self.layout, self.names = sizes.num_experts, layout, names
@@ -82,17 +82,17 @@ class ExpertWeights(Stored):
             parent, rows = path.rpartition(".")[0], self.out // len(self.names)
             parts: list[Rows] = [Source(f"{parent}.{expert}.{name}.weight", (rows, self.width)) for name in self.names]
         else:
-            turned = self.layout is Layout.TURNED
-            shape = (self.experts, self.width, self.out) if turned else (self.experts, self.out, self.width)
+            transposed = self.layout is Layout.TRANSPOSED
+            shape = (self.experts, self.width, self.out) if transposed else (self.experts, self.out, self.width)
             whole: Rows = Part(Source(path, shape, leading=2), expert * shape[1], shape[1])
-            whole = TransposedRows(whole) if turned else whole
+            whole = TransposedRows(whole) if transposed else whole
             rows = self.out // len(self.names)
             parts = [Part(whole, index * rows, rows) for index in range(len(self.names))]
         return Alternating(*parts) if len(parts) == 2 else parts[0]
 
 
 class Experts(nn.Module):
-    """The experts of a layer, with their modules' names in the checkpoint."""
+    """The experts of one layer; its modules are named as in the checkpoint."""
 
     def __init__(self, sizes: ExpertSizes, layout: Layout) -> None:
         super().__init__()
@@ -108,12 +108,15 @@ class Experts(nn.Module):
 
 
 class SparseMoe(nn.Module):
-    """``Σ share(e) · down_e(silu(gate_e(x)) · up_e(x))`` over a token's ``num_experts_per_tok`` likeliest experts.
+    """A mixture-of-experts layer: ``Σ share(e) · down_e(silu(gate_e(x)) · up_e(x))`` over a token's likeliest experts.
+
+    The sum is over ``num_experts_per_tok`` experts of the token.
 
     Args:
-        sizes: of the mixture.
-        layout: of the checkpoint.
-        norm_topk_prob: the shares sum to 1; else they are the softmax over all experts.
+        sizes: sizes of the mixture.
+        layout: layout of the experts in the checkpoint.
+        norm_topk_prob: whether the shares of the chosen experts sum to 1; otherwise they are the softmax over all
+            experts.
 
     Source: transformers' ``Qwen3MoeSparseMoeBlock``; Fedus et al. 2021 (arXiv:2101.03961).
     """
@@ -130,5 +133,5 @@ class SparseMoe(nn.Module):
 
     @property
     def readers(self) -> list[Stored]:
-        """What multiplies the module's input."""
+        """The matrices that multiply the module's input."""
         return [self.gate, self.experts.gate_up_proj]

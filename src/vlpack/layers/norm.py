@@ -1,4 +1,4 @@
-"""RMS and layer normalization, always in fp32: ``x`` is cast up, and the caller's next layer casts down."""
+"""RMS and layer normalization, always in fp32: ``x`` is cast to fp32, and the next layer casts its input back."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from vlpack.layers import ops
 
 
 def rms_norm(op: OpBuilder, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
-    """See `RMSNorm`; ``weight`` is broadcast to ``x``."""
+    """RMS normalization of ``x`` (`RMSNorm`), with a ``weight`` that is broadcast to ``x``."""
     x = ops.cast(op, x, ops.FLOAT)
     if op.version is not None and op.version >= 23:
         return op.RMSNormalization(x, weight, axis=-1, epsilon=eps)
-    # older operator sets have no such operator; ORT fuses these when it loads them
+    # older operator sets lack the operator; onnxruntime fuses these nodes when it loads the graph
     mean_square = op.ReduceMean(op.Pow(x, 2.0), [-1], keepdims=1)
     return op.Mul(op.Div(x, op.Sqrt(op.Add(mean_square, eps))), weight)
 
 
 class RMSNorm(nn.Module):
-    """``x / sqrt(mean(x²) + eps) · weight`` over the last dimension; the result is fp32.
+    """RMS normalization ``x / sqrt(mean(x²) + eps) · weight`` over the last dimension; the result is fp32.
 
     Source: Zhang and Sennrich 2019 (arXiv:1910.07467); transformers' ``Qwen3VLTextRMSNorm``.
     """
@@ -34,7 +34,7 @@ class RMSNorm(nn.Module):
 
 
 class NormWeight(nn.Module):
-    """The weight of an `RMSNorm` that is not computed where its tensor belongs."""
+    """The weight of an RMS norm that another module computes; this module only gives the tensor its name."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class NormWeight(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """``(x - mean) / sqrt(var + eps) · weight + bias`` over the last dimension; the result is fp32."""
+    """Layer normalization ``(x - mean) / sqrt(var + eps) · weight + bias`` over the last dimension; result in fp32."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

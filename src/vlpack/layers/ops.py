@@ -1,4 +1,4 @@
-"""ONNX Runtime's fused operators and a few idioms, with the types and shapes that ONNX cannot infer for them."""
+"""ONNX Runtime's fused operators and a few idioms, with the output types and shapes that ONNX cannot infer."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ INT64 = ir.DataType.INT64
 
 
 def typed(value: ir.Value, dtype: ir.DataType, shape: Sequence[Any] | ir.Shape) -> ir.Value:
-    """State the dtype and shape of the output of an operator whose schema ONNX does not know."""
+    """Set the dtype and shape of ``value``, the output of an operator whose schema ONNX does not know; returns it."""
     value.dtype, value.shape = dtype, ir.Shape(shape)
     return value
 
 
 def dtype_of(value: ir.Value) -> ir.DataType:
-    """``value``'s dtype, which the builder has inferred or `typed` has stated."""
+    """The dtype of ``value``, which the builder inferred or `typed` set."""
     assert value.dtype is not None, f"the dtype of {value.name} is not known"
     return value.dtype
 
 
 def shape_of(value: ir.Value) -> ir.Shape:
-    """``value``'s shape, likewise."""
+    """The shape of ``value``, which the builder inferred or `typed` set."""
     assert value.shape is not None, f"the shape of {value.name} is not known"
     return value.shape
 
 
 def last_dim(value: ir.Value, size: int) -> list[Any]:
-    """``value``'s shape with another last dimension."""
+    """The shape of ``value`` with its last dimension replaced by ``size``."""
     return [*shape_of(value)[:-1], size]
 
 
 def cast(op: OpBuilder, x: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """``x`` in ``dtype``; nothing where it already is."""
+    """Cast ``x`` to ``dtype``; writes no node if it already has that dtype."""
     return x if x.dtype == dtype else op.Cast(x, to=dtype)
 
 
 def constant(op: OpBuilder, array: Any, dtype: Any = np.float32) -> ir.Value:
-    """A small array as an initializer in the graph file; equal scalars are one, so that equal nodes can be merged."""
+    """A small array as an initializer in the graph file; equal scalars share one, so that equal nodes can be merged."""
     values = np.asarray(array, dtype)
     initializers = op.builder.root.graph.initializers
     name = f"const_{values.dtype}_{values}" if values.ndim == 0 else f"const_{len(initializers)}"
@@ -56,7 +56,7 @@ def constant(op: OpBuilder, array: Any, dtype: Any = np.float32) -> ir.Value:
 
 
 def named_constant(op: OpBuilder, name: str, array: Any) -> ir.Value:
-    """An array as an initializer under its own name, once for all nodes that use it."""
+    """An array as an initializer with a given name, shared by all nodes that use it."""
     initializers = op.builder.root.graph.initializers
     if name in initializers:
         return initializers[name]
@@ -64,15 +64,15 @@ def named_constant(op: OpBuilder, name: str, array: Any) -> ir.Value:
 
 
 def microsoft(op: OpBuilder) -> OpBuilder:
-    """The builder of ORT's own operators (domain com.microsoft)."""
+    """The builder for onnxruntime's own operators (domain com.microsoft)."""
     return op.builder.opset("com.microsoft", 1)
 
 
 def mat_mul_n_bits(
     op: OpBuilder, x: ir.Value, weight: Sequence[ir.Value], rows: int, cols: int, storage: Blocks
 ) -> ir.Value:
-    """``x [.., cols] → [.., rows]`` with block-quantized weights (qweight, scales, zero points where there are)."""
-    # only the CPU's fp32 kernels know levels
+    """Multiply ``x [.., cols] → [.., rows]`` by block-quantized weights (qweight, scales and perhaps zero points)."""
+    # only the CPU's fp32 kernels know the attribute
     level = {"accuracy_level": storage.accuracy_level} if x.dtype == FLOAT else {}
     bits, block_size = storage.bits, storage.block_size
     y = microsoft(op).MatMulNBits(x, *weight, K=cols, N=rows, bits=bits, block_size=block_size, **level)
@@ -80,8 +80,12 @@ def mat_mul_n_bits(
 
 
 def divide_by_peak(op: OpBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Every row of fp32 ``x [.., cols]`` divided by its own max |x|, and that ``[.., 1]``, to multiply back with."""
-    # added for rows of zeros, and lost in any other; WebGPU has no Max
+    """Divide every row of fp32 ``x [.., cols]`` by its largest magnitude.
+
+    Returns:
+        the divided rows, and the magnitudes ``[.., 1]`` to multiply back with.
+    """
+    # the addend keeps rows of zeros from dividing by 0 and is lost to rounding in all others; WebGPU has no Max
     peak = op.Add(op.ReduceMax(op.Abs(x), [-1], keepdims=1), 1e-20)
     return op.Div(x, peak), peak
 
@@ -89,11 +93,11 @@ def divide_by_peak(op: OpBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value]:
 def integer_mat_mul(
     op: OpBuilder, x: ir.Value, weight: Sequence[ir.Value], rows: int, storage: ChannelInt8
 ) -> ir.Value:
-    """``x [.., cols] → [.., rows]`` with 8-bit weights per channel and 8-bit activations **per row**.
+    """Multiply ``x [.., cols] → [.., rows]`` in 8 bits: weights quantized per channel, activations **per row**.
 
-    Every row of ``x`` is divided by its own max |x| and rounded to 255 steps of -1 … 1, so that a token is rounded the
-    same in any company, which DynamicQuantizeMatMul, with one range for all of ``x``, cannot do. Where several matrices
-    multiply the same ``x``, onnxruntime merges what is written here for each.
+    Every row of ``x`` is divided by its largest magnitude and rounded to 255 steps of -1 … 1, so that the rounding of a
+    token does not depend on the other tokens. DynamicQuantizeMatMul, with one range for all of ``x``, lacks that
+    property. If several matrices multiply the same ``x``, onnxruntime merges the nodes that they have in common.
     """
     qweight, scales = weight
     divided, peak = divide_by_peak(op, x)
@@ -107,7 +111,7 @@ def integer_mat_mul(
 def gather_block_quantized(
     op: OpBuilder, ids: ir.Value, weight: Sequence[ir.Value], cols: int, storage: Blocks
 ) -> ir.Value:
-    """Rows ``ids`` of a block-quantized table [rows, cols], dequantized: [*ids.shape, cols]."""
+    """Look up the rows ``ids`` of a block-quantized table [rows, cols], dequantized: [*ids.shape, cols]."""
     qweight, scales, *zero_points = weight
     y = microsoft(op).GatherBlockQuantized(
         qweight,
@@ -123,7 +127,7 @@ def gather_block_quantized(
     y = typed(y, dtype_of(scales), [*shape_of(ids), padded])
     if padded == cols:
         return y
-    # the last block of a row is filled up with zeros, which MatMulNBits leaves out by K and this operator does not
+    # a row's last block is padded with zeros; MatMulNBits leaves them out by its attribute K, this operator does not
     return typed(op.Slice(y, [0], [cols], [-1]), dtype_of(scales), [*shape_of(ids), cols])
 
 
@@ -137,27 +141,27 @@ def experts(
     k: int,
     normalize: bool,
 ) -> ir.Value:
-    """SwiGLU experts on ``x [B, S, H]``, each token through the ``k`` with the largest of ``logits [B · S, E]``.
+    """SwiGLU experts on ``x [B, S, H]``: each token goes through the ``k`` experts with the largest router logits.
 
-    The experts' outputs are weighed by the softmax of the logits over all experts, which ``normalize`` makes sum to 1
-    over the chosen ones. Rows of ``gate_up`` alternate between gate and up.
+    The experts' outputs are weighted by the softmax of the logits over all experts; with ``normalize``, the weights of
+    the chosen experts are scaled to sum to 1. Rows of ``gate_up`` alternate between gate and up.
 
     Args:
         op: the graph under construction.
-        x: in the weights' dtype, or the scales' where they are quantized.
-        logits: of the router, in fp32.
-        gate_up: arrays of the weights ``[E, 2 · I, H]``.
-        down: … ``[E, H, I]``.
-        storages: of the two.
-        k: experts per token.
-        normalize: see above.
+        x: input in the weights' dtype, or in the dtype of the scales if the weights are quantized.
+        logits: router logits ``[B · S, E]`` in fp32.
+        gate_up: arrays that store the gate and up weights ``[E, 2 · I, H]``.
+        down: arrays that store the down weights ``[E, H, I]``.
+        storages: storages of ``gate_up`` and ``down``.
+        k: number of experts per token.
+        normalize: whether the weights of the chosen experts sum to 1.
     """
     dtype = dtype_of(x)
     options = {"k": k, "normalize_routing_weights": int(normalize), "activation_type": "swiglu", "swiglu_fusion": 1}
     options |= {"activation_alpha": 1.0, "activation_beta": 0.0}
     match storages:
         case Float(), Float():
-            # onnxruntime 1.31's MoE returns zeros in fp16 where the shares are not made to sum to 1
+            # onnxruntime 1.31's MoE returns zeros in fp16 unless it normalizes the shares to sum to 1
             scaled = dtype != FLOAT and not normalize
             options["normalize_routing_weights"] = int(normalize or scaled)
             y = microsoft(op).MoE(x, cast(op, logits, dtype), gate_up[0], None, down[0], **options)
@@ -173,7 +177,7 @@ def experts(
                 None if storage.symmetric else part[2]
                 for storage, part in zip((first, second), (gate_up, down), strict=True)
             ]
-            # alone, QMoE takes the softmax over the chosen experts only
+            # without the shares as an input, QMoE takes the softmax over the chosen experts only
             shares = cast(op, op.Softmax(logits, axis=-1), dtype)
             weights = [*gate_up[:2], None, *down[:2], None, None, None, None, *zeros, None]
             y = microsoft(op).QMoE(x, cast(op, logits, dtype), *weights, shares, **options)
@@ -183,7 +187,7 @@ def experts(
 
 
 def rotary(op: OpBuilder, x: ir.Value, rows: ir.Value, cos: ir.Value, sin: ir.Value, num_heads: int) -> ir.Value:
-    """Rotate the halves of each head of ``x [B, S, heads · D]`` by the angles in ``rows`` of cos, sin ``[.., D/2]``."""
+    """Rotary embedding of each head of ``x [B, S, heads · D]``; ``rows`` selects each token's row of cos and sin."""
     y = microsoft(op).RotaryEmbedding(x, rows, cos, sin, num_heads=num_heads)
     return typed(y, dtype_of(x), shape_of(x))
 
@@ -196,7 +200,10 @@ def multi_head_attention(
     num_heads: int,
     key_padding_mask: ir.Value | None = None,
 ) -> ir.Value:
-    """Attention over ``[B, S, heads · D]``, scale ``1 / sqrt(D)``; ``key_padding_mask`` int32 [B, S] is 1 for keys."""
+    """Bidirectional attention over ``[B, S, heads · D]`` with the scale ``1 / sqrt(D)``.
+
+    ``key_padding_mask`` int32 [B, S] is 1 for keys and 0 for padding.
+    """
     masks = [] if key_padding_mask is None else [None, key_padding_mask]
     y = microsoft(op).MultiHeadAttention(q, k, v, *masks, num_heads=num_heads)
     return typed(y, dtype_of(q), shape_of(q))
@@ -220,11 +227,11 @@ def group_query_attention(
         q: queries, already rotated.
         k: keys, already rotated.
         v: values.
-        past: keys and values so far, ``[B, kv_heads, P, D]``; may be the buffers of the present ones.
+        past: keys and values so far, ``[B, kv_heads, P, D]``; their buffers may be those of the present ones.
         lengths: ``seqlens_k`` int32 [B] (valid keys - 1) and ``total_sequence_length`` int32 scalar.
-        num_heads: of the queries.
-        kv_num_heads: of keys and values.
-        scale: what products are multiplied by; None for ``1 / sqrt(D)``.
+        num_heads: number of query heads.
+        kv_num_heads: number of key and value heads.
+        scale: factor of the dot products; None for ``1 / sqrt(D)``.
 
     Returns:
         output ``[B, S, heads · D]``, present key and value ``[B, kv_heads, total, D]``.
@@ -239,7 +246,7 @@ def group_query_attention(
     return typed(y, dtype_of(q), shape_of(q)), key, value
 
 
-def byte_attention(
+def group_query_attention_int8(
     op: OpBuilder,
     qkv: ir.Value,
     past: tuple[ir.Value, ir.Value],
@@ -249,10 +256,20 @@ def byte_attention(
     scales: Sequence[ir.Value],
     scale: float,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """`group_query_attention` over an int8 cache, in which a number is ``code · scales[kind][head, channel]``.
+    """Causal grouped-query attention over an int8 cache, whose numbers are ``code · scales[kind][head, channel]``.
 
-    ``qkv [B, S, (heads + 2 · kv_heads) · D]`` are queries, keys and values, ``scales`` are of keys and of values, fp32
-    ``[kv_heads, D]`` each, and ``scale`` is what products are multiplied by.
+    Args:
+        op: the graph under construction.
+        qkv: queries, keys and values ``[B, S, (heads + 2 · kv_heads) · D]``.
+        past: keys and values so far, int8 ``[B, kv_heads, P, D]``.
+        lengths: the two lengths that `group_query_attention` takes.
+        num_heads: number of query heads.
+        kv_num_heads: number of key and value heads.
+        scales: scales of the keys and of the values, fp32 ``[kv_heads, D]`` each.
+        scale: factor of the dot products.
+
+    Returns:
+        output ``[B, S, heads · D]``, present key and value, int8 ``[B, kv_heads, total, D]``.
     """
     y, key, value = microsoft(op).GroupQueryAttention(
         *(qkv, None, None, *past, *lengths, None, None, None, None, None, *scales),

@@ -1,8 +1,8 @@
-"""Rotary position embedding, one formula for all: ``angle[s, f] = position[axis_of[f], s] · inv_freq[f]``.
+"""Rotary position embedding, with one formula for all models: ``angle[s, f] = position[axis_of[f], s] · inv_freq[f]``.
 
-``axis_of`` says which row of the positions turns frequency ``f``: all zeros in text models, runs of t, h, w in
-Qwen2.x-VL (chunked), t h w t h w … in Qwen3-VL (interleaved). Source: Su et al. 2021 (arXiv:2104.09864); Qwen2-VL
-(arXiv:2409.12191); transformers' ``Qwen3VLTextRotaryEmbedding``.
+``axis_of`` selects the axis of the positions (time, height or width) that frequency ``f`` uses: always 0 in text
+models, runs of t, h and w in Qwen2.x-VL (chunked), and t h w t h w … in Qwen3-VL (interleaved). Sources: Su et al. 2021
+(arXiv:2104.09864); Qwen2-VL (arXiv:2409.12191); transformers' ``Qwen3VLTextRotaryEmbedding``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vlpack.layers import ops
 
 
 class Rope(NamedTuple):
-    """Angles as the fused operator takes them: tables of a row per token, and each token's row."""
+    """Rotary angles in the form that the fused operator takes: tables with one row per token, and each token's row."""
 
     cos: ir.Value  # [B · S, D / 2]
     sin: ir.Value  # [B · S, D / 2]
@@ -29,15 +29,15 @@ class Rope(NamedTuple):
 
 
 def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
-    """``theta ** (-2 i / dim)`` for i < dim / 2, float32 [dim / 2]."""
-    # the exponent is rounded to fp32 first, as torch does it
+    """The inverse frequencies ``theta ** (-2 i / dim)`` for i < dim / 2, float32 [dim / 2]."""
+    # the exponent is rounded to fp32 first, as in torch
     exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     frequencies: np.ndarray = (1.0 / np.float32(theta) ** exponent).astype(np.float32)
     return frequencies
 
 
 def interleaved_axes(sections: Sequence[int]) -> np.ndarray:
-    """Axis of each frequency in Qwen3-VL: t h w t h w …, and t again where h and w have used up their sections."""
+    """The position axis of each frequency in Qwen3-VL: t h w t h w …, then only t once h and w are used up."""
     axes = np.zeros(sum(sections), np.int64)
     for axis in (1, 2):
         axes[axis : 3 * sections[axis] : 3] = axis
@@ -45,54 +45,53 @@ def interleaved_axes(sections: Sequence[int]) -> np.ndarray:
 
 
 def chunked_axes(sections: Sequence[int]) -> np.ndarray:
-    """Axis of each frequency in Qwen2-VL and Qwen2.5-VL: runs of t, h and w."""
+    """The position axis of each frequency in Qwen2-VL and Qwen2.5-VL: runs of t, h and w."""
     return np.repeat(np.arange(len(sections)), sections)
 
 
 class Frequencies(NamedTuple):
-    """What turns a position into angles."""
+    """The frequencies of a rotary embedding: the constants that turn positions into angles."""
 
-    inverse: np.ndarray  # float32 [D / 2]
-    axis_of: np.ndarray  # int64 [D / 2]: which row of the positions turns each frequency
-    scaling: float  # of cosine and sine; 1 but in YaRN
+    inverse: np.ndarray  # float32 [D / 2]: the inverse frequencies
+    axis_of: np.ndarray  # int64 [D / 2]: the position axis that each frequency uses
+    scaling: float  # factor of cosine and sine; 1 except in YaRN
 
 
-Weave = Callable[[Sequence[int]], np.ndarray]
-"""M-RoPE's sections → the axis of each frequency."""
+MropeLayout = Callable[[Sequence[int]], np.ndarray]
+"""Maps M-RoPE's sections (number of frequencies of t, h and w) to the position axis of each frequency."""
 
 
 def read_frequencies(
-    text: Section, head_dim: int, theta: float, weave: Weave | None, sections: Sequence[int]
+    text: Section, head_dim: int, theta: float, mrope_layout: MropeLayout | None, sections: Sequence[int]
 ) -> Frequencies:
-    """The rotary settings of a config, under either of their names: ``rope_parameters`` (transformers 5) or
-    ``rope_scaling`` (4).
+    """Read the rotary settings of a config, ``rope_parameters`` (transformers 5) or ``rope_scaling`` (4).
 
     Args:
         text: the decoder's part of the config.
-        head_dim: of its attention.
-        theta: where the config has none.
-        weave: how M-RoPE's axes share the frequencies; None for plain positions.
-        sections: of M-RoPE, where the config has none.
+        head_dim: channels of each attention head.
+        theta: theta for a config without one.
+        mrope_layout: how M-RoPE's axes share the frequencies; None for plain positions.
+        sections: M-RoPE's sections for a config without them.
 
     Raises:
-        CheckpointError: a kind of scaling that is not supported, or sections that do not fit.
+        CheckpointError: the kind of scaling is not supported, or the sections do not fit.
     """
     both = [text.values.get(name) for name in ("rope_parameters", "rope_scaling")]
     if None not in both and both[0] != both[1]:  # releases of transformers disagree on which counts
         raise CheckpointError(
-            f"{text.where}: rope_parameters and rope_scaling are both there and differ.", "Keep the one that is meant."
+            f"{text.where}: rope_parameters and rope_scaling are both there and differ.", "Keep only the correct one."
         )
     rope = text.section("rope_parameters" if "rope_parameters" in text else "rope_scaling", required=False)
     theta = rope.number("rope_theta", text.number("rope_theta", theta))
     axis_of = np.zeros(head_dim // 2, np.int64)
-    if weave is not None:
+    if mrope_layout is not None:
         sections = rope.integers("mrope_section", sections)
         if len(sections) != 3 or sum(sections) != head_dim // 2:
             raise CheckpointError(
                 f"{rope.where}: mrope_section {list(sections)} must be three numbers whose sum is half of head_dim "
                 f"({head_dim})."
             )
-        axis_of = weave(sections)
+        axis_of = mrope_layout(sections)
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if kind in ("default", "mrope"):  # the first Qwen2-VL checkpoints call plain M-RoPE "mrope"
         return Frequencies(inverse_frequencies(head_dim, theta), axis_of, 1.0)
@@ -106,7 +105,7 @@ def read_frequencies(
 
 
 def angles_from_positions(op: OpBuilder, position_ids: ir.Value, frequencies: Frequencies) -> Rope:
-    """Angles of ``position_ids`` int64 [axes, B, S] or [B, S]."""
+    """The rotary angles of ``position_ids`` int64 [axes, B, S] or [B, S]."""
     positions = ops.cast(op, position_ids, ops.FLOAT)
     if len(ops.shape_of(position_ids)) == 2:
         positions = op.Unsqueeze(positions, [2])  # [B, S, 1]
@@ -121,11 +120,12 @@ def angles_from_positions(op: OpBuilder, position_ids: ir.Value, frequencies: Fr
 
 
 def _yarn(rope: Section, text: Section, head_dim: int, theta: float) -> tuple[np.ndarray, float]:
-    """YaRN (Peng et al. 2023, arXiv:2309.00071): slow frequencies are interpolated, fast ones kept, a ramp between.
+    """Inverse frequencies and scaling of YaRN (Peng et al. 2023, arXiv:2309.00071).
 
-    Source: ``_compute_yarn_parameters`` of transformers' ``modeling_rope_utils.py``.
+    Slow frequencies are interpolated and fast ones kept, with a linear ramp between them. Source:
+    ``_compute_yarn_parameters`` of transformers' ``modeling_rope_utils.py``.
     """
-    original = "original_max_position_embeddings"  # beside the rotary settings it counts more than within them
+    original = "original_max_position_embeddings"  # the decoder's own setting overrides the one in the rotary settings
     trained = (text if original in text else rope).number(original, text.integer("max_position_embeddings", 32768))
     factor = rope.number("factor")
     for name in ("mscale", "mscale_all_dim", "partial_rotary_factor"):
@@ -134,7 +134,7 @@ def _yarn(rope: Section, text: Section, head_dim: int, theta: float) -> tuple[np
                 raise CheckpointError(f"{place.where}: '{name}' is not supported.")
 
     def dimension(rotations: float) -> float:
-        """The frequency that turns so many times over the trained length."""
+        """The index of the frequency that makes the given number of rotations over the trained length."""
         return head_dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(rope.number("beta_fast", 32.0)), dimension(rope.number("beta_slow", 1.0))
@@ -142,7 +142,7 @@ def _yarn(rope: Section, text: Section, head_dim: int, theta: float) -> tuple[np
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     steps = np.arange(head_dim // 2, dtype=np.float32)
-    slope = high - low or 0.001  # negative, as the reference's is, where beta_fast is less than beta_slow
+    slope = high - low or 0.001  # negative if beta_fast is less than beta_slow, as in transformers
     ramp = np.clip((steps - np.float32(low)) / np.float32(slope), 0, 1)
     kept = inverse_frequencies(head_dim, theta)
     inverse = (kept / np.float32(factor) * ramp + kept * (1 - ramp)).astype(np.float32)
@@ -151,7 +151,7 @@ def _yarn(rope: Section, text: Section, head_dim: int, theta: float) -> tuple[np
 
 
 def tables(op: OpBuilder, angles: ir.Value, rows: ir.Value, scaling: float = 1.0) -> Rope:
-    """Cosine and sine of ``angles`` [rows, D / 2], in fp32, times ``scaling``."""
+    """The rotary tables of ``angles`` [rows, D / 2]: cosine and sine in fp32, multiplied by ``scaling``."""
     cos, sin = op.Cos(angles), op.Sin(angles)
     if scaling != 1.0:
         cos, sin = op.Mul(cos, scaling), op.Mul(sin, scaling)

@@ -1,9 +1,9 @@
-"""What Qwen's vision encoders share: where every patch lies, axial rotary angles, self-attention over a frame.
+"""The layers that Qwen's vision encoders share: patch positions, axial rotary angles, self-attention within a frame.
 
-Patches come in merge-block order: the ``m × m`` patches that the merger joins to one token are neighbours. All of it
-is computed from ``image_grid_thw`` in the graph, so one graph serves every grid. Frames of one call must have equal
-numbers of patches (the runtime calls once per image otherwise); `frames_of` makes anything else a shape error, never a
-wrong answer.
+Patches come in merge-block order: the ``m × m`` patches that the merger joins to one token are adjacent. The graph
+computes all positions from ``image_grid_thw``, so one graph serves every grid. All frames of one call must have the
+same number of patches (for other images the runtime calls once per image); `frames_of` turns anything else into a shape
+error, never into a wrong result.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from vlpack.layers.rope import Rope, inverse_frequencies, tables
 
 
 def patch_size(config: Section) -> int:
-    """Side of a patch in pixels; transformers also writes it as a pair."""
+    """The side of a patch in pixels; transformers also writes it as a pair."""
     return _one(config, "patch_size")
 
 
 def temporal_patch_size(config: Section) -> int:
-    """Frames in a patch."""
+    """The number of frames in a patch."""
     return _one(config, "temporal_patch_size")
 
 
@@ -40,21 +40,23 @@ def _one(config: Section, name: str) -> int:
 
 
 def kernel_of(config: Section) -> list[int]:
-    """A patch's channels, frames, height and width."""
+    """The shape of a patch: channels, frames, height and width."""
     side = patch_size(config)
     return [config.integer("in_channels", 3, high=16), temporal_patch_size(config), side, side]
 
 
 def pixels_of(config: Section) -> int:
-    """The length of a flattened patch."""
+    """The number of values in a flattened patch."""
     return int(np.prod(kernel_of(config)))
 
 
 def check_heads(config: Section, size_name: str) -> tuple[int, int]:
-    """The encoder's width and heads; every head's half is turned by rows and half by columns.
+    """Read the encoder's width and number of heads.
+
+    The row rotates one half of every head and the column the other, so the width must be a multiple of 4 · heads.
 
     Raises:
-        CheckpointError: the width cannot be shared out so.
+        CheckpointError: the width is not such a multiple.
     """
     size, heads = config.integer(size_name, high=1 << 16), config.integer("num_heads", high=1 << 10)
     if size % (heads * 4):
@@ -63,14 +65,14 @@ def check_heads(config: Section, size_name: str) -> tuple[int, int]:
 
 
 def axial_theta(config: Section) -> float:
-    """Theta of the encoder's rotary embedding; configs of transformers 4 leave it away."""
+    """Theta of the encoder's rotary embedding; configs of transformers 4 do not contain it."""
     rope = config.section("rope_parameters", required=False)
     rope.choice("rope_type", ["axial"], "axial")
     return rope.number("rope_theta", 10000.0)
 
 
 class PatchEmbed(nn.Module):
-    """A convolution whose stride is its kernel, which is a linear layer on flattened patches: [N, C·T·p·p] → [N, H]."""
+    """The patch embedding [N, C·T·p·p] → [N, H]: a convolution with stride = kernel, that is, a linear layer."""
 
     def __init__(self, config: Section, hidden_size: int, bias: bool = True) -> None:
         super().__init__()
@@ -82,17 +84,17 @@ class PatchEmbed(nn.Module):
         return ops.cast(op, self.proj(op, pixel_values), ops.FLOAT)
 
 
-class Patches(NamedTuple):
-    """Each patch's place in its image, int64 [N]."""
+class PatchPositions(NamedTuple):
+    """The position of each patch in its image, and the size of that image in patches; int64 [N] each."""
 
     row: ir.Value
     column: ir.Value
-    height: ir.Value  # of the patch's image, in patches
-    width: ir.Value
+    height: ir.Value  # height of the patch's image
+    width: ir.Value  # width of the patch's image
 
 
-def patch_places(op: OpBuilder, grid: ir.Value, merge: int) -> Patches:
-    """Places of all patches of ``grid`` int64 [images, 3] (frames, height, width).
+def patch_positions(op: OpBuilder, grid: ir.Value, merge: int) -> PatchPositions:
+    """The positions of all patches of ``grid`` int64 [images, 3] (frames, height, width).
 
     Source: transformers' ``get_vision_interpolation_indices_and_weights``.
     """
@@ -100,31 +102,31 @@ def patch_places(op: OpBuilder, grid: ir.Value, merge: int) -> Patches:
     counts = op.Mul(op.Mul(frames, height), width)  # [images]
     ends = op.CumSum(counts, 0)
     patch = op.Range(0, op.ReduceSum(counts, keepdims=0), 1)  # [N]
-    # a patch belongs to the image whose end is the first beyond it: count the ends that it has passed
+    # the index of a patch's image is the number of images that end at or before the patch
     passed = op.GreaterOrEqual(op.Unsqueeze(patch, [1]), op.Unsqueeze(ends, [0]))  # [N, images]
     image = op.ReduceSum(op.Cast(passed, to=ops.INT64), [1], keepdims=0)
     height, width = op.Gather(height, image), op.Gather(width, image)
     start = op.Gather(op.Sub(ends, counts), image)
-    within = op.Mod(op.Sub(patch, start), op.Mul(height, width))  # in its frame
+    within = op.Mod(op.Sub(patch, start), op.Mul(height, width))  # index within the frame
     block, inside = op.Div(within, merge * merge), op.Mod(within, merge * merge)
     blocks_wide = op.Div(width, merge)
     row = op.Add(op.Mul(op.Div(block, blocks_wide), merge), op.Div(inside, merge))
     column = op.Add(op.Mul(op.Mod(block, blocks_wide), merge), op.Mod(inside, merge))
-    return Patches(row, column, height, width)
+    return PatchPositions(row, column, height, width)
 
 
 def frames_of(op: OpBuilder, grid: ir.Value) -> ir.Value:
-    """The shape [frames, patches per frame] of a call, int64 [2].
+    """The shape [frames, patches per frame] of a call's patches, int64 [2].
 
-    The largest frame's size is taken for all, so that reshaping to it fails unless every frame has just that size.
+    The largest frame's size stands for all, so that reshaping to it fails unless every frame has exactly that size.
     """
     frames, height, width = op.Split(grid, axis=1, num_outputs=3, _outputs=3)
     largest = op.ReduceMax(op.Mul(height, width), [0], keepdims=0)  # [1]
     return op.Concat(op.ReduceSum(frames, [0], keepdims=0), largest, axis=0)
 
 
-def axial_rope(op: OpBuilder, places: Patches, frames: ir.Value, head_dim: int, theta: float) -> Rope:
-    """Angles of the two axes: the first half of the frequencies turns with the row, the second with the column.
+def axial_rope(op: OpBuilder, places: PatchPositions, frames: ir.Value, head_dim: int, theta: float) -> Rope:
+    """Axial rotary angles: the first half of the frequencies depends on the patch's row, the second on its column.
 
     Source: transformers' ``Qwen3VLVisionRotaryEmbedding``.
     """
@@ -138,30 +140,30 @@ def axial_rope(op: OpBuilder, places: Patches, frames: ir.Value, head_dim: int, 
 
 
 class Windows(NamedTuple):
-    """Squares of patches that attend among themselves; those at the edges have empty slots."""
+    """Square windows of patches for windowed attention; windows at the edges of a frame have empty slots."""
 
     slot_of_patch: ir.Value  # int64 [frames, patches]
-    patch_of_slot: ir.Value  # int64 [windows, slots]; the number of patches where a slot is empty
-    is_patch: ir.Value  # int32 [windows, slots]
+    patch_of_slot: ir.Value  # int64 [windows, slots]; an empty slot has the number of patches
+    is_patch: ir.Value  # int32 [windows, slots]: 1, or 0 for an empty slot
 
     def gather(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        """``[frames, patches, H] → [windows, slots, H]``, zeros in empty slots."""
+        """Sort patches into windows: ``[frames, patches, H] → [windows, slots, H]``, zeros in empty slots."""
         size = ops.shape_of(x)[-1]
         rows = op.Pad(op.Reshape(x, [-1, size]), [0, 0, 1, 0])
         return ops.typed(op.Gather(rows, self.patch_of_slot, axis=0), ops.dtype_of(x), ["windows", "slots", size])
 
     def scatter(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        """``[windows, slots, H] → [frames, patches, H]``."""
+        """Put patches back from windows into frames: ``[windows, slots, H] → [frames, patches, H]``."""
         size = ops.shape_of(x)[-1]
         y = op.Gather(op.Reshape(x, [-1, size]), self.slot_of_patch, axis=0)
         return ops.typed(y, ops.dtype_of(x), ["frames", "patches_per_frame", size])
 
 
-def windows_of(op: OpBuilder, places: Patches, frames: ir.Value, side: int) -> Windows:
+def windows_of(op: OpBuilder, places: PatchPositions, frames: ir.Value, side: int) -> Windows:
     """Windows of ``side · side`` patches, counted from the top left corner of every frame.
 
-    Source: transformers' ``get_vision_window_index``, which reorders the patches; attention does not care for their
-    order, so here they are only gathered for it.
+    Source: transformers' ``get_vision_window_index``, which reorders the patches for the whole encoder. Attention does
+    not depend on their order, so here they are sorted into windows only while they attend.
     """
 
     def across(size: ir.Value) -> ir.Value:
@@ -185,7 +187,7 @@ def windows_of(op: OpBuilder, places: Patches, frames: ir.Value, side: int) -> W
 
 
 class VisionAttention(nn.Module):
-    """Attention among the patches of one frame, or of one window of it; ``x [frames, patches, H]``."""
+    """Self-attention among the patches of each frame, or of each window; ``x [frames, patches, H]``."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -208,16 +210,19 @@ class VisionAttention(nn.Module):
 
     @property
     def readers(self) -> list[Stored]:
-        """What multiplies the module's input."""
+        """The matrices that multiply the module's input."""
         return [self.qkv]
 
     def channels(self) -> list[RowChannels]:
-        """See `vlpack.layers.channels`."""
+        """The channels that can be rescaled or rotated within the weights (`vlpack.layers.channels`)."""
         return [value_channels(self.qkv, self.proj, self.heads, self.heads, self.proj.cols // self.heads)]
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm attention and feed-forward; the residual stream ``x [frames, patches, H]`` stays in fp32."""
+    """A block of the vision encoder: attention and feed-forward, each with a norm before it and a residual around it.
+
+    The residual stream ``x [frames, patches, H]`` stays in fp32.
+    """
 
     def __init__(self, norms: tuple[nn.Module, nn.Module], attention: VisionAttention, mlp: nn.Module) -> None:
         super().__init__()
@@ -230,15 +235,24 @@ class VisionBlock(nn.Module):
         return op.Add(x, ops.cast(op, self.mlp(op, self.norm2(op, x)), ops.FLOAT))
 
     def channels(self) -> list[NormChannels]:
-        """See `vlpack.layers.channels`."""
+        """The channels that can be rescaled within the weights (`vlpack.layers.channels`)."""
         return [NormChannels(self.norm1, self.attn.readers), NormChannels(self.norm2, readers_of(self.mlp))]
 
 
 def bilinear_taps(op: OpBuilder, index: ir.Value, size: ir.Value, side: int) -> list[tuple[ir.Value, ir.Value]]:
-    """The two table positions that ``index`` of ``size`` lies between, with their weights: (int64 [N], fp32 [N]) twice.
+    """The two taps of a bilinear interpolation along one axis of a position table with ``side`` entries.
 
-    The ends of the axis lie on the ends of the table (align_corners). Source: transformers'
-    ``_interpolation_axis_taps_weights``.
+    The first and last patch of the axis lie on the first and last entry of the table (align_corners). Source:
+    transformers' ``_interpolation_axis_taps_weights``.
+
+    Args:
+        op: the graph under construction.
+        index: each patch's position on the axis, int64 [N].
+        size: the image's size on that axis, in patches, int64 [N].
+        side: number of entries of the table on that axis.
+
+    Returns:
+        two pairs of table indices, int64 [N], and weights, fp32 [N].
     """
     steps = ops.cast(op, op.Max(op.Sub(size, 1), ops.constant(op, 1, np.int64)), ops.FLOAT)
     source = op.Div(op.Mul(ops.cast(op, index, ops.FLOAT), float(side - 1)), steps)

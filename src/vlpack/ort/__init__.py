@@ -1,1 +1,1 @@
-"""Plain onnxruntime: sessions, edits of graphs in memory, and what the processor's 8-bit kernels do."""
+"""Helpers for plain onnxruntime: sessions, edits of graphs in memory, and a check of the processor's 8-bit products."""

@@ -1,4 +1,4 @@
-"""A package's graphs, changed in memory and run in plain onnxruntime; weights stay in the package's files."""
+"""Edits of a package's graphs in memory, and their execution in plain onnxruntime; weights stay in their files."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ Array = npt.NDArray[Any]
 
 
 def load_graph(path: Path) -> ir.Model:
-    """A graph, its weights left in their files.
+    """Read a graph without its weights, which stay in their files.
 
     Raises:
-        PackageError: it cannot be read.
+        PackageError: the file cannot be read.
     """
     try:
         return ir.load(path)
-    except Exception as error:  # protobuf's and onnx_ir's errors have no common class
+    except Exception as error:  # the errors of protobuf and onnx_ir have no common class
         raise PackageError(f"{path} cannot be read: {error}.") from None
 
 
 def open_session(model: ir.Model, path: Path, threads: int, *, optimized: bool = True) -> ort.InferenceSession:
-    """A graph that was read from ``path``, as it stands now, on the CPU provider.
+    """Open a session on the CPU provider for a graph that was read with `load_graph` and perhaps edited.
 
     Args:
         model: the graph.
-        path: beside which its weights are.
-        threads: of the session.
-        optimized: let onnxruntime fuse operators.
+        path: the file that the graph was read from; its folder contains the weights.
+        threads: number of threads of the session.
+        optimized: whether onnxruntime may fuse operators.
 
     Raises:
-        PackageError: onnxruntime cannot load it.
+        PackageError: onnxruntime cannot load the graph.
     """
     options = session_options(threads)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
@@ -47,12 +47,15 @@ def open_session(model: ir.Model, path: Path, threads: int, *, optimized: bool =
     try:
         text = ir.to_proto(model).SerializeToString()
         return ort.InferenceSession(text, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # of onnxruntime, which has no common class either
+    except Exception as error:  # onnxruntime's errors have no common class
         raise PackageError(f"onnxruntime cannot load {path}: {str(error)[:300]}") from None
 
 
 def call(session: ort.InferenceSession, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """The outputs but the cache, floats as fp32 whatever the graph has."""
+    """Run a session and return its outputs by name, without the cache.
+
+    Inputs are cast to the graph's dtypes, and fp16 outputs to fp32.
+    """
     types = {port.name: port.type for port in session.get_inputs()}
     given = {
         name: value.astype(np.float16)
@@ -72,24 +75,27 @@ def call(session: ort.InferenceSession, inputs: Mapping[str, Array]) -> dict[str
     }
 
 
-def normalized(graph: ir.Graph, weight: str) -> ir.Value:
-    """What the norm with that weight is given.
+def norm_input(graph: ir.Graph, weight: str) -> ir.Value:
+    """The input of the norm that has the given weight.
 
     Raises:
-        PackageError: there is no such norm.
+        PackageError: the graph has no such norm.
     """
     value = graph.initializers.get(weight)
     consumers = [] if value is None else [use.node for use in value.uses()]
     if not consumers:
         raise PackageError(f"The graph {graph.name} has no norm with the weight {weight}.")
     node = consumers[0]
-    if node.op_type == "Mul":  # written out, for older operator sets: (x / sqrt(mean(x²) + eps)) · weight
+    if node.op_type == "Mul":  # an RMS norm in older operator sets: (x / sqrt(mean(x²) + eps)) · weight
         node = node.inputs[0].producer()  # type: ignore[union-attr,assignment]
     return node.inputs[0]  # type: ignore[return-value]
 
 
-def every_token(graph: ir.Graph) -> None:
-    """Take away the choice of the last token, where there is one: the last layer and the head see all."""
+def compute_all_tokens(graph: ir.Graph) -> None:
+    """Edit a decoder graph so that the last layer and the head compute all tokens, not only the last one.
+
+    A graph without logits, or one that computes all tokens already, is not changed.
+    """
     logits = next((value for value in graph.outputs if value.name == "logits"), None)
     if logits is None:
         return
@@ -100,6 +106,6 @@ def every_token(graph: ir.Graph) -> None:
 
 
 def _takes_last(node: ir.Node) -> bool:
-    """Whether a Slice is `vlpack.layers.decoder.last_token`'s: from -1 on, along the tokens."""
+    """Whether a Slice selects the last token, as `vlpack.layers.decoder.last_token` writes it: from -1 on, axis 1."""
     starts, axes = (value and value.const_value for value in (node.inputs[1], node.inputs[3]))
     return bool(starts and axes and starts.numpy().tolist() == [-1] and axes.numpy().tolist() == [1])

@@ -1,7 +1,7 @@
-"""Whether this processor multiplies unsigned by signed bytes exactly.
+"""A check whether this processor multiplies unsigned by signed bytes exactly.
 
-x86 without VNNI or AMX adds two such products in 16 bits, which saturate: 255 · 127 + 255 · 127 becomes 32767. What the
-processor does is asked of onnxruntime's kernel itself, by one product, and not of lists of processors.
+x86 without VNNI or AMX adds two such products in 16 bits, which saturate: 255 · 127 + 255 · 127 becomes 32767. The
+check runs one product in onnxruntime's own kernel, so that no list of processors is needed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ HINT = option("extra.weight_type", "uint8")
 
 
 class SaturationWarning(VlpackWarning):
-    """A package's products saturate on this processor."""
+    """A warning that integer products of a package may saturate on this processor."""
 
 
 @cache
 def saturates() -> bool:
-    """Whether sums of u8 × s8 products are cut off here."""
+    """Whether sums of unsigned by signed 8-bit products saturate on this processor."""
     import onnxruntime as ort
     from onnx import TensorProto, helper, numpy_helper
 
@@ -44,15 +44,19 @@ def saturates() -> bool:
 
 
 def warn_of_saturation(manifest: Mapping[str, Any]) -> None:
-    """Warn where a package has signed 8-bit matrices and this processor would saturate."""
+    """Issue a `SaturationWarning` if a package has signed 8-bit matrices and this processor saturates their products.
+
+    Args:
+        manifest: the package's manifest.
+    """
     rules = manifest.get("policy")
     labels = (
         {str(rule.get("storage")) for rule in rules if isinstance(rule, dict)} if isinstance(rules, list) else set()
     )
     if ChannelInt8().label in labels and saturates():
         warnings.warn(
-            "This processor lacks VNNI, and products of the package's int8 weights may saturate on it: answers may be "
-            f"a little worse. Build with {HINT} for such processors.",
+            "This processor lacks VNNI, so products of the package's int8 weights may saturate, and answers may be "
+            f"slightly worse. For such processors, build the package with {HINT}.",
             SaturationWarning,
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""Whether a package is the model that it was made from, stage by stage against live transformers."""
+"""Verification: compares a package with the model it was built from, stage by stage, against live transformers."""
 
 from __future__ import annotations
 

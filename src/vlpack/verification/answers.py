@@ -1,4 +1,4 @@
-"""Cases become prompts, and a package answers them: with greedy tokens, or not at all where it does not generate."""
+"""Turns the cases of a verification into prompts and, if the model generates, into greedy answers of the package."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ Array = npt.NDArray[Any]
 
 @dataclass
 class Asked:
-    """A case on its way: the prompt, the package's answer, and what both sides made of prompt and answer.
+    """A case together with its prompt, the package's answer and, until it is compared, the reference's trace.
 
     Args:
-        case: it is of.
-        prompt: for package and reference.
-        tokens: the greedy answer through the runtime; none of a package that embeds or scores.
-        ids: int64 ``[1, S]``: the prompt and all of the answer but its last token.
-        original: what the reference made of it, until it was compared.
+        case: the case.
+        prompt: the prompt for both package and reference.
+        tokens: the package's greedy answer through the runtime; empty for a package that embeds or scores.
+        ids: int64 ``[1, S]``: the prompt and the answer without its last token.
+        original: the reference's intermediate results and logits for ``ids``; None before and after the comparison.
     """
 
     case: Case
@@ -51,15 +51,15 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answers:
-    """All that a package in its runtime is needed for: it is gone when these are there.
+    """All results that need the package in its runtime, which is unloaded once they exist.
 
     Args:
-        asked: the cases.
-        tokenizer: of the package.
-        task: of the package.
-        stops: ids that end an answer; None where there are no answers.
-        plain: prompts are made without the chat template, as those of embedding models of texts.
-        limits: smallest and largest image area, where the package does not go by its preprocessor_config.json.
+        asked: the cases with their prompts and answers.
+        tokenizer: the package's tokenizer.
+        task: the package's task.
+        stops: ids of the tokens that end an answer; None for a package that does not generate.
+        plain: whether prompts are made without the chat template, as for embedding models of text.
+        limits: smallest and largest image area, if the package does not take them from preprocessor_config.json.
     """
 
     asked: list[Asked]
@@ -77,17 +77,18 @@ def ask(
     tokens: int,
     threads: int | None,
     visual: Sequence[int],
-    say: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> Answers:
-    """Load a package and put the cases to it.
+    """Load a package, make the prompts of all cases and, if it generates, answer them.
 
     Args:
-        folder: the package.
-        cases: what is asked; `built_in` ones that fit the package where None.
-        tokens: of each answer at most.
-        threads: of the runtime.
-        visual: tokens that stand for images and videos; the reference takes one that a model writes for an image's.
-        say: told what is being done.
+        folder: the package's folder.
+        cases: the cases; None for the `built_in` ones that fit the package.
+        tokens: largest number of tokens of an answer.
+        threads: number of threads of the runtime.
+        visual: ids of the tokens that stand for images and videos. An answer is cut before the first of them, because
+            the reference would take a generated one for an image's.
+        progress: called with a description of each step.
 
     Raises:
         VlpackError: the package cannot be loaded, or a case does not fit it.
@@ -95,12 +96,12 @@ def ask(
     manifest = whole_package(folder)
     sees = "vision.onnx" in manifest["files"]
     generates = manifest_task(folder, manifest) == GENERATE
-    # all in the runtime, as the package is run from other languages
+    # everything runs in the runtime, as it does for users of other languages
     package = load(folder, threads=threads, vision_provider=RUNTIME if generates and sees else None)
     if isinstance(package, Model):
         asked = []
         for case in cases or built_in(sees=sees, videos=package.takes_videos):
-            say(f"asking: {case.name}")
+            progress(f"asking: {case.name}")
             asked.append(_answer(package, case, tokens, visual))
         eos = package.config["model"]["eos_token_id"]
         stops = frozenset(eos if isinstance(eos, list) else [eos])
@@ -116,7 +117,7 @@ def ask(
 
 def _answer(model: Model, case: Case, tokens: int, visual: Sequence[int]) -> Asked:
     if case.document is not None:
-        raise InputError(f"{case.name} has a document, and the package does not score any.", "Leave it away.")
+        raise InputError(f"{case.name} has a document, but the package is not a reranker.", "Remove the document.")
     prompt = model.prompt(case.prompt, case.images, case.videos, video_options=case.video_options)
     answer = model.generate(prompt, max_tokens=tokens, sampling=Sampling(temperature=0)).tokens
     answer = list(takewhile(lambda token: token not in visual, answer))
@@ -129,11 +130,11 @@ def _prompts(package: Embedder | Reranker, cases: Sequence[Case]) -> list[tuple[
     prompts = []
     for case in cases:
         if case.videos:
-            raise InputError(f"{case.name} has a video, which the package does not take.", "Leave it away.")
+            raise InputError(f"{case.name} has a video, which the package does not take.", "Remove the video.")
         if isinstance(package, Reranker):
             prompts.append((case, package.prompt(case.prompt, _input(case.document or DOCUMENT, case))))
         elif case.document is not None:
-            raise InputError(f"{case.name} has a document, and the package embeds one input.", "Leave it away.")
+            raise InputError(f"{case.name} has a document, but the package is not a reranker.", "Remove the document.")
         else:
             prompts.append((case, package.prompt(_input(case.prompt, case))))
     return prompts

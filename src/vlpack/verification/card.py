@@ -1,4 +1,4 @@
-"""A verification's result in the package itself: a section of its README.md, and the manifest brought up to date."""
+"""Records a verification's result in the package: a section of its README.md, and the updated manifest."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CARD = "README.md"
 
 
 def record(folder: Path, report: Report) -> None:
-    """Write the result into the package's card, in place of an earlier one.
+    """Write the result into the package's model card (README.md), replacing the result of an earlier verification.
 
-    The manifest must agree with the card at any moment, so a package with both takes the place of this one.
+    The manifest must agree with the card at any moment, so the package is replaced as a whole by one with both.
 
     Raises:
-        VlpackError: the card cannot be read, or the package not be replaced.
+        VlpackError: the card cannot be read, or the package cannot be replaced.
     """
     try:
         text = (folder / CARD).read_text(encoding="utf-8").partition(f"\n{HEADING}\n")[0].rstrip("\n")
@@ -45,33 +45,36 @@ def _link(source: Path, target: Path) -> None:
         _copy(source, target)
 
 
-def spoken(case: CaseResult) -> tuple[str, str, str]:
-    """KL, share of the same top tokens, and tokens of the answer that agree; dashes where nothing is generated."""
-    if not case.speaks:
+def generation_columns(case: CaseResult) -> tuple[str, str, str]:
+    """A table row's columns about generation: KL, share of equal top tokens, and agreeing tokens of the answer.
+
+    They are dashes for a model that does not generate.
+    """
+    if not case.generates:
         return "-", "-", "-"
     logits = case.logits
     return f"{logits.mean_kl:.1e}", f"{logits.top1:.1%}", f"{case.same_tokens} of {len(case.tokens)}"
 
 
 def section(report: Report) -> str:
-    """The result as Markdown."""
+    """The section of the model card with the result, as Markdown."""
     verdict = "is" if report.ok else "**is not**"
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     lines = [
         HEADING,
         "",
         f"`vlpack verify` compared this package with {report.reference} in transformers, fp32, stage by stage:",
-        f"it {verdict} the model. Errors are relative L2, the worst of all stages. *Graph* is the package's graph in",
-        "exact arithmetic against the reference with the package's own weights, *whole* the package as it runs",
-        "against the reference as it is.",
+        f"it {verdict} the model. Errors are relative L2, the worst of all stages. *Graph* compares the package's",
+        "graph in exact arithmetic with the reference, both with the package's weights; *whole* compares the package",
+        "as it runs with the reference as it is.",
         "",
         "| case | graph | whole | KL, nats | same top token | answer's tokens that agree |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for case in report.cases:
         graph, whole = case.worst
-        lines.append(f"| {case.name} | {graph:.1e} | {whole:.1e} | {' | '.join(spoken(case))} |")
+        lines.append(f"| {case.name} | {graph:.1e} | {whole:.1e} | {' | '.join(generation_columns(case))} |")
     same = sum(weight.same for weight in report.weights)
-    lines += ["", f"{same} of {len(report.weights)} weights are byte for byte what vlpack makes of the checkpoint."]
+    lines += ["", f"{same} of {len(report.weights)} weights are byte for byte as vlpack builds them."]
     lines += [f"\n- {finding.stage}: {finding.message}" for finding in report.findings]
-    return "\n".join([*lines, "", f"With {versions}.", ""])
+    return "\n".join([*lines, "", f"Versions: {versions}.", ""])

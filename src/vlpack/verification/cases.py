@@ -1,4 +1,4 @@
-"""What is asked in a verification: built-in prompts and pictures, or the user's own."""
+"""The cases of a verification: built-in prompts with pictures, or the user's own prompts, images and videos."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from vlpack.preprocess import VideoOptions, VideoSource, load_image
 from vlpack.sample_images import picture
 
 MAX_CASES = 1000
+"""Largest number of cases in a file."""
 DOCUMENT = "Paris is the capital and the largest city of France."
-"""What a reranker scores where a case has no document of its own."""
+"""The document that a reranker scores if a case has none of its own."""
 LINE = '{"prompt": "What is this?", "images": ["a.png"]}'
-"""Of a file of cases."""
+"""An example of a line in a file of cases."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt with its images and videos, which stand before its text.
+    """A prompt with its images and videos, which come before the text.
 
     Args:
-        name: for people.
+        name: the case's name, for people.
         prompt: the question.
-        images: already decoded.
-        labels: of the images and videos: their file names, or sizes.
-        document: for a reranker, whose query the prompt is and whose images are the document's; `DOCUMENT` by default.
-        videos: files, folders or lists of frames.
-        video_options: how they are looked at; the frames a second of pictures.
+        images: the images, already decoded.
+        labels: file names or sizes of the images and videos.
+        document: the document for a reranker, `DOCUMENT` by default; the prompt is then the query, and the images
+            belong to the document.
+        videos: video files, folders of frames or lists of frames.
+        video_options: how the videos are sampled, such as the frame rate of a list of frames.
     """
 
     name: str
@@ -45,7 +47,12 @@ class Case:
 
 
 def built_in(*, sees: bool, videos: bool = False) -> list[Case]:
-    """Text, short and long; where the model ``sees``, one image and two unequal ones; a video where it takes any."""
+    """The built-in cases: a short and a long text; one image, and two of unequal sizes; and a video.
+
+    Args:
+        sees: whether the model has a vision encoder; images are asked about only then.
+        videos: whether the package takes videos.
+    """
     long = "The river rose in the night, and by morning the lower fields stood under water. " * 6
     cases = [
         Case("text", "What is the capital of France?"),
@@ -55,7 +62,7 @@ def built_in(*, sees: bool, videos: bool = False) -> list[Case]:
         one, wide, tall = picture(320, 224, 1), picture(416, 128, 2), picture(160, 288, 3)
         cases.append(Case("one image", "What is the total on this receipt?", (one,), ("320 x 224",)))
         cases.append(Case("two images", "What differs between these?", (wide, tall), ("416 x 128", "160 x 288")))
-    if videos:  # an odd number of frames, the last of which is repeated
+    if videos:  # an odd number of frames, so that the last one is repeated
         frames = [picture(192, 128, seed) for seed in range(5)]
         options = VideoOptions(fps=2)
         cases.append(
@@ -64,8 +71,8 @@ def built_in(*, sees: bool, videos: bool = False) -> list[Case]:
     return cases
 
 
-def own(prompts: Sequence[str], images: Sequence[str], videos: Sequence[str] = ()) -> list[Case]:
-    """The user's prompts, each with all of the user's images and videos.
+def user_cases(prompts: Sequence[str], images: Sequence[str], videos: Sequence[str] = ()) -> list[Case]:
+    """One case for each of the user's prompts, each with all of the user's images and videos.
 
     Raises:
         InputError: an image cannot be read.
@@ -79,26 +86,25 @@ def own(prompts: Sequence[str], images: Sequence[str], videos: Sequence[str] = (
     ]
 
 
-def from_file(path: Path) -> list[Case]:
-    """Cases of a JSONL file: an object a line, with ``prompt`` and perhaps ``images`` and ``videos``.
+def read_cases(path: Path) -> list[Case]:
+    """Read the cases of a JSONL file, with one JSON object per line.
 
-    Both are lists of paths, from the file's folder.
-
-    Where a reranker is verified, ``document`` may say what it scores.
+    An object has a ``prompt`` and may have ``images`` and ``videos``, lists of paths relative to the file's folder. For
+    a reranker it may also have a ``document``, the text to score.
 
     Raises:
-        InputError: the file cannot be read, or a line is something else.
+        InputError: the file cannot be read, a line is not such an object, or there are too many cases.
     """
 
     def parse(entry: Any) -> tuple[str, list[str], list[str], str | None]:
         prompt, document = entry["prompt"], entry.get("document")
         images, videos = entry.get("images", []), entry.get("videos", [])
         if not isinstance(prompt, str) or not isinstance(document, str | None):
-            raise TypeError("prompt and document must be texts")
+            raise TypeError("prompt and document must be strings")
         if not isinstance(images, list) or not isinstance(videos, list):
-            raise TypeError("the images must be a list, and the videos")
+            raise TypeError("images and videos must be lists")
         if not all(isinstance(name, str) for name in (*images, *videos)):
-            raise TypeError("images and videos are file names")
+            raise TypeError("images and videos must be lists of file names")
         return prompt, images, videos, document
 
     cases = []
@@ -108,5 +114,5 @@ def from_file(path: Path) -> list[Case]:
         clips = tuple(path.parent / video for video in videos)
         cases.append(Case(f"line {number}", prompt, loaded, labels, document, clips))
     if len(cases) > MAX_CASES:
-        raise InputError(f"{path} has {len(cases)} cases; {MAX_CASES} are the most.")
+        raise InputError(f"{path} has {len(cases)} cases; at most {MAX_CASES} are allowed.", "Split the file.")
     return cases

@@ -1,7 +1,7 @@
-"""What the page of a verification draws: errors of stages as a plot, heat maps over images, bars of weights.
+"""The drawings of a verification's page: a plot of the stages' errors, heat maps over images, bars of weight errors.
 
-Plots are in thousandths of their size and are stretched to it: letters are not in the stretched part and strokes do not
-scale, so that both are as large on a phone as elsewhere.
+Coordinates of plots are thousandths of their width and height, and the browser stretches the plot to its size. Text is
+outside the stretched part and strokes do not scale, so that both have the same size on a phone as elsewhere.
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ from PIL import Image
 from vlpack.verification.result import ImageMap, Stage, WeightResult
 
 DOTS = 60
-"""A plot of more stages has dots only where something is wrong."""
+"""Largest number of stages for which a plot has a dot at every stage; with more, only at stages beyond their bound."""
 LABELS = 14
-"""Numbers below a plot."""
+"""Largest number of stage numbers below a plot."""
 HEAT = np.array([[255, 224, 102, 0], [255, 193, 61, 100], [240, 110, 30, 180], [205, 20, 45, 220], [120, 0, 60, 240]])
-"""Colour and opacity from no error to the largest, at equal steps."""
+"""Colours of a heat map, RGBA, at equal steps from no error to the largest."""
 SHADES = 64
+"""Number of colours in a heat map's palette."""
 NOT_FINITE = (0, 0, 0, 255)
+"""Colour of errors that are not finite, RGBA: black."""
 WIDEST = 24.0
-"""How wide and high a picture is shown, in widths of a letter (rem)."""
+"""Largest width and height of a picture on the page, in rem."""
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def number(value: float | None) -> str:
-    """For people: two or three digits, powers of ten for what is small or large."""
+    """A number as text for people: two or three digits, with a power of ten if it is small or large."""
     if value is None:
         return "–"
     if not math.isfinite(value):
@@ -49,12 +51,16 @@ def _power(power: int) -> str:
 
 
 def stages_plot(stages: Sequence[Stage]) -> dict[str, Any] | None:
-    """Both errors of every stage on a logarithmic scale, with their bounds.
+    """The plot of both errors of every stage, with their bounds, on a logarithmic scale.
 
-    Exact zeros lie on the floor and what is not finite at the ceiling; neither is joined to its neighbours. None where
-    there is nothing to draw.
+    Errors of exactly zero lie at the bottom and errors that are not finite at the top; neither is joined to its
+    neighbours by a line.
+
+    Returns:
+        coordinates and labels for the page's template; None if there is nothing to draw.
     """
-    stages = [stage for stage in stages if stage.name != "positions" or not stage.ok]  # these are whole numbers
+    # positions are whole numbers, so their error is 0 unless they are wrong
+    stages = [stage for stage in stages if stage.name != "positions" or not stage.ok]
     if not stages:
         return None
     errors: dict[str, list[float | None]] = {
@@ -103,13 +109,13 @@ def stages_plot(stages: Sequence[Stage]) -> dict[str, Any] | None:
 
 
 def _path(points: Sequence[tuple[float, float] | None]) -> str:
-    """Lines between neighbours that are both there."""
+    """An SVG path with a line between each two neighbouring points; None is a gap."""
     pairs = zip([None, *points[:-1]], points, strict=True)
     return "".join(f"{'L' if before else 'M'}{point[0]:g} {point[1]:g}" for before, point in pairs if point)
 
 
 def _steps(heights: Sequence[float]) -> str:
-    """A horizontal line over all stages that moves where the bound does."""
+    """An SVG path of the bounds: a horizontal line over all stages, with a step wherever the bound changes."""
     path, position = f"M0 {heights[0]:g}", 0
     for height, group in groupby(heights):
         position += sum(1 for _ in group)
@@ -118,7 +124,7 @@ def _steps(heights: Sequence[float]) -> str:
 
 
 def _axis(stages: Sequence[Stage], x: Callable[[float], float]) -> dict[str, Any]:
-    """Numbers of blocks and layers, some of them, and a name below each run that has room for it."""
+    """The labels of the x axis: some of the blocks' and layers' numbers, and a name below each run with enough room."""
     every = math.ceil(len(stages) / LABELS)
     numbers, spans = [], []
     named = [re.fullmatch(r"(?:input of )?(.*\D)(\d+)", stage.name) for stage in stages]
@@ -133,12 +139,12 @@ def _axis(stages: Sequence[Stage], x: Callable[[float], float]) -> dict[str, Any
 
 
 def heat(image: ImageMap, worst: float, side: int) -> dict[str, Any]:
-    """The picture, no larger than ``side`` × ``side``, and one of a pixel for each token to lay over it.
+    """A heat map for the page: the picture, an overlay with one pixel per token, and figures about the errors.
 
     Args:
-        image: the map.
-        worst: error that has the deepest colour.
-        side: pixels.
+        image: the picture with the error of each of its tokens.
+        worst: the error that is drawn in the deepest colour.
+        side: largest width and height of the picture, in pixels.
     """
     values = np.array(image.values, np.float64)
     if values.ndim != 2 or not values.size:
@@ -181,15 +187,17 @@ def _data(kind: str, picture: Image.Image) -> str:
 
 
 def heat_scale() -> str:
-    """The colours of `heat` as those of a CSS gradient."""
+    """The colours of a heat map, as the colour list of a CSS gradient."""
     return ", ".join(f"rgb({red} {green} {blue} / {alpha / 255:.2f})" for red, green, blue, alpha in HEAT.tolist())
 
 
 def modules(weights: Iterable[WeightResult]) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Weights of one module and storage in all layers as one row each, altered ones first; what is exact is counted.
+    """Group weights by module name and storage, over all layers, for the page's table of modules.
 
     Returns:
-        Rows with bars, the largest error of each layer as a share of its storage's largest; storage → exact weights.
+        A row for each group, those with altered weights first. Its bars are the largest error of each layer, as a share
+        of the largest error of that storage. Groups without any error have no row.
+        The number of weights without a row, by storage.
     """
     groups: dict[tuple[str, str, str], dict[int, list[WeightResult]]] = {}
     for weight in weights:
@@ -228,5 +236,5 @@ def modules(weights: Iterable[WeightResult]) -> tuple[list[dict[str, Any]], dict
 
 
 def _or_inf(value: float) -> float:
-    """What is not a number is farther away than any number: `max` would keep or lose it by its place."""
+    """The value, or infinity if it is not finite. (`max` keeps or loses a NaN depending on its place.)"""
     return value if math.isfinite(value) else math.inf

@@ -1,8 +1,9 @@
-"""A package's graphs in plain onnxruntime, with outputs where the reference is watched, and with exact arithmetic.
+"""Runs a package's graphs in plain onnxruntime, with outputs between the layers and optionally in exact arithmetic.
 
-The graphs are the package's own; in memory a few nodes are changed. *Probes* make values between the layers outputs.
-*Exact* arithmetic multiplies by the dequantized weights in fp32, where the package rounds activations to 8 bits, so
-that what is left of a difference is the graph's. Weights stay in the package's files.
+The graphs are the package's own, with a few nodes changed in memory. *Probes* turn values between the layers into
+outputs, at the places where the reference is observed. *Exact* arithmetic multiplies by the dequantized weights in
+fp32, where the package rounds activations to 8 bits, so that any remaining difference is an error of the graph. Weights
+stay in the package's files.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from vlpack.ort.graph_edits import call, every_token, load_graph, normalized, open_session
+from vlpack.ort.graph_edits import call, compute_all_tokens, load_graph, norm_input, open_session
 from vlpack.ort.session import ort
 from vlpack.preprocess import Prompt
 
@@ -29,9 +30,10 @@ _PROBE = "probe:"
 
 @dataclass(frozen=True)
 class Run:
-    """What a package made of a prompt; fields as `vlpack.verification.reference.Trace`'s.
+    """A package's intermediate results for a prompt; the fields are those of `vlpack.verification.reference.Trace`.
 
-    Of an embedding model or reranker the last of ``layers`` has the last token alone, as no other is computed there.
+    For an embedding model or reranker, the last item of ``layers`` has only the last token, because the last layer is
+    computed for no other.
     """
 
     positions: Array
@@ -44,16 +46,16 @@ class Run:
 
 
 class Graphs:
-    """The graphs of a package.
+    """The graphs of a package, to be run stage by stage.
 
     Args:
-        folder: the package.
-        files: part name → file name.
-        prefix: of the decoder's modules.
-        hidden_size: of the decoder.
-        num_hidden_layers: likewise.
-        depth: blocks of the vision encoder; 0 to leave them alone.
-        threads: of onnxruntime.
+        folder: the package's folder.
+        files: file name of each part's graph, by part.
+        prefix: prefix of the names of the decoder's modules.
+        hidden_size: width of the decoder.
+        num_hidden_layers: number of the decoder's layers.
+        depth: number of the vision encoder's blocks; 0 if there is none.
+        threads: number of threads of onnxruntime.
     """
 
     def __init__(
@@ -73,13 +75,19 @@ class Graphs:
         self.block_norms = [f"model.visual.blocks.{block}.norm1.weight" for block in range(depth)]
 
     def load(self, part: str) -> ir.Model:
-        """A graph, its weights left in their files."""
+        """Read a part's graph without its weights, which stay in their files."""
         return load_graph(self.folder / self.files[part])
 
     def run(self, ids: Array, prompt: Prompt, positions: Array, *, exact: bool) -> Run:
-        """Everything on the way from ``ids [1, S]``, which begin with the prompt, to the logits of all positions.
+        """Run all graphs and return the intermediate results and the logits of all positions.
 
-        Images go through the vision graph one by one, as in the runtime. Each session lives only as long as it is used.
+        Images go through the vision graph one by one, as in the runtime. A session exists only while it is used.
+
+        Args:
+            ids: token ids ``[1, S]``, which begin with the prompt.
+            prompt: the prompt, with the pixels of its images.
+            positions: position ids ``[3, 1, S]`` or ``[1, S]``.
+            exact: whether to multiply in exact arithmetic.
         """
         blocks: list[Array] = []
         features = None
@@ -97,7 +105,7 @@ class Graphs:
         with self._session(part, self.norms, exact) as decoder:
             inputs = {**tokens, "position_ids": positions, "attention_mask": np.ones(ids.shape, np.int64)}
             names = [port.name for port in decoder.get_inputs()]
-            if "position_ids" not in names:  # an embedding model counts by itself
+            if "position_ids" not in names:  # the text graph of an embedding model counts the positions itself
                 del inputs["position_ids"]
             for port in decoder.get_inputs():
                 if port.name.startswith("past_key_values"):
@@ -123,16 +131,16 @@ class Graphs:
     @contextmanager
     def _session(self, part: str, norms: list[str], exact: bool) -> Iterator[ort.InferenceSession]:
         model = self.load(part)
-        every_token(model.graph)
+        compute_all_tokens(model.graph)
         _probe(model.graph, norms)
         if exact:
             _make_exact(model.graph)
-        # 8-bit experts know no other way to fp32 activations
+        # for 8-bit experts, this variable is the only way to fp32 activations
         variable, before = "ORT_QMOE_CPU_QNBIT_GEMM", os.environ.get("ORT_QMOE_CPU_QNBIT_GEMM")
         if exact:
             os.environ[variable] = "fp32"
         try:
-            # of dequantized weights onnxruntime would make quantized products again
+            # an optimization of onnxruntime would turn products with dequantized weights back into quantized ones
             session = open_session(model, self.folder / self.files[part], self.threads, optimized=not exact)
         finally:
             if before is None:
@@ -143,7 +151,7 @@ class Graphs:
 
 
 def _result(out: Mapping[str, Array]) -> Array:
-    """The logits, the vector, or the probabilities of yes and no."""
+    """The final result among a graph's outputs: the logits, the vector, or the probabilities of yes and no."""
     if "scores" in out:
         return np.concatenate([out["scores"], 1 - out["scores"]])
     result: Array = out["sentence_embedding" if "sentence_embedding" in out else "logits"][0]
@@ -151,16 +159,16 @@ def _result(out: Mapping[str, Array]) -> Array:
 
 
 def _probe(graph: ir.Graph, norms: list[str]) -> None:
-    """Make the input of each norm, known by its weight, an output."""
+    """Make the input of each norm an output of the graph; a norm is found by the name of its weight."""
     for name in norms:
-        value = normalized(graph, name)
+        value = norm_input(graph, name)
         output = ir.Value(name=_PROBE + name, shape=value.shape, type=value.type)
         graph.append(ir.node("Identity", [value], outputs=[output], name=_PROBE + name))
         graph.outputs.append(output)
 
 
 def _make_exact(graph: ir.Graph) -> None:
-    """Multiply by the weights in fp32, activations as they are."""
+    """Edit a graph so that it multiplies by the weights in fp32, without rounding activations."""
     for node in list(graph):
         if node.domain != MICROSOFT:
             continue
@@ -168,10 +176,10 @@ def _make_exact(graph: ir.Graph) -> None:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
         elif node.op_type == "MatMulIntegerToFloat":
             codes, weight, _, scales, _, *zeros = node.inputs
-            x = codes.producer().inputs[0]  # type: ignore[union-attr] # what QuantizeLinear would round
+            x = codes.producer().inputs[0]  # type: ignore[union-attr] # the input of QuantizeLinear
             name, wide, product = node.name, ir.Value(name=f"{node.name}:weight"), ir.Value(name=f"{node.name}:exact")
             added = [ir.node("DequantizeLinear", [weight, scales], {"axis": 1}, outputs=[wide])]
-            if zeros and zeros[0] is not None:  # one for all, where the operator wants one for each
+            if zeros and zeros[0] is not None:  # a single zero point, but DequantizeLinear wants one per channel
                 each = ir.Value(name=f"{name}:zeros")
                 size = ir.node("Shape", [scales], outputs=[ir.Value(name=f"{name}:size")])
                 expand = ir.node("Expand", [zeros[0], size.outputs[0]], outputs=[each])

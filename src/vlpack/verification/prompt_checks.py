@@ -1,6 +1,6 @@
-"""What goes into a model, against what transformers puts into it: token ids, pixels, and the tokens that end an answer.
+"""Compares a model's inputs with those that transformers makes: token ids, pixels and the tokens that end an answer.
 
-These are compared before anything is computed: where they differ, so does every later stage.
+This comes before anything is computed, because different inputs make every later stage differ.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ from vlpack.verification.result import Finding
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 PIXEL_TOLERANCE = 1e-3
-"""Relative L2 of normalized pixels."""
+"""Largest relative L2 error of normalized pixels that rounding explains."""
 
 
 def check_prompts(answers: Answers, checkpoint: Checkpoint, facts: VisionFacts | None) -> list[Finding]:
-    """Token ids and pixels against those of the checkpoint's own tokenizer and settings, in transformers.
+    """Compare token ids and pixels with those that transformers makes from the checkpoint's tokenizer and settings.
 
-    Its video processor needs torchvision; vlpack's, which the tests hold equal to it, reads the checkpoint's settings.
+    transformers' video processor needs torchvision, so videos are compared with vlpack's own video processor, which
+    reads the checkpoint's settings. The tests prove that it equals transformers'.
+
+    Returns:
+        the first difference, or nothing.
     """
     from transformers import AutoTokenizer
 
@@ -39,7 +43,7 @@ def check_prompts(answers: Answers, checkpoint: Checkpoint, facts: VisionFacts |
         if facts is not None and one.prompt.has_images:
             image = facts.image_token_id
             arrays = one.prompt.transformers_arrays(image, facts.video_token_id)
-            # placeholders are one token before they are expanded
+            # before its expansion, the placeholder of an image is a single token
             mine = mine[np.concatenate([[True], (mine[1:] != image) | (mine[:-1] != mine[1:])])]
             video, still = (str(tokenizer.convert_ids_to_tokens(token)) for token in (facts.video_token_id, image))
             for clip in videos:
@@ -48,7 +52,7 @@ def check_prompts(answers: Answers, checkpoint: Checkpoint, facts: VisionFacts |
         if videos and (problem := _other_video(one, arrays, videos)):
             return [Finding("pixels", f"{one.case.name}: {problem}")]
         if mine.tolist() != _ids(tokenizer, text, answers):
-            return [Finding("prompt", f"{one.case.name}: the package's tokens are not the checkpoint's.")]
+            return [Finding("prompt", f"{one.case.name}: the package's token ids are not the checkpoint's.")]
         if one.case.images and (problem := _pixels(one, arrays, answers, checkpoint)):
             return [Finding("pixels", f"{one.case.name}: {problem}")]
     return []
@@ -64,19 +68,22 @@ def _videos(one: Asked, checkpoint: Checkpoint) -> list[ProcessedVideo]:
 def _other_video(one: Asked, arrays: Arrays, wanted: Sequence[ProcessedVideo]) -> str | None:
     mine, theirs = [list(clip.grid_thw) for clip in one.prompt.videos], [list(clip.grid_thw) for clip in wanted]
     if mine != theirs:
-        return f"the video's grid is {mine} patches in time, height and width, the checkpoint's {theirs}."
+        return f"the video's grid is {mine} patches in time, height and width; the checkpoint's settings make {theirs}."
     if [clip.timestamps for clip in one.prompt.videos] != [clip.timestamps for clip in wanted]:
-        return "the video's frames are of other times than the checkpoint's settings make them."
+        return "the video's frames are taken at other times than the checkpoint's settings ask for."
     apart = difference(arrays["pixel_values_videos"], np.concatenate([clip.pixel_values for clip in wanted]))
-    return None if apart.relative < PIXEL_TOLERANCE else f"the video's pixels are {apart.relative:.2g} away."
+    if apart.relative < PIXEL_TOLERANCE:
+        return None
+    return f"the video's pixels differ from the checkpoint's by {apart.relative:.2g} (relative L2)."
 
 
 def _ids(tokenizer: Any, text: str, answers: Answers) -> list[int]:
     if not answers.plain:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if answers.task == EMBEDDING:  # whose vector is that of the token that the tokenizer puts last
+    if answers.task == EMBEDDING:  # the tokenizer appends the token whose hidden state is the vector
         return list(tokenizer(text)["input_ids"])
-    pieces = (BEFORE, text.removeprefix(BEFORE).removesuffix(AFTER), AFTER)  # as the published recipe does it
+    # the pieces are tokenized one by one, as in the published recipe
+    pieces = (BEFORE, text.removeprefix(BEFORE).removesuffix(AFTER), AFTER)
     return [token for piece in pieces for token in tokenizer(piece, add_special_tokens=False)["input_ids"]]
 
 
@@ -88,13 +95,15 @@ def _pixels(one: Asked, arrays: Arrays, answers: Answers, checkpoint: Checkpoint
     wanted = processor(images=list(one.case.images), return_tensors="np", **options)
     grid, pixels = arrays["image_grid_thw"], arrays["pixel_values"]
     if grid.tolist() != wanted["image_grid_thw"].tolist():
-        return f"the images are {grid.tolist()} patches, transformers' {wanted['image_grid_thw'].tolist()}."
+        return f"the images have {grid.tolist()} patches, in transformers {wanted['image_grid_thw'].tolist()}."
     apart = difference(pixels, wanted["pixel_values"])
-    return None if apart.relative < PIXEL_TOLERANCE else f"pixels are {apart.relative:.2g} away from transformers'."
+    if apart.relative < PIXEL_TOLERANCE:
+        return None
+    return f"the pixels differ from transformers' by {apart.relative:.2g} (relative L2)."
 
 
 def check_stops(answers: Answers, checkpoint: Checkpoint) -> list[Finding]:
-    """The tokens that end an answer, where there are any, are those of the checkpoint."""
+    """Check that the tokens that end the package's answers, if it generates, are those of the checkpoint."""
     if answers.stops is None:
         return []
     generation = checkpoint.json("generation_config.json") or {}

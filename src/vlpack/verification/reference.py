@@ -1,7 +1,7 @@
-"""The reference: transformers' own model, whose weights come and go layer by layer where they do not fit.
+"""The reference of a verification: the model in transformers, its weights streamed module by module if memory is small.
 
-Nothing of the model is approximated: modules, attention and caches are transformers'; only where a module's parameters
-live is decided here. They are put in when the module is called and, where the model is streamed, taken out after.
+Nothing is approximated: modules and attention are transformers'. This module only decides where parameters are: they
+are loaded when a module is called and, if the model is streamed, unloaded afterwards.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ from vlpack.preprocess import Prompt
 
 Array = npt.NDArray[Any]
 GetParameter = Callable[[str, tuple[int, ...]], Array]
+"""Gives a parameter's values, by its name and shape."""
 
 
 def require() -> None:
-    """The libraries that the reference is made of are there.
+    """Check that the libraries of the reference (accelerate, torch, transformers) are installed and can be imported.
 
     Raises:
-        VerifyError: one is not.
+        VerifyError: a library is missing, or cannot be imported.
     """
     missing = [name for name in ("accelerate", "torch", "transformers") if find_spec(name) is None]
     if missing:
         raise VerifyError(
             f"Verifying needs {', '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed.",
-            "pip install 'vlpack[verify]', or in a copy of the repository pip install '.[verify]'.",
+            "Install the extra: pip install 'vlpack[verify]', or pip install '.[verify]' in a copy of the repository.",
         )
     for name in ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"):
         from_transformers(name)
 
 
 def from_transformers(name: str) -> Any:
-    """A class of transformers, which imports what the class needs when it is asked for.
+    """A class of transformers by its name; transformers imports its dependencies only now.
 
     Raises:
         VerifyError: transformers has no such class, or cannot import it.
@@ -50,30 +51,30 @@ def from_transformers(name: str) -> Any:
 
         return getattr(transformers, name)
     except AttributeError:
-        raise VerifyError(f"This transformers has no {name}.", "Install a newer one.") from None
+        raise VerifyError(f"The installed transformers has no {name}.", "Install a newer version.") from None
     except (
         Exception
-    ) as error:  # a library of another build raises whatever it likes: ImportError, RuntimeError, OSError
+    ) as error:  # libraries of mismatched builds raise different errors: ImportError, RuntimeError, OSError
         raise VerifyError(
             f"transformers is installed, but {name} cannot be imported: {str(error).strip().splitlines()[-1][:200]}",
-            "Libraries of different builds (torch and torchvision, for instance) do this. Install them together in a "
-            "new environment: pip install 'vlpack[verify]'.",
+            "Libraries of mismatched builds cause this (torch and torchvision, for instance). Install them together in "
+            "a new environment: pip install 'vlpack[verify]'.",
         ) from None
 
 
 @dataclass
 class Trace:
-    """What the reference made of a case; arrays are float32.
+    """The reference's intermediate and final results for a case; arrays are float32 unless noted.
 
     Args:
-        positions: int64 ``[3, B, S]`` or ``[B, S]``.
+        positions: position ids, int64 ``[3, B, S]`` or ``[B, S]``.
         blocks: input of each vision block, ``[N, H]``.
-        features: merged, ``[tokens, H]``.
-        levels: of DeepStack, ``[tokens, H]`` each.
-        embeds: with the features in place, ``[S, H]``.
+        features: merged image features, ``[tokens, H]``.
+        levels: DeepStack's features, ``[tokens, H]`` for each level.
+        embeds: embeddings with the image features in place, ``[S, H]``.
         layers: input of each decoder layer after the first, and of the final norm, ``[S, H]``.
-        result: logits ``[S, V]``; of an embedding model its vector ``[H]``, of a reranker the probabilities of yes and
-            no.
+        result: logits ``[S, V]``; the vector ``[H]`` of an embedding model; the probabilities of yes and no of a
+            reranker.
     """
 
     positions: Array
@@ -86,10 +87,10 @@ class Trace:
 
 
 def in_prompt_order(trace: Trace, prompt: Prompt) -> Trace:
-    """The trace with what is of images and of videos as they stand in the prompt, not images first."""
+    """The trace with the vision results in the order of the prompt; transformers puts all images before all videos."""
     if not prompt.videos or prompt.is_video.all():
         return trace
-    order = np.argsort(prompt.is_video, kind="stable")  # of the reference: images, then videos
+    order = np.argsort(prompt.is_video, kind="stable")  # the reference's order: images, then videos
 
     def restore(array: Array, sizes: Array) -> Array:
         pieces = np.split(array, np.cumsum(sizes[order])[:-1])
@@ -103,17 +104,18 @@ def in_prompt_order(trace: Trace, prompt: Prompt) -> Trace:
 
 
 class Reference:
-    """A checkpoint in transformers, fp32, eager attention.
+    """A checkpoint's model in transformers, in fp32 with eager attention.
 
     Args:
-        folder: the checkpoint.
-        prefix: of the decoder's modules, such as ``model.language_model``.
+        folder: the checkpoint's folder.
+        prefix: prefix of the decoder's modules, such as ``model.language_model``.
         parameters: gives a parameter's values by its name.
-        streamed: take parameters out again after each use: as much memory as the largest module needs.
-        head: what an embedding model or reranker makes of the last token's state ``[H]``; None where logits are wanted.
+        streamed: whether parameters are unloaded after each use, so that memory for the largest module is enough.
+        head: computes the result of an embedding model or reranker from the last token's hidden state ``[H]``; None
+            for a model that generates.
 
     Raises:
-        VerifyError: transformers does not know the model, or is not there.
+        VerifyError: transformers does not know the model, or is not installed.
     """
 
     def __init__(
@@ -137,24 +139,24 @@ class Reference:
             config._attn_implementation = "eager"
             with accelerate.init_empty_weights(include_buffers=False):
                 self.model = model_class(config)
-                if head is not None and not hasattr(self.model, "model"):  # saved without a head: as if within one
+                if head is not None and not hasattr(self.model, "model"):  # without a head, so names lack the prefix
                     self.model = torch.nn.ModuleDict({"model": self.model})
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise VerifyError(f"transformers cannot read {folder}: {str(error).splitlines()[0]}") from None
         self.model = self.model.float().eval()
         for name, module in self.model.named_modules():
             if module._parameters:
-                module.register_forward_pre_hook(_bring(name, parameters))
+                module.register_forward_pre_hook(_load_parameters(name, parameters))
                 if streamed:
-                    module.register_forward_hook(_take)
+                    module.register_forward_hook(_unload_parameters)
 
     @property
     def sees(self) -> bool:
-        """Whether it has a vision encoder."""
+        """Whether the model has a vision encoder."""
         return hasattr(getattr(self.model, "model", None), "visual")
 
     def positions(self, arrays: Mapping[str, Array]) -> Array:
-        """Position ids as the model makes them, ``[3, 1, S]`` or ``[1, S]``."""
+        """The position ids that transformers' model makes, ``[3, 1, S]`` or ``[1, S]``."""
         import torch
 
         length = arrays["input_ids"].shape[1]
@@ -168,11 +170,13 @@ class Reference:
         return np.asarray(positions.numpy())
 
     def __call__(self, arrays: Mapping[str, Array]) -> Trace:
-        """One forward pass, and everything on its way.
+        """Run one forward pass and return its intermediate and final results.
+
+        In the trace, images come before videos, whatever their order in the prompt.
 
         Args:
-            arrays: ``input_ids [1, S]`` and whatever else `vlpack.preprocess.Prompt.transformers_arrays` has. Images
-                come before videos in the trace, whatever their order in the prompt.
+            arrays: ``input_ids [1, S]`` and, for images, the other arrays of
+                `vlpack.preprocess.Prompt.transformers_arrays`.
         """
         import torch
 
@@ -190,16 +194,16 @@ class Reference:
     @contextmanager
     def _watched(self, trace: Trace, grid: Array | None) -> Iterator[None]:
         decoder = self.model.get_submodule(self.prefix)
-        hooks = [decoder.layers[0].register_forward_pre_hook(_see(lambda x: setattr(trace, "embeds", x[0])))]
+        hooks = [decoder.layers[0].register_forward_pre_hook(_keep_input(lambda x: setattr(trace, "embeds", x[0])))]
         for module in [*decoder.layers[1:], decoder.norm]:
-            hooks.append(module.register_forward_pre_hook(_see(lambda x: trace.layers.append(x[0]))))
+            hooks.append(module.register_forward_pre_hook(_keep_input(lambda x: trace.layers.append(x[0]))))
         visual = self.model.model.visual if self.sees else None
-        # of each call: images are one, videos another
+        # one item per call of the vision encoder: images are one call, videos another
         blocks: list[list[Array]] = [[] for _ in visual.blocks] if visual else []
         outputs: list[list[Array]] = []
         if visual:
             for kept, block in zip(blocks, visual.blocks, strict=True):
-                hooks.append(block.register_forward_pre_hook(_see(kept.append)))
+                hooks.append(block.register_forward_pre_hook(_keep_input(kept.append)))
 
             def see_features(module: Any, inputs: Any, output: Any) -> None:
                 deepstack = getattr(output, "deepstack_features", None) or []
@@ -211,19 +215,19 @@ class Reference:
             if outputs:
                 trace.blocks = [np.concatenate(calls) for calls in blocks]
                 trace.features, *trace.levels = (np.concatenate(calls) for calls in zip(*outputs, strict=True))
-            self._straighten(trace, grid)
+            self._undo_window_order(trace, grid)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _straighten(self, trace: Trace, grid: Array | None) -> None:
-        """Where the encoder keeps the patches window by window, put them back into the image's order."""
+    def _undo_window_order(self, trace: Trace, grid: Array | None) -> None:
+        """Put patches back into the image's order, if the vision encoder sorts them by window."""
         visual: Any = getattr(getattr(self.model, "model", None), "visual", None)
         if grid is None or not hasattr(visual, "window_size"):
             return
         import torch
 
-        if hasattr(visual, "get_window_index"):  # of transformers 5's first versions
+        if hasattr(visual, "get_window_index"):  # first versions of transformers 5
             index, _ = visual.get_window_index(torch.tensor(grid))
         else:
             from transformers.vision_utils import get_vision_window_index
@@ -236,11 +240,11 @@ class Reference:
             trace.blocks[number] = groups[order].reshape(block.shape)
 
 
-def _see(keep: Callable[[Array], None]) -> Any:
+def _keep_input(keep: Callable[[Array], None]) -> Any:
     return lambda module, inputs: keep(inputs[0].numpy().copy())
 
 
-def _bring(name: str, parameters: GetParameter) -> Any:
+def _load_parameters(name: str, parameters: GetParameter) -> Any:
     import torch
 
     def hook(module: Any, inputs: Any) -> None:
@@ -252,7 +256,7 @@ def _bring(name: str, parameters: GetParameter) -> Any:
     return hook
 
 
-def _take(module: Any, inputs: Any, output: Any) -> None:
+def _unload_parameters(module: Any, inputs: Any, output: Any) -> None:
     for own, parameter in module._parameters.items():
         if parameter is not None:
             module._parameters[own] = parameter.to("meta")

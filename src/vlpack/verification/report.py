@@ -1,7 +1,7 @@
-"""A `Report` as JSON for scripts and as one page for people: no script, nothing from elsewhere, plots as SVG.
+"""Writes a `Report` as JSON for scripts and as a self-contained HTML page for people, with plots as SVG.
 
-All text in a report (tokens, prompts, file names) may come from anybody: the template escapes it, what cannot be
-printed is spelled out, and the page's own policy forbids scripts and everything that is not in it.
+The text in a report (tokens, prompts, file names) is not trusted: the template escapes it, unprintable characters are
+written as numbers, and the page's content security policy forbids scripts and external resources.
 """
 
 from __future__ import annotations
@@ -21,21 +21,24 @@ from vlpack.verification.result import CaseResult, Finding, Report, Stage
 from vlpack.verification.run import TIE
 
 LISTED = 20
-"""Findings, and weights, that are listed one by one."""
+"""Largest number of findings, and of weights, in a list."""
 CHIPS = 200
-"""Tokens of an answer that are shown."""
+"""Largest number of tokens of an answer that are shown."""
 PIECE, TEXT = 40, 1000
-"""Characters that are shown of a token, and of any other text: a name may be as long as somebody likes."""
+"""Largest number of characters shown of a token, and of any other text, which may have any length."""
 MODULES = 300
-"""Rows of modules; the largest models have a few dozen."""
+"""Largest number of rows in the table of modules; the largest models have a few dozen."""
 OPEN = 4
-"""Cases are unfolded where there are no more of them."""
+"""Largest number of cases that are shown unfolded."""
 PIXELS = 2_500_000
-"""Of all pictures together, which keeps a page of many images below 5 MB."""
+"""Largest number of pixels of all pictures together, which keeps a page with many images below 5 MB."""
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The whole, with the verdict as ``ok`` and ``verdict``; numbers that are not finite are null, pictures base64."""
+    """The whole report as a JSON object, with the verdict as ``ok`` and ``verdict``.
+
+    Numbers that are not finite become null, and pictures base64.
+    """
     shown: dict[str, Any] = _finite(
         {"ok": report.ok, "verdict": verdict(report), "mean_kl": report.mean_kl, **asdict(report)}
     )
@@ -49,18 +52,18 @@ def as_json(report: Report) -> dict[str, Any]:
 
 
 def verdict(report: Report) -> str:
-    """One sentence."""
+    """The verdict in one sentence."""
     if report.ok:
         return f"The package is the model: it computes what {report.reference} does, within what rounding allows."
     first = report.findings[0]
     if first.stage == "files":
-        return "The package is not the model: its files are not those that were written."
+        return "The package is not the model: its files are not those that the build wrote."
     case = next((f" in “{case.name}”" for case in report.cases if _about(first, case)), "")
-    return f"The package is not the model: it parts at {first.stage}{case}."
+    return f"The package is not the model: it first differs at {first.stage}{case}."
 
 
 def html(report: Report) -> str:
-    """The page, below 5 MB for hundreds of stages, tens of thousands of weights and dozens of cases with images too."""
+    """The HTML page, below 5 MB even with hundreds of stages, 20,000 weights and dozens of cases with images."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, finalize=_printable, trim_blocks=True, lstrip_blocks=True
     )
@@ -70,7 +73,7 @@ def html(report: Report) -> str:
     values = (value for image in maps for row in image.values for value in row if math.isfinite(value))
     side = int(min(640, math.sqrt(PIXELS / max(len(maps), 1))))
     stages = _worst_stages(report.cases)
-    worst = max([*values, *(stage.tolerance for stage in stages)], default=0.0)  # rounding alone is nothing to look at
+    worst = max([*values, *(stage.tolerance for stage in stages)], default=0.0)  # so that rounding alone stays pale
     rows, exact = modules(report.weights)
     altered = [weight for weight in report.weights if not weight.same]
     rounded = [weight for weight in report.weights if weight.error]
@@ -125,7 +128,7 @@ def _case(case: CaseResult, report: Report, worst: float, side: int) -> dict[str
 
 
 def _tiles(report: Report, stages: Sequence[Stage]) -> list[dict[str, Any]]:
-    """The few numbers that say how close the package is, each with its bound and whether it keeps it."""
+    """The few numbers that sum up how close the package is to the model, each with its bound and a mark."""
     tiles = []
 
     def tile(title: str, value: str, note: str, ok: bool | None = None) -> None:
@@ -153,7 +156,7 @@ def _tiles(report: Report, stages: Sequence[Stage]) -> list[dict[str, Any]]:
 def _worst_stages(cases: Iterable[CaseResult]) -> list[Stage]:
     """Every stage of any case, in order, with the largest errors and the narrowest bounds of all cases."""
     found: dict[str, list[Stage]] = {}
-    for case in sorted(cases, key=lambda case: len(case.stages), reverse=True):  # the longest has them all, in order
+    for case in sorted(cases, key=lambda case: len(case.stages), reverse=True):  # the longest has all stages in order
         for stage in case.stages:
             found.setdefault(stage.name, []).append(stage)
     return [
@@ -185,12 +188,12 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _percent(share: float) -> str:
-    """Rounded down: 100% is all of them."""
+    """A share as a percentage, rounded down so that only a share of 1 is 100%."""
     return f"{math.floor(share * 1000) / 10:g}%" if math.isfinite(share) else "–"
 
 
 def _visible(piece: str, token: int) -> str:
-    """A token as one can see it: spaces and line breaks marked, its id where it is no text by itself."""
+    """A token as visible text, with marks for spaces and line breaks; its id if it is not text by itself."""
     shown = piece.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
     if not shown or "\N{REPLACEMENT CHARACTER}" in shown:
         return f"#{token}"
@@ -198,16 +201,16 @@ def _visible(piece: str, token: int) -> str:
 
 
 def _printable(value: Any) -> Any:
-    """What jinja2 writes: no more than `TEXT` of a text (what is marked as safe is the page's own and stays whole).
+    """The value that jinja2 writes: plain text is cut after `TEXT` characters, and the page's own markup stays whole.
 
-    Control characters, directions of writing and lone surrogates are written as their numbers.
+    Control characters, marks of writing direction and lone surrogates are written as numbers.
     """
     if type(value) is str and len(value) > TEXT:
         value = f"{value[:TEXT]}…"
     if not isinstance(value, str) or value.replace("\n", "").isprintable():
         return value
     spelled = "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in value)
-    return type(value)(spelled)  # markup, which macros return, remains markup
+    return type(value)(spelled)  # markup, which macros return, stays markup
 
 
 def _finite(value: Any) -> Any:

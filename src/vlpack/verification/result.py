@@ -1,4 +1,4 @@
-"""What a verification found, as data: the report, the exit code and the model card are made from it."""
+"""The result of a verification as data, from which the report, the exit code and the model card are made."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from vlpack.verification.metrics import Agreement, Difference
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of one case: positions, a vision block, DeepStack's level, the embedding, a decoder layer, the logits;
-    of an embedding model its vector, of a reranker its score.
+    """The comparison of one stage of one case.
+
+    Stages are positions, inputs of vision blocks, DeepStack's levels, embeddings, decoder layers, and the result:
+    logits, the vector of an embedding model, or the score of a reranker.
 
     Args:
-        name: such as ``positions``, ``input of vision block 3``, ``DeepStack 1``, ``layer 12``, ``logits``.
-        graph: the package's graph with exact arithmetic against the reference with the package's own weights: what the
-            graph does wrong. None for what is not computed with weights.
-        total: the package as it runs against the reference as it is: what its user gets.
-        tolerance: that ``graph.relative`` (``total.relative`` where there is no ``graph``) must not exceed.
-        limit: that ``total.relative`` must not exceed.
+        name: the stage's name, such as ``positions``, ``input of vision block 3``, ``DeepStack 1``, ``layer 12``.
+        graph: the package's graph in exact arithmetic compared with the reference that has the package's weights, which
+            shows errors of the graph; None for a stage that does not depend on weights.
+        total: the package as it runs compared with the reference as it is, which shows all errors that a user gets.
+        tolerance: upper bound of ``graph.relative``, or of ``total.relative`` if ``graph`` is None.
+        limit: upper bound of ``total.relative``.
     """
 
     name: str
@@ -30,12 +32,12 @@ class Stage:
 
     @property
     def ok(self) -> bool:
-        """Within both of its bounds."""
-        return self.wrong is None
+        """Whether the stage is within both of its bounds."""
+        return self.violation is None
 
     @property
-    def wrong(self) -> tuple[Difference, float] | None:
-        """What is beyond its bound, and the bound; the graph's error goes first."""
+    def violation(self) -> tuple[Difference, float] | None:
+        """The first difference that exceeds its bound, and that bound; the graph's error is checked first."""
         first = self.total if self.graph is None else self.graph
         pairs = ((first, self.tolerance), (self.total, self.limit))
         return next(((apart, bound) for apart, bound in pairs if not apart.relative <= bound), None)
@@ -43,11 +45,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class ImageMap:
-    """Where in an image the features differ: relative L2 of each token, ``[rows][columns]``, beside a small picture.
+    """A map of where in an image the features differ.
 
     Args:
-        values: by row and column of the image's tokens.
-        png: the image as the model saw its size, a PNG file's bytes.
+        values: relative L2 error of each of the image's tokens, ``[rows][columns]``.
+        png: a small picture of the image, as the bytes of a PNG file.
     """
 
     values: list[list[float]]
@@ -56,21 +58,21 @@ class ImageMap:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """One prompt.
+    """The result of one case. For a model that does not generate, ``logits`` and the lists of tokens are empty.
 
     Args:
-        name: of the case.
-        prompt: its text, as a person would write it.
-        images: names or sizes of its images.
-        stages: in the order in which they are computed.
-        logits: agreement of the next token at every position, package as it runs against reference as it is; empty, as
-            the tokens are, where the model does not generate.
-        tokens: the package's greedy answer through the runtime, ids.
-        pieces: the same as text, token by token.
-        reference_tokens: what the reference likes best after each of the package's own prefixes.
-        reference_pieces: as text.
-        decisive: for each token, the reference's logit of its best minus that of its second: a tie may fall either way.
-        maps: one for each image.
+        name: the case's name.
+        prompt: the prompt's text, as the user wrote it.
+        images: names or sizes of the images and videos.
+        stages: the stages in the order in which they are computed.
+        logits: agreement of the next token at every position, the package as it runs against the reference as it is.
+        tokens: the package's greedy answer through the runtime, as ids.
+        pieces: the answer as text, token by token.
+        reference_tokens: the reference's most likely token after each prefix of the package's answer.
+        reference_pieces: the reference's tokens as text.
+        decisive: for each token, the reference's largest logit minus its second largest; near 0 it is a tie, and either
+            token is right.
+        maps: a map for each image.
     """
 
     name: str
@@ -87,38 +89,39 @@ class CaseResult:
 
     @property
     def worst(self) -> tuple[float, float]:
-        """The largest relative errors of all stages: the graph's, and the whole package's."""
+        """The largest relative errors over all stages: that of the graph, and that of the whole package."""
         graph = max((stage.graph.relative for stage in self.stages if stage.graph), default=0.0)
         return graph, max(stage.total.relative for stage in self.stages)
 
     @property
     def first_bad(self) -> Stage | None:
-        """The first stage that is beyond its tolerance."""
+        """The first stage that exceeds one of its bounds; None if there is none."""
         return next((stage for stage in self.stages if not stage.ok), None)
 
     @property
-    def speaks(self) -> bool:
-        """Whether it is of a model that generates, so that there are next tokens to compare."""
+    def generates(self) -> bool:
+        """Whether the model generates, so that there are next tokens to compare."""
         return bool(self.logits.kl)
 
     @property
     def same_tokens(self) -> int:
-        """How many tokens of the answer the reference would have chosen too, before the first that it would not."""
+        """The number of the answer's tokens before the first one that the reference would not have chosen."""
         pairs = zip(self.tokens, self.reference_tokens, strict=True)
         return next((i for i, (a, b) in enumerate(pairs) if a != b), len(self.tokens))
 
 
 @dataclass(frozen=True)
 class WeightResult:
-    """One weight of the package against the checkpoint.
+    """The comparison of one weight of the package with the checkpoint.
 
     Args:
-        path: its module.
-        part: its graph.
-        storage: how it is kept.
-        error: relative L2 of what the package holds against the checkpoint's.
-        expected: the same of what vlpack makes of the checkpoint; they differ where the package was altered.
-        same: the package holds byte for byte what vlpack makes of the checkpoint.
+        path: path of the weight's module.
+        part: name of the graph that contains it.
+        storage: format in which it is stored.
+        error: relative L2 error of the package's values against the checkpoint's.
+        expected: the error that vlpack's own conversion of the checkpoint has; another ``error`` means an altered
+            package.
+        same: whether the package's bytes are those that vlpack makes from the checkpoint.
     """
 
     path: str
@@ -131,7 +134,7 @@ class WeightResult:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong, in one sentence, with the stage where it shows."""
+    """Something wrong with the package: the stage where it shows, and a sentence about it."""
 
     stage: str
     message: str
@@ -139,21 +142,21 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole.
+    """The whole result of a verification.
 
     Args:
-        package: its folder's name.
+        package: name of the package's folder.
         reference: the checkpoint's name or Hub id.
-        architecture: of both.
-        precision: of the package.
-        provider: it was made for.
-        cases: in order.
-        weights: all of them.
-        findings: what is wrong, in the order of the stages; empty where the package is the model.
-        versions: of vlpack and the libraries that took part.
-        seconds: it took.
-        peak_memory: bytes.
-        streamed: the reference was never in memory as a whole.
+        architecture: name of the architecture.
+        precision: the package's precision.
+        provider: execution provider that the package was built for.
+        cases: results of the cases, in order.
+        weights: results of all weights.
+        findings: everything wrong, in the order of the stages; empty if the package is the model.
+        versions: versions of vlpack and the libraries that took part.
+        seconds: duration of the verification in seconds.
+        peak_memory: peak memory in bytes.
+        streamed: whether the reference was loaded module by module, never as a whole.
     """
 
     package: str
@@ -171,11 +174,11 @@ class Report:
 
     @property
     def mean_kl(self) -> float | None:
-        """KL of the next token's distribution over all positions of all cases, in nats; None without any."""
+        """Mean KL divergence of the next token's distribution over all cases' positions, in nats; None without any."""
         values = [value for case in self.cases for value in case.logits.kl]
         return sum(values) / len(values) if values else None
 
     @property
     def ok(self) -> bool:
-        """The package is the model, within its precision."""
+        """Whether the package is the model, within its precision."""
         return not self.findings

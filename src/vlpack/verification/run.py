@@ -1,4 +1,4 @@
-"""The verification itself: the package and the reference over the same cases, compared stage by stage."""
+"""The verification itself: runs package and reference on the same cases and compares them stage by stage."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ from vlpack.verification.result import CaseResult, Finding, ImageMap, Report, St
 from vlpack.verification.weights import Parameters, Weights, policy_of
 
 Array = npt.NDArray[Any]
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 POSITIONS = "positions"
-"""The stage that no weights go into."""
+"""Name of the one stage that does not depend on weights."""
 RESULTS = {GENERATE: "logits", EMBEDDING: "vector", RERANKER: "score"}
-"""The last stage, by task."""
+"""Name of the last stage, by task."""
 VECTOR_SLACK = 1.5
-"""An embedding is one vector, further off than a mean over a prompt's positions may be."""
+"""Factor of the error bound of an embedding: it is one vector, and other results are averaged over many positions."""
 TIE = 1e-3
-"""Logits of the reference's two best tokens that are no further apart may come out either way."""
+"""Largest gap between the reference's two best logits that counts as a tie, of which either token may win."""
 
 
 def verify(
@@ -65,27 +65,27 @@ def verify(
     streamed: bool | None = None,
     threads: int | None = None,
     lora: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
-    say: Say | None = None,
+    progress: Progress | None = None,
 ) -> Report:
-    """Compare a package with the checkpoint that it should be.
+    """Compare a package, stage by stage, with the checkpoint that it was built from.
 
     Args:
-        package: its folder.
+        package: the package's folder.
         reference: the checkpoint's folder or Hub id.
-        cases: what is asked; by default `built_in` ones.
-        tokens: of each answer.
-        streamed: keep only one module of the reference in memory at a time; by default where it would take more than a
-            third of the machine's memory.
-        threads: of onnxruntime.
-        lora: adapters that were merged when the package was built, as there.
-        say: told what is being done.
+        cases: prompts with images and videos; by default the built-in ones (`built_in`).
+        tokens: largest number of tokens of each answer.
+        streamed: whether only one module of the reference is in memory at a time; by default, if the reference would
+            take more than a third of the machine's memory.
+        threads: number of threads of onnxruntime.
+        lora: the LoRA adapters that were merged when the package was built, in the same order and form.
+        progress: called with a description of each step.
 
     Raises:
         VlpackError: the comparison could not be made.
     """
     require()
     started = time.perf_counter()
-    say = say or (lambda text: None)
+    progress = progress or (lambda text: None)
     folder = Path(package).expanduser()
     manifest = read_manifest(folder)
     task = manifest_task(folder, manifest)
@@ -97,7 +97,7 @@ def verify(
         architecture, base = architecture_of(opened, task)
         if base.architecture != manifest["source"]["architecture"]:
             raise VerifyError(
-                f"The package is a {manifest['source']['architecture']}, the reference a {base.architecture}.",
+                f"The package is a {manifest['source']['architecture']}, but the reference is a {base.architecture}.",
                 "Give the checkpoint that the package was built from.",
             )
         policy = policy_of(manifest, architecture.precision_facts)
@@ -108,11 +108,11 @@ def verify(
         findings = [Finding("files", problem) for problem in damaged_files(folder, manifest, hashes=True)]
         results: list[CaseResult] = []
         weights: list[WeightResult] = []
-        if not findings:  # what is damaged is not looked at any closer
-            comparison = _Comparison(folder, manifest, architecture, checkpoint, policy, streamed, threads, say)
+        if not findings:  # damaged files are not examined any further
+            comparison = _Comparison(folder, manifest, architecture, checkpoint, policy, streamed, threads, progress)
             facts = architecture.vision
             visual = (facts.image_token_id, facts.video_token_id) if facts else ()
-            answers = ask(folder, cases, tokens=tokens, threads=threads, visual=visual, say=say)
+            answers = ask(folder, cases, tokens=tokens, threads=threads, visual=visual, progress=progress)
             findings += check_prompts(answers, checkpoint, facts)
             findings += check_stops(answers, checkpoint)
             weights = comparison.compare_weights()
@@ -135,7 +135,7 @@ def verify(
 
 
 class _Comparison:
-    """A package and a checkpoint side by side."""
+    """The comparison of a package with a checkpoint."""
 
     def __init__(
         self,
@@ -146,10 +146,10 @@ class _Comparison:
         policy: Policy,
         streamed: bool,
         threads: int | None,
-        say: Say,
+        progress: Progress,
     ) -> None:
         self.folder, self.architecture, self.checkpoint, self.policy = folder, architecture, checkpoint, policy
-        self.streamed, self.threads, self.say = streamed, threads, say
+        self.streamed, self.threads, self.progress = streamed, threads, progress
         self.result = RESULTS[architecture.task]
         files = graph_files(folder, manifest)
         text = architecture.text
@@ -166,23 +166,23 @@ class _Comparison:
         self.weights = Weights(architecture, checkpoint, policy, loaded, manifest.get("calibration"))
 
     def compare_weights(self) -> list[WeightResult]:
-        """Every weight."""
-        self.say("comparing weights")
+        """Compare every weight of the package with the checkpoint."""
+        self.progress("comparing weights")
         return list(self.weights.compare())
 
     def compare(self, answers: Answers, weights: Sequence[WeightResult]) -> list[CaseResult]:
-        """All cases: the reference as it is, then with the package's weights where these are others."""
+        """Compare all cases with the reference as it is and, if weights differ, with the package's weights in it."""
         asked = answers.asked
         reference = self._reference(stored=False)
         for one in asked:
-            self.say(f"reference: {one.case.name}")
+            self.progress(f"reference: {one.case.name}")
             one.original = self._trace(reference, one)
         del reference
         totals = [self._run(one, exact=False) for one in asked]
         other = self._reference(stored=True) if any(weight.error > 0 for weight in weights) else None
         results = []
         for one, total in zip(asked, totals, strict=True):
-            self.say(f"graph: {one.case.name}")
+            self.progress(f"graph: {one.case.name}")
             assert one.original is not None
             own = one.original if other is None else self._trace(other, one)
             graph = _differences(self._run(one, exact=True), own, self.result)
@@ -191,7 +191,7 @@ class _Comparison:
         return results
 
     def _reference(self, *, stored: bool) -> Reference:
-        self.say("loading the reference" + (" with the package's weights" if stored else ""))
+        self.progress("loading the reference" + (" with the package's weights" if stored else ""))
         self.parameters = Parameters(self.weights, stored=stored)
         prefix, head = self.architecture.decoder.prefix, self.weights.head(self.architecture.task, stored=stored)
         return Reference(self.checkpoint.folder, prefix, self.parameters, streamed=self.streamed, head=head)
@@ -204,14 +204,14 @@ class _Comparison:
             arrays["input_ids"] = np.concatenate([arrays["input_ids"], answer], axis=1)
             arrays["mm_token_type_ids"] = np.concatenate([arrays["mm_token_type_ids"], np.zeros_like(answer)], axis=1)
         trace = in_prompt_order(reference(arrays), one.prompt)
-        self.parameters.forget()  # a graph runs next, and takes its own memory
+        self.parameters.forget()  # the next step runs a graph, which needs the memory
         return trace
 
     def _run(self, one: Asked, *, exact: bool) -> Run:
         return self.graphs.run(one.ids, one.prompt, self._positions(one), exact=exact)
 
     def _positions(self, one: Asked) -> Array:
-        """As vlpack makes them; the runtime makes its own, which show in the tokens of its answer."""
+        """The position ids that vlpack makes. The runtime makes its own, which only the answer's tokens test."""
         facts = self.architecture.vision
         if facts is None:
             return np.arange(one.ids.shape[1], dtype=np.int64)[None]
@@ -229,8 +229,8 @@ class _Comparison:
         ]
         if self.result == RESULTS[EMBEDDING]:
             stages[-1] = replace(stages[-1], limit=VECTOR_SLACK * limit)
-        speaks = self.architecture.task == GENERATE
-        logits = one.original.result if speaks else np.zeros((0, 2))  # [S, V]
+        generates = self.architecture.task == GENERATE
+        logits = one.original.result if generates else np.zeros((0, 2))  # [S, V]
         start = one.prompt.input_ids.shape[1] - 1
         best = np.argsort(logits[start : start + len(one.tokens)], axis=1)[:, :-3:-1]
         decisive = np.take_along_axis(logits[start : start + len(one.tokens)], best, axis=1)
@@ -240,7 +240,7 @@ class _Comparison:
             prompt=one.case.prompt,
             images=list(one.case.labels),
             stages=stages,
-            logits=agreement(run.result, logits) if speaks else Agreement([], []),
+            logits=agreement(run.result, logits) if generates else Agreement([], []),
             tokens=one.tokens,
             pieces=[tokenizer.decode([token], skip_special_tokens=False) for token in one.tokens],
             reference_tokens=wanted,
@@ -275,7 +275,7 @@ class _Comparison:
 
 
 def _differences(run: Run, trace: Trace, result: str) -> list[tuple[str, Difference]]:
-    """Every stage that both sides have, in the order of the computation."""
+    """The differences of all stages, with their names, in the order of the computation."""
     stages: list[tuple[str, Any, Any]] = [(POSITIONS, run.positions, trace.positions)]
     for index, pair in enumerate(zip(run.blocks, trace.blocks, strict=True)):
         stages.append((f"input of vision block {index}", *pair))
@@ -295,12 +295,12 @@ def _judge_weights(weights: Sequence[WeightResult]) -> list[Finding]:
     if not altered:
         return []
     worst = max(altered, key=lambda weight: weight.error - weight.expected)
-    more = f", and {len(altered) - 1} more are not" if len(altered) > 1 else ""
+    more = f" The same holds for {len(altered) - 1} more." if len(altered) > 1 else ""
     return [
         Finding(
             "weights",
-            f"{worst.path} in the {worst.part} graph is not what vlpack makes of the checkpoint: {worst.error:.2g} "
-            f"away from it where {worst.expected:.2g} is {worst.storage}'s share{more}.",
+            f"{worst.path} in the {worst.part} graph is not what vlpack makes of the checkpoint: its relative error is "
+            f"{worst.error:.2g}, where {worst.storage} explains {worst.expected:.2g}.{more}",
         )
     ]
 
@@ -308,20 +308,23 @@ def _judge_weights(weights: Sequence[WeightResult]) -> list[Finding]:
 def _judge(cases: Sequence[CaseResult], policy: Policy) -> list[Finding]:
     findings = []
     for case in cases:
-        if (stage := case.first_bad) and stage.wrong:
-            apart, bound = stage.wrong
-            how = "in exact arithmetic, weights being equal" if apart is stage.graph else "as the package runs"
+        if (stage := case.first_bad) and stage.violation:
+            apart, bound = stage.violation
+            how = "in exact arithmetic with equal weights" if apart is stage.graph else "as the package runs"
             findings.append(
                 Finding(
                     stage.name,
-                    f"{case.name}: {stage.name} is {apart.relative:.2g} away from the reference {how}; at most "
-                    f"{bound:.2g} is rounding.",
+                    f"{case.name}: {stage.name} differs from the reference by {apart.relative:.2g} (relative L2) "
+                    f"{how}; rounding explains at most {bound:.2g}.",
                 )
             )
         elif case.logits.mean_kl > KL_TOLERANCE[policy.precision]:
             findings.append(
                 Finding(
-                    "logits", f"{case.name}: the next token's distribution differs by {case.logits.mean_kl:.2g} nats."
+                    "logits",
+                    f"{case.name}: the next token's distribution differs from the reference's by "
+                    f"{case.logits.mean_kl:.2g} nats; {policy.precision} explains at most "
+                    f"{KL_TOLERANCE[policy.precision]:g}.",
                 )
             )
         elif policy.precision == "fp32" and (at := _wrong_token(case)) is not None:

@@ -1,4 +1,4 @@
-"""The weights of a package and of the checkpoint it was made from, side by side, one at a time."""
+"""Compares the weights of a package with those of the checkpoint it was built from, one at a time."""
 
 from __future__ import annotations
 
@@ -26,42 +26,45 @@ from vlpack.verification.result import WeightResult
 Array = npt.NDArray[Any]
 
 CALIBRATED_SLACK = 4
-"""Calibrated codes are not the nearest: this much further off, in relative L2, at most. Other weights are 10 times."""
+"""Largest ratio of a calibrated weight's error to that of rounding to nearest, in relative L2, because calibration does
+not choose the nearest codes. The codes of another weight have a ratio of 10."""
 
 
 def policy_of(manifest: Mapping[str, Any], facts: PrecisionFacts) -> Policy:
-    """The policy by which a package was built.
+    """The precision policy that a package was built with.
 
     Raises:
-        PackageError: the manifest does not say, or what it says is not a policy.
+        PackageError: the manifest contains no policy, or one that this version of vlpack does not know.
     """
-    # packages of earlier versions, which knew neither, are neither balanced nor rotated
+    # packages of earlier versions lack both settings and are neither balanced nor rotated
     before = {"balance": False, "rotation": False}
     try:
         options = QuantizationOptions(**{**before, **manifest["quantization"]})
         policy = make_policy(manifest["precision"], manifest["execution_provider"], options, facts)
     except (KeyError, TypeError, ValueError, AttributeError, VlpackError):
         raise PackageError(
-            "vlpack.json does not say how the weights are stored, or not in a way that this vlpack knows.",
+            "vlpack.json does not say how the weights are stored, or says it in a way that this vlpack does not know.",
             "Build the package again.",
         ) from None
     if policy.described() != manifest.get("policy"):
-        raise PackageError("vlpack.json's policy is not the one that this vlpack makes.", "Build the package again.")
+        raise PackageError(
+            "The policy in vlpack.json is not the one that this version of vlpack makes.", "Build the package again."
+        )
     return policy
 
 
 class Weights:
-    """All weights of a model, as the checkpoint has them and as a package holds them.
+    """All weights of a model, both as the checkpoint has them and as a package stores them.
 
     Args:
-        architecture: of both.
+        architecture: architecture of both.
         checkpoint: the reference.
-        policy: of the package.
-        graphs: part name → the package's graph, its weights not loaded.
-        calibration: what the package's manifest says of it, if it was calibrated.
+        policy: the package's precision policy.
+        graphs: the package's graph of each part, without loaded weights.
+        calibration: the manifest's entry about calibration; None if the package was not calibrated.
 
     Raises:
-        PackageError: the manifest's scales of channels are damaged.
+        PackageError: the channel scales in the manifest are damaged.
     """
 
     def __init__(
@@ -80,16 +83,20 @@ class Weights:
         self.scales = ChannelScales(checkpoint, known=known)
 
     def head(self, task: str, *, stored: bool) -> Callable[[Array], Array] | None:
-        """What an embedding model or reranker makes of its last token's state ``[H]``; None where a model generates.
+        """The function from the last token's hidden state ``[H]`` to the result of an embedding model or reranker.
 
         Args:
-            task: of the package.
-            stored: with the package's values of the rows of yes and no, not the checkpoint's.
+            task: the package's task.
+            stored: whether the rows of yes and no have the package's values instead of the checkpoint's.
+
+        Returns:
+            the function; None for a model that generates.
         """
         if task == GENERATE:
             return None
         if task == EMBEDDING:
             return lambda state: state / np.linalg.norm(state)
+        # the module of the rows of yes and no is called "answers" in the package format
         part, weight = next(found for found in self.all() if found[1].path.endswith(".answers"))
         rows = self.stored(part, weight) if stored else self.original(weight)  # [2, H]
 
@@ -101,20 +108,20 @@ class Weights:
         return probabilities
 
     def all(self) -> Iterator[tuple[str, Weight]]:
-        """Part and weight; a weight that two parts share comes twice."""
+        """All weights with the name of their part; a weight that two parts share comes twice."""
         for part, weights in self.by_part.items():
             for weight in weights:
                 yield part, weight
 
     def original(self, weight: Weight) -> Array:
-        """The checkpoint's values, float32 ``[rows, cols]``."""
+        """The checkpoint's values of a weight, float32 ``[rows, cols]``."""
         return weight.source.read(self.checkpoint, 0, weight.rows).astype(np.float32)
 
     def held(self, part: str, weight: Weight) -> dict[str, Array]:
-        """The package's arrays.
+        """The arrays in which the package stores a weight, by name.
 
         Raises:
-            PackageError: the graph lacks one, or it has another size.
+            PackageError: the graph lacks an array, or the array has another type or size.
         """
         arrays = {}
         initializers = self.graphs[part].graph.initializers
@@ -128,12 +135,12 @@ class Weights:
         return arrays
 
     def stored(self, part: str, weight: Weight) -> Array:
-        """What the package holds, float32 ``[rows, cols]``."""
+        """The package's values of a weight, dequantized, balance and rotation undone, float32 ``[rows, cols]``."""
         values = weight.storage.values(self.held(part, weight), weight.rows, weight.cols)
         return weight.transform.undo(values, self.scales)
 
     def compare(self) -> Iterator[WeightResult]:
-        """Every weight of the package against the checkpoint, and against what vlpack makes of it."""
+        """Compare every weight of the package with the checkpoint, and with what vlpack makes of the checkpoint."""
         for part, weight in self.all():
             held = self.held(part, weight)
             same, error = self._same(weight, held), self._error(weight, held)
@@ -144,7 +151,7 @@ class Weights:
             yield WeightResult(weight.path, part, weight.storage.label, error, expected, same)
 
     def _same(self, weight: Weight, held: Mapping[str, Array]) -> bool:
-        """Whether the arrays are, byte for byte, what a build makes; of calibrated weights, all but the codes."""
+        """Whether the arrays are byte for byte those of a build; the codes of calibrated weights are not compared."""
         done = dict.fromkeys(held, 0)
         for name, chunk in encode(self.checkpoint, weight, self.scales):
             if weight.calibrated and name == "qweight":
@@ -155,9 +162,9 @@ class Weights:
         return True
 
     def _error(self, weight: Weight, arrays: Mapping[str, Array]) -> float:
-        """How far arrays are from the checkpoint's values, balanced and rotated as these are, relative L2.
+        """The relative L2 error of arrays against the checkpoint's values, both balanced and rotated.
 
-        A slab of rows is in memory at a time.
+        Only a slab of rows is in memory at a time.
         """
         gap, rows, cols = Gap(), weight.rows, weight.cols
         read = weight.reader(self.checkpoint, self.scales)
@@ -168,7 +175,7 @@ class Weights:
 
 
 def _known_scales(calibration: Any, transforms: Sequence[Transform]) -> dict[str, Array]:
-    """The scales that a calibrated package's channels were balanced with; none where it was not calibrated.
+    """The scales by which a calibrated package's channels were balanced; empty if it was not calibrated.
 
     Raises:
         PackageError: the manifest's entry is damaged, or does not fit these transforms.
@@ -182,7 +189,7 @@ def _known_scales(calibration: Any, transforms: Sequence[Transform]) -> dict[str
                 raise ValueError(f"{channels.name} has {channels.count} channels")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PackageError(
-            f"vlpack.json's scales of channels cannot be used: {error}.", "Build the package again."
+            f"The channel scales in vlpack.json cannot be used: {error}.", "Build the package again."
         ) from None
     return known
 
@@ -202,11 +209,11 @@ def _parts(architecture: Architecture, policy: Policy, graphs: Mapping[str, ir.M
 
 
 class Parameters:
-    """The weights under the names that transformers' modules have for them.
+    """The weights under the names of transformers' parameters.
 
     Args:
-        weights: of the model.
-        stored: give the package's values, not the checkpoint's.
+        weights: the model's weights.
+        stored: whether to give the package's values instead of the checkpoint's.
     """
 
     def __init__(self, weights: Weights, *, stored: bool) -> None:
@@ -221,7 +228,7 @@ class Parameters:
                 self._fused[weight.path] = (part, weight)
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Array:
-        """A parameter's values, float32, in the shape that the module wants.
+        """The values of a parameter, float32, in the shape that transformers' module has.
 
         Raises:
             VerifyError: the model has no such weight.
@@ -229,23 +236,26 @@ class Parameters:
         if name in self._fused:
             return self._experts(name, shape)
         if name not in self._places:
-            raise VerifyError(f"The reference has a parameter {name} that the package does not know.")
+            raise VerifyError(f"The reference has a parameter {name}, but the package has no such weight.")
         part, weight, first, stop = self._places[name]
         return np.ascontiguousarray(self._matrix(part, weight)[first:stop]).reshape(shape)
 
     def forget(self) -> None:
-        """Let go of the matrix that was asked for last, which may be gigabytes."""
+        """Release the matrix that was read last, which may have gigabytes."""
         self._last = None
 
     def _experts(self, name: str, shape: tuple[int, ...]) -> Array:
-        """``[E, 2 · I, H]`` with gate above up, which alternate in the package, or ``[E, H, I]``."""
+        """The fused weights of all experts: ``[E, 2 · I, H]`` or ``[E, H, I]``.
+
+        In the former, transformers has all gate rows before the up rows; in the package they alternate.
+        """
         matrix = self._matrix(*self._fused[name]).reshape(shape)
         if name.endswith("gate_up_proj"):
             matrix = np.concatenate([matrix[:, 0::2], matrix[:, 1::2]], axis=1)
         return matrix
 
     def _matrix(self, part: str, weight: Weight) -> Array:
-        # q, k and v are three parameters and one weight, and are asked for one after the other
+        # q, k and v are parameters of one weight and are read one after the other, so the last matrix is kept
         key = (part, weight.path)
         if self._last is None or self._last[0] != key:
             self._last = None
@@ -255,7 +265,7 @@ class Parameters:
 
 
 def _named_rows(weight: Weight) -> Iterator[tuple[str, int, int]]:
-    """The checkpoint's tensors in a weight, and its rows that they are."""
+    """The checkpoint's tensors that make a weight: name, first row and end row of each."""
     source = weight.source
     own = weight.path if weight.cols == 1 else f"{weight.path}.weight"
     parts = source.parts if isinstance(source, Stacked) else (source,)
