@@ -82,7 +82,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_compiled(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     (library,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so*")
     environment = os.environ | {"ORT_LIB_PATH": str(library)}
-    command = [program, *map(str, arguments)]
+    command = [str(program), *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
 
 
