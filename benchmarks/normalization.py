@@ -17,7 +17,8 @@ import numpy as np
 import onnxruntime as ort
 
 import vlpack
-from vlpack.demo import QUESTIONS, examples_folder
+from vlpack.demo import QUESTIONS
+from vlpack.shipped import examples_folder
 
 RIGHT = "0.5 and 0.5 (Qwen3-VL's)"
 SETTINGS = {

@@ -1,50 +1,121 @@
-"""Draws docs/demo.png: shipped images, questions, and what a package built from the shipped checkpoint answers.
+"""Makes docs/chat.png: `vlpack chat` in a terminal, beside the images that it is shown.
 
-Usage: python docs/make_picture.py
+The package is built from the checkpoint that ships with vlpack, and what the picture shows is what the program printed:
+pexpect types into it, pyte is the terminal, and chromium draws the terminal's screen.
+
+Usage: python docs/make_picture.py     (needs pip install '.[test]' and chromium)
 """
 
 from __future__ import annotations
 
+import base64
+import html
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+import pexpect
+import pyte
 
 import vlpack
-from vlpack.demo import QUESTIONS, examples_folder
+from vlpack.shipped import examples_folder
 
-NAMES = ("03.png", "01.png", "07.png", "09.png")
-TILE, HEIGHT, LINE, MARGIN = 210, 120, 26, 20
+COLUMNS, LINES = 64, 20
+FIRST, SECOND = "01.png", "23.png"
+TYPED = ("Read the digits.", "/reset", f"/image {SECOND}", "Read the digits.")
+"""Without /reset the small checkpoint answers badly: it was trained on single questions."""
+COLORS = {"default": "#cdd6f4", "green": "#a6e3a1", "brown": "#f9e2af", "cyan": "#89dceb", "red": "#f38ba8"}
+PAGE = """<!doctype html><meta charset="utf-8"><style>
+* {{ margin: 0; box-sizing: border-box }}
+body {{ width: 1000px; height: 400px; background: #1e1e2e; color: #cdd6f4; display: flex; padding: 24px; gap: 28px }}
+pre {{ font: 18px/24px "DejaVu Sans Mono", monospace; width: 710px; white-space: pre }}
+figure {{ font: 14px "DejaVu Sans Mono", monospace; color: #9399b2; margin-bottom: 22px }}
+img {{ display: block; max-height: 140px; max-width: 220px; margin-bottom: 6px; border-radius: 4px }}
+</style><pre>{screen}</pre><div>{images}</div>"""
+
+
+class Terminal:
+    """A program in a terminal of its own."""
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        environment = {**os.environ, "TERM": "xterm-256color"}
+        self.child = pexpect.spawn(
+            command[0], command[1:], dimensions=(LINES, COLUMNS), cwd=str(folder), env=environment, timeout=60
+        )
+        self.screen = pyte.Screen(COLUMNS, LINES)
+        self.screen.write_process_input = self.child.send  # it answers where the cursor is
+        self.stream = pyte.ByteStream(self.screen)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 60
+        while not condition():
+            if time.monotonic() > end:
+                raise TimeoutError(self.text)
+            try:
+                self.stream.feed(self.child.read_nonblocking(1 << 16, timeout=0.2))
+            except pexpect.TIMEOUT:
+                continue
+
+    def say(self, line: str) -> None:
+        """A line, and what comes until the program is ready for the next."""
+        before = self.text
+        self.child.send(line + "\r")
+        self.until(lambda: self.text.endswith("\n>") and self.text != before and line in self.text)
+
+    def as_html(self, head: list[str]) -> str:
+        """The screen with colors, below lines that stood there before the program began."""
+        lines = [f'<span style="color:{COLORS["green"]}">$</span> {html.escape(line)}' for line in head]
+        for row in range(self.text.count("\n") + 1):
+            line = ""
+            for column in range(COLUMNS):
+                cell = self.screen.buffer[row][column]
+                color = COLORS.get(cell.fg, COLORS["default"])
+                weight = ";font-weight:bold" if cell.bold else ""
+                line += f'<span style="color:{color}{weight}">{html.escape(cell.data)}</span>'
+            lines.append(line)
+        return "\n".join(lines)
 
 
 def main() -> None:
     examples = examples_folder()
-    with tempfile.TemporaryDirectory() as folder:
-        result = vlpack.build(examples / "digits-qwen3-vl", Path(folder) / "digits", precision="int8")
-        model = vlpack.load(result.folder)
-        greedy = vlpack.Sampling(temperature=0)
-        answers = {
-            name: [
-                (q, model.generate(q, [examples / "digits-images" / name], sampling=greedy).text)
-                for q in QUESTIONS.values()
-            ]
-            for name in NAMES
-        }
-    size = (MARGIN + len(NAMES) * (TILE + MARGIN), MARGIN * 3 + HEIGHT + LINE * 5 + 8)
-    picture = Image.new("RGB", size, "#1e1e2e")
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(16)
-    draw.text((MARGIN, MARGIN), '$ vlpack run digits --image IMAGE "QUESTION"', fill="#a6e3a1", font=font)
-    for column, (name, rows) in enumerate(answers.items()):
-        left, top = MARGIN + column * (TILE + MARGIN), MARGIN * 2 + LINE
-        image = Image.open(examples / "digits-images" / name).convert("RGB")
-        image.thumbnail((TILE, HEIGHT), Image.Resampling.BICUBIC)
-        picture.paste(image, (left, top + (HEIGHT - image.height) // 2))
-        for row, (question, answer) in enumerate(rows):
-            y = top + HEIGHT + 8 + row * 2 * LINE
-            draw.text((left, y), question, fill="#9399b2", font=font)
-            draw.text((left, y + LINE), " / ".join(answer.split("\n")), fill="#cdd6f4", font=font)
-    picture.save(Path(__file__).with_name("demo.png"), optimize=True)
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        sys.exit("error: chromium is not installed.")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for image in (FIRST, SECOND):
+            shutil.copyfile(examples / "digits-images" / image, folder / image)
+        vlpack.build(examples / "digits-qwen3-vl", folder / "digits", precision="int8")
+        terminal = Terminal([sys.executable, "-m", "vlpack", "chat", "digits", "--image", FIRST], folder)
+        terminal.until(lambda: terminal.text.endswith("\n>"))
+        for line in TYPED:
+            terminal.say(line)
+        images = "".join(
+            f'<figure><img src="data:image/png;base64,{base64.b64encode((folder / image).read_bytes()).decode()}">'
+            f"{image}</figure>"
+            for image in (FIRST, SECOND)
+        )
+        head = [f"vlpack chat digits --image {FIRST}"]
+        page = folder / "page.html"
+        page.write_text(PAGE.format(screen=terminal.as_html(head), images=images), encoding="utf-8")
+        terminal.child.close(force=True)
+        output = Path(__file__).with_name("chat.png")
+        options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--force-device-scale-factor=2"]
+        subprocess.run(
+            [chromium, *options, "--window-size=1000,400", f"--screenshot={output}", page.as_uri()],
+            check=True,
+            capture_output=True,
+        )
+    print(f"{output}: {output.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--permute", action="store_true")
     parser.add_argument("--plant", action="store_true")
     given = parser.parse_args()
-    chosen: list[Change] = [permuted] * given.permute + [planted] * given.plant
+    chosen: list[Change] = [*[permuted] * given.permute, *[planted] * given.plant]
     write_copy(given.checkpoint, given.folder, *chosen)
 
 

@@ -36,7 +36,8 @@ def rounded(weight: np.ndarray, storage: Storage) -> np.ndarray:
         return dequantize_blocks(
             QuantizedBlocks(blocks.qweight, scales, blocks.zero_points), weight.shape[1], storage.bits
         )
-    return weight.astype(storage.dtype).astype(np.float32)
+    dtype: str = getattr(storage, "dtype")  # noqa: B009 (of the storages that are left)
+    return weight.astype(dtype).astype(np.float32)
 
 
 class Kept:

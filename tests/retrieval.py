@@ -120,11 +120,11 @@ class Recipe:
 
     def seen(self, system: str, parts: list[dict[str, Any]]) -> np.ndarray:
         """The hidden state after a conversation with images."""
-        messages = [
+        messages: list[Any] = [
             {"role": "system", "content": [{"type": "text", "text": system}]},
             {"role": "user", "content": parts},
         ]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text: Any = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         pictures = [part["image"] for part in parts if part["type"] == "image"]
         if not pictures:
             return self.hidden(self.tokenizer(text)["input_ids"])

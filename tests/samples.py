@@ -88,7 +88,7 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
     path.write_bytes(b"".join([struct.pack("<Q", len(text)), text, *(tensor.data for tensor in tensors.values())]))
 
 
-def edit_tensors(folder: Path, edit: Callable[[Tensors], None]) -> None:
+def edit_tensors(folder: Path, edit: Callable[[Tensors], object]) -> None:
     """Rewrite the weights with ``edit``'s changes."""
     path = folder / "model.safetensors"
     tensors = read_tensors(path)

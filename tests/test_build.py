@@ -56,7 +56,7 @@ def test_equal_bytes_in_other_processes_and_from_another_place(tmp_path: Path) -
     copy_digits(tmp_path / "elsewhere" / DIGITS.name)
     for number, source in enumerate((DIGITS, tmp_path / "elsewhere" / DIGITS.name)):
         environment = {**os.environ, "PYTHONHASHSEED": str(number + 1)}
-        command = [sys.executable, "-c", RANDOM_HASHES, source, tmp_path / str(number), "2"]
+        command = [sys.executable, "-c", RANDOM_HASHES, str(source), str(tmp_path / str(number)), "2"]
         subprocess.run(command, check=True, env=environment)
     one, two = content(tmp_path / "0"), content(tmp_path / "1")
     assert [name for name in one if one[name] != two.get(name)] == []
@@ -165,6 +165,7 @@ def test_image_settings_where_transformers_5_keeps_them(source: Path, tmp_path: 
     (source / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
     build(source, tmp_path / "package")
     prompt = Model(tmp_path / "package").prompt(READ, [np.zeros((640, 640, 3), np.uint8)])
+    assert prompt.image_grid_thw is not None
     assert prompt.image_grid_thw.tolist() == [[1, 4, 4]]
 
 
@@ -266,8 +267,8 @@ def write_checkpoint(folder: Path, layers: int, hidden: int = 1024, intermediate
     prefixes = {f"{VISION}.blocks.0.": linears}
     prefixes |= {f"{VISION}.merger.": {"linear_fc1": (256, 256), "linear_fc2": (hidden, 256)}}
     for prefix, modules in prefixes.items():
-        for name, shape in modules.items():
-            shapes |= {f"{prefix}{name}.weight": shape, f"{prefix}{name}.bias": shape[:1]}
+        for name, matrix in modules.items():
+            shapes |= {f"{prefix}{name}.weight": matrix, f"{prefix}{name}.bias": matrix[:1]}
     norms = [f"{VISION}.blocks.0.norm1", f"{VISION}.blocks.0.norm2", f"{VISION}.merger.norm"]
     shapes |= {f"{norm}.{kind}": (vision,) for norm in norms for kind in ("weight", "bias")}
 
@@ -323,7 +324,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, precision: str) -> 
     peaks = {}
     for layers in (3, 15):
         source, package = write_checkpoint(tmp_path / "checkpoint", layers), tmp_path / "package"
-        command = [sys.executable, "-c", MEASURE, source, package, precision]
+        command = [sys.executable, "-c", MEASURE, str(source), str(package), precision]
         peaks[layers] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         grown = sum(path.stat().st_size for path in source.iterdir())
         shutil.rmtree(source)

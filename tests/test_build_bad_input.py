@@ -396,6 +396,9 @@ def test_a_name_taken_during_the_build_is_not_replaced(source: Path, tmp_path: P
         def advance(self, written: int, path: str) -> None:
             pass
 
+        def say(self, text: str, done: int = 0, total: int = 0) -> None:
+            pass
+
     with pytest.raises(OptionError, match="exists"):
         build(source, tmp_path / "package", part="embedding", progress=Taker())
     assert (tmp_path / "package" / "theirs").read_text() == "mine"
@@ -523,6 +526,9 @@ def test_keyboard_interrupt(source: Path, tmp_path: Path) -> None:
         def advance(self, written: int, path: str) -> None:
             if "layers.3" in path:
                 raise KeyboardInterrupt
+
+        def say(self, text: str, done: int = 0, total: int = 0) -> None:
+            pass
 
     with pytest.raises(KeyboardInterrupt):
         build(source, tmp_path / "package", progress=Interrupter())

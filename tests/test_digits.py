@@ -65,7 +65,7 @@ def render(number: int) -> tuple[Image.Image, dict[str, str]]:
     ground, ink = PAIRS[random.integers(len(PAIRS))]
     image = Image.new("RGB", (columns * CELL, rows * CELL), COLOURS[ground])
     cells = random.permutation(columns * rows)[: random.integers(1, min(columns * rows, 6) + 1)]
-    lines = defaultdict(str)
+    lines: defaultdict[int, str] = defaultdict(str)
     for cell in sorted(cells):
         row, column = divmod(int(cell), columns)
         digit = str(random.integers(10))

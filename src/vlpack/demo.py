@@ -7,11 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import vlpack
 from vlpack.builder import BuildResult, build
-from vlpack.errors import VlpackError
 from vlpack.runtime.model import Model
 from vlpack.runtime.sampling import Sampling
+from vlpack.shipped import examples_folder
 
 QUESTIONS = {"read": "Read the digits.", "count": "How many digits are there?"}
 """Key in answers.json → question that the checkpoint was trained on."""
@@ -30,19 +29,6 @@ class Row:
     def right(self) -> bool:
         """Whether the answer is the true one, white space aside."""
         return self.answer.split() == self.truth.split()
-
-
-def examples_folder() -> Path:
-    """The folder of the demo's checkpoint and images, in the installed package or in the repository.
-
-    Raises:
-        VlpackError: the examples are not installed.
-    """
-    package = Path(vlpack.__file__).parent
-    for folder in (package / "examples", package.parents[1] / "examples"):
-        if (folder / "digits-qwen3-vl" / "config.json").is_file():
-            return folder
-    raise VlpackError("The demo's checkpoint is not installed.", "Install vlpack again, or run from its repository.")
 
 
 def demo(

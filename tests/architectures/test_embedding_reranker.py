@@ -416,7 +416,8 @@ def test_steps_that_are_not_computed(copy: Any, tmp_path: Path) -> None:
         (folder / "modules.json").write_text(text, encoding="utf-8")
         refused(folder, tmp_path, match)
     (folder / "modules.json").unlink()
-    for config in ({"prompts": {"query": 1}}, {"prompts": []}, {"default_prompt_name": "x"}):
+    configs: list[dict[str, Any]] = [{"prompts": {"query": 1}}, {"prompts": []}, {"default_prompt_name": "x"}]
+    for config in configs:
         (folder / "config_sentence_transformers.json").write_text(json.dumps(config), encoding="utf-8")
         if config == {"prompts": []}:  # as empty as none
             continue

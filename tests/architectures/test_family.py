@@ -32,13 +32,18 @@ YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embedd
 BIASED = {"head_dim": 16, "attention_bias": True}
 YARN_TOO = {"head_dim": 32, "rope_parameters": YARN | {"beta_fast": 16, "attention_factor": 1.3}}
 QWEN2_VL = {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
-QWEN2_5_VL = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "window_size": 64}
+QWEN2_5_VL: dict[str, Any] = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "window_size": 64}
 QWEN2_5_VL |= {"fullatt_block_indexes": [1]}
 
 
 EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32}
 FEW = EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [1], "num_experts": 4, "num_experts_per_tok": 3}
-QWEN3_VL = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "num_position_embeddings": 64}
+QWEN3_VL: dict[str, Any] = {
+    "hidden_size": 32,
+    "out_hidden_size": 64,
+    "intermediate_size": 48,
+    "num_position_embeddings": 64,
+}
 QWEN3_VL |= {"deepstack_visual_indexes": [2, 0], "hidden_act": "gelu_pytorch_tanh"}
 
 
@@ -82,9 +87,9 @@ VISION_MEMBERS = [
     member("Qwen3VLMoe", CONDITIONAL, text=EXPERTS | INTERLEAVED, vision=QWEN3_VL, old=True),
     member("Qwen3VLMoe", CONDITIONAL, text=EXPERTS | INTERLEAVED, vision=QWEN3_VL, fused=True),
 ]
-IDS = {"ids": lambda member: member.name}
+IDS: dict[str, Any] = {"ids": lambda member: member.name}
 # whole windows are 8 patches (4 tokens) wide: fewer, just one, several, and edges that do not fill one
-LAYOUTS = {
+LAYOUTS: dict[str, list[Any]] = {
     "text": [()],
     "one image": [((1, 10, 22),)],
     "one token": [((1, 2, 2),)],
@@ -219,6 +224,8 @@ def test_the_runtimes_own_pixels(member: Member, family: Any, tmp_path: Path) ->
     expected = Model(folder, threads=1).prompt("What is here?", [tmp_path / "ramp.png"])
     processor = og.Model(str(folder)).create_multimodal_processor()
     found = processor(expected.text, images=og.Images.open(str(tmp_path / "ramp.png")))
+    assert expected.image_grid_thw is not None
+    assert expected.pixel_values is not None
     assert np.array(found["image_grid_thw"].as_numpy()).tolist() == expected.image_grid_thw.tolist()
     np.testing.assert_allclose(np.array(found["pixel_values"].as_numpy()), expected.pixel_values, atol=0.02)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx
@@ -420,7 +421,7 @@ def test_8_bit_activations(name, tiny, channels, package, reference, kept):
     options, rounding = ROUNDED[name]
     runs, live = package(tiny, *CHANNELS[channels], **options), reference(tiny)
     vision, text = [], []
-    which = {"precision": options["precision"], "vision": options.get("vision_precision")}
+    which: dict[str, Any] = {"precision": options["precision"], "vision": options.get("vision_precision")}
     balanced = None if channels == "plain" else kept(tiny, **which)
     with (
         live.with_weights(balanced or dequantized(**which)),
@@ -442,7 +443,7 @@ def test_8_bit_activations(name, tiny, channels, package, reference, kept):
 @pytest.mark.parametrize("name", ROUNDED)
 def test_8_bit_activations_cost_little(name, images, channels, package, reference, kept):
     options, _ = ROUNDED[name]
-    which = {"precision": options["precision"], "vision": options.get("vision_precision")}
+    which: dict[str, Any] = {"precision": options["precision"], "vision": options.get("vision_precision")}
     weights = dequantized(**which) if channels == "plain" else kept(TINY, **which)
     with reference(TINY).with_weights(weights):
         check(TINY, package(TINY, *CHANNELS[channels], **options), reference, inputs_of(TINY, images), 0.08)

@@ -27,7 +27,7 @@ QWEN2_VL_7B = {
     "rms_norm_eps": 1e-6,
     "rope_scaling": MROPE,
 }
-FLAT = {
+FLAT: dict[str, list[Any]] = {
     "Qwen2VL": [
         QWEN2_VL_7B | {"vision_config": {"model_type": "qwen2_vl"}},
         QWEN2_VL_7B | {"vision_config": {"depth": 4, "mlp_ratio": 2}},

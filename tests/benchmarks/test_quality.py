@@ -168,7 +168,7 @@ def test_bits_of_an_onnx_graph(load: Any, tmp_path: Path) -> None:
         helper.make_node("MatMul", ["x", "head"], ["z"], "/lm_head/MatMul"),
         helper.make_node("MatMul", ["y", "y"], ["w"], "/model/layers.0/attn/MatMul"),
     ]  # fmt: skip
-    arrays = {"codes": codes, "scales": scales, "head": head}
+    arrays: dict[str, Any] = {"codes": codes, "scales": scales, "head": head}
     values = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
     ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xz"]
     save(helper.make_model(helper.make_graph(nodes, "g", ports[:1], ports[1:], values)), tmp_path / "model.onnx")

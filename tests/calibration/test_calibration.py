@@ -387,9 +387,10 @@ def test_a_whole_build(calibrated: Path, tmp_path: Path) -> None:
 
 def test_it_reads_the_digits(calibrated: Path) -> None:
     """Through the stock runtime, as the demo asks."""
-    from vlpack.demo import QUESTIONS, examples_folder
+    from vlpack.demo import QUESTIONS
     from vlpack.runtime.model import Model
     from vlpack.runtime.sampling import Sampling
+    from vlpack.shipped import examples_folder
 
     images = examples_folder() / "digits-images"
     answers = json.loads((images / "answers.json").read_text(encoding="utf-8"))

@@ -48,7 +48,7 @@ def make(folder: Path, tensors: dict[str, np.ndarray], shards: int = 0, config: 
     if not shards:
         safetensors_numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         part = {name: array for i, (name, array) in enumerate(tensors.items()) if i % shards == shard}

@@ -594,7 +594,7 @@ def test_no_permission(folder: Path) -> None:
 
 # --- fuzzing ---------------------------------------------------------------------------------------
 
-ODD = [
+ODD: list[Any] = [
     None,
     True,
     -1,

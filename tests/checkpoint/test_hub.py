@@ -5,7 +5,7 @@ import subprocess
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import huggingface_hub
 import pytest
@@ -250,7 +250,8 @@ def http_error(kind: type[Exception], status: int, text: str) -> Exception:
     """An error of the Hub library; its constructor takes a response of the HTTP library that the Hub library uses."""
 
     class Response:
-        status_code, headers, request, url = status, {}, None, "https://huggingface.co/api/models/org/name"
+        status_code, request, url = status, None, "https://huggingface.co/api/models/org/name"
+        headers: ClassVar[dict[str, str]] = {}
         text = ""
 
     try:

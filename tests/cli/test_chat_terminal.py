@@ -37,7 +37,7 @@ class Terminal:
     def __init__(self, *arguments: object) -> None:
         command, *rest = [*CHAT, *map(str, arguments)]
         self.child = pexpect.spawn(command, rest, dimensions=(60, 100), timeout=300)
-        screen = pyte.Screen(100, 60)
+        screen: Any = pyte.Screen(100, 60)
         screen.write_process_input = self.child.send  # it answers where its cursor is
         self.screen, self.stream, self.raw = screen, pyte.ByteStream(screen), b""
 

@@ -457,7 +457,8 @@ def test_an_interrupted_answer(number: signal.Signals, tmp_path: Path) -> None:
     source = copy_digits(tmp_path / "checkpoint")
     edit_json(source / "generation_config.json", "eos_token_id", value=2175)  # an end that never comes
     build(source, tmp_path / "package")
-    command = [sys.executable, "-m", "vlpack", "run", tmp_path / "package", READ, "--image", IMAGES / "01.png"]
+    words = ["-m", "vlpack.cli", "run", str(tmp_path / "package"), READ, "--image", str(IMAGES / "01.png")]
+    command = [sys.executable, *words]
     with subprocess.Popen(
         [*command, "--max-tokens", "4000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -532,7 +533,7 @@ def test_architectures(capsys: Capsys) -> None:
 def test_a_large_image_is_announced(
     area: int, terminal: bool, told: bool, package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = package_of_vlpack.load(package)
+    model = package_of_vlpack.Model(package)
     prompt = model.prompt(READ, [IMAGES / "01.png"])  # of 3072 to 10240 square pixels
     shown = io.StringIO()
     monkeypatch.setattr(console, "err", Console(file=shown, force_terminal=terminal))

@@ -6,6 +6,7 @@ import base64
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -22,14 +23,15 @@ def test_sources_of_any_form_are_saved(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     encoded = base64.b64encode(file.read_bytes()).decode()  # longer than a file's name may be
     uri = f"data:image/png;base64,{encoded}"
-    for part, stays in [
+    cases: list[tuple[dict[str, Any], dict[str, str]]] = [
         ({"image": uri}, {"url": uri}),
         ({"image": encoded}, {"image": encoded}),
         ({"base64": encoded}, {"base64": encoded}),
         ({"image": "picture.png"}, {"path": str(file)}),
         ({"path": "picture.png"}, {"path": str(file)}),
         ({"path": file}, {"path": str(file)}),
-    ]:
+    ]
+    for part, stays in cases:
         question = {"role": "user", "content": [{"type": "image", **part}, "What?"]}
         (message,) = json.loads(json.dumps(saved([question])))
         assert message["content"] == [{"type": "image", **stays}, "What?"]

@@ -37,7 +37,7 @@ def test_separators_within_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_text_that_is_too_long_is_not_the_template_s_fault(whole: Path) -> None:
-    model = vlpack.load(whole)
+    model = vlpack.Model(whole)
     with pytest.raises(InputError, match=r"have 20000004 characters; more than 12582912"):
         model.prompt("x" * 20_000_000)
     parts = [{"type": "text", "text": "x" * 7_000_000}] * 2

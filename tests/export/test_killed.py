@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,7 +110,7 @@ def test_a_replacement_killed_before_each_of_its_steps(how: str, tmp_path: Path)
         pytest.skip("this system cannot exchange names")
     place = tmp_path / "place" / "package"
     place.parent.mkdir()
-    command = [sys.executable, "-c", STEPPER, place, how]
+    command: list[Any] = [sys.executable, "-c", STEPPER, place, how]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -349,6 +349,8 @@ def test_the_runtimes_own_image_processor_gives_our_answer(packages: Callable[..
         prompt = tokenizer.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
         expected = ours.prompt(READ, [IMAGES / image])
         assert prompt == expected.text
+        assert expected.image_grid_thw is not None
+        assert expected.pixel_values is not None
         inputs = processor(prompt, images=og.Images.open(str(IMAGES / image)))
         grid = np.array(inputs["image_grid_thw"].as_numpy())
         assert grid.tolist() == expected.image_grid_thw.tolist()

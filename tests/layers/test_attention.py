@@ -48,6 +48,7 @@ def test_prefill_more_and_single_tokens(name, rows, package, reference):
         logits.append(out)
         start = end
     assert relative(np.concatenate(logits, axis=1), expected.logits) <= EXACT
+    assert past is not None
     assert next(iter(past.values())).shape == (rows, tiny.kv_heads, length, tiny.head_dim)
 
 
@@ -95,7 +96,7 @@ def test_greedy_tokens_in_the_stock_runtime(part, images, built, reference, tmp_
         generator.set_inputs(tensors)
     else:
         generator.append_tokens(arrays["input_ids"])
-    tokens = []
+    tokens: list[int] = []
     while len(tokens) < TOKENS:
         generator.generate_next_token()
         tokens.append(int(generator.get_next_tokens()[0]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -50,9 +52,9 @@ def make_session() -> ort.InferenceSession:
     mask, positions = builder.input("mask", int64, ["B", "total"]), builder.input("positions", int64, ["B", "S"])
     norms = tuple(builder.input(f"{kind}_weight", float32, [SIZE]) for kind in "qk")
     rope = angles_from_positions(builder.op, positions, FREQUENCIES)
-    past = tuple(builder.input(f"past_{kind}", int8, ["B", KV_HEADS, "P", SIZE + EXTRA_CHANNELS]) for kind in "kv")
+    past: Any = tuple(builder.input(f"past_{kind}", int8, ["B", KV_HEADS, "P", SIZE + EXTRA_CHANNELS]) for kind in "kv")
     attend = int8_kv_cache(HEADS, KV_HEADS, SIZE, 1.0)(builder.op, mask, positions, rope)
-    outputs = attend(builder.op, qkv, Heads(HEADS, KV_HEADS, SIZE, norms, 1e-12), past)
+    outputs = attend(builder.op, qkv, Heads(HEADS, KV_HEADS, SIZE, (norms[0], norms[1]), 1e-12), past)
     for value, name in zip(outputs, ("y", "present_k", "present_v"), strict=True):
         builder.add_output(value, name)
     model = ir.to_proto(ir.Model(graph, ir_version=10))

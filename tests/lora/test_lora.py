@@ -46,7 +46,7 @@ PREFIX = "base_model.model."
 
 TEXT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VISION = ["qkv", "attn.proj", "linear_fc1", "linear_fc2"]
-PATTERNS = {
+PATTERNS: dict[str, Any] = {
     "rank_pattern": {"proj": 5, "q_proj": 2, r"layers\.(0|2)\.mlp\.up_proj": 6, "visual.merger.linear_fc1": 3},
     "alpha_pattern": {r".*layers\.1\..*down_proj": 3, "model.language_model.layers.0.self_attn.q_proj": 11},
 }
@@ -262,7 +262,8 @@ def test_experts_of_a_mixture(tmp_path: Path) -> None:
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
     base = make_member(tmp_path / "base", Member("mixture", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", sizes))
     weights, random = load_file(base / "model.safetensors"), np.random.default_rng(0)
-    factors, changed = {}, dict(weights)
+    factors: dict[str, Any] = {}
+    changed = dict(weights)
     for name, weight in weights.items():
         if ".experts." in name or "mlp.gate." in name:
             a, b = (random.normal(0, 0.3, s).astype(np.float32) for s in ((2, weight.shape[1]), (weight.shape[0], 2)))
@@ -530,6 +531,11 @@ class Case:
         self.words, self.settings, self.tensors, self.files = words, settings or {}, tensors or {}, files
 
 
+def link_out(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to(DIGITS / "model.safetensors")
+
+
 def truncate(folder: Path) -> None:
     data = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(data[:-100])
@@ -558,7 +564,7 @@ REFUSED: dict[str, Case] = {
     "truncated": Case("is truncated", WEIGHTS, files=truncate),
     "a link out": Case(
         "leads out of",
-        files=lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).symlink_to(DIGITS / "model.safetensors")),
+        files=link_out,
     ),
     "broken config": Case("not valid JSON", files=lambda folder: (folder / CONFIG).write_text("{")),
     "a list": Case("must hold a JSON object", files=lambda folder: (folder / CONFIG).write_text("[]")),

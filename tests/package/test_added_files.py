@@ -38,10 +38,10 @@ def package(whole: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json"])
 def test_an_added_template_is_not_used_and_is_told(name: str, package: Path, capsys: Capsys) -> None:
-    before = vlpack.load(package).prompt(MESSAGES).text
+    before = vlpack.Model(package).prompt(MESSAGES).text
     text = EVIL if name.endswith("jinja") else json.dumps({"chat_template": EVIL})
     (package / name).write_text(text, encoding="utf-8")
-    assert vlpack.load(package).prompt(MESSAGES).text == before
+    assert vlpack.Model(package).prompt(MESSAGES).text == before
     done = run_vlpack(capsys, "inspect", package)
     assert done.code == 1
     assert f"{name}' is not one of the package's files" in done.out
@@ -50,7 +50,9 @@ def test_an_added_template_is_not_used_and_is_told(name: str, package: Path, cap
 def test_added_settings_are_not_used(package: Path) -> None:
     edit_json(package / "vlpack.json", "files", "video_preprocessor_config.json", value=...)
     edit_json(package / "video_preprocessor_config.json", "image_mean", value=[9] * 3)
-    assert vlpack.load(package).prompts.video_processor.image_mean == (0.5, 0.5, 0.5)
+    processor = vlpack.Model(package).prompts.video_processor
+    assert processor is not None
+    assert processor.image_mean == (0.5, 0.5, 0.5)
 
 
 def test_an_embedding_model_s_template(tmp_path: Path) -> None:
@@ -59,9 +61,9 @@ def test_an_embedding_model_s_template(tmp_path: Path) -> None:
     edit_json(source / "tokenizer_config.json", "chat_template", value=template)
     (source / "chat_template.jinja").unlink()
     package = vlpack.build(source, tmp_path / "package", precision="int4", task=EMBEDDING).folder
-    before = vlpack.load(package).prompt("Hello").text
+    before = vlpack.Embedder(package).prompt("Hello").text
     (package / "chat_template.jinja").write_text(EVIL, encoding="utf-8")
-    assert vlpack.load(package).prompt("Hello").text == before
+    assert vlpack.Embedder(package).prompt("Hello").text == before
 
 
 def test_a_configuration_that_is_not_listed(package: Path) -> None:

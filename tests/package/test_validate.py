@@ -45,7 +45,7 @@ def elsewhere(tensor: onnx.TensorProto, location: str) -> onnx.TensorProto:
     return tensor
 
 
-def of_initializer(location: str) -> Callable[[onnx.GraphProto], None]:
+def of_initializer(location: str) -> Callable[[onnx.GraphProto], Any]:
     return lambda graph: elsewhere(graph.initializer[-1], location) and None
 
 
@@ -206,7 +206,13 @@ def test_every_verb_refuses(verb: str, package: Path, capsys: Capsys) -> None:
     seal(package)
     questions = package.parent / "questions.jsonl"
     questions.write_text('{"question": "a", "answer": "b"}')
-    more = {"run": ["Hello"], "eval": [questions], "bench": [], "verify": ["--reference", DIGITS]}[verb]
+    arguments: dict[str, list[Any]] = {
+        "run": ["Hello"],
+        "eval": [questions],
+        "bench": [],
+        "verify": ["--reference", DIGITS],
+    }
+    more = arguments[verb]
     done = run_vlpack(capsys, verb, package, *more)
     assert done.code == 2
     assert "is not a file of the package" in done.err
@@ -253,7 +259,8 @@ def test_a_manifest_that_is_no_file(package: Path) -> None:
 
 
 def test_a_policy_that_is_none(package: Path) -> None:
-    for policy in ([{"storage": []}], [{"storage": {}}, 5], {}, None):
+    policies: list[Any] = [[{"storage": []}], [{"storage": {}}, 5], {}, None]
+    for policy in policies:
         edit_json(package / "vlpack.json", "policy", value=policy)
         assert vlpack.load(package)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -32,7 +33,7 @@ def write_all(folder: Path) -> dict[str, Path]:
     """Writes the files and returns the path of each by its name."""
     files: dict[str, Path] = {}
 
-    def save(name: str, image: Image.Image, **options: object) -> None:
+    def save(name: str, image: Image.Image, **options: Any) -> None:
         files[name] = folder / name
         image.save(files[name], **options)
 

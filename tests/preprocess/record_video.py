@@ -34,7 +34,8 @@ def record(name: str, settings: dict[str, Any], options: dict[str, Any]) -> dict
     limits = {key: options[key] for key in ("min_frames", "max_frames") if key in options}
     sampler = Qwen3VLVideoProcessor.from_pretrained(DIGITS, **limits)
     chosen = {key: options.get(key) for key in ("fps", "num_frames")}
-    video, metadata = read_video_pyav(str(clip(name)), lambda metadata, **_: sampler.sample_frames(metadata, **chosen))
+    read: Any = read_video_pyav  # which takes a str, too
+    video, metadata = read(str(clip(name)), lambda metadata, **_: sampler.sample_frames(metadata, **chosen))
     whole = Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor.from_pretrained(DIGITS),
         tokenizer=AutoTokenizer.from_pretrained(DIGITS),

@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,16 @@ def test_every_kind_of_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     path.write_bytes(PNG)
     text = base64.b64encode(PNG).decode()
     lines = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
-    sources = [path, str(path), PNG, bytearray(PNG), text, lines, "data:image/png;base64," + text, noise(40, 30)]
+    sources: list[Any] = [
+        path,
+        str(path),
+        PNG,
+        bytearray(PNG),
+        text,
+        lines,
+        "data:image/png;base64," + text,
+        noise(40, 30),
+    ]
     sources += [np.asarray(noise(40, 30)), np.asarray(noise(40, 30))[::1, :, :].copy(order="F")]
     for source in sources:
         assert same(load_image(source))

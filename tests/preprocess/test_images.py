@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return write_all(tmp_path_factory.mktemp("images"))
 
 
-def both(config: dict, ours: list[Image.Image], theirs: list[Image.Image]) -> tuple[ProcessedImages, dict]:
+def both(config: dict, ours: list[Image.Image], theirs: list[Image.Image]) -> tuple[ProcessedImages, Any]:
     with tempfile.TemporaryDirectory() as folder:
         processor = ImageProcessor.from_folder(write_config(Path(folder), config))
         reference = reference_module.Qwen2VLImageProcessorPil.from_pretrained(folder)

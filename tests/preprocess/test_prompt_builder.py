@@ -256,7 +256,9 @@ def test_wrong_image_token_is_found_at_once() -> None:
 def test_template_sources_in_order_of_precedence(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja"):
         ChatTemplate.from_folder(tmp_path)
-    config = {"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "named"}]}
+    config: dict[str, Any] = {
+        "chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "named"}]
+    }
     config |= {"eos_token": {"content": "<e>", "lstrip": False}, "bos_token": None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     assert ChatTemplate.from_folder(tmp_path).render([]) == "named"

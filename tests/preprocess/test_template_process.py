@@ -139,7 +139,7 @@ def test_an_interruption_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch
 
 def test_threads_share_a_process() -> None:
     template = ChatTemplate("{{ messages[0].content }}")
-    wrong = []
+    wrong: list[Any] = []
 
     def ask(name: str) -> None:
         wrong.extend(name for _ in range(50) if template.render([{"role": "user", "content": name}]) != name)

@@ -48,10 +48,11 @@ def both(tmp_path: Path, **changes: Any) -> tuple[VideoProcessor, Qwen3VLVideoPr
 
 def live_pixels(live: Qwen3VLVideoProcessor, frames: list[np.ndarray]) -> tuple[np.ndarray, list[int]]:
     """transformers' pixel_values_videos for these frames, and its row of video_grid_thw."""
-    video = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+    video: Any = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
     factor, depth = live.patch_size * live.merge_size, live.temporal_patch_size
+    height, width = video.shape[2:]
     size = smart_resize(
-        len(frames), *video.shape[2:], depth, factor, live.size["shortest_edge"], live.size["longest_edge"]
+        len(frames), height, width, depth, factor, live.size["shortest_edge"], live.size["longest_edge"]
     )
     resized = torch.nn.functional.interpolate(video, size=size, mode="bicubic", antialias=True)
     mean = torch.tensor(live.image_mean) * (1.0 / live.rescale_factor)
@@ -77,7 +78,8 @@ def test_clips(name: str, size: Any, options: dict[str, Any], tmp_path: Path) ->
     assert got.pixel_values.dtype == np.float32
     assert np.array_equal(got.pixel_values, pixels)
     # live method, which needs nothing of its object
-    assert list(got.timestamps) == Qwen3VLProcessor._calculate_timestamps(None, indices, metadata.fps, 2)
+    processor: Any = Qwen3VLProcessor
+    assert list(got.timestamps) == processor._calculate_timestamps(None, indices, metadata.fps, 2)
 
 
 @pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])

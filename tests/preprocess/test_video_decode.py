@@ -248,7 +248,7 @@ def test_damaged_files_are_told_or_read(suffix: str, codec: str, tmp_path: Path)
     path = write_video(tmp_path / f"a.{suffix}", pictures(30), codec=codec, base=Fraction(1, 10))
     good = path.read_bytes()
     chance = random.Random(5)
-    outcomes = set()
+    outcomes: set[Any] = set()
     for _ in range(150):
         data = bytearray(good)
         for _ in range(chance.choice([1, 3, 30])):

@@ -473,7 +473,7 @@ def test_quantized_packages_are_exact_with_the_weights_they_keep(
     extra = vlpack.ExtraOptions(**options, prune_lm_head=False)
     checkpoint = outlying(tiny)
     vlpack.build(checkpoint, tmp_path / "package", precision="int4", vision_precision="int4", extra_options=extra)
-    mixed = {"mixed": {"mixed_layers": "int8"}} if precision == "int8" else {}
+    mixed: dict[str, Any] = {"mixed": {"mixed_layers": "int8"}} if precision == "int8" else {}
     kept, live = Kept(checkpoint, "int4", vision="int4", **mixed), Reference(checkpoint)
     with live.with_weights(kept):
         package = Package(tmp_path / "package")

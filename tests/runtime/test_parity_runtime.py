@@ -162,7 +162,7 @@ def test_lower_level_with_and_without_shared_buffers(share, images, built, refer
         for name, array in arrays.items():
             tensors[name] = array
         generator.set_inputs(tensors)
-    tokens = []
+    tokens: list[int] = []
     while len(tokens) < TOKENS:
         generator.generate_next_token()
         tokens.append(int(generator.get_next_tokens()[0]))

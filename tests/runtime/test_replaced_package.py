@@ -41,7 +41,7 @@ def test_a_package_built_over_a_loaded_one(package: Path) -> None:
 
 
 def test_an_encoder_that_is_loaded_stays(package: Path) -> None:
-    model = vlpack.load(package)
+    model: Any = vlpack.load(package)
     before = ask(model)
     vlpack.build(DIGITS, package, precision="int8", force=True)
     model.vision.forget()
@@ -66,7 +66,7 @@ def test_weights_of_the_encoder_alone(package: Path, whole: Path) -> None:
 
 
 def test_replaced_between_check_and_opening(package: Path, whole: Path) -> None:
-    model = vlpack.load(package)
+    model: Any = vlpack.load(package)
     opened = model.vision._open
 
     def swap_and_open(graph: Path, threads: int) -> Any:

@@ -41,10 +41,10 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(package: Path) -> vlpack.Model:
-    return vlpack.load(package)
+    return vlpack.Model(package)
 
 
-def read(model: vlpack.Model, image: str, **options: Any) -> vlpack.Answer:
+def read(model: Any, image: str, **options: Any) -> vlpack.Answer:
     return model.generate(READ, [IMAGES / image], sampling=GREEDY, **options)
 
 
@@ -172,7 +172,7 @@ def test_a_seed_gives_the_same_answer_again(package: Path, model: vlpack.Model) 
     first = [answer(model, seed) for seed in range(5)]
     assert [answer(model, seed) for seed in range(5)] == first
     assert len({tuple(tokens) for tokens in first}) > 1
-    assert answer(vlpack.load(package), 3) == first[3]
+    assert answer(vlpack.Model(package), 3) == first[3]
 
 
 def test_sampling_options_have_their_effect(model: vlpack.Model) -> None:
@@ -209,7 +209,7 @@ def test_max_tokens(model: vlpack.Model) -> None:
 def test_an_answer_ends_where_the_context_does(tmp_path: Path) -> None:
     source = copy_digits(tmp_path / "checkpoint")
     edit_json(source / "config.json", "text_config", "max_position_embeddings", value=29)
-    model = vlpack.load(vlpack.build(source, tmp_path / "package").folder)
+    model = vlpack.Model(vlpack.build(source, tmp_path / "package").folder)
     prompt = model.prompt(READ, [IMAGES / "01.png"]).input_ids.shape[1]
     answer = read(model, "01.png")
     assert (answer.finish_reason, len(answer.tokens)) == ("length", 29 - prompt)
@@ -344,7 +344,7 @@ def test_a_prompt_with_variables_of_the_template(tmp_path: Path) -> None:
     source = copy_digits(tmp_path / "checkpoint")
     template = source / "chat_template.jinja"
     template.write_text(template.read_text() + "{% if enable_thinking is false %}4{% endif %}{{ tools[0].name }}")
-    model = vlpack.load(vlpack.build(source, tmp_path / "package").folder)
+    model = vlpack.Model(vlpack.build(source, tmp_path / "package").folder)
     prompt = model.prompt(READ, [IMAGES / "01.png"], enable_thinking=False, tools=[{"name": "17"}])
     assert prompt.text.endswith("417")
     assert model.generate(prompt, max_tokens=2).stats.prompt_tokens == prompt.input_ids.shape[1]
@@ -443,7 +443,7 @@ def test_an_old_runtime_is_told(package: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_pixel_limits(package: Path) -> None:
     counts = [
-        vlpack.load(package, **limits).prompt(READ, [IMAGES / "00.png"]).num_image_tokens.sum()  # type: ignore[arg-type]
+        vlpack.Model(package, **limits).prompt(READ, [IMAGES / "00.png"]).num_image_tokens.sum()  # type: ignore[arg-type]
         for limits in ({}, {"max_pixels": 2048}, {"min_pixels": 65536})
     ]
     assert counts[1] < counts[0] < counts[2]

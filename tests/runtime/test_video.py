@@ -189,6 +189,7 @@ def test_videos_given_separately_are_the_same(builder: PromptBuilder) -> None:
     )
     assert np.array_equal(inside.input_ids, outside.input_ids)
     assert inside.pixel_values is not None
+    assert outside.pixel_values is not None
     assert np.array_equal(inside.pixel_values, outside.pixel_values)
 
 

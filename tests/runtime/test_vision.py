@@ -107,7 +107,7 @@ def test_what_fails_is_an_error_of_ours(encoder: VisionEncoder, session: Session
     def fail(*arguments: Any) -> Any:
         raise RuntimeError("bad allocation")
 
-    session.run = fail  # type: ignore[method-assign]
+    session.run = fail  # type: ignore[method-assign, assignment]
     with pytest.raises(PackageError, match=r"fails at vision\.onnx: bad allocation"):
         encoder.features(prompt((2, 4, 1.0)))
     broken = VisionEncoder(Path("vision.onnx"), 8, np.float32, 2, 1, fail)

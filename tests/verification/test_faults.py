@@ -95,7 +95,7 @@ def alter_eps(patch: pytest.MonkeyPatch) -> None:
 def swap_gelu(patch: pytest.MonkeyPatch) -> None:
     from vlpack.layers.mlp import activation
 
-    swapped = {"gelu_pytorch_tanh": "gelu"}
+    swapped: Any = {"gelu_pytorch_tanh": "gelu"}
     patch.setattr("vlpack.layers.mlp.activation", lambda op, x, name: activation(op, x, swapped.get(name, name)))
 
 

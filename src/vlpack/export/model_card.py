@@ -10,6 +10,7 @@ import jinja2
 from vlpack.export.origin import made_from
 from vlpack.export.processor_config import GridDifference
 from vlpack.quantize.policy import Policy
+from vlpack.shipped import stock_runtime_example
 from vlpack.version import __version__
 
 _CARD = """\
@@ -42,6 +43,16 @@ The decoder takes `inputs_embeds`{% if "per_layer_inputs" in decoder_inputs %} a
 features of the image tokens (zeros for text){% endif %}.
 {% endif %}{% endif %}
 {% if complete or runnable -%}
+With onnxruntime-genai alone (`pip install onnxruntime-genai`), `python stock_runtime.py . "QUESTION"\
+{% if complete %} picture.jpg{% endif %}`:
+
+```python
+{{ stock_runtime }}```
+
+The runtime uses half of the processor's cores by itself. For another number, make the model from \
+`config = og.Config(folder)` after `config.overlay('{"model": {"decoder": {"session_options": \
+{"intra_op_num_threads": 8}}}}')`{% if complete %}, likewise for `vision`{% endif %}.
+
 `max_length` in `genai_config.json` is at most 4096 tokens, as the runtime allots the cache for all of them; set the \
 search option for longer ones (a large image alone can take thousands). `vlpack run` does so by itself.
 
@@ -103,5 +114,6 @@ def model_card(
         runnable="text" in files,
         decoder_inputs=decoder_inputs,
         difference=difference,
+        stock_runtime=stock_runtime_example(),
         version=__version__,
     )
