@@ -95,7 +95,7 @@ class CheckpointError(VlpackError):
 
 
 class OptionError(VlpackError):
-    """An option is unknown, contradicts another one, or has no effect in this combination."""
+    """An option is unknown, contradictory, without effect, or not available in this combination."""
 
 
 class PackageError(VlpackError):

@@ -41,7 +41,7 @@ def inspect(path: str | os.PathLike[str], *, hashes: bool = True) -> dict[str, A
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether a folder has files that look like weights of any kind, or an index or adapter that belongs to some."""
+    """Whether a folder has files that look like weights of any kind, a weight index, or an adapter's config."""
     try:
         names = os.listdir(folder)
     except OSError:

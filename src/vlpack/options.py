@@ -20,7 +20,7 @@ class ExtraOptions:
     Args:
         block_size: block size of all weights that are quantized in blocks: 16, 32, 64, 128 or 256. The default is 32;
             on the CPU it is 64 for 8-bit and for calibrated weights, and 128 for these in int4 packages.
-        is_symmetric: whether weights in blocks have no zero points; they have none by default.
+        is_symmetric: whether weights in blocks are stored without zero points; true by default.
         accuracy_level: accuracy level of MatMulNBits on the CPU: 1 to 3 for fp32 activations, 4 (the default) for 8-bit
             activations.
         weight_type: type of matrices in int8: ``int8`` (the default), or ``uint8`` for x86 processors without VNNI.
@@ -158,7 +158,7 @@ def check_task_options(extra: ExtraOptions, task: str, precision: str) -> None:
         return
     if extra.kv_cache is not None:
         raise OptionError(
-            f"{option('extra.kv_cache')} has no effect on a model for the task {task}, which has no cache."
+            f"{option('extra.kv_cache')} has no effect on a model for the task {task}, which keeps no cache."
         )
     for name in ("prune_lm_head", "exclude_embeds", "shared_embeddings"):
         if getattr(extra, name) is not None:

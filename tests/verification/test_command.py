@@ -123,8 +123,8 @@ def test_build_and_verify_of_another_task(tmp_path: Path, capsys: Capsys) -> Non
     ("change", "words"),
     [
         ({"parts": {"../../vision.onnx": {"name": "vision"}}}, "graphs that are not among its files"),
-        ({"parts": ["vision.onnx"]}, "which parts there are"),
-        ({"parts": {"model.onnx": 5}}, "which parts there are"),
+        ({"parts": ["vision.onnx"]}, "does not list the parts"),
+        ({"parts": {"model.onnx": 5}}, "does not list the parts"),
         ({"quantization": None}, "does not say how the weights are stored"),
         ({"quantization": {"mixed": 5}}, "does not say how the weights are stored"),
         ({"quantization": {"block_size": "x", "mixed": {}}}, "vlpack.json"),

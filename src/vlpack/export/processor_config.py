@@ -86,7 +86,7 @@ class GridDifference(NamedTuple):
 
 
 def grid_difference(processor: ImageProcessor) -> GridDifference | None:
-    """The first image size, common ones before others, that the two processors round differently; None without one."""
+    """The first image size (common ones first) that the two processors round differently, or None."""
     factor, patch = processor.factor, processor.patch_size
     limits = (factor, processor.min_pixels, processor.max_pixels)
     # an even number of blocks and a half: Python rounds it down (to even), the runtime up

@@ -39,7 +39,7 @@ READ = frozenset(
         *("modules_to_save", "lora_bias", "ensure_weight_tying", "init_lora_weights"),
     }
 )
-"""Settings that `LoraConfig.read` interprets. All settings that are in neither set must be off."""
+"""Settings that `LoraConfig.read` interprets. Others must be off unless they are `WITHOUT_EFFECT`."""
 
 VARIANTS: Mapping[str, str] = {
     "use_dora": "DoRA",

@@ -167,7 +167,7 @@ class Adapter:
 
 
 class Merged(Checkpoint):
-    """A checkpoint with a LoRA adapter merged into it. It reads from the files of its base and of its adapter."""
+    """A checkpoint with a LoRA adapter merged into it. The files of its base and its adapter must stay open."""
 
     def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
         super().__init__(base.folder, base.config, dict(base.tensors), base.weight_files(), base._pool)
