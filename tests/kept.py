@@ -31,8 +31,9 @@ def rounded(weight: np.ndarray, storage: Storage) -> np.ndarray:
     if isinstance(storage, ChannelInt8):
         return dequantize_rows(*quantize_rows(weight))
     if isinstance(storage, Blocks):
-        blocks = quantize_blocks(weight, storage.bits, storage.block_size, storage.symmetric, rotated=storage.rotated)
-        scales = blocks.scales.astype(storage.dtype)
+        kind = {"rotated": storage.rotated, "narrow": storage.narrow}
+        blocks = quantize_blocks(weight, storage.bits, storage.block_size, storage.symmetric, **kind)
+        scales = blocks.scales.astype(storage.stored_scales)
         return dequantize_blocks(
             QuantizedBlocks(blocks.qweight, scales, blocks.zero_points), weight.shape[1], storage.bits
         )

@@ -88,6 +88,7 @@ class QuantizationOptions:
             for where it pays.
         rotation: blocks of channels are rotated, likewise; True also where weights are floats, which changes nothing
             but rounding.
+        narrow_scales: scales of 4-bit blocks lie in the file as bfloat16 on the CPU, but for those of experts.
     """
 
     block_size: int | None = None
@@ -100,6 +101,7 @@ class QuantizationOptions:
     calibrated: bool = False
     balance: bool | None = None
     rotation: bool | None = None
+    narrow_scales: bool = True
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,9 @@ def _blocks(
 ) -> Blocks:
     """Blocks as the options have them, or by default, whose size then divides ``divided``."""
     size = options.block_size or gcd(default_block_size(precision, provider, bits, calibrated=calibrated), divided)
-    return Blocks(bits, size, options.is_symmetric, dtype, options.accuracy_level, calibrated)
+    # other providers' scales are fp16 as they are; experts' kernel was not tried with others than its own
+    narrow = options.narrow_scales and bits == 4 and provider == "cpu" and dtype == "float32" and not divided
+    return Blocks(bits, size, options.is_symmetric, dtype, options.accuracy_level, calibrated, narrow=narrow)
 
 
 def _channels(options: QuantizationOptions) -> ChannelInt8:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
@@ -171,9 +172,11 @@ class ChannelInt8:
 class Blocks:
     """``bits`` bits in blocks of ``block_size`` along the input, a scale (and a zero point) per block: MatMulNBits.
 
-    ``dtype`` is that of the scales, which is that of the activations. ``accuracy_level`` is how the CPU multiplies:
-    4 quantizes the activations to 8 bits per block, 1 keeps them in fp32. ``calibrated`` weights are rounded for the
-    inputs that they meet (`vlpack.quantize.gptq`); those of ``rotated`` ones are about normally distributed.
+    ``dtype`` is that of the activations, and of the scales as the kernel takes them. ``narrow`` scales lie in the file
+    as bfloat16, which has float32's range and 8 bits of precision: codes are chosen for the scale as it is stored, so
+    that nothing but a finer choice of grids is lost. ``accuracy_level`` is how the CPU multiplies: 4 quantizes the
+    activations to 8 bits per block, 1 keeps them in fp32. ``calibrated`` weights are rounded for the inputs that they
+    meet (`vlpack.quantize.gptq`); those of ``rotated`` ones are about normally distributed.
     """
 
     bits: int = 4
@@ -183,17 +186,23 @@ class Blocks:
     accuracy_level: int = 4
     calibrated: bool = False
     rotated: bool = False
+    narrow: bool = False
 
     @property
     def label(self) -> str:
-        kinds = {" asymmetric": not self.symmetric, " calibrated": self.calibrated}
+        kinds = {" asymmetric": not self.symmetric, " bf16 scales": self.narrow, " calibrated": self.calibrated}
         return f"int{self.bits} block {self.block_size}" + "".join(kind for kind, has in kinds.items() if has)
+
+    @property
+    def stored_scales(self) -> np.dtype[Any]:
+        """The scales' dtype in the file."""
+        return np.dtype(ml_dtypes.bfloat16 if self.narrow else self.dtype)
 
     def arrays(self, rows: int, cols: int) -> ArraySpecs:
         shapes = block_shapes(rows, cols, self.bits, self.block_size)
         specs: ArraySpecs = {
             "qweight": (np.dtype(np.uint8), shapes.qweight),
-            "scales": (np.dtype(self.dtype), shapes.scales),
+            "scales": (self.stored_scales, shapes.scales),
         }
         if not self.symmetric:
             specs["zero_points"] = (np.dtype(np.uint8), shapes.zero_points)
@@ -207,8 +216,10 @@ class Blocks:
         small = {name: np.empty(shape, dtype) for name, (dtype, shape) in specs.items() if name != "qweight"}
         for start, stop in slabs(rows, cols):
             weight = read(start, stop)
-            blocks = quantize_blocks(weight, self.bits, self.block_size, self.symmetric, rotated=self.rotated)
-            scales = cast(blocks.scales, self.dtype)
+            blocks = quantize_blocks(
+                weight, self.bits, self.block_size, self.symmetric, rotated=self.rotated, narrow=self.narrow
+            )
+            scales = blocks.scales.astype(self.stored_scales) if self.narrow else cast(blocks.scales, self.dtype)
             if inputs is not None:
                 blocks = fit_blocks(weight, blocks._replace(scales=scales), inputs, self.bits, self.block_size)
             small["scales"][start:stop] = scales

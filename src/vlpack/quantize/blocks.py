@@ -49,7 +49,7 @@ FACTORS, ROTATED_FACTORS = (1.0, 0.93, 1.05), (1.0, 0.93, 1.07, 1.14)
 
 
 def quantize_blocks(
-    weight: Array, bits: int, block_size: int, symmetric: bool, *, rotated: bool = False
+    weight: Array, bits: int, block_size: int, symmetric: bool, *, rotated: bool = False, narrow: bool = False
 ) -> QuantizedBlocks:
     """Round each block to ``scale · (code - zero_point)``, to the nearest code.
 
@@ -67,6 +67,7 @@ def quantize_blocks(
         block_size: values that share a scale; a power of two.
         symmetric: no zero points, zero is the middle code.
         rotated: values are about normally distributed, without the few large ones: the plain squared error counts.
+        narrow: scales are values of bfloat16, in float32.
     """
     rows, cols = weight.shape
     shapes = block_shapes(rows, cols, bits, block_size)
@@ -83,7 +84,7 @@ def quantize_blocks(
         # blocks are columns here, so that everything runs along them
         work = buffers[:, :, : tile.stop - start]
         _turn(blocks[tile], out=work[0], spare=work[1])
-        scales[tile], zeros[tile] = _encode(work, bits, symmetric, rotated)
+        scales[tile], zeros[tile] = _encode(work, bits, symmetric, rotated, narrow)
         qweight[tile] = _packed(work[2], zeros[tile], bits).T
     zero_points = None if symmetric else pack(zeros.reshape(rows, -1).astype(np.uint8), bits)
     return QuantizedBlocks(qweight.reshape(shapes.qweight), scales.reshape(shapes.scales), zero_points)
@@ -101,7 +102,7 @@ def _turn(blocks: Array, out: Array, spare: Array) -> None:
         out[...] = blocks.astype(np.float32, copy=False).T
 
 
-def _encode(work: Array, bits: int, symmetric: bool, rotated: bool) -> tuple[Array, Any]:
+def _encode(work: Array, bits: int, symmetric: bool, rotated: bool, narrow: bool) -> tuple[Array, Any]:
     """Scales [blocks] and zero points (alike, or one for all) of the first of four arrays [block_size, blocks].
 
     The third then holds steps, which are codes without the zero point; the others are spoilt.
@@ -151,6 +152,12 @@ def _encode(work: Array, bits: int, symmetric: bool, rotated: bool) -> tuple[Arr
                 np.putmask(zeros, better, these)
         scales *= ratio
         x /= ratio
+    if narrow:
+        rounded = scales.astype(ml_dtypes.bfloat16).astype(np.float32)
+        # float32's largest values and the smallest denormal ones are beyond what it rounds to
+        np.copyto(rounded, scales, where=~(np.isfinite(rounded) & (rounded != 0)))
+        x *= scales / rounded
+        scales = rounded
     _round(x, np.float32(1), zeros, levels, steps)
     return scales, zeros
 
