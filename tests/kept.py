@@ -17,7 +17,7 @@ from vlpack.architectures.base import GraphOptions
 from vlpack.checkpoint import Checkpoint
 from vlpack.graph import Weight, declare
 from vlpack.precision import QuantizationOptions, make_policy
-from vlpack.quantize.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
+from vlpack.quantize.blocks import dequantize_blocks, quantize_blocks
 from vlpack.quantize.channel import dequantize_rows, quantize_rows
 from vlpack.quantize.rotate import rotation_matrix
 from vlpack.sources import Source, Stacked
@@ -33,10 +33,9 @@ def rounded(weight: np.ndarray, storage: Storage) -> np.ndarray:
     if isinstance(storage, Blocks):
         kind = {"rotated": storage.rotated, "narrow": storage.narrow}
         blocks = quantize_blocks(weight, storage.bits, storage.block_size, storage.symmetric, **kind)
-        scales = blocks.scales.astype(storage.stored_scales)
-        return dequantize_blocks(
-            QuantizedBlocks(blocks.qweight, scales, blocks.zero_points), weight.shape[1], storage.bits
-        )
+        if not storage.narrow:
+            blocks = blocks._replace(scales=blocks.scales.astype(storage.dtype))
+        return dequantize_blocks(blocks, weight.shape[1], storage.bits)
     return weight.astype(storage.dtype).astype(np.float32)
 
 

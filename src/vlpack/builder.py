@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vlpack.architectures import Architecture, Part, architecture_of
 from vlpack.architectures.base import GraphOptions
 from vlpack.before_download import check_settings, resolve_checked
-from vlpack.calibration.choice import BESIDE, check_calibration, say_nothing
+from vlpack.calibration.bits import check_reachable, spend_bits
+from vlpack.calibration.choice import BESIDE, BESIDE_4, check_bits, check_calibration, say_nothing
 from vlpack.checkpoint import Checkpoint
 from vlpack.cores import available_cores
 from vlpack.datafile import DataFiles, planned_bytes
@@ -93,6 +94,7 @@ def build(
     progress: Progress | None = None,
     lora: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     calibrate: str | os.PathLike[str] | None = None,
+    bits: float | None = None,
 ) -> BuildResult:
     """Build a package.
 
@@ -114,18 +116,18 @@ def build(
         calibrate: round the decoder's weights in int4 and int8 packages for the inputs that they meet in texts:
             ``self`` for such as the model writes itself, a file of plain text, or one of messages with images,
             ``*.jsonl``. It takes minutes, and for them an 8-bit package's disk space.
+        bits: average of the decoder's weights, scales included, in an int4 package that is calibrated: those of the
+            matrices that need it most have 8 bits.
 
     Raises:
         VlpackError: with a sentence that says what is wrong and what to do; nothing is left at ``output``.
     """
     started = time.perf_counter()
     extra = ExtraOptions() if extra_options is None else extra_options
-    _check_arguments(extra, part, threads)
+    _check_arguments(extra, part, threads, task)
     check_calibration(calibrate, part, task)
-    check_task(task)
-    execution_provider = str(execution_provider).lower()
-    vision_precision = str(vision_precision).lower() if vision_precision else None
-    precision = str(precision).lower() if precision else ("int8" if execution_provider == "cpu" else "fp16")
+    execution_provider, vision_precision = str(execution_provider).lower(), str(vision_precision or "").lower() or None
+    precision = _precision(precision, execution_provider, calibrate, bits, extra)
     quantization = extra.quantization(vision_precision, calibrated=calibrate is not None)
     # what is wrong with the options is told before anything is downloaded
     check_effects(extra, part, make_policy(precision, execution_provider, quantization), vision_precision)
@@ -156,28 +158,23 @@ def build(
         Checkpoint.open(found.folder) as base,
         output_folder(output, force=force) as folder,
     ):
-        for adapter in adapters:
-            stack.callback(adapter.close)
+        stack.callback(_close, adapters)
         task, reasons = decide_task(base, task, found.repo_id or found.name)
-        notes += reasons
         check_task_options(extra, task, precision)
         architecture = architecture_of(base, task)
         policy = make_policy(precision, execution_provider, quantization, architecture.precision_facts)
         check_tensors(architecture, base, policy)
         merged = merge_all(base, adapters, architecture)
         checkpoint = [base, *merged][-1]
-        graphs = {_filename(p, extra): trace(p, policy) for p in _parts(architecture, part, policy, extra)}
+        graphs = _graphs(architecture, part, policy, extra)
         weights = [weight for graph in graphs.values() for weight in graph.weights]
-        notes += [*_check_sharing(architecture, policy, extra), *adapter_notes(merged, found, weights)]
-        origin = _origin(found, adapters)
-        names = {graph.name: filename for filename, graph in graphs.items()}
+        check_reachable(weights, policy, architecture.precision_facts, bits)
+        notes += [*reasons, *_check_sharing(architecture, policy, extra), *adapter_notes(merged, found, weights)]
+        origin, names = _origin(found, adapters), {graph.name: filename for filename, graph in graphs.items()}
         encoder = None if task == GENERATE else encoder_section(architecture, checkpoint, names)
         notes += write_beside(folder, architecture, checkpoint, policy, names, origin, encoder)
         own = _unshared(graphs, _shares(extra))
-        total = sum(map(planned_bytes, own))
-        check_space(folder, total)
-        if progress:
-            progress.start(total)
+        _announce(folder, own, progress)
         hashes = _in_background(lambda: _hash_sources(checkpoint))
         calibration = _calibration(
             calibrate,
@@ -196,16 +193,22 @@ def build(
             ),
             progress,
         )
-        files = DataFiles(
-            folder,
-            checkpoint,
-            threads=threads or default_threads(),
-            share=_shares(extra),
-            progress=progress.advance if progress else None,
-            calibration=calibration,
+        data_files = partial(
+            DataFiles, checkpoint=checkpoint, threads=threads or default_threads(), share=_shares(extra)
         )
+        if calibration and bits is not None:
+            policy = _spend(
+                bits, calibration, policy, graphs, data_files(folder / BESIDE_4, calibration=calibration), progress
+            )
+            graphs = _graphs(architecture, part, policy, extra)
+            calibration = calibration.again(_calibrated(graphs))
+            # again: the first time was for what may be wrong with the checkpoint
+            write_beside(folder, architecture, checkpoint, policy, names, origin, encoder)
+            own = _unshared(graphs, _shares(extra))
+            _announce(folder, own, progress)
+        files = data_files(folder, progress=progress.advance if progress else None, calibration=calibration)
         files.save_all(graphs)
-        shutil.rmtree(folder / BESIDE, ignore_errors=True)
+        _remove_beside(folder)
         write_manifest(
             folder,
             checkpoint,
@@ -218,24 +221,33 @@ def build(
             encoder,
             calibration.described() if calibration else None,
         )
-        parts = {
-            graph.name: (name, _size(folder, name), _labels(graph, weights))
-            for (name, graph), weights in zip(graphs.items(), own, strict=True)
-        }
-        total_bytes = sum(path.stat().st_size for path in folder.iterdir())
-        source_bytes = checkpoint.total_bytes()
-    return BuildResult(
-        folder=output,
-        parts=parts,
-        total_bytes=total_bytes,
-        source_bytes=source_bytes,
-        seconds=time.perf_counter() - started,
-        peak_memory=peak_memory_bytes(),
-        notes=tuple(notes),
-    )
+        result = BuildResult(
+            folder=output,
+            parts={
+                graph.name: (name, _size(folder, name), _labels(graph, weights))
+                for (name, graph), weights in zip(graphs.items(), own, strict=True)
+            },
+            total_bytes=sum(path.stat().st_size for path in folder.iterdir()),
+            source_bytes=checkpoint.total_bytes(),
+            seconds=0.0,
+            peak_memory=0,
+            notes=tuple(notes),
+        )
+    return replace(result, seconds=time.perf_counter() - started, peak_memory=peak_memory_bytes())
 
 
-def _check_arguments(extra: object, part: str, threads: int | None) -> None:
+def _precision(
+    asked: str | None, provider: str, calibrate: str | os.PathLike[str] | None, bits: float | None, extra: ExtraOptions
+) -> str:
+    """The one that was asked for, or else the default."""
+    precision = str(asked).lower() if asked else None
+    if bits is not None:
+        check_bits(bits, precision, provider, calibrate, extra.matmul_mixed_precision or {})
+        return "int4"
+    return precision or ("int8" if provider == "cpu" else "fp16")
+
+
+def _check_arguments(extra: object, part: str, threads: int | None, task: str) -> None:
     if not isinstance(extra, ExtraOptions):
         raise OptionError(
             "extra_options must be a vlpack.ExtraOptions.", "vlpack.ExtraOptions(block_size=64), for example."
@@ -244,6 +256,7 @@ def _check_arguments(extra: object, part: str, threads: int | None) -> None:
         raise OptionError(f"Unknown part '{part}'.", "Parts are " + ", ".join(PARTS) + ".")
     if threads is not None and threads < 1:
         raise OptionError(f"threads is {threads}; it must be at least 1.")
+    check_task(task)
 
 
 def default_threads() -> int:
@@ -277,12 +290,61 @@ def _calibration(
     say("building an 8-bit package to calibrate with")
     beside = eight_bits()
     files = {name: filename for name, (filename, _, _) in beside.parts.items()}
-    weights = [weight for graph in graphs.values() for weight in graph.weights if weight.calibrated]
+    weights = _calibrated(graphs)
     policy = make_policy("int8", "cpu", QuantizationOptions(), architecture.precision_facts)
     parts = architecture.parts(GraphOptions(policy.ir_dtype))
     transforms = {weight.path: weight.transform for part in parts for weight in declare(part, policy)}
     model = CalibrationModel(beside.folder, files, architecture)
     return start_calibration(model, weights, transforms, checkpoint, source, say)
+
+
+def _spend(
+    bits: float,
+    calibration: Calibration,
+    policy: Policy,
+    graphs: dict[str, Graph],
+    files: DataFiles,
+    progress: Progress | None,
+) -> Policy:
+    """The policy with 8 bits where the decoder of ``graphs``, which ``files`` writes, suffers most from 4."""
+    from vlpack.calibration.model import CalibrationModel
+    from vlpack.calibration.sensitivity import harms
+
+    decoder = {name: graph for name, graph in graphs.items() if graph.name in ("text", "decoder")}
+    files.folder.mkdir()
+    files.save_all(decoder)
+    eight = calibration.model
+    four = CalibrationModel(files.folder, {graph.name: name for name, graph in decoder.items()}, eight.architecture)
+    say = progress.say if progress else say_nothing
+    found = harms(eight, four, calibration.shown, partial(say, "looking where 4 bits suffice"))
+    weights = [weight for graph in decoder.values() for weight in graph.weights]
+    return spend_bits(policy, eight.architecture.precision_facts, weights, found, bits)
+
+
+def _close(adapters: Sequence[Adapter]) -> None:
+    for adapter in adapters:
+        adapter.close()
+
+
+def _announce(folder: Path, weights: list[list[Weight]], progress: Progress | None) -> None:
+    """There is room for what will be written, which is how much."""
+    total = sum(map(planned_bytes, weights))
+    check_space(folder, total)
+    if progress:
+        progress.start(total)
+
+
+def _remove_beside(folder: Path) -> None:
+    for name in (BESIDE, BESIDE_4):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _calibrated(graphs: dict[str, Graph]) -> list[Weight]:
+    return [weight for graph in graphs.values() for weight in graph.weights if weight.calibrated]
+
+
+def _graphs(architecture: Architecture, part: str, policy: Policy, extra: ExtraOptions) -> dict[str, Graph]:
+    return {_filename(p, extra): trace(p, policy) for p in _parts(architecture, part, policy, extra)}
 
 
 def _check_cache(architecture: Architecture, policy: Policy) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
 
@@ -78,10 +77,10 @@ class Stored(nn.Module):
         return shape
 
     def operands(self, op: OpBuilder) -> list[ir.Value]:
-        """The arrays as kernels take them. onnxruntime casts narrow scales once, when it loads the graph."""
+        """The arrays as kernels take them. onnxruntime widens narrow scales once, when it loads the graph."""
         values: dict[str, ir.Value] = dict(self.arrays)
         if isinstance(self.storage, Blocks) and self.storage.narrow:
-            values["scales"] = op.Cast(values["scales"], to=ir.DataType.from_numpy(np.dtype(self.storage.dtype)))
+            values["scales"] = op.Mul(op.Cast(values["scales"], to=ops.FLOAT), values.pop("steps"))
         return list(values.values())
 
 

@@ -36,7 +36,7 @@ def policy_of(manifest: Mapping[str, Any], facts: PrecisionFacts) -> Policy:
         PackageError: the manifest does not say, or what it says is not a policy.
     """
     # packages of earlier versions, which knew none of these, are neither balanced nor rotated, with scales in fp32
-    before = {"balance": False, "rotation": False, "narrow_scales": False}
+    before = {"balance": False, "rotation": False, "narrow_scales": False, "eight_bits": {}}
     try:
         options = QuantizationOptions(**{**before, **manifest["quantization"]})
         policy = make_policy(manifest["precision"], manifest["execution_provider"], options, facts)
