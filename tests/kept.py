@@ -17,7 +17,7 @@ from vlpack.architectures.ports import GraphOptions
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.rows import Source, Stacked
 from vlpack.export.graph import Weight, declare
-from vlpack.quantize.blocks import QuantizedBlocks, dequantize_blocks, quantize_blocks
+from vlpack.quantize.blocks import dequantize_blocks, quantize_blocks
 from vlpack.quantize.channels import dequantize_rows, quantize_rows
 from vlpack.quantize.policy import QuantizationOptions, make_policy
 from vlpack.quantize.rotate import rotation_matrix
@@ -31,11 +31,11 @@ def rounded(weight: np.ndarray, storage: Storage) -> np.ndarray:
     if isinstance(storage, ChannelInt8):
         return dequantize_rows(*quantize_rows(weight))
     if isinstance(storage, Blocks):
-        blocks = quantize_blocks(weight, storage.bits, storage.block_size, storage.symmetric, rotated=storage.rotated)
-        scales = blocks.scales.astype(storage.dtype)
-        return dequantize_blocks(
-            QuantizedBlocks(blocks.qweight, scales, blocks.zero_points), weight.shape[1], storage.bits
-        )
+        kind = {"rotated": storage.rotated, "narrow": storage.narrow}
+        blocks = quantize_blocks(weight, storage.bits, storage.block_size, storage.symmetric, **kind)
+        if not storage.narrow:
+            blocks = blocks._replace(scales=blocks.scales.astype(storage.dtype))
+        return dequantize_blocks(blocks, weight.shape[1], storage.bits)
     dtype: str = getattr(storage, "dtype")  # noqa: B009 (of the storages that are left)
     return weight.astype(dtype).astype(np.float32)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnxruntime as ort
 import pytest
 
 from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, content, copy_digits, vlpack
@@ -78,7 +79,7 @@ def labels(folder: Path, part: str) -> dict[str, str]:
     return {path: weight["storage"] for path, weight in graph["weights"].items()}
 
 
-INT4, INT8 = "int4 block 32", "int8 block 128"
+INT4, INT8 = "int4 block 32 8-bit scales", "int8 block 128"
 DOWN = "model.language_model.layers.{}.mlp.down_proj"
 
 
@@ -90,7 +91,7 @@ def test_block_size(make: Make, size: int) -> None:
     folder = make(f"block_size={size}", precision="int4")
     assert {node["block_size"] for node in attributes(folder / "decoder.onnx", "MatMulNBits")} == {size}
     assert {node["block_size"] for node in attributes(folder / "embedding.onnx", "GatherBlockQuantized")} == {size}
-    assert labels(folder, "decoder")[DOWN.format(0)] == f"int4 block {size}"
+    assert labels(folder, "decoder")[DOWN.format(0)] == f"int4 block {size} 8-bit scales"
     assert right(folder) >= 6
 
 
@@ -109,10 +110,32 @@ def test_blocks_by_default(provider: str, linear: str, head: str) -> None:
     assert (policy.storage("text.linear").label, policy.storage("text.head").label) == (linear, head)
     # what is asked for goes for all weights in blocks
     asked = make_policy("int4", provider, QuantizationOptions(block_size=16, is_symmetric=False))
-    bits = linear[:4], head[:4]
+    kinds = [(label[:4], " 8-bit scales" * ("8-bit" in label)) for label in (linear, head)]
     assert [asked.storage(role).label for role in ("text.linear", "text.head")] == [
-        f"{name} block 16 asymmetric" for name in bits
+        f"{bits} block 16 asymmetric{scales}" for bits, scales in kinds
     ]
+
+
+def test_narrow_scales_are_widened_once(make: Make, tmp_path: Path) -> None:
+    """They are int8 in the files, and fp32 constants of MatMulNBits in a session's own graph."""
+    path = make(precision="int4") / "decoder.onnx"
+    optimized = tmp_path / "optimized.onnx"
+    model = onnx.load(path, load_external_data=False)
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    source = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type in ("Cast", "Mul")}
+    products = [node for node in model.graph.node if node.op_type == "MatMulNBits" and "lm_head" not in node.input[1]]
+    assert len(products) > 8
+    assert {kinds[source[source[node.input[2]]]] for node in products} == {onnx.TensorProto.INT8}
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(optimized)
+    options.log_severity_level = 3  # such a graph is for this machine, it warns
+    ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(optimized, load_external_data=False).graph
+    kept = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    assert onnx.TensorProto.INT8 not in kept.values()
+    loaded = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert len(loaded) == len(products) + 1
+    assert {kept[node.input[2]] for node in loaded} == {onnx.TensorProto.FLOAT}
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8"])

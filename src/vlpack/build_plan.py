@@ -13,7 +13,8 @@ from typing import Any
 from vlpack.architectures import Architecture, Part, architecture_of
 from vlpack.architectures.ports import GraphOptions
 from vlpack.architectures.task import decide_task
-from vlpack.calibration.options import check_calibration
+from vlpack.calibration.bits import check_reachable
+from vlpack.calibration.options import check_bits, check_calibration
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.hub import ResolvedSource
 from vlpack.errors import OptionError
@@ -53,11 +54,16 @@ class BuildOptions:
     threads: int | None = None
     lora: Place | Sequence[Place] = ()
     calibrate: Place | None = None
+    bits: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("execution_provider", "vision_precision", "precision"):
             value = getattr(self, name)
             object.__setattr__(self, name, str(value).lower() if value else None)
+        if self.bits is not None:
+            mixed = self.extra.matmul_mixed_precision if isinstance(self.extra, ExtraOptions) else None
+            check_bits(self.bits, self.precision, self.execution_provider, self.calibrate, mixed or {})
+            object.__setattr__(self, "precision", "int4")
         if self.precision is None:
             object.__setattr__(self, "precision", "int8" if self.execution_provider == "cpu" else "fp16")
         _check_arguments(self.extra, self.part, self.threads)
@@ -182,6 +188,7 @@ def plan_build(source: Place, output: Path, options: BuildOptions, stack: ExitSt
     merged = merge_all(base, adapters, architecture)
     graphs = trace_graphs(architecture, policy, options)
     weights = [weight for graph in graphs.values() for weight in graph.weights]
+    check_reachable(weights, policy, architecture.precision_facts, options.bits)
     return BuildPlan(
         options=options,
         task=task,

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlpack.architectures.ports import GraphOptions
-from vlpack.build_plan import PARTS, BuildOptions, BuildPlan, plan_build
-from vlpack.calibration.options import BESIDE, say_nothing
+from vlpack.build_plan import PARTS, BuildOptions, BuildPlan, plan_build, trace_graphs
+from vlpack.calibration.options import BESIDE, BESIDE_4, say_nothing
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.errors import Note
 from vlpack.export.assets import write_beside
@@ -71,12 +72,14 @@ class Written:
     """What the writing step leaves for the sealing one.
 
     Args:
+        plan: what was written in the end: calibration may have chosen other bits for some weights.
         notes: what the user should know of the files beside the graphs.
         sources: file name → SHA-256 of the checkpoint's files.
         files: file name → SHA-256 of the files that were hashed while they were written.
         calibration: what the manifest says of the calibration; None where there was none.
     """
 
+    plan: BuildPlan
     notes: list[str]
     sources: dict[str, str]
     files: dict[str, str]
@@ -100,6 +103,7 @@ def build(
     progress: Progress | None = None,
     lora: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     calibrate: str | os.PathLike[str] | None = None,
+    bits: float | None = None,
 ) -> BuildResult:
     """Build a package.
 
@@ -121,6 +125,8 @@ def build(
         calibrate: round the decoder's weights in int4 and int8 packages for the inputs that they meet in texts:
             ``self`` for such as the model writes itself, a file of plain text, or one of messages with images,
             ``*.jsonl``. It takes minutes, and for them an 8-bit package's disk space.
+        bits: average bits per weight of the decoder of a calibrated int4 package, scales included; the matrices that
+            suffer most from 4 bits get 8.
 
     Raises:
         VlpackError: with a sentence that says what is wrong and what to do; nothing is left at ``output``.
@@ -138,6 +144,7 @@ def build(
         threads=threads,
         lora=lora,
         calibrate=calibrate,
+        bits=bits,
     )
     output = Path(os.path.expanduser(output))
     check_free(output, force=force)
@@ -145,6 +152,7 @@ def build(
         plan = plan_build(source, output, options, stack)
         folder = stack.enter_context(output_folder(output, force=force))
         written = write(plan, folder, progress)
+        plan = written.plan
         seal(plan, folder, written)
         parts = {
             graph.name: (name, _size(folder, name), _labels(graph, own))
@@ -164,15 +172,35 @@ def build(
 
 def write(plan: BuildPlan, folder: Path, progress: Progress | None) -> Written:
     """Write everything but the manifest into the folder: settings, tokenizer and cards, graphs and their weights."""
+    notes = _write_settings(plan, folder, progress)
+    hashes = _in_background(lambda: _hash_sources(plan.checkpoint))
+    calibration = calibrate_plan(plan, folder / BESIDE, progress)
+    if calibration is not None and plan.options.bits is not None:
+        plan = spend_bits(plan, plan.options.bits, calibration, folder / BESIDE_4, progress)
+        calibration = calibration.again(plan.calibrated_weights)
+        notes = _write_settings(plan, folder, progress)  # again, as they name the policy
+    files = _data_files(plan, folder, calibration, progress)
+    files.save_all(plan.graphs)
+    for beside in (BESIDE, BESIDE_4):
+        shutil.rmtree(folder / beside, ignore_errors=True)
+    return Written(plan, notes, hashes.result(), files.sha256, calibration.described() if calibration else None)
+
+
+def _write_settings(plan: BuildPlan, folder: Path, progress: Progress | None) -> list[str]:
+    """Write the files beside the graphs, check that the disk has room for the weights, and return notes."""
     notes = write_beside(
         folder, plan.architecture, plan.checkpoint, plan.policy, plan.names, plan.origin, plan.retrieval
     )
     check_space(folder, plan.total_bytes)
     if progress:
         progress.start(plan.total_bytes)
-    hashes = _in_background(lambda: _hash_sources(plan.checkpoint))
-    calibration = calibrate_plan(plan, folder / BESIDE, progress)
-    files = DataFiles(
+    return notes
+
+
+def _data_files(
+    plan: BuildPlan, folder: Path, calibration: Calibration | None, progress: Progress | None = None
+) -> DataFiles:
+    return DataFiles(
         folder,
         plan.checkpoint,
         threads=plan.options.threads or default_threads(),
@@ -180,9 +208,6 @@ def write(plan: BuildPlan, folder: Path, progress: Progress | None) -> Written:
         progress=progress.advance if progress else None,
         calibration=calibration,
     )
-    files.save_all(plan.graphs)
-    shutil.rmtree(folder / BESIDE, ignore_errors=True)
-    return Written(notes, hashes.result(), files.sha256, calibration.described() if calibration else None)
 
 
 def seal(plan: BuildPlan, folder: Path, written: Written) -> None:
@@ -231,6 +256,34 @@ def calibrate_plan(plan: BuildPlan, beside: Path, progress: Progress | None) -> 
     transforms = {weight.path: weight.transform for part in graphs for weight in declare(part, policy)}
     model = CalibrationModel(eight_bits.folder, files, plan.architecture)
     return start_calibration(model, plan.calibrated_weights, transforms, plan.checkpoint, options.calibrate, say)
+
+
+def spend_bits(
+    plan: BuildPlan, bits: float, calibration: Calibration, beside: Path, progress: Progress | None
+) -> BuildPlan:
+    """The plan with 8-bit weights where the decoder suffers most from 4 bits, within an average of bits per weight.
+
+    Args:
+        plan: with 4 bits everywhere.
+        bits: the average, scales included.
+        calibration: measures what 4 bits cost.
+        beside: an empty path, where the decoder is written in 4 bits to measure it.
+        progress: is told how far that is.
+    """
+    from vlpack.calibration.bits import spend_bits as policy_with_bits
+    from vlpack.calibration.sensitivity import harms
+    from vlpack.calibration.teacher import CalibrationModel
+
+    decoder = {name: graph for name, graph in plan.graphs.items() if graph.name in ("text", "decoder")}
+    beside.mkdir()
+    _data_files(plan, beside, calibration).save_all(decoder)
+    eight = calibration.model
+    four = CalibrationModel(beside, {graph.name: name for name, graph in decoder.items()}, eight.architecture)
+    say = progress.say if progress else say_nothing
+    found = harms(eight, four, calibration.shown, partial(say, "measuring where 4 bits suffice"))
+    weights = [weight for graph in decoder.values() for weight in graph.weights]
+    policy = policy_with_bits(plan.policy, plan.architecture.precision_facts, weights, found, bits)
+    return replace(plan, policy=policy, graphs=trace_graphs(plan.architecture, policy, plan.options))
 
 
 def default_threads() -> int:

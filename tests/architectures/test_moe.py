@@ -145,7 +145,7 @@ def test_a_dense_model_has_no_rules_for_experts(tmp_path: Path) -> None:
 
 def test_a_role_that_is_none() -> None:
     policy = make_policy("int4", "cpu", QuantizationOptions(), PrecisionFacts())
-    assert policy.storage("text.linear").label == "int4 block 32"
+    assert policy.storage("text.linear").label == "int4 block 32 8-bit scales"
     with pytest.raises(AssertionError, match="no role"):
         policy.storage("text.linaer")
 

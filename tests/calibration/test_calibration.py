@@ -379,7 +379,7 @@ def test_a_whole_build(calibrated: Path, tmp_path: Path) -> None:
     assert with_it["calibration"]["pictures"] == 4
     assert with_it["calibration"]["tokens"] > 1000
     assert "calibration" not in without
-    assert with_it["policy"][-1]["storage"] == "int4 block 128 calibrated"
+    assert with_it["policy"][-1]["storage"] == "int4 block 128 8-bit scales calibrated"
     assert with_it["files"]["vision.onnx.data"] == without["files"]["vision.onnx.data"]
     ours, others = (hashes(folder)["decoder.onnx.data"] for folder in (calibrated, tmp_path / "without"))
     assert ours != others
@@ -617,7 +617,7 @@ def test_a_calibrated_head_and_the_table(tmp_path: Path) -> None:
     options = parse_extra_options(["matmul_mixed_precision=last_matmul:int4,mixed_layers:int8", "is_symmetric=false"])
     build(DIGITS, tmp_path / "out", precision="int4", calibrate="self", extra_options=options)
     storages = {rule["role"]: rule["storage"] for rule in manifest(tmp_path / "out")["policy"]}
-    assert storages["text.head"] == "int4 block 128 asymmetric calibrated"
+    assert storages["text.head"] == "int4 block 128 asymmetric 8-bit scales calibrated"
     assert storages["text.embedding"] == "int8 block 128 asymmetric"
 
 

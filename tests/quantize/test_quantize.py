@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import TensorProto, helper, numpy_helper
 
-from vlpack.quantize.blocks import block_shapes, dequantize_blocks, quantize_blocks
+from vlpack.quantize.blocks import block_shapes, dequantize_blocks, quantize_blocks, unpack
 from vlpack.quantize.channels import dequantize_rows, quantize_rows
 from vlpack.quantize.storage import ChannelInt8
 
@@ -263,6 +263,22 @@ def test_onnxruntime_reads_blocks_alike(bits, symmetric, block_size, cols):
     rows = run(look_up, arrays, {"ids": np.arange(12, dtype=np.int64)})
     assert np.allclose(rows[:, :cols], wanted, rtol=1e-6, atol=0)
     assert not rows[:, cols:].any()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e30])
+def test_codes_are_for_the_scales_that_are_stored(size: float, symmetric: bool) -> None:
+    """Their rounding to 8 bits moves codes, not values: no error is larger for it."""
+    weight = np.random.default_rng(3).normal(0, size, (40, 128)).astype(np.float32)
+    exact, narrow = (quantize_blocks(weight, 4, 32, symmetric, rotated=True, narrow=narrow) for narrow in (False, True))
+    assert narrow.scales.dtype == np.int8
+    assert (np.abs(narrow.scales).max(axis=1) == 127).all()
+    errors = [np.abs(dequantize_blocks(blocks, 128, 4) - weight) / size for blocks in (exact, narrow)]
+    codes = np.arange(16) - (8 if symmetric else unpack(narrow.zero_points, 4)[:, :4, None])
+    grids = (codes * narrow.true_scales[..., None]).reshape(40, 4, 1, 16)
+    nearest = np.abs(grids - weight.reshape(40, 4, 32, 1)).min(axis=-1).reshape(40, 128) / size
+    np.testing.assert_allclose(errors[1], nearest, rtol=0, atol=1e-5)
+    assert np.linalg.norm(errors[1]) < 1.003 * np.linalg.norm(errors[0])
 
 
 @pytest.mark.parametrize("signed", [True, False])

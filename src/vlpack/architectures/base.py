@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from onnxscript import nn
@@ -68,7 +69,9 @@ class Architecture(ABC):
     @property
     def precision_facts(self) -> PrecisionFacts:
         """The facts about the model that a precision policy depends on."""
-        return PrecisionFacts(self.text.num_hidden_layers, scores=self.yes_no_ids is not None)
+        text = self.text
+        width = gcd(text.hidden_size, text.num_attention_heads * text.head_size)
+        return PrecisionFacts(text.num_hidden_layers, scores=self.yes_no_ids is not None, width=width)
 
     def vision_model(self, options: GraphOptions) -> nn.Module:
         """The vision encoder: ``pixel_values``, ``image_grid_thw`` → ``image_features``."""

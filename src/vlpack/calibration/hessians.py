@@ -53,6 +53,7 @@ class Calibration:
 
     Attributes:
         scales: of the channels of the package that is built, from the sizes that were measured.
+        model, checkpoint, shown: as above.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class Calibration:
         say: Callable[[int, int], None] = lambda layer, layers: None,
     ) -> None:
         architecture = model.architecture
+        self.checkpoint = checkpoint
+        self.model, self.shown = model, shown
         self.scales = ChannelScales(checkpoint, self._sizes_of)
         self._transforms, self._scales_before = transforms, ChannelScales(checkpoint)
         self._file, self._threads, self._say = model.folder / model.decoder_file, model.threads, say
@@ -104,6 +107,10 @@ class Calibration:
                 weight.transform.carry(products, self.scales, before, self._scales_before)
                 measured.inputs, measured.products = describe_inputs(products), None
             return measured.inputs
+
+    def again(self, weights: Iterable[Weight]) -> Calibration:
+        """Another one, of other weights of the same model, that has not been asked yet."""
+        return Calibration(self.model, weights, self._transforms, self.checkpoint, self.shown, self._about, self._say)
 
     def described(self) -> dict[str, Any]:
         """What was shown, and the scales that came of it, for the manifest."""

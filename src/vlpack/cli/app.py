@@ -105,6 +105,15 @@ def build(
             'or a file of plain text or conversations (*.jsonl, {"messages": […]} per line). Takes minutes.',
         ),
     ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            "--bits",
+            metavar="BITS",
+            help="Average bits of the decoder's weights with their scales, such as 5.5, with --calibrate: 4 bits, and "
+            "8 for the matrices that need them most.",
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")] = None,
     cache_dir: Annotated[
         Path | None, typer.Option("-c", "--cache_dir", "--cache-dir", help="Where files of the Hub are kept.")
@@ -153,6 +162,7 @@ def build(
             progress=progress,
             lora=lora or (),
             calibrate=calibrate,
+            bits=bits,
         )
     report = None
     if verify_it:

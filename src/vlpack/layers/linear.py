@@ -76,6 +76,13 @@ class Stored(nn.Module):
         """The shape that the graph declares for an array of the storage; the bytes are the same."""
         return shape
 
+    def operands(self, op: OpBuilder) -> list[ir.Value]:
+        """The arrays as kernels take them. onnxruntime widens narrow scales once, when it loads the graph."""
+        values: dict[str, ir.Value] = dict(self.arrays)
+        if isinstance(self.storage, Blocks) and self.storage.narrow:
+            values["scales"] = op.Mul(op.Cast(values["scales"], to=ops.FLOAT), values.pop("steps"))
+        return list(values.values())
+
 
 class Linear(Stored):
     """A linear layer ``y = x Wᵀ + b``, ``x [.., in_features] → y [.., out_features]``, in the weight's compute dtype.
@@ -114,12 +121,12 @@ class Linear(Stored):
             case ChannelInt8():
                 return ops.FLOAT
             case Blocks():
-                return ops.dtype_of(self.arrays["scales"])
+                return ops.FLOAT if self.storage.dtype == "float32" else ir.DataType.FLOAT16
             case _:
                 return ops.dtype_of(self.arrays["weight"])
 
     def _product(self, op: OpBuilder, x: ir.Value) -> ir.Value:
-        weight = list(self.arrays.values())
+        weight = self.operands(op)
         x = rotate(op, ops.cast(op, x, self._dtype), self.rotation)
         match self.storage:
             case Transposed():
@@ -157,7 +164,7 @@ class Embedding(Stored):
         return (shape[0], shape[1] * shape[2]) if name == "qweight" and len(shape) == 3 else shape
 
     def forward(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
-        weight = list(self.arrays.values())
+        weight = self.operands(op)
         match self.storage:
             case Float():
                 rows = ops.typed(op.Gather(weight[0], ids, axis=0), ops.dtype_of(weight[0]), self._shape(ids))

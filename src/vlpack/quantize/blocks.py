@@ -27,11 +27,21 @@ class BlockShapes(NamedTuple):
 
 
 class QuantizedBlocks(NamedTuple):
-    """Codes, scales and, where asymmetric, zero points; layout in the module's docstring."""
+    """Codes, scales and, where asymmetric, zero points; layout in the module's docstring.
+
+    Narrow scales are int8 [rows, n], in the steps [rows, 1], float32, of their rows.
+    """
 
     qweight: Array
     scales: Array
     zero_points: Array | None
+    steps: Array | None = None
+
+    @property
+    def true_scales(self) -> Array:
+        """What a code's step is, float32 [rows, n]."""
+        scales = self.scales.astype(np.float32)
+        return scales if self.steps is None else scales * self.steps
 
 
 def block_shapes(rows: int, cols: int, bits: int, block_size: int) -> BlockShapes:
@@ -49,7 +59,7 @@ FACTORS, ROTATED_FACTORS = (1.0, 0.93, 1.05), (1.0, 0.93, 1.07, 1.14)
 
 
 def quantize_blocks(
-    weight: Array, bits: int, block_size: int, symmetric: bool, *, rotated: bool = False
+    weight: Array, bits: int, block_size: int, symmetric: bool, *, rotated: bool = False, narrow: bool = False
 ) -> QuantizedBlocks:
     """Round each block to ``scale · (code - zero_point)``, to the nearest code.
 
@@ -67,6 +77,7 @@ def quantize_blocks(
         block_size: values that share a scale; a power of two.
         symmetric: no zero points, zero is the middle code.
         rotated: values are about normally distributed, without the few large ones: the plain squared error counts.
+        narrow: scales have 8 bits themselves: a row's are multiples of its largest one's 127th.
     """
     rows, cols = weight.shape
     shapes = block_shapes(rows, cols, bits, block_size)
@@ -84,9 +95,30 @@ def quantize_blocks(
         work = buffers[:, :, : tile.stop - start]
         _turn(blocks[tile], out=work[0], spare=work[1])
         scales[tile], zeros[tile] = _encode(work, bits, symmetric, rotated)
-        qweight[tile] = _packed(work[2], zeros[tile], bits).T
+        if not narrow:
+            qweight[tile] = _packed(work[2], zeros[tile], bits).T
+    steps = None
+    if narrow:
+        scales, steps = _narrowed(scales.reshape(rows, -1))
+        true = (scales * steps).reshape(-1)
+        for start in range(0, count, step):
+            tile = slice(start, min(start + step, count))
+            work = buffers[:, :, : tile.stop - start]
+            _turn(blocks[tile], out=work[0], spare=work[1])
+            work[0] /= true[tile]
+            _round(work[0], np.float32(1), zeros[tile], np.float32((1 << bits) - 1), work[2])
+            qweight[tile] = _packed(work[2], zeros[tile], bits).T
     zero_points = None if symmetric else pack(zeros.reshape(rows, -1).astype(np.uint8), bits)
-    return QuantizedBlocks(qweight.reshape(shapes.qweight), scales.reshape(shapes.scales), zero_points)
+    return QuantizedBlocks(qweight.reshape(shapes.qweight), scales.reshape(shapes.scales), zero_points, steps)
+
+
+def _narrowed(scales: Array) -> tuple[Array, Array]:
+    """Scales ``[rows, n]`` as int8, none of them 0, and the steps ``[rows, 1]`` that they count."""
+    steps = np.abs(scales).max(axis=1, keepdims=True) / np.float32(127)
+    np.maximum(steps, np.finfo(np.float32).tiny, out=steps)
+    counts = np.rint(scales / steps)
+    np.copyto(counts, np.copysign(np.float32(1), scales), where=counts == 0)
+    return np.clip(counts, -127, 127).astype(np.int8), steps
 
 
 def _turn(blocks: Array, out: Array, spare: Array) -> None:
@@ -203,7 +235,7 @@ def dequantize_blocks(blocks: QuantizedBlocks, cols: int, bits: int) -> Array:
         codes -= 1 << (bits - 1)
     else:
         codes -= unpack(blocks.zero_points, bits)[:, :n, None]
-    codes *= blocks.scales.astype(np.float32)[:, :, None]
+    codes *= blocks.true_scales[:, :, None]
     return codes.reshape(rows, n * block_size)[:, :cols]
 
 

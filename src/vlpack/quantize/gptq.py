@@ -92,7 +92,7 @@ def fit_blocks(weight: Array, nearest: QuantizedBlocks, inputs: Inputs, bits: in
         bits: 4 or 8.
         block_size: values that share a scale; a power of two.
     """
-    steps = np.ascontiguousarray(nearest.scales.T, np.float32)  # [n, rows]
+    steps = np.ascontiguousarray(nearest.true_scales.T)  # [n, rows]
     steps[steps == 0] = 1  # float16 has none that are smaller
     if nearest.zero_points is None:
         zeros = np.full_like(steps, 1 << (bits - 1))

@@ -9,7 +9,8 @@ checkpoint's, with q/k/v and gate/up joined:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import gcd
@@ -47,11 +48,30 @@ EXPERT_PROVIDERS = ("cpu", "cuda")
 
 @dataclass(frozen=True)
 class Rule:
-    """Weights of a role, in modules whose paths match, and how they are stored; both are patterns (fnmatch)."""
+    """Weights of a role, in modules whose paths match, and how they are stored; both are patterns (fnmatch).
+
+    Args:
+        role: a pattern.
+        storage: of these weights.
+        modules: a pattern.
+        layers: only modules in these layers of the decoder; None for all.
+    """
 
     role: str
     storage: Storage
     modules: str = "*"
+    layers: tuple[int, ...] | None = None
+
+    def fits(self, role: str, path: str) -> bool:
+        """Whether it says how the weight of the module at ``path``, whose role is ``role``, is stored."""
+        if not (fnmatchcase(role, self.role) and fnmatchcase(path, self.modules)):
+            return False
+        return self.layers is None or layer_and_name(path)[0] in self.layers
+
+    def described(self) -> dict[str, str]:
+        """As JSON."""
+        some = "" if self.layers is None else f" in layers {', '.join(map(str, self.layers))}"
+        return {"role": self.role, "modules": self.modules + some, "storage": self.storage.label}
 
 
 @dataclass(frozen=True)
@@ -62,11 +82,13 @@ class PrecisionFacts:
         num_hidden_layers: of the decoder.
         expert_size: features that the blocks of an expert's weights must divide; None where there are no experts.
         scores: it is a reranker, whose result hangs on two rows of the head.
+        width: features that the inputs of the decoder's matrices are multiples of; 0 where that is not known.
     """
 
     num_hidden_layers: int = 1
     expert_size: int | None = None
     scores: bool = False
+    width: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +108,9 @@ class QuantizationOptions:
             for where it pays.
         rotation: blocks of channels are rotated, likewise; True also where weights are floats, which changes nothing
             but rounding.
+        eight_bits: matrices of an int4 package's decoder that have 8 bits: name in a layer, such as ``mlp.down_proj``,
+            or ``*`` for all, → layers; None for `outer_layers`, where nothing else was chosen.
+        narrow_scales: scales of 4-bit blocks lie in the file in 8 bits on the CPU, but for those of experts.
     """
 
     block_size: int | None = None
@@ -98,6 +123,8 @@ class QuantizationOptions:
     calibrated: bool = False
     balance: bool | None = None
     rotation: bool | None = None
+    narrow_scales: bool = True
+    eight_bits: Mapping[str, Sequence[int]] | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +149,7 @@ class Policy:
         """How the weight of the module at ``path`` is kept, whose role is ``role``."""
         assert role in ROLES, f"{role} at {path} is no role"
         for rule in self.rules:
-            if fnmatchcase(role, rule.role) and fnmatchcase(path, rule.modules):
+            if rule.fits(role, path):
                 return rule.storage
         raise AssertionError(f"no rule for {role} at {path}: the last rule must match everything")
 
@@ -153,7 +180,7 @@ class Policy:
 
     def described(self) -> list[dict[str, str]]:
         """The rules as JSON."""
-        return [{"role": rule.role, "modules": rule.modules, "storage": rule.storage.label} for rule in self.rules]
+        return [rule.described() for rule in self.rules]
 
 
 def make_policy(
@@ -181,9 +208,10 @@ def make_policy(
     rules = (
         *_vision_rules(precision, provider, dtype, options),
         *([Rule("text.answers", Float("float32"))] if facts.scores else []),
+        *_eight_bit_rules(precision, provider, options, facts),
         *_sensitive_rules(precision, provider, dtype, options, facts),
         *_expert_rules(precision, provider, dtype, options, facts.expert_size),
-        *_text_rules(precision, provider, dtype, options),
+        *_text_rules(precision, provider, dtype, options, facts.width),
     )
     return Policy(precision, provider, dtype, rules, options)
 
@@ -208,18 +236,23 @@ def _blocks(
     bits: int,
     divided: int = 0,
     *,
+    width: int = 0,
     calibrated: bool = False,
 ) -> Blocks:
-    """Blocks as the options have them, or by default, whose size then divides ``divided``."""
+    """Blocks as the options have them, or by default, whose size then divides ``divided``, or if it can ``width``."""
     size = options.block_size or gcd(default_block_size(precision, provider, bits, calibrated=calibrated), divided)
-    return Blocks(bits, size, options.is_symmetric, dtype, options.accuracy_level, calibrated)
+    while not options.block_size and not divided and size > 32 and width % size:
+        size //= 2  # of a block that the width cuts, the rest would be padding
+    # other providers' scales are fp16 as they are; experts' kernel was not tried with others than its own
+    narrow = options.narrow_scales and bits == 4 and provider == "cpu" and dtype == "float32" and not divided
+    return Blocks(bits, size, options.is_symmetric, dtype, options.accuracy_level, calibrated, narrow=narrow)
 
 
 def _channels(options: QuantizationOptions) -> ChannelInt8:
     return ChannelInt8(signed=options.weight_type == "int8")
 
 
-def _text_rules(precision: str, provider: str, dtype: str, options: QuantizationOptions) -> list[Rule]:
+def _text_rules(precision: str, provider: str, dtype: str, options: QuantizationOptions, width: int) -> list[Rule]:
     if precision in ("fp32", "fp16"):
         kept = Float(dtype)
         return [Rule("text.embedding", kept), Rule("text.head", kept), Rule("text.*", Transposed(dtype))]
@@ -227,14 +260,15 @@ def _text_rules(precision: str, provider: str, dtype: str, options: Quantization
     # pair is stored once. DirectML has 4-bit kernels only.
     bits = int(options.mixed.get("last_matmul", "int4" if provider == "dml" else "int8")[3:])
     fitted = options.calibrated and bits == 4
-    head = _blocks(precision, provider, dtype, options, bits, calibrated=fitted)
+    head = _blocks(precision, provider, dtype, options, bits, width=width, calibrated=fitted)
     # a table is looked up and multiplies nothing, so that there is nothing to fit it to
-    table = _blocks(precision, provider, dtype, options, 8) if fitted else head
+    table = _blocks(precision, provider, dtype, options, 8, width=width) if fitted else head
     embedding: Storage = table if provider == "cpu" else Float(dtype)
     rules = [Rule("text.embedding", embedding), Rule("text.head", head)]
     if precision == "int8":
         return [*rules, Rule("text.*", replace(_channels(options), calibrated=options.calibrated))]
-    return [*rules, Rule("text.*", _blocks(precision, provider, dtype, options, 4, calibrated=options.calibrated))]
+    matrices = _blocks(precision, provider, dtype, options, 4, width=width, calibrated=options.calibrated)
+    return [*rules, Rule("text.*", matrices)]
 
 
 def _sensitive_rules(
@@ -249,6 +283,32 @@ def _sensitive_rules(
     names = {"self_attn.qkv_proj": storage, "mlp.down_proj": storage, "mlp.experts.*": experts}
     layers = sensitive_layers(facts.num_hidden_layers)
     return [Rule("text.*", kept, f"*.layers.{layer}.{name}") for layer in layers for name, kept in names.items()]
+
+
+def layer_and_name(path: str) -> tuple[int | None, str]:
+    """The decoder's layer that a module is in, None where it is in none, and its path in there."""
+    found = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(.+)", path)
+    return (int(found[1]), found[2]) if found else (None, path)
+
+
+def _eight_bit_rules(precision: str, provider: str, options: QuantizationOptions, facts: PrecisionFacts) -> list[Rule]:
+    """The CPU's fastest product of 8 bits: a scale per channel, in activations per token."""
+    chosen = options.eight_bits
+    if chosen is None:
+        as_it_comes = precision == "int4" and provider == "cpu" and not options.calibrated
+        outer = outer_layers(facts.num_hidden_layers)
+        chosen = {"*": outer} if as_it_comes and outer and "mixed_layers" not in options.mixed else {}
+    storage = replace(_channels(options), calibrated=options.calibrated)
+    return [Rule("text.linear", storage, f"*.{name}", tuple(layers)) for name, layers in sorted(chosen.items())]
+
+
+def outer_layers(num_hidden_layers: int) -> list[int]:
+    """Those that suffer most from 4 bits where nothing was measured: the first seventh and the last.
+
+    They take what scales of 8 bits save (docs/results.md).
+    """
+    first = list(range(num_hidden_layers // 7))
+    return [*first, num_hidden_layers - 1] if first else []
 
 
 def _expert_rules(

@@ -171,9 +171,11 @@ class ChannelInt8:
 class Blocks:
     """``bits`` bits in blocks of ``block_size`` along the input, a scale (and a zero point) per block: MatMulNBits.
 
-    ``dtype`` is that of the scales, which is that of the activations. ``accuracy_level`` is how the CPU multiplies:
-    4 quantizes the activations to 8 bits per block, 1 keeps them in fp32. ``calibrated`` weights are rounded for the
-    inputs that they meet (`vlpack.quantize.gptq`); those of ``rotated`` ones are about normally distributed.
+    ``dtype`` is that of the activations, and of the scales as the kernel takes them. ``narrow`` scales lie in the file
+    in 8 bits, as multiples of a step per row: codes are chosen for the scale as it is stored, so that nothing but a
+    finer choice of grids is lost. ``accuracy_level`` is how the CPU multiplies: 4 quantizes the activations to 8 bits
+    per block, 1 keeps them in fp32. ``calibrated`` weights are rounded for the inputs that they meet
+    (`vlpack.quantize.gptq`); those of ``rotated`` ones are about normally distributed.
     """
 
     bits: int = 4
@@ -183,18 +185,21 @@ class Blocks:
     accuracy_level: int = 4
     calibrated: bool = False
     rotated: bool = False
+    narrow: bool = False
 
     @property
     def label(self) -> str:
-        kinds = {" asymmetric": not self.symmetric, " calibrated": self.calibrated}
+        kinds = {" asymmetric": not self.symmetric, " 8-bit scales": self.narrow, " calibrated": self.calibrated}
         return f"int{self.bits} block {self.block_size}" + "".join(kind for kind, has in kinds.items() if has)
 
     def arrays(self, rows: int, cols: int) -> ArraySpecs:
         shapes = block_shapes(rows, cols, self.bits, self.block_size)
         specs: ArraySpecs = {
             "qweight": (np.dtype(np.uint8), shapes.qweight),
-            "scales": (np.dtype(self.dtype), shapes.scales),
+            "scales": (np.dtype(np.int8 if self.narrow else self.dtype), shapes.scales),
         }
+        if self.narrow:
+            specs["steps"] = (np.dtype(np.float32), (rows, 1))
         if not self.symmetric:
             specs["zero_points"] = (np.dtype(np.uint8), shapes.zero_points)
         return specs
@@ -207,11 +212,16 @@ class Blocks:
         small = {name: np.empty(shape, dtype) for name, (dtype, shape) in specs.items() if name != "qweight"}
         for start, stop in slabs(rows, cols):
             weight = read(start, stop)
-            blocks = quantize_blocks(weight, self.bits, self.block_size, self.symmetric, rotated=self.rotated)
-            scales = cast(blocks.scales, self.dtype)
+            blocks = quantize_blocks(
+                weight, self.bits, self.block_size, self.symmetric, rotated=self.rotated, narrow=self.narrow
+            )
+            if not self.narrow:
+                blocks = blocks._replace(scales=cast(blocks.scales, self.dtype))
             if inputs is not None:
-                blocks = fit_blocks(weight, blocks._replace(scales=scales), inputs, self.bits, self.block_size)
-            small["scales"][start:stop] = scales
+                blocks = fit_blocks(weight, blocks, inputs, self.bits, self.block_size)
+            small["scales"][start:stop] = blocks.scales
+            if self.narrow:
+                small["steps"][start:stop] = blocks.steps
             if not self.symmetric:
                 small["zero_points"][start:stop] = blocks.zero_points
             yield "qweight", blocks.qweight
@@ -223,7 +233,9 @@ class Blocks:
         shapes = block_shapes(rows, cols, self.bits, self.block_size)
         zeros = None if self.symmetric else arrays["zero_points"].reshape(shapes.zero_points)[start:stop]
         qweight, scales = arrays["qweight"].reshape(shapes.qweight), arrays["scales"].reshape(shapes.scales)
-        return dequantize_blocks(QuantizedBlocks(qweight[start:stop], scales[start:stop], zeros), cols, self.bits)
+        steps = arrays["steps"].reshape(rows, 1)[start:stop] if self.narrow else None
+        blocks = QuantizedBlocks(qweight[start:stop], scales[start:stop], zeros, steps)
+        return dequantize_blocks(blocks, cols, self.bits)
 
 
 def cast(array: Array, dtype: str) -> Array:

@@ -36,8 +36,8 @@ def policy_of(manifest: Mapping[str, Any], facts: PrecisionFacts) -> Policy:
     Raises:
         PackageError: the manifest contains no policy, or one that this version of vlpack does not know.
     """
-    # packages of earlier versions lack both settings and are neither balanced nor rotated
-    before = {"balance": False, "rotation": False}
+    # packages of earlier versions lack these settings: they are neither balanced nor rotated, and have fp32 scales
+    before = {"balance": False, "rotation": False, "narrow_scales": False, "eight_bits": {}}
     try:
         options = QuantizationOptions(**{**before, **manifest["quantization"]})
         policy = make_policy(manifest["precision"], manifest["execution_provider"], options, facts)
