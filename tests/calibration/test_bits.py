@@ -176,7 +176,7 @@ MISTAKES = {
     "not a number": (["--calibrate", "self", "--bits", "nan"], "at most 9"),
     "two choices": (
         ["--calibrate", "self", "--bits", "5", "--extra-options", "matmul_mixed_precision=mixed_layers:int8"],
-        "both say which matrices",
+        "exclude each other",
     ),
 }
 
