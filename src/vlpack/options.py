@@ -27,7 +27,8 @@ class ExtraOptions:
         rotation: mix blocks of channels by a Hadamard matrix, likewise; by default where weights are quantized on the
             CPU.
         algo_config: rounding method: ``default`` and ``rtn`` to the nearest; ``rtn_last`` also has an 8-bit head.
-        matmul_mixed_precision: ``last_matmul`` (the head) and ``mixed_layers`` → ``int4`` or ``int8``.
+        matmul_mixed_precision: ``last_matmul`` (the head) and ``mixed_layers`` → ``int4`` or ``int8``;
+            ``mixed_layers:int4`` is 4 bits in all layers.
         exclude_embeds: with ``--part text``: the decoder takes ``inputs_embeds``.
         kv_cache: ``int8``: keys and values in 8 bits, for long contexts on the CPU; in fp32 or fp16 without it.
         prune_lm_head: only the last token's logits; the default here, unlike there.
