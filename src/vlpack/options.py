@@ -31,7 +31,7 @@ class ExtraOptions:
         algo_config: rounding method: ``default`` and ``rtn`` round to the nearest; ``rtn_last`` does too and stores the
             head in 8 bits.
         matmul_mixed_precision: precision of some matrices: ``last_matmul`` (the head) or ``mixed_layers`` → ``int4`` or
-            ``int8``.
+            ``int8``; ``mixed_layers:int4`` means 4 bits in all layers.
         kv_cache: ``int8`` for a key/value cache in 8 bits, for long contexts on the CPU; by default it is in fp32 or
             fp16.
         exclude_embeds: whether the decoder takes ``inputs_embeds`` instead of token ids, when ``part`` is ``text``.
