@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vlpack.architectures import Architecture, Part, architecture_of
 from vlpack.architectures.base import GraphOptions
 from vlpack.before_download import check_settings, resolve_checked
-from vlpack.calibration.choice import BESIDE, check_calibration, say_nothing
+from vlpack.calibration.choice import BESIDE, Say, check_calibration, say_nothing
 from vlpack.checkpoint import Checkpoint
 from vlpack.cores import available_cores
 from vlpack.datafile import DataFiles, planned_bytes
@@ -263,7 +263,7 @@ def _calibration(
     architecture: Architecture,
     checkpoint: Checkpoint,
     graphs: dict[str, Graph],
-    eight_bits: Callable[[], BuildResult],
+    eight_bits: Callable[..., BuildResult],
     progress: Progress | None,
 ) -> Calibration | None:
     """What the calibrated weights of ``graphs`` multiply; None where nothing is calibrated."""
@@ -274,8 +274,7 @@ def _calibration(
     from vlpack.calibration.start import start_calibration
 
     say = progress.say if progress else say_nothing
-    say("building an 8-bit package to calibrate with")
-    beside = eight_bits()
+    beside = eight_bits(progress=_Beside(say))
     files = {name: filename for name, (filename, _, _) in beside.parts.items()}
     weights = [weight for graph in graphs.values() for weight in graph.weights if weight.calibrated]
     policy = make_policy("int8", "cpu", QuantizationOptions(), architecture.precision_facts)
@@ -283,6 +282,26 @@ def _calibration(
     transforms = {weight.path: weight.transform for part in parts for weight in declare(part, policy)}
     model = CalibrationModel(beside.folder, files, architecture)
     return start_calibration(model, weights, transforms, checkpoint, source, say)
+
+
+class _Beside:
+    """The progress of the 8-bit package that is built to calibrate with, told in one sentence."""
+
+    def __init__(self, say: Say) -> None:
+        self._say, self._done, self._total = say, 0, 0
+
+    def start(self, total: int) -> None:
+        """``total`` bytes will be written."""
+        self._total = total
+        self.advance(0, "")
+
+    def advance(self, written: int, path: str) -> None:
+        """``written`` more bytes are."""
+        self._done = min(self._done + written, self._total)
+        self._say("building an 8-bit package to calibrate with", self._done, self._total)
+
+    def say(self, text: str, done: int = 0, total: int = 0) -> None:
+        """Nothing else is worth a word."""
 
 
 def _check_cache(architecture: Architecture, policy: Policy) -> None:

@@ -20,6 +20,7 @@ from vlpack import cli_options as opt
 from vlpack import console, console_measure
 from vlpack.cli_measure import bench, evaluate, verify
 from vlpack.cli_use import chat, embed, run, score
+from vlpack.console_build import build_progress
 from vlpack.errors import OptionError, VlpackError
 
 app = typer.Typer(
@@ -131,7 +132,7 @@ def build(
         from vlpack.verification.reference import require
 
         require()  # told before anything is built
-    with console.build_progress() as progress:
+    with build_progress(console.err) as progress:
         result = run_build(
             given[0],
             output,

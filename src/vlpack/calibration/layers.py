@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from vlpack.calibration.gram import Gram
 from vlpack.calibration.model import CalibrationModel, Shown
 from vlpack.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError
@@ -24,9 +25,6 @@ from vlpack.quantize.gptq import Inputs, describe_inputs
 from vlpack.transforms import Channels, ChannelScales, Transform, packed_scales
 
 Array = npt.NDArray[Any]
-
-ROWS = 4096
-"""Tokens whose products are taken at once."""
 
 
 class _Measured:
@@ -142,7 +140,7 @@ class Calibration:
             by_input.setdefault(id(x), (x, []))[1].append(weight)
         multiplied = [x for x, _ in by_input.values()]
         following = self._borders[stage + 1 : stage + 2]
-        sums = [_Products() for _ in multiplied]
+        sums = [Gram(weights[0].cols) for _, weights in by_input.values()]
         for text, values in enumerate(self._run(stage, [*multiplied, *following])):
             for products, rows in zip(sums, values, strict=False):
                 products.add(rows.reshape(-1, rows.shape[-1]), self._row_factors[text])
@@ -173,12 +171,10 @@ class Calibration:
         part = ir.convenience.extract(graph, starts, outputs)
         session = open_session(ir.Model(part, ir_version=self._graph.ir_version), self._file, self._threads)
         ports = {port.name: port for port in session.get_inputs()}
-        empty = {
-            name: np.zeros((1, port.shape[1], 0, port.shape[3]), np.float32)
-            for name, port in ports.items()
-            if name.startswith("past_")
-        }
+        caches = {name: port.shape for name, port in ports.items() if name.startswith("past_")}
         for text, given in enumerate(self._shown):
+            batch = len(given["attention_mask"])
+            empty = {name: np.zeros((batch, shape[1], 0, shape[3]), np.float32) for name, shape in caches.items()}
             feeds = {**given, **empty}
             if border is not None:
                 feeds[str(border.name)] = self._hidden[text]
@@ -200,35 +196,6 @@ def row_factors(shown: Sequence[Shown]) -> list[Array | None]:
         None if one.of_images is None else np.where(one.of_images, small, np.float32(1)).astype(np.float32)
         for one in shown
     ]
-
-
-class _Products:
-    """``Σ xᵀx`` of rows that come a few at a time: a product is as large for few as for many.
-
-    Attributes:
-        rows: how many rows there were; one that is multiplied by a factor counts as its square.
-    """
-
-    def __init__(self) -> None:
-        self.rows = 0.0
-        self._rows: list[Array] = []
-        self._total: Array | None = None
-
-    def add(self, rows: Array, factors: Array | None = None) -> None:
-        """More ``x [tokens, cols]``, float32, multiplied by ``factors [tokens]``."""
-        self.rows += len(rows) if factors is None else float(np.square(factors).sum(dtype=np.float64))
-        self._rows.append(rows if factors is None else rows * factors[:, None])
-        if sum(map(len, self._rows)) >= ROWS:
-            self.total()
-
-    def total(self) -> Array:
-        """``[cols, cols]`` of all rows so far."""
-        if self._rows:
-            rows, self._rows = np.concatenate(self._rows), []
-            product = rows.T @ rows
-            self._total = product if self._total is None else np.add(self._total, product, out=self._total)
-        assert self._total is not None, "a layer is run on texts"
-        return self._total
 
 
 def factor(graph: ir.Graph, path: str) -> ir.Value:

@@ -12,7 +12,15 @@ import numpy as np
 from vlpack.calibration.choice import SELF, Say
 from vlpack.calibration.layers import Calibration
 from vlpack.calibration.model import CalibrationModel
-from vlpack.calibration.texts import LENGTH, conversations_of, openings, pictured, prompt_builder, texts_of
+from vlpack.calibration.texts import (
+    LENGTH,
+    conversations_of,
+    of_one_length,
+    openings,
+    pictured,
+    prompt_builder,
+    texts_of,
+)
 from vlpack.checkpoint import Checkpoint
 from vlpack.graph import Weight
 from vlpack.package.genai_config import eos_ids
@@ -69,7 +77,7 @@ def start_calibration(
         texts = texts_of(Path(source).expanduser(), tokenizer)
     if vision is not None and prompts is not None and not any(prompt.has_images for prompt in asked):
         asked += pictured(prompts)
-    shown = [model.show(np.array([text], np.int64)) for text in texts]
+    shown = [model.show(np.array(together, np.int64)) for together in of_one_length(texts)]
     shown += [model.show(prompt.input_ids.astype(np.int64), prompt) for prompt in asked]
     described = {
         "texts": "the model's own" if source == SELF else "a file",
@@ -78,6 +86,6 @@ def start_calibration(
     }
 
     def looked(layer: int, layers: int) -> None:
-        say("calibrating", layer, layers)
+        say("calibrating layers", layer, layers)
 
     return Calibration(model, weights, transforms, checkpoint, shown, described, looked)

@@ -15,9 +15,11 @@ from vlpack.preprocess.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
-LENGTH = 256
+LENGTH = 128
 """Tokens of a text at most."""
-TEXTS = 32
+TEXTS = 48
+STACK = 2048
+"""Tokens that a layer is run on at a time at most, where texts of one length make that possible."""
 MIN_TOKENS = 1024
 """Of a user's file: fewer say too little of thousands of input channels."""
 MAX_BYTES = 100_000_000
@@ -37,11 +39,20 @@ QUESTIONS = (
     "What should a contract for renting a flat contain?",
     "Turn this into JSON: Anna is 31 and lives in Oslo, Ben is 28 and lives in Rome.",
     "Compare TCP and UDP, and say when each is used.",
+    "Write five captions for photos of a street market in the morning.",
+    "Describe a painting of a harbour in every detail: foreground, background, light and colours.",
+    "Write out the text of a typical restaurant receipt, line by line, with prices and the total.",
+    "Describe a bar chart of a country's energy sources in words.",
+    "日本の四季について短い文章を書いてください。",
+    "¿Qué se ve en una plaza española un domingo por la tarde?",
+    "Напиши короткий рассказ о зимнем лесе.",
+    "Write an SQL query for the ten customers with the highest sales, and explain it.",
 )
 """The chats that a model continues, in its own words."""
 OPENINGS = (
     *("The", "In", "A", "When", "I", "It is", "Once upon a time", "According to", "# Introduction\n\n", "import"),
     *("<html>", "Dear", "La", "Die", "人", "2.", "Question:", "Chapter 1\n", "def", "We"),
+    *("The picture shows", "A photo of", "INVOICE No.", "Figure 3:", "#include <", "| Name |", "한국", "في"),
 )
 """The documents that it continues."""
 PICTURES = (
@@ -61,6 +72,18 @@ def openings(prompts: PromptBuilder | None, tokenizer: Tokenizer) -> list[list[i
         return [ids for ids in documents if ids][:TEXTS]
     chats = [prompts([{"role": "user", "content": text}]).input_ids[0].tolist() for text in QUESTIONS]
     return [ids for ids in (*chats, *documents) if ids][:TEXTS]
+
+
+def of_one_length(texts: Sequence[list[int]]) -> list[list[list[int]]]:
+    """The texts in groups that make an array, of at most `STACK` tokens."""
+    groups: dict[int, list[list[int]]] = {}
+    for text in texts:
+        groups.setdefault(len(text), []).append(text)
+    made = []
+    for length, group in groups.items():
+        count = max(1, STACK // length)
+        made += [group[start : start + count] for start in range(0, len(group), count)]
+    return made
 
 
 def pictured(prompts: PromptBuilder) -> list[Prompt]:

@@ -79,8 +79,8 @@ def rotation_matrix(size: int) -> Array:
 
 ROTATED_TILE = 1 << 16
 """Values that `rotate` works on at a time: their float64 copies stay in a core's cache."""
-STACK = 64
-"""Rows of one product in `rotate`: so small that BLAS leaves it to the calling thread."""
+PRODUCT = 1 << 17
+"""Multiplications in one product of `rotate`: so few that BLAS leaves them to the calling thread."""
 
 
 def rotate(rows: Array, size: int, *, back: bool = False) -> Array:
@@ -100,14 +100,15 @@ def rotate(rows: Array, size: int, *, back: bool = False) -> Array:
     blocks = np.ascontiguousarray(rows).reshape(-1, size)
     rotated = np.empty(blocks.shape, np.float32)
     step = max(1, min(len(blocks), ROTATED_TILE // size))
+    stack = max(1, PRODUCT // size**2)
     given, product = np.empty((2, step, size))
     for start in range(0, len(blocks), step):
         tile = blocks[start : start + step]
         x, y = given[: len(tile)], product[: len(tile)]
         x[...] = tile
         # one product of many rows would wake BLAS's threads for every tile, and the caller has its own
-        whole = len(tile) // STACK * STACK
-        np.matmul(x[:whole].reshape(-1, STACK, size), matrix, out=y[:whole].reshape(-1, STACK, size))
+        whole = len(tile) // stack * stack
+        np.matmul(x[:whole].reshape(-1, stack, size), matrix, out=y[:whole].reshape(-1, stack, size))
         np.matmul(x[whole:], matrix, out=y[whole:])
         np.multiply(y, size**-0.5, out=rotated[start : start + step], casting="same_kind")
     return rotated.reshape(rows.shape)
