@@ -121,7 +121,7 @@ def build(
     started = time.perf_counter()
     extra = ExtraOptions() if extra_options is None else extra_options
     _check_arguments(extra, part, threads)
-    check_calibration(calibrate, part, task)
+    check_calibration(calibrate, part)
     check_task(task)
     execution_provider = str(execution_provider).lower()
     vision_precision = str(vision_precision).lower() if vision_precision else None
@@ -269,7 +269,6 @@ def _calibration(
     """What the calibrated weights of ``graphs`` multiply; None where nothing is calibrated."""
     if source is None:
         return None
-    check_calibration(source, part, architecture.task)
     from vlpack.calibration.model import CalibrationModel
     from vlpack.calibration.start import start_calibration
 

@@ -23,7 +23,7 @@ from vlpack.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError
 from vlpack.graph import Graph, Weight, WeightKey
 from vlpack.quantize.gptq import Inputs
-from vlpack.storage import Array, Blocks, ChannelInt8, slabs
+from vlpack.storage import Array, Blocks, ChannelInt8, RowReader, slabs
 from vlpack.transforms import ChannelScales
 
 PAGE = 4096
@@ -32,16 +32,14 @@ SMALL = 64
 Progress = Callable[[int, str], None]
 """Told the bytes just written and the path of their weight."""
 
-InputsOf = Callable[[Weight], Inputs]
-
 
 class Measurements(Protocol):
     """What was measured of a model's activations (`vlpack.calibration.layers.Calibration`)."""
 
     scales: ChannelScales
 
-    def __call__(self, weight: Weight) -> Inputs:
-        """What a matrix multiplies."""
+    def __call__(self, weight: Weight, expert: int = 0) -> Inputs:
+        """What a matrix multiplies, or that of one of its experts, which are asked for in order."""
 
 
 _END = object()
@@ -73,7 +71,7 @@ class DataFiles:
         self.folder, self.checkpoint, self.threads, self.share = folder, checkpoint, max(1, threads), share
         self.progress = progress or (lambda written, path: None)
         self.scales = calibration.scales if calibration else ChannelScales(checkpoint)
-        self.inputs_of: InputsOf | None = calibration
+        self.inputs_of = calibration
         self.sha256: dict[str, str] = {}
         self._placed: dict[WeightKey, dict[str, tuple[str, int]]] = {}
 
@@ -151,7 +149,7 @@ def planned_bytes(weights: Sequence[Weight]) -> int:
 
 
 def encode(
-    checkpoint: Checkpoint, weight: Weight, scales: ChannelScales, inputs_of: InputsOf | None = None
+    checkpoint: Checkpoint, weight: Weight, scales: ChannelScales, inputs_of: Measurements | None = None
 ) -> Iterator[tuple[str, Array]]:
     """The arrays of one weight, piece by piece; a calibrated one is rounded to the nearest without ``inputs_of``.
 
@@ -162,7 +160,10 @@ def encode(
     try:
         if inputs_of is not None and weight.calibrated:
             assert isinstance(storage, Blocks | ChannelInt8)
-            yield from storage.chunks(read, weight.rows, weight.cols, inputs_of(weight))
+            if weight.experts > 1:
+                yield from _by_experts(weight, read, storage, inputs_of)
+            else:
+                yield from storage.chunks(read, weight.rows, weight.cols, inputs_of(weight))
         else:
             yield from storage.chunks(read, weight.rows, weight.cols)
     except OverflowError as error:
@@ -170,6 +171,26 @@ def encode(
             f"The tensor {_overflowing(checkpoint, weight)} has a value that cannot be stored: {error}.",
             "Build with --precision fp32.",
         ) from None
+
+
+def _by_experts(
+    weight: Weight, read: RowReader, storage: Blocks | ChannelInt8, inputs_of: Measurements
+) -> Iterator[tuple[str, Array]]:
+    """The arrays of experts that are calibrated one by one; all but the codes are small and come last."""
+    rows = weight.rows // weight.experts
+    small: dict[str, list[Array]] = {}
+    for expert in range(weight.experts):
+
+        def own(start: int, stop: int, first: int = expert * rows) -> Array:
+            return read(first + start, first + stop)
+
+        for name, chunk in storage.chunks(own, rows, weight.cols, inputs_of(weight, expert)):
+            if name == "qweight":
+                yield name, chunk
+            else:
+                small.setdefault(name, []).append(chunk)
+    for name, chunks in small.items():
+        yield name, np.concatenate(chunks)
 
 
 def _overflowing(checkpoint: Checkpoint, weight: Weight) -> str:

@@ -43,7 +43,8 @@ WeightKey = tuple[Rows, Storage, Transform]
 class Weight:
     """One weight ``[rows, cols]`` of a graph: where it comes from, how it is stored, which initializers it fills.
 
-    ``transform`` is what is done to it between reading and storing.
+    ``transform`` is what is done to it between reading and storing. Where there are several ``experts``, it is their
+    matrices above each other, each of which has inputs of its own.
     """
 
     path: str
@@ -51,6 +52,7 @@ class Weight:
     storage: Storage
     parameters: dict[str, nn.Parameter]
     transform: Transform = IDENTITY
+    experts: int = 1
 
     @property
     def rows(self) -> int:
@@ -116,7 +118,7 @@ def declare(part: Part, policy: Policy) -> list[Weight]:
             assert storage is not None, "it was given one above"
             if isinstance(storage, Blocks):
                 storage = replace(storage, rotated=transform.input_rotation > 1)
-            weights.append(Weight(path, sources[child], storage, parameters[child], transform))
+            weights.append(Weight(path, sources[child], storage, parameters[child], transform, child.experts))
             if isinstance(child, Linear) and child.bias is not None:
                 tensors = sources[child].tensors()
                 biases = (Source(s.name.removesuffix("weight") + "bias", s.shape[:1]) for s in tensors)

@@ -238,6 +238,11 @@ class Transform:
                 products[start : start + size] = block.T @ products[start : start + size]
             _transpose(products)
 
+    def undo_inputs(self, rows: Array, scales: ChannelScales) -> Array:
+        """What the weight would multiply before the transform, ``[n, cols]``, from what it multiplies after it."""
+        rows = rotate(rows, self.input_rotation, back=True)
+        return rows if self.reads is None else rows / self.reads.along_columns(scales(self.reads))
+
     def channel_squares(self, products: Array, scales: ChannelScales) -> Array:
         """``Σ x²`` of each column before the transform, ``[cols]``, from ``Σ xᵀx [cols, cols]`` after it."""
         size = self.input_rotation

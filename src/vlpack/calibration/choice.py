@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Protocol
 
 from vlpack.errors import OptionError
-from vlpack.tasks import AUTO, GENERATE
 
 SELF = "self"
 """The model writes its texts; anything else is a file."""
@@ -22,7 +21,7 @@ class Say(Protocol):
         """``done`` of ``total``, where that is known."""
 
 
-def check_calibration(source: str | os.PathLike[str] | None, part: str, task: str) -> None:
+def check_calibration(source: str | os.PathLike[str] | None, part: str) -> None:
     """Calibration goes with this build, if it is wanted.
 
     Raises:
@@ -32,8 +31,6 @@ def check_calibration(source: str | os.PathLike[str] | None, part: str, task: st
         return
     if part not in ("all", "text"):
         raise OptionError(f"--calibrate has no effect with --part {part}, which has no decoder.", "Leave it away.")
-    if task not in (AUTO, GENERATE):
-        raise OptionError("--calibrate is for models that generate.", f"Leave it away: this one is for {task}.")
     if source != SELF and not Path(source).expanduser().is_file():
         raise OptionError(
             f"The calibration text {source} is no file.",

@@ -18,7 +18,7 @@ from vlpack.preprocess.mrope import mrope_positions
 
 Array = npt.NDArray[Any]
 
-TOGETHER = 16
+TOGETHER = 8
 """Texts that are written at a time."""
 LEAST_SHARE = 0.05
 """Tokens less likely than this share of the likeliest are never taken (min-p, Nguyen et al. 2024, arXiv:2407.01082)."""

@@ -32,6 +32,8 @@ class Stored(nn.Module):
             (or, of a table, rotate back what it gives); 1 for none.
     """
 
+    experts = 1
+    """Matrices above each other that multiply different tokens."""
     can_rotate = True
     """Whether the graph can rotate what the weight multiplies."""
 
