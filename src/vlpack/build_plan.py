@@ -67,7 +67,7 @@ class BuildOptions:
         if self.precision is None:
             object.__setattr__(self, "precision", "int8" if self.execution_provider == "cpu" else "fp16")
         _check_arguments(self.extra, self.part, self.threads)
-        check_calibration(self.calibrate, self.part, self.task)
+        check_calibration(self.calibrate, self.part)
         check_task(self.task)
         check_effects(self.extra, self.part, self.policy(), self.vision_precision)
         check_task_options(self.extra, self.task, str(self.precision))

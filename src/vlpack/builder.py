@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vlpack.architectures.ports import GraphOptions
 from vlpack.build_plan import PARTS, BuildOptions, BuildPlan, plan_build, trace_graphs
-from vlpack.calibration.options import BESIDE, BESIDE_4, say_nothing
+from vlpack.calibration.options import BESIDE, BESIDE_4, Say, say_nothing
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.errors import Note
 from vlpack.export.assets import write_beside
@@ -235,13 +235,10 @@ def calibrate_plan(plan: BuildPlan, beside: Path, progress: Progress | None) -> 
     options = plan.options
     if options.calibrate is None:
         return None
-    from vlpack.calibration.options import check_calibration
     from vlpack.calibration.run import start_calibration
     from vlpack.calibration.teacher import CalibrationModel
 
-    check_calibration(options.calibrate, options.part, plan.task)
     say = progress.say if progress else say_nothing
-    say("building an 8-bit package to calibrate with")
     eight_bits = build(
         plan.checkpoint.folder,
         beside,
@@ -249,6 +246,7 @@ def calibrate_plan(plan: BuildPlan, beside: Path, progress: Progress | None) -> 
         task=plan.task,
         lora=[adapter.weights.folder for adapter in plan.adapters],
         threads=options.threads,
+        progress=_NestedProgress(say),
     )
     files = {name: filename for name, (filename, _, _) in eight_bits.parts.items()}
     policy = make_policy("int8", "cpu", QuantizationOptions(), plan.architecture.precision_facts)
@@ -284,6 +282,26 @@ def spend_bits(
     weights = [weight for graph in decoder.values() for weight in graph.weights]
     policy = policy_with_bits(plan.policy, plan.architecture.precision_facts, weights, found, bits)
     return replace(plan, policy=policy, graphs=trace_graphs(plan.architecture, policy, plan.options))
+
+
+class _NestedProgress:
+    """The progress of the 8-bit package that calibration needs, reported as one step of the build around it."""
+
+    def __init__(self, say: Say) -> None:
+        self._say, self._done, self._total = say, 0, 0
+
+    def start(self, total: int) -> None:
+        """Take the number of bytes that will be written."""
+        self._total = total
+        self.advance(0, "")
+
+    def advance(self, written: int, path: str) -> None:
+        """Report ``written`` more bytes."""
+        self._done = min(self._done + written, self._total)
+        self._say("building an 8-bit package to calibrate with", self._done, self._total)
+
+    def say(self, text: str, done: int = 0, total: int = 0) -> None:
+        """Ignore other steps, which are short."""
 
 
 def default_threads() -> int:

@@ -15,18 +15,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from vlpack.calibration.experts import ExpertInputs, expert_pairs
+from vlpack.calibration.gram import Gram
 from vlpack.calibration.teacher import CalibrationModel, Shown
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError, option
 from vlpack.export.graph import Weight
-from vlpack.ort.graph_edits import compute_all_tokens, load_graph, norm_input, open_session
+from vlpack.ort.graph_edits import compute_all_rows, compute_all_tokens, load_graph, norm_input, open_session
 from vlpack.quantize.gptq import Inputs, describe_inputs
-from vlpack.quantize.transforms import Channels, ChannelScales, Transform, packed_scales
+from vlpack.quantize.transforms import IDENTITY, Channels, ChannelScales, Transform, packed_scales
 
 Array = npt.NDArray[Any]
-
-ROWS = 4096
-"""Tokens whose products are taken at once."""
 
 
 class _Measured:
@@ -74,15 +73,20 @@ class Calibration:
         self._file, self._threads, self._say = model.folder / model.decoder_file, model.threads, say
         self._graph = load_graph(self._file)
         compute_all_tokens(self._graph.graph)
+        compute_all_rows(self._graph.graph)
         prefix, count = architecture.decoder.prefix, architecture.text.num_hidden_layers
         self._prefixes = [f"{prefix}.layers.{layer}." for layer in range(count)]
         norms = [*(f"{name}input_layernorm.weight" for name in self._prefixes), f"{prefix}.norm.weight"]
         self._borders = [norm_input(self._graph.graph, norm) for norm in norms]
         self._weights: list[list[Weight]] = [[] for _ in norms]
         self._stage_of: dict[Channels, int] = {}
+        weights = list(weights)
+        self._checkpoint, self._mixtures = checkpoint, expert_pairs(weights)
+        self._experts: dict[str, ExpertInputs] = {}
         for weight in weights:
             stage = self._stage(weight.path)
-            self._weights[stage].append(weight)
+            if weight.experts == 1:
+                self._weights[stage].append(weight)
             if weight.transform.reads is not None:
                 self._stage_of[weight.transform.reads] = stage
         self._about = about
@@ -94,9 +98,11 @@ class Calibration:
         self._next = 0
         self._lock = threading.Lock()
 
-    def __call__(self, weight: Weight) -> Inputs:
-        """What a matrix multiplies, after the transform of the package that is built."""
+    def __call__(self, weight: Weight, expert: int = 0) -> Inputs:
+        """What a matrix multiplies, or that of one of its experts, after the transform of the package that is built."""
         self._look_until(self._stage(weight.path))
+        if weight.experts > 1:
+            return self._of_expert(weight, expert)
         with self._lock:
             measured = self._ready.pop(weight.path)
         with measured.lock:
@@ -111,6 +117,16 @@ class Calibration:
     def again(self, weights: Iterable[Weight]) -> Calibration:
         """Another one, of other weights of the same model, that has not been asked yet."""
         return Calibration(self.model, weights, self._transforms, self.checkpoint, self.shown, self._about, self._say)
+
+    def _of_expert(self, weight: Weight, expert: int) -> Inputs:
+        with self._lock:
+            inputs = self._experts[weight.path]
+        products = inputs.products(weight, expert)
+        weight.transform.carry(products, self.scales, IDENTITY, self._scales_before)
+        if expert == weight.experts - 1:
+            with self._lock:
+                del self._experts[weight.path]
+        return describe_inputs(products)
 
     def described(self) -> dict[str, Any]:
         """What was shown, and the scales that came of it, for the manifest."""
@@ -147,12 +163,20 @@ class Calibration:
         for weight in self._weights[stage]:
             x = factor(self._graph.graph, weight.path)
             by_input.setdefault(id(x), (x, []))[1].append(weight)
+        mixtures = [pair for pair in self._mixtures if self._stage(pair[0].path) == stage]
+        routed = [value for gate_up, _ in mixtures for value in router(self._graph.graph, gate_up.path)]
+        experts = [self._expert_inputs(gate_up) for gate_up, _ in mixtures]
         multiplied = [x for x, _ in by_input.values()]
         following = self._borders[stage + 1 : stage + 2]
-        sums = [_Products() for _ in multiplied]
-        for text, values in enumerate(self._run(stage, [*multiplied, *following])):
-            for products, rows in zip(sums, values, strict=False):
-                products.add(rows.reshape(-1, rows.shape[-1]), self._row_factors[text])
+        sums = [Gram(weights[0].cols) for _, weights in by_input.values()]
+        for text, values in enumerate(self._run(stage, [*multiplied, *routed, *following])):
+            given = [rows.reshape(-1, rows.shape[-1]) for rows in values]
+            for products, rows in zip(sums, given, strict=False):
+                products.add(rows, self._row_factors[text])
+            pairs = zip(given[len(sums) :: 2], given[len(sums) + 1 :: 2], strict=False)
+            for (gate_up, _), inputs, (rows, logits) in zip(mixtures, experts, pairs, strict=False):
+                before = self._transforms[gate_up.path]
+                inputs.add(before.undo_inputs(rows, self._scales_before), logits, self._row_factors[text])
             if following:
                 self._hidden[text] = values[-1]
         for (input_value, weights), products in zip(by_input.values(), sums, strict=True):
@@ -172,6 +196,17 @@ class Calibration:
                     squares = before.channel_squares(total, self._scales_before).reshape(channels.shape)
                     self._sizes[channels] = np.sqrt(np.maximum(squares.sum(axis=1).reshape(-1), 0) / products.rows)
 
+        for (gate_up, down), inputs in zip(mixtures, experts, strict=True):
+            inputs.finish()
+            self._experts[gate_up.path] = self._experts[down.path] = inputs
+            channels = gate_up.transform.reads
+            if channels is not None and channels not in self._sizes:
+                self._sizes[channels] = inputs.sizes
+
+    def _expert_inputs(self, gate_up: Weight) -> ExpertInputs:
+        (node,) = {use.node for use in self._graph.graph.initializers[f"{gate_up.path}.qweight"].uses()}
+        return ExpertInputs(self._checkpoint, gate_up, node.attributes["k"].as_int())
+
     def _run(self, stage: int | None, outputs: Sequence[ir.Value]) -> Iterable[list[Array]]:
         """``outputs`` for every text, from the hidden states before layer ``stage``, or from the decoder's inputs."""
         graph, past = self._graph.graph, f"past_key_values.{stage}."
@@ -181,12 +216,10 @@ class Calibration:
         part = ir.convenience.extract(graph, starts, outputs)
         session = open_session(ir.Model(part, ir_version=self._graph.ir_version), self._file, self._threads)
         ports = {port.name: port for port in session.get_inputs()}
-        empty = {
-            name: np.zeros((1, port.shape[1], 0, port.shape[3]), np.float32)
-            for name, port in ports.items()
-            if name.startswith("past_")
-        }
+        caches = {name: port.shape for name, port in ports.items() if name.startswith("past_")}
         for text, given in enumerate(self._shown):
+            batch = len(given["attention_mask"])
+            empty = {name: np.zeros((batch, shape[1], 0, shape[3]), np.float32) for name, shape in caches.items()}
             feeds = {**given, **empty}
             if border is not None:
                 feeds[str(border.name)] = self._hidden[text]
@@ -210,33 +243,13 @@ def row_factors(shown: Sequence[Shown]) -> list[Array | None]:
     ]
 
 
-class _Products:
-    """``Σ xᵀx`` of rows that come a few at a time: a product is as large for few as for many.
-
-    Attributes:
-        rows: how many rows there were; one that is multiplied by a factor counts as its square.
-    """
-
-    def __init__(self) -> None:
-        self.rows = 0.0
-        self._rows: list[Array] = []
-        self._total: Array | None = None
-
-    def add(self, rows: Array, factors: Array | None = None) -> None:
-        """More ``x [tokens, cols]``, float32, multiplied by ``factors [tokens]``."""
-        self.rows += len(rows) if factors is None else float(np.square(factors).sum(dtype=np.float64))
-        self._rows.append(rows if factors is None else rows * factors[:, None])
-        if sum(map(len, self._rows)) >= ROWS:
-            self.total()
-
-    def total(self) -> Array:
-        """``[cols, cols]`` of all rows so far."""
-        if self._rows:
-            rows, self._rows = np.concatenate(self._rows), []
-            product = rows.T @ rows
-            self._total = product if self._total is None else np.add(self._total, product, out=self._total)
-        assert self._total is not None, "a layer is run on texts"
-        return self._total
+def router(graph: ir.Graph, path: str) -> tuple[ir.Value, ir.Value]:
+    """What the experts whose gates and ups are at ``path`` are given, and the router's logits."""
+    (node,) = {use.node for use in graph.initializers[f"{path}.qweight"].uses()}
+    x, logits = node.inputs[:2]
+    assert x is not None, path
+    assert logits is not None, path
+    return x, logits
 
 
 def factor(graph: ir.Graph, path: str) -> ir.Value:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Protocol
 
 from vlpack.errors import OptionError, option
-from vlpack.tasks import AUTO, GENERATE
 
 SELF = "self"
 """The model writes its texts; anything else is a file."""
@@ -25,7 +24,7 @@ class Say(Protocol):
         """``done`` of ``total``, where that is known."""
 
 
-def check_calibration(source: str | os.PathLike[str] | None, part: str, task: str) -> None:
+def check_calibration(source: str | os.PathLike[str] | None, part: str) -> None:
     """Calibration goes with this build, if it is wanted.
 
     Raises:
@@ -36,10 +35,6 @@ def check_calibration(source: str | os.PathLike[str] | None, part: str, task: st
     if part not in ("all", "text"):
         raise OptionError(
             f"{option('calibrate')} has no effect with {option('part', part)}, which has no decoder.", "Leave it away."
-        )
-    if task not in (AUTO, GENERATE):
-        raise OptionError(
-            f"{option('calibrate')} is for models that generate.", f"Leave it away: this one is for {task}."
         )
     if source != SELF and not Path(source).expanduser().is_file():
         raise OptionError(

@@ -6,18 +6,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vlpack.calibration.passages import PASSAGES
 from vlpack.errors import CheckpointError, InputError, OptionError, VlpackError, option
 from vlpack.jsonl import read_jsonl
 from vlpack.preprocess import PromptBuilder
 from vlpack.preprocess.prompt import Prompt
+from vlpack.preprocess.retrieval_prompts import ChatPrompts, PlainPrompts
 from vlpack.preprocess.tokenizer import Tokenizer
 from vlpack.sample_images import picture
+from vlpack.tasks import EMBEDDING
 
 T = TypeVar("T")
 
-LENGTH = 256
+LENGTH = 128
 """Tokens of a text at most."""
-TEXTS = 32
+TEXTS = 24
+"""That a model writes."""
+PIECES = 48
+"""Of a user's text, or conversations of a file, at most."""
+STACK = 2048
+"""Tokens that a layer is run on at a time at most, where texts of one length make that possible."""
 MIN_TOKENS = 1024
 """Of a user's file: fewer say too little of thousands of input channels."""
 MAX_BYTES = 100_000_000
@@ -27,21 +35,23 @@ MAX_TOKENS = 4096
 QUESTIONS = (
     "Explain to a child why the sky is blue.",
     "Write a short story about a lighthouse keeper and a lost dog.",
-    "Give me a recipe for a vegetable soup, with amounts.",
     "Write a Python function that merges two sorted lists, and test it.",
     "Fasse die Geschichte der Eisenbahn in wenigen Sätzen zusammen.",
     "用中文介绍一下长城的历史。",
     "A train leaves at 9:40 and arrives at 13:05. How long does it travel? Think step by step.",
     "List the planets with their radius as a Markdown table.",
     "Écris un courriel pour demander un rendez-vous chez le médecin.",
-    "What should a contract for renting a flat contain?",
     "Turn this into JSON: Anna is 31 and lives in Oslo, Ben is 28 and lives in Rome.",
-    "Compare TCP and UDP, and say when each is used.",
+    "Describe a painting of a harbour in every detail: foreground, background, light and colours.",
+    "Write out the text of a typical restaurant receipt, line by line, with prices and the total.",
+    "日本の四季について短い文章を書いてください。",
 )
 """The chats that a model continues, in its own words."""
 OPENINGS = (
-    *("The", "In", "A", "When", "I", "It is", "Once upon a time", "According to", "# Introduction\n\n", "import"),
-    *("<html>", "Dear", "La", "Die", "人", "2.", "Question:", "Chapter 1\n", "def", "We"),
+    *("The", "In", "A photo of", "It is", "Once upon a time", "# Introduction\n\n", "import", "<html>"),
+    *("La", "人", "Question:", "INVOICE No."),
+    # for models without a chat template alone
+    *("We", "When", "I", "Die", "2.", "Chapter 1\n", "Figure 3:", "According to", "def", "| Name |", "한국", "في"),
 )
 """The documents that it continues."""
 PICTURES = (
@@ -57,10 +67,54 @@ def openings(prompts: PromptBuilder | None, tokenizer: Tokenizer) -> list[list[i
     """The first tokens of `TEXTS` texts: questions as chats, where there is a template for these, and documents."""
     documents = [tokenizer.encode(text) for text in OPENINGS]
     if prompts is None:
-        documents += [tokenizer.encode(text) for text in QUESTIONS]
         return [ids for ids in documents if ids][:TEXTS]
     chats = [prompts([{"role": "user", "content": text}]).input_ids[0].tolist() for text in QUESTIONS]
     return [ids for ids in (*chats, *documents) if ids][:TEXTS]
+
+
+def passages(prompts: PromptBuilder | None, tokenizer: Tokenizer) -> list[list[int]]:
+    """The built-in passages, as answers in chats where there is a template for these."""
+    if prompts is None:
+        return [ids for _, passage in PASSAGES if (ids := tokenizer.encode(passage))]
+    chats = (
+        [{"role": "user", "content": question}, {"role": "assistant", "content": passage}]
+        for question, passage in PASSAGES
+    )
+    return [prompts(chat, add_generation_prompt=False).input_ids[0].tolist() for chat in chats]
+
+
+def retrieval(form: PlainPrompts | ChatPrompts, task: str, instruction: str, *, sees: bool) -> list[Prompt]:
+    """What an embedding model or a reranker is given: the built-in passages and their questions, and pictures.
+
+    Args:
+        form: of the model's prompts.
+        task: of the model.
+        instruction: for queries.
+        sees: it takes pictures.
+    """
+    images: list[Any] = [
+        {"image": picture(width, height, seed)} for seed, (_, width, height) in enumerate(PICTURES) if sees
+    ]
+    if task == EMBEDDING:
+        asked = [form.embedding(question, instruction, "", "") for question, _ in PASSAGES]
+        return asked + [form.embedding(item, None, "", "") for item in [text for _, text in PASSAGES] + images]
+    others = PASSAGES[1:] + PASSAGES[:1]
+    pairs = [(question, text) for question, text in PASSAGES]
+    pairs += [(question, text) for (question, _), (_, text) in zip(PASSAGES, others, strict=True)]
+    made = [form.reranker(question, text, instruction, "") for question, text in pairs]
+    return made + [form.reranker(PICTURES[0][0], image, instruction, "") for image in images]
+
+
+def of_one_length(texts: Sequence[list[int]]) -> list[list[list[int]]]:
+    """The texts in groups that make an array, of at most `STACK` tokens."""
+    groups: dict[int, list[list[int]]] = {}
+    for text in texts:
+        groups.setdefault(len(text), []).append(text)
+    made = []
+    for length, group in groups.items():
+        count = max(1, STACK // length)
+        made += [group[start : start + count] for start in range(0, len(group), count)]
+    return made
 
 
 def pictured(prompts: PromptBuilder) -> list[Prompt]:
@@ -87,7 +141,7 @@ LINE = '{"messages": [{"role": "user", "content": [{"type": "image", "path": "a.
 
 
 def conversations_of(path: Path, prompts: PromptBuilder | None) -> list[Prompt]:
-    """A user's conversations, one on each line of a JSONL file, as prompts; at most `TEXTS`, from all over the file.
+    """A user's conversations, one on each line of a JSONL file, as prompts; at most `PIECES`, from all over the file.
 
     Paths of images are relative to the file's folder.
 
@@ -106,7 +160,7 @@ def conversations_of(path: Path, prompts: PromptBuilder | None) -> list[Prompt]:
     _check_size(path)
     lines = read_jsonl(path, lambda entry: [_beside(message, path.parent) for message in entry["messages"]], LINE)
     made = []
-    for number, messages in spread(lines, TEXTS):
+    for number, messages in spread(lines, PIECES):
         answered = bool(messages) and messages[-1].get("role") == "assistant"
         try:
             prompt = prompts(messages, add_generation_prompt=not answered)
@@ -161,7 +215,7 @@ def _check_enough(path: Path, tokens: int) -> None:
 
 
 def texts_of(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
-    """A user's text, in `TEXTS` pieces of `LENGTH` tokens from all over it.
+    """A user's text, in `PIECES` pieces of `LENGTH` tokens from all over it.
 
     Raises:
         OptionError: the file cannot be read, is not UTF-8, is too large, or too short.
@@ -174,7 +228,7 @@ def texts_of(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
     except UnicodeDecodeError:
         raise OptionError(f"The calibration text {path} is not UTF-8.", "Give a plain text.") from None
     _check_enough(path, len(ids))
-    return pieces(ids, min(TEXTS, len(ids) // LENGTH))
+    return pieces(ids, min(PIECES, len(ids) // LENGTH))
 
 
 def pieces(ids: Sequence[int], count: int) -> list[list[int]]:

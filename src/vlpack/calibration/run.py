@@ -11,16 +11,32 @@ import numpy as np
 
 from vlpack.calibration.hessians import Calibration
 from vlpack.calibration.options import SELF, Say
-from vlpack.calibration.prompts import LENGTH, conversations_of, openings, pictured, prompt_builder, texts_of
+from vlpack.calibration.prompts import (
+    LENGTH,
+    conversations_of,
+    of_one_length,
+    openings,
+    passages,
+    pictured,
+    prompt_builder,
+    retrieval,
+    texts_of,
+)
 from vlpack.calibration.teacher import CalibrationModel
 from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.errors import OptionError
 from vlpack.export.graph import Weight
 from vlpack.package.genai import eos_ids
+from vlpack.package.manifest import read_manifest
 from vlpack.preprocess.prompt import Prompt
 from vlpack.preprocess.tokenizer import Tokenizer
 from vlpack.quantize.transforms import Transform
+from vlpack.runtime.retrieval import prompt_form
+from vlpack.tasks import GENERATE
 
 SEED = 0
+INSTRUCTION = "Given a search query, retrieve relevant passages that answer the query"
+"""For queries of a model that comes without one."""
 JSONL = ".jsonl"
 """How the name of a file of conversations ends; any other holds plain text."""
 
@@ -54,7 +70,12 @@ def start_calibration(
     prompts = prompt_builder(model.folder, image)
     texts: list[list[int]] = []
     asked: list[Prompt] = []
-    if source == SELF:
+    task = model.architecture.task
+    if source == SELF and task != GENERATE:
+        section = read_manifest(model.folder)["encoder"]
+        form = prompt_form(model.folder, section["form"], section.get("image"))
+        asked = retrieval(form, task, section["instruction"] or INSTRUCTION, sees=vision is not None)
+    elif source == SELF:
         begun = openings(prompts, tokenizer)
 
         def written(tokens: int) -> None:
@@ -62,22 +83,32 @@ def start_calibration(
 
         written(0)
         ends = eos_ids(json.loads((model.folder / "genai_config.json").read_text(encoding="utf-8")))
-        texts = model.write(begun, LENGTH, ends, SEED, written)
+        texts = model.write(begun, LENGTH, ends, SEED, written) + passages(prompts, tokenizer)
+    elif task != GENERATE and Path(source).suffix.lower() == JSONL:
+        raise OptionError(
+            f"{source} holds conversations, and a model for the task {task} has none.",
+            "Give a file of plain text, *.txt, or self for the built-in texts.",
+        )
     elif Path(source).suffix.lower() == JSONL:
         asked = conversations_of(Path(source).expanduser(), prompts)
     else:
         texts = texts_of(Path(source).expanduser(), tokenizer)
-    if vision is not None and prompts is not None and not any(prompt.has_images for prompt in asked):
+    if (
+        task == GENERATE
+        and vision is not None
+        and prompts is not None
+        and not any(prompt.has_images for prompt in asked)
+    ):
         asked += pictured(prompts)
-    shown = [model.show(np.array([text], np.int64)) for text in texts]
+    shown = [model.show(np.array(together, np.int64)) for together in of_one_length(texts)]
     shown += [model.show(prompt.input_ids.astype(np.int64), prompt) for prompt in asked]
     described = {
-        "texts": "the model's own" if source == SELF else "a file",
+        "texts": ("the model's own" if task == GENERATE else "built in") if source == SELF else "a file",
         "pictures": sum(len(prompt.grids) for prompt in asked),
         "tokens": sum(one.tokens for one in shown),
     }
 
     def looked(layer: int, layers: int) -> None:
-        say("calibrating", layer, layers)
+        say("calibrating layers", layer, layers)
 
     return Calibration(model, weights, transforms, checkpoint, shown, described, looked)

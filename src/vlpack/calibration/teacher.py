@@ -99,8 +99,12 @@ class CalibrationModel:
         random, texts = np.random.default_rng(seed), []
         for first in range(0, len(openings), TOGETHER):
             some = openings[first : first + TOGETHER]
-            texts += self._write(decoder, some, length, ends, random)
-            say((first + len(some)) * length)
+
+            def written(place: int, before: int = first, count: int = len(some)) -> None:
+                say(before * length + count * place)
+
+            texts += self._write(decoder, some, length, ends, random, written)
+            written(length)
         return texts
 
     def _write(
@@ -110,24 +114,30 @@ class CalibrationModel:
         length: int,
         ends: set[int],
         random: np.random.Generator,
+        say: Callable[[int], None],
     ) -> list[list[int]]:
         # all take a step together: a text whose opening is longer is given its next token, others choose one
         texts = [[opening[0]] for opening in openings]
         over = [False] * len(texts)
-        past = _empty_cache(decoder, len(texts))
-        names = [port.name for port in decoder.get_outputs()]
+        binding = decoder.io_binding()
+        binding.bind_output("logits")
+        _bind_cache(decoder, binding, len(texts), length)
+        ports = {port.name for port in decoder.get_inputs()}
         for place in range(length - 1):
             shown = self.show(np.array([[text[-1]] for text in texts], np.int64), first=place)
-            given = {name: _held(array) for name, array in shown.inputs.items()}
-            out = dict(zip(names, decoder.run_with_ort_values(names, {**given, **past}), strict=True))
-            past = {name.replace("present", "past_key_values"): out[name] for name in names if name != "logits"}
-            chosen = choose(out["logits"].numpy()[:, -1], random)
+            given = {name: np.ascontiguousarray(array) for name, array in shown.inputs.items() if name in ports}
+            for name, array in given.items():
+                binding.bind_cpu_input(name, array)
+            decoder.run_with_iobinding(binding)
+            chosen = choose(binding.get_outputs()[0].numpy()[:, -1], random)
             for row, (text, opening) in enumerate(zip(texts, openings, strict=True)):
                 given_here = place + 1 < len(opening)
                 text.append(opening[place + 1] if given_here else int(chosen[row]))
                 over[row] |= not given_here and text[-1] in ends
             if all(over):
                 break
+            if place % 16 == 15:
+                say(place)
         return [_until(text, len(opening), ends) for text, opening in zip(texts, openings, strict=True)]
 
 
@@ -137,19 +147,22 @@ def _until(text: list[int], start: int, ends: set[int]) -> list[int]:
     return text[: stop + 1]
 
 
-def _empty_cache(decoder: Any, batch: int) -> dict[str, Any]:
-    ports = [port for port in decoder.get_inputs() if port.name.startswith("past_key_values")]
-    return {port.name: _held(np.zeros((batch, port.shape[1], 0, port.shape[3]), np.float32)) for port in ports}
-
-
-def _held(array: Array) -> Any:
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+def _bind_cache(decoder: Any, binding: Any, batch: int, length: int) -> None:
+    """Give the keys and values of every layer room for ``length`` tokens, to which each step adds in place."""
+    for port in decoder.get_inputs():
+        if port.name.startswith("past_key_values"):
+            room = ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, port.shape[1], length, port.shape[3]), np.float32))
+            binding.bind_ortvalue_input(port.name, room)
+            binding.bind_ortvalue_output(port.name.replace("past_key_values", "present"), room)
 
 
 def choose(logits: Array, random: np.random.Generator) -> Array:
     """One token of each row of ``logits [B, V]``, by its probability; the unlikely ones are left out."""
-    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares[shares < LEAST_SHARE] = 0
-    sums = np.cumsum(shares, axis=1, dtype=np.float64)
-    chosen: Array = (sums <= random.random((len(logits), 1)) * sums[:, -1:]).sum(axis=1)
+    largest = logits.max(axis=1, keepdims=True)
+    likely = logits >= largest + np.float32(np.log(LEAST_SHARE))
+    chosen = np.empty(len(logits), np.int64)
+    for row, draw in enumerate(random.random(len(logits))):
+        (tokens,) = likely[row].nonzero()
+        sums = np.cumsum(np.exp(logits[row, tokens] - largest[row]), dtype=np.float64)
+        chosen[row] = tokens[(sums <= draw * sums[-1]).sum()]
     return chosen

@@ -18,6 +18,7 @@ import typer
 import vlpack
 from vlpack.cli import console, console_measure
 from vlpack.cli import options as opt
+from vlpack.cli.console_build import build_progress
 from vlpack.cli.measure import bench, evaluate, verify
 from vlpack.cli.use import chat, embed, run, score
 from vlpack.errors import OptionError, VlpackError
@@ -145,7 +146,7 @@ def build(
         from vlpack.verification.reference import require
 
         require()  # report what is missing before anything is built
-    with console.build_progress() as progress:
+    with build_progress(console.err) as progress:
         result = run_build(
             given[0],
             output,

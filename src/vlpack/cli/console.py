@@ -16,14 +16,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rich import box, markup
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.progress import Progress as Bar
 from rich.table import Table
 
 from vlpack.errors import InputError, OptionError, VlpackError, VlpackWarning, on_command_line
@@ -105,36 +97,6 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.2f} GB"
-
-
-class _BuildBar:
-    """A progress bar that implements `vlpack.builder.Progress`."""
-
-    def __init__(self, bar: Bar) -> None:
-        self._bar = bar
-        self._task = bar.add_task("reading", total=None)
-
-    def start(self, total: int) -> None:
-        self._bar.update(self._task, total=total, description="writing")
-
-    def advance(self, written: int, path: str) -> None:
-        self._bar.update(self._task, advance=written, description=path[-40:].rjust(40))
-
-    def say(self, text: str, done: int = 0, total: int = 0) -> None:
-        self._bar.update(self._task, description=f"{text}, {done} of {total}" if total else text)
-
-
-@contextmanager
-def build_progress() -> Iterator[_BuildBar | None]:
-    """A progress bar with bytes, rate and time left; yields None if standard error is not a terminal."""
-    if not err.is_terminal:
-        yield None
-        return
-    times = (TransferSpeedColumn(), TimeRemainingColumn())
-    with Bar(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), *times, console=err, transient=True
-    ) as bar:
-        yield _BuildBar(bar)
 
 
 def show_build(result: BuildResult, report: Report | None = None, *, as_json: bool) -> None:

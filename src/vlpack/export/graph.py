@@ -51,6 +51,7 @@ class Weight:
         storage: the format in which it is stored.
         parameters: the initializers that it fills: name of the stored array → parameter.
         transform: balancing and rotation between reading and storing.
+        experts: number of experts whose matrices are stacked in it, each of which has inputs of its own; 1 elsewhere.
     """
 
     path: str
@@ -58,6 +59,7 @@ class Weight:
     storage: Storage
     parameters: dict[str, nn.Parameter]
     transform: Transform = IDENTITY
+    experts: int = 1
 
     @property
     def rows(self) -> int:
@@ -123,7 +125,7 @@ def declare(part: Part, policy: Policy) -> list[Weight]:
             assert storage is not None, "it was given one above"
             if isinstance(storage, Blocks):
                 storage = replace(storage, rotated=transform.input_rotation > 1)
-            weights.append(Weight(path, sources[child], storage, parameters[child], transform))
+            weights.append(Weight(path, sources[child], storage, parameters[child], transform, child.experts))
             if isinstance(child, Linear) and child.bias is not None:
                 tensors = sources[child].tensors()
                 biases = (Source(s.name.removesuffix("weight") + "bias", s.shape[:1]) for s in tensors)

@@ -23,7 +23,7 @@ from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError, option
 from vlpack.export.graph import Graph, Weight, WeightKey
 from vlpack.quantize.gptq import Inputs
-from vlpack.quantize.storage import Array, Blocks, ChannelInt8, slabs
+from vlpack.quantize.storage import Array, Blocks, ChannelInt8, RowReader, slabs
 from vlpack.quantize.transforms import ChannelScales
 
 PAGE = 4096
@@ -34,17 +34,14 @@ SMALL = 64
 Progress = Callable[[int, str], None]
 """A callback that takes the number of bytes just written and the path of their weight."""
 
-InputsOf = Callable[[Weight], Inputs]
-"""A function that returns the calibration data of a weight's inputs."""
-
 
 class Measurements(Protocol):
     """Measurements of a model's activations (`vlpack.calibration.hessians.Calibration`)."""
 
     scales: ChannelScales
 
-    def __call__(self, weight: Weight) -> Inputs:
-        """The calibration data of a matrix's inputs."""
+    def __call__(self, weight: Weight, expert: int = 0) -> Inputs:
+        """The calibration data of a matrix's inputs, or of one of its experts, which are asked for in order."""
 
 
 _END = object()
@@ -76,7 +73,7 @@ class DataFiles:
         self.folder, self.checkpoint, self.threads, self.share = folder, checkpoint, max(1, threads), share
         self.progress = progress or (lambda written, path: None)
         self.scales = calibration.scales if calibration else ChannelScales(checkpoint)
-        self.inputs_of: InputsOf | None = calibration
+        self.inputs_of = calibration
         self.sha256: dict[str, str] = {}
         self._placed: dict[WeightKey, dict[str, tuple[str, int]]] = {}
 
@@ -154,7 +151,7 @@ def planned_bytes(weights: Sequence[Weight]) -> int:
 
 
 def encode(
-    checkpoint: Checkpoint, weight: Weight, scales: ChannelScales, inputs_of: InputsOf | None = None
+    checkpoint: Checkpoint, weight: Weight, scales: ChannelScales, inputs_of: Measurements | None = None
 ) -> Iterator[tuple[str, Array]]:
     """Encodes one weight, piece by piece. A calibrated weight is rounded to the nearest if ``inputs_of`` is None.
 
@@ -168,7 +165,10 @@ def encode(
     try:
         if inputs_of is not None and weight.calibrated:
             assert isinstance(storage, Blocks | ChannelInt8)
-            yield from storage.chunks(read, weight.rows, weight.cols, inputs_of(weight))
+            if weight.experts > 1:
+                yield from _by_experts(weight, read, storage, inputs_of)
+            else:
+                yield from storage.chunks(read, weight.rows, weight.cols, inputs_of(weight))
         else:
             yield from storage.chunks(read, weight.rows, weight.cols)
     except OverflowError as error:
@@ -176,6 +176,26 @@ def encode(
             f"The tensor {_overflowing(checkpoint, weight)} has a value that cannot be stored: {error}.",
             f"Build with {option('precision', 'fp32')}.",
         ) from None
+
+
+def _by_experts(
+    weight: Weight, read: RowReader, storage: Blocks | ChannelInt8, inputs_of: Measurements
+) -> Iterator[tuple[str, Array]]:
+    """The arrays of experts that are calibrated one by one; all but the codes are small and come last."""
+    rows = weight.rows // weight.experts
+    small: dict[str, list[Array]] = {}
+    for expert in range(weight.experts):
+
+        def own(start: int, stop: int, first: int = expert * rows) -> Array:
+            return read(first + start, first + stop)
+
+        for name, chunk in storage.chunks(own, rows, weight.cols, inputs_of(weight, expert)):
+            if name == "qweight":
+                yield name, chunk
+            else:
+                small.setdefault(name, []).append(chunk)
+    for name, chunks in small.items():
+        yield name, np.concatenate(chunks)
 
 
 def _overflowing(checkpoint: Checkpoint, weight: Weight) -> str:

@@ -32,6 +32,8 @@ class Stored(nn.Module):
             layer's input (or rotates a table's output back); 1 for no rotation.
     """
 
+    experts = 1
+    """Matrices above each other that multiply different tokens."""
     can_rotate = True
     """Whether the graph can rotate the input that the weight multiplies."""
 

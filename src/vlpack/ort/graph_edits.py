@@ -105,6 +105,16 @@ def compute_all_tokens(graph: ir.Graph) -> None:
             node.outputs[0].replace_all_uses_with(node.inputs[0])  # type: ignore[arg-type]
 
 
+def compute_all_rows(graph: ir.Graph) -> None:
+    """Take away the choice of each text's last token from a decoder that embeds or scores: the last layer sees all.
+
+    What follows the last norm does not fit then.
+    """
+    for node in list(graph):
+        if node.op_type == "GatherND":
+            node.outputs[0].replace_all_uses_with(node.inputs[0])  # type: ignore[arg-type]
+
+
 def _takes_last(node: ir.Node) -> bool:
     """Whether a Slice selects the last token, as `vlpack.layers.decoder.last_token` writes it: from -1 on, axis 1."""
     starts, axes = (value and value.const_value for value in (node.inputs[1], node.inputs[3]))

@@ -324,7 +324,8 @@ def _expert_rules(
     router = Rule("text.router", Transposed("float32"))
     if precision in ("fp32", "fp16"):
         return [router, Rule("text.expert", Float(dtype))]
-    storage = _blocks(precision, provider, dtype, options, 8 if precision == "int8" else 4, size)
+    bits = 8 if precision == "int8" else 4
+    storage = _blocks(precision, provider, dtype, options, bits, size, calibrated=options.calibrated)
     if size % storage.block_size or storage.block_size not in BLOCK_SIZES:
         block_size = options.block_size or min(BLOCK_SIZES)
         raise OptionError(

@@ -77,6 +77,12 @@ def rotation_matrix(size: int) -> Array:
     return matrix
 
 
+ROTATED_TILE = 1 << 16
+"""Values that `rotate` works on at a time: their float64 copies stay in a core's cache."""
+PRODUCT = 1 << 17
+"""Multiplications in one product of `rotate`: so few that BLAS leaves them to the calling thread."""
+
+
 def rotate(rows: Array, size: int, *, back: bool = False) -> Array:
     """Every block of ``size`` values of ``rows [n, cols]`` times `rotation_matrix`, as float32.
 
@@ -91,10 +97,21 @@ def rotate(rows: Array, size: int, *, back: bool = False) -> Array:
     if size == 1:
         return rows.astype(np.float32, copy=False)
     matrix = hadamard(size).T if back else hadamard(size)
-    blocks = rows.reshape(-1, size).astype(np.float64) @ matrix
-    blocks *= size**-0.5
-    rotated: Array = blocks.astype(np.float32).reshape(rows.shape)
-    return rotated
+    blocks = np.ascontiguousarray(rows).reshape(-1, size)
+    rotated = np.empty(blocks.shape, np.float32)
+    step = max(1, min(len(blocks), ROTATED_TILE // size))
+    stack = max(1, PRODUCT // size**2)
+    given, product = np.empty((2, step, size))
+    for start in range(0, len(blocks), step):
+        tile = blocks[start : start + step]
+        x, y = given[: len(tile)], product[: len(tile)]
+        x[...] = tile
+        # one product of many rows would wake BLAS's threads for every tile, and the caller has its own
+        whole = len(tile) // stack * stack
+        np.matmul(x[:whole].reshape(-1, stack, size), matrix, out=y[:whole].reshape(-1, stack, size))
+        np.matmul(x[whole:], matrix, out=y[whole:])
+        np.multiply(y, size**-0.5, out=rotated[start : start + step], casting="same_kind")
+    return rotated.reshape(rows.shape)
 
 
 def powers_of_two(scales: Array) -> Array:

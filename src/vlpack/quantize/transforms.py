@@ -8,6 +8,7 @@ balance each set of channels, once for all weights that need them.
 from __future__ import annotations
 
 import base64
+import math
 import threading
 import zlib
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlpack.checkpoint.rows import Rows
-from vlpack.quantize.rotate import LARGEST, equal_columns, even_sizes, rotate
+from vlpack.quantize.rotate import LARGEST, equal_columns, even_sizes, rotate, rotation_matrix
 from vlpack.quantize.storage import slabs
 
 if TYPE_CHECKING:
@@ -220,17 +221,27 @@ class Transform:
             before: another transform of the same weight.
             scales_before: of the channels there.
         """
-        ratio = np.ones(len(products), np.float32)
+        ratio = np.ones(len(products))
         if self.reads is not None:
             ratio *= self.reads.along_columns(scales(self.reads))
         if before.reads is not None:
             ratio /= before.reads.along_columns(scales_before(before.reads))
         if self.input_rotation == before.input_rotation and (ratio == 1).all():
             return
-        for matrix in (products, products.T):  # the products are symmetric: first along rows, then along columns
-            for start, stop in slabs(len(matrix), len(matrix)):
-                piece = rotate(matrix[start:stop], before.input_rotation, back=True)
-                matrix[start:stop] = rotate(piece * ratio, self.input_rotation)
+        # x becomes x M, for a matrix M of blocks on the diagonal
+        size = math.lcm(before.input_rotation, self.input_rotation)
+        back = np.kron(np.eye(size // before.input_rotation), rotation_matrix(before.input_rotation).T)
+        there = np.kron(np.eye(size // self.input_rotation), rotation_matrix(self.input_rotation))
+        blocks = ((back * ratio.reshape(-1, 1, size)) @ there).astype(np.float32)
+        for _ in range(2):  # Mᵀ Σ, and then the same of its transpose, as Σ is symmetric
+            for block, start in zip(blocks, range(0, len(products), size), strict=True):
+                products[start : start + size] = block.T @ products[start : start + size]
+            _transpose(products)
+
+    def undo_inputs(self, rows: Array, scales: ChannelScales) -> Array:
+        """What the weight would multiply before the transform, ``[n, cols]``, from what it multiplies after it."""
+        rows = rotate(rows, self.input_rotation, back=True)
+        return rows if self.reads is None else rows / self.reads.along_columns(scales(self.reads))
 
     def channel_squares(self, products: Array, scales: ChannelScales) -> Array:
         """``Σ x²`` of each column before the transform, ``[cols]``, from ``Σ xᵀx [cols, cols]`` after it."""
@@ -261,6 +272,18 @@ class Transform:
 
 
 IDENTITY = Transform()
+
+
+def _transpose(matrix: Array, side: int = 512) -> None:
+    """Turn a square matrix around its diagonal in place."""
+    for start in range(0, len(matrix), side):
+        rows = slice(start, start + side)
+        matrix[rows, rows] = matrix[rows, rows].T.copy()
+        for first in range(start + side, len(matrix), side):
+            cols = slice(first, first + side)
+            kept = matrix[rows, cols].copy()
+            matrix[rows, cols] = matrix[cols, rows].T
+            matrix[cols, rows] = kept.T
 
 
 def packed_scales(exponents: Mapping[str, Array]) -> dict[str, str]:

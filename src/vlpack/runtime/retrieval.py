@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,36 @@ _PROVIDERS = {
     "dml": ("DmlExecutionProvider", "onnxruntime-directml"),
     "webgpu": ("WebGpuExecutionProvider", "a build of onnxruntime with webgpu"),
 }
+
+
+def prompt_form(
+    settings: Path | SettingsFolder,
+    form: str,
+    image: Mapping[str, int] | None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> PlainPrompts | ChatPrompts:
+    """How a model's inputs become prompts.
+
+    Args:
+        settings: a package's folder.
+        form: ``plain`` or ``chat``, as the manifest says.
+        image: the manifest's settings of images; None where the model takes none.
+        min_pixels: smallest image area instead of these.
+        max_pixels: largest image area instead of these.
+    """
+    if form == "plain":
+        return PlainPrompts(Tokenizer.from_folder(settings))
+    image = image or {}
+    builder = PromptBuilder.from_folder(
+        settings,
+        image_token_id=image.get("image_token_id"),
+        video_token_id=image.get("video_token_id"),
+        min_pixels=image.get("min_pixels") if min_pixels is None else min_pixels,
+        max_pixels=image.get("max_pixels") if max_pixels is None else max_pixels,
+        no_videos="Embedding models and rerankers take no videos.",
+    )
+    return ChatPrompts(builder)
 
 
 class Encoder(Loaded):
@@ -82,7 +112,8 @@ class Encoder(Loaded):
         self.default_prompt: str | None = section["default_prompt"]
         self.instruction: str = section["instruction"] or ""
         """The model's default instruction, used if neither the call nor a named prompt gives one."""
-        self._form = self._prompt_form(section["form"], min_pixels, max_pixels)
+        settings = SettingsFolder(self.folder, self.manifest["files"])
+        self._form = prompt_form(settings, section["form"], self.image, min_pixels, max_pixels)
         warn_of_saturation(self.manifest)
         self._sessions = self._load_sessions(threads)
         files.check()  # nothing was replaced while it was loaded
@@ -109,21 +140,6 @@ class Encoder(Loaded):
                 f"{self.folder}: the manifest's section 'encoder' is damaged.", "Build the package again."
             )
         return dict(section)
-
-    def _prompt_form(self, form: str, min_pixels: int | None, max_pixels: int | None) -> PlainPrompts | ChatPrompts:
-        settings = SettingsFolder(self.folder, self.manifest["files"])
-        if form == "plain":
-            return PlainPrompts(Tokenizer.from_folder(settings))
-        image = self.image or {}
-        builder = PromptBuilder.from_folder(
-            settings,
-            image_token_id=image.get("image_token_id"),
-            video_token_id=image.get("video_token_id"),
-            min_pixels=image.get("min_pixels") if min_pixels is None else min_pixels,
-            max_pixels=image.get("max_pixels") if max_pixels is None else max_pixels,
-            no_videos="Embedding models and rerankers take no videos.",
-        )
-        return ChatPrompts(builder)
 
     def _load_sessions(self, threads: int) -> dict[str, Any]:
         files = graph_files(self.folder, self.manifest)
