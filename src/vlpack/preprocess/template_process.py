@@ -85,7 +85,7 @@ class TemplateProcess:
             self._worker = None
 
     def _ready(self) -> _Worker:
-        """Returns the running worker; starts one if there is none, if it has ended, or after this process was forked."""
+        """Returns the running worker; starts one if there is none, if it has ended, or after a fork."""
         if self._worker is not None and self._worker.usable():
             return self._worker
         worker = _Worker()
