@@ -337,7 +337,7 @@ def test_interrupts_one_after_another(package: Path, monkeypatch: pytest.MonkeyP
     [
         (None, "cannot be read"),
         ("[", "is not JSON"),
-        ("{}", "holds no list"),
+        ("{}", "does not hold a list"),
         ('[{"role": "user", "content": "?"}]', "in turn"),
     ],
 )

@@ -216,8 +216,8 @@ def test_an_answer_ends_where_the_context_does(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         model.generate(READ + " Carefully." * 5, [IMAGES / "01.png"])
     assert re.fullmatch(
-        r"The prompt has 5\d tokens, 2\d more than fit the model's context. Its image takes 6 of them, and without any "
-        "it would not fit either.",
+        r"The prompt has 5\d tokens, 2\d more than fit the model's context. Its image takes 6 of them, but without "
+        "images it would not fit either.",
         caught.value.message,
     )
     with pytest.raises(InputError, match=r"Its 4 images take 24 of them; without the last 4 it would fit") as caught:
@@ -380,7 +380,7 @@ def test_the_wheel_of_another_provider_is_named(provider: str, wheel: str, tmp_p
     folder = vlpack.build(DIGITS, tmp_path / "package", execution_provider=provider, part="text").folder
     with pytest.raises(PackageError, match="The runtime cannot load") as caught:
         vlpack.load(folder)
-    assert f"The package is for {provider}: it needs {wheel}" in str(caught.value.hint)
+    assert f"The package is for {provider}: install {wheel}" in str(caught.value.hint)
 
 
 def test_no_other_wheel_for_a_broken_cpu_package(package: Path, tmp_path: Path) -> None:

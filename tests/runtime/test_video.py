@@ -266,7 +266,7 @@ def test_the_command(
         (["--fps", "1"], "--fps has no effect without a video"),
         (["--video", CARPHONE, "--max-pixels", "5000"], "are for images"),
         (["--video", CARPHONE, "--fps", "1", "--num-frames", "2"], "exclude each other"),
-        (["--video", tmp_path], "do not tell when"),
+        (["--video", tmp_path], "does not say how many"),
         (["--video", tmp_path, "--num-frames", "2", "--fps", "1"], "exclude"),
         (["--video", tmp_path / "no.mp4"], "There is no video file"),
         (["--video", DIGITS / "config.json"], "not a video"),

@@ -331,7 +331,7 @@ class Chat:
             seen = [(len(turn.images), "image"), (len(turn.videos), "video")]
             what = "".join(f", {count} {name}{'s' * (count > 1)}" for count, name in seen if count)
             listed.append(f"turn {number} ({turn.tokens} tokens{what})")
-        return f"Turns that could be dropped, the oldest first: {', '.join(listed)}."
+        return f"Turns to drop, the oldest first: {', '.join(listed)}."
 
 
 def _tokens_in_memory(model: Model) -> int:
