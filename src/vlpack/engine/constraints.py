@@ -83,9 +83,11 @@ def grammar_of(
         pattern = "|".join(re.sub(r"[^\w ]", lambda found: _literal(found[0]), choice) for choice in choices)
         return Grammar("choices", matcher.grammar_from_regex(f"({pattern})"))
     model = schema if hasattr(schema, "model_json_schema") else None
-    plain = schema if model is None else model.model_json_schema()  # type: ignore[union-attr]
+    plain = schema if model is None else model.model_json_schema()
     if not isinstance(plain, (Mapping, bool)):
-        raise OptionError(f"schema is {schema!r}; it must be a JSON schema or a pydantic class.", "A dict, for example.")
+        raise OptionError(
+            f"schema is {schema!r}; it must be a JSON schema or a pydantic class.", "A dict, for example."
+        )
     try:
         text = json.dumps(plain)
     except (TypeError, ValueError) as error:

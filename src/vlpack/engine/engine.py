@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -111,6 +112,7 @@ class Engine:
         self._building = threading.Lock()
         see = self.vision.features if self.vision is not None else None
         self._scheduler = Scheduler(self._graphs, self._slots, FairQueue(queue), see)
+        self._closed = weakref.finalize(self, self._scheduler.close)
 
     @property
     def counters(self) -> Counters:
@@ -119,7 +121,7 @@ class Engine:
 
     def close(self) -> None:
         """Interrupt all requests and end the engine's threads."""
-        self._scheduler.close()
+        self._closed()
 
     def __enter__(self) -> Engine:
         return self
@@ -190,6 +192,7 @@ class Engine:
         lark: str | None = None,
         choices: Sequence[str] | None = None,
         client: object = None,
+        wait: bool = False,
         allow_private_urls: bool = False,
     ) -> list[Handle]:
         """Ask for n answers to one prompt, which is computed once.
@@ -218,6 +221,7 @@ class Engine:
             lark: a grammar in llguidance's dialect of Lark.
             choices: the answer is one of these texts.
             client: whoever asks: clients take turns in the queue.
+            wait: until there is room in the queue, where it is full.
             allow_private_urls: let image URLs lead to this machine or its network.
         """
         check_number("n", n, 1, 1024, whole=True)
@@ -250,7 +254,7 @@ class Engine:
         positions, ends = self._positions(prompt), {*self._ends, *stop_token_ids}
         requests = [
             Request(
-                Handle(prompt),
+                Handle(prompt, self),
                 prompt,
                 tokens,
                 positions,
@@ -266,7 +270,7 @@ class Engine:
             )
             for index in range(n)
         ]
-        self._scheduler.submit(requests)
+        self._scheduler.submit(requests, wait)
         return [request.handle for request in requests]
 
     def generate(self, messages: str | Sequence[Message] | Prompt, *arguments: Any, **options: Any) -> EngineAnswer:
@@ -285,7 +289,7 @@ class Engine:
         As many are asked at a time as keep the slots filled. The first that fails ends them all.
 
         Args:
-            requests: each is what `submit` takes as messages, or a mapping of `submit`'s arguments, messages among them.
+            requests: each is what `submit` takes as messages, or a mapping of its arguments, messages among them.
             **options: of `submit`, for all that do not say it themselves.
 
         Raises:
@@ -296,13 +300,13 @@ class Engine:
         running: deque[Handle] = deque()
         try:
             for request in requests:
-                while len(running) >= 2 * len(self._slots):  # the queue is left to others
+                while len(running) >= 2 * len(self._slots):
                     answers.append(running[0].result())
                     running.popleft()
                 arguments = dict(request) if isinstance(request, Mapping) else {"messages": request}
                 if "messages" not in arguments:
                     raise InputError(f"Request {len(answers) + len(running)} has no messages.")
-                running.append(self.submit(**{**options, **arguments}))
+                running.append(self.submit(**{"wait": True, **options, **arguments}))
             while running:
                 answers.append(running[0].result())
                 running.popleft()
@@ -346,8 +350,10 @@ def _check_runnable(folder: Path, manifest: dict[str, Any], config: dict[str, An
     embeds = "input_ids" not in model.get("decoder", {}).get("inputs", {})
     if not {"decoder", *(("embedding", "vision") if embeds else ())} <= model.keys():
         raise PackageError(
-            f"{folder} holds only a part of a model and does not run by itself.", f"Build it with {option('part', 'all')}."
+            f"{folder} holds only a part of a model and does not run by itself.",
+            f"Build it with {option('part', 'all')}.",
         )
     if not config.get("search", {}).get("past_present_share_buffer"):
-        raise PackageError(f"{folder} cannot write keys and values in place, which the engine needs.", "Build it again.")
-
+        raise PackageError(
+            f"{folder} cannot write keys and values in place, which the engine needs.", "Build it again."
+        )

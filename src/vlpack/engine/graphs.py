@@ -13,7 +13,7 @@ from vlpack.ort.session import cpu_session, ort
 
 Array = npt.NDArray[Any]
 
-DTYPES = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
     "tensor(int8)": np.dtype(np.int8),
@@ -138,7 +138,8 @@ class Graphs:
             self.decoder.run_with_iobinding(binding)
         except Exception as error:
             raise _failed(self.path, error) from error
-        return logits[:, -1].astype(np.float32, copy=False)
+        last: Array = logits[:, -1].astype(np.float32, copy=False)
+        return last
 
 
 def _open(path: Path, threads: int) -> Any:

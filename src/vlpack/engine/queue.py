@@ -27,13 +27,17 @@ class FairQueue:
     def __len__(self) -> int:
         return sum(map(len, self._clients.values()))
 
+    def takes(self, count: int) -> bool:
+        """Whether so many more may wait."""
+        return len(self) + count <= self.limit
+
     def put(self, requests: Sequence[Request]) -> None:
         """Let requests wait.
 
         Raises:
             QueueFullError: so many more than may wait; then none of them does.
         """
-        if len(self) + len(requests) > self.limit:
+        if not self.takes(len(requests)):
             raise QueueFullError(
                 f"{len(self)} requests wait for a slot, and no more than {self.limit} may.",
                 f"Ask later, or allow more: {option('queue')}.",

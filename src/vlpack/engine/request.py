@@ -46,8 +46,9 @@ class Handle:
         on_cancel: for the engine: what ends the answer; None where it is over.
     """
 
-    def __init__(self, prompt: Prompt) -> None:
+    def __init__(self, prompt: Prompt, engine: object) -> None:
         self.prompt = prompt
+        self._engine = engine  # which is closed when nobody has it any more
         self.on_cancel: Callable[[], None] | None = None
         self._pieces: list[str] = []
         self._answer: EngineAnswer | None = None
@@ -282,6 +283,6 @@ class Request:
         if grammar and grammar.is_json and answer.finish_reason == "stop":
             try:
                 answer.parsed = grammar.parse(answer.text)
-            except ValueError as wrong:  # a stop text cut it, or the class wants more than its schema says
-                error = error or VlpackError(f"The answer is not what the schema's class takes: {wrong}")
+            except Exception as wrong:  # a stop text cut it, or the class, which is the user's, wants more
+                error = error or VlpackError(f"The answer is not what the schema takes: {wrong}")
         self.handle.finish(answer, error)

@@ -1,4 +1,4 @@
-"""How the next token of one answer is chosen from the logits: penalties, limits, and a generator of the answer's own."""
+"""How the next token of an answer is chosen from its logits: penalties, limits, and a generator of its own."""
 
 from __future__ import annotations
 

@@ -76,14 +76,20 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="vlpack-engine", daemon=True)
         self._thread.start()
 
-    def submit(self, requests: Sequence[Request]) -> None:
+    def submit(self, requests: Sequence[Request], wait: bool = False) -> None:
         """Let requests wait for their slots.
+
+        Args:
+            requests: all of them, or none.
+            wait: until so many more may wait, where now they may not.
 
         Raises:
             QueueFullError: too many wait.
             VlpackError: the engine was closed.
         """
         with self._changed:
+            while wait and not self._closing and self._queue and not self._queue.takes(len(requests)):
+                self._changed.wait(0.5)
             if self._failure is not None:
                 raise VlpackError(f"The engine has failed: {self._failure}", "Make a new one.") from self._failure
             if self._closing:
@@ -145,9 +151,9 @@ class Scheduler:
         self._admit()
         if self._decoding:
             self._step()
-        request = self._ready()
-        if request is not None:
-            self._prefill(request)
+        ready = self._ready()
+        if ready is not None:
+            self._prefill(ready)
         return True
 
     def _may_admit(self) -> bool:
@@ -161,9 +167,10 @@ class Scheduler:
         """Give free slots to those whose turn it is."""
         while True:
             with self._changed:
-                request = self._queue.pop() if self._may_admit() else None
-                if request is None:
+                if not self._may_admit():
                     return
+                request = self._queue.pop()
+                self._changed.notify_all()  # who waits for room in the queue
                 self._prefilling.append(request)
             request.slot = self._slots.take(request, request.tokens)
             assert request.slot is not None, "one was free"
@@ -276,7 +283,7 @@ class Scheduler:
                 self._leave(request, error)
 
     def _gather(self) -> None:
-        """Exchange rows where those that decode lie too far apart: the last one goes to the first that nobody decodes."""
+        """Exchange rows where those that decode lie apart: the last one goes to the first that nobody decodes."""
         if self._waste < WASTE:
             return
         self._waste = 0

@@ -1,8 +1,8 @@
 """The keys and values of all sequences: one buffer for each layer, whose rows are slots that requests take in turn.
 
-GroupQueryAttention writes new keys into the buffer of the old ones where both are bound to the same memory, so a slot is
-a row of the buffer and a step of several sequences is a call on a range of rows. Rows of the range that nobody decodes
-are computed too: they write one key behind those that they hold, where the next one is written anyway.
+GroupQueryAttention writes new keys into the buffer of the old ones where both are bound to the same memory, so a slot
+is a row of the buffer and a step of several sequences is a call on a range of rows. Rows of the range that nobody
+decodes are computed too: they write one key behind those that they hold, where the next one is written anyway.
 """
 
 from __future__ import annotations
