@@ -119,7 +119,8 @@ class Sampler:
         self._random = np.random.Generator(np.random.PCG64(seeds))
         self._length = len(prompt)
         self._counts: dict[int, int] = {}  # of the answer's tokens
-        self._seen = np.unique(prompt[prompt < vocab_size]) if choice.repetition_penalty != 1 else prompt[:0]
+        self._seen = np.zeros(vocab_size, np.bool_)  # in prompt and answer
+        self._seen[prompt[prompt < vocab_size]] = True
 
     def __call__(self, logits: npt.NDArray[np.float32], allowed: npt.NDArray[np.bool_] | None = None) -> int:
         """The next token.
@@ -136,39 +137,41 @@ class Sampler:
             logits[self._ends] = -np.inf
         token = int(logits.argmax()) if choice.temperature == 0 else self._draw(logits)
         self._counts[token] = self._counts.get(token, 0) + 1
+        self._seen[token] = True
         self._length += 1
         return token
 
     def _penalize(self, logits: npt.NDArray[np.float32]) -> None:
-        choice, said = self._choice, np.fromiter(self._counts, np.int64, len(self._counts))
+        choice = self._choice
         if choice.repetition_penalty != 1:
-            seen = np.union1d(self._seen, said)
+            seen = np.flatnonzero(self._seen)
             values = logits[seen]
             logits[seen] = np.where(values > 0, values / choice.repetition_penalty, values * choice.repetition_penalty)
         if choice.presence_penalty or choice.frequency_penalty:
+            said = np.fromiter(self._counts, np.int64, len(self._counts))
             counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
             logits[said] -= choice.presence_penalty + choice.frequency_penalty * counts
 
     def _draw(self, logits: npt.NDArray[np.float32]) -> int:
         """A token by its probability among those that temperature, top_k, top_p and min_p leave."""
         choice = self._choice
-        scaled = logits.astype(np.float64) / choice.temperature
+        tokens = likeliest(logits, choice.top_k) if choice.top_k else np.arange(len(logits))
+        scaled = logits[tokens] / np.float32(choice.temperature)
         weights = np.exp(scaled - scaled.max())
-        if choice.top_k or choice.top_p < 1:
-            tokens = likeliest(weights, min(choice.top_k or FEW, len(weights)))
-            # top_p is of what top_k has left, as in transformers
-            total = weights[tokens].sum() if choice.top_k else weights.sum()
-            if not choice.top_k and weights[tokens].sum() < choice.top_p * total:
-                tokens = likeliest(weights, len(weights))
-            before = np.cumsum(weights[tokens]) - weights[tokens]
-            tokens = tokens[before < choice.top_p * total]
-        else:
-            tokens = np.arange(len(weights))
-        kept = weights[tokens]
-        kept = np.where(kept >= choice.min_p * kept.max(), kept, 0.0)
-        sums = np.cumsum(kept)
-        place = np.searchsorted(sums, self._random.random() * sums[-1], side="right")
-        return int(tokens[min(int(place), int(np.flatnonzero(kept)[-1]))])
+        if choice.top_p < 1:  # of what top_k has left, as in transformers
+            wanted = choice.top_p * float(weights.sum(dtype=np.float64))
+            order = likeliest(weights, FEW)
+            if weights[order].sum(dtype=np.float64) < wanted:
+                order = likeliest(weights, len(weights))
+            before = np.cumsum(weights[order], dtype=np.float64) - weights[order]
+            order = order[before < wanted]
+            tokens, weights = tokens[order], weights[order]
+        if choice.min_p:
+            kept = weights >= choice.min_p * weights.max()
+            tokens, weights = tokens[kept], weights[kept]
+        sums = np.cumsum(weights, dtype=np.float64)
+        place = int(np.searchsorted(sums, self._random.random() * sums[-1], side="right"))
+        return int(tokens[min(place, int(np.flatnonzero(weights)[-1]))])
 
 
 def likeliest(values: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:

@@ -23,6 +23,10 @@ LARGEST_CHUNK, SMALLEST_CHUNK = 512, 16
 """Tokens of a prompt that are shown at a time. More than the largest is slower, as attention computes all scores of a
 call; fewer than the smallest cost as much as these, as the weights are read for them all the same."""
 
+PATIENCE = 2.0
+"""How many steps' time a chunk may take while others decode; between chunks there is as much time for steps as they
+took, so that tokens of those who have begun take twice as long on average."""
+
 WASTE = 16
 """Rows that nobody decodes and that steps have computed, before rows are exchanged so that they lie together."""
 
@@ -70,7 +74,8 @@ class Scheduler:
         self._changed = threading.Condition()
         self._closing = False
         self._failure: BaseException | None = None
-        self._chunk, self._step_seconds, self._waste = LARGEST_CHUNK, 0.0, 0
+        self._chunk, self._step_seconds, self._waste = SMALLEST_CHUNK, 0.0, 0
+        self._owed = 0.0  # seconds that chunks have taken and steps have not yet
         self._looking = ThreadPoolExecutor(1, "vlpack-vision")
         self._masking = ThreadPoolExecutor(1, "vlpack-masks")
         self._thread = threading.Thread(target=self._run, name="vlpack-engine", daemon=True)
@@ -152,7 +157,7 @@ class Scheduler:
         if self._decoding:
             self._step()
         ready = self._ready()
-        if ready is not None:
+        if ready is not None and (self._owed <= 0 or not self._decoding):
             self._prefill(ready)
         return True
 
@@ -219,12 +224,13 @@ class Scheduler:
             tokens = self._graphs.tokens(ids[None, start:end], features)
             binding = self._slots.binding(slot.row, slot.row + 1)
             logits = self._graphs.run(binding, tokens, np.array([end]), request.positions[:, None, start:end])
-            self._adapt(end - start, time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            self._adapt(end - start, seconds)
             slot.write(ids[start:end])
             self.counters.chunks += 1
             self.counters.prompt_tokens += end - start
             stats = request.answer.stats
-            stats.prefill_seconds = (stats.prefill_seconds or 0.0) + time.perf_counter() - began
+            stats.prefill_seconds = (stats.prefill_seconds or 0.0) + seconds
             if end < len(ids):
                 self._prefilling.append(request)  # behind the others, so that a short prompt is soon through
                 return
@@ -271,6 +277,7 @@ class Scheduler:
             return
         seconds = time.perf_counter() - began
         self._step_seconds = 0.8 * self._step_seconds + 0.2 * seconds if self._step_seconds else seconds
+        self._owed = max(0.0, self._owed - seconds)
         self.counters.steps += 1
         idle = end - first - len(slots)
         self.counters.idle_rows += idle
@@ -321,10 +328,13 @@ class Scheduler:
         self.counters.reused_tokens += tokens
 
     def _adapt(self, tokens: int, seconds: float) -> None:
-        """Choose the next chunk's size so that it takes about as long as a step: nobody waits for more than that."""
+        """Choose the next chunk's size, and how long steps go before it, where somebody waits for the next token."""
         if not self._decoding or not self._step_seconds:
+            self._owed = 0.0
             return
-        if seconds > self._step_seconds:
+        self._owed += seconds
+        longest = PATIENCE * self._step_seconds
+        if seconds > longest:
             self._chunk = max(SMALLEST_CHUNK, min(self._chunk, tokens) // 2)
-        elif tokens == self._chunk and seconds < self._step_seconds / 2:
+        elif tokens == self._chunk and seconds < longest / 2:
             self._chunk = min(LARGEST_CHUNK, 2 * self._chunk)
