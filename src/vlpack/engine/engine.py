@@ -21,7 +21,7 @@ from vlpack.engine.queue import FairQueue
 from vlpack.engine.request import EngineAnswer, Handle, Request
 from vlpack.engine.sampler import Sampler, choice_of
 from vlpack.engine.scheduler import Counters, Scheduler
-from vlpack.engine.slots import Slots
+from vlpack.engine.slots import Slots, default_context
 from vlpack.errors import InputError, PackageError, option
 from vlpack.ort.saturation import warn_of_saturation
 from vlpack.package.genai import eos_ids
@@ -39,9 +39,6 @@ from vlpack.runtime.sampling import Sampling, check_number, sampling_of
 from vlpack.runtime.stopping import StopTexts
 from vlpack.system import checked_threads
 
-CONTEXT = 4096
-"""Tokens of a slot where nobody says how many, or the model's context where that is smaller."""
-
 
 class Engine:
     """A package in memory that answers many requests at once. Use it as a context manager, or `close` it.
@@ -49,7 +46,8 @@ class Engine:
     Args:
         folder: a package that generates, for the CPU.
         slots: how many requests are answered at a time; the others wait.
-        context: tokens of prompt and answer that a slot has room for; up to 4096 by default.
+        context: tokens of prompt and answer that a slot has room for; by default what the model's context and half of
+            this machine's memory allow. Memory that is never written is not taken.
         threads: of the sessions; all cores by default.
         queue: how many requests may wait for a slot.
         min_pixels: smallest image area, square pixels, instead of the package's.
@@ -85,7 +83,6 @@ class Engine:
         _check_runnable(self.folder, files.manifest, config)
         longest = int(self._model["context_length"])
         check_number("context", context, 2, longest, whole=True)
-        self.context = context or min(CONTEXT, longest)
         check_pixel_limits(self.folder, "image_token_id" in self._model, min_pixels, max_pixels)
         self.prompts = PromptBuilder.from_folder(
             SettingsFolder(self.folder, files.manifest["files"]),
@@ -106,6 +103,7 @@ class Engine:
         self._graphs = Graphs(self.folder, self._model, threads)
         files.check()  # nothing was replaced while it was loaded
         beside = sum(int(entry["bytes"]) for entry in files.manifest["files"].values())
+        self.context = context or default_context(self._graphs.cache, slots, longest)
         self._slots = Slots(self._graphs, slots, self.context, beside)
         self.cache_bytes = self._slots.bytes
         self._grammars = Grammars(self.folder / "tokenizer.json", self._graphs.vocab_size, self._ends)

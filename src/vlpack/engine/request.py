@@ -62,6 +62,11 @@ class Handle:
         """Whether the answer is finished, was cancelled or has failed."""
         return self._done
 
+    @property
+    def answer(self) -> EngineAnswer:
+        """The whole answer, as `result` gives it."""
+        return self.result()
+
     def cancel(self) -> None:
         """End the answer as it stands; its finish_reason is ``interrupted``. What is finished stays as it is."""
         on_cancel = self.on_cancel

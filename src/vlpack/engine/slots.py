@@ -18,6 +18,9 @@ from vlpack.errors import OptionError, option
 from vlpack.ort.session import ort
 from vlpack.system import total_memory_bytes
 
+FEW = 4096
+"""Tokens of a slot where neither the user nor the system says how many there is memory for."""
+
 
 class Slot:
     """A row of the cache.
@@ -178,6 +181,12 @@ class Slots:
 def planned_bytes(cache: Sequence[CachePort], slots: int, context: int) -> int:
     """What keys and values of so many slots take."""
     return slots * sum(port.row_bytes(context) for port in cache)
+
+
+def default_context(cache: Sequence[CachePort], slots: int, longest: int) -> int:
+    """The tokens of a slot that the model's context and half of this machine's memory allow, but no fewer than 2."""
+    there = total_memory_bytes()
+    return max(2, min(longest, there // 2 // planned_bytes(cache, slots, 1) if there else FEW))
 
 
 def _before(slot: Slot, other: Slot) -> bool:
