@@ -336,5 +336,7 @@ class Scheduler:
         longest = PATIENCE * self._step_seconds
         if seconds > longest:
             self._chunk = max(SMALLEST_CHUNK, min(self._chunk, tokens) // 2)
-        elif tokens == self._chunk and seconds < longest / 2:
+        elif (
+            tokens == self._chunk and 2 * seconds - self._step_seconds < longest
+        ):  # twice as many read the weights once
             self._chunk = min(LARGEST_CHUNK, 2 * self._chunk)
