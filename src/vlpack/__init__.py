@@ -11,6 +11,7 @@ __all__ = [
     "BuildResult",
     "Chat",
     "Embedder",
+    "Engine",
     "ExtraOptions",
     "Model",
     "Prompt",
@@ -28,6 +29,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from vlpack.builder import BuildResult, build
+    from vlpack.engine import Engine
     from vlpack.errors import VlpackError
     from vlpack.evaluation.benchmark import bench
     from vlpack.inspection import inspect
@@ -46,6 +48,7 @@ _WHERE = {
     "BuildResult": "builder",
     "Chat": "runtime.chat",
     "Embedder": "runtime.retrieval",
+    "Engine": "engine",
     "ExtraOptions": "options",
     "Model": "runtime.model",
     "Prompt": "preprocess",

@@ -23,6 +23,7 @@ from vlpack.errors import InputError, OptionError, VlpackError, VlpackWarning, o
 if TYPE_CHECKING:
     from vlpack.builder import BuildResult
     from vlpack.demo import Row
+    from vlpack.engine import Handle
     from vlpack.preprocess import Prompt
     from vlpack.runtime.answer import AnswerStream, Stats
     from vlpack.runtime.model import Model
@@ -177,7 +178,7 @@ def _short(label: str, width: int = 60) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def show_answer(stream: AnswerStream, load_seconds: float, *, stats: bool, as_json: bool) -> None:
+def show_answer(stream: AnswerStream | Handle, load_seconds: float, *, stats: bool, as_json: bool) -> None:
     """Prints an answer as it is generated, and its statistics if ``stats`` is set."""
     for piece in stream:
         if not as_json:

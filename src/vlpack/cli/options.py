@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from vlpack.errors import OptionError
+from vlpack.checkpoint.files import parse_json, read_json
+from vlpack.errors import CheckpointError, InputError, OptionError
 
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Number of threads. (default: all cores)")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -68,6 +69,30 @@ RepetitionPenalty = Annotated[
     float | None, typer.Option("--repetition-penalty", help="Above 1, makes repetitions less likely.")
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Random seed; the same seed gives the same answer.")]
+
+Schema = Annotated[
+    str | None,
+    typer.Option("--schema", metavar="FILE|JSON", help="The answer is JSON that this JSON schema describes."),
+]
+Regex = Annotated[str | None, typer.Option("--regex", help="The whole answer matches it (syntax of Rust's regex).")]
+Choices = Annotated[
+    list[str] | None, typer.Option("--choice", help="The answer is this text, or another one given in this way.")
+]
+
+
+def json_schema(given: str) -> dict[str, Any]:
+    """A JSON schema that was given as JSON, or as the name of a file.
+
+    Raises:
+        InputError: it is neither, or the file cannot be read.
+    """
+    path = Path(given)
+    try:
+        if given.lstrip().startswith("{"):
+            return parse_json(given.encode(errors="surrogateescape"), "--schema", strict=True)
+        return read_json(path, path, strict=True)
+    except CheckpointError as error:
+        raise InputError(error.message, "Give --schema a JSON schema, or a file with one.") from None
 
 
 def check_package(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,9 @@ def run(
     top_p: opt.TopP = None,
     repetition_penalty: opt.RepetitionPenalty = None,
     seed: opt.Seed = None,
+    schema: opt.Schema = None,
+    regex: opt.Regex = None,
+    choice: opt.Choices = None,
     threads: opt.Threads = None,
     min_pixels: opt.MinPixels = None,
     max_pixels: opt.MaxPixels = None,
@@ -64,22 +68,43 @@ def run(
     video_options = VideoOptions(**looked)  # type: ignore[arg-type]
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     sampling.search_options()  # report a wrong value before the model is loaded
-    model = Model(
-        package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
-    )
-    stream = model.stream(
-        messages,
-        image or [],
-        video or [],
-        video_options=video_options if video else None,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        allow_private_urls=allow_private_urls,
-        timing=stats or as_json,
-    )
+    asked = {
+        "messages": messages,
+        "images": image or [],
+        "videos": video or [],
+        "video_options": video_options if video else None,
+        "max_tokens": max_tokens,
+        "sampling": sampling,
+        "allow_private_urls": allow_private_urls,
+    }
+    pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    if schema is not None or regex is not None or choice:
+        if vision_provider is not None:
+            raise OptionError("--vision-provider has no effect on answers with --schema, --regex or --choice.")
+        rules = {"schema": opt.json_schema(schema) if schema is not None else None, "regex": regex, "choices": choice}
+        _run_constrained(package, {"threads": threads, **pixels}, {**asked, **rules}, stats=stats, as_json=as_json)
+        return
+    model = Model(package, threads=threads, vision_provider=vision_provider, **pixels)
+    stream = model.stream(**asked, timing=stats or as_json)  # type: ignore[arg-type]
     if max_pixels is None:
         console.note_large_images(model, stream.prompt)
     console.show_answer(stream, model.load_seconds, stats=stats, as_json=as_json)
+
+
+def _run_constrained(
+    package: Path, options: dict[str, Any], asked: dict[str, Any], *, stats: bool, as_json: bool
+) -> None:
+    """An answer that obeys, by the engine, whose JSON has no white space that a model could spend its tokens on."""
+    from vlpack.engine import Engine
+    from vlpack.engine.constraints import grammar_of
+
+    grammar_of(
+        schema=asked["schema"], regex=asked["regex"], choices=asked["choices"]
+    )  # told before the model is loaded
+    started = time.perf_counter()
+    with Engine(package, slots=1, **options) as engine:
+        seconds = time.perf_counter() - started
+        console.show_answer(engine.submit(**asked), seconds, stats=stats, as_json=as_json)
 
 
 def chat(

@@ -126,7 +126,7 @@ class Model(Loaded):
                 and ``enable_thinking``, as `vlpack.preprocess.PromptBuilder` takes them.
         """
         check_sources(images, videos)
-        return self.prompts(_as_messages(messages, images, videos), images, videos, **options)
+        return self.prompts(as_messages(messages, images, videos), images, videos, **options)
 
     def generate(
         self,
@@ -219,7 +219,7 @@ class Model(Loaded):
         prompt, preprocess_seconds = messages, None
         if isinstance(prompt, Prompt):
             given = {"images": len(images), "videos": len(videos), "video_options": video_options}
-            _check_prompt(prompt, {**given, "allow_private_urls": allow_private_urls}, self.config["model"])
+            check_prompt(prompt, {**given, "allow_private_urls": allow_private_urls}, self.config["model"])
         else:
             started = time.perf_counter()
             prompt = self.prompt(
@@ -292,9 +292,10 @@ class Model(Loaded):
         return Begun(generator, clock.seconds_until("image_features", started))
 
 
-def _as_messages(
+def as_messages(
     messages: str | Sequence[Message], images: Sequence[ImageSource], videos: Sequence[VideoSource]
 ) -> Sequence[Message]:
+    """A question given as a string as a conversation: images and videos go before it."""
     if not isinstance(messages, str):
         return messages
     parts = [*({"type": "image"} for _ in images), *({"type": "video"} for _ in videos)]
@@ -303,7 +304,7 @@ def _as_messages(
     return [{"role": "user", "content": [*parts, {"type": "text", "text": messages}]}]
 
 
-def _check_prompt(prompt: Prompt, given: dict[str, Any], model: dict[str, Any]) -> None:
+def check_prompt(prompt: Prompt, given: dict[str, Any], model: dict[str, Any]) -> None:
     """Checks a prompt that is already made: that no options for making it are given, and that it suits the package."""
     for what, value in given.items():
         if value:

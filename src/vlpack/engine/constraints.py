@@ -1,0 +1,186 @@
+"""Answers that obey a JSON schema, a regular expression, a grammar or a list of choices: masks of allowed tokens.
+
+llguidance (an optional dependency) follows the grammar and says after every token which ones may come next.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vlpack.errors import OptionError, PackageError
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must be like.
+
+    Args:
+        kind: the option that asked for it.
+        text: as llguidance takes it.
+        model: a pydantic class that the answer becomes an object of; None where there is none.
+    """
+
+    kind: str
+    text: str
+    model: Any = None
+
+    @property
+    def is_json(self) -> bool:
+        """Whether answers are JSON."""
+        return self.kind == "schema"
+
+    def parse(self, text: str) -> Any:
+        """A whole answer as what its schema describes: an object of the pydantic class, or JSON's own types."""
+        if self.model is not None:
+            return self.model.model_validate_json(text)
+        return json.loads(text)
+
+
+def grammar_of(
+    *,
+    schema: Mapping[str, Any] | bool | type | None = None,
+    regex: str | None = None,
+    lark: str | None = None,
+    choices: Sequence[str] | None = None,
+) -> Grammar | None:
+    """The grammar that these options ask for; None where none of them is given.
+
+    Args:
+        schema: a JSON schema, or a class with pydantic's ``model_json_schema``.
+        regex: the whole answer matches it; in the syntax of Rust's regex crate.
+        lark: a grammar in llguidance's dialect of Lark.
+        choices: the answer is one of these texts.
+
+    Raises:
+        OptionError: several are given, one is of the wrong kind, or llguidance is not installed.
+    """
+    options = {"schema": schema, "regex": regex, "lark": lark, "choices": choices}
+    given = [name for name, value in options.items() if value is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise OptionError(f"{' and '.join(given)} are both given; an answer obeys one of them.")
+    matcher = _llguidance().LLMatcher
+    for name, text in (("regex", regex), ("lark", lark)):
+        if text is not None and (not isinstance(text, str) or not text):
+            raise OptionError(f"{name} is {text!r}; it must be a text that is not empty.")
+    if regex is not None:
+        return Grammar("regex", matcher.grammar_from_regex(regex))
+    if lark is not None:
+        return Grammar("lark", matcher.grammar_from_lark(lark))
+    if choices is not None:
+        if isinstance(choices, str) or not choices or not all(isinstance(c, str) and c for c in choices):
+            raise OptionError(f"choices is {choices!r}; it must be a list of texts that are not empty.")
+        pattern = "|".join(re.sub(r"[^\w ]", lambda found: _literal(found[0]), choice) for choice in choices)
+        return Grammar("choices", matcher.grammar_from_regex(f"({pattern})"))
+    model = schema if hasattr(schema, "model_json_schema") else None
+    plain = schema if model is None else model.model_json_schema()
+    if not isinstance(plain, (Mapping, bool)):
+        raise OptionError(
+            f"schema is {schema!r}; it must be a JSON schema or a pydantic class.", "A dict, for example."
+        )
+    try:
+        text = json.dumps(plain)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"schema is not JSON: {error}.") from None
+    # without white space between values a model cannot spend its tokens on it
+    return Grammar("schema", matcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False}), model)
+
+
+class Grammars:
+    """A package's vocabulary as llguidance has it; made with the first constrained request, as that takes a second.
+
+    Args:
+        tokenizer: path of the package's tokenizer.json.
+        vocab_size: how many logits there are.
+        ends: tokens that end an answer.
+    """
+
+    def __init__(self, tokenizer: Path, vocab_size: int, ends: set[int]) -> None:
+        self._path, self._size, self._ends = tokenizer, vocab_size, sorted(ends)
+        self._tokenizer: Any = None
+        self._lock = threading.Lock()
+
+    def constraint(self, grammar: Grammar) -> Constraint:
+        """A new answer's way through a grammar.
+
+        Raises:
+            OptionError: llguidance does not take the grammar.
+            PackageError: llguidance does not take the package's tokenizer.
+        """
+        module = _llguidance()
+        with self._lock:
+            if self._tokenizer is None:
+                try:
+                    text = self._path.read_text(encoding="utf-8")
+                    self._tokenizer = module.LLTokenizer(text, n_vocab=self._size, eos_token=self._ends)
+                except Exception as error:  # ValueError of the tokenizer's rules, OSError
+                    raise PackageError(f"llguidance does not take {self._path}: {str(error)[:300]}") from None
+        matcher = module.LLMatcher(self._tokenizer, grammar.text, log_level=0)
+        if matcher.is_error():
+            raise OptionError(f"{grammar.kind} is not usable: {_reason(matcher)}")
+        return Constraint(matcher, grammar, self._size)
+
+
+class Constraint:
+    """How far one answer has come in its grammar.
+
+    Attributes:
+        grammar: that it obeys.
+    """
+
+    def __init__(self, matcher: Any, grammar: Grammar, vocab_size: int) -> None:
+        self.grammar, self._matcher, self._size = grammar, matcher, vocab_size
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """Which tokens may come next, ``[V]``.
+
+        Raises:
+            OptionError: the grammar is too complex to go on.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()
+        return np.unpackbits(bits, bitorder="little", count=self._size).astype(np.bool_)
+
+    def push(self, token: int) -> bool:
+        """Go on by one token; whether the answer is complete, so that nothing but an end could follow."""
+        self._matcher.consume_token(token)
+        self._check()
+        return bool(self._matcher.is_stopped())
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer could end here."""
+        return bool(self._matcher.is_accepting())
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise OptionError(f"{self.grammar.kind} cannot be followed further: {_reason(self._matcher)}")
+
+
+def _literal(character: str) -> str:
+    return f"\\x{{{ord(character):x}}}"
+
+
+def _reason(matcher: Any) -> str:
+    """What is wrong by llguidance, on one line."""
+    return " ".join(matcher.get_error().split())[:300]
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ModuleNotFoundError:
+        raise OptionError(
+            "Constrained answers need llguidance, which is not installed.", "pip install 'vlpack[engine]'"
+        ) from None
+    return llguidance

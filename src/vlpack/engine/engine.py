@@ -1,0 +1,357 @@
+"""`vlpack.Engine`: a package that answers many requests at once, in plain onnxruntime."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vlpack.engine.constraints import Grammars, grammar_of
+from vlpack.engine.graphs import Graphs
+from vlpack.engine.prefixes import tokens_of
+from vlpack.engine.queue import FairQueue
+from vlpack.engine.request import EngineAnswer, Handle, Request
+from vlpack.engine.sampler import Sampler, choice_of
+from vlpack.engine.scheduler import Counters, Scheduler
+from vlpack.engine.slots import Slots, default_context
+from vlpack.errors import InputError, PackageError, option
+from vlpack.ort.saturation import warn_of_saturation
+from vlpack.package.genai import eos_ids
+from vlpack.package.manifest import graph_files
+from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder, VideoOptions, VideoSource
+from vlpack.preprocess.images import check_pixel_limits
+from vlpack.preprocess.messages import check_sources
+from vlpack.preprocess.mrope import mrope_positions
+from vlpack.preprocess.prompt_builder import check_vision_start
+from vlpack.preprocess.settings_folder import SettingsFolder
+from vlpack.runtime.genai_model import open_package, read_config, vision_encoder
+from vlpack.runtime.limits import too_long
+from vlpack.runtime.model import NO_VIDEOS, as_messages, check_prompt
+from vlpack.runtime.sampling import Sampling, check_number, sampling_of
+from vlpack.runtime.stopping import StopTexts
+from vlpack.system import checked_threads
+
+
+class Engine:
+    """A package in memory that answers many requests at once. Use it as a context manager, or `close` it.
+
+    Args:
+        folder: a package that generates, for the CPU.
+        slots: how many requests are answered at a time; the others wait.
+        context: tokens of prompt and answer that a slot has room for; by default what the model's context and half of
+            this machine's memory allow. Memory that is never written is not taken.
+        threads: of the sessions; all cores by default.
+        queue: how many requests may wait for a slot.
+        min_pixels: smallest image area, square pixels, instead of the package's.
+        max_pixels: largest image area; smaller is faster.
+
+    Attributes:
+        cache_bytes: of keys and values, of all slots.
+
+    Raises:
+        OptionError: an option does not suit the package, or the cache does not fit the memory.
+        PackageError: the folder is not a complete package, onnxruntime cannot load it, or it is for another provider.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        slots: int = 4,
+        context: int | None = None,
+        threads: int | None = None,
+        queue: int = 256,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> None:
+        check_number("slots", slots, 1, 1024, whole=True)
+        check_number("queue", queue, 1, 2**31 - 1, whole=True)
+        threads = checked_threads(threads)
+        self.folder = Path(os.path.expanduser(folder))
+        files = open_package(self.folder)
+        graphs = graph_files(self.folder, files.manifest)
+        config = read_config(self.folder, files.manifest["files"], graphs)
+        self._model: dict[str, Any] = config["model"]
+        _check_runnable(self.folder, files.manifest, config)
+        longest = int(self._model["context_length"])
+        check_number("context", context, 2, longest, whole=True)
+        check_pixel_limits(self.folder, "image_token_id" in self._model, min_pixels, max_pixels)
+        self.prompts = PromptBuilder.from_folder(
+            SettingsFolder(self.folder, files.manifest["files"]),
+            image_token_id=self._model.get("image_token_id"),
+            video_token_id=self._model.get("video_token_id"),
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            no_videos=None if self._model.get("type") == "qwen3_vl" else NO_VIDEOS,
+        )
+        if "image_token_id" in self._model:
+            check_vision_start(self.prompts.tokenizer, self._model.get("vision_start_token_id"))
+        self._search: dict[str, Any] = config.get("search", {})
+        self._ends = eos_ids(config)
+        warn_of_saturation(files.manifest)
+        self.vision = vision_encoder(files, self._model, threads, None)
+        if "vision" in self._model and self.vision is None:
+            raise PackageError(f"{self.folder}: the engine cannot use this vision graph.", "Build the package again.")
+        self._graphs = Graphs(self.folder, self._model, threads)
+        files.check()  # nothing was replaced while it was loaded
+        beside = sum(int(entry["bytes"]) for entry in files.manifest["files"].values())
+        self.context = context or default_context(self._graphs.cache, slots, longest)
+        self._slots = Slots(self._graphs, slots, self.context, beside)
+        self.cache_bytes = self._slots.bytes
+        self._grammars = Grammars(self.folder / "tokenizer.json", self._graphs.vocab_size, self._ends)
+        self._building = threading.Lock()
+        see = self.vision.features if self.vision is not None else None
+        self._scheduler = Scheduler(self._graphs, self._slots, FairQueue(queue), see)
+        self._closed = weakref.finalize(self, self._scheduler.close)
+
+    @property
+    def counters(self) -> Counters:
+        """What was computed since the engine was made."""
+        return self._scheduler.counters
+
+    def close(self) -> None:
+        """Interrupt all requests and end the engine's threads."""
+        self._closed()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def prompt(
+        self,
+        messages: str | Sequence[Message],
+        images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
+        **options: Any,
+    ) -> Prompt:
+        """Messages as tensors, which `submit` takes too; as `vlpack.Model.prompt`."""
+        check_sources(images, videos)
+        with self._building:  # a processor or template is not promised to take two calls at once
+            return self.prompts(as_messages(messages, images, videos), images, videos, **options)
+
+    def submit(
+        self,
+        messages: str | Sequence[Message] | Prompt,
+        images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
+        **options: Any,
+    ) -> Handle:
+        """Ask, from any thread; the answer comes through the handle while other requests are answered.
+
+        Images and text become tensors before this returns; in an event loop ``await asyncio.to_thread(engine.submit,
+        …)`` keeps that from holding it up.
+
+        Args:
+            messages: a question, a conversation in OpenAI's form, or a prompt that `prompt` made of them.
+            images: as in `vlpack.Model.stream`.
+            videos: likewise.
+            **options: see `submit_n`.
+
+        Raises:
+            InputError: the messages or images are not usable, or do not fit a slot.
+            OptionError: an option is out of its range.
+            QueueFullError: too many requests wait.
+        """
+        return self.submit_n(1, messages, images, videos, **options)[0]
+
+    def submit_n(
+        self,
+        n: int,
+        messages: str | Sequence[Message] | Prompt,
+        images: Sequence[ImageSource] = (),
+        videos: Sequence[VideoSource] = (),
+        *,
+        video_options: VideoOptions | None = None,
+        max_tokens: int = 512,
+        sampling: Sampling | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        logprobs: int | None = None,
+        schema: Mapping[str, Any] | bool | type | None = None,
+        regex: str | None = None,
+        lark: str | None = None,
+        choices: Sequence[str] | None = None,
+        client: object = None,
+        wait: bool = False,
+        allow_private_urls: bool = False,
+    ) -> list[Handle]:
+        """Ask for n answers to one prompt, which is computed once.
+
+        Args:
+            n: how many answers.
+            messages: as in `submit`.
+            images: likewise.
+            videos: likewise.
+            video_options: how videos are looked at whose parts do not say it themselves.
+            max_tokens: of an answer at most; fewer where the slot has no room for them.
+            sampling: how tokens are chosen; or, in its place, temperature, top_k, top_p, repetition_penalty and seed.
+            temperature: 0 takes the likeliest token always.
+            top_k: only the k likeliest.
+            top_p: only the likeliest whose probabilities sum to p.
+            min_p: only those at least so likely as this share of the likeliest one's probability.
+            repetition_penalty: above 1 makes tokens that have occurred, in prompt or answer, less likely.
+            presence_penalty: above 0 makes tokens that the answer has less likely.
+            frequency_penalty: above 0 makes them so as often as the answer has them.
+            seed: the same seed gives the same answers, whatever else is answered meanwhile.
+            stop: texts at which the answer ends; it does not have them.
+            stop_token_ids: tokens at which it ends, beside the package's.
+            logprobs: tell each token's logarithmic probability, and those of so many likely tokens in its place.
+            schema: the answer is JSON that this JSON schema, or pydantic class, describes; see `EngineAnswer.parsed`.
+            regex: the whole answer matches it; in the syntax of Rust's regex crate.
+            lark: a grammar in llguidance's dialect of Lark.
+            choices: the answer is one of these texts.
+            client: whoever asks: clients take turns in the queue.
+            wait: until there is room in the queue, where it is full.
+            allow_private_urls: let image URLs lead to this machine or its network.
+        """
+        check_number("n", n, 1, 1024, whole=True)
+        check_number("max_tokens", max_tokens, 1, 2**31 - 1, whole=True)
+        check_number("logprobs", logprobs, 0, self._graphs.vocab_size, whole=True)
+        check_sources(images, videos)
+        for token in stop_token_ids:
+            check_number("a token of stop_token_ids", token, 0, self._graphs.vocab_size - 1, whole=True)
+        single = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
+        choice = choice_of(
+            self._search,
+            sampling_of(sampling, single),
+            min_p=min_p,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+        )
+        StopTexts(stop)
+        grammar = grammar_of(schema=schema, regex=regex, lark=lark, choices=choices)
+        prompt, seconds = messages, None
+        if isinstance(prompt, Prompt):
+            given = {"images": len(images), "videos": len(videos), "video_options": video_options}
+            check_prompt(prompt, {**given, "allow_private_urls": allow_private_urls}, self._model)
+        else:
+            started = time.perf_counter()
+            prompt = self.prompt(
+                prompt, images, videos, video_options=video_options, allow_private_urls=allow_private_urls
+            )
+            seconds = time.perf_counter() - started
+        room, tokens = self._room(prompt), tokens_of(prompt, self._model.get("image_token_id"))
+        positions, ends = self._positions(prompt), {*self._ends, *stop_token_ids}
+        requests = [
+            Request(
+                Handle(prompt, self),
+                prompt,
+                tokens,
+                positions,
+                Sampler(choice, tokens.ids, self._graphs.vocab_size, ends, index),
+                self.prompts.tokenizer.stream(),
+                StopTexts(stop),
+                ends,
+                min(max_tokens, room),
+                None if grammar is None else self._grammars.constraint(grammar),
+                logprobs,
+                client,
+                seconds,
+            )
+            for index in range(n)
+        ]
+        self._scheduler.submit(requests, wait)
+        return [request.handle for request in requests]
+
+    def generate(self, messages: str | Sequence[Message] | Prompt, *arguments: Any, **options: Any) -> EngineAnswer:
+        """The whole answer; arguments as for `submit`. If the wait is interrupted, so is the answer."""
+        handle = self.submit(messages, *arguments, **options)
+        try:
+            return handle.result()
+        finally:
+            handle.cancel()
+
+    def generate_many(
+        self, requests: Iterable[str | Sequence[Message] | Prompt | Mapping[str, Any]], **options: Any
+    ) -> list[EngineAnswer]:
+        """The answers to many requests, in their order.
+
+        As many are asked at a time as keep the slots filled. The first that fails ends them all.
+
+        Args:
+            requests: each is what `submit` takes as messages, or a mapping of its arguments, messages among them.
+            **options: of `submit`, for all that do not say it themselves.
+
+        Raises:
+            InputError: a request is not usable.
+            OptionError: an option is out of its range.
+        """
+        answers: list[EngineAnswer] = []
+        running: deque[Handle] = deque()
+        try:
+            for request in requests:
+                while len(running) >= 2 * len(self._slots):
+                    answers.append(running[0].result())
+                    running.popleft()
+                arguments = dict(request) if isinstance(request, Mapping) else {"messages": request}
+                if "messages" not in arguments:
+                    raise InputError(f"Request {len(answers) + len(running)} has no messages.")
+                running.append(self.submit(**{"wait": True, **options, **arguments}))
+            while running:
+                answers.append(running[0].result())
+                running.popleft()
+        finally:
+            for handle in running:
+                handle.cancel()
+        return answers
+
+    def _positions(self, prompt: Prompt) -> npt.NDArray[np.int64]:
+        ids = prompt.input_ids[0]
+        if not prompt.has_images:
+            return np.tile(np.arange(len(ids)), (3, 1))
+        merge = int(self._model["vision"]["spatial_merge_size"])
+        return mrope_positions(ids, prompt.grids, int(self._model["image_token_id"]), merge)
+
+    def _room(self, prompt: Prompt) -> int:
+        """How many tokens an answer may have in a slot.
+
+        Raises:
+            InputError: the prompt does not fit.
+        """
+        length = prompt.input_ids.size
+        if length < self.context:
+            return self.context - length
+        if self.context == self._model["context_length"]:
+            raise too_long("The prompt", prompt, self.context - 1)  # one is for the answer
+        raise InputError(
+            f"The prompt has {length} tokens; a slot of this engine has room for {self.context}, answer included.",
+            f"Shorten it, or make the engine with a larger {option('context')}.",
+        )
+
+
+def _check_runnable(folder: Path, manifest: dict[str, Any], config: dict[str, Any]) -> None:
+    """Raises a PackageError where plain onnxruntime on the CPU cannot share the package's cache among requests."""
+    provider = manifest.get("execution_provider")
+    if provider != "cpu":
+        raise PackageError(
+            f"{folder} is for {provider}; the engine runs packages for the CPU.", "Build it with -e cpu."
+        )
+    model = config["model"]
+    embeds = "input_ids" not in model.get("decoder", {}).get("inputs", {})
+    if not {"decoder", *(("embedding", "vision") if embeds else ())} <= model.keys():
+        raise PackageError(
+            f"{folder} holds only a part of a model and does not run by itself.",
+            f"Build it with {option('part', 'all')}.",
+        )
+    if not config.get("search", {}).get("past_present_share_buffer"):
+        raise PackageError(
+            f"{folder} cannot write keys and values in place, which the engine needs.", "Build it again."
+        )

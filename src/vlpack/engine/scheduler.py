@@ -1,0 +1,342 @@
+"""The engine's thread: requests join and leave between steps, and prompts are shown in chunks between them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from vlpack.engine.graphs import Array, Graphs
+from vlpack.engine.queue import FairQueue
+from vlpack.engine.request import Request
+from vlpack.engine.slots import Slots
+from vlpack.errors import PackageError, VlpackError
+from vlpack.preprocess import Prompt
+
+LARGEST_CHUNK, SMALLEST_CHUNK = 512, 16
+"""Tokens of a prompt that are shown at a time. More than the largest is slower, as attention computes all scores of a
+call; fewer than the smallest cost as much as these, as the weights are read for them all the same."""
+
+PATIENCE = 2.0
+"""How many steps' time a chunk may take while others decode; between chunks there is as much time for steps as they
+took, so that tokens of those who have begun take twice as long on average."""
+
+WASTE = 16
+"""Rows that nobody decodes and that steps have computed, before rows are exchanged so that they lie together."""
+
+
+@dataclass
+class Counters:
+    """What the engine has computed.
+
+    Attributes:
+        prompt_tokens: of prompts, computed.
+        reused_tokens: of prompts that slots held already.
+        answer_tokens: chosen.
+        steps: calls of the decoder for the next token of one or more answers.
+        chunks: calls of the decoder for parts of prompts.
+        idle_rows: rows in those steps that nobody decoded.
+    """
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    answer_tokens: int = 0
+    steps: int = 0
+    chunks: int = 0
+    idle_rows: int = 0
+
+
+class Scheduler:
+    """Runs requests on slots until it is closed.
+
+    Args:
+        graphs: of the package.
+        slots: of the cache.
+        queue: where requests wait for them.
+        see: makes the features of a prompt's images; None where the package takes none.
+
+    Attributes:
+        counters: what was computed.
+    """
+
+    def __init__(self, graphs: Graphs, slots: Slots, queue: FairQueue, see: Callable[[Prompt], Array] | None) -> None:
+        self._graphs, self._slots, self._queue, self._see = graphs, slots, queue, see
+        self.counters = Counters()
+        self._prefilling: deque[Request] = deque()
+        self._decoding: list[Request] = []
+        self._cancelled: list[Request] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._chunk, self._step_seconds, self._waste = SMALLEST_CHUNK, 0.0, 0
+        self._owed = 0.0  # seconds that chunks have taken and steps have not yet
+        self._looking = ThreadPoolExecutor(1, "vlpack-vision")
+        self._masking = ThreadPoolExecutor(1, "vlpack-masks")
+        self._thread = threading.Thread(target=self._run, name="vlpack-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, requests: Sequence[Request], wait: bool = False) -> None:
+        """Let requests wait for their slots.
+
+        Args:
+            requests: all of them, or none.
+            wait: until so many more may wait, where now they may not.
+
+        Raises:
+            QueueFullError: too many wait.
+            VlpackError: the engine was closed.
+        """
+        with self._changed:
+            while wait and not self._closing and self._queue and not self._queue.takes(len(requests)):
+                self._changed.wait(0.5)
+            if self._failure is not None:
+                raise VlpackError(f"The engine has failed: {self._failure}", "Make a new one.") from self._failure
+            if self._closing:
+                raise VlpackError("The engine was closed.", "Make a new one.")
+            self._queue.put(requests)
+            for request in requests:
+                request.handle.on_cancel = partial(self.cancel, request)
+            self._changed.notify_all()
+
+    def cancel(self, request: Request) -> None:
+        """End a request before the next step; nothing happens where it is over."""
+        with self._changed:
+            if request.cancelled or request.handle.done:
+                return
+            request.cancelled = True
+            waited = self._queue.remove(request)
+            if not waited:
+                self._cancelled.append(request)
+                self._changed.notify_all()
+        if waited:
+            request.close()
+
+    def close(self) -> None:
+        """Interrupt all requests and end the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            while self._turn():
+                pass
+        except BaseException as failure:  # a fault of the engine's own: nobody must wait for it for ever
+            error = failure
+        with self._changed:
+            self._closing, self._failure = True, error
+            left = [*self._decoding, *self._prefilling]
+            while len(self._queue):
+                left.append(self._queue.pop())
+        for request in left:
+            request.close(error)
+        self._looking.shutdown(wait=False, cancel_futures=True)
+        self._masking.shutdown(wait=False, cancel_futures=True)
+
+    def _turn(self) -> bool:
+        """One step of what decodes and one chunk of what is to decode; False when the engine is closed."""
+        with self._changed:
+            while not (self._closing or self._cancelled or self._decoding or self._ready() or self._may_admit()):
+                self._changed.wait(0.5)
+            if self._closing:
+                return False
+            cancelled, self._cancelled = self._cancelled, []
+        for request in cancelled:
+            if request.slot is not None and not request.handle.done:
+                self._leave(request)
+        self._admit()
+        if self._decoding:
+            self._step()
+        ready = self._ready()
+        if ready is not None and (self._owed <= 0 or not self._decoding):
+            self._prefill(ready)
+        return True
+
+    def _may_admit(self) -> bool:
+        return bool(len(self._queue) and self._slots.free)
+
+    def _ready(self) -> Request | None:
+        """The next request in turn whose prompt can be shown now: its images have been looked at."""
+        return next((r for r in self._prefilling if r.features is None or r.features.done()), None)
+
+    def _admit(self) -> None:
+        """Give free slots to those whose turn it is."""
+        while True:
+            with self._changed:
+                if not self._may_admit():
+                    return
+                request = self._queue.pop()
+                self._changed.notify_all()  # who waits for room in the queue
+                self._prefilling.append(request)
+            request.slot = self._slots.take(request, request.tokens)
+            assert request.slot is not None, "one was free"
+            self._reused(request, request.slot.length)
+            if request.prompt.has_images:
+                self._look(request, request.slot.length)
+
+    def _look(self, request: Request, known: int) -> None:
+        """Have the images looked at that are not computed yet, while other requests go on."""
+        prompt, counts = request.prompt, request.prompt.num_image_tokens
+        ends = [image.start + int(count) for image, count in zip(request.tokens.images, counts, strict=True)]
+        first = int(np.searchsorted(ends, known, side="right"))
+        request.first_image, patches = first, int(prompt.grids[:first].prod(axis=1).sum())
+        assert prompt.pixel_values is not None, "the prompt has images"
+        if first == len(ends):
+            return
+        rest = replace(prompt, pixel_values=prompt.pixel_values[patches:], image_grid_thw=prompt.grids[first:])
+        started = time.perf_counter()
+
+        def look() -> Array:
+            assert self._see is not None, "a package that takes images has an encoder"
+            features = self._see(rest)
+            request.answer.stats.vision_seconds = time.perf_counter() - started
+            return features
+
+        request.features = self._looking.submit(look)
+        request.features.add_done_callback(self._wake)
+
+    def _wake(self, _: Future[Array]) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _prefill(self, request: Request) -> None:
+        """Show one chunk of a prompt; after the last one the answer's first token is there."""
+        slot, ids = request.slot, request.tokens.ids
+        assert slot is not None, "it was admitted"
+        self._prefilling.remove(request)
+        try:
+            self._reused(request, self._slots.catch_up(slot, request.tokens))
+            start = slot.length
+            end = min(len(ids), start + (self._chunk if self._decoding else LARGEST_CHUNK))
+            if end == len(ids):
+                self._start_mask(request)
+            features = self._features(request, start, end)
+            began = time.perf_counter()
+            tokens = self._graphs.tokens(ids[None, start:end], features)
+            binding = self._slots.binding(slot.row, slot.row + 1)
+            logits = self._graphs.run(binding, tokens, np.array([end]), request.positions[:, None, start:end])
+            seconds = time.perf_counter() - began
+            self._adapt(end - start, seconds)
+            slot.write(ids[start:end])
+            self.counters.chunks += 1
+            self.counters.prompt_tokens += end - start
+            stats = request.answer.stats
+            stats.prefill_seconds = (stats.prefill_seconds or 0.0) + seconds
+            if end < len(ids):
+                self._prefilling.append(request)  # behind the others, so that a short prompt is soon through
+                return
+            request.features = None
+            self._choose(request, logits[0])
+        except Exception as error:
+            self._leave(request, error)
+            return
+        if not request.handle.done:
+            self._decoding.append(request)
+
+    def _features(self, request: Request, start: int, end: int) -> Array | None:
+        """Those of the placeholders in a part of the prompt."""
+        if request.features is None:
+            return None
+        features = request.features.result()
+        before = int(request.prompt.num_image_tokens[: request.first_image].sum())  # placeholders without features here
+        images, counts = request.tokens.images, request.prompt.num_image_tokens
+        first, last = (
+            sum(min(max(place - image.start, 0), int(count)) for image, count in zip(images, counts, strict=True))
+            for place in (start, end)
+        )
+        return features[first - before : last - before]
+
+    def _step(self) -> None:
+        """The next token of every answer that has begun."""
+        self._gather()
+        slots = [request.slot for request in self._decoding if request.slot is not None]
+        first, end = min(slot.row for slot in slots), max(slot.row for slot in slots) + 1
+        for request in self._decoding:
+            self._start_mask(request)
+        ids, positions = np.zeros((end - first, 1), np.int32), np.zeros((3, end - first, 1), np.int64)
+        lengths = np.array([slot.length + 1 for slot in self._slots.rows(first, end)])
+        for request, slot in zip(self._decoding, slots, strict=True):
+            ids[slot.row - first] = request.answer.tokens[-1]
+            positions[:, slot.row - first] = request.position
+        began = time.perf_counter()
+        try:
+            logits = self._graphs.run(self._slots.binding(first, end), self._graphs.tokens(ids), lengths, positions)
+        except PackageError as error:
+            self._slots.forget(first, end)
+            for request in list(self._decoding):
+                self._leave(request, error)
+            return
+        seconds = time.perf_counter() - began
+        self._step_seconds = 0.8 * self._step_seconds + 0.2 * seconds if self._step_seconds else seconds
+        self._owed = max(0.0, self._owed - seconds)
+        self.counters.steps += 1
+        idle = end - first - len(slots)
+        self.counters.idle_rows += idle
+        self._waste += idle
+        for request, slot in zip(list(self._decoding), slots, strict=True):
+            slot.write(ids[slot.row - first])
+            try:
+                self._choose(request, logits[slot.row - first])
+            except Exception as error:  # of this request's grammar
+                self._leave(request, error)
+
+    def _gather(self) -> None:
+        """Exchange rows where those that decode lie apart: the last one goes to the first that nobody decodes."""
+        if self._waste < WASTE:
+            return
+        self._waste = 0
+        taken = sorted(request.slot.row for request in self._decoding if request.slot is not None)
+        gap = next((row for row in range(taken[0], taken[-1]) if row not in taken), None)
+        if gap is not None:
+            one, two = self._slots.rows(gap, gap + 1)[0], self._slots.rows(taken[-1], taken[-1] + 1)[0]
+            self._slots.exchange(one, two)
+
+    def _start_mask(self, request: Request) -> None:
+        """Have the allowed tokens computed while the graph runs."""
+        if request.constraint is not None:
+            request.mask = self._masking.submit(request.constraint.allowed)
+
+    def _choose(self, request: Request, logits: Array) -> None:
+        self.counters.answer_tokens += 1
+        if request.choose(logits):
+            self._leave(request)
+
+    def _leave(self, request: Request, error: BaseException | None = None) -> None:
+        """Free a request's slot and tell that it is over."""
+        if request in self._decoding:
+            self._decoding.remove(request)
+        if request in self._prefilling:
+            self._prefilling.remove(request)
+        if request.features is not None:
+            request.features.cancel()
+        if request.slot is not None:
+            self._slots.release(request.slot)
+            request.slot = None
+        request.close(error)
+
+    def _reused(self, request: Request, tokens: int) -> None:
+        request.answer.stats.reused_tokens += tokens
+        self.counters.reused_tokens += tokens
+
+    def _adapt(self, tokens: int, seconds: float) -> None:
+        """Choose the next chunk's size, and how long steps go before it, where somebody waits for the next token."""
+        if not self._decoding or not self._step_seconds:
+            self._owed = 0.0
+            return
+        self._owed += seconds
+        longest = PATIENCE * self._step_seconds
+        if seconds > longest:
+            self._chunk = max(SMALLEST_CHUNK, min(self._chunk, tokens) // 2)
+        elif (
+            tokens == self._chunk and 2 * seconds - self._step_seconds < longest
+        ):  # twice as many read the weights once
+            self._chunk = min(LARGEST_CHUNK, 2 * self._chunk)

@@ -1,0 +1,43 @@
+"""Engines, and the same packages in the stock runtime, which answers one request at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny import Tiny
+from vlpack import Engine
+from vlpack.runtime.model import Model
+
+TINY = Tiny(seed=1)
+
+
+@pytest.fixture(scope="session")
+def alone(built: Callable[..., Path]) -> Callable[..., Model]:
+    """The package in onnxruntime-genai; arguments as for `built`."""
+    made: dict[Path, Model] = {}
+
+    def get(tiny: Tiny = TINY, *extra: str, **options: Any) -> Model:
+        folder = built(tiny, *extra, **options)
+        if folder not in made:
+            made[folder] = Model(folder, threads=1)
+        return made[folder]
+
+    return get
+
+
+@pytest.fixture
+def engine(built: Callable[..., Path]) -> Iterator[Callable[..., Engine]]:
+    """An engine of a tiny package (or of ``folder``), closed after the test; options are the engine's."""
+    made: list[Engine] = []
+
+    def get(folder: Path | None = None, **options: Any) -> Engine:
+        made.append(Engine(folder or built(TINY), threads=1, **{"slots": 4, "context": 512, **options}))
+        return made[-1]
+
+    yield get
+    for one in made:
+        one.close()

@@ -1,0 +1,370 @@
+"""Every greedy answer among others is, token for token, the stock runtime's answer to the same prompt alone."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vlpack
+from engine.conftest import TINY
+from family import Member, make_member
+from tiny import Tiny
+from vlpack import Engine, Sampling
+from vlpack.engine import graphs, scheduler
+from vlpack.engine.slots import Slots
+from vlpack.errors import OptionError, PackageError, VlpackError
+from vlpack.runtime.model import Model
+from vlpack.sample_images import picture
+
+GREEDY = Sampling(temperature=0)
+WORDS = [
+    "the",
+    "river",
+    "rose",
+    "in",
+    "night",
+    "and",
+    "by",
+    "morning",
+    "lower",
+    "fields",
+    "stood",
+    "under",
+    "water",
+    "while",
+    "nobody",
+    "slept",
+]
+VISION = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "window_size": 64}
+QWEN25 = Member(
+    "engine qwen2.5",
+    "Qwen2_5_VLConfig",
+    "Qwen2_5_VLForConditionalGeneration",
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+    VISION | {"fullatt_block_indexes": [1]},
+)
+MIXTURE = Member(
+    "engine mixture",
+    "Qwen3MoeConfig",
+    "Qwen3MoeForCausalLM",
+    {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+)
+
+
+def arguments(rng: random.Random, images: bool, videos: bool) -> dict[str, Any]:
+    """A request: some share their beginning, some have images, one of few videos."""
+    text = " ".join(rng.choices(WORDS, k=rng.choice((2, 9, 40, 90))))
+    content: list[Any] = []
+    if images:
+        for _ in range(rng.choice((0, 1, 1, 2))):
+            image = picture(16 * rng.randint(2, 6), 16 * rng.randint(2, 5), rng.randint(0, 3))
+            content.append({"type": "image", "image": image})
+    if videos and rng.random() < 0.2:
+        content.append({"type": "video", "video": [picture(48, 32, seed) for seed in range(4)], "fps": 2})
+    content.append({"type": "text", "text": text})
+    messages = [{"role": "user", "content": content if images else text}]
+    if rng.random() < 0.5:
+        messages.insert(
+            0, {"role": "system", "content": "Answer as a patient and careful reader of old letters would."}
+        )
+    return {"messages": messages, "max_tokens": rng.choice((1, 5, 20, 40))}
+
+
+def check(model: Model, engine: Engine, count: int, images: bool = False, videos: bool = False) -> None:
+    """Requests that arrive one after the other, of which some are cancelled on their way."""
+    rng = random.Random(len(engine.folder.name) + count)
+    handles, cancelled = [], set()
+    for number in range(count):
+        asked = arguments(rng, images, videos)
+        prompt = engine.prompt(asked.pop("messages"))
+        handles.append((engine.submit(prompt, sampling=GREEDY, **asked), prompt, asked))
+        time.sleep(rng.choice((0, 0, 0.002, 0.01)))
+        if number % 6 == 5:
+            cancelled.add(number - 2)
+            handles[number - 2][0].cancel()
+    lengths = set()
+    for number, (handle, prompt, asked) in enumerate(handles):
+        found, wanted = handle.result(60), model.generate(prompt, sampling=GREEDY, **asked)
+        if number in cancelled and found.finish_reason == "interrupted":
+            assert found.tokens == wanted.tokens[: len(found.tokens)], number
+            continue
+        assert found.tokens == wanted.tokens, number
+        assert (found.text, found.finish_reason) == (wanted.text, wanted.finish_reason)
+        lengths.add(len(found.tokens))
+    assert len(lengths) > 2
+    assert engine.counters.idle_rows > 0
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are cut, and rows exchanged, as often as those of large models."""
+    monkeypatch.setattr(scheduler, "LARGEST_CHUNK", 24)
+    monkeypatch.setattr(scheduler, "SMALLEST_CHUNK", 5)
+    monkeypatch.setattr(scheduler, "WASTE", 3)
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("tiny", [TINY, TINY.but(deepstack=(2, 0), style="v4", seed=2)], ids=["tied", "v4"])
+def test_images_and_videos(
+    tiny: Tiny, alone: Callable[..., Model], built: Callable[..., Path], engine: Callable[..., Engine]
+) -> None:
+    check(alone(tiny), engine(built(tiny), slots=5), 32, images=True, videos=True)
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_the_text_part(alone: Callable[..., Model], built: Callable[..., Path], engine: Callable[..., Engine]) -> None:
+    check(alone(TINY, part="text"), engine(built(TINY, part="text"), slots=3), 24)
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("member", [QWEN25, MIXTURE], ids=lambda member: member.name)
+def test_other_families(member: Member, tmp_path: Path, engine: Callable[..., Engine]) -> None:
+    folder = vlpack.build(make_member(tmp_path / "checkpoint", member), tmp_path / "package", precision="fp32").folder
+    check(Model(folder, threads=1), engine(folder), 24, images=member.vision is not None)
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_fewer_bits(
+    precision: str, alone: Callable[..., Model], built: Callable[..., Path], engine: Callable[..., Engine]
+) -> None:
+    """Activations are rounded token by token, so that others' tokens change nothing."""
+    model = alone(TINY, precision=precision)
+    check(model, engine(built(TINY, precision=precision)), 24, images=True)
+
+
+def test_a_cache_of_8_bits(
+    alone: Callable[..., Model],
+    built: Callable[..., Path],
+    engine: Callable[..., Engine],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A part of a prompt reads earlier parts in 8 bits; where prompts are shown whole, answers are the same."""
+    with monkeypatch.context() as patched:
+        patched.setattr(scheduler, "SMALLEST_CHUNK", 512)  # with which an engine begins
+        whole = engine(built(TINY, "kv_cache=int8"))
+        assert whole.cache_bytes < engine().cache_bytes / 2
+        patched.setattr(Slots, "_longest", lambda *_: (0, None))
+        patched.setattr(scheduler.Scheduler, "_adapt", lambda *_: None)
+        check(alone(TINY, "kv_cache=int8"), whole, 16, images=True)
+    whole = engine(built(TINY, "kv_cache=int8"))  # which holds nothing yet
+    prompt = whole.prompt(" ".join(WORDS * 3))
+    whole.submit(prompt, max_tokens=1, sampling=GREEDY).result(30)
+    again = whole.submit(prompt, max_tokens=1, sampling=GREEDY, logprobs=3).result(30)
+    assert again.stats.reused_tokens == prompt.input_ids.size - 1
+    wanted = last_logits(whole._graphs, prompt.input_ids)
+    assert again.logprobs is not None
+    for place, logprob in again.logprobs[0].top:
+        assert abs(logprob - (wanted[place] - np.log(np.exp(wanted).sum()))) < 1e-4
+
+
+def last_logits(graphs: graphs.Graphs, ids: np.ndarray) -> np.ndarray:
+    """Of a prompt whose last token is shown by itself, with caches that are not written in place."""
+    size = ids.shape[1]
+    cache = {port.past: np.zeros((1, port.heads, 0, port.channels), port.dtype) for port in graphs.cache}
+    for start, end in ((0, size - 1), (size - 1, size)):
+        mask, positions = np.ones((1, end), np.int64), np.tile(np.arange(start, end), (3, 1, 1))
+        given = {**graphs.tokens(ids[:, start:end]), "attention_mask": mask, "position_ids": positions, **cache}
+        names = [port.present for port in graphs.cache]
+        logits, *present = graphs.decoder.run(["logits", *names], given)
+        cache = {port.past: value for port, value in zip(graphs.cache, present, strict=True)}
+    last: np.ndarray = logits[0, -1]
+    return last
+
+
+def test_a_long_prompt_between_steps(engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is shown, those who have begun wait twice as long for a token on average, and never much longer."""
+    made = engine(context=2048, slots=3)
+    run, now = graphs.Graphs.run, [0.0]
+    calls: list[tuple[int, float]] = []  # new tokens of a sequence, and when they were done
+
+    def timed(self: Any, binding: Any, tokens: Any, lengths: Any, positions: Any) -> Any:
+        new = positions.shape[2]
+        # a step takes 1, of which reading the weights is most; chunks take longer the more is before them
+        now[0] += 0.98 + 0.02 * new * (1 if new == 1 or lengths[0] < 300 else 2)
+        calls.append((new, now[0]))
+        return run(self, binding, tokens, lengths, positions)
+
+    monkeypatch.setattr(graphs.Graphs, "run", timed)
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    first = made.submit("Hello", max_tokens=1900, sampling=GREEDY)
+    next(iter(first))
+    calls.clear()
+    long, short = (made.submit(text, max_tokens=1, sampling=GREEDY) for text in ("word " * 700, "And?"))
+    long.result(60)
+    assert short.done  # which came later, and has had its turn between
+    first.cancel()
+    steps = [done for new, done in calls if new == 1]
+    steps = steps[: sum(done <= max(done for new, done in calls if new > 1) for done in steps) + 1]
+    waits = np.diff(steps)
+    assert sum(new for new, _ in calls if new > 1) > 700
+    assert max(new for new, _ in calls) == 2 * scheduler.SMALLEST_CHUNK
+    assert sum(waits > 1 + scheduler.PATIENCE) <= 1  # once, until the chunk is smaller
+    assert np.mean(waits) < 2.1
+    assert np.mean(waits) > 1.5  # and the prompt has its share of the time
+
+
+def test_cancelling_frees_the_slot(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
+    made = engine(slots=1)
+    first = made.submit("Hello", max_tokens=400, sampling=GREEDY)
+    second = made.submit("What?", max_tokens=6, sampling=GREEDY)
+    third = made.submit("Never begun.", max_tokens=6, sampling=GREEDY)
+    next(iter(first))
+    third.cancel()
+    assert third.result(5).finish_reason == "interrupted"
+    assert not second.done
+    first.cancel()
+    assert second.result(30).tokens == alone().generate("What?", max_tokens=6, sampling=GREEDY).tokens
+    answer = first.result(5)
+    assert answer.finish_reason == "interrupted"
+    assert 0 < len(answer.tokens) < 400
+    second.cancel()  # over: nothing happens
+    assert second.result().finish_reason == "length"
+
+
+def test_streams_in_threads_and_event_loops(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
+    made = engine(slots=2)
+    questions = [" ".join(WORDS[:count]) for count in range(1, 9)]
+    wanted = [alone().generate(question, max_tokens=12, sampling=GREEDY) for question in questions]
+    found: dict[int, list[str]] = {}
+
+    def ask(index: int) -> None:
+        found[index] = list(made.submit(questions[index], max_tokens=12, sampling=GREEDY))
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+
+    async def listen() -> None:
+        async def pieces(index: int) -> None:
+            found[index] = [piece async for piece in made.submit(questions[index], max_tokens=12, sampling=GREEDY)]
+
+        await asyncio.gather(*(pieces(index) for index in range(4, 7)))
+        answer = await made.submit(questions[7], max_tokens=12, sampling=GREEDY)
+        found[7] = [answer.text]
+
+    asyncio.run(asyncio.wait_for(listen(), 60))
+    for thread in threads:
+        thread.join(60)
+    for index, answer in enumerate(wanted):
+        assert "".join(found[index]) == answer.text
+    assert len(found[0]) > 3
+    assert len(found[4]) > 3
+
+
+def test_many_at_once_in_order(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
+    made = engine(slots=2, queue=3)
+    questions = [" ".join(WORDS[:count]) for count in range(1, 10)]
+    requests: list[Any] = [*questions[:-1], {"messages": questions[-1], "max_tokens": 2}]
+    answers = made.generate_many(requests, max_tokens=5, sampling=GREEDY)
+    for question, answer, count in zip(questions, answers, [5] * 8 + [2], strict=True):
+        assert answer.tokens == alone().generate(question, max_tokens=count, sampling=GREEDY).tokens
+    with pytest.raises(OptionError, match="temperature"):
+        made.generate_many(["a", {"messages": "b", "temperature": -1}])
+    with pytest.raises(vlpack.errors.InputError, match="Request 1 has no messages"):
+        made.generate_many(["a", {}])
+
+
+def test_a_graph_that_fails(
+    engine: Callable[..., Engine], alone: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that were in the step are told, and those that come later are answered."""
+    made = engine(slots=2)
+    handles = [made.submit(text, max_tokens=400, sampling=GREEDY) for text in ("Hello", "What?", "And?")]
+    next(iter(handles[0]))
+    next(iter(handles[1]))
+
+    def fail(self: Any, *_: Any) -> Any:
+        monkeypatch.undo()
+        raise PackageError("onnxruntime fails here")
+
+    monkeypatch.setattr(graphs.Graphs, "run", fail)
+    for handle in handles[:2]:
+        with pytest.raises(PackageError, match="fails here"):
+            handle.result(30)
+        with pytest.raises(PackageError, match="fails here"):
+            list(handle)
+    handles[2].cancel()
+    answer = made.submit("Hello", max_tokens=5, sampling=GREEDY).result(30)
+    assert answer.tokens == alone().generate("Hello", max_tokens=5, sampling=GREEDY).tokens
+
+
+def test_a_fault_of_the_engine_leaves_nobody_waiting(
+    engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = engine(slots=1)
+    monkeypatch.setattr(Slots, "take", lambda *_: 1 // 0)
+    handles = [made.submit("Hello", sampling=GREEDY)]
+    with pytest.raises(ZeroDivisionError):
+        handles[0].result(30)
+    with pytest.raises(VlpackError, match="has failed"):
+        made.submit("Hello")
+
+
+def test_closing(built: Callable[..., Path]) -> None:
+    with Engine(built(TINY), slots=1, threads=1) as made:
+        handles = [made.submit("Hello", max_tokens=400, sampling=GREEDY) for _ in range(3)]
+        with pytest.raises(TimeoutError):
+            handles[2].result(0.01)
+    assert [handle.result(5).finish_reason for handle in handles] == ["interrupted"] * 3
+    with pytest.raises(VlpackError, match="was closed"):
+        made.submit("Hello")
+    made.close()
+    # an engine that nobody closes is there as long as somebody waits for it, and not longer
+    handle = Engine(built(TINY), slots=1, threads=1).submit("Hello", max_tokens=5, sampling=GREEDY)
+    assert len(handle.result(30).tokens) == 5
+    scheduler_thread = handle._engine._scheduler._thread  # type: ignore[attr-defined]
+    del handle
+    scheduler_thread.join(10)
+    assert not scheduler_thread.is_alive()
+
+
+def test_memory(built: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, engine: Callable[..., Engine]) -> None:
+    assert engine(slots=3, context=100).cache_bytes == 3 * 100 * TINY.layers * TINY.kv_heads * TINY.head_dim * 2 * 4
+    monkeypatch.setattr("vlpack.engine.slots.total_memory_bytes", lambda: 2 * 10**9)
+    with pytest.raises(OptionError, match=r"1024 slots with 4096 tokens each take 8\.6 GB.*this machine has 2\.0 GB"):
+        Engine(built(TINY), slots=1024, context=4096)
+    # where nobody says how much, half of the memory
+    assert engine(slots=1000, context=None).cache_bytes == pytest.approx(1e9, rel=0.01)
+    assert engine(slots=1, context=None).context == 4096  # the model's
+    for options, named in (({"slots": 0}, "slots"), ({"context": 5000}, "context"), ({"queue": 0}, "queue")):
+        with pytest.raises(OptionError, match=named):
+            Engine(built(TINY), **options)
+
+
+def test_the_context_of_a_slot(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
+    made = engine(context=60, slots=2)
+    prompt = made.prompt("Hello")
+    answers = made.generate_many([prompt] * 3, max_tokens=500, sampling=GREEDY)
+    wanted = alone().generate("Hello", max_tokens=60 - prompt.input_ids.size, sampling=GREEDY)
+    for answer in answers:
+        assert answer.finish_reason == "length"
+        assert answer.tokens == wanted.tokens
+    with pytest.raises(vlpack.errors.InputError, match="a slot of this engine has room for 60"):
+        made.submit("word " * 100)
+    with pytest.raises(vlpack.errors.InputError, match="fit the model's context"):
+        engine(context=4096).submit("word " * 5000)
+
+
+def test_packages_that_cannot_be_shared(built: Callable[..., Path]) -> None:
+    with pytest.raises(PackageError, match="is for cuda; the engine runs packages for the CPU"):
+        Engine(built(TINY, execution_provider="cuda", precision="fp16"))
+    with pytest.raises(PackageError, match="only a part of a model"):
+        Engine(built(TINY, part="vision"))
+
+
+def test_a_callers_prompt_is_not_changed(engine: Callable[..., Engine]) -> None:
+    made = engine()
+    prompt = made.prompt("What?", [picture(64, 48, 1)])
+    before = [prompt.input_ids.copy(), np.copy(prompt.pixel_values)]
+    made.submit(prompt, max_tokens=3, sampling=GREEDY, repetition_penalty=None).result(30)
+    assert all(np.array_equal(*pair) for pair in zip(before, (prompt.input_ids, prompt.pixel_values), strict=True))
