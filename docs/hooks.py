@@ -141,7 +141,7 @@ class Parameter:
         """How it is written on the command line, as Markdown."""
         names = self.names if isinstance(self.info, OptionInfo) else [""]
         shown = (" ".join(filter(None, [name, self.value])) for name in names)
-        return "<br>".join(f"`{text}`" for text in shown).replace("|", "\\|")
+        return "<br>".join(f"`{text}`" for text in shown)
 
     @property
     def meaning(self) -> str:
