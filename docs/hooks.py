@@ -41,7 +41,14 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """A page's links to files of the repository's root, as the site has them; mkdocs calls this for every page."""
     for name, page in COPIES.items():
         markdown = markdown.replace(f"](../{name}", f"]({page}")
+    markdown = re.sub(r"<!-- file: (\S+) -->", lambda mark: as_code(ROOT / mark[1]), markdown)
     return ELSEWHERE.sub(r"\1", markdown)
+
+
+def as_code(file: Path) -> str:
+    """A file of the repository as a block of code."""
+    language = {".py": "python", ".c": "c"}[file.suffix]
+    return f"```{language}\n{file.read_text(encoding='utf-8')}```"
 
 
 def as_page(text: str) -> str:
@@ -141,7 +148,7 @@ class Parameter:
         """How it is written on the command line, as Markdown."""
         names = self.names if isinstance(self.info, OptionInfo) else [""]
         shown = (" ".join(filter(None, [name, self.value])) for name in names)
-        return "<br>".join(f"`{text}`" for text in shown).replace("|", "\\|")
+        return "<br>".join(f"`{text}`" for text in shown)
 
     @property
     def meaning(self) -> str:

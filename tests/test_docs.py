@@ -74,3 +74,17 @@ def test_the_description_on_pypi_has_no_relative_link() -> None:
     assert not relative.search(absolute)
     assert "](https://example.org/owner/name/raw/0123abc/docs/" in absolute
     assert "](https://example.org/owner/name/blob/0123abc/docs/" in absolute
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_the_documentation_names_are_there(page: Path) -> None:
+    """Paths below src/vlpack or the repository's root, or names of files without a folder."""
+    package = ROOT / "src" / "vlpack"
+    sources = {path.relative_to(package).as_posix() for path in package.rglob("*.*")}
+    names = {path.name for folder in (package, ROOT / "tests", ROOT / "benchmarks") for path in folder.rglob("*.*")}
+    unknown = []
+    for name in re.findall(r"`([\w./-]+\.(?:py|j2|c))`", page.read_text(encoding="utf-8")):
+        known = name in sources or name in names or (ROOT / name).is_file()
+        if not known and not name.startswith(("modeling_", "configuration_")):  # of transformers
+            unknown.append(name)
+    assert not unknown
