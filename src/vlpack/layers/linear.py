@@ -121,7 +121,7 @@ class Linear(Stored):
             case ChannelInt8():
                 return ops.FLOAT
             case Blocks():
-                return ops.FLOAT if self.storage.dtype == "float32" else ops.FLOAT16
+                return ops.FLOAT if self.storage.dtype == "float32" else ir.DataType.FLOAT16
             case _:
                 return ops.dtype_of(self.arrays["weight"])
 
