@@ -31,6 +31,7 @@ from vlpack.preprocess import (
     VideoSource,
     normalize_messages,
 )
+from vlpack.preprocess.literal import CONTROL
 from vlpack.preprocess.messages import check_sources
 from vlpack.reasoning import opens_reasoning, split_reasoning
 from vlpack.sampling import Sampling, check_number
@@ -84,6 +85,8 @@ class Chat:
         allow_private_urls: let image URLs lead to this machine or its network.
         messages: a conversation to go on with, such as `saved` gave: an optional system message, then questions and
             answers in turn.
+        special_tokens: what special tokens written in questions, answers and the system message become: ``control``
+            tokens, as in transformers, or ``text``, for texts that come from strangers.
         **variables: of the chat template (``enable_thinking`` …).
 
     Raises:
@@ -102,6 +105,7 @@ class Chat:
         context: int | None = None,
         allow_private_urls: bool = False,
         messages: Sequence[Message] = (),
+        special_tokens: str = CONTROL,
         **variables: Any,
     ) -> None:
         check_number("max_tokens", max_tokens, 1, 2**31 - 1, whole=True)
@@ -110,7 +114,7 @@ class Chat:
         self.context = min(context or 2**31, model.context_length, _tokens_in_memory(model))
         self.allow_private_urls = allow_private_urls
         self._options = model.search_options(sampling)
-        self._video_options, self._variables = video_options, variables
+        self._video_options, self._variables = video_options, {**variables, "special_tokens": special_tokens}
         if messages:
             normalize_messages(messages)  # anybody may have written them
         messages = list(messages)

@@ -25,6 +25,12 @@ MaxPixels = Annotated[
     int | None, typer.Option("--max-pixels", help="Largest image area, in pixels; smaller is faster.")
 ]
 PrivateUrls = Annotated[bool, typer.Option("--allow-private-urls", help="Let image URLs lead into this network.")]
+Literal = Annotated[
+    bool,
+    typer.Option(
+        "--literal", help="Take special tokens written in a text, such as <|im_end|>, as text, not as control tokens."
+    ),
+]
 VisionProvider = Annotated[
     str | None,
     typer.Option(
@@ -61,3 +67,8 @@ def check_video_options(options: dict[str, float | None], videos: Sequence[str] 
     for name, value in options.items():
         if value is not None and not videos:
             raise OptionError(f"--{name.replace('_', '-')} has no effect without a video.", "Give one with --video.")
+
+
+def special_tokens(literal: bool) -> str:
+    """What ``--literal`` is in Python."""
+    return "text" if literal else "control"

@@ -36,6 +36,7 @@ def run(
     max_pixels: opt.MaxPixels = None,
     vision_provider: opt.VisionProvider = None,
     allow_private_urls: opt.PrivateUrls = False,
+    literal: opt.Literal = False,
     stats: Annotated[bool, typer.Option("--stats", help="Add a line of timing, on standard error.")] = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -74,6 +75,7 @@ def run(
         max_tokens=max_tokens,
         sampling=sampling,
         allow_private_urls=allow_private_urls,
+        special_tokens=opt.special_tokens(literal),
         timing=stats or as_json,
     )
     if max_pixels is None:
@@ -109,6 +111,7 @@ def chat(
     max_pixels: opt.MaxPixels = None,
     vision_provider: opt.VisionProvider = None,
     allow_private_urls: opt.PrivateUrls = False,
+    literal: opt.Literal = False,
 ) -> None:
     """Talk with a package in the terminal; /help says how. Lines of a pipe are questions, too."""
     from vlpack.chat_terminal import Terminal
@@ -132,6 +135,7 @@ def chat(
         context=context,
         allow_private_urls=allow_private_urls,
         messages=before,
+        special_tokens=opt.special_tokens(literal),
     )
     Terminal(conversation, image or (), video or ()).run()
 
@@ -154,6 +158,7 @@ def embed(
     prompt: NamedPrompt = None,
     dimensions: Annotated[int | None, typer.Option("--dimensions", help="Keep so many of the first ones.")] = None,
     max_pixels: opt.MaxPixels = None,
+    literal: opt.Literal = False,
     threads: opt.Threads = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -163,7 +168,10 @@ def embed(
     texts = texts or ([] if image else console.lines_from_stdin())
     model = Embedder(package, threads=threads, max_pixels=max_pixels)
     inputs: list[Any] = [*texts, *({"image": source} for source in image or [])]
-    embeddings = model.embed(inputs, instruction=instruction, prompt=prompt, dimensions=dimensions)
+    special_tokens = opt.special_tokens(literal)
+    embeddings = model.embed(
+        inputs, instruction=instruction, prompt=prompt, dimensions=dimensions, special_tokens=special_tokens
+    )
     console.show_embeddings([*texts, *(image or [])], embeddings, as_json=as_json)
 
 
@@ -180,6 +188,7 @@ def score(
     instruction: Instruction = None,
     prompt: NamedPrompt = None,
     max_pixels: opt.MaxPixels = None,
+    literal: opt.Literal = False,
     threads: opt.Threads = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -189,5 +198,6 @@ def score(
     documents = documents or ([] if image else console.lines_from_stdin())
     model = Reranker(package, threads=threads, max_pixels=max_pixels)
     scored: list[Any] = [*documents, *({"image": source} for source in image or [])]
-    scores = model.score(query, scored, instruction=instruction, prompt=prompt)
+    special_tokens = opt.special_tokens(literal)
+    scores = model.score(query, scored, instruction=instruction, prompt=prompt, special_tokens=special_tokens)
     console.show_scores([*documents, *(image or [])], scores, as_json=as_json)

@@ -20,6 +20,7 @@ from vlpack.package.manifest import graph_files
 from vlpack.preprocess import Prompt, PromptBuilder, Tokenizer
 from vlpack.preprocess.encoder_prompts import ChatPrompts, Input, PlainPrompts
 from vlpack.preprocess.images import check_pixel_limits
+from vlpack.preprocess.literal import CONTROL, check_special_tokens
 from vlpack.preprocess.mrope import mrope_positions
 from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.saturation import warn_of_saturation
@@ -242,6 +243,7 @@ class Embedder(Encoder):
         prompt: str | None = None,
         dimensions: int | None = None,
         allow_private_urls: bool = False,
+        special_tokens: str = CONTROL,
     ) -> Floats:
         """Embeddings of length 1, float32 ``[n, H]``: their dot product is the cosine similarity.
 
@@ -252,6 +254,8 @@ class Embedder(Encoder):
             prompt: the name of one of the model's own prompts instead, such as ``query``.
             dimensions: keep so many of the first ones, where the model was trained for it.
             allow_private_urls: let image URLs lead to this machine or its network.
+            special_tokens: what special tokens written in a text become: ``control`` tokens, as in transformers, or
+                ``text``, for texts that come from strangers.
 
         Raises:
             InputError: an input is not usable, or longer than the model's context; it is named by number, from 1.
@@ -262,9 +266,11 @@ class Embedder(Encoder):
         if dimensions is not None and not (type(dimensions) is int and 1 <= dimensions <= size):
             raise OptionError(f"dimensions is {dimensions!r}; it must be a whole number from 1 to {size}.")
         _check_list(inputs, "inputs")
+        check_special_tokens(special_tokens)
         prefix = self._chosen(prompt)
+        options: dict[str, Any] = {"allow_private_urls": allow_private_urls, "special_tokens": special_tokens}
         rows = self.run(
-            self._form.embedding(item, instruction, prefix, f"Input {number}", allow_private_urls=allow_private_urls)
+            self._form.embedding(item, instruction, prefix, f"Input {number}", **options)
             for number, item in enumerate(inputs, start=1)
         ).reshape(len(inputs), size)
         if dimensions is None:
@@ -291,6 +297,7 @@ class Reranker(Encoder):
         instruction: str | None = None,
         prompt: str | None = None,
         allow_private_urls: bool = False,
+        special_tokens: str = CONTROL,
     ) -> list[float]:
         """How well each document answers the query: the probability, 0 to 1, that the model says yes and not no.
 
@@ -300,6 +307,8 @@ class Reranker(Encoder):
             instruction: what makes a document relevant.
             prompt: the name of one of the model's own instructions instead.
             allow_private_urls: let image URLs lead to this machine or its network.
+            special_tokens: what special tokens written in a text become: ``control`` tokens, as in transformers, or
+                ``text``, for texts that come from strangers.
 
         Raises:
             InputError: query or documents are not usable, or too long together; named by number, from 1.
@@ -307,9 +316,11 @@ class Reranker(Encoder):
         """
         _check_one(instruction, prompt)
         _check_list(documents, "documents")
+        check_special_tokens(special_tokens)
         told = self._chosen(prompt) if instruction is None else instruction
+        options: dict[str, Any] = {"allow_private_urls": allow_private_urls, "special_tokens": special_tokens}
         scores = self.run(
-            self._form.reranker(query, document, told, f"Document {number}", allow_private_urls=allow_private_urls)
+            self._form.reranker(query, document, told, f"Document {number}", **options)
             for number, document in enumerate(documents, start=1)
         )
         return [float(score) for score in scores]

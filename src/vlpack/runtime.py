@@ -20,6 +20,7 @@ from vlpack.package.genai_config import eos_ids
 from vlpack.package.manifest import graph_files
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder, VideoOptions, VideoSource
 from vlpack.preprocess.images import check_pixel_limits
+from vlpack.preprocess.literal import CONTROL
 from vlpack.preprocess.messages import check_sources
 from vlpack.preprocess.prompt import check_vision_start
 from vlpack.preprocess.settings_folder import SettingsFolder
@@ -117,8 +118,8 @@ class Model(Loaded):
     ) -> Prompt:
         """Messages as the tensors that the package is run on; `generate` and `stream` take the result.
 
-        Options are ``video_options`` and the chat template's variables (``tools``, ``enable_thinking`` …); see
-        `vlpack.preprocess.PromptBuilder`.
+        Options are ``video_options``, ``special_tokens`` and the chat template's variables (``tools``,
+        ``enable_thinking`` …); see `vlpack.preprocess.PromptBuilder`.
         """
         check_sources(images, videos)
         return self.prompts(_as_messages(messages, images, videos), images, videos, **options)
@@ -139,6 +140,7 @@ class Model(Loaded):
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         allow_private_urls: bool = False,
+        special_tokens: str = CONTROL,
         timing: bool = False,
     ) -> Answer:
         """The whole answer; arguments as for `stream`."""
@@ -156,6 +158,7 @@ class Model(Loaded):
             seed=seed,
             stop=stop,
             allow_private_urls=allow_private_urls,
+            special_tokens=special_tokens,
             timing=timing,
         )
         for _ in stream:
@@ -178,6 +181,7 @@ class Model(Loaded):
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         allow_private_urls: bool = False,
+        special_tokens: str = CONTROL,
         timing: bool = False,
     ) -> AnswerStream:
         """The answer as it is made, piece by piece.
@@ -199,6 +203,8 @@ class Model(Loaded):
             seed: the same seed gives the same answer.
             stop: texts at which the answer ends; it does not have them.
             allow_private_urls: let image URLs lead to this machine or its network.
+            special_tokens: what special tokens written in the messages become: ``control`` tokens, as in transformers,
+                or ``text``, for messages that come from strangers.
             timing: measure vision and prefill apart. It takes the runtime's log, which is one for the process, and
                 leaves it without a callback.
 
@@ -215,11 +221,17 @@ class Model(Loaded):
         prompt, preprocess_seconds = messages, None
         if isinstance(prompt, Prompt):
             given = {"images": len(images), "videos": len(videos), "video_options": video_options}
-            _check_prompt(prompt, {**given, "allow_private_urls": allow_private_urls}, self.config["model"])
+            given |= {"allow_private_urls": allow_private_urls, "special_tokens": special_tokens != CONTROL}
+            _check_prompt(prompt, given, self.config["model"])
         else:
             started = time.perf_counter()
             prompt = self.prompt(
-                prompt, images, videos, video_options=video_options, allow_private_urls=allow_private_urls
+                prompt,
+                images,
+                videos,
+                video_options=video_options,
+                allow_private_urls=allow_private_urls,
+                special_tokens=special_tokens,
             )
             preprocess_seconds = time.perf_counter() - started
         limit = self.room(prompt, max_tokens)

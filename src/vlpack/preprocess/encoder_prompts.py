@@ -13,6 +13,7 @@ import numpy as np
 
 from vlpack.errors import InputError
 from vlpack.preprocess.inputs import Prompt
+from vlpack.preprocess.literal import CONTROL, TEXT, literal_pieces
 from vlpack.preprocess.load import ImageSource
 from vlpack.preprocess.prompt import PromptBuilder
 from vlpack.preprocess.tokenizer import Tokenizer
@@ -37,7 +38,16 @@ class PlainPrompts:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
-    def embedding(self, item: Input, instruction: str | None, prefix: str, where: str, **load: Any) -> Prompt:
+    def embedding(
+        self,
+        item: Input,
+        instruction: str | None,
+        prefix: str,
+        where: str,
+        *,
+        special_tokens: str = CONTROL,
+        **load: Any,
+    ) -> Prompt:
         """The prompt of one input; an instruction makes a query of it.
 
         Raises:
@@ -47,12 +57,21 @@ class PlainPrompts:
         _refuse_images(images, where)
         instruction = own or instruction
         text = (f"Instruct: {instruction}\nQuery:" if instruction else prefix) + "".join(texts)
-        ids = self.tokenizer.encode(text, add_special_tokens=True)
+        ids = self.tokenizer.encode(self._pieces(text, special_tokens), add_special_tokens=True)
         if not ids:
             raise InputError(f"{where} is empty, and the tokenizer adds nothing to it.")
         return _text_prompt(ids, text)
 
-    def reranker(self, query: Input, document: Input, instruction: str, where: str, **load: Any) -> Prompt:
+    def reranker(
+        self,
+        query: Input,
+        document: Input,
+        instruction: str,
+        where: str,
+        *,
+        special_tokens: str = CONTROL,
+        **load: Any,
+    ) -> Prompt:
         """The prompt of a pair."""
         pair = []
         for item, name in ((query, "The query"), (document, where)):
@@ -60,8 +79,12 @@ class PlainPrompts:
             _refuse_images(images, name)
             pair.append("".join(texts))
         body = plain_pair(instruction, *pair)
-        ids = [token_id for text in (BEFORE, body, AFTER) for token_id in self.tokenizer.encode(text)]
+        asked = (BEFORE, self._pieces(body, special_tokens), AFTER)
+        ids = [token_id for text in asked for token_id in self.tokenizer.encode(text)]
         return _text_prompt(ids, BEFORE + body + AFTER)
+
+    def _pieces(self, text: str, special_tokens: str) -> str | list[str]:
+        return literal_pieces(self.tokenizer, text) if special_tokens == TEXT else text
 
 
 def plain_pair(instruction: str, query: str, document: str) -> str:

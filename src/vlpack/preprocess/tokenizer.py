@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
+from itertools import pairwise
 
 import tokenizers
 
@@ -60,24 +62,24 @@ class Tokenizer:
             raise
         return cls(tokenizer, str(file), growth_of(tokenizer, str(file)))
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    def encode(self, text: str | Sequence[str], *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text. Special tokens written in it become their ids.
 
         Args:
-            text: any.
+            text: any; or the pieces of one, each of which is encoded by itself, so that no token crosses their borders.
             add_special_tokens: also add those that the tokenizer has around a text; embedding models end with one.
 
         Raises:
             InputError: the text is not valid Unicode, or so long that the tokenizer's rules could fill the memory.
             CheckpointError: the tokenizer fails on it.
         """
-        if len(text) > self._longest:
-            raise InputError(
-                f"The text has {len(text)} characters; with this tokenizer no more than {self._longest} are taken.",
-                "No supported model has a context for so much text: give less.",
-            )
+        pieces = [text] if isinstance(text, str) else list(text)
+        self._check_length(sum(map(len, pieces)))
+        whole: str | list[str] = pieces[0] if len(pieces) == 1 else pieces
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            ids: list[int] = self._tokenizer.encode(
+                whole, is_pretokenized=len(pieces) != 1, add_special_tokens=add_special_tokens
+            ).ids
         except (TypeError, UnicodeError) as error:  # lone surrogates
             raise InputError(f"The prompt is not valid Unicode text: {error}.") from error
         except BaseException as error:
@@ -85,6 +87,43 @@ class Tokenizer:
                 raise CheckpointError(f"{self.where} fails on a text: {error}.") from error
             raise
         return ids
+
+    def control_places(self, text: str, keep: Collection[str] = ()) -> list[int]:
+        """Where to cut a text so that none of its pieces holds a control token (an added token): within each of them.
+
+        Args:
+            text: any.
+            keep: control tokens that may stay whole.
+
+        Raises:
+            InputError: no cut helps with this tokenizer, whose normalizer makes a control token of other characters or
+                which has one of a single character.
+        """
+        self._check_length(len(text))
+        added = [token for token in self._tokenizer.get_added_tokens_decoder().values() if token.content not in keep]
+        longer = [re.escape(token.content) for token in added if len(token.content) > 1]
+        # a look ahead finds those that overlap, too
+        places = [found.start() + 1 for found in re.finditer(f"(?={'|'.join(longer)})", text)] if longer else []
+        whole = [token.content for token in added if len(token.content) == 1 and token.special]
+        normalizer, normalized = self._tokenizer.normalizer, [token.content for token in added if token.normalized]
+        if normalizer is not None and normalized:
+            edges = [0, *places, len(text)]
+            made = [normalizer.normalize_str(text[a:b]) for a, b in pairwise(edges)]
+            text += "".join(made)
+            whole += [token for token in map(normalizer.normalize_str, normalized) if any(token in one for one in made)]
+        if bad := next((token for token in whole if token and token in text), None):
+            raise InputError(
+                f"A text has {bad!r}, or what the tokenizer makes that of, which cannot be encoded as plain text.",
+                "Leave it away, or take special tokens as control tokens.",
+            )
+        return places
+
+    def _check_length(self, length: int) -> None:
+        if length > self._longest:
+            raise InputError(
+                f"The text has {length} characters; with this tokenizer no more than {self._longest} are taken.",
+                "No supported model has a context for so much text: give less.",
+            )
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""

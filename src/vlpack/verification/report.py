@@ -36,7 +36,8 @@ PIXELS = 2_500_000
 
 def as_json(report: Report) -> dict[str, Any]:
     """The whole, with the verdict as ``ok`` and ``verdict``; numbers that are not finite are null, pictures base64."""
-    shown = _finite({"ok": report.ok, "verdict": verdict(report), "mean_kl": report.mean_kl, **asdict(report)})
+    whole = {"ok": report.ok, "verdict": verdict(report), "mean_kl": report.mean_kl, **asdict(report)}
+    shown: dict[str, Any] = _finite(whole)
     for case, result in zip(shown["cases"], report.cases, strict=True):
         case["first_bad"] = result.first_bad.name if result.first_bad else None
         case["same_tokens"] = result.same_tokens
