@@ -96,7 +96,7 @@ class Benchmark:
         works: in the order that they were asked for.
         threads: of the runtime.
         new_tokens: of each answer.
-        repeat: answers to each prompt.
+        repeat: answers to prompts of each kind.
         machine: processor, cores, memory, system.
         versions: of vlpack and what ran.
     """
@@ -136,7 +136,7 @@ def bench(
         prompt_tokens: lengths of text prompts; 512 and 2048 where neither these nor images are given.
         images: sizes such as ``640x480``, asked about one at a time; 640x480 likewise, where the package sees.
         new_tokens: of each answer, the first one included.
-        repeat: how often each prompt is answered.
+        repeat: answers to prompts of each kind; no two have the same beginning, or the same image.
         threads: of the runtime; all cores by default.
         progress: told what is being done.
 

@@ -30,7 +30,10 @@ def main() -> None:
 
 
 def work(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the package and answer; lists of seconds by stage, one for each answer."""
+    """Load the package and answer; lists of seconds by stage, one for each answer.
+
+    The first answer is that of a fresh process. No two are to the same prompt or image, which a cache could know.
+    """
     model = Model(asked["package"], threads=asked["threads"])
     load = model.load_seconds
     if "image" in asked and model.vision is not None:  # which would load it with the first answer
@@ -38,9 +41,9 @@ def work(asked: Mapping[str, Any]) -> dict[str, Any]:
         model.vision.load()
         load += time.perf_counter() - started
     times: dict[str, list[float]] = {name: [] for name in ("first_token", "preprocess", "vision", "prefill", "token")}
-    for _ in range(asked["repeat"]):
+    for number in range(asked["repeat"]):
         started = time.perf_counter()
-        prompt = _prompt(model, asked)
+        prompt = _prompt(model, asked, number)
         preprocess = time.perf_counter() - started if prompt.has_images else 0.0
         for name, seconds in _answer(model, prompt, asked["new"]).items():
             times[name].append(seconds)
@@ -52,12 +55,15 @@ def work(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt_tokens": tokens, **times, **memory, "load": load}
 
 
-def _prompt(model: Model, asked: Mapping[str, Any]) -> Prompt:
+def _prompt(model: Model, asked: Mapping[str, Any], number: int) -> Prompt:
+    """The prompt of the answer with this number: its beginning, or its image, is no earlier one's."""
     if "image" in asked:
         width, height = asked["image"]
-        prompt = model.prompt(QUESTION, [picture(width, height, 1)])
+        prompt = model.prompt(QUESTION, [picture(width, height, 1 + number)])
     else:
-        ids = np.resize(np.array(model.tokenizer.encode(TEXT), np.int32), asked["tokens"])  # repeated
+        head = model.tokenizer.encode(f"{number}. ")
+        body = np.resize(np.array(model.tokenizer.encode(TEXT), np.int32), asked["tokens"])  # repeated
+        ids = np.concatenate([np.array(head, np.int32), body])[: asked["tokens"]]
         prompt = Prompt(ids[None], np.zeros(0, np.int64), None, None, "")
     room = model.context_length - asked["new"]
     if not 0 < prompt.input_ids.shape[1] <= room:

@@ -108,7 +108,9 @@ def bench(
         list[str] | None, typer.Option("--image", help="Size of an image, such as 640x480; again for another.")
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Of each answer.")] = 32,
-    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Answers to each prompt.")] = 3,
+    repeat: Annotated[
+        int, typer.Option("--repeat", min=1, help="Answers to prompts of each kind, never the same twice.")
+    ] = 3,
     threads: opt.Threads = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result to this JSON file.")] = None,
     compare: Annotated[
