@@ -14,6 +14,10 @@ from vlpack.errors import CheckpointError
 from vlpack.preprocess import ImageProcessor, smart_resize
 
 _SIZES = ((1280, 720), (1920, 1080), (1024, 768), (640, 480), (800, 600), (854, 480), (600, 400), (400, 400))
+_EDGES = sorted(
+    {edge for size in _SIZES for edge in size} | {240, 320, 360, 576, 900, 960, 1050, 1200, 1440, 1600, 1680}
+)
+"""Edges of usual photographs and screens, in pixels."""
 
 
 def processor_config(architecture: Architecture, processor: ImageProcessor) -> dict[str, Any]:
@@ -76,12 +80,23 @@ def check_processor(facts: VisionFacts, processor: ImageProcessor) -> None:
 
 
 class GridDifference(NamedTuple):
-    """An image size, and its patches along height and width in the runtime's processor and in transformers'."""
+    """An image size, and its patches along height and width in the runtime's processor and in transformers'.
+
+    Attributes:
+        factor: pixels of a block, of which an edge gets a whole number.
+    """
 
     width: int
     height: int
     runtime: tuple[int, int]
     transformers: tuple[int, int]
+    factor: int
+
+    @property
+    def edges(self) -> list[int]:
+        """The shortest edges that the two round differently, and the usual ones among the others."""
+        first = [2 * blocks * self.factor + self.factor // 2 for blocks in range(1, 5)]
+        return sorted({*first, *(edge for edge in _EDGES if edge % (2 * self.factor) == self.factor // 2)})
 
 
 def grid_difference(processor: ImageProcessor) -> GridDifference | None:
@@ -95,5 +110,5 @@ def grid_difference(processor: ImageProcessor) -> GridDifference | None:
         runtime = smart_resize(height, width, *limits, rounded=lambda value: math.floor(value + 0.5))
         if runtime != theirs:
             grids = [(size[0] // patch, size[1] // patch) for size in (runtime, theirs)]
-            return GridDifference(width, height, grids[0], grids[1])
+            return GridDifference(width, height, grids[0], grids[1], factor)
     return None
