@@ -11,13 +11,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 from rich.text import Text
 
 from vlpack import console
 from vlpack.chat import Chat
 from vlpack.conversations import write_messages
 from vlpack.errors import InputError, OptionError, VlpackError
+from vlpack.image_arguments import image_files
 from vlpack.preprocess import load_image
 from vlpack.reasoning import ReasoningStream, opens_reasoning
 
@@ -26,19 +29,21 @@ if TYPE_CHECKING:
 
     from vlpack.answers import AnswerStream
 
-HELP = """\
-/image FILE or URL …   show images with the next message ("" takes them back)
-/video FILE …          show videos (or folders of pictures) with the next message ("" takes them back)
-/system [TEXT]         tell the model how to behave; without a text, say what it was told ("" takes it back)
-/history               the conversation so far
-/drop [N]              forget the oldest turn, or N of them
-/reset                 forget the whole conversation
-/save FILE             write the conversation as JSON (go on with it: vlpack chat PACKAGE --messages FILE)
-/stats                 what the last answer took, and how full the context is
-/exit                  leave; so does Ctrl-D
-A line that ends with \\, or Alt-Enter, goes on in the next one. A message that begins with / is written with //.
-Ctrl-C stops an answer, and what there is of it stays in the conversation."""
-
+COMMANDS = (
+    ("/image FILE or URL …", 'show images with the next message, also all of a folder or pattern ("" takes them back)'),
+    ("/video FILE …", 'show videos (or folders of pictures) with the next message ("" takes them back)'),
+    ("/system [TEXT]", 'tell the model how to behave; without a text, say what it was told ("" takes it back)'),
+    ("/history", "the conversation so far"),
+    ("/drop [N]", "forget the oldest turn, or N of them"),
+    ("/reset", "forget the whole conversation"),
+    ("/save FILE", "write the conversation as JSON (go on with it: vlpack chat PACKAGE --messages FILE)"),
+    ("/stats", "what the last answer took, and how full the context is"),
+    ("/exit", "leave; so does Ctrl-D"),
+)
+KEYS = (
+    "A line that ends with \\, or Alt-Enter, goes on in the next one. A message that begins with / is written with //. "
+    "Ctrl-C stops an answer, and what there is of it stays in the conversation."
+)
 
 _NONE = ('""', "''")
 """Written behind a command to take back what was given."""
@@ -71,7 +76,7 @@ class Terminal:
             "reset": self._reset,
             "save": self._save,
             "stats": self._stats,
-            "help": lambda _: self._say(HELP),
+            "help": self._help,
         }
         self.interactive = console.is_terminal(sys.stdin) and console.is_terminal(sys.stdout)
 
@@ -116,6 +121,8 @@ class Terminal:
                 self._answer(line[1:] if line.startswith("//") else line)
             except VlpackError:
                 self._say_pending()
+                if self.images:
+                    self._say('/image "" takes the images back.')
                 raise
 
     def _interrupted(self, number: int, frame: object) -> None:
@@ -125,13 +132,17 @@ class Terminal:
             raise KeyboardInterrupt
 
     def _answer(self, text: str) -> None:
-        stream = self.chat.stream(text, self.images, self.videos)
+        with console.waiting("preparing the question"):
+            stream = self.chat.stream(text, self.images, self.videos)
         self._stream, turns = stream, len(self.chat.turns)
         reasoning = ReasoningStream(opens_reasoning(stream.prompt.text))
         if self.images:
             console.note_large_images(self.chat.model, stream.prompt)
         stopped = False
         try:
+            with console.waiting(console.reading(stream.prompt)):
+                first = next(stream, "")
+            self._show(reasoning.push(first))
             for piece in stream:
                 self._show(reasoning.push(piece))
         except KeyboardInterrupt:
@@ -171,7 +182,8 @@ class Terminal:
         print(end="", flush=True)
 
     def _image(self, rest: str) -> None:
-        sources = [] if rest in _NONE else _sources(rest, "/image FILE")
+        named = [] if rest in _NONE else _sources(rest, "/image FILE")
+        sources = [file for name in named for file in image_files(name)]
         self.images = self.images + self._there(sources) if sources else []
         self._say_pending()
 
@@ -194,6 +206,18 @@ class Terminal:
         named = [*self.images, *self.videos]
         if named:
             self._say(f"With the next message: {', '.join(named)}")
+
+    def _help(self, rest: str) -> None:
+        _nothing(rest, "/help")
+        table = Table.grid(padding=(0, 3, 0, 0))
+        for name, meaning in COMMANDS:
+            table.add_row(Text(name), Text(meaning))
+        for part in (table, Text(KEYS)):  # wrapped here between words, where a terminal would break them
+            self._stream_of_words().print(part, style="dim", soft_wrap=False)
+
+    def _stream_of_words(self) -> Console:
+        """Where what is no answer goes: beside the answers, which a pipe carries on."""
+        return console.out if self.interactive else console.err
 
     def _system(self, rest: str) -> None:
         if rest:
@@ -239,9 +263,7 @@ class Terminal:
         )
 
     def _say(self, text: str) -> None:
-        # beside the answers, which a pipe carries on
-        said = Text(console.without_controls(text), style="dim")
-        (console.out if self.interactive else console.err).print(said)
+        self._stream_of_words().print(Text(console.without_controls(text), style="dim"))
 
     def _reader(self) -> Callable[[], str | None]:
         """What gives the next message: an editor in a terminal, else the next line."""
@@ -279,7 +301,9 @@ def _editor(commands: Sequence[str]) -> PromptSession[str]:
             text = document.text_before_cursor
             name, space, rest = text.partition(" ")
             if name in ("/image", "/video", "/save") and space:
-                yield from PathCompleter(expanduser=True).get_completions(Document(rest), complete_event)
+                for file in PathCompleter(expanduser=True).get_completions(Document(rest), complete_event):
+                    folder = file.display_text.endswith("/")  # so that the next Tab looks into it
+                    yield Completion(file.text + "/" * folder, file.start_position, file.display)
             elif text.startswith("/"):
                 yield from (Completion(c, -len(text)) for c in commands if c.startswith(text))
 

@@ -18,15 +18,16 @@ import typer
 import vlpack
 from vlpack import cli_options as opt
 from vlpack import console, console_measure
+from vlpack.cli_commands import AskingCommand, Command, Group
 from vlpack.cli_measure import bench, evaluate, verify
 from vlpack.cli_use import chat, embed, run, score
 from vlpack.errors import OptionError, VlpackError
 
 app = typer.Typer(
     name="vlpack",
+    cls=Group,
     help="Qwen vision-language checkpoints to complete packages for the stock ONNX Runtime GenAI.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -52,7 +53,7 @@ def _main(
     pass
 
 
-@app.command()
+@app.command(cls=Command)
 def build(
     source: Annotated[
         str | None, typer.Argument(help="Checkpoint: a folder or a Hub id, such as Qwen/Qwen3-VL-4B-Instruct.")
@@ -91,7 +92,11 @@ def build(
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option("--lora", help="LoRA adapter to merge: a folder or a Hub id; give it again for another."),
+        typer.Option(
+            "--lora",
+            metavar="FOLDER|HUB_ID",
+            help="LoRA adapter to merge: a folder or a Hub id; give it again for another.",
+        ),
     ] = None,
     calibrate: Annotated[
         str | None,
@@ -111,7 +116,8 @@ def build(
         int | None, typer.Option("--threads", min=1, help="That encode weights. (default: all cores, at most 8)")
     ] = None,
     verify_it: Annotated[
-        bool, typer.Option("--verify", help="Compare with transformers when built, and say so in the package's card.")
+        bool,
+        typer.Option("--verify", help="Compare with transformers when built, and say so in the package's card."),
     ] = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -165,10 +171,10 @@ def build(
 
 
 for verb in (run, chat, embed, score):
-    app.command()(verb)
+    app.command(cls=AskingCommand)(verb)
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
     path: Annotated[Path, typer.Argument(help="A folder of a package or checkpoint, or a Hub id (no weights).")],
     hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Compare the contents of all files.")] = True,
@@ -183,12 +189,12 @@ def inspect(
         raise typer.Exit(1)
 
 
-app.command()(verify)
-app.command(name="eval")(evaluate)
-app.command()(bench)
+app.command(cls=Command)(verify)
+app.command(name="eval", cls=Command)(evaluate)
+app.command(cls=Command)(bench)
 
 
-@app.command()
+@app.command(cls=Command)
 def architectures(as_json: opt.Json = False) -> None:
     """List the architectures that are supported and what each needs."""
     from vlpack.architectures import described
@@ -196,7 +202,7 @@ def architectures(as_json: opt.Json = False) -> None:
     console.show_architectures(described(), as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the package in this folder.")] = None,
     precision: Annotated[str, typer.Option("-p", "--precision", help="fp32, fp16, int8 or int4.")] = "int8",

@@ -16,9 +16,15 @@ from vlpack.errors import InputError, OptionError
 def verify(
     package: Annotated[Path, typer.Argument(help="Folder of a package.")],
     reference: Annotated[str, typer.Option("--reference", help="Checkpoint it should be: a folder or a Hub id.")],
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="Ask this; again for more.")] = None,
-    image: Annotated[list[str] | None, typer.Option("--image", help="With these images; again for more.")] = None,
-    video: Annotated[list[str] | None, typer.Option("--video", help="With these videos; again for more.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="Ask this; again for more.")
+    ] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", metavar="IMAGE", help="With these images; again for more.")
+    ] = None,
+    video: Annotated[
+        list[str] | None, typer.Option("--video", metavar="VIDEO", help="With these videos; again for more.")
+    ] = None,
     cases: Annotated[
         Path | None, typer.Option("--cases", help='JSONL file: {"prompt": "…", "images": ["a.png"]} a line.')
     ] = None,
@@ -32,18 +38,21 @@ def verify(
     ] = None,
     threads: opt.Threads = None,
     lora: Annotated[
-        list[str] | None, typer.Option("--lora", help="Adapter that was merged; again for another.")
+        list[str] | None,
+        typer.Option("--lora", metavar="FOLDER|HUB_ID", help="Adapter that was merged; again for another."),
     ] = None,
     report: Annotated[Path | None, typer.Option("--report", help="Write a page to look at: report.html.")] = None,
     as_json: opt.Json = False,
 ) -> None:
     """Compare a package with its checkpoint in transformers; exit with 1 where it is not the model."""
+    from vlpack.image_arguments import image_files
     from vlpack.verification import verify as run_verify
     from vlpack.verification.cases import from_file, own
 
     if report is not None and not report.absolute().parent.is_dir():  # told before the work
         raise OptionError(f"There is no folder {report.absolute().parent} for the report.")
-    given = (prompt or [], image or [], video or [])
+    images = [file for name in image or [] for file in image_files(name)]
+    given = (prompt or [], images, video or [])
     if cases is not None and any(given):
         raise OptionError("--cases has its own prompts and images.", "Leave --prompt, --image and --video away.")
     asked = from_file(cases) if cases else own(*given) if any(given) else None
@@ -74,10 +83,14 @@ def evaluate(
         str | None, typer.Option("--reference", help="Ask this checkpoint in transformers too: a folder or a Hub id.")
     ] = None,
     without_deepstack: Annotated[
-        bool, typer.Option("--without-deepstack", help="Ask once more with DeepStack's features set to zero.")
+        bool,
+        typer.Option("--without-deepstack", help="Ask once more with DeepStack's features set to zero."),
     ] = False,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many questions.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of an answer at most.")] = 32,
+    wrong: Annotated[
+        int, typer.Option("--wrong", min=0, help="Show so many of the questions that were not answered right.")
+    ] = 10,
     threads: opt.Threads = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -96,16 +109,18 @@ def evaluate(
             threads=threads,
             progress=progress,
         )
-    console_measure.show_evaluation(result, as_json=as_json)
+    console_measure.show_evaluation(result, wrong, as_json=as_json)
 
 
 def bench(
     package: Annotated[Path, typer.Argument(help="Folder of a package.")],
     prompt_tokens: Annotated[
-        list[int] | None, typer.Option("--prompt-tokens", min=1, help="Length of a text prompt; again for another.")
+        list[int] | None,
+        typer.Option("--prompt-tokens", metavar="COUNT", min=1, help="Length of a text prompt; again for another."),
     ] = None,
     image: Annotated[
-        list[str] | None, typer.Option("--image", help="Size of an image, such as 640x480; again for another.")
+        list[str] | None,
+        typer.Option("--image", metavar="WIDTHxHEIGHT", help="Size of an image, such as 640x480; again for another."),
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Of each answer.")] = 32,
     repeat: Annotated[

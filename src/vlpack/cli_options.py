@@ -14,9 +14,11 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Of the ru
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 Package = Annotated[Path, typer.Argument(help="Folder of a package.")]
-Images = Annotated[list[str] | None, typer.Option("--image", help="Image file or URL; give it again for more.")]
+IMAGES = "Image file, URL, folder of images, pattern ('*.png'), or - for standard input; give it again for more."
+Images = Annotated[list[str] | None, typer.Option("--image", metavar="IMAGE", help=IMAGES)]
 Videos = Annotated[
-    list[str] | None, typer.Option("--video", help="Video file, or folder of pictures; give it again for more.")
+    list[str] | None,
+    typer.Option("--video", metavar="VIDEO", help="Video file, or folder of pictures; give it again for more."),
 ]
 System = Annotated[str | None, typer.Option("--system", help="System prompt.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Of an answer at most.")]
@@ -28,7 +30,8 @@ PrivateUrls = Annotated[bool, typer.Option("--allow-private-urls", help="Let ima
 Literal = Annotated[
     bool,
     typer.Option(
-        "--literal", help="Take special tokens written in a text, such as <|im_end|>, as text, not as control tokens."
+        "--literal",
+        help="Take special tokens written in a text, such as <|im_end|>, as text, not as control tokens.",
     ),
 ]
 VisionProvider = Annotated[

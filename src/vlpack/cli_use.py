@@ -41,15 +41,18 @@ def run(
     as_json: opt.Json = False,
 ) -> None:
     """Ask a package a question, about images and videos or without."""
+    from vlpack.image_arguments import check_question, named_images
     from vlpack.preprocess import VideoOptions
     from vlpack.runtime import Model
     from vlpack.sampling import Sampling
 
+    images = [source for _, source in named_images(image, question)]
     question = console.question_from_stdin() if question is None else question
+    check_question(question, image)
     if not question.strip():
         raise OptionError("The question is empty.", 'vlpack run PACKAGE [--image FILE] "question"')
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    seen = [*({"type": "image"} for _ in image or []), *({"type": "video"} for _ in video or [])]
+    seen = [*({"type": "image"} for _ in images), *({"type": "video"} for _ in video or [])]
     messages.append({"role": "user", "content": [*seen, {"type": "text", "text": question}] if seen else question})
     looked = {
         "fps": fps,
@@ -64,20 +67,22 @@ def run(
     video_options = VideoOptions(**looked)  # type: ignore[arg-type]
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     sampling.search_options()  # a wrong value is told before the model is loaded
-    model = Model(
-        package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
-    )
-    stream = model.stream(
-        messages,
-        image or [],
-        video or [],
-        video_options=video_options if video else None,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        allow_private_urls=allow_private_urls,
-        special_tokens=opt.special_tokens(literal),
-        timing=stats or as_json,
-    )
+    with console.waiting(f"loading {package}"):
+        model = Model(
+            package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
+        )
+    with console.waiting("preparing the question"):
+        stream = model.stream(
+            messages,
+            images,
+            video or [],
+            video_options=video_options if video else None,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            allow_private_urls=allow_private_urls,
+            special_tokens=opt.special_tokens(literal),
+            timing=stats or as_json,
+        )
     if max_pixels is None:
         console.note_large_images(model, stream.prompt)
     console.show_answer(stream, model.load_seconds, stats=stats, as_json=as_json)
@@ -116,17 +121,22 @@ def chat(
     """Talk with a package in the terminal; /help says how. Lines of a pipe are questions, too."""
     from vlpack.chat_terminal import Terminal
     from vlpack.conversations import read_messages
+    from vlpack.image_arguments import STANDARD_INPUT, named_images
     from vlpack.preprocess import VideoOptions
     from vlpack.runtime import Model
     from vlpack.sampling import Sampling
 
+    if image and STANDARD_INPUT in image:
+        raise OptionError("chat reads questions from standard input, and no image.", "Give a file: --image a.png")
+    images = [name for name, _ in named_images(image)]
     video_options = VideoOptions(fps, num_frames, min_frames, max_frames, total_pixels)
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     sampling.search_options()  # a wrong value, or file, is told before the model is loaded
     before = read_messages(messages) if messages else []
-    model = Model(
-        package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
-    )
+    with console.waiting(f"loading {package}"):
+        model = Model(
+            package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
+        )
     conversation = model.chat(
         system=system,
         max_tokens=max_tokens,
@@ -137,7 +147,7 @@ def chat(
         messages=before,
         special_tokens=opt.special_tokens(literal),
     )
-    Terminal(conversation, image or (), video or ()).run()
+    Terminal(conversation, images, video or ()).run()
 
 
 Instruction = Annotated[str | None, typer.Option("--instruction", help="What the model is told to compare for.")]
@@ -152,7 +162,8 @@ def embed(
         list[str] | None, typer.Argument(metavar="TEXT…", help="One input each; lines of standard input without any.")
     ] = None,
     image: Annotated[
-        list[str] | None, typer.Option("--image", help="Image file or URL, an input of its own after the texts.")
+        list[str] | None,
+        typer.Option("--image", metavar="IMAGE", help=f"An input of its own after the texts. {opt.IMAGES}"),
     ] = None,
     instruction: Instruction = None,
     prompt: NamedPrompt = None,
@@ -164,15 +175,21 @@ def embed(
 ) -> None:
     """Embed texts and images with an embedding model's package, and compare them."""
     from vlpack.encoder import Embedder
+    from vlpack.image_arguments import check_question, named_images
 
-    texts = texts or ([] if image else console.lines_from_stdin())
-    model = Embedder(package, threads=threads, max_pixels=max_pixels)
-    inputs: list[Any] = [*texts, *({"image": source} for source in image or [])]
+    for text in texts or []:
+        check_question(text, image)
+    images = named_images(image)
+    texts = texts or ([] if images else console.lines_from_stdin())
+    with console.waiting(f"loading {package}"):
+        model = Embedder(package, threads=threads, max_pixels=max_pixels)
+    inputs: list[Any] = [*texts, *({"image": source} for _, source in images)]
     special_tokens = opt.special_tokens(literal)
-    embeddings = model.embed(
-        inputs, instruction=instruction, prompt=prompt, dimensions=dimensions, special_tokens=special_tokens
-    )
-    console.show_embeddings([*texts, *(image or [])], embeddings, as_json=as_json)
+    with console.waiting(f"embedding {len(inputs)} input{'s' * (len(inputs) != 1)}"):
+        embeddings = model.embed(
+            inputs, instruction=instruction, prompt=prompt, dimensions=dimensions, special_tokens=special_tokens
+        )
+    console.show_embeddings([*texts, *(name for name, _ in images)], embeddings, as_json=as_json)
 
 
 def score(
@@ -183,7 +200,8 @@ def score(
         typer.Argument(metavar="DOCUMENT…", help="Texts to score; lines of standard input without any."),
     ] = None,
     image: Annotated[
-        list[str] | None, typer.Option("--image", help="Image file or URL, a document of its own after the texts.")
+        list[str] | None,
+        typer.Option("--image", metavar="IMAGE", help=f"A document of its own after the texts. {opt.IMAGES}"),
     ] = None,
     instruction: Instruction = None,
     prompt: NamedPrompt = None,
@@ -194,10 +212,16 @@ def score(
 ) -> None:
     """Score documents for a query with a reranker's package: 0 to 1, the best first."""
     from vlpack.encoder import Reranker
+    from vlpack.image_arguments import check_question, named_images
 
-    documents = documents or ([] if image else console.lines_from_stdin())
-    model = Reranker(package, threads=threads, max_pixels=max_pixels)
-    scored: list[Any] = [*documents, *({"image": source} for source in image or [])]
+    for document in documents or []:
+        check_question(document, image)
+    images = named_images(image)
+    documents = documents or ([] if images else console.lines_from_stdin())
+    with console.waiting(f"loading {package}"):
+        model = Reranker(package, threads=threads, max_pixels=max_pixels)
+    scored: list[Any] = [*documents, *({"image": source} for _, source in images)]
     special_tokens = opt.special_tokens(literal)
-    scores = model.score(query, scored, instruction=instruction, prompt=prompt, special_tokens=special_tokens)
-    console.show_scores([*documents, *(image or [])], scores, as_json=as_json)
+    with console.waiting(f"scoring {len(scored)} document{'s' * (len(scored) != 1)}"):
+        scores = model.score(query, scored, instruction=instruction, prompt=prompt, special_tokens=special_tokens)
+    console.show_scores([*documents, *(name for name, _ in images)], scores, as_json=as_json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import sys
 import unicodedata
@@ -211,10 +212,36 @@ def _short(label: str, width: int = 60) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Where somebody sits at a terminal, say what is waited for, with the seconds, until the block is left."""
+    if not err.is_terminal or err.is_dumb_terminal:
+        yield
+        return
+    from vlpack.waiting import waiting as draw
+
+    with draw(" ".join(printable(what).split())):
+        yield
+
+
+def reading(prompt: Prompt) -> str:
+    """What is done until an answer begins."""
+    count = f"{prompt.input_ids.size} tokens"
+    videos, images = len(prompt.videos), int((~prompt.is_video).sum())
+    seen = [f"{n} {name}{'s' * (n > 1)}" for n, name in ((images, "image"), (videos, "video")) if n]
+    return f"looking at {' and '.join(seen)}, reading {count}" if seen else f"reading {count}"
+
+
 def show_answer(stream: AnswerStream, load_seconds: float, *, stats: bool, as_json: bool) -> None:
     """The answer as it comes, and the line of timing."""
-    for piece in stream:
-        if not as_json:
+    if as_json:
+        with waiting(f"{reading(stream.prompt)}, answering"):
+            for _ in stream:
+                pass
+    else:
+        with waiting(reading(stream.prompt)):
+            first = next(stream, "")
+        for piece in itertools.chain([first], stream):
             print(without_controls(piece) if is_terminal(sys.stdout) else piece, end="", flush=True)
     answer = stream.answer
     if as_json:

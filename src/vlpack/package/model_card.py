@@ -69,11 +69,11 @@ vlpack's Python side is. Where they differ:
 
 {% if difference -%}
 - Sizes: an edge of an even number of {{ difference.factor }}-pixel blocks and a half \
-({{ difference.edges | join(", ") }} … pixels) is rounded up, where transformers rounds it down, so that such images get \
-another grid ({{ difference.width }}×{{ difference.height }}: {{ difference.runtime | join("×") }} patches instead of \
-{{ difference.transformers | join("×") }}). Nothing fails or warns, but the model sees the picture at another size: its \
-outputs were 0.4 to 0.6 (relative) away from transformers' at such sizes in trials, and the answer may be another. Make \
-such an edge a pixel shorter before, and both take the same grid.
+({{ difference.edges | join(", ") }} … pixels) is rounded up, where transformers rounds it down, so that such images \
+get another grid ({{ difference.width }}×{{ difference.height }}: {{ difference.runtime | join("×") }} patches instead \
+of {{ difference.transformers | join("×") }}). Nothing fails or warns, but the model sees the picture at another size: \
+its outputs were 0.4 to 0.6 (relative) away from transformers' at such sizes in trials, and the answer may be another. \
+Make such an edge a pixel shorter before, and both take the same grid.
 {% endif -%}
 - JPEG decoding differs by about one level in 255, and transparency is treated differently.
 - There is no video; in Python vlpack has it, for Qwen3-VL.

@@ -28,7 +28,7 @@ ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDAr
 """What `load_image` takes."""
 
 # No EPS (Pillow runs Ghostscript on it), PDF, WMF or scientific containers: they are not what a model is asked about.
-_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM", "TGA", "ICO", "PCX")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM", "TGA", "ICO", "PCX")
 
 
 def load_image(source: ImageSource, *, allow_private_urls: bool = False) -> Image.Image:
@@ -125,7 +125,7 @@ def _from_base64(text: str) -> bytes | None:
 
 def _decode(file: Any, name: str) -> Image.Image:
     Image.init()
-    formats = [name for name in _FORMATS if name in Image.OPEN]
+    formats = [name for name in FORMATS if name in Image.OPEN]
     try:
         # From half of MAX_IMAGE_PIXELS on Pillow warns; that is left to the user's warning filters.
         with Image.open(file, formats=formats) as image:
