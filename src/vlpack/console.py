@@ -328,7 +328,7 @@ def show_architectures(rows: list[dict[str, str]], *, as_json: bool) -> None:
     for row in rows:
         table.add_row(*(row[column] for column in columns))
     out.print(table)
-    out.print("Configs and weights as transformers 4 and 5 write them; rotary scaling default and yarn.")
+    out.print("Configs and weights as transformers 4 and 5 write them; rotary scaling default, yarn and llama3.")
 
 
 def _show_checkpoint(description: dict[str, Any]) -> None:

@@ -12,10 +12,9 @@ from vlpack.deepstack import SideChannel
 
 
 class Llama(Architecture):
-    """``LlamaForCausalLM``: Llama 1, 2 and 3, SmolLM, TinyLlama and whatever else has this shape."""
+    """``LlamaForCausalLM``: Llama 1, 2, 3 to 3.3, SmolLM, TinyLlama and whatever else has this shape."""
 
-    models = "Llama 1, 2 and 3, and others of that shape"
-    needs = "no llama3 rotary scaling"
+    models = "Llama 1, 2 and 3 (to 3.3), and others of that shape"
     genai_type = genai_text_type = "llama"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
