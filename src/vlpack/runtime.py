@@ -242,9 +242,32 @@ class Model(Loaded):
         text, ends = self.tokenizer.stream(), eos_ids(self.config)
         return AnswerStream(prompt, begin, text, ends, max_tokens, preprocess_seconds, stop=stops)
 
-    def chat(self, **options: Any) -> Chat:
-        """A conversation, whose unchanged turns are not computed again; options as for `vlpack.chat.Chat`."""
-        return Chat(self, **options)
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        max_tokens: int = 512,
+        sampling: Sampling | None = None,
+        video_options: VideoOptions | None = None,
+        context: int | None = None,
+        allow_private_urls: bool = False,
+        messages: Sequence[Message] = (),
+        special_tokens: str = CONTROL,
+        **variables: Any,
+    ) -> Chat:
+        """A conversation, whose unchanged turns are not computed again; arguments as for `vlpack.chat.Chat`."""
+        return Chat(
+            self,
+            system=system,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            video_options=video_options,
+            context=context,
+            allow_private_urls=allow_private_urls,
+            messages=messages,
+            special_tokens=special_tokens,
+            **variables,
+        )
 
     def search_options(self, sampling: Sampling | None) -> dict[str, Any]:
         """How tokens are chosen, as the runtime takes it.
