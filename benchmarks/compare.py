@@ -1,10 +1,13 @@
 """vlpack beside its peers, on the same works in one run: the time to the first token, a later token, memory, load.
 
-Every round asks each of them once, in a process of its own, after reading the model's files once, so that what else the
-machine does falls on all and no model is loaded from a colder disk than another. Figures are the best and the worst of
-the rounds, ratios are between bests. ``cores`` and ``others'`` are how many it and other programs kept busy meanwhile,
-at the least disturbed round: repeat the run where others' are above a tenth or so, or its own are few (stopped). Peers
-that are not given are left out; benchmarks/peers/make.py makes them and prints the options.
+Every round asks each of them in a process of its own, after reading the model's files once, so that other work on the
+machine affects all of them and no model is loaded from a colder disk than another. A process answers ``--answers``
+times, and no prompt or image is repeated. Two times to the first token are distinguished: cold is that of the first
+request, which pays for everything that is prepared then (together with loading, it is the wait of a command line); warm
+is the best of the later requests (the wait of a server's users). Figures are the best and the worst of the rounds, and
+ratios compare the best ones. ``cores`` and ``others'`` are the numbers of cores that it and all other programs kept
+busy meanwhile, in the least disturbed round: repeat the run if others' are above a tenth or so, or if its own are few
+(it was stopped). Peers that are not given are left out; benchmarks/peers/make.py makes them and prints the options.
 
 Usage: python benchmarks/compare.py --vlpack PACKAGE [PACKAGE ...] [--upstream FOLDER] [--llama FILE.gguf --node FOLDER]
        [--openvino FOLDER --openvino-python PYTHON] [--works 512 2048 640x480 ...] [--rounds 3] [--output result.json]
@@ -111,10 +114,12 @@ def measure(contender: Contender, name: str) -> dict[str, Any] | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         print(f"{contender.command[1]}: {name}: {error}", file=sys.stderr)
         return None
-    parts = {part: min(work[part]) for part in ("preprocess", "vision", "prefill") if part in work and "x" in name}
+    parts = {part: work[part][0] for part in ("preprocess", "vision", "prefill") if part in work and "x" in name}
+    cold, *later = work["first_token"]
     return {
         "prompt_tokens": work["prompt_tokens"],
-        "first": min(work["first_token"]),
+        "first": cold,
+        "warm": min(later, default=None),
         "token": min(work["token"]),
         "resident": work["resident"],
         "load": found["load"],
@@ -141,7 +146,7 @@ def main() -> None:
     parser.add_argument("--openvino-python", default=sys.executable)
     parser.add_argument("--works", nargs="+", default=["512", "2048", "4096", "640x480", "1024x768"])
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--answers", type=int, default=1, help="in each process, of which the fastest counts")
+    parser.add_argument("--answers", type=int, default=3, help="answers of each process; the first is cold")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path)
@@ -159,7 +164,8 @@ def main() -> None:
                     continue
                 if (found := measure(contender, work)) is not None:
                     results.setdefault(work, {}).setdefault(name, []).append(found)
-                    print(f"round {number + 1}: {work}: {name}: {found['first']:.2f} s", file=sys.stderr)
+                    warm = "" if found["warm"] is None else f", warm {found['warm']:.2f} s"
+                    print(f"round {number + 1}: {work}: {name}: cold {found['first']:.2f} s{warm}", file=sys.stderr)
             if given.output:  # as it goes, since an hour of it may be interrupted
                 whole = {"machine": machine(), **settings, "results": results}
                 given.output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
@@ -167,35 +173,50 @@ def main() -> None:
 
 
 HEADS = (
-    "work", "who", "tokens", "first token, s", "of best peer", "a token, ms", "of best peer", "resident, GB",
-    "load, s", "of reading", "cores", "others'",
+    "work", "who", "tokens", "load + first request, s", "of best peer", "first request, s", "of best peer",
+    "later requests, s", "of best peer", "a token, ms", "of best peer", "resident, GB", "load, s", "of reading",
+    "cores", "others'",
 )  # fmt: skip
+RATIOS = ("cold", "first", "warm", "token")
+"""The times that are compared with the best peer; ``cold`` is loading plus the first request."""
+
+
+def whole(run: dict[str, Any]) -> dict[str, Any]:
+    """A result with ``cold`` added, and with ``warm`` as None if the result is older than that measurement."""
+    return {"warm": None, **run, "cold": run["load"] + run["first"]}
+
+
+def best(runs: list[dict[str, Any]], key: str) -> float | None:
+    """The smallest value of the rounds that have one; None if none has."""
+    return min((run[key] for run in runs if run[key] is not None), default=None)
 
 
 def span(runs: list[dict[str, Any]], key: str, scale: float, digits: int) -> str:
     """Best and worst."""
-    low, high = (f"{scale * figure(run[key] for run in runs):.{digits}f}" for figure in (min, max))
+    values = [run[key] for run in runs if run[key] is not None]
+    if not values:
+        return "-"
+    low, high = (f"{scale * figure(values):.{digits}f}" for figure in (min, max))
     return low if low == high else f"{low}–{high}"
 
 
 def table(results: Runs) -> str:
     lines = ["| " + " | ".join(HEADS) + " |", "|" + " --- |" * len(HEADS)]
-    for work, rows in results.items():
-        best = {
-            who: {key: min(run[key] for run in runs) for key in ("first", "token", "load", "read")}
-            for who, runs in rows.items()
+    for work, given in results.items():
+        rows = {who: list(map(whole, runs)) for who, runs in given.items()}
+        peers = {
+            key: best([run for who, runs in rows.items() if not who.startswith("vlpack") for run in runs], key)
+            for key in RATIOS
         }
-        peers = [figures for who, figures in best.items() if not who.startswith("vlpack")]
         for who, runs in rows.items():
-            ratios = {
-                key: f"{best[who][key] / min(peer[key] for peer in peers):.2f}" if peers else "-"
-                for key in ("first", "token")
-            }
+            own = {key: best(runs, key) for key in (*RATIOS, "load", "read")}
+            to = {key: f"{own[key] / peers[key]:.2f}" if own[key] and peers[key] else "-" for key in RATIOS}
             quiet = min(runs, key=lambda run: run["others"] or 0)
             cells = (
-                work, who, str(runs[0]["prompt_tokens"]), span(runs, "first", 1, 2), ratios["first"],
-                span(runs, "token", 1e3, 1), ratios["token"], span(runs, "resident", 1e-9, 2), span(runs, "load", 1, 1),
-                f"{best[who]['load'] / best[who]['read']:.1f}", str(quiet.get("own", "-")),
+                work, who, str(runs[0]["prompt_tokens"]), span(runs, "cold", 1, 2), to["cold"],
+                span(runs, "first", 1, 2), to["first"], span(runs, "warm", 1, 2), to["warm"],
+                span(runs, "token", 1e3, 1), to["token"], span(runs, "resident", 1e-9, 2), span(runs, "load", 1, 1),
+                f"{own['load'] / own['read']:.1f}", str(quiet.get("own", "-")),
                 "-" if quiet["others"] is None else str(quiet["others"]),
             )  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")

@@ -32,7 +32,10 @@ def machine(result: dict[str, Any]) -> str:
 
 def compared(result: dict[str, Any]) -> str:
     """Who was compared, where, and how they did."""
-    rounds = f"{result['threads']} threads, {result['new_tokens']} new tokens, {result['rounds']} rounds"
+    rounds = (
+        f"{result['threads']} threads, {result['new_tokens']} new tokens, {result['rounds']} rounds, "
+        f"{result['answers']} answer{'s' * (result['answers'] != 1)} in each process"
+    )
     versions = {who: runs[0]["version"] for rows in result["results"].values() for who, runs in rows.items()}
     said = "; ".join(f"{who}: {version}" for who, version in versions.items())
     return f"{machine(result)}; {rounds}. {said}.\n\n{compare.table(result['results'])}"
@@ -68,17 +71,19 @@ def benched(results: list[dict[str, Any]]) -> str:
 
 
 def images(result: dict[str, Any]) -> str:
-    """Time to the first token against an image's size."""
+    """A plot of the time to the first token over an image's size: that of later requests if all results have it."""
+    rows = {work: found for work, found in result["results"].items() if "x" in work}
+    runs = [run for found in rows.values() for each in found.values() for run in each]
+    warm = all(run.get("warm") is not None for run in runs)
+    key, which = ("warm", "later requests (warm)") if warm else ("first", "a process's first request (cold)")
     series: dict[str, plot.Points] = {}
     labels = {}
-    for work, rows in result["results"].items():
-        if "x" not in work:
-            continue
+    for work, found in rows.items():
         width, height = map(int, work.split("x"))
         labels[width * height / 1e6] = work.replace("x", "×")
-        for who, runs in rows.items():
-            series.setdefault(who, []).append((width * height / 1e6, min(run["first"] for run in runs)))
-    return plot.chart("Time to the first token", "image (area to scale)", "seconds", series, labels)
+        for who, each in found.items():
+            series.setdefault(who, []).append((width * height / 1e6, min(run[key] for run in each)))
+    return plot.chart(f"Time to the first token, {which}", "image (area to scale)", "seconds", series, labels)
 
 
 def memory(results: list[dict[str, Any]]) -> str:

@@ -17,9 +17,10 @@ for (const length of lengths.map(Number)) {
     const context = await model.createContext({
         contextSize: length + Number(fresh) + 8, batchSize: 512, threads: Number(threads)
     });
-    const tokens = Array.from({length}, (_, at) => words[at % words.length]);
     const first = [], token = [];
     for (let round = 0; round < Number(repeat); round++) {
+        const head = model.tokenize(`${round}. `);  // every prompt begins differently
+        const tokens = Array.from({length}, (_, at) => at < head.length ? head[at] : words[at % words.length]);
         const sequence = context.getSequence();
         let start = performance.now(), count = 0;
         for await (const _ of sequence.evaluate(tokens, {temperature: 0, yieldEogToken: true})) {

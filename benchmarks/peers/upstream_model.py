@@ -26,17 +26,19 @@ def main() -> None:
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
     model = og.Model(config)
     load = time.perf_counter() - started
-    words = og.Tokenizer(model).encode("The river rose in the night, and by morning the lower fields lay low. ")
+    tokenizer = og.Tokenizer(model)
+    words = tokenizer.encode("The river rose in the night, and by morning the lower fields lay low. ")
     works = []
     for length in map(int, sys.argv[5:]):
         found: dict[str, list[float]] = {"first_token": [], "token": []}
-        for _ in range(repeat):
+        for number in range(repeat):  # every prompt begins differently
+            ids = np.concatenate([tokenizer.encode(f"{number}. "), np.resize(np.array(words), length)])[:length]
             params = og.GeneratorParams(model)
             total = length + new
             params.set_search_options(max_length=total, min_length=total, do_sample=False)
             generator = og.Generator(model, params)
             started = time.perf_counter()
-            generator.append_tokens(np.resize(np.array(words, np.int32), length)[None])
+            generator.append_tokens(ids.astype(np.int32)[None])
             generator.generate_next_token()
             first = time.perf_counter()
             for _ in range(new - 1):

@@ -45,6 +45,8 @@ def on_command_line(text: str) -> str:
         if name.startswith("extra."):
             name = name.removeprefix("extra.")
             return name if value is None else f"--extra-options {name}={value.lower()}"
+        if name == "special_tokens":  # a choice of two in Python, a flag on the command line
+            return "--literal"
         flag = f"--{name.replace('_', '-')}"
         return flag if value in (None, "True") else f"{flag} {value}"
 

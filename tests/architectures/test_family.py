@@ -30,6 +30,13 @@ MROPE = ROPE | {"mrope_section": [2, 3, 3]}
 YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 BIASED = {"head_dim": 16, "attention_bias": True}
+LLAMA3 = ROPE | {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 YARN_TOO = {"head_dim": 32, "rope_parameters": YARN | {"beta_fast": 16, "attention_factor": 1.3}}
 QWEN2_VL = {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
 QWEN2_5_VL: dict[str, Any] = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "window_size": 64}
@@ -70,6 +77,7 @@ TEXT_MEMBERS = [
     member("Llama", CAUSAL, text={"num_key_value_heads": None, "rms_norm_eps": 1e-3}),
     member("Llama", CAUSAL, text={"head_dim": 32, "attention_bias": True, "hidden_act": "gelu"}),
     member("Llama", CAUSAL, text={"rope_parameters": YARN}),
+    member("Llama", CAUSAL, text={"rope_parameters": LLAMA3}),
     member("Llama", CAUSAL, text={"mlp_bias": True, "rope_parameters": ROPE | {"rope_theta": 5e5}}, old=True),
     member("Qwen3Moe", CAUSAL, text=EXPERTS),
     member("Qwen3Moe", CAUSAL, text=FEW, old=True),
@@ -298,7 +306,8 @@ def test_an_epsilon_that_is_not_there(member: Member, family: Any) -> None:
     [
         ({"use_sliding_window": True}, "sliding-window"),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding-window"),
-        ({"rope_parameters": ROPE | {"rope_type": "llama3", "factor": 2.0}}, "'llama3' is not supported"),
+        ({"rope_parameters": ROPE | {"rope_type": "longrope", "factor": 2.0}}, "'longrope' is not supported"),
+        ({"rope_parameters": ROPE | {"rope_type": "llama3", "factor": 2.0}}, "'low_freq_factor' is missing"),
         ({"rope_parameters": YARN | {"mscale": 0.7}}, "'mscale' is not supported"),
         ({"rope_scaling": YARN}, "both there and differ"),
         ({"rope_parameters": {k: v for k, v in YARN.items() if k != "factor"}}, "'factor' is missing"),

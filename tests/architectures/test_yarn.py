@@ -1,4 +1,4 @@
-"""YaRN's frequencies equal transformers', for various settings and places of them in the config."""
+"""Scaled rotary frequencies (YaRN and Llama 3.1) equal transformers', for various settings and places of them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ BARE = {name: value for name, value in YARN.items() if name != "original_max_pos
 ORIGINAL = {"original_max_position_embeddings": 256}
 MROPE = {"mrope_section": [6, 5, 5]}
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 8192,
+}
+
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": (YARN, {}),
     "no length": (BARE, {}),
@@ -32,13 +41,20 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "near": (YARN | {"beta_fast": 3.0001, "beta_slow": 3, "truncate": False}, {}),
     "long": (YARN | {"original_max_position_embeddings": 32768, "factor": 8}, {}),
     "given attention": (YARN | {"attention_factor": 1.25}, {}),
+    "llama3": (LLAMA3, {}),
+    "llama3 of 3.2": (LLAMA3 | {"factor": 32.0, "rope_theta": 500000.0}, {}),
+    "llama3, a short length": (LLAMA3 | {"original_max_position_embeddings": 64}, {}),
+    "llama3, no length": ({k: v for k, v in LLAMA3.items() if not k.startswith("original")}, {}),
+    "llama3, a length beside": (LLAMA3, ORIGINAL),
+    "llama3, odd factors": (LLAMA3 | {"low_freq_factor": 0.5, "high_freq_factor": 17.25, "factor": 1.5}, {}),
 }
 
 
 def expected(config: Any) -> tuple[np.ndarray, float]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    inverse, scaling = ROPE_INIT_FUNCTIONS["yarn"](config)
+    config.standardize_rope_params()
+    inverse, scaling = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config)
     return inverse.numpy(), float(scaling)
 
 
@@ -85,3 +101,10 @@ def test_parts_of_a_head_are_refused_wherever_they_stand() -> None:
     config = TEXT | {"head_dim": 32, "rope_scaling": YARN, "partial_rotary_factor": 0.5}
     with pytest.raises(CheckpointError, match="partial_rotary_factor"):
         ARCHITECTURES["Qwen3ForCausalLM"](config)
+
+
+@pytest.mark.parametrize(("slow", "fast"), [(4.0, 1.0), (2.0, 2.0)])
+def test_a_ramp_that_goes_nowhere(slow: float, fast: float) -> None:
+    scaling = LLAMA3 | {"low_freq_factor": slow, "high_freq_factor": fast}
+    with pytest.raises(CheckpointError, match="high_freq_factor"):
+        ARCHITECTURES["LlamaForCausalLM"](TEXT | {"head_dim": 32, "rope_scaling": scaling})

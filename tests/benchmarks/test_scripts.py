@@ -45,13 +45,55 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_ratios_are_to_the_best_peer(scripts: Any) -> None:
-    runs = {"512": {"vlpack a": [run(1, 0.03), run(2, 0.02)], "x": [run(4, 0.01)], "y": [run(2, 0.04, load=6.0)]}}
-    rows = [line.split(" | ") for line in scripts["compare"].table(runs).splitlines()[2:]]
-    assert rows[0][2:7] == ["512", "1.00–2.00", "0.50", "20.0–30.0", "2.00"]
-    assert rows[2][4] == "1.00"
-    assert (rows[0][9], rows[2][9]) == ("2.0", "4.0")
-    alone = scripts["compare"].table({"512": {"vlpack a": [run(1, 0.03)]}})
-    assert alone.splitlines()[2].split(" | ")[4] == "-"
+    runs = {
+        "512": {
+            "vlpack a": [run(1, 0.03, warm=0.9), run(2, 0.02, warm=0.8)],
+            "x": [run(4, 0.01, warm=1.0)],
+            "y": [run(2, 0.04, load=6.0, warm=2.0)],
+        }
+    }
+    heads, _, *lines = scripts["compare"].table(runs).splitlines()
+    rows = [dict(zip(heads.split(" | "), line.split(" | "), strict=True)) for line in lines]
+    cells = [line.split(" | ") for line in lines]
+    assert cells[0][2:11] == ["512", "4.00–5.00", "0.57", "1.00–2.00", "0.50", "0.80–0.90", "0.80", "20.0–30.0", "2.00"]
+    assert (cells[1][4], cells[2][6], cells[1][8], cells[1][10]) == ("1.00",) * 4
+    assert rows[0]["later requests, s"] == "0.80–0.90"
+    assert (rows[0]["of reading"], rows[2]["of reading"]) == ("2.0", "4.0")
+    alone = scripts["compare"].table({"512": {"vlpack a": [run(1, 0.03)]}}).splitlines()[2].split(" | ")
+    assert alone[4] == alone[6] == alone[7] == alone[8] == "-"
+
+
+def test_the_first_request_is_told_from_later_ones(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare = scripts["compare"]
+    (tmp_path / "model").write_bytes(b"x")
+    work = {"prompt_tokens": 9, "first_token": [8.4, 4.5, 4.1], "token": [0.3, 0.2, 0.1], "resident": 1}
+    for seconds, warm in (([8.4, 4.5, 4.1], 4.1), ([8.4], None)):
+        printed = json.dumps({"load": 2.0, "version": "1", "works": [{**work, "first_token": seconds}]})
+        contender = compare.Contender([sys.executable, "-c", f"print({printed!r})"], tmp_path / "model")
+        found = compare.measure(contender, "640x480")
+        assert (found["first"], found["warm"], found["token"], found["load"]) == (8.4, warm, 0.1, 2.0)
+    seen: list[Any] = []
+
+    def contenders(given: Any) -> dict[str, Any]:
+        seen.append(given.answers)
+        return {}
+
+    monkeypatch.setattr(compare, "contenders", contenders)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--vlpack", str(tmp_path), "--rounds", "1"])
+    compare.main()
+    assert seen == [3]  # by default there are later requests
+
+
+def test_a_plot_says_whether_it_is_cold(scripts: Any) -> None:
+    def result(**more: Any) -> dict[str, Any]:
+        return {"results": {"64x32": {"vlpack a": [run(2, 0.1, **more)]}, "64x64": {"vlpack a": [run(3, 0.1, **more)]}}}
+
+    cold, warm = scripts["page"].images(result()), scripts["page"].images(result(warm=1.0))
+    assert "first request (cold)" in cold
+    assert "later requests (warm)" in warm
+    assert cold.count("<circle") == warm.count("<circle") == 2
 
 
 def test_builds_stand_beside_copying(scripts: Any) -> None:

@@ -34,10 +34,12 @@ GREEDY = ("--temperature", "0")
 class Terminal:
     """A pseudo-terminal in which the program runs; it types text and reads the screen."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, width: int = 100) -> None:
         command, *rest = [*CHAT, *map(str, arguments)]
-        self.child = pexpect.spawn(command, rest, dimensions=(60, 100), timeout=300)
-        screen: Any = pyte.Screen(100, 60)
+        # COLUMNS and LINES would override the terminal's own size
+        environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        self.child = pexpect.spawn(command, rest, dimensions=(60, width), timeout=300, env=environment)
+        screen: Any = pyte.Screen(width, 60)
         screen.write_process_input = self.child.send  # it answers where its cursor is
         self.screen, self.stream, self.raw = screen, pyte.ByteStream(screen), b""
 
@@ -82,8 +84,8 @@ class Terminal:
 def terminal() -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
-    def open_terminal(*arguments: object) -> Terminal:
-        opened.append(Terminal(*arguments))
+    def open_terminal(*arguments: object, width: int = 100) -> Terminal:
+        opened.append(Terminal(*arguments, width=width))
         return opened[-1]
 
     yield open_terminal
@@ -168,8 +170,8 @@ def test_going_on(terminal: Callable[..., Terminal], package: Path, tmp_path: Pa
 def test_an_answer_is_stopped(terminal: Callable[..., Terminal], talker: Path, tmp_path: Path) -> None:
     screen = terminal(talker, *GREEDY, "--max-tokens", 3500, "--threads", 1)
     screen.say("Tell me everything.")
-    before = len(screen.raw)
-    screen.until(lambda: len(screen.raw) > before + 400)
+    # more than the line with the current step
+    screen.until(lambda: len("".join(screen.text.partition("Tell me everything.")[2].split())) > 300)
     screen.type(CONTROL_C)
     screen.see("(stopped; what there is stays in the conversation)")
     screen.until(lambda: screen.text.endswith("\n>"))
@@ -202,6 +204,45 @@ def test_several_lines(terminal: Callable[..., Terminal], talker: Path, tmp_path
     screen.see("> /stats")
     screen.type(ENTER)
     screen.see("2 turns, ")
+
+
+def test_tab_goes_on_in_a_folder(terminal: Callable[..., Terminal], talker: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "one.png").write_bytes((IMAGES / "01.png").read_bytes())
+    screen = terminal(talker)
+    screen.see("\n>")
+    screen.type(f"/save {tmp_path}/pict\t")
+    screen.until(lambda: screen.text.replace("\n", "").endswith("/pictures/"))
+    screen.type("\t")
+    screen.until(lambda: screen.text.replace("\n", "").endswith("/pictures/one.png"))
+    screen.type(CONTROL_C)
+    screen.say("/exit")
+    assert screen.end() == 0
+
+
+def test_help_is_wrapped_between_words(terminal: Callable[..., Terminal], talker: Path) -> None:
+    screen = terminal(talker, width=50)
+    screen.say("/help")
+    screen.see("stays in the")
+    words = " ".join(f"{name} {meaning}" for name, meaning in chat_terminal.COMMANDS).split()
+    shown = screen.text.split()
+    for word in (*words, *chat_terminal.KEYS.split()):
+        assert word in shown
+    screen.say("/exit")
+    assert screen.end() == 0
+
+
+def test_images_of_a_folder(package: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes((IMAGES / "01.png").read_bytes())
+    done = piped(package, *GREEDY, text=f"/image {tmp_path}\n{READ}\n/image {tmp_path}/*.png\n")
+    assert done.stdout == ANSWERS["01.png"]["read"] + "\n"
+    assert done.stderr.count(f"With the next message: {tmp_path / 'a.png'}") == 2
+
+
+def test_images_that_do_not_fit_can_be_taken_back(package: Path) -> None:
+    done = piped(package, "--context", 30, text=f'/image {IMAGES / "01.png"}\n{READ * 5}\n/image ""\nHi\n')
+    assert done.stderr.count('/image "" takes the images back.') == 1
+    assert done.stdout
 
 
 def test_the_context_s_end_is_announced(terminal: Callable[..., Terminal], talker: Path) -> None:

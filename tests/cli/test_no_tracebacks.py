@@ -176,10 +176,11 @@ def test_other_errors_are_not_hidden(whole: Path, monkeypatch: pytest.MonkeyPatc
 def test_little_memory(more: int, tmp_path: Path) -> None:
     program = (
         "import resource, sys\n"
-        "from vlpack import builder, cli, inspection\n"
+        "from vlpack import builder, inspection\n"
+        "from vlpack.cli import app\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[1]) * 2**20,) * 2)\n"
-        "cli.main(sys.argv[2:])\n"
+        "app.main(sys.argv[2:])\n"
     )
     command = [sys.executable, "-c", program, str(more), "build", str(DIGITS), "-o", str(tmp_path / "package")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -168,3 +168,24 @@ def test_the_command(package: Path, data: Path, capsys: pytest.CaptureFixture[st
     assert "anls, %" in done.out
     assert "package against without DeepStack: " in done.out
     assert "4 questions." in done.out
+
+
+def test_questions_that_were_answered_wrong_are_shown(
+    package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = str(IMAGES / "01.png")
+    lines = [{"image": image, "question": READ, "answer": answer} for answer in ("right", "zero one", "[bold]no")]
+    lines[0]["answer"] = ANSWERS["01.png"]["read"]
+    questions = write(tmp_path, *lines)
+    shown = vlpack(capsys, "eval", package, questions).out
+    assert "Not right (2 of 3):" in shown
+    said = f"{READ} (01.png): {ANSWERS['01.png']['read']!r}, right is"
+    assert f"{said} 'zero one'" in shown
+    assert f"{said} '[bold]no'" in shown
+    shown = vlpack(capsys, "eval", package, questions, "--wrong", 1).out
+    assert shown.count(said) == 1
+    assert "… and 1 more: --wrong 2 lists all, as --json does." in shown
+    assert "Not right" not in vlpack(capsys, "eval", package, questions, "--wrong", 0).out
+    found = json.loads(vlpack(capsys, "eval", package, questions, "--json").out)
+    assert [one["answers"] for one in found["asked"]] == [[line["answer"]] for line in lines]
+    assert found["scores"][0]["values"] == [1.0, 0.0, 0.0]

@@ -264,13 +264,14 @@ def test_a_system_message_that_is_refused(model: Callable[..., Model]) -> None:
 
 def test_messages_of_anybody(model: Callable[..., Model], reference: Callable[[Tiny], Reference]) -> None:
     question, image = {"role": "user", "content": "What?"}, {"type": "image", "image": picture(64, 64)}
-    for bad in (
+    refused: tuple[Any, ...] = (
         ["What?"],
         "What?",
         [{"role": 5}],
         [question, {"role": "assistant", "content": 5}],
         [{"role": "system", "content": [image]}],  # which would not be seen
-    ):
+    )
+    for bad in refused:
         with pytest.raises(InputError):
             model().chat(messages=bad)
     answer = {"role": "assistant", "content": [image, "This."]}

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vlpack
+import vlpack.runtime.chat
 from samples import ANSWERS, DIGITS, IMAGES, READ
 from vlpack.errors import OptionError
 from vlpack.runtime.stopping import StopTexts
@@ -35,6 +36,13 @@ def test_load_names_its_options(model: Any, tmp_path: Path) -> None:
     assert vlpack.load(embedding, threads=1, max_pixels=100_000)
     with pytest.raises(OptionError, match="vision_provider has no effect"):
         vlpack.load(embedding, vision_provider="cpu")
+
+
+def test_chat_names_its_options(model: Any) -> None:
+    own, made = (inspect.signature(call).parameters for call in (model.chat, vlpack.runtime.chat.Chat))
+    assert [*own.values()] == [*made.values()][1:]  # with their defaults
+    chat = model.chat(system="Be brief.", max_tokens=3, context=99, messages=[], special_tokens="text")
+    assert (chat.system, chat.max_tokens, chat.context) == ("Be brief.", 3, 99)
 
 
 def test_sampling_without_an_object(model: Any) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlpack.runtime.reasoning import CLOSE, OPEN, ReasoningStream, opens_reasoning, split_reasoning
+from vlpack.preprocess.chat_template import CLOSE, OPEN
+from vlpack.runtime.reasoning import ReasoningStream, opens_reasoning, split_reasoning
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import typer
 import vlpack
 from vlpack.cli import console, console_measure
 from vlpack.cli import options as opt
+from vlpack.cli.commands import Command, Group, ImageCommand
 from vlpack.cli.console_build import build_progress
 from vlpack.cli.measure import bench, evaluate, verify
 from vlpack.cli.use import chat, embed, run, score
@@ -25,9 +26,9 @@ from vlpack.errors import OptionError, VlpackError
 
 app = typer.Typer(
     name="vlpack",
+    cls=Group,
     help="Turns Qwen vision-language checkpoints into complete packages for the stock ONNX Runtime GenAI.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -54,7 +55,7 @@ def _main(
     pass
 
 
-@app.command()
+@app.command(cls=Command)
 def build(
     source: Annotated[
         str | None, typer.Argument(help="Checkpoint: a folder or a Hub id, such as Qwen/Qwen3-VL-4B-Instruct.")
@@ -95,7 +96,11 @@ def build(
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option("--lora", help="LoRA adapter to merge: a folder or a Hub id; repeat the option for more."),
+        typer.Option(
+            "--lora",
+            metavar="FOLDER|HUB_ID",
+            help="LoRA adapter to merge: a folder or a Hub id; repeat the option for more.",
+        ),
     ] = None,
     calibrate: Annotated[
         str | None,
@@ -181,10 +186,10 @@ def build(
 
 
 for verb in (run, chat, embed, score):
-    app.command()(verb)
+    app.command(cls=ImageCommand)(verb)
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
     path: Annotated[Path, typer.Argument(help="A folder of a package or checkpoint, or a Hub id (no weights).")],
     hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Compare the contents of all files.")] = True,
@@ -199,12 +204,12 @@ def inspect(
         raise typer.Exit(1)
 
 
-app.command()(verify)
-app.command(name="eval")(evaluate)
-app.command()(bench)
+app.command(cls=Command)(verify)
+app.command(name="eval", cls=Command)(evaluate)
+app.command(cls=Command)(bench)
 
 
-@app.command()
+@app.command(cls=Command)
 def architectures(as_json: opt.Json = False) -> None:
     """List the supported architectures and what each needs."""
     from vlpack.architectures import described
@@ -212,7 +217,7 @@ def architectures(as_json: opt.Json = False) -> None:
     console.show_architectures(described(), as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Keep the package in this folder.")] = None,
     precision: Annotated[str, typer.Option("-p", "--precision", help="fp32, fp16, int8 or int4.")] = "int8",

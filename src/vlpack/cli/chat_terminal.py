@@ -11,11 +11,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 from rich.text import Text
 
 from vlpack.cli import console
 from vlpack.cli.conversations import write_messages
+from vlpack.cli.image_arguments import image_files
 from vlpack.errors import InputError, OptionError, VlpackError
 from vlpack.preprocess import load_image
 from vlpack.runtime.chat import Chat
@@ -26,19 +29,26 @@ if TYPE_CHECKING:
 
     from vlpack.runtime.answer import AnswerStream
 
-HELP = """\
-/image FILE or URL …   show images with the next message ("" takes them back)
-/video FILE …          show videos (or folders of images) with the next message ("" takes them back)
-/system [TEXT]         tell the model how to behave; without a text, show the system message ("" removes it)
-/history               the conversation so far
-/drop [N]              forget the oldest turn, or N of them
-/reset                 forget the whole conversation
-/save FILE             write the conversation as JSON (continue it with vlpack chat PACKAGE --messages FILE)
-/stats                 time and tokens of the last answer, and how full the context is
-/exit                  leave; so does Ctrl-D
-A \\ at the end of a line, or Alt-Enter, continues the message in the next line. To send a message that begins with /,
-begin it with //. Ctrl-C stops an answer; the part that was generated stays in the conversation."""
-
+COMMANDS = (
+    ("/image FILE or URL …", 'show images, or all of a folder or pattern, with the next message ("" takes them back)'),
+    ("/video FILE …", 'show videos (or folders of images) with the next message ("" takes them back)'),
+    (
+        "/system [TEXT]",
+        'tell the model how to behave; without a text, show the system message ("" removes it)',
+    ),
+    ("/history", "the conversation so far"),
+    ("/drop [N]", "forget the oldest turn, or N of them"),
+    ("/reset", "forget the whole conversation"),
+    ("/save FILE", "write the conversation as JSON (continue it with vlpack chat PACKAGE --messages FILE)"),
+    ("/stats", "time and tokens of the last answer, and how full the context is"),
+    ("/exit", "leave; so does Ctrl-D"),
+)
+"""The commands and their descriptions, as ``/help`` shows them."""
+KEYS = (
+    "A \\ at the end of a line, or Alt-Enter, continues the message in the next line. To send a message that begins "
+    "with /, begin it with //. Ctrl-C stops an answer; the part that was generated stays in the conversation."
+)
+"""The text of ``/help`` below the commands."""
 
 _NONE = ('""', "''")
 """The arguments of a command that take back what was given."""
@@ -71,7 +81,7 @@ class Terminal:
             "reset": self._reset,
             "save": self._save,
             "stats": self._stats,
-            "help": lambda _: self._say(HELP),
+            "help": self._help,
         }
         self.interactive = console.is_terminal(sys.stdin) and console.is_terminal(sys.stdout)
 
@@ -116,6 +126,8 @@ class Terminal:
                 self._answer(line[1:] if line.startswith("//") else line)
             except VlpackError:
                 self._say_pending()
+                if self.images:
+                    self._say('/image "" takes the images back.')
                 raise
 
     def _interrupted(self, number: int, frame: object) -> None:
@@ -125,13 +137,17 @@ class Terminal:
             raise KeyboardInterrupt
 
     def _answer(self, text: str) -> None:
-        stream = self.chat.stream(text, self.images, self.videos)
+        with console.waiting("preparing the question"):
+            stream = self.chat.stream(text, self.images, self.videos)
         self._stream, turns = stream, len(self.chat.turns)
         reasoning = ReasoningStream(opens_reasoning(stream.prompt.text))
         if self.images:
             console.note_large_images(self.chat.model, stream.prompt)
         stopped = False
         try:
+            with console.waiting(console.reading(stream.prompt)):
+                first = next(stream, "")
+            self._show(reasoning.push(first))
             for piece in stream:
                 self._show(reasoning.push(piece))
         except KeyboardInterrupt:
@@ -171,7 +187,8 @@ class Terminal:
         print(end="", flush=True)
 
     def _image(self, rest: str) -> None:
-        sources = [] if rest in _NONE else _sources(rest, "/image FILE")
+        named = [] if rest in _NONE else _sources(rest, "/image FILE")
+        sources = [file for name in named for file in image_files(name)]
         self.images = self.images + self._there(sources) if sources else []
         self._say_pending()
 
@@ -194,6 +211,18 @@ class Terminal:
         named = [*self.images, *self.videos]
         if named:
             self._say(f"With the next message: {', '.join(named)}")
+
+    def _help(self, rest: str) -> None:
+        _nothing(rest, "/help")
+        table = Table.grid(padding=(0, 3, 0, 0))
+        for name, meaning in COMMANDS:
+            table.add_row(Text(name), Text(meaning))
+        for part in (table, Text(KEYS)):  # wrapped between words; a terminal would break words
+            self._console_of_notes().print(part, style="dim", soft_wrap=False)
+
+    def _console_of_notes(self) -> Console:
+        """The console for notes: standard error if standard output, which has the answers, is a pipe."""
+        return console.out if self.interactive else console.err
 
     def _system(self, rest: str) -> None:
         if rest:
@@ -239,9 +268,7 @@ class Terminal:
         )
 
     def _say(self, text: str) -> None:
-        # on standard error if standard output, which has the answers, is a pipe
-        said = Text(console.without_controls(text), style="dim")
-        (console.out if self.interactive else console.err).print(said)
+        self._console_of_notes().print(Text(console.without_controls(text), style="dim"))
 
     def _reader(self) -> Callable[[], str | None]:
         """A function that reads the next message: with an editor in a terminal, else as one line of standard input."""
@@ -279,7 +306,9 @@ def _editor(commands: Sequence[str]) -> PromptSession[str]:
             text = document.text_before_cursor
             name, space, rest = text.partition(" ")
             if name in ("/image", "/video", "/save") and space:
-                yield from PathCompleter(expanduser=True).get_completions(Document(rest), complete_event)
+                for file in PathCompleter(expanduser=True).get_completions(Document(rest), complete_event):
+                    folder = file.display_text.endswith("/")  # so that the next Tab looks into it
+                    yield Completion(file.text + "/" * folder, file.start_position, file.display)
             elif text.startswith("/"):
                 yield from (Completion(c, -len(text)) for c in commands if c.startswith(text))
 

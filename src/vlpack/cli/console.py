@@ -6,6 +6,7 @@ Progress and notes are printed only if standard error is a terminal.
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import sys
 import unicodedata
@@ -178,10 +179,36 @@ def _short(label: str, width: int = 60) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Shows the current step and its seconds on standard error until the block is left, if that is a terminal."""
+    if not err.is_terminal or err.is_dumb_terminal:
+        yield
+        return
+    from vlpack.cli.waiting import waiting as draw
+
+    with draw(" ".join(printable(what).split())):
+        yield
+
+
+def reading(prompt: Prompt) -> str:
+    """Names the step before an answer: the images and videos that are encoded, and the tokens that are read."""
+    count = f"{prompt.input_ids.size} tokens"
+    videos, images = len(prompt.videos), int((~prompt.is_video).sum())
+    seen = [f"{n} {name}{'s' * (n > 1)}" for n, name in ((images, "image"), (videos, "video")) if n]
+    return f"looking at {' and '.join(seen)}, reading {count}" if seen else f"reading {count}"
+
+
 def show_answer(stream: AnswerStream | Handle, load_seconds: float, *, stats: bool, as_json: bool) -> None:
     """Prints an answer as it is generated, and its statistics if ``stats`` is set."""
-    for piece in stream:
-        if not as_json:
+    if as_json:
+        with waiting(f"{reading(stream.prompt)}, answering"):
+            for _ in stream:
+                pass
+    else:
+        with waiting(reading(stream.prompt)):
+            first = next(stream, "")
+        for piece in itertools.chain([first], stream):
             print(without_controls(piece) if is_terminal(sys.stdout) else piece, end="", flush=True)
     answer = stream.answer
     if as_json:
@@ -268,7 +295,7 @@ def show_architectures(rows: list[dict[str, str]], *, as_json: bool) -> None:
     for row in rows:
         table.add_row(*(row[column] for column in columns))
     out.print(table)
-    out.print("Configs and weights as transformers 4 and 5 write them; rotary scaling default and yarn.")
+    out.print("Configs and weights as transformers 4 and 5 write them; rotary scaling default, yarn and llama3.")
 
 
 def _show_checkpoint(description: dict[str, Any]) -> None:

@@ -143,8 +143,14 @@ def show_benchmark(
             console.err.print(f"note: {console.escape(sentence)}")
 
 
-def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
-    """Prints the scores of an evaluation and the differences between them."""
+def show_evaluation(evaluation: Evaluation, wrong: int = 10, *, as_json: bool) -> None:
+    """Prints the scores of an evaluation, the differences between them, and some of the wrong answers.
+
+    Args:
+        evaluation: the evaluation.
+        wrong: maximum number of wrong answers to print.
+        as_json: whether to print everything as JSON instead.
+    """
     if as_json:
         print(json.dumps(asdict(evaluation), indent=1, ensure_ascii=False))
         return
@@ -158,3 +164,12 @@ def show_evaluation(evaluation: Evaluation, *, as_json: bool) -> None:
             f"{one.first} against {one.second}: {100 * one.mean:+.1f} points ({100 * one.low:+.1f} to "
             f"{100 * one.high:+.1f})."
         )
+    missed = evaluation.wrong()
+    if missed and wrong:
+        console.out.print(f"Not right ({len(missed)} of {evaluation.questions}):")
+    for question, answer, value in missed[:wrong]:
+        named = f" ({', '.join(Path(image).name for image in question.images)})" if question.images else ""
+        said = f"{question.question}{named}: {answer.strip()!r}, right is {' or '.join(map(repr, question.answers))}"
+        console.print_plain("  " + " ".join(said.split()) + (f", {100 * value:.0f}%" if value else ""))
+    if wrong and len(missed) > wrong:
+        console.out.print(f"  … and {len(missed) - wrong} more: --wrong {len(missed)} lists all, as --json does.")

@@ -17,13 +17,16 @@ def verify(
     package: Annotated[Path, typer.Argument(help="Folder of a package.")],
     reference: Annotated[str, typer.Option("--reference", help="Checkpoint it should be: a folder or a Hub id.")],
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="Question to ask; repeat the option for more.")
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="Question to ask; repeat the option for more."),
     ] = None,
     image: Annotated[
-        list[str] | None, typer.Option("--image", help="Image for the questions; repeat the option for more.")
+        list[str] | None,
+        typer.Option("--image", metavar="IMAGE", help=f"Image for the questions. {opt.IMAGES}"),
     ] = None,
     video: Annotated[
-        list[str] | None, typer.Option("--video", help="Video for the questions; repeat the option for more.")
+        list[str] | None,
+        typer.Option("--video", metavar="VIDEO", help="Video for the questions; repeat the option for more."),
     ] = None,
     cases: Annotated[
         Path | None,
@@ -42,7 +45,8 @@ def verify(
     ] = None,
     threads: opt.Threads = None,
     lora: Annotated[
-        list[str] | None, typer.Option("--lora", help="Adapter that was merged; repeat the option for more.")
+        list[str] | None,
+        typer.Option("--lora", metavar="FOLDER|HUB_ID", help="Adapter that was merged; repeat the option for more."),
     ] = None,
     report: Annotated[
         Path | None, typer.Option("--report", help="Write an HTML report to this file, such as report.html.")
@@ -50,6 +54,7 @@ def verify(
     as_json: opt.Json = False,
 ) -> None:
     """Compare a package with its checkpoint in transformers; exit with 1 if it does not reproduce the model."""
+    from vlpack.cli.image_arguments import image_files
     from vlpack.verification import verify as run_verify
     from vlpack.verification.cases import read_cases, user_cases
 
@@ -57,7 +62,8 @@ def verify(
         raise OptionError(
             f"There is no folder {report.absolute().parent} for the report.", "Make it, or give another path."
         )
-    given = (prompt or [], image or [], video or [])
+    images = [file for name in image or [] for file in image_files(name)]
+    given = (prompt or [], images, video or [])
     if cases is not None and any(given):
         raise OptionError("--cases has its own prompts and images.", "Leave out --prompt, --image and --video.")
     asked = read_cases(cases) if cases else user_cases(*given) if any(given) else None
@@ -97,6 +103,7 @@ def evaluate(
     ] = False,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Ask only this many questions.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Maximum number of tokens of an answer.")] = 32,
+    wrong: Annotated[int, typer.Option("--wrong", min=0, help="Maximum number of wrong answers to show.")] = 10,
     threads: opt.Threads = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -115,21 +122,30 @@ def evaluate(
             threads=threads,
             progress=progress,
         )
-    console_measure.show_evaluation(result, as_json=as_json)
+    console_measure.show_evaluation(result, wrong, as_json=as_json)
 
 
 def bench(
     package: Annotated[Path, typer.Argument(help="Folder of a package.")],
     prompt_tokens: Annotated[
         list[int] | None,
-        typer.Option("--prompt-tokens", min=1, help="Length of a text prompt in tokens; repeat the option for more."),
+        typer.Option(
+            "--prompt-tokens",
+            metavar="COUNT",
+            min=1,
+            help="Length of a text prompt in tokens; repeat the option for more.",
+        ),
     ] = None,
     image: Annotated[
         list[str] | None,
-        typer.Option("--image", help="Size of an image, such as 640x480; repeat the option for more."),
+        typer.Option(
+            "--image", metavar="WIDTHxHEIGHT", help="Size of an image, such as 640x480; repeat the option for more."
+        ),
     ] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Number of tokens of each answer.")] = 32,
-    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Number of answers to each prompt.")] = 3,
+    repeat: Annotated[
+        int, typer.Option("--repeat", min=1, help="Number of answers to each kind of prompt; no prompt is repeated.")
+    ] = 3,
     threads: opt.Threads = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result to this JSON file.")] = None,
     compare: Annotated[

@@ -15,9 +15,12 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Number of
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 Package = Annotated[Path, typer.Argument(help="Folder of a package.")]
-Images = Annotated[list[str] | None, typer.Option("--image", help="Image file or URL; repeat the option for more.")]
+IMAGES = "Image file, URL, folder of images, pattern ('*.png'), or - for standard input; repeat the option for more."
+"""The part of a help text that says which values ``--image`` takes."""
+Images = Annotated[list[str] | None, typer.Option("--image", metavar="IMAGE", help=IMAGES)]
 Videos = Annotated[
-    list[str] | None, typer.Option("--video", help="Video file or folder of images; repeat the option for more.")
+    list[str] | None,
+    typer.Option("--video", metavar="VIDEO", help="Video file or folder of images; repeat the option for more."),
 ]
 System = Annotated[str | None, typer.Option("--system", help="System prompt.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Maximum number of tokens of an answer.")]
@@ -27,6 +30,13 @@ MaxPixels = Annotated[
 ]
 PrivateUrls = Annotated[
     bool, typer.Option("--allow-private-urls", help="Allow image URLs of this machine and its private network.")
+]
+Literal = Annotated[
+    bool,
+    typer.Option(
+        "--literal",
+        help="Treat special tokens that are written in a text, such as <|im_end|>, as text, not as control tokens.",
+    ),
 ]
 VisionProvider = Annotated[
     str | None,
@@ -112,3 +122,8 @@ def check_video_options(options: dict[str, float | None], videos: Sequence[str] 
     for name, value in options.items():
         if value is not None and not videos:
             raise OptionError(f"--{name.replace('_', '-')} has no effect without a video.", "Give one with --video.")
+
+
+def special_tokens(literal: bool) -> str:
+    """The value of the keyword argument ``special_tokens`` that ``--literal`` stands for."""
+    return "text" if literal else "control"

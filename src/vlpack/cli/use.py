@@ -40,20 +40,24 @@ def run(
     max_pixels: opt.MaxPixels = None,
     vision_provider: opt.VisionProvider = None,
     allow_private_urls: opt.PrivateUrls = False,
+    literal: opt.Literal = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print a line of statistics on standard error.")] = False,
     as_json: opt.Json = False,
 ) -> None:
     """Ask a package a question, with or without images and videos."""
     opt.check_package(package)
+    from vlpack.cli.image_arguments import check_question, named_images
     from vlpack.preprocess import VideoOptions
     from vlpack.runtime.model import Model
     from vlpack.runtime.sampling import Sampling
 
+    images = [source for _, source in named_images(image, question)]
     question = console.question_from_stdin() if question is None else question
+    check_question(question, image)
     if not question.strip():
         raise OptionError("The question is empty.", 'vlpack run PACKAGE [--image FILE] "question"')
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
-    seen = [*({"type": "image"} for _ in image or []), *({"type": "video"} for _ in video or [])]
+    seen = [*({"type": "image"} for _ in images), *({"type": "video"} for _ in video or [])]
     messages.append({"role": "user", "content": [*seen, {"type": "text", "text": question}] if seen else question})
     looked = {
         "fps": fps,
@@ -70,12 +74,13 @@ def run(
     sampling.search_options()  # report a wrong value before the model is loaded
     asked = {
         "messages": messages,
-        "images": image or [],
+        "images": images,
         "videos": video or [],
         "video_options": video_options if video else None,
         "max_tokens": max_tokens,
         "sampling": sampling,
         "allow_private_urls": allow_private_urls,
+        "special_tokens": opt.special_tokens(literal),
     }
     pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     if schema is not None or regex is not None or choice:
@@ -84,8 +89,10 @@ def run(
         rules = {"schema": opt.json_schema(schema) if schema is not None else None, "regex": regex, "choices": choice}
         _run_constrained(package, {"threads": threads, **pixels}, {**asked, **rules}, stats=stats, as_json=as_json)
         return
-    model = Model(package, threads=threads, vision_provider=vision_provider, **pixels)
-    stream = model.stream(**asked, timing=stats or as_json)  # type: ignore[arg-type]
+    with console.waiting(f"loading {package}"):
+        model = Model(package, threads=threads, vision_provider=vision_provider, **pixels)
+    with console.waiting("preparing the question"):
+        stream = model.stream(**asked, timing=stats or as_json)  # type: ignore[arg-type]
     if max_pixels is None:
         console.note_large_images(model, stream.prompt)
     console.show_answer(stream, model.load_seconds, stats=stats, as_json=as_json)
@@ -102,7 +109,9 @@ def _run_constrained(
         schema=asked["schema"], regex=asked["regex"], choices=asked["choices"]
     )  # told before the model is loaded
     started = time.perf_counter()
-    with Engine(package, slots=1, **options) as engine:
+    with console.waiting(f"loading {package}"):
+        engine = Engine(package, slots=1, **options)
+    with engine:
         seconds = time.perf_counter() - started
         console.show_answer(engine.submit(**asked), seconds, stats=stats, as_json=as_json)
 
@@ -138,24 +147,30 @@ def chat(
     max_pixels: opt.MaxPixels = None,
     vision_provider: opt.VisionProvider = None,
     allow_private_urls: opt.PrivateUrls = False,
+    literal: opt.Literal = False,
 ) -> None:
     """Chat with a package in the terminal; /help lists the commands. Lines of a pipe are questions too."""
     opt.check_package(package)
     from vlpack.cli.chat_terminal import Terminal
     from vlpack.cli.conversations import read_messages
-
-    opt.check_package(package)
+    from vlpack.cli.image_arguments import STANDARD_INPUT, named_images
     from vlpack.preprocess import VideoOptions
     from vlpack.runtime.model import Model
     from vlpack.runtime.sampling import Sampling
 
+    if image and STANDARD_INPUT in image:
+        raise OptionError(
+            "chat reads questions from standard input, so it cannot read an image there.", "Give a file: --image a.png"
+        )
+    images = [name for name, _ in named_images(image)]
     video_options = VideoOptions(fps, num_frames, min_frames, max_frames, total_pixels)
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
     sampling.search_options()  # report a wrong value or file before the model is loaded
     before = read_messages(messages) if messages else []
-    model = Model(
-        package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
-    )
+    with console.waiting(f"loading {package}"):
+        model = Model(
+            package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
+        )
     conversation = model.chat(
         system=system,
         max_tokens=max_tokens,
@@ -164,8 +179,9 @@ def chat(
         context=context,
         allow_private_urls=allow_private_urls,
         messages=before,
+        special_tokens=opt.special_tokens(literal),
     )
-    Terminal(conversation, image or (), video or ()).run()
+    Terminal(conversation, images, video or ()).run()
 
 
 Instruction = Annotated[str | None, typer.Option("--instruction", help="Task for which the inputs are compared.")]
@@ -181,24 +197,35 @@ def embed(
         typer.Argument(metavar="TEXT…", help="Texts to embed; without any, the lines of standard input."),
     ] = None,
     image: Annotated[
-        list[str] | None, typer.Option("--image", help="Image file or URL, as a separate input after the texts.")
+        list[str] | None,
+        typer.Option("--image", metavar="IMAGE", help=f"A separate input after the texts. {opt.IMAGES}"),
     ] = None,
     instruction: Instruction = None,
     prompt: NamedPrompt = None,
     dimensions: Annotated[int | None, typer.Option("--dimensions", help="Keep only this many.")] = None,
     max_pixels: opt.MaxPixels = None,
+    literal: opt.Literal = False,
     threads: opt.Threads = None,
     as_json: opt.Json = False,
 ) -> None:
     """Embed texts and images with an embedding model's package, and compare them."""
     opt.check_package(package)
+    from vlpack.cli.image_arguments import check_question, named_images
     from vlpack.runtime.retrieval import Embedder
 
-    texts = texts or ([] if image else console.lines_from_stdin())
-    model = Embedder(package, threads=threads, max_pixels=max_pixels)
-    inputs: list[Any] = [*texts, *({"image": source} for source in image or [])]
-    embeddings = model.embed(inputs, instruction=instruction, prompt=prompt, dimensions=dimensions)
-    console.show_embeddings([*texts, *(image or [])], embeddings, as_json=as_json)
+    for text in texts or []:
+        check_question(text, image)
+    images = named_images(image)
+    texts = texts or ([] if images else console.lines_from_stdin())
+    with console.waiting(f"loading {package}"):
+        model = Embedder(package, threads=threads, max_pixels=max_pixels)
+    inputs: list[Any] = [*texts, *({"image": source} for _, source in images)]
+    special_tokens = opt.special_tokens(literal)
+    with console.waiting(f"embedding {len(inputs)} input{'s' * (len(inputs) != 1)}"):
+        embeddings = model.embed(
+            inputs, instruction=instruction, prompt=prompt, dimensions=dimensions, special_tokens=special_tokens
+        )
+    console.show_embeddings([*texts, *(name for name, _ in images)], embeddings, as_json=as_json)
 
 
 def score(
@@ -209,20 +236,29 @@ def score(
         typer.Argument(metavar="DOCUMENT…", help="Texts to score; without any, the lines of standard input."),
     ] = None,
     image: Annotated[
-        list[str] | None, typer.Option("--image", help="Image file or URL, as a separate document after the texts.")
+        list[str] | None,
+        typer.Option("--image", metavar="IMAGE", help=f"A separate document after the texts. {opt.IMAGES}"),
     ] = None,
     instruction: Instruction = None,
     prompt: NamedPrompt = None,
     max_pixels: opt.MaxPixels = None,
+    literal: opt.Literal = False,
     threads: opt.Threads = None,
     as_json: opt.Json = False,
 ) -> None:
     """Score documents for a query with a reranker's package: 0 to 1, the best first."""
     opt.check_package(package)
+    from vlpack.cli.image_arguments import check_question, named_images
     from vlpack.runtime.retrieval import Reranker
 
-    documents = documents or ([] if image else console.lines_from_stdin())
-    model = Reranker(package, threads=threads, max_pixels=max_pixels)
-    scored: list[Any] = [*documents, *({"image": source} for source in image or [])]
-    scores = model.score(query, scored, instruction=instruction, prompt=prompt)
-    console.show_scores([*documents, *(image or [])], scores, as_json=as_json)
+    for document in documents or []:
+        check_question(document, image)
+    images = named_images(image)
+    documents = documents or ([] if images else console.lines_from_stdin())
+    with console.waiting(f"loading {package}"):
+        model = Reranker(package, threads=threads, max_pixels=max_pixels)
+    scored: list[Any] = [*documents, *({"image": source} for _, source in images)]
+    special_tokens = opt.special_tokens(literal)
+    with console.waiting(f"scoring {len(scored)} document{'s' * (len(scored) != 1)}"):
+        scores = model.score(query, scored, instruction=instruction, prompt=prompt, special_tokens=special_tokens)
+    console.show_scores([*documents, *(name for name, _ in images)], scores, as_json=as_json)

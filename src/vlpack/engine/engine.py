@@ -28,6 +28,7 @@ from vlpack.package.genai import eos_ids
 from vlpack.package.manifest import graph_files
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder, VideoOptions, VideoSource
 from vlpack.preprocess.images import check_pixel_limits
+from vlpack.preprocess.literal import CONTROL
 from vlpack.preprocess.messages import check_sources
 from vlpack.preprocess.mrope import mrope_positions
 from vlpack.preprocess.prompt_builder import check_vision_start
@@ -192,6 +193,7 @@ class Engine:
         client: object = None,
         wait: bool = False,
         allow_private_urls: bool = False,
+        special_tokens: str = CONTROL,
     ) -> list[Handle]:
         """Ask for n answers to one prompt, which is computed once.
 
@@ -221,6 +223,8 @@ class Engine:
             client: whoever asks: clients take turns in the queue.
             wait: until there is room in the queue, where it is full.
             allow_private_urls: let image URLs lead to this machine or its network.
+            special_tokens: what special tokens written in the messages become: ``control`` tokens, as in transformers,
+                or plain ``text``, for messages of strangers.
         """
         check_number("n", n, 1, 1024, whole=True)
         check_number("max_tokens", max_tokens, 1, 2**31 - 1, whole=True)
@@ -241,11 +245,17 @@ class Engine:
         prompt, seconds = messages, None
         if isinstance(prompt, Prompt):
             given = {"images": len(images), "videos": len(videos), "video_options": video_options}
-            check_prompt(prompt, {**given, "allow_private_urls": allow_private_urls}, self._model)
+            given |= {"allow_private_urls": allow_private_urls, "special_tokens": special_tokens != CONTROL}
+            check_prompt(prompt, given, self._model)
         else:
             started = time.perf_counter()
             prompt = self.prompt(
-                prompt, images, videos, video_options=video_options, allow_private_urls=allow_private_urls
+                prompt,
+                images,
+                videos,
+                video_options=video_options,
+                allow_private_urls=allow_private_urls,
+                special_tokens=special_tokens,
             )
             seconds = time.perf_counter() - started
         room, tokens = self._room(prompt), tokens_of(prompt, self._model.get("image_token_id"))

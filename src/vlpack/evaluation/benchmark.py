@@ -95,7 +95,7 @@ class Benchmark:
         works: the measurements, in the order of the prompts.
         threads: number of threads of the runtime.
         new_tokens: number of tokens of each answer.
-        repeat: number of answers to each prompt.
+        repeat: number of answers to each kind of prompt.
         machine: processor, number of cores, bytes of memory, and operating system.
         versions: versions of vlpack and the runtime's libraries.
     """
@@ -136,7 +136,7 @@ def bench(
         images: sizes of images such as ``640x480``, each with a prompt of its own; 640x480 if neither lengths nor
             images are given and the package takes images.
         new_tokens: number of tokens of each answer, including the first one.
-        repeat: number of answers to each prompt.
+        repeat: number of answers to each kind of prompt; no two of these prompts have the same beginning or image.
         threads: number of threads of the runtime; all cores by default.
         progress: called before each prompt is measured.
 

@@ -10,7 +10,7 @@ import string
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,27 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation: the scores, the package's first, and its advantage over each other model."""
+    """The result of an evaluation.
+
+    Attributes:
+        metric: name of the metric.
+        questions: number of questions.
+        scores: the scores, the package's first.
+        comparisons: the package's advantage over each other model.
+        asked: the questions, in the order of each score's answers.
+    """
 
     metric: str
     questions: int
     scores: list[Score]
     comparisons: list[Comparison]
+    asked: list[Question] = field(default_factory=list)
+
+    def wrong(self) -> list[tuple[Question, str, float]]:
+        """The questions that the package answered wrong, with its answers and their values; the worst first."""
+        first = self.scores[0]
+        found = zip(self.asked, first.answers, first.values, strict=True)
+        return sorted((one for one in found if one[2] < 1), key=lambda one: one[2])
 
 
 Answerer = Callable[[Question], str]
@@ -169,7 +184,7 @@ def evaluate(
     comparisons = [
         Comparison(first.name, other.name, *_bootstrap(np.subtract(first.values, other.values))) for other in scores[1:]
     ]
-    return Evaluation(metric, len(questions), scores, comparisons)
+    return Evaluation(metric, len(questions), scores, comparisons, list(questions))
 
 
 def read_questions(path: Path) -> list[Question]:

@@ -79,9 +79,12 @@ decides:
 vlpack's Python side is. Where they differ:
 
 {% if difference -%}
-- Sizes: halves are rounded up where Python rounds them to even, so a few image sizes give another grid \
-({{ difference.width }}×{{ difference.height }}: {{ difference.runtime | join("×") }} patches instead of \
-{{ difference.transformers | join("×") }}). The answer may change slightly; nothing fails.
+- Sizes: an edge of an even number of {{ difference.factor }}-pixel blocks and a half \
+({{ difference.edges | join(", ") }} … pixels) is rounded up, where transformers rounds it down. Such images get \
+another grid ({{ difference.width }}×{{ difference.height }}: {{ difference.runtime | join("×") }} patches instead of \
+{{ difference.transformers | join("×") }}). Nothing fails or warns, but the model sees the image at another size: in \
+trials its outputs were 0.4 to 0.6 (relative) away from transformers' at such sizes, and the answer may differ. \
+Make such an edge one pixel shorter beforehand, and both take the same grid.
 {% endif -%}
 - JPEG decoding differs by about one level in 255, and transparency is treated differently.
 - There is no video; in Python vlpack has it, for Qwen3-VL.

@@ -15,6 +15,10 @@ from vlpack.errors import CheckpointError
 from vlpack.preprocess import ImageProcessor, smart_resize
 
 _SIZES = ((1280, 720), (1920, 1080), (1024, 768), (640, 480), (800, 600), (854, 480), (600, 400), (400, 400))
+_EDGES = sorted(
+    {edge for size in _SIZES for edge in size} | {240, 320, 360, 576, 900, 960, 1050, 1200, 1440, 1600, 1680}
+)
+"""Edge lengths of common photographs and screens, in pixels."""
 
 
 def processor_config(architecture: Architecture, processor: ImageProcessor) -> dict[str, Any]:
@@ -77,12 +81,27 @@ def check_processor(facts: VisionFacts, processor: ImageProcessor) -> None:
 
 
 class GridDifference(NamedTuple):
-    """An image size in pixels, and its patch grids (height, width) in the runtime's processor and in transformers."""
+    """An image size for which the runtime's processor and transformers take different patch grids.
+
+    Attributes:
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        runtime: patches along height and width in the runtime's processor.
+        transformers: patches along height and width in transformers.
+        factor: edge length in pixels of a block; resized edges are whole numbers of blocks.
+    """
 
     width: int
     height: int
     runtime: tuple[int, int]
     transformers: tuple[int, int]
+    factor: int
+
+    @property
+    def edges(self) -> list[int]:
+        """The shortest edge lengths that the two round differently, and those of common images, in pixels."""
+        first = [2 * blocks * self.factor + self.factor // 2 for blocks in range(1, 5)]
+        return sorted({*first, *(edge for edge in _EDGES if edge % (2 * self.factor) == self.factor // 2)})
 
 
 def grid_difference(processor: ImageProcessor) -> GridDifference | None:
@@ -96,5 +115,5 @@ def grid_difference(processor: ImageProcessor) -> GridDifference | None:
         runtime = smart_resize(height, width, *limits, rounded=lambda value: math.floor(value + 0.5))
         if runtime != theirs:
             grids = [(size[0] // patch, size[1] // patch) for size in (runtime, theirs)]
-            return GridDifference(width, height, grids[0], grids[1])
+            return GridDifference(width, height, grids[0], grids[1], factor)
     return None

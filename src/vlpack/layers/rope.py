@@ -98,9 +98,11 @@ def read_frequencies(
     if kind == "yarn":
         inverse, scaling = _yarn(rope, text, head_dim, theta)
         return Frequencies(inverse, axis_of, scaling)
+    if kind == "llama3":
+        return Frequencies(_llama3(rope, text, head_dim, theta), axis_of, 1.0)
     raise CheckpointError(
         f"{rope.where}: rope_type '{kind}' is not supported; vlpack would compute wrong positions.",
-        "Supported: default and yarn.",
+        "Supported: default, yarn and llama3.",
     )
 
 
@@ -125,13 +127,8 @@ def _yarn(rope: Section, text: Section, head_dim: int, theta: float) -> tuple[np
     Slow frequencies are interpolated and fast ones kept, with a linear ramp between them. Source:
     ``_compute_yarn_parameters`` of transformers' ``modeling_rope_utils.py``.
     """
-    original = "original_max_position_embeddings"  # the decoder's own setting overrides the one in the rotary settings
-    trained = (text if original in text else rope).number(original, text.integer("max_position_embeddings", 32768))
-    factor = rope.number("factor")
-    for name in ("mscale", "mscale_all_dim", "partial_rotary_factor"):
-        for place in (rope, text):
-            if name in place:
-                raise CheckpointError(f"{place.where}: '{name}' is not supported.")
+    trained, factor = _trained_length(rope, text), rope.number("factor")
+    _refuse(("mscale", "mscale_all_dim", "partial_rotary_factor"), rope, text)
 
     def dimension(rotations: float) -> float:
         """The index of the frequency that makes the given number of rotations over the trained length."""
@@ -148,6 +145,41 @@ def _yarn(rope: Section, text: Section, head_dim: int, theta: float) -> tuple[np
     inverse = (kept / np.float32(factor) * ramp + kept * (1 - ramp)).astype(np.float32)
     scaling = rope.number("attention_factor", 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
     return inverse, scaling
+
+
+def _llama3(rope: Section, text: Section, head_dim: int, theta: float) -> np.ndarray:
+    """Inverse frequencies with the scaling of Llama 3.1.
+
+    Frequencies of long waves are divided by a factor and those of short waves are kept, with a linear ramp between.
+    Source: ``_compute_llama3_parameters`` of transformers' ``modeling_rope_utils.py``.
+    """
+    _refuse(("partial_rotary_factor",), rope, text)
+    trained, factor = _trained_length(rope, text), rope.number("factor")
+    slow, fast = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if fast <= slow:
+        raise CheckpointError(f"{rope.where}: high_freq_factor {fast:g} must be above low_freq_factor {slow:g}.")
+    kept = inverse_frequencies(head_dim, theta)
+    turns = np.float32(trained) * kept / np.float32(2 * math.pi)  # rotations over the trained length
+    smooth = np.clip((turns - np.float32(slow)) / np.float32(fast - slow), 0, 1)
+    inverse: np.ndarray = ((1 - smooth) * kept / np.float32(factor) + smooth * kept).astype(np.float32)
+    return inverse
+
+
+def _trained_length(rope: Section, text: Section) -> float:
+    """The number of positions that the model was trained on.
+
+    The decoder's own setting overrides the one in the rotary settings.
+    """
+    name = "original_max_position_embeddings"
+    return (text if name in text else rope).number(name, text.integer("max_position_embeddings", 32768))
+
+
+def _refuse(names: Sequence[str], *places: Section) -> None:
+    """Raises a CheckpointError if one of the places has a setting that is not supported."""
+    for name in names:
+        for place in places:
+            if name in place:
+                raise CheckpointError(f"{place.where}: '{name}' is not supported.")
 
 
 def tables(op: OpBuilder, angles: ir.Value, rows: ir.Value, scaling: float = 1.0) -> Rope:

@@ -19,6 +19,9 @@ from vlpack.preprocess.template_sandbox import BrokenTemplateError, RefusedTempl
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
+OPEN, CLOSE = "<think>", "</think>"
+"""The tags around the reasoning of a thinking model, in its answers and in the templates of such models."""
+
 
 MAX_MESSAGE_CHARACTERS = 12 * 2**20
 """Maximum characters of a conversation. The limit for a rendered prompt is higher, so that a long text is reported as

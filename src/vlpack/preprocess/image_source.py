@@ -29,7 +29,7 @@ ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDAr
 
 # EPS (for which Pillow runs Ghostscript), PDF, WMF and scientific containers are left out: models are not asked about
 # such files.
-_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM", "TGA", "ICO", "PCX")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM", "TGA", "ICO", "PCX")
 
 
 def load_image(source: ImageSource, *, allow_private_urls: bool = False) -> Image.Image:
@@ -129,7 +129,7 @@ def _from_base64(text: str) -> bytes | None:
 
 def _decode(file: Any, name: str) -> Image.Image:
     Image.init()
-    formats = [name for name in _FORMATS if name in Image.OPEN]
+    formats = [name for name in FORMATS if name in Image.OPEN]
     try:
         # Pillow warns above half of MAX_IMAGE_PIXELS; that warning is left to the user's filters.
         with Image.open(file, formats=formats) as image:

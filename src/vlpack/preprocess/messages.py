@@ -15,7 +15,8 @@ from vlpack.preprocess.video_decode import VideoSource
 Message: TypeAlias = Mapping[str, Any]
 """A dictionary with `role` (text) and `content` (text, or a list of parts)."""
 
-_IMAGE_KEYS = ("image", "url", "path", "base64")
+IMAGE_KEYS = ("image", "url", "path", "base64")
+"""Keys of an image part, one of which holds its source."""
 
 
 _VIDEO_KEYS = ("video", "path", "url")
@@ -112,7 +113,7 @@ def _part(part: object, where: str, whole: Conversation) -> dict[str, Any]:
             )
         part, kind = {"type": "image", "url": url}, "image"
     if kind == "image":
-        whole.images.append(_source(part, _IMAGE_KEYS, where))
+        whole.images.append(_source(part, IMAGE_KEYS, where))
         return dict(part)
     if kind == "video":
         whole.videos.append(_video(part, where))

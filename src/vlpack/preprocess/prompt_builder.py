@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from vlpack.errors import CheckpointError, InputError
+from vlpack.errors import CheckpointError, InputError, option
 from vlpack.preprocess.chat_template import ChatTemplate
 from vlpack.preprocess.image_source import ImageSource, load_image
 from vlpack.preprocess.images import ImageProcessor, ProcessedImages
+from vlpack.preprocess.literal import CONTROL, TEXT, LiteralTexts, check_special_tokens
 from vlpack.preprocess.messages import Message, VideoPart, normalize_messages
 from vlpack.preprocess.prompt import Prompt, PromptVideo
 from vlpack.preprocess.settings_folder import SettingsFolder
@@ -136,6 +137,7 @@ class PromptBuilder:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         allow_private_urls: bool = False,
+        special_tokens: str = CONTROL,
         **variables: Any,
     ) -> Prompt:
         """Makes the prompt of a conversation.
@@ -151,20 +153,27 @@ class PromptBuilder:
             add_generation_prompt: whether to end with the header of the assistant's answer.
             tools: JSON schemas of the functions that the model may call.
             allow_private_urls: whether image URLs may lead to this machine or its private network.
+            special_tokens: what special tokens written in messages, tools and variables become: ``control`` tokens, as
+                in transformers, or plain ``text``, for texts from untrusted people; see `vlpack.preprocess.literal`.
             **variables: other variables that the chat template understands.
 
         Raises:
             InputError: messages, images or videos cannot be used, or their numbers do not match.
-            OptionError: the video options do not fit the model's settings or a video.
+            OptionError: the video options do not fit the model's settings or a video, or special_tokens is another
+                value.
         """
+        check_special_tokens(special_tokens)
         conversation = normalize_messages(messages)
         loaded = [_load(source, allow_private_urls) for source in _fill("image", conversation.images, images)]
         parts = _fill_videos(conversation.videos, videos, video_options)
         self.check_takes(images=bool(loaded), videos=bool(parts))
-        text = self.chat_template.render(
-            conversation.messages, add_generation_prompt=add_generation_prompt, tools=tools, **variables
-        )
-        ids = np.array(self.tokenizer.encode(text), dtype=np.int32)  # [S before expansion]
+        told, literal = conversation.messages, None
+        if special_tokens == TEXT:
+            literal = LiteralTexts(self.tokenizer, told, tools, variables)
+            told, tools, variables = literal.messages(told), literal.broken(tools), literal.broken(variables)
+        marked = self.chat_template.render(told, add_generation_prompt=add_generation_prompt, tools=tools, **variables)
+        text = marked if literal is None else "".join(literal.pieces(marked))
+        ids = self._encode(marked, literal)  # [S before expansion]
         self._check_placeholders(ids, len(loaded), len(parts))
         if self.image_processor is None or not (loaded or parts):
             return Prompt(ids[None], np.zeros(0, dtype=np.int64), None, None, text)
@@ -173,7 +182,7 @@ class PromptBuilder:
         if parts:
             clips = self._process_videos(parts)
             processed, spans = self._join(ids, processed, clips)
-            ids = np.array(self.tokenizer.encode(self._with_timestamps(text, clips)), dtype=np.int32)
+            ids = self._encode(self._with_timestamps(marked, clips), literal)
         return Prompt(
             self._expand(ids, processed)[None],
             processed.num_image_tokens,
@@ -213,6 +222,11 @@ class PromptBuilder:
             raise InputError("The package has no vision part, so it takes no images.", hint="Send text only.")
         if videos and (self.video_processor is None or self.image_processor is None):
             raise InputError(self.no_videos, hint="Send text or single images.")
+
+    def _encode(self, text: str, literal: LiteralTexts | None) -> npt.NDArray[np.int32]:
+        """The token ids of a rendered template, int32 [S]."""
+        pieces = text if literal is None else literal.pieces(text)
+        return np.array(self.tokenizer.encode(pieces), dtype=np.int32)
 
     def _check_token(self, name: str, token_id: int) -> str:
         """The text of a placeholder token, which must be a special token.
@@ -310,8 +324,8 @@ class PromptBuilder:
                 token = None if token_id is None else self.tokenizer.token(token_id)
                 raise InputError(
                     f"The prompt has {found} {kind} placeholders {token!r} for {wanted} {kind}s.",
-                    hint=f"Remove {token!r} from the texts of the messages, and check that "
-                    f"{self.chat_template.where} writes one for each {kind} part.",
+                    hint=f"Remove {token!r} from the texts of the messages, or give {option('special_tokens', 'text')} "
+                    f"to encode it as text; and check that {self.chat_template.where} writes one for each {kind} part.",
                 )
 
     def _expand(self, ids: npt.NDArray[np.int32], processed: ProcessedImages) -> npt.NDArray[np.int32]:

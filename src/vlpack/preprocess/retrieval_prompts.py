@@ -13,6 +13,7 @@ import numpy as np
 
 from vlpack.errors import InputError
 from vlpack.preprocess.image_source import ImageSource
+from vlpack.preprocess.literal import CONTROL, TEXT, literal_pieces
 from vlpack.preprocess.prompt import Prompt
 from vlpack.preprocess.prompt_builder import PromptBuilder
 from vlpack.preprocess.tokenizer import Tokenizer
@@ -38,7 +39,16 @@ class PlainPrompts:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
-    def embedding(self, item: Input, instruction: str | None, prefix: str, where: str, **load: Any) -> Prompt:
+    def embedding(
+        self,
+        item: Input,
+        instruction: str | None,
+        prefix: str,
+        where: str,
+        *,
+        special_tokens: str = CONTROL,
+        **load: Any,
+    ) -> Prompt:
         """The prompt of an embedding model for one input. An instruction marks the input as a query.
 
         Args:
@@ -46,6 +56,7 @@ class PlainPrompts:
             instruction: task description; an instruction in the input wins over it.
             prefix: text that precedes an input without an instruction.
             where: name of the input in errors, such as "Input 3".
+            special_tokens: what special tokens written in the texts become, as in `vlpack.preprocess.literal`.
             **load: not used, since there are no images to load.
 
         Raises:
@@ -55,12 +66,21 @@ class PlainPrompts:
         _refuse_images(images, where)
         instruction = own or instruction
         text = (f"Instruct: {instruction}\nQuery:" if instruction else prefix) + "".join(texts)
-        ids = self.tokenizer.encode(text, add_special_tokens=True)
+        ids = self.tokenizer.encode(self._pieces(text, special_tokens), add_special_tokens=True)
         if not ids:
             raise InputError(f"{where} is empty: it has no tokens.")
         return _text_prompt(ids, text)
 
-    def reranker(self, query: Input, document: Input, instruction: str, where: str, **load: Any) -> Prompt:
+    def reranker(
+        self,
+        query: Input,
+        document: Input,
+        instruction: str,
+        where: str,
+        *,
+        special_tokens: str = CONTROL,
+        **load: Any,
+    ) -> Prompt:
         """The prompt of a reranker for a query and a document; ``where`` names the document in errors."""
         pair = []
         for item, name in ((query, "The query"), (document, where)):
@@ -68,8 +88,12 @@ class PlainPrompts:
             _refuse_images(images, name)
             pair.append("".join(texts))
         body = plain_pair(instruction, *pair)
-        ids = [token_id for text in (BEFORE, body, AFTER) for token_id in self.tokenizer.encode(text)]
+        asked = (BEFORE, self._pieces(body, special_tokens), AFTER)
+        ids = [token_id for text in asked for token_id in self.tokenizer.encode(text)]
         return _text_prompt(ids, BEFORE + body + AFTER)
+
+    def _pieces(self, text: str, special_tokens: str) -> str | list[str]:
+        return literal_pieces(self.tokenizer, text) if special_tokens == TEXT else text
 
 
 def plain_pair(instruction: str, query: str, document: str) -> str:

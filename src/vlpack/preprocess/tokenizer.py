@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
+from itertools import pairwise
 
 import tokenizers
 
-from vlpack.errors import CheckpointError, InputError
+from vlpack.errors import CheckpointError, InputError, option
 from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.preprocess.tokenizer_bounds import check_file, growth_of
 
@@ -60,11 +62,12 @@ class Tokenizer:
             raise
         return cls(tokenizer, str(file), growth_of(tokenizer, str(file)))
 
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    def encode(self, text: str | Sequence[str], *, add_special_tokens: bool = False) -> list[int]:
         """Token ids of a text. Special tokens written in it become their ids.
 
         Args:
-            text: any text.
+            text: any text; or the pieces of a text, which are encoded one by one, so that no token crosses their
+                borders.
             add_special_tokens: whether to add the special tokens that the tokenizer puts around a text. The prompts of
                 embedding models end with one.
 
@@ -72,13 +75,13 @@ class Tokenizer:
             InputError: the text is not valid Unicode, or so long that the tokenizer's rules could fill the memory.
             CheckpointError: the tokenizer fails on the text.
         """
-        if len(text) > self._longest:
-            raise InputError(
-                f"The text has {len(text)} characters; with this tokenizer no more than {self._longest} are accepted.",
-                "No supported model has a context for so much text: shorten it.",
-            )
+        pieces = [text] if isinstance(text, str) else list(text)
+        self._check_length(sum(map(len, pieces)))
+        whole: str | list[str] = pieces[0] if len(pieces) == 1 else pieces
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            ids: list[int] = self._tokenizer.encode(
+                whole, is_pretokenized=len(pieces) != 1, add_special_tokens=add_special_tokens
+            ).ids
         except (TypeError, UnicodeError) as error:  # the text has lone surrogates
             raise InputError(f"The prompt is not valid Unicode text: {error}.") from error
         except BaseException as error:
@@ -86,6 +89,46 @@ class Tokenizer:
                 raise CheckpointError(f"{self.where} fails on a text: {error}.") from error
             raise
         return ids
+
+    def control_places(self, text: str, keep: Collection[str] = ()) -> list[int]:
+        """The places at which to cut a text so that no piece contains a control token: one inside each such token.
+
+        Control tokens are the tokenizer's added tokens.
+
+        Args:
+            text: any text.
+            keep: control tokens that may stay whole.
+
+        Raises:
+            InputError: no cut separates a control token of the text, because it is a single character or because the
+                tokenizer's normalizer makes it from other characters.
+        """
+        self._check_length(len(text))
+        added = [token for token in self._tokenizer.get_added_tokens_decoder().values() if token.content not in keep]
+        longer = [re.escape(token.content) for token in added if len(token.content) > 1]
+        # a lookahead also finds tokens that overlap
+        places = [found.start() + 1 for found in re.finditer(f"(?={'|'.join(longer)})", text)] if longer else []
+        whole = [token.content for token in added if len(token.content) == 1 and token.special]
+        normalizer, normalized = self._tokenizer.normalizer, [token.content for token in added if token.normalized]
+        if normalizer is not None and normalized:
+            edges = [0, *places, len(text)]
+            made = [normalizer.normalize_str(text[a:b]) for a, b in pairwise(edges)]
+            text += "".join(made)
+            whole += [token for token in map(normalizer.normalize_str, normalized) if any(token in one for one in made)]
+        if bad := next((token for token in whole if token and token in text), None):
+            raise InputError(
+                f"A text contains {bad!r}, or characters from which the tokenizer makes it; with this tokenizer it "
+                "cannot be encoded as plain text.",
+                f"Remove it, or do without {option('special_tokens', 'text')}.",
+            )
+        return places
+
+    def _check_length(self, length: int) -> None:
+        if length > self._longest:
+            raise InputError(
+                f"The text has {length} characters; with this tokenizer no more than {self._longest} are accepted.",
+                "No supported model has a context for so much text: shorten it.",
+            )
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are not valid UTF-8 become U+FFFD."""

@@ -27,6 +27,7 @@ from vlpack.preprocess import (
     VideoSource,
     normalize_messages,
 )
+from vlpack.preprocess.literal import CONTROL
 from vlpack.preprocess.messages import check_sources
 from vlpack.runtime.answer import Answer, AnswerStream, Begun
 from vlpack.runtime.genai import og
@@ -86,6 +87,8 @@ class Chat:
         allow_private_urls: whether image URLs may lead to this machine or its private network.
         messages: conversation to continue, such as `Chat.messages` of an earlier one: an optional system message,
             followed by alternating questions and answers.
+        special_tokens: what special tokens written in questions, answers and the system message become: ``control``
+            tokens, as in transformers, or plain ``text``, for texts from untrusted people.
         **variables: variables of the chat template, such as ``enable_thinking``.
 
     Raises:
@@ -104,6 +107,7 @@ class Chat:
         context: int | None = None,
         allow_private_urls: bool = False,
         messages: Sequence[Message] = (),
+        special_tokens: str = CONTROL,
         **variables: Any,
     ) -> None:
         check_number("max_tokens", max_tokens, 1, 2**31 - 1, whole=True)
@@ -112,7 +116,7 @@ class Chat:
         self.context = min(context or 2**31, model.context_length, _tokens_in_memory(model))
         self.allow_private_urls = allow_private_urls
         self._options = model.search_options(sampling)
-        self._video_options, self._variables = video_options, variables
+        self._video_options, self._variables = video_options, {**variables, "special_tokens": special_tokens}
         if messages:
             normalize_messages(messages)  # checks them: they may come from an untrusted file
         messages = list(messages)

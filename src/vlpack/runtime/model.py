@@ -15,6 +15,7 @@ from vlpack.package.genai import eos_ids
 from vlpack.package.manifest import graph_files
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder, VideoOptions, VideoSource
 from vlpack.preprocess.images import check_pixel_limits
+from vlpack.preprocess.literal import CONTROL
 from vlpack.preprocess.messages import check_sources
 from vlpack.preprocess.prompt_builder import check_vision_start
 from vlpack.preprocess.settings_folder import SettingsFolder
@@ -122,8 +123,8 @@ class Model(Loaded):
             messages: question, or conversation in OpenAI's format.
             images: images for the image parts without a source; with a question they precede it.
             videos: videos for the video parts without a source; with a question they stand between images and question.
-            **options: ``video_options``, ``allow_private_urls``, and variables of the chat template such as ``tools``
-                and ``enable_thinking``, as `vlpack.preprocess.PromptBuilder` takes them.
+            **options: ``video_options``, ``allow_private_urls``, ``special_tokens``, and variables of the chat template
+                such as ``tools`` and ``enable_thinking``, as `vlpack.preprocess.PromptBuilder` takes them.
         """
         check_sources(images, videos)
         return self.prompts(as_messages(messages, images, videos), images, videos, **options)
@@ -144,6 +145,7 @@ class Model(Loaded):
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         allow_private_urls: bool = False,
+        special_tokens: str = CONTROL,
         timing: bool = False,
     ) -> Answer:
         """Generates an answer and returns it when it is complete; the arguments are those of `stream`."""
@@ -161,6 +163,7 @@ class Model(Loaded):
             seed=seed,
             stop=stop,
             allow_private_urls=allow_private_urls,
+            special_tokens=special_tokens,
             timing=timing,
         )
         for _ in stream:
@@ -183,6 +186,7 @@ class Model(Loaded):
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         allow_private_urls: bool = False,
+        special_tokens: str = CONTROL,
         timing: bool = False,
     ) -> AnswerStream:
         """Generates an answer and returns it as a stream of text.
@@ -203,6 +207,8 @@ class Model(Loaded):
             seed: seed of the random numbers; the same seed gives the same answer.
             stop: texts at which the answer ends; the text of the answer does not include them.
             allow_private_urls: whether image URLs may lead to this machine or its private network.
+            special_tokens: what special tokens written in the messages become: ``control`` tokens, as in transformers,
+                or plain ``text``, for messages from untrusted people.
             timing: whether to measure vision and prefill separately when the runtime encodes the images. This uses the
                 runtime's log callback, of which a process has only one, and removes it afterwards.
 
@@ -219,11 +225,17 @@ class Model(Loaded):
         prompt, preprocess_seconds = messages, None
         if isinstance(prompt, Prompt):
             given = {"images": len(images), "videos": len(videos), "video_options": video_options}
-            check_prompt(prompt, {**given, "allow_private_urls": allow_private_urls}, self.config["model"])
+            given |= {"allow_private_urls": allow_private_urls, "special_tokens": special_tokens != CONTROL}
+            check_prompt(prompt, given, self.config["model"])
         else:
             started = time.perf_counter()
             prompt = self.prompt(
-                prompt, images, videos, video_options=video_options, allow_private_urls=allow_private_urls
+                prompt,
+                images,
+                videos,
+                video_options=video_options,
+                allow_private_urls=allow_private_urls,
+                special_tokens=special_tokens,
             )
             preprocess_seconds = time.perf_counter() - started
         limit = self.room(prompt, max_tokens)
@@ -234,9 +246,32 @@ class Model(Loaded):
         text, ends = self.tokenizer.stream(), eos_ids(self.config)
         return AnswerStream(prompt, begin, text, ends, max_tokens, preprocess_seconds, stop=stops)
 
-    def chat(self, **options: Any) -> Chat:
-        """Starts a conversation, in which unchanged turns are not computed again; options as for `Chat`."""
-        return Chat(self, **options)
+    def chat(
+        self,
+        *,
+        system: str | None = None,
+        max_tokens: int = 512,
+        sampling: Sampling | None = None,
+        video_options: VideoOptions | None = None,
+        context: int | None = None,
+        allow_private_urls: bool = False,
+        messages: Sequence[Message] = (),
+        special_tokens: str = CONTROL,
+        **variables: Any,
+    ) -> Chat:
+        """Starts a conversation, in which unchanged turns are not computed again; the arguments are those of `Chat`."""
+        return Chat(
+            self,
+            system=system,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            video_options=video_options,
+            context=context,
+            allow_private_urls=allow_private_urls,
+            messages=messages,
+            special_tokens=special_tokens,
+            **variables,
+        )
 
     def search_options(self, sampling: Sampling | None) -> dict[str, Any]:
         """Translates sampling settings into search options of the runtime, and adds the package's chunk size.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-OPEN, CLOSE = "<think>", "</think>"
+from vlpack.preprocess.chat_template import CLOSE, OPEN
 
 
 def opens_reasoning(prompt: str) -> bool:

@@ -18,6 +18,7 @@ from vlpack.package.loaded_files import LoadedFiles
 from vlpack.package.manifest import graph_files
 from vlpack.preprocess import Prompt, PromptBuilder, Tokenizer
 from vlpack.preprocess.images import check_pixel_limits
+from vlpack.preprocess.literal import CONTROL, check_special_tokens
 from vlpack.preprocess.mrope import mrope_positions
 from vlpack.preprocess.retrieval_prompts import ChatPrompts, Input, PlainPrompts
 from vlpack.preprocess.settings_folder import SettingsFolder
@@ -261,6 +262,7 @@ class Embedder(Encoder):
         prompt: str | None = None,
         dimensions: int | None = None,
         allow_private_urls: bool = False,
+        special_tokens: str = CONTROL,
     ) -> Floats:
         """Embeds inputs as unit vectors, float32 ``[n, H]``; their dot products are cosine similarities.
 
@@ -272,6 +274,8 @@ class Embedder(Encoder):
             prompt: name of one of the model's own prompts, such as ``query``, in place of an instruction.
             dimensions: number of leading dimensions to keep, for models that were trained for it; None for all.
             allow_private_urls: whether image URLs may lead to this machine or its private network.
+            special_tokens: what special tokens written in a text become: ``control`` tokens, as in transformers,
+                or plain ``text``, for texts from untrusted people.
 
         Raises:
             InputError: an input cannot be used or is longer than the model's context; it is named by number, from 1.
@@ -282,9 +286,11 @@ class Embedder(Encoder):
         if dimensions is not None and not (type(dimensions) is int and 1 <= dimensions <= size):
             raise OptionError(f"{option('dimensions')} is {dimensions!r}; it must be a whole number from 1 to {size}.")
         _check_list(inputs, "inputs")
+        check_special_tokens(special_tokens)
         prefix = self._chosen(prompt)
+        options: dict[str, Any] = {"allow_private_urls": allow_private_urls, "special_tokens": special_tokens}
         rows = self.run(
-            self._form.embedding(item, instruction, prefix, f"Input {number}", allow_private_urls=allow_private_urls)
+            self._form.embedding(item, instruction, prefix, f"Input {number}", **options)
             for number, item in enumerate(inputs, start=1)
         ).reshape(len(inputs), size)
         if dimensions is None:
@@ -311,6 +317,7 @@ class Reranker(Encoder):
         instruction: str | None = None,
         prompt: str | None = None,
         allow_private_urls: bool = False,
+        special_tokens: str = CONTROL,
     ) -> list[float]:
         """Scores how well each document answers a query: the probability, 0 to 1, of "yes" rather than "no".
 
@@ -320,6 +327,8 @@ class Reranker(Encoder):
             instruction: description of what makes a document relevant.
             prompt: name of one of the model's own prompts, in place of an instruction.
             allow_private_urls: whether image URLs may lead to this machine or its private network.
+            special_tokens: what special tokens written in a text become: ``control`` tokens, as in transformers,
+                or plain ``text``, for texts from untrusted people.
 
         Raises:
             InputError: the query or a document cannot be used, or they are too long together; documents are named by
@@ -328,9 +337,11 @@ class Reranker(Encoder):
         """
         _check_one(instruction, prompt)
         _check_list(documents, "documents")
+        check_special_tokens(special_tokens)
         told = self._chosen(prompt) if instruction is None else instruction
+        options: dict[str, Any] = {"allow_private_urls": allow_private_urls, "special_tokens": special_tokens}
         scores = self.run(
-            self._form.reranker(query, document, told, f"Document {number}", allow_private_urls=allow_private_urls)
+            self._form.reranker(query, document, told, f"Document {number}", **options)
             for number, document in enumerate(documents, start=1)
         )
         return [float(score) for score in scores]

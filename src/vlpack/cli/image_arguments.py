@@ -1,0 +1,108 @@
+"""The images that ``--image`` names: files, URLs, folders, patterns, and ``-`` for standard input."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import sys
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+
+from PIL import Image
+
+from vlpack.errors import InputError, OptionError
+from vlpack.preprocess import ImageSource
+from vlpack.preprocess.image_source import FORMATS, MAX_ENCODED_BYTES
+
+STANDARD_INPUT = "-"
+
+
+class NamedImage(NamedTuple):
+    """An image and the name by which messages call it."""
+
+    name: str
+    source: ImageSource
+
+
+@cache
+def endings() -> frozenset[str]:
+    """The file name endings of readable image formats, such as ``.png``."""
+    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)
+
+
+def named_images(given: Sequence[str] | None, question: str | None = "") -> list[NamedImage]:
+    """The images that the values of ``--image`` name, in order; those of a folder or a pattern are sorted by name.
+
+    Args:
+        given: files, URLs, folders (for all images directly in the folder), patterns such as ``*.png`` that the shell
+            has not replaced, and ``-`` for an image on standard input.
+        question: the question, or None if it has yet to be read from standard input.
+
+    Raises:
+        InputError: a folder or pattern has no image, or standard input is empty or too large.
+        OptionError: standard input is needed twice.
+    """
+    given = given or []
+    if given.count(STANDARD_INPUT) > 1:
+        raise OptionError("--image - is given twice.", "Standard input holds one image.")
+    if STANDARD_INPUT in given and question is None:
+        raise OptionError("Standard input is the image.", 'Give the question as an argument: --image - "question"')
+    images: list[NamedImage] = []
+    for name in given:
+        if name == STANDARD_INPUT:
+            images.append(NamedImage(name, _standard_input()))
+        else:
+            images += [NamedImage(path, path) for path in image_files(name)]
+    return images
+
+
+def image_files(name: str) -> list[str]:
+    """The image files that one value of ``--image`` names; a file or URL names itself.
+
+    Raises:
+        InputError: the folder has no images, or no file matches the pattern.
+    """
+    if re.match(r"(https?://|data:)", name, re.IGNORECASE):
+        return [name]
+    place = os.path.expanduser(name)
+    if os.path.isdir(place):
+        try:
+            found = sorted(entry.path for entry in os.scandir(place) if entry.is_file())
+        except OSError as error:
+            raise InputError(f"{name} cannot be read: {error.strerror}.") from None
+        pictures = [path for path in found if os.path.splitext(path)[1].lower() in endings()]
+        if not pictures:
+            raise InputError(
+                f"The folder {name} has no images.",
+                "Images are files whose names end in .png, .jpg, .webp …",
+            )
+        return pictures
+    if not os.path.lexists(place) and glob.has_magic(place):
+        files = sorted(path for path in glob.glob(place, recursive=True) if os.path.isfile(path))
+        if not files:
+            raise InputError(f"No file matches the pattern {name}.", "A pattern may contain *, ?, [a-z] and **.")
+        return files
+    return [name]
+
+
+def check_question(question: str, given: Sequence[str] | None) -> None:
+    """Raises an OptionError if a question or another text is really an image file, given after the first image."""
+    if given and os.path.splitext(question)[1].lower() in endings() and os.path.isfile(os.path.expanduser(question)):
+        raise OptionError(f"{question} is given as a text, but it is an image file.", REPEAT)
+
+
+REPEAT = "Write --image before each image (--image a.png --image b.png), or give a folder or a pattern once."
+"""The hint for several images after one ``--image``."""
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise OptionError("There is no image on standard input.", 'vlpack run PACKAGE --image - "question" < a.png')
+    data = sys.stdin.buffer.read(MAX_ENCODED_BYTES + 1)
+    if not data:
+        raise InputError("Standard input is empty; it should be an image.")
+    if len(data) > MAX_ENCODED_BYTES:
+        raise InputError(f"The image on standard input has more than {MAX_ENCODED_BYTES} bytes.")
+    return data
