@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vlpack.image_arguments import image_files, named_images
 
 from samples import ANSWERS, DIGITS, IMAGES, READ, vlpack
 from vlpack.builder import build
+from vlpack.cli.image_arguments import image_files, named_images
 from vlpack.errors import InputError, OptionError
 
 Capsys = pytest.CaptureFixture[str]

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from vlpack.waiting import line
 
 from samples import DIGITS, IMAGES, READ
 from vlpack.builder import build
+from vlpack.cli.waiting import line
 
 if sys.platform == "win32":
     pytest.skip("a terminal of Unix", allow_module_level=True)

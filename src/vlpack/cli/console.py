@@ -206,9 +206,10 @@ def show_answer(stream: AnswerStream | Handle, load_seconds: float, *, stats: bo
             for _ in stream:
                 pass
     else:
+        pieces = iter(stream)
         with waiting(reading(stream.prompt)):
-            first = next(stream, "")
-        for piece in itertools.chain([first], stream):
+            first = next(pieces, "")
+        for piece in itertools.chain([first], pieces):
             print(without_controls(piece) if is_terminal(sys.stdout) else piece, end="", flush=True)
     answer = stream.answer
     if as_json:
