@@ -42,7 +42,7 @@ from vlpack.options import parse_extra_options
 from vlpack.preprocess.tokenizer import Tokenizer
 from vlpack.quantize.blocks import dequantize_blocks, quantize_blocks, unpack
 from vlpack.quantize.channels import dequantize_rows, quantize_rows
-from vlpack.quantize.gptq import DAMPING, describe_inputs, fit_blocks, fit_rows
+from vlpack.quantize.gptq import DAMPING, factor_hessian, gptq_round_blocks, gptq_round_rows
 from vlpack.quantize.transforms import MAX_CHANNELS, Channels, ChannelScales, packed_scales, unpacked_scales
 from vlpack.sample_images import picture
 
@@ -68,7 +68,7 @@ def test_products_with_such_inputs_lose_less(cols: int, block_size: int, symmetr
     """The aim of it; scales and zero points are those of the nearest."""
     x, weight = inputs_like_a_models(cols), rng(5).standard_normal((40, cols)).astype(np.float32)
     nearest = quantize_blocks(weight.copy(), 4, block_size, symmetric)
-    fitted = fit_blocks(weight, nearest, describe_inputs(x.T @ x), 4, block_size)
+    fitted = gptq_round_blocks(weight, nearest, factor_hessian(x.T @ x), 4, block_size)
 
     def loss(blocks: Any) -> float:
         return float(np.linalg.norm(x @ (dequantize_blocks(blocks, cols, 4) - weight).T))
@@ -100,7 +100,7 @@ def test_codes_are_the_papers() -> None:
     cols = 300
     x, weight = inputs_like_a_models(cols), rng(5).standard_normal((24, cols)).astype(np.float32)
     nearest = quantize_blocks(weight.copy(), 4, 64, True)
-    fitted = fit_blocks(weight, nearest, describe_inputs(x.T @ x), 4, 64)
+    fitted = gptq_round_blocks(weight, nearest, factor_hessian(x.T @ x), 4, 64)
     codes = unpack(fitted.qweight, 4).reshape(24, -1)[:, :cols]
     assert (codes != optimal_brain(weight, nearest, x.T @ x, 64)).mean() < 0.02  # where fp32 turns one, others follow
 
@@ -111,7 +111,7 @@ def test_independent_inputs_want_the_nearest_codes(cols: int, symmetric: bool) -
     """Nothing that one column loses can be made up for by another; the last block's padding stays what it is."""
     weight = rng(6).standard_normal((9, cols)).astype(np.float32)
     nearest = quantize_blocks(weight.copy(), 4, 32, symmetric)
-    fitted = fit_blocks(weight, nearest, describe_inputs(np.eye(cols, dtype=np.float32)), 4, 32)
+    fitted = gptq_round_blocks(weight, nearest, factor_hessian(np.eye(cols, dtype=np.float32)), 4, 32)
     assert (fitted.qweight == nearest.qweight).all()
 
 
@@ -119,10 +119,10 @@ def test_rows_do_not_hang_on_each_other() -> None:
     """So that a weight may come in slabs."""
     cols = 96
     x, weight = inputs_like_a_models(cols), rng(7).standard_normal((31, cols)).astype(np.float32)
-    inputs = describe_inputs(x.T @ x)
+    inputs = factor_hessian(x.T @ x)
 
     def codes(rows: np.ndarray) -> np.ndarray:
-        return fit_blocks(rows, quantize_blocks(rows.copy(), 4, 32, True), inputs, 4, 32).qweight
+        return gptq_round_blocks(rows, quantize_blocks(rows.copy(), 4, 32, True), inputs, 4, 32).qweight
 
     pieces = np.concatenate([codes(weight[start : start + 7]) for start in range(0, 31, 7)])
     # sums of another order may turn a code that lies between two
@@ -134,7 +134,7 @@ def test_rows_of_8_bits_lose_less_on_other_inputs() -> None:
     cols = 300
     x, weight = inputs_like_a_models(cols, 1200), rng(5).standard_normal((40, cols)).astype(np.float32)
     nearest, scales = quantize_rows(weight.copy())
-    fitted = fit_rows(weight, scales, describe_inputs(x[:600].T @ x[:600]))
+    fitted = gptq_round_rows(weight, scales, factor_hessian(x[:600].T @ x[:600]))
     assert fitted.dtype == np.int8
     assert fitted.min() >= -127
 
@@ -149,7 +149,7 @@ def test_the_factor_is_of_the_products(cols: int) -> None:
     """lower lowerᵀ = H + damping, columns in the order of their inputs, the largest last."""
     x = inputs_like_a_models(cols, 2 * cols + 10)
     hessian = x.T @ x
-    order, lower = describe_inputs(hessian.copy())
+    order, lower = factor_hessian(hessian.copy())
     assert (np.diff(hessian.diagonal()[order]) >= 0).all()
     assert not np.triu(lower, 1).any()
     damped = hessian.astype(np.float64) + DAMPING * hessian.diagonal().mean() * np.eye(cols)
@@ -167,11 +167,11 @@ def test_inputs_that_say_little(name: str) -> None:
         x[:, 7] = 0
     elif name.startswith("twelve"):
         x *= np.logspace(-6, 6, 80, dtype=np.float32)
-    inputs = describe_inputs(x.T @ x)
+    inputs = factor_hessian(x.T @ x)
     assert np.isfinite(inputs.lower).all()
     weight = rng(8).standard_normal((6, 80)).astype(np.float32)
     nearest = quantize_blocks(weight.copy(), 4, 16, True)
-    back = dequantize_blocks(fit_blocks(weight, nearest, inputs, 4, 16), 80, 4)
+    back = dequantize_blocks(gptq_round_blocks(weight, nearest, inputs, 4, 16), 80, 4)
     assert np.isfinite(back).all()
     assert np.linalg.norm(x @ (back - weight).T) <= 1.01 * np.linalg.norm(
         x @ (dequantize_blocks(nearest, 80, 4) - weight).T
@@ -180,7 +180,7 @@ def test_inputs_that_say_little(name: str) -> None:
 
 def test_more_damping_where_little_is_not_enough() -> None:
     """fp32 may make of H a matrix that has no factor."""
-    inputs = describe_inputs(np.array([[1, 2], [2, 1]], np.float32))
+    inputs = factor_hessian(np.array([[1, 2], [2, 1]], np.float32))
     assert np.isfinite(inputs.lower).all()
 
 
@@ -293,7 +293,7 @@ def test_inputs_are_those_of_transformers(
     facts = architecture.vision
     wanted = sums_of_transformers(folder, architecture.decoder.prefix, prompts, facts and facts.image_token_id)
     assert len(wanted) > architecture.text.num_hidden_layers
-    monkeypatch.setattr(layers, "describe_inputs", lambda hessian: hessian)
+    monkeypatch.setattr(layers, "factor_hessian", lambda hessian: hessian)
     monkeypatch.setattr("vlpack.calibration.gram.ROWS", 64)
     names = {path: f"{path.replace('qkv_proj', 'q_proj')}.weight" for path in wanted}
     transforms = {weight.path: weight.transform for weight in Kept(folder, "int8").declared.values()}
@@ -627,7 +627,7 @@ def test_a_calibrated_head_and_the_table(tmp_path: Path) -> None:
 
 
 MISTAKES = {
-    "another precision": (["-p", "fp16", "--calibrate", "self"], "goes with int8 and int4"),
+    "another precision": (["-p", "fp16", "--calibrate", "self"], "needs the precision int8 or int4"),
     "no decoder": (["-p", "int4", "--part", "vision", "--calibrate", "self"], "--part vision"),
     "no such file": (["-p", "int4", "--calibrate", "nowhere.txt"], "nowhere.txt is no file"),
     "an embedding model": (["-p", "int4", "--task", "embedding", "--calibrate", "self"], "that generate"),

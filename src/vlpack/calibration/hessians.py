@@ -22,7 +22,7 @@ from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError, option
 from vlpack.export.graph import Weight
 from vlpack.ort.graph_edits import compute_all_rows, compute_all_tokens, load_graph, norm_input, open_session
-from vlpack.quantize.gptq import Inputs, describe_inputs
+from vlpack.quantize.gptq import HessianFactor, factor_hessian
 from vlpack.quantize.transforms import IDENTITY, Channels, ChannelScales, Transform, packed_scales
 
 Array = npt.NDArray[Any]
@@ -34,7 +34,7 @@ class _Measured:
     def __init__(self, products: Array, weights: Sequence[Weight]) -> None:
         self.products: Array | None = products
         self.waiting = {weight.path for weight in weights}
-        self.inputs: Inputs | None = None
+        self.inputs: HessianFactor | None = None
         self.lock = threading.Lock()
 
 
@@ -98,7 +98,7 @@ class Calibration:
         self._next = 0
         self._lock = threading.Lock()
 
-    def __call__(self, weight: Weight, expert: int = 0) -> Inputs:
+    def __call__(self, weight: Weight, expert: int = 0) -> HessianFactor:
         """What a matrix multiplies, or that of one of its experts, after the transform of the package that is built."""
         self._look_until(self._stage(weight.path))
         if weight.experts > 1:
@@ -111,14 +111,14 @@ class Calibration:
                 assert products is not None
                 before = self._transforms[weight.path]
                 weight.transform.carry(products, self.scales, before, self._scales_before)
-                measured.inputs, measured.products = describe_inputs(products), None
+                measured.inputs, measured.products = factor_hessian(products), None
             return measured.inputs
 
     def again(self, weights: Iterable[Weight]) -> Calibration:
         """Another one, of other weights of the same model, that has not been asked yet."""
         return Calibration(self.model, weights, self._transforms, self.checkpoint, self.shown, self._about, self._say)
 
-    def _of_expert(self, weight: Weight, expert: int) -> Inputs:
+    def _of_expert(self, weight: Weight, expert: int) -> HessianFactor:
         with self._lock:
             inputs = self._experts[weight.path]
         products = inputs.products(weight, expert)
@@ -126,7 +126,7 @@ class Calibration:
         if expert == weight.experts - 1:
             with self._lock:
                 del self._experts[weight.path]
-        return describe_inputs(products)
+        return factor_hessian(products)
 
     def described(self) -> dict[str, Any]:
         """What was shown, and the scales that came of it, for the manifest."""

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError, option
 from vlpack.export.graph import Graph, Weight, WeightKey
-from vlpack.quantize.gptq import Inputs
+from vlpack.quantize.gptq import HessianFactor
 from vlpack.quantize.storage import Array, Blocks, ChannelInt8, RowReader, slabs
 from vlpack.quantize.transforms import ChannelScales
 
@@ -40,7 +40,7 @@ class Measurements(Protocol):
 
     scales: ChannelScales
 
-    def __call__(self, weight: Weight, expert: int = 0) -> Inputs:
+    def __call__(self, weight: Weight, expert: int = 0) -> HessianFactor:
         """The calibration data of a matrix's inputs, or of one of its experts, which are asked for in order."""
 
 

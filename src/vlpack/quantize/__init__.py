@@ -1,1 +1,1 @@
-"""Quantization methods, one per file: float arrays in, integer arrays and scales out, nothing of ONNX."""
+"""Quantization: the methods, one per file, and the policy that gives each weight its storage; independent of ONNX."""

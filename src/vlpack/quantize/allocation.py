@@ -1,4 +1,4 @@
-"""Which matrices of a model have 8 bits, where an average of bits per weight is given and most have 4."""
+"""The choice of the matrices that get 8 bits instead of 4, within a given average of bits per weight."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Candidate:
-    """A matrix that may have few bits or many.
+    """A matrix that can be stored in few bits or in many.
 
     Args:
-        path: of its module.
-        weights: how many it has.
-        few: bytes in few bits, scales included.
-        many: bytes in many bits, likewise.
-        harm: of few bits, in a unit that can be added up; that of many bits is next to nothing.
+        path: path of the matrix's module.
+        weights: number of weights.
+        few: size in few bits, in bytes, scales included.
+        many: size in many bits, in bytes, scales included.
+        harm: harm that few bits do to the model, in a unit that can be added up; many bits are taken to do none.
     """
 
     path: str
@@ -26,12 +26,12 @@ class Candidate:
 
     @property
     def worth(self) -> float:
-        """Harm that is undone for each byte more."""
+        """Harm that is avoided per additional byte."""
         return self.harm / (self.many - self.few)
 
 
 def average_bits(candidates: Iterable[Candidate], chosen: Iterable[str] = ()) -> float:
-    """Bits per weight of all candidates, where those that are ``chosen`` have many."""
+    """Average bits per weight of all candidates, when those whose paths are in ``chosen`` have many bits."""
     taken, size, count = set(chosen), 0, 0
     for one in candidates:
         size += one.many if one.path in taken else one.few
@@ -40,10 +40,10 @@ def average_bits(candidates: Iterable[Candidate], chosen: Iterable[str] = ()) ->
 
 
 def choose(candidates: Sequence[Candidate], bits: float) -> list[str]:
-    """Paths of those that have many bits, so that the average is at most ``bits`` and little harm is left.
+    """Paths of the matrices to store in many bits, so that the average is at most ``bits`` and little harm is left.
 
-    The most worthy come first, and one for which there is no room is passed over: what is left to gain then is less
-    than a matrix.
+    The choice is greedy: matrices that avoid most harm per byte come first, and a matrix that no longer fits is
+    skipped. The space that remains unused is smaller than one matrix.
     """
     room = bits * sum(one.weights for one in candidates) / 8 - sum(one.few for one in candidates)
     chosen = []

@@ -1,9 +1,9 @@
 """4- and 8-bit weights in blocks along the input dimension: the layout of ORT's MatMulNBits.
 
-For a matrix [rows, cols] and blocks of ``block_size`` there are ``n = ceil(cols / block_size)`` blocks per row; the
-last is padded with zeros. ``qweight`` is uint8 [rows, n, block_size · bits / 8], the earlier of two 4-bit codes in the
-lower half of its byte; ``scales`` [rows, n]; ``zero_points``, where the blocks are asymmetric, uint8
-[rows, ceil(n · bits / 8)] packed the same way. Without zero points the code for zero is ``2 ** (bits - 1)``.
+A matrix [rows, cols] has ``n = ceil(cols / block_size)`` blocks per row, the last of which is padded with zeros. It
+becomes these arrays: ``qweight``, uint8 [rows, n, block_size · bits / 8], where the earlier of two 4-bit codes is in
+the lower half of a byte; ``scales`` [rows, n]; and for asymmetric blocks ``zero_points``, uint8
+[rows, ceil(n · bits / 8)], packed in the same way. Without zero points the code for zero is ``2 ** (bits - 1)``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class BlockShapes(NamedTuple):
-    """The shapes of the three arrays."""
+    """Shapes of the three arrays that a matrix is quantized to."""
 
     qweight: tuple[int, ...]
     scales: tuple[int, ...]
@@ -27,9 +27,9 @@ class BlockShapes(NamedTuple):
 
 
 class QuantizedBlocks(NamedTuple):
-    """Codes, scales and, where asymmetric, zero points; layout in the module's docstring.
+    """A quantized matrix: codes, scales and, for asymmetric blocks, zero points, in the layout of this module.
 
-    Narrow scales are int8 [rows, n], in the steps [rows, 1], float32, of their rows.
+    Narrow scales are int8 [rows, n] and count multiples of their row's step, which is in ``steps``, float32 [rows, 1].
     """
 
     qweight: Array
@@ -39,45 +39,48 @@ class QuantizedBlocks(NamedTuple):
 
     @property
     def true_scales(self) -> Array:
-        """What a code's step is, float32 [rows, n]."""
+        """Scales as the values that codes are multiplied by, float32 [rows, n], whether they are narrow or not."""
         scales = self.scales.astype(np.float32)
         return scales if self.steps is None else scales * self.steps
 
 
 def block_shapes(rows: int, cols: int, bits: int, block_size: int) -> BlockShapes:
-    """Shapes of what `quantize_blocks` makes of a [rows, cols] matrix."""
+    """Shapes of the arrays that `quantize_blocks` returns for a matrix [rows, cols]."""
     n = -(-cols // block_size)
     return BlockShapes((rows, n, block_size * bits // 8), (rows, n), (rows, -(-n * bits // 8)))
 
 
 TILE = 33 << 12
-"""Values that are rounded at a time: few enough for a core's cache, and enough that calls do not count. Not a power of
-two, or the rows of the buffers would get in each other's way in the cache."""
+"""Number of values that are rounded at a time: few enough for a core's cache, and enough that the cost of calls does
+not matter. It is no power of two, because the rows of the buffers would then compete for the same cache lines."""
 
 FACTORS, ROTATED_FACTORS = (1.0, 0.93, 1.05), (1.0, 0.93, 1.07, 1.14)
-"""How much finer than a block's range its 4-bit grid may be (above 1 it cuts the ends off): one is near the best."""
+"""Factors by which a 4-bit grid may be finer than the one that spans its block's range; above 1 the grid cuts off the
+block's ends. One of them is close to the best factor."""
 
 
 def quantize_blocks(
     weight: Array, bits: int, block_size: int, symmetric: bool, *, rotated: bool = False, narrow: bool = False
 ) -> QuantizedBlocks:
-    """Round each block to ``scale · (code - zero_point)``, to the nearest code.
+    """Rounds each block of a matrix to ``scale · (code - zero_point)``, to the nearest code.
 
-    8-bit blocks take the scale that holds their values: ±127, or with a zero point 255 steps from the least to the
-    largest. In 4 bits that is the first of several grids (a symmetric one has the value of largest magnitude, with its
-    sign, on the code -8: 16 levels and not 15), the others are finer or coarser by `FACTORS`. Errors count by their
-    value's magnitude, ``e(s) = Σ |w| (w - s q)²``, since models hang on their few large weights: the least error alone
-    rounds those worse and answers worse (docs/results.md). For the codes q of a grid ``s = Σ |w| w q / Σ |w| q²`` has
-    the least e, by ``(Σ |w| w q)² / Σ |w| q²`` below that of s = 0. The best grid wins, and w is rounded once more with
-    its s. So no block has a larger e than its range's own grid gives it.
+    The scale of an 8-bit block spans the block's values: ±127, or with a zero point 255 steps from the smallest to the
+    largest value. For 4 bits that grid is the first of several candidates (if it is symmetric, it puts the value of
+    largest magnitude, with its sign, on the code -8, and so uses 16 levels instead of 15); the others are finer or
+    coarser by `FACTORS`. Each squared error is weighted with its value's magnitude, ``e(s) = Σ |w| (w - s q)²``,
+    because models depend on their few large weights: minimizing the plain squared error rounds those worse and gives
+    worse answers (docs/results.md). For the codes q of one grid, e is smallest at ``s = Σ |w| w q / Σ |w| q²``, where
+    it is lower than at s = 0 by ``(Σ |w| w q)² / Σ |w| q²``. The grid with the smallest e is chosen, and w is rounded
+    once more with its s. Therefore no block has a larger e than the grid that spans its range would give it.
 
     Args:
-        weight: [rows, cols], in any float dtype; it is rounded as float32.
-        bits: 4 or 8.
-        block_size: values that share a scale; a power of two.
-        symmetric: no zero points, zero is the middle code.
-        rotated: values are about normally distributed, without the few large ones: the plain squared error counts.
-        narrow: scales have 8 bits themselves: a row's are multiples of its largest one's 127th.
+        weight: matrix [rows, cols] in any float dtype; it is rounded as float32.
+        bits: bits per code, 4 or 8.
+        block_size: number of values that share a scale; a power of two.
+        symmetric: whether blocks have no zero points, so that zero is the middle code.
+        rotated: whether values are nearly normally distributed, without a few large ones, so that the plain squared
+            error is minimized.
+        narrow: whether scales are stored in 8 bits: those of a row are multiples of a 127th of its largest one.
     """
     rows, cols = weight.shape
     shapes = block_shapes(rows, cols, bits, block_size)
@@ -91,7 +94,7 @@ def quantize_blocks(
     buffers = np.empty((4, block_size, min(step, count)), np.float32)
     for start in range(0, count, step):
         tile = slice(start, min(start + step, count))
-        # blocks are columns here, so that everything runs along them
+        # blocks are columns here, so that every operation runs along contiguous memory
         work = buffers[:, :, : tile.stop - start]
         _turn(blocks[tile], out=work[0], spare=work[1])
         scales[tile], zeros[tile] = _encode(work, bits, symmetric, rotated)
@@ -113,7 +116,7 @@ def quantize_blocks(
 
 
 def _narrowed(scales: Array) -> tuple[Array, Array]:
-    """Scales ``[rows, n]`` as int8, none of them 0, and the steps ``[rows, 1]`` that they count."""
+    """Scales ``[rows, n]`` as int8 multiples of their row's step, none of them 0, and the steps ``[rows, 1]``."""
     steps = np.abs(scales).max(axis=1, keepdims=True) / np.float32(127)
     np.maximum(steps, np.finfo(np.float32).tiny, out=steps)
     counts = np.rint(scales / steps)
@@ -122,9 +125,12 @@ def _narrowed(scales: Array) -> tuple[Array, Array]:
 
 
 def _turn(blocks: Array, out: Array, spare: Array) -> None:
-    """``blocks [n, block_size]`` as columns of ``out``, float32 [block_size, n] like ``spare``, which is spoilt."""
+    """Transposes ``blocks [n, block_size]`` into ``out``, float32 [block_size, n].
+
+    ``spare`` is scratch space of the same shape and dtype as ``out``.
+    """
     if blocks.dtype == ml_dtypes.bfloat16 and sys.byteorder == "little":
-        # values are turned in pairs, half as many, and are the upper halves of the same float32
+        # pairs of values are transposed as one uint32; a bfloat16 is the upper half of the float32 of the same value
         pairs, bits = spare.view(np.uint32)[: len(out) // 2], out.view(np.uint32)
         pairs[...] = blocks.view(np.uint32).T
         np.left_shift(pairs, np.uint32(16), out=bits[0::2])
@@ -134,9 +140,10 @@ def _turn(blocks: Array, out: Array, spare: Array) -> None:
 
 
 def _encode(work: Array, bits: int, symmetric: bool, rotated: bool) -> tuple[Array, Any]:
-    """Scales [blocks] and zero points (alike, or one for all) of the first of four arrays [block_size, blocks].
+    """Scales [blocks] and zero points ([blocks], or one number for all) of the blocks in ``work[0]``.
 
-    The third then holds steps, which are codes without the zero point; the others are spoilt.
+    ``work`` is four arrays [block_size, blocks]. Afterwards the third holds the codes less their zero points; the
+    other three are overwritten with intermediate values.
     """
     x, magnitudes, steps, products = work
     levels = np.float32((1 << bits) - 1)
@@ -150,13 +157,13 @@ def _encode(work: Array, bits: int, symmetric: bool, rotated: bool) -> tuple[Arr
     else:
         scales = np.maximum(top, -bottom) / np.float32(127)
     np.putmask(scales, scales == 0, 1)
-    x /= scales  # from here on in steps, so that no sum leaves float32's range
+    x /= scales  # from here on x counts steps, so that no sum leaves float32's range
     first = bottom / scales
 
     def zero_points(factor: np.float32) -> Any:
         if symmetric:
             return np.float32(1 << (bits - 1))
-        # what a finer grid cuts off, it cuts off at both ends
+        # a finer grid does not reach the ends of the range: cut off as much at either end
         nearest: Array = np.rint(levels * (1 - factor) / 2 - first * factor)
         return np.clip(nearest, 0, levels, out=nearest)
 
@@ -166,11 +173,12 @@ def _encode(work: Array, bits: int, symmetric: bool, rotated: bool) -> tuple[Arr
             magnitudes[...] = 1
         else:
             np.abs(x, out=magnitudes)
-        gain, ratio = np.zeros_like(scales), np.ones_like(scales)  # of the best so far; blocks of zeros have no gain
+        # those of the best grid so far; blocks of zeros keep a gain of zero
+        gain, ratio = np.zeros_like(scales), np.ones_like(scales)
         for factor in map(np.float32, ROTATED_FACTORS if rotated else FACTORS):
             these = zero_points(factor)
             _round(x, factor, these, levels, steps)
-            np.multiply(magnitudes, steps, out=products)  # its sign is that of x and of the steps, and cancels
+            np.multiply(magnitudes, steps, out=products)  # x and the steps have the same sign, which cancels
             steps *= products
             products *= x
             below, above = _totals(work[2:])  # Σ |x| q², Σ |x| x q
@@ -188,13 +196,13 @@ def _encode(work: Array, bits: int, symmetric: bool, rotated: bool) -> tuple[Arr
 
 
 def _round(x: Array, factor: np.float32, zeros: Any, levels: np.float32, out: Array) -> None:
-    """The whole steps next to ``factor · x``, as far as there are codes around ``zeros``."""
+    """Rounds ``factor · x`` to whole steps, and clips them so that steps plus ``zeros`` are codes, ``0 … levels``."""
     if factor == 1:
         np.rint(x, out=out)
     else:
         np.multiply(x, factor, out=out)
         np.rint(out, out=out)
-    if zeros.ndim:  # clip is the faster one with numbers, and the slower one with arrays
+    if zeros.ndim:  # np.clip is faster with numbers as bounds, and slower with arrays
         np.maximum(out, -zeros, out=out)
         np.minimum(out, levels - zeros, out=out)
     else:
@@ -202,9 +210,10 @@ def _round(x: Array, factor: np.float32, zeros: Any, levels: np.float32, out: Ar
 
 
 def _totals(values: Array) -> Array:
-    """Sums [.., blocks] of ``values [.., block_size, blocks]``, which are spoilt and hold the sums.
+    """Sums over the second to last axis: ``values [.., block_size, blocks]`` → [.., blocks], a view of ``values``.
 
-    Halves are added, in an order that does not hang on how many blocks there are, as numpy's own does.
+    ``values`` are overwritten. Halves are added to each other, because that order does not depend on the number of
+    blocks, as the order of numpy's own sum does.
     """
     while values.shape[-2] > 1:
         half = values.shape[-2] // 2
@@ -215,11 +224,11 @@ def _totals(values: Array) -> Array:
 
 
 def _packed(steps: Array, zeros: Array, bits: int) -> Array:
-    """Codes of ``steps [block_size, blocks]``, which are spoilt: uint8 [block_size · bits / 8, blocks]."""
+    """Packed codes of ``steps [block_size, blocks]``, uint8 [block_size · bits / 8, blocks]; overwrites ``steps``."""
     if bits == 8:
         steps += zeros
         return steps.astype(np.uint8)
-    # in float32 still: two codes are a whole number below 256
+    # still in float32, which is exact: two codes make a whole number below 256
     pairs = steps[1::2]
     pairs *= 16
     pairs += steps[0::2]
@@ -228,7 +237,7 @@ def _packed(steps: Array, zeros: Array, bits: int) -> Array:
 
 
 def dequantize_blocks(blocks: QuantizedBlocks, cols: int, bits: int) -> Array:
-    """The float32 [rows, cols] that the codes stand for."""
+    """The matrix that quantized blocks represent, float32 [rows, cols]."""
     codes = unpack(blocks.qweight, bits).astype(np.float32)  # [rows, n, block_size]
     rows, n, block_size = codes.shape
     if blocks.zero_points is None:
@@ -240,7 +249,7 @@ def dequantize_blocks(blocks: QuantizedBlocks, cols: int, bits: int) -> Array:
 
 
 def pack(codes: Array, bits: int) -> Array:
-    """Codes as bytes: two 4-bit ones that follow each other in one, the earlier in its lower half."""
+    """Packs codes into bytes along the last axis: two adjacent 4-bit codes per byte, the earlier in its lower half."""
     if bits == 8:
         return codes
     if codes.shape[-1] % 2:
@@ -250,7 +259,7 @@ def pack(codes: Array, bits: int) -> Array:
 
 
 def unpack(packed: Array, bits: int) -> Array:
-    """The codes in bytes, along the last axis."""
+    """Unpacks codes from bytes along the last axis; the inverse of `pack`."""
     if bits == 8:
         return packed
     return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

@@ -10,17 +10,17 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 ZERO_POINT = 128
-"""Of unsigned codes: -127 … 127 becomes 1 … 255."""
+"""Zero point of unsigned codes, which are -127 … 127 shifted to 1 … 255."""
 
 
 def quantize_rows(weight: Array) -> tuple[Array, Array]:
-    """Round each row to ``scale · code`` with ``scale = max|row| / 127``.
+    """Rounds each row of a matrix to ``scale · code`` with ``scale = max|row| / 127``.
 
     Args:
-        weight: float32 [rows, cols]; used as scratch space.
+        weight: matrix, float32 [rows, cols]; it is overwritten.
 
     Returns:
-        codes int8 [rows, cols], -127 … 127; scales float32 [rows], 1 for a row of zeros.
+        Codes, int8 [rows, cols], -127 … 127, and scales, float32 [rows], which are 1 for rows of zeros.
     """
     scales = np.maximum(weight.max(axis=1), -weight.min(axis=1)) / np.float32(127)
     scales[scales == 0] = 1
@@ -32,12 +32,12 @@ def quantize_rows(weight: Array) -> tuple[Array, Array]:
 
 
 def unsigned(codes: Array) -> Array:
-    """Codes as uint8 around `ZERO_POINT`."""
+    """Signed codes, int8, as unsigned ones, uint8 around `ZERO_POINT`."""
     shifted: Array = codes.view(np.uint8) ^ np.uint8(ZERO_POINT)
     return shifted
 
 
 def dequantize_rows(codes: Array, scales: Array, zero_point: int = 0) -> Array:
-    """The float32 [rows, cols] that the codes stand for."""
+    """The matrix that codes with a scale per row represent, float32 [rows, cols]."""
     values: Array = (codes.astype(np.float32) - np.float32(zero_point)) * scales[:, None]
     return values

@@ -1,10 +1,10 @@
-"""4-bit weights in blocks, rounded for the inputs that they meet: GPTQ (Frantar et al. 2022, arXiv:2210.17323).
+"""GPTQ: weights rounded so that their products with calibration inputs change little (Frantar et al. 2022).
 
-Rounding to the nearest code makes every weight's own error small. What matters is the error of ``x Wᵀ``, whose square
-over many inputs is ``Σ δ H δᵀ`` for a row's errors δ, with ``H = Σ xᵀx``. So columns are rounded one after the other,
-those of the largest inputs first, and what each rounding leaves is made up for by the columns that are still to come.
-The grids (scales and zero points) are those of rounding to the nearest, so that the layout and the kernels are the
-same. Rows do not hang on each other.
+Rounding to the nearest code minimizes every weight's own error. What matters is the error of ``x Wᵀ``: summed over many
+inputs its square is ``δ H δᵀ`` for the errors δ of a row, with the Hessian ``H = Σ xᵀx``. Columns are therefore rounded
+one after the other, those with the largest inputs first, and the columns that are not rounded yet compensate for the
+error of each rounding. The grids (scales and zero points) are those of rounding to the nearest code, so that layout and
+kernels are the same. Rows are independent of each other. The method is described in arXiv:2210.17323.
 """
 
 from __future__ import annotations
@@ -19,33 +19,35 @@ from vlpack.quantize.blocks import QuantizedBlocks, pack, unpack
 Array = npt.NDArray[Any]
 
 DAMPING = 0.2
-"""Added to H's diagonal, of its mean: a few thousand inputs say little of some directions. On held-out inputs it leaves
-7 to 8% less error than the paper's 0.01 (docs/results.md)."""
+"""Fraction of the mean of H's diagonal that is added to the diagonal, because a few thousand inputs determine some
+directions poorly. On held-out inputs it leaves 7 to 8% less error than the paper's 0.01 (docs/results.md)."""
 PANEL = 256
-"""Columns of H that are factored at a time."""
+"""Number of columns of H that are factored at a time."""
 BLOCK, INNER = 128, 16
-"""Columns that are told of the errors of all rounded ones at once, of those of the same block, and then one by one."""
+"""Numbers of columns to which errors are passed on at a time: those from later blocks to a block of 128 columns, those
+within that block to 16 columns, and those within the 16 to a single column."""
 ROWS = 128
-"""Of a matrix, that such columns are worked on at a time."""
+"""Number of rows of a matrix for which errors are passed on to 16 columns at a time."""
 
 
-class Inputs(NamedTuple):
-    """What a matrix's inputs say about rounding it.
+class HessianFactor(NamedTuple):
+    """The Cholesky factor of a matrix's damped Hessian ``H = Σ xᵀx``, with the order in which columns are rounded.
 
     Args:
-        order: int64 ``[cols]``, the columns from the last that is rounded to the first.
-        lower: float32 ``[cols, cols]``, lower triangular: ``lower lowerᵀ`` is H in that order, damped.
+        act_order: int64 ``[cols]``, indices of the columns, from the one that is rounded last to the first one.
+        lower: float32 ``[cols, cols]``, lower triangular; ``lower lowerᵀ`` is the damped H with its rows and columns
+            in that order.
     """
 
-    order: Array
+    act_order: Array
     lower: Array
 
 
-def describe_inputs(hessian: Array) -> Inputs:
-    """The order and the factor that ``hessian`` asks for.
+def factor_hessian(hessian: Array) -> HessianFactor:
+    """The order of the columns and the Cholesky factor for a Hessian; damping is raised until the factor exists.
 
     Args:
-        hessian: float32 ``[cols, cols]``, ``Σ xᵀx`` over inputs, finite.
+        hessian: Hessian ``Σ xᵀx`` over inputs, float32 ``[cols, cols]``, all values finite.
     """
     diagonal = hessian.diagonal().copy()
     order = np.argsort(-diagonal, kind="stable")[::-1]
@@ -59,19 +61,19 @@ def describe_inputs(hessian: Array) -> Inputs:
         try:
             _factor(lower)
             break
-        except np.linalg.LinAlgError:  # of so uneven inputs that fp32 cannot tell the smallest from zero
+        except np.linalg.LinAlgError:  # inputs so uneven that fp32 cannot tell the smallest from zero
             damping *= 10
-    return Inputs(order, lower)
+    return HessianFactor(order, lower)
 
 
 def _factor(matrix: Array) -> None:
-    """Replace a positive definite matrix by its lower Cholesky factor, panel by panel from the left.
+    """Replaces a positive definite matrix by its lower Cholesky factor, panel by panel from the left.
 
-    A panel is told of all columns before it in one product, which is three times as fast as numpy's own factor of a
-    large matrix.
+    One product takes the contribution of all earlier columns from a panel, which is three times as fast as numpy's
+    own factorization of a large matrix.
 
     Raises:
-        LinAlgError: it is not positive definite.
+        LinAlgError: the matrix is not positive definite.
     """
     size = len(matrix)
     for start in range(0, size, PANEL):
@@ -86,70 +88,73 @@ def _factor(matrix: Array) -> None:
         matrix[start:stop, stop:] = 0
 
 
-def fit_blocks(weight: Array, nearest: QuantizedBlocks, inputs: Inputs, bits: int, block_size: int) -> QuantizedBlocks:
-    """Codes of ``weight`` that lose least of its products with such ``inputs``, on the grids of the nearest ones.
+def gptq_round_blocks(
+    weight: Array, nearest: QuantizedBlocks, factor: HessianFactor, bits: int, block_size: int
+) -> QuantizedBlocks:
+    """Rounds a matrix in blocks by GPTQ, with the scales and zero points of rounding to the nearest code.
 
     Args:
-        weight: floats ``[rows, cols]``.
-        nearest: what rounding to the nearest makes of it.
-        inputs: of the matrix.
-        bits: 4 or 8.
-        block_size: values that share a scale; a power of two.
+        weight: matrix ``[rows, cols]``, in any float dtype.
+        nearest: the same matrix rounded to the nearest codes.
+        factor: Hessian factor of the matrix's inputs.
+        bits: bits per code, 4 or 8.
+        block_size: number of values that share a scale; a power of two.
     """
     grid = np.ascontiguousarray(nearest.true_scales.T)  # [n, rows]
-    grid[grid == 0] = 1  # float16 has none that are smaller
+    grid[grid == 0] = 1  # scales that float16 has rounded to zero
     if nearest.zero_points is None:
         zeros = np.full_like(grid, 1 << (bits - 1))
     else:
         zeros = np.ascontiguousarray(unpack(nearest.zero_points, bits)[:, : len(grid)].T, np.float32)
-    # [n · block_size, rows], from a zero point on; padding keeps it
+    # [n · block_size, rows], counted from the zero point, which is the code of the padding
     steps = np.zeros((len(grid) * block_size, weight.shape[0]), np.int16)
-    _round_columns(weight, inputs, grid, -zeros, (1 << bits) - 1 - zeros, block_size, steps)
+    _round_columns(weight, factor, grid, -zeros, (1 << bits) - 1 - zeros, block_size, steps)
     codes = steps.reshape(len(grid), block_size, -1) + zeros[:, None].astype(np.int16)
     codes = np.ascontiguousarray(codes.reshape(steps.shape).T.astype(np.uint8))
     return nearest._replace(qweight=pack(codes, bits).reshape(nearest.qweight.shape))
 
 
-def fit_rows(weight: Array, scales: Array, inputs: Inputs) -> Array:
-    """8-bit codes of ``weight`` with a scale per row that lose least of its products with such ``inputs``.
+def gptq_round_rows(weight: Array, scales: Array, factor: HessianFactor) -> Array:
+    """Rounds a matrix to 8-bit codes with one scale per row by GPTQ.
 
     Args:
-        weight: floats ``[rows, cols]``.
-        scales: float32 ``[rows]``, of rounding to the nearest.
-        inputs: of the matrix.
+        weight: matrix ``[rows, cols]``, in any float dtype.
+        scales: scales of rounding to the nearest code, float32 ``[rows]``.
+        factor: Hessian factor of the matrix's inputs.
 
     Returns:
-        int8 ``[rows, cols]``, -127 … 127.
+        Codes, int8 ``[rows, cols]``, -127 … 127.
     """
     rows, cols = weight.shape
     codes = np.empty((cols, rows), np.int8)
     most = np.full((1, rows), 127, np.float32)
-    _round_columns(weight, inputs, scales[None], -most, most, cols, codes)
+    _round_columns(weight, factor, scales[None], -most, most, cols, codes)
     return np.ascontiguousarray(codes.T)
 
 
 def _round_columns(
-    weight: Array, inputs: Inputs, grid: Array, least: Array, most: Array, block_size: int, steps: Array
+    weight: Array, factor: HessianFactor, grid: Array, least: Array, most: Array, block_size: int, steps: Array
 ) -> None:
-    """Fill ``steps [cols, rows]``: how many of its block's grid steps each weight ``[rows, cols]`` becomes.
+    """Fills ``steps [cols, rows]`` with each weight as a whole number of grid steps of its block.
 
-    A column aims at its weights less what the columns before it have lost, as far as its inputs hang together with
-    theirs: with ``H = U D Uᵀ`` and a unit upper triangular U, errors δ cost ``Σ_k D_k ((δ U)_k)²``, and the k-th column
-    chooses the k-th term. U's columns are those of ``inputs.lower``, divided by its diagonal and turned around.
+    Each column is rounded to its weights less the errors of the columns rounded before it, in proportion to how far
+    its inputs correlate with theirs: with ``H = U D Uᵀ`` and a unit upper triangular U, errors δ cost
+    ``Σ_k D_k ((δ U)_k)²``, and rounding the k-th column decides the k-th term. U consists of the columns of
+    ``factor.lower``, divided by its diagonal and in reverse order.
 
     Args:
-        weight: floats.
-        inputs: of the matrix.
-        grid: float32 ``[blocks, rows]``, the size of a step.
-        least: of the steps, ``[blocks, rows]``.
-        most: of the steps, ``[blocks, rows]``.
-        block_size: columns of a block.
-        steps: whole numbers.
+        weight: matrix ``[rows, cols]``, in any float dtype.
+        factor: Hessian factor of the matrix's inputs.
+        grid: size of a step, float32 ``[blocks, rows]``.
+        least: smallest number of steps, ``[blocks, rows]``.
+        most: largest number of steps, ``[blocks, rows]``.
+        block_size: number of columns of a block.
+        steps: array of an integer dtype, which is filled.
     """
     rows, cols = weight.shape
-    order, lower = inputs
-    # weights, and the errors of those that are rounded
-    lost = np.ascontiguousarray(weight.T[order], np.float32)
+    act_order, lower = factor
+    # weights of columns to come, and errors of columns that are rounded
+    lost = np.ascontiguousarray(weight.T[act_order], np.float32)
     code = np.empty(rows, np.float32)
     for stop in range(cols, 0, -BLOCK):
         start = max(stop - BLOCK, 0)
@@ -161,7 +166,7 @@ def _round_columns(
             first = max(last - INNER, start)
             if last < stop:
                 near = shares[last - start : stop - start, first - start : last - start].T
-                # BLAS would wake its threads for all rows at once, and wait for them
+                # a product of all rows at once would make BLAS wake its threads and wait for them
                 for row in range(0, rows, ROWS):
                     some = slice(row, row + ROWS)
                     aims[first - start : last - start, some] -= near @ lost[last:stop, some]
@@ -171,11 +176,11 @@ def _round_columns(
                     aim -= np.einsum(
                         "i,ij->j", shares[col + 1 - start : last - start, col - start], lost[col + 1 : last]
                     )
-                block = order[col] // block_size
+                block = act_order[col] // block_size
                 np.divide(aim, grid[block], out=code)
                 np.rint(code, out=code)
                 np.maximum(code, least[block], out=code)
                 np.minimum(code, most[block], out=code)
-                steps[order[col]] = code
+                steps[act_order[col]] = code
                 code *= grid[block]
                 np.subtract(code, lost[col], out=lost[col])

@@ -1,9 +1,10 @@
 """Rotation and balance of the channels that a matrix multiplies, so that few bits hold weights and activations well.
 
-``y = x Wᵀ`` stays what it is when ``x`` becomes ``x S R`` and ``W`` becomes ``W S⁻¹ R``, for a diagonal ``S`` and an
-orthogonal ``R``. *Balance* chooses ``S`` so that no channel is much larger than the others; whatever computes ``x``
-(a norm's weight, the rows of the matrix before) takes ``S`` in. *Rotation* mixes blocks of channels by a Hadamard
-matrix, which spreads what is left of an outlier over its block and makes values nearly normally distributed.
+The product ``y = x Wᵀ`` does not change if ``x`` becomes ``x S R`` and ``W`` becomes ``W S⁻¹ R``, for a diagonal ``S``
+and an orthogonal ``R``. *Balance* chooses ``S`` so that no channel is much larger than the others; ``S`` is merged into
+the weight that computes ``x`` (that of a norm, or the rows of the matrix before). *Rotation* mixes blocks of channels
+by a Hadamard matrix, which spreads the remaining outliers over their blocks and makes values nearly normally
+distributed.
 
 Sources: QuaRot (arXiv:2404.00456) and QuIP# (arXiv:2402.04396) for the rotation, SmoothQuant (arXiv:2211.10438) for
 moving scales from activations into weights.
@@ -20,7 +21,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 LARGEST = 1024.0
-"""Balance multiplies no channel by more than this, and divides none by more."""
+"""Largest factor by which balance multiplies or divides a channel."""
 
 
 def _is_paley(order: int) -> bool:
@@ -30,7 +31,7 @@ def _is_paley(order: int) -> bool:
 
 
 def _core(order: int) -> int | None:
-    """The order of the matrix of which a Hadamard matrix of ``order`` is made by doubling; None where none is known."""
+    """The order of the matrix from which doubling makes a Hadamard matrix of ``order``; None where none is known."""
     while order > 1 and not _is_paley(order):
         if order % 2:
             return None
@@ -42,11 +43,11 @@ def _core(order: int) -> int | None:
 def hadamard(order: int) -> Array:
     """A Hadamard matrix: float64 ``[order, order]`` of 1 and -1 whose rows are orthogonal.
 
-    Made by Sylvester's doubling from a single 1, or from a matrix of Paley's first construction (orders 12, 20, 24, 72
-    and others), so that head sizes such as 72 and 80 have one too.
+    It is made by Sylvester's doubling from a single 1, or from a matrix of Paley's first construction (orders 12, 20,
+    24, 72 and others), so that one exists for head sizes such as 72 and 80, too.
 
     Raises:
-        ValueError: no matrix of this order is known here.
+        ValueError: these constructions give no matrix of this order.
     """
     core = _core(order) if order >= 1 else None
     if core is None:
@@ -66,33 +67,33 @@ def hadamard(order: int) -> Array:
 
 
 def rotation_size(channels: int, largest: int) -> int:
-    """The largest block of at most ``largest`` channels that divides ``channels`` and can be rotated; 1 for none."""
+    """The largest block size up to ``largest`` that divides ``channels`` and has a Hadamard matrix; at least 1."""
     sizes = (size for size in range(min(largest, channels), 0, -1) if channels % size == 0 and _core(size))
     return next(sizes)
 
 
 def rotation_matrix(size: int) -> Array:
-    """The orthogonal ``R [size, size]``, float32, by which a graph multiplies each block of channels: ``x R``."""
+    """The orthogonal ``R [size, size]``, float32, with which a graph multiplies each block of channels: ``x R``."""
     matrix: Array = (hadamard(size) / np.sqrt(size)).astype(np.float32)
     return matrix
 
 
 ROTATED_TILE = 1 << 16
-"""Values that `rotate` works on at a time: their float64 copies stay in a core's cache."""
+"""Number of values that `rotate` processes at a time, so that their float64 copies stay in a core's cache."""
 PRODUCT = 1 << 17
-"""Multiplications in one product of `rotate`: so few that BLAS leaves them to the calling thread."""
+"""Number of multiplications in one product of `rotate`: so few that BLAS computes them in the calling thread."""
 
 
 def rotate(rows: Array, size: int, *, back: bool = False) -> Array:
-    """Every block of ``size`` values of ``rows [n, cols]`` times `rotation_matrix`, as float32.
+    """Multiplies every block of ``size`` values of ``rows [n, cols]`` by `rotation_matrix`; the result is float32.
 
-    Sums are taken in float64, where those of bfloat16 values are exact: the result does not depend on the order in
-    which a processor's kernels add.
+    Sums are computed in float64, in which sums of bfloat16 values are exact, so that the result does not depend on the
+    order in which a processor's kernels add.
 
     Args:
-        rows: in any float dtype.
-        size: divides ``cols``; 1 changes nothing.
-        back: multiply by the transpose, which undoes a rotation.
+        rows: array ``[n, cols]`` in any float dtype.
+        size: block size, a divisor of ``cols``; 1 changes nothing.
+        back: whether to multiply by the transpose, which undoes a rotation.
     """
     if size == 1:
         return rows.astype(np.float32, copy=False)
@@ -106,7 +107,7 @@ def rotate(rows: Array, size: int, *, back: bool = False) -> Array:
         tile = blocks[start : start + step]
         x, y = given[: len(tile)], product[: len(tile)]
         x[...] = tile
-        # one product of many rows would wake BLAS's threads for every tile, and the caller has its own
+        # a product of many rows would wake BLAS's threads for every tile, while the caller already uses several threads
         whole = len(tile) // stack * stack
         np.matmul(x[:whole].reshape(-1, stack, size), matrix, out=y[:whole].reshape(-1, stack, size))
         np.matmul(x[whole:], matrix, out=y[whole:])
@@ -115,7 +116,7 @@ def rotate(rows: Array, size: int, *, back: bool = False) -> Array:
 
 
 def powers_of_two(scales: Array) -> Array:
-    """Positive ``scales`` rounded to powers of two, by which floats are multiplied without a rounding error."""
+    """Positive scales rounded to powers of two, so that multiplying floats by them causes no rounding error."""
     exponents = np.rint(np.log2(scales))
     limit = np.log2(LARGEST)
     rounded: Array = np.exp2(np.clip(exponents, -limit, limit)).astype(np.float32)
@@ -123,9 +124,10 @@ def powers_of_two(scales: Array) -> Array:
 
 
 def equal_columns(norms: Array) -> Array:
-    """What to multiply channels by so that the columns of their readers become equally large.
+    """Scales of channels that make the columns of the matrices that read them equally large.
 
-    All of a channel's size is in the activations then, which rotation spreads: right for 8 bits (docs/results.md).
+    The differences between channels are then in the activations alone, over which rotation spreads them. This is the
+    best choice for 8 bits (docs/results.md).
 
     Args:
         norms: L2 norms ``[channels]`` of the readers' columns.
@@ -134,15 +136,16 @@ def equal_columns(norms: Array) -> Array:
 
 
 def even_sizes(norms: Array, sizes: Array, tolerance: float) -> Array:
-    """What to multiply channels by so that none is out of proportion: as large in activations as in its readers.
+    """Scales that move each disproportionate channel towards equal sizes of its activations and its readers' columns.
 
-    A weight's rounding error costs its channel's activations, so 4 bits want both alike; but moving sizes costs, too.
-    A channel whose ratio of readers to activations is within ``tolerance`` of the median one stays as it is.
+    The rounding error of a weight is multiplied by the activations of its channel, so 4-bit weights work best if both
+    have similar sizes; but rescaling has a cost, too. A channel whose ratio of readers to activations is within
+    ``tolerance`` of the median ratio therefore stays as it is.
 
     Args:
         norms: L2 norms ``[channels]`` of the readers' columns.
-        sizes: of the activations ``[channels]``, or what stands for them.
-        tolerance: at least 1.
+        sizes: sizes of the activations ``[channels]``, or an estimate of them.
+        tolerance: largest factor between a channel's ratio and the median that is tolerated; at least 1.
     """
     ratio = _relative(norms) / _relative(sizes)
     ratio /= np.median(ratio)
@@ -150,7 +153,7 @@ def even_sizes(norms: Array, sizes: Array, tolerance: float) -> Array:
 
 
 def _relative(values: Array) -> Array:
-    """Positive values over their median; what is zero or next to it counts as the median."""
+    """Values divided by the median of the positive ones; values of zero or close to it become 1."""
     positive = values[values > 0]
     middle = float(np.median(positive)) if positive.size else 1.0
     relative = values.astype(np.float64) / middle

@@ -1,8 +1,9 @@
-"""How one weight lies in the data file: which arrays it becomes, and the stream of their bytes.
+"""The storage of a weight in the data file: the arrays that it becomes, and their contents as a stream of chunks.
 
-A `Storage` is data (a frozen dataclass, printed by ``inspect``) plus two answers: `arrays`, the dtype and shape of
-every initializer that a weight of ``rows × cols`` turns into, and `chunks`, those arrays' contents in file order, made
-from a reader of row slabs so that no weight is held whole unless its layout needs it. It knows nothing of ONNX.
+A `Storage` is a frozen dataclass, printed by ``inspect``, with two main methods. `Storage.arrays` gives the dtype and
+shape of every initializer that a weight of ``rows × cols`` becomes. `Storage.chunks` gives those arrays' contents in
+file order, made from a reader of row slabs, so that no weight is held in memory as a whole unless its layout requires
+it. This module is independent of ONNX.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from vlpack.quantize.blocks import QuantizedBlocks, block_shapes, dequantize_blocks, quantize_blocks
 from vlpack.quantize.channels import ZERO_POINT, dequantize_rows, quantize_rows, unsigned
-from vlpack.quantize.gptq import Inputs, fit_blocks, fit_rows
+from vlpack.quantize.gptq import HessianFactor, gptq_round_blocks, gptq_round_rows
 
 Array = npt.NDArray[Any]
 #: ``read(start, stop)`` → rows [stop - start, cols] of the checkpoint's weight, in its own dtype
@@ -25,7 +26,7 @@ RowReader = Callable[[int, int], Array]
 ArraySpecs = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 SLAB = 1 << 22
-"""Elements handled at a time: 16 MiB in fp32, small enough that the working set is a few slabs."""
+"""Number of elements handled at a time: 16 MiB in fp32, so that the working set is a few slabs of moderate size."""
 
 
 def slabs(rows: int, cols: int) -> Iterator[tuple[int, int]]:
@@ -36,10 +37,10 @@ def slabs(rows: int, cols: int) -> Iterator[tuple[int, int]]:
 
 
 def transposed(matrix: Array) -> Array:
-    """``matrix [rows, cols]`` as ``[cols, rows]``, in strips that stay in the cache.
+    """Transposed copy of a matrix, ``[rows, cols]`` → ``[cols, rows]``, made in strips that stay in the cache.
 
-    A strip's rows lie a cache line further apart than they are long: were that a power of two, as it mostly is, a
-    column's values would all have the same few places in the cache.
+    The rows of a strip have a cache line of padding each. Without it their distance would mostly be a power of two, and
+    all values of a column would compete for the same few places in the cache.
     """
     rows, cols = matrix.shape
     out = np.empty((cols, rows), matrix.dtype)
@@ -52,22 +53,22 @@ def transposed(matrix: Array) -> Array:
 
 
 class Storage(Protocol):
-    """How a weight of ``rows × cols`` is kept; see the module's docstring."""
+    """The way a weight of ``rows × cols`` is stored: its arrays, their contents, and the values that they represent."""
 
     @property
     def label(self) -> str:
-        """Its name in the manifest and in ``inspect``."""
+        """Name of the storage in the manifest and in ``inspect``."""
 
     def arrays(self, rows: int, cols: int) -> ArraySpecs:
-        """Dtype and shape of each array, the largest first."""
+        """Dtype and shape of each array, by its name, the largest array first."""
 
     def chunks(self, read: RowReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
-        """Contiguous pieces of the arrays, each array whole before the next begins."""
+        """Names and contiguous pieces of the arrays; an array is complete before the next one begins."""
 
     def values(
         self, arrays: Mapping[str, Array], rows: int, cols: int, start: int = 0, stop: int | None = None
     ) -> Array:
-        """What arrays of these contents stand for, whatever shapes a graph gives them.
+        """The values that stored arrays represent, whatever shapes a graph gives the arrays.
 
         Returns:
             Rows ``[start, stop)`` of the weight, float32.
@@ -76,7 +77,7 @@ class Storage(Protocol):
 
 @dataclass(frozen=True)
 class Float:
-    """As it stands in the checkpoint, row by row, cast to ``dtype``: embeddings, heads, norms, biases, tables."""
+    """A weight as in the checkpoint, row by row, cast to ``dtype``: for embeddings, heads, norms, biases and tables."""
 
     dtype: str = "float32"
 
@@ -99,7 +100,7 @@ class Float:
 
 @dataclass(frozen=True)
 class Transposed:
-    """``[cols, rows]`` for MatMul's right side, cast to ``dtype``."""
+    """A transposed weight, ``[cols, rows]``, cast to ``dtype``: the right operand of MatMul."""
 
     dtype: str = "float32"
 
@@ -123,11 +124,12 @@ class Transposed:
 
 @dataclass(frozen=True)
 class ChannelInt8:
-    """8 bits, one scale per output channel, transposed for MatMulIntegerToFloat.
+    """A weight in 8 bits with one scale per output channel, transposed for MatMulIntegerToFloat.
 
-    ``signed`` codes are two to three times as fast where the processor has instructions for u8 × s8 (VNNI, AMX, ARM's).
-    Other x86 processors sum such products in pairs of 16 bits, which saturate (see `vlpack.ort.saturation`): there
-    unsigned codes around 128 have an exact kernel. ``calibrated`` codes are rounded for the inputs that they meet.
+    ``signed`` codes are two to three times as fast on processors with instructions for u8 × s8 products (VNNI, AMX,
+    ARM's). Other x86 processors add such products in pairs of 16 bits, which saturate (see `vlpack.ort.saturation`);
+    unsigned codes around 128 have an exact kernel there. ``calibrated`` codes are rounded by GPTQ
+    (`vlpack.quantize.gptq`).
     """
 
     signed: bool = True
@@ -144,17 +146,17 @@ class ChannelInt8:
         }
 
     def chunks(
-        self, read: RowReader, rows: int, cols: int, inputs: Inputs | None = None
+        self, read: RowReader, rows: int, cols: int, factor: HessianFactor | None = None
     ) -> Iterator[tuple[str, Array]]:
-        """Rounded to the nearest, or for ``inputs``; scales are the same."""
+        """Chunks of the arrays, rounded to the nearest codes, or by GPTQ with a Hessian ``factor`` and equal scales."""
         whole = np.empty((rows, cols), np.int8)
         scales = np.empty(rows, np.float32)
         for start, stop in slabs(rows, cols):
             weight = read(start, stop).astype(np.float32)
-            spare = weight if inputs is None else weight.copy()
+            spare = weight if factor is None else weight.copy()
             whole[start:stop], scales[start:stop] = quantize_rows(spare)
-            if inputs is not None:
-                whole[start:stop] = fit_rows(weight, scales[start:stop], inputs)
+            if factor is not None:
+                whole[start:stop] = gptq_round_rows(weight, scales[start:stop], factor)
         for start, stop in slabs(cols, rows):
             codes = transposed(whole[:, start:stop])
             yield "qweight", codes if self.signed else unsigned(codes)
@@ -169,13 +171,14 @@ class ChannelInt8:
 
 @dataclass(frozen=True)
 class Blocks:
-    """``bits`` bits in blocks of ``block_size`` along the input, a scale (and a zero point) per block: MatMulNBits.
+    """A weight in blocks along the input dimension, each with a scale and perhaps a zero point, for MatMulNBits.
 
-    ``dtype`` is that of the activations, and of the scales as the kernel takes them. ``narrow`` scales lie in the file
-    in 8 bits, as multiples of a step per row: codes are chosen for the scale as it is stored, so that nothing but a
-    finer choice of grids is lost. ``accuracy_level`` is how the CPU multiplies: 4 quantizes the activations to 8 bits
-    per block, 1 keeps them in fp32. ``calibrated`` weights are rounded for the inputs that they meet
-    (`vlpack.quantize.gptq`); those of ``rotated`` ones are about normally distributed.
+    A code has ``bits`` bits, and ``block_size`` codes share a scale. ``dtype`` is the dtype of the activations, and of
+    the scales when the kernel receives them. ``narrow`` scales are stored in 8 bits, as multiples of a step per row;
+    codes are chosen for the scale as it is stored, so that only the choice of grids becomes coarser.
+    ``accuracy_level`` is the way the CPU multiplies: 4 quantizes the activations to 8 bits per block, 1 keeps them in
+    fp32. ``calibrated`` weights are rounded by GPTQ (`vlpack.quantize.gptq`). ``rotated`` weights have rotated columns
+    and are nearly normally distributed.
     """
 
     bits: int = 4
@@ -205,9 +208,9 @@ class Blocks:
         return specs
 
     def chunks(
-        self, read: RowReader, rows: int, cols: int, inputs: Inputs | None = None
+        self, read: RowReader, rows: int, cols: int, factor: HessianFactor | None = None
     ) -> Iterator[tuple[str, Array]]:
-        """Rounded to the nearest, or for ``inputs``; scales and zero points are the same."""
+        """Chunks of the arrays, rounded to the nearest codes, or by GPTQ with a Hessian ``factor`` and equal grids."""
         specs = self.arrays(rows, cols)
         small = {name: np.empty(shape, dtype) for name, (dtype, shape) in specs.items() if name != "qweight"}
         for start, stop in slabs(rows, cols):
@@ -217,8 +220,8 @@ class Blocks:
             )
             if not self.narrow:
                 blocks = blocks._replace(scales=cast(blocks.scales, self.dtype))
-            if inputs is not None:
-                blocks = fit_blocks(weight, blocks, inputs, self.bits, self.block_size)
+            if factor is not None:
+                blocks = gptq_round_blocks(weight, blocks, factor, self.bits, self.block_size)
             small["scales"][start:stop] = blocks.scales
             if self.narrow:
                 small["steps"][start:stop] = blocks.steps
@@ -239,17 +242,17 @@ class Blocks:
 
 
 def cast(array: Array, dtype: str) -> Array:
-    """``array`` in ``dtype``; float16 goes through float32, and a finite value that leaves its range is an error.
+    """An array converted to ``dtype``, to float16 by way of float32.
 
     Raises:
-        OverflowError: a value is above float16's 65504.
+        OverflowError: a value is not finite in ``dtype``; the largest magnitude of float16 is 65504.
     """
     if array.dtype == dtype:
         return array
     wide = array.astype(np.float32)
     if dtype == "float32":
         return wide
-    with np.errstate(over="ignore"):  # what leaves the range is told below
+    with np.errstate(over="ignore"):  # values that leave the range are reported below
         narrow = wide.astype(dtype)
     if not np.isfinite(narrow).all():
         raise OverflowError(f"{np.abs(wide).max():.3g} does not fit {dtype}")

@@ -1,8 +1,8 @@
-"""What is done to a weight between reading and storing: its channels balanced and rotated, the function unchanged.
+"""Transforms of weights before they are stored: balance and rotation of channels, which do not change the model.
 
-A `Channels` is a set of channels between whatever computes them (a norm, rows of a matrix) and the matrices that read
-them. A `Transform` says what that makes of one weight. Both are data; a `ChannelScales` computes the scales that
-balance each set of channels, once for all weights that need them.
+A `Channels` is a set of channels between the weight that computes them (that of a norm, or rows of a matrix) and the
+matrices that read them. A `Transform` is the change that this makes to one weight. Both are plain data. A
+`ChannelScales` computes the scales that balance each set of channels, once for all weights that need them.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 MAX_CHANNELS = 1 << 24
-"""Of one set, in a manifest."""
+"""Largest number of channels in one set that is read from a manifest."""
 
 
 @dataclass(frozen=True)
 class Channels:
-    """Channels that are written by one weight and read by others.
+    """A set of channels that one weight computes and other weights read.
 
     Args:
-        producer: the norm's weight ``[channels, 1]``, or the matrix whose rows they are.
-        first: the first of the producer's rows that is a channel.
-        readers: the matrices that multiply them.
-        shape: ``(a, g, b)``: a reader's columns are ``a · g · b`` and stand for ``a · b`` channels, each of which comes
-            ``g`` times (query heads that share a value head, patches that are joined).
-        tolerance: None to make the readers' columns equally large; else see `vlpack.quantize.rotate.even_sizes`.
+        producer: weight of the norm, ``[channels, 1]``, or the matrix whose rows compute the channels.
+        first: index of the producer's row that computes the first channel.
+        readers: matrices that multiply the channels.
+        shape: ``(a, g, b)``, the shape of a reader's ``a · g · b`` columns, which belong to ``a · b`` channels: each
+            channel is repeated ``g`` times (query heads that share a value head, patches that are merged).
+        tolerance: tolerance of `vlpack.quantize.rotate.even_sizes`; None for `vlpack.quantize.rotate.equal_columns`.
     """
 
     producer: Rows
@@ -52,16 +52,16 @@ class Channels:
 
     @property
     def name(self) -> str:
-        """The tensor that has the first channel, and its row there: unique in a model."""
+        """Name of the set, unique in a model: the tensor that computes the first channel, and the row there."""
         return f"{next(self.producer.tensors()).name}:{self.first}"
 
     @property
     def count(self) -> int:
-        """How many channels there are."""
+        """Number of channels."""
         return self.shape[0] * self.shape[2]
 
     def along_columns(self, scales: Array) -> Array:
-        """Scales ``[channels]`` as the readers' columns have them."""
+        """Scales ``[channels]`` repeated and arranged as the readers' columns are."""
         a, g, b = self.shape
         return np.broadcast_to(scales.reshape(a, 1, b), (a, g, b)).reshape(-1)
 
@@ -71,14 +71,14 @@ class Channels:
         for reader in self.readers:
             for start, stop in slabs(reader.rows, reader.cols):
                 piece = reader.read(checkpoint, start, stop).astype(np.float32, copy=False)
-                # row by row, an order that does not depend on the processor; the tiles' sums are added in float64
+                # added row by row, an order that does not depend on the processor; sums of tiles are added in float64
                 for tile in range(0, len(piece), 64):
                     squares = np.square(piece[tile : tile + 64])
                     total += np.add.reduce(squares, axis=0).reshape(self.shape)
         return np.asarray(np.sqrt(total.sum(axis=1)).reshape(-1))
 
     def producer_sizes(self, checkpoint: Checkpoint) -> Array:
-        """What stands for the activations' sizes ``[channels]``: L2 norms of the producer's rows."""
+        """Estimate of the activations' sizes ``[channels]``: the L2 norms of the producer's rows."""
         sizes = np.empty(self.count)
         for start, stop in slabs(self.count, self.producer.cols):
             piece = self.producer.read(checkpoint, self.first + start, self.first + stop)
@@ -87,11 +87,14 @@ class Channels:
 
 
 class ChannelScales:
-    """What balances each set of channels: powers of two that the producer is multiplied by and the readers divided by.
+    """Scales that balance each set of channels, computed on demand.
+
+    They are powers of two, by which the producer's rows are multiplied and the readers' columns divided.
 
     Args:
-        checkpoint: whose weights say how large the channels are.
-        measured: tells the activations' sizes ``[channels]`` of a set where they were measured, and None elsewhere.
+        checkpoint: checkpoint whose weights determine the sizes of the channels.
+        measured: function that returns the activations' sizes ``[channels]`` of a set, or None if they were not
+            measured.
         known: scales that were computed before, by `Channels.name`.
     """
 
@@ -107,7 +110,7 @@ class ChannelScales:
         self._lock = threading.Lock()
 
     def __call__(self, channels: Channels) -> Array:
-        """float32 ``[channels]``; computed when first asked for, by whichever thread asks."""
+        """Scales of a set, float32 ``[channels]``, computed by the first thread that asks for them."""
         name = channels.name
         with self._lock:
             lock = self._locks.setdefault(name, threading.Lock())
@@ -117,7 +120,7 @@ class ChannelScales:
             return self._known[name]
 
     def exponents(self) -> dict[str, Array]:
-        """All scales that were asked for, by name, as int8 exponents of two."""
+        """All scales that have been computed, as int8 exponents of two, by `Channels.name`."""
         return {name: np.rint(np.log2(scales)).astype(np.int8) for name, scales in sorted(self._known.items())}
 
     def _compute(self, channels: Channels) -> Array:
@@ -132,15 +135,15 @@ class ChannelScales:
 
 @dataclass(frozen=True)
 class Transform:
-    """What is done to a weight ``[rows, cols]``.
+    """The balance and rotation of one weight ``[rows, cols]``.
 
     Args:
-        reads: the channels that its columns are; they are divided by the scales.
+        reads: channels that the columns multiply; the columns are divided by their scales.
         input_rotation: size of the blocks of columns that are rotated; 1 for none.
-        writes: the channels that its rows from ``first`` on are; they are multiplied by the scales.
+        writes: channels that the rows from ``first`` on compute; these rows are multiplied by the scales.
         output_rotation: size of the blocks of these rows that are rotated; 1 for none.
-        first: of those rows.
-        count: of those rows.
+        first: index of the first of these rows.
+        count: number of these rows.
     """
 
     reads: Channels | None = None
@@ -152,16 +155,16 @@ class Transform:
 
     @property
     def is_identity(self) -> bool:
-        """Whether it changes nothing."""
+        """Whether the transform changes nothing."""
         return self == IDENTITY
 
     @property
     def of_vector(self) -> Transform:
-        """What it makes of a bias, which has rows and no columns."""
+        """The same transform for the weight's bias, which has rows but no columns."""
         return replace(self, reads=None, input_rotation=1)
 
     def described(self) -> dict[str, Any]:
-        """As JSON, for the manifest: what differs from leaving the weight as it is."""
+        """JSON for the manifest: the changes to the weight; empty if there are none."""
         entries: dict[str, Any] = {}
         if self.reads is not None or self.writes is not None:
             sides = {"columns": self.reads, "rows": self.writes}
@@ -173,7 +176,7 @@ class Transform:
         return entries
 
     def reader(self, read: Callable[[int, int], Array], scales: ChannelScales | None) -> Callable[[int, int], Array]:
-        """A reader of the transformed rows, from one of the checkpoint's rows ``read(start, stop)``."""
+        """A function that reads transformed rows, made from ``read(start, stop)`` for rows of the checkpoint."""
         if self.is_identity:
             return read
         assert scales is not None, "a transformed weight needs the scales of its channels"
@@ -186,7 +189,16 @@ class Transform:
         return transformed
 
     def apply(self, piece: Array, start: int, scales: ChannelScales) -> Array:
-        """Rows from ``start`` on, transformed, as float32."""
+        """Transforms rows of the weight.
+
+        Args:
+            piece: consecutive rows, ``[n, cols]``.
+            start: index of the first of them.
+            scales: scales of the channels.
+
+        Returns:
+            The transformed rows, float32.
+        """
         piece = piece.astype(np.float32)
         if self.reads is not None:
             piece /= self.reads.along_columns(scales(self.reads))
@@ -202,7 +214,7 @@ class Transform:
         return piece
 
     def undo(self, weight: Array, scales: ChannelScales) -> Array:
-        """The whole ``weight [rows, cols]``, float32, as it was before."""
+        """The original weight, float32 ``[rows, cols]``, from the whole transformed ``weight``."""
         rows = self._own_rows(0, len(weight))
         if rows.stop > rows.start and (self.writes is not None or self.output_rotation > 1):
             weight = weight.copy()
@@ -213,13 +225,13 @@ class Transform:
         return weight if self.reads is None else weight * self.reads.along_columns(scales(self.reads))
 
     def carry(self, products: Array, scales: ChannelScales, before: Transform, scales_before: ChannelScales) -> None:
-        """Turn ``Σ xᵀx`` of what a weight multiplies after another transform into that after this one, in place.
+        """Converts the Gram matrix ``Σ xᵀx`` of a weight's inputs from another transform to this one, in place.
 
         Args:
-            products: float32 ``[cols, cols]``, of inputs that were transformed by ``before``.
-            scales: of the channels.
-            before: another transform of the same weight.
-            scales_before: of the channels there.
+            products: Gram matrix of inputs to the weight transformed by ``before``, float32 ``[cols, cols]``.
+            scales: scales of the channels in this transform.
+            before: other transform of the same weight.
+            scales_before: scales of the channels in that transform.
         """
         ratio = np.ones(len(products))
         if self.reads is not None:
@@ -228,23 +240,23 @@ class Transform:
             ratio /= before.reads.along_columns(scales_before(before.reads))
         if self.input_rotation == before.input_rotation and (ratio == 1).all():
             return
-        # x becomes x M, for a matrix M of blocks on the diagonal
+        # x becomes x M, for a block-diagonal matrix M
         size = math.lcm(before.input_rotation, self.input_rotation)
         back = np.kron(np.eye(size // before.input_rotation), rotation_matrix(before.input_rotation).T)
         there = np.kron(np.eye(size // self.input_rotation), rotation_matrix(self.input_rotation))
         blocks = ((back * ratio.reshape(-1, 1, size)) @ there).astype(np.float32)
-        for _ in range(2):  # Mᵀ Σ, and then the same of its transpose, as Σ is symmetric
+        for _ in range(2):  # Mᵀ Σ, then the same again on its transpose, because Σ is symmetric
             for block, start in zip(blocks, range(0, len(products), size), strict=True):
                 products[start : start + size] = block.T @ products[start : start + size]
             _transpose(products)
 
     def undo_inputs(self, rows: Array, scales: ChannelScales) -> Array:
-        """What the weight would multiply before the transform, ``[n, cols]``, from what it multiplies after it."""
+        """Inputs of the original weight, ``[n, cols]``, from inputs ``rows`` of the transformed weight."""
         rows = rotate(rows, self.input_rotation, back=True)
         return rows if self.reads is None else rows / self.reads.along_columns(scales(self.reads))
 
     def channel_squares(self, products: Array, scales: ChannelScales) -> Array:
-        """``Σ x²`` of each column before the transform, ``[cols]``, from ``Σ xᵀx [cols, cols]`` after it."""
+        """``Σ x²`` of each input of the original weight, ``[cols]``, from ``Σ xᵀx`` of the transformed weight's inputs."""
         size = self.input_rotation
         squares = np.empty(len(products))
         for start in range(0, len(products), size):
@@ -254,12 +266,12 @@ class Transform:
         return squares if self.reads is None else squares / self.reads.along_columns(scales(self.reads)) ** 2
 
     def _own_rows(self, start: int, length: int) -> slice:
-        """Which of the rows ``[start, start + length)`` are written channels, counted from ``start``."""
+        """Those of the rows ``[start, start + length)`` that compute the written channels, counted from ``start``."""
         low = min(max(self.first - start, 0), length)
         return slice(low, max(low, min(self.first + self.count - start, length)))
 
     def _whole_blocks(self, start: int, stop: int) -> tuple[int, int]:
-        """The rows to read for rows ``[start, stop)``, so that no block of rotated rows is cut."""
+        """The range of rows to read so that ``[start, stop)`` can be transformed: it cuts no block of rotated rows."""
         size = self.output_rotation
         if size == 1:
             return start, stop
@@ -275,7 +287,7 @@ IDENTITY = Transform()
 
 
 def _transpose(matrix: Array, side: int = 512) -> None:
-    """Turn a square matrix around its diagonal in place."""
+    """Transposes a square matrix in place."""
     for start in range(0, len(matrix), side):
         rows = slice(start, start + side)
         matrix[rows, rows] = matrix[rows, rows].T.copy()
@@ -287,15 +299,15 @@ def _transpose(matrix: Array, side: int = 512) -> None:
 
 
 def packed_scales(exponents: Mapping[str, Array]) -> dict[str, str]:
-    """Exponents of two by name, as text for a manifest: int8, compressed (most are 0), in base64."""
+    """Exponents of two, by name, as text for a manifest: int8, compressed (most are 0), in base64."""
     return {name: base64.b64encode(zlib.compress(values.tobytes(), 9)).decode() for name, values in exponents.items()}
 
 
 def unpacked_scales(packed: Mapping[str, str]) -> dict[str, Array]:
-    """The scales ``[channels]`` that `packed_scales` has written, from a manifest that anybody may have written.
+    """Scales ``[channels]``, by name, from the text that `packed_scales` makes; the text is not trusted.
 
     Raises:
-        ValueError: an entry is not base64, not compressed, too long, or of other scales than a build chooses.
+        ValueError: an entry is not base64, not compressed data, too long, or has scales that no build chooses.
     """
     scales = {}
     for name, text in packed.items():
