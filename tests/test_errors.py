@@ -30,6 +30,7 @@ from vlpack.errors import Note, OptionError, VlpackWarning, in_python, on_comman
             "Build with weight_type='uint8'.",
             "Build with --extra-options weight_type=uint8.",
         ),
+        (f"Leave {option('images')} away.", "Leave images away.", "Leave --image away."),
         ("No option at all.", "No option at all.", "No option at all."),
     ],
 )

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters, which do not occur in a user's text
+_REPEATED = {"images": "image", "videos": "video"}
+"""Arguments that take several values in Python → the option that is repeated for them on the command line."""
 _OPTION = re.compile(f"{_OPEN}([a-z_.]+)(?:=(.*?))?{_CLOSE}", re.DOTALL)
 
 
@@ -47,7 +49,7 @@ def on_command_line(text: str) -> str:
             return name if value is None else f"--extra-options {name}={value.lower()}"
         if name == "special_tokens":  # a choice of two in Python, a flag on the command line
             return "--literal"
-        flag = f"--{name.replace('_', '-')}"
+        flag = f"--{_REPEATED.get(name, name).replace('_', '-')}"
         return flag if value in (None, "True") else f"{flag} {value}"
 
     return _write(getattr(text, "raw", text), written)
