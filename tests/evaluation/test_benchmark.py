@@ -153,7 +153,7 @@ def test_no_work_in_common(result: Benchmark, tmp_path: Path) -> None:
     other = result.as_json()
     other["works"] = [{**other["works"][0], "name": "7 tokens"}]
     (tmp_path / "other.json").write_text(json.dumps(other), encoding="utf-8")
-    with pytest.raises(InputError, match="it has 7 tokens"):
+    with pytest.raises(InputError, match="no prompt in common with this benchmark; its prompts are 7 tokens"):
         compare(result, tmp_path / "other.json")
 
 

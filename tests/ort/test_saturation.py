@@ -55,7 +55,7 @@ def test_a_processor_that_saturates(
     packages: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("vlpack.ort.saturation.saturates", lambda: True)
-    with pytest.warns(VlpackWarning, match="weight_type=uint8"):
+    with pytest.warns(VlpackWarning, match="weight_type='uint8'"):
         vlpack.load(packages["int8"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -64,6 +64,7 @@ def test_a_processor_that_saturates(
     done = run_vlpack(capsys, "run", packages["int8"], "--image", IMAGES / "00.png", READ)
     assert done.code == 0
     assert done.err.startswith("warning: This processor lacks VNNI")
+    assert "--extra-options weight_type=uint8" in " ".join(done.err.split())
 
 
 def test_the_processor_is_asked() -> None:

@@ -248,7 +248,7 @@ def test_what_cannot_be_compared(source: Path, tmp_path: Path) -> None:
 
     build(source, tmp_path / "package", threads=1)
     text = make_member(tmp_path / "text", Member("text", "Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 16}))
-    with pytest.raises(VerifyError, match="The package is a Qwen3VLForConditionalGeneration, the reference a Qwen3"):
+    with pytest.raises(VerifyError, match="is a Qwen3VLForConditionalGeneration, but the reference is a Qwen3"):
         verify(tmp_path / "package", text)
     with pytest.raises(PackageError, match="is not a vlpack package"):
         verify(source, source)
