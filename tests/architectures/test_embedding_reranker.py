@@ -32,8 +32,7 @@ from tiny import IMAGE
 from vlpack.errors import CheckpointError, InputError, OptionError, PackageError
 from vlpack.options import parse_extra_options
 from vlpack.preprocess.mrope import mrope_positions
-from vlpack.quantize.blocks import dequantize_blocks, quantize_blocks
-from vlpack.quantize.policy import OFFERED, default_block_size
+from vlpack.quantize.policy import OFFERED
 from vlpack.runtime.model import Model
 from vlpack.runtime.retrieval import BATCH_TOKENS, Embedder, Reranker, _batches
 
@@ -219,13 +218,11 @@ def test_int4_is_exact_with_the_weights_it_keeps(loaded: Any, source: Any, name:
     """int4 is exact with the package's weights; a bound against the original weights would say little at this size."""
     options = {"vision_precision": "fp32"} if name == "vision" else {}
     extra = vlpack.ExtraOptions(accuracy_level=1, balance=changed, rotation=changed)
-    reference, kept = Recipe(source(name)), Kept(source(name), "int4", task="embedding", vision="fp32")
+    channels = {"balance": changed, "rotation": changed}
+    reference, kept = Recipe(source(name)), Kept(source(name), "int4", task="embedding", vision="fp32", **channels)
     for path, parameter in reference.body.named_parameters():
         if parameter.ndim == 2 and "visual" not in path:
-            bits, weight = 8 if "embed_tokens" in path else 4, parameter.detach().numpy()
-            blocks = quantize_blocks(weight, bits, default_block_size("int4", "cpu", bits), True)
-            plain = dequantize_blocks(blocks, len(weight[0]), bits)
-            parameter.data = torch.tensor(plain if changed is False else kept(f"model.{path}", weight))
+            parameter.data = torch.tensor(kept(f"model.{path}", parameter.detach().numpy()))
     model = loaded(name, "embedding", precision="int4", extra_options=extra, **options)
     if name == "text":
         assert same(model.embed(TEXTS), [reference.text(text) for text in TEXTS])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import partial
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -296,9 +297,10 @@ def is_output(module: str) -> bool:
     return "merger" in module and module.endswith("linear_fc2")
 
 
-def dequantized(precision: str, provider: str = "cpu", **options):
+def dequantized(precision: str, provider: str = "cpu", tiny: Tiny = TINY, **options):
     """Maps a weight's name and values to those that its storage keeps, as `Reference.with_weights` takes it."""
-    policy = make_policy(precision, provider, QuantizationOptions(**options), PrecisionFacts(TINY.layers))
+    facts = PrecisionFacts(tiny.layers, width=gcd(tiny.hidden_size, tiny.heads * tiny.head_dim))
+    policy = make_policy(precision, provider, QuantizationOptions(**options), facts)
     joined = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 
     def change(name: str, weight: np.ndarray) -> np.ndarray:
@@ -395,7 +397,7 @@ def test_int4_is_exact_with_the_weights_it_keeps(options, name, images, channels
     extra = as_strings(accuracy_level=1, **{k: v for k, v in options.items() if k != "vision"})
     runs = package(tiny, *extra, *CHANNELS[channels], precision="int4", vision_precision=vision)
     options = {**options, "vision": vision}
-    weights = dequantized("int4", **options) if channels == "plain" else kept(tiny, "int4", **options)
+    weights = dequantized("int4", tiny=tiny, **options) if channels == "plain" else kept(tiny, "int4", **options)
     with reference(tiny).with_weights(weights):
         check(tiny, runs, reference, inputs_of(tiny, images), EXACT)
 
@@ -424,7 +426,7 @@ def test_8_bit_activations(name, tiny, channels, package, reference, kept):
     which: dict[str, Any] = {"precision": options["precision"], "vision": options.get("vision_precision")}
     balanced = None if channels == "plain" else kept(tiny, **which)
     with (
-        live.with_weights(balanced or dequantized(**which)),
+        live.with_weights(balanced or dequantized(tiny=tiny, **which)),
         activations(live, rounding, partial(rounded_per_block, size=default_block_size(name, "cpu", 8)), balanced),
     ):
         for seed in range(6):
