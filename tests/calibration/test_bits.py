@@ -191,5 +191,5 @@ def test_mistakes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_from_python(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--calibrate"):
+    with pytest.raises(OptionError, match="bits needs calibrate"):
         build(DIGITS, tmp_path / "out", bits=5.0)

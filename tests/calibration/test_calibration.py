@@ -629,7 +629,7 @@ def test_a_calibrated_head_and_the_table(tmp_path: Path) -> None:
 MISTAKES = {
     "another precision": (["-p", "fp16", "--calibrate", "self"], "needs the precision int8 or int4"),
     "no decoder": (["-p", "int4", "--part", "vision", "--calibrate", "self"], "--part vision"),
-    "no such file": (["-p", "int4", "--calibrate", "nowhere.txt"], "nowhere.txt is no file"),
+    "no such file": (["-p", "int4", "--calibrate", "nowhere.txt"], "no calibration file nowhere.txt"),
     "an embedding model": (["-p", "int4", "--task", "embedding", "--calibrate", "self"], "that generate"),
 }
 

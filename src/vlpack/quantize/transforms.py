@@ -256,7 +256,7 @@ class Transform:
         return rows if self.reads is None else rows / self.reads.along_columns(scales(self.reads))
 
     def channel_squares(self, products: Array, scales: ChannelScales) -> Array:
-        """``Σ x²`` of each input of the original weight, ``[cols]``, from ``Σ xᵀx`` of the transformed weight's inputs."""
+        """``Σ x²`` of each input of the original weight, ``[cols]``, from ``Σ xᵀx`` for the transformed one."""
         size = self.input_rotation
         squares = np.empty(len(products))
         for start in range(0, len(products), size):
