@@ -1,4 +1,4 @@
-"""Bits spent where they help most: the choice by itself, what it is made by, and whole builds with ``--bits``."""
+"""The choice of 8-bit matrices within an average of bits: the choice itself, the measured harm, and whole builds."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class CalibrationModel:
 
         Args:
             ids: tokens ``[B, S]``.
-            prompt: prompt with pictures from which the ids are, ``[1, S]``; None for texts.
+            prompt: prompt whose tokens are ``ids [1, S]``, if it has pictures; None for texts.
             first: position of the first token.
         """
         positions: Array = np.broadcast_to(np.arange(first, first + ids.shape[1]), ids.shape).astype(np.int64)
