@@ -266,7 +266,7 @@ class Transform:
         return squares if self.reads is None else squares / self.reads.along_columns(scales(self.reads)) ** 2
 
     def _own_rows(self, start: int, length: int) -> slice:
-        """The part of the rows ``[start, start + length)`` that computes the written channels, counted from ``start``."""
+        """The part of the rows ``[start, start + length)`` that computes written channels, counted from ``start``."""
         low = min(max(self.first - start, 0), length)
         return slice(low, max(low, min(self.first + self.count - start, length)))
 
