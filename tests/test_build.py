@@ -97,7 +97,7 @@ def test_untied(source: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "untied") == read(tmp_path / "tied") == "3\n5"
     weights = json.loads((tmp_path / "untied" / "vlpack.json").read_text())["parts"]["decoder.onnx"]["weights"]
     assert "lm_head" in weights
-    with pytest.raises(OptionError, match="shared_embeddings=true needs"):
+    with pytest.raises(OptionError, match="shared_embeddings=True needs"):
         build(source, tmp_path / "shared", extra_options=options("shared_embeddings=true"))
     notes = build(source, tmp_path / "unshared", extra_options=options("shared_embeddings=false")).notes
     assert any("not tied" in note for note in notes)

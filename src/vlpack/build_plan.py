@@ -1,4 +1,4 @@
-"""What a build will write, decided before anything is written: options checked, checkpoint found, graphs traced."""
+"""The plan of a build, made before anything is written: options are checked, the checkpoint found, graphs traced."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlpack.calibration.bits import check_reachable
 from vlpack.calibration.options import check_bits, check_calibration
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.hub import ResolvedSource
-from vlpack.errors import OptionError
+from vlpack.errors import OptionError, option
 from vlpack.export.check import check_tensors
 from vlpack.export.graph import Graph, Weight, trace
 from vlpack.export.preflight import check_settings, resolve_checked
@@ -35,12 +35,12 @@ Place = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the caller chose, checked as far as it can be without a checkpoint.
+    """The options of a build, checked as far as possible without a checkpoint.
 
     The fields are arguments of `vlpack.build`, where they are described; ``extra`` is its ``extra_options``.
 
     Raises:
-        OptionError: an option is unknown, or has no effect beside the others.
+        OptionError: an option is unknown, or has no effect in combination with the others.
     """
 
     precision: str | None = None
@@ -74,11 +74,11 @@ class BuildOptions:
 
     @property
     def quantization(self) -> QuantizationOptions:
-        """How weights are quantized."""
+        """The options of quantization that follow from these options."""
         return self.extra.quantization(self.vision_precision, calibrated=self.calibrate is not None)
 
     def policy(self, facts: PrecisionFacts | None = None) -> Policy:
-        """The precision policy for a model of which ``facts`` are known, or for any model."""
+        """The precision policy for a model with these facts, or for any model if they are None."""
         return make_policy(str(self.precision), self.execution_provider, self.quantization, facts or PrecisionFacts())
 
     @property
@@ -89,18 +89,18 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """Everything that a build writes, and from what.
+    """The plan of a build: the graphs and weights to write, and the checkpoint to read them from.
 
     Args:
-        options: what the caller chose.
-        task: one of `vlpack.tasks.TASKS`.
-        architecture: the model's.
-        checkpoint: the weights to read, adapters merged.
-        adapters: the LoRA adapters that are merged.
-        policy: which weight is stored how.
-        graphs: file name → graph, its weights not read yet.
-        origin: the checkpoint and the adapters, as the manifest names them.
-        notes: what the user should know.
+        options: options of the build.
+        task: task of the model, one of `vlpack.tasks.TASKS`.
+        architecture: architecture of the model.
+        checkpoint: checkpoint to read weights from, with adapters merged.
+        adapters: LoRA adapters that are merged.
+        policy: precision policy, which gives each weight its storage.
+        graphs: file name → graph, whose weights are not read yet.
+        origin: description of the checkpoint and the adapters for the manifest.
+        notes: sentences that the user should read.
     """
 
     options: BuildOptions
@@ -115,7 +115,7 @@ class BuildPlan:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """Part → file name of its graph."""
+        """File names of the graphs, by part."""
         return {graph.name: filename for filename, graph in self.graphs.items()}
 
     @cached_property
@@ -125,7 +125,7 @@ class BuildPlan:
 
     @cached_property
     def own_weights(self) -> list[list[Weight]]:
-        """The weights of each graph that are written for it, without those that an earlier graph has already."""
+        """The weights that are written for each graph, without those that it shares with an earlier graph."""
         seen: set[Any] = set()
         lists: list[list[Weight]] = []
         for graph in self.graphs.values():
@@ -138,29 +138,29 @@ class BuildPlan:
 
     @property
     def total_bytes(self) -> int:
-        """How many bytes of weights will be written."""
+        """Number of bytes of weights that will be written."""
         return sum(map(planned_bytes, self.own_weights))
 
     @property
     def calibrated_weights(self) -> list[Weight]:
-        """The weights that are rounded for the inputs that they meet."""
+        """The weights that are calibrated, that is rounded by GPTQ."""
         return [weight for graph in self.graphs.values() for weight in graph.weights if weight.calibrated]
 
 
 def plan_build(source: Place, output: Path, options: BuildOptions, stack: ExitStack) -> BuildPlan:
-    """Find the checkpoint, check that it can be built with these options, and trace the graphs.
+    """Finds the checkpoint, checks that it can be built with these options, and traces the graphs.
 
     Args:
-        source: a folder or a Hub id.
-        output: the package's folder, which need not be there.
-        options: what the caller chose.
-        stack: closes the checkpoint and the adapters when it is left.
+        source: folder of a checkpoint, or a Hub id.
+        output: folder of the package, which need not exist.
+        options: options of the build.
+        stack: exit stack that closes the checkpoint and the adapters.
 
     Raises:
-        VlpackError: something is missing, unsupported or does not fit.
+        VlpackError: the checkpoint or an adapter is missing, not supported, or not compatible with the options.
     """
     extra = options.extra
-    # adapters first: they are small, and what is wrong with them is reported before the model is downloaded
+    # adapters first: they are small, so that errors in them are reported before the model is downloaded
     places = places_of(options.lora)
     adapters = open_adapters(places, options.cache_dir, extra.hf_token)
     for adapter in adapters:
@@ -216,16 +216,16 @@ def trace_graphs(architecture: Architecture, policy: Policy, options: BuildOptio
 def _check_arguments(extra: object, part: str, threads: int | None) -> None:
     if not isinstance(extra, ExtraOptions):
         raise OptionError(
-            "extra_options must be a vlpack.ExtraOptions.", "vlpack.ExtraOptions(block_size=64), for example."
+            "extra_options must be a vlpack.ExtraOptions.", "Pass vlpack.ExtraOptions(block_size=64), for example."
         )
     if part not in PARTS:
-        raise OptionError(f"Unknown part '{part}'.", "Parts are " + ", ".join(PARTS) + ".")
+        raise OptionError(f"Unknown part '{part}'.", "Choose one of " + ", ".join(PARTS) + ".")
     if threads is not None and threads < 1:
-        raise OptionError(f"threads is {threads}; it must be at least 1.")
+        raise OptionError(f"{option('threads')} is {threads}; it must be at least 1.")
 
 
 def _origin(found: ResolvedSource, adapters: Sequence[Adapter]) -> dict[str, Any]:
-    """The checkpoint and what is merged into it, for the manifest."""
+    """Description of the checkpoint and the merged adapters for the manifest."""
     merged = [adapter.described() for adapter in adapters]
     return {**found.described(), **({"adapters": merged} if merged else {})}
 
@@ -233,31 +233,43 @@ def _origin(found: ResolvedSource, adapters: Sequence[Adapter]) -> dict[str, Any
 def _check_cache(architecture: Architecture, policy: Policy) -> None:
     if policy.cache == "int8" and not architecture.decoder.qk_norm:
         raise OptionError(
-            "kv_cache=int8 is for models that normalize their keys, as Qwen3's families do.",
-            "How large this one's become is not known, so nothing can be said of what 8 bits would lose.",
+            f"{option('extra.kv_cache', 'int8')} is for models that normalize their keys, such as Qwen3's families.",
+            f"This model's keys have no known bound, so the loss by 8 bits cannot be estimated; leave "
+            f"{option('extra.kv_cache')} out.",
         )
 
 
 def _unused_hub_options(
     places: Sequence[str | os.PathLike[str]], cache_dir: str | os.PathLike[str] | None, extra: ExtraOptions
 ) -> list[str]:
-    """Command lines for the builder name a cache for local folders too, so this is a note and not an error."""
-    unused = [name for name, value in (("cache_dir", cache_dir), ("hf_token", extra.hf_token)) if value is not None]
+    """A note on Hub options that local folders do not need; no error, because callers of other builders set them."""
+    given = (("cache_dir", cache_dir), ("extra.hf_token", extra.hf_token))
+    unused = [option(name) for name, value in given if value is not None]
     if not unused or not all(Path(place).expanduser().is_dir() for place in places):
         return []
     return [f"The checkpoint is a folder, so {' and '.join(unused)} had no effect."]
 
 
 def _check_sharing(architecture: Architecture, policy: Policy, extra: ExtraOptions) -> list[str]:
-    """A note where shared_embeddings was given and changes nothing; an error where it cannot be had."""
+    """A note if ``shared_embeddings`` is given but changes nothing.
+
+    Raises:
+        OptionError: the embedding and the head cannot be shared, because they are not tied.
+    """
     if extra.shared_embeddings and not architecture.tied:
-        raise OptionError("shared_embeddings=true needs a checkpoint with a tied head; this one is untied.")
+        raise OptionError(
+            f"{option('extra.shared_embeddings', True)} needs a checkpoint with a tied head; this one's is untied.",
+            f"Leave {option('extra.shared_embeddings')} out.",
+        )
     if extra.shared_embeddings is None:
         return []
     if not architecture.tied:
-        return ["The embedding and the head are not tied, so shared_embeddings had no effect."]
+        return [f"The embedding and the head are not tied, so {option('extra.shared_embeddings')} had no effect."]
     if policy.storage("text.embedding") != policy.storage("text.head"):
-        return ["The embedding and the head are stored in different ways here, so shared_embeddings had no effect."]
+        return [
+            "The embedding and the head are stored in different ways here, "
+            f"so {option('extra.shared_embeddings')} had no effect."
+        ]
     return []
 
 

@@ -1,4 +1,4 @@
-"""`vlpack.build`: the whole story on one page, as plan → write → seal."""
+"""`vlpack.build`, which makes a package from a checkpoint in three steps: plan, write, seal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vlpack.architectures.ports import GraphOptions
 from vlpack.build_plan import PARTS, BuildOptions, BuildPlan, plan_build, trace_graphs
-from vlpack.calibration.options import BESIDE, BESIDE_4, Say, say_nothing
+from vlpack.calibration.options import BESIDE, BESIDE_4, ReportProgress, report_nothing
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.errors import Note
 from vlpack.export.assets import write_beside
@@ -34,28 +34,30 @@ if TYPE_CHECKING:
 
 
 class Progress(Protocol):
-    """Told how far a build is."""
+    """An observer of a build's progress."""
 
     def start(self, total: int) -> None:
-        """``total`` bytes will be written."""
+        """Receives the number of bytes that will be written."""
 
     def advance(self, written: int, path: str) -> None:
-        """``written`` more bytes are, of the weight at ``path``."""
+        """Receives the number of bytes that have been written since the last call, all of the weight at ``path``."""
 
     def say(self, text: str, done: int = 0, total: int = 0) -> None:
-        """Something else is being done, ``done`` of ``total`` where that is known."""
+        """Receives the name of another step, with ``done`` of ``total`` units; ``total`` is 0 where not known."""
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """A finished package.
+    """A finished package and figures of its build.
 
     Args:
-        folder: where it is.
+        folder: folder of the package.
         parts: part → (graph file, bytes of graph and data, storage labels with their bytes; 0 where shared).
-        seconds: the build took.
-        peak_memory: of this process so far, bytes.
-        notes: what a user should know.
+        total_bytes: size of all files of the package, in bytes.
+        source_bytes: size of the checkpoint's weights, in bytes.
+        seconds: duration of the build.
+        peak_memory: largest memory use of this process so far, in bytes.
+        notes: sentences that the user should read.
     """
 
     folder: Path
@@ -69,14 +71,14 @@ class BuildResult:
 
 @dataclass(frozen=True)
 class Written:
-    """What the writing step leaves for the sealing one.
+    """The results of the writing step, which the sealing step needs.
 
     Args:
-        plan: what was written in the end: calibration may have chosen other bits for some weights.
-        notes: what the user should know of the files beside the graphs.
+        plan: plan of what was written; calibration may have chosen other bits for some weights than the first plan.
+        notes: sentences that the user should read about the files beside the graphs.
         sources: file name → SHA-256 of the checkpoint's files.
         files: file name → SHA-256 of the files that were hashed while they were written.
-        calibration: what the manifest says of the calibration; None where there was none.
+        calibration: description of the calibration for the manifest; None if there was none.
     """
 
     plan: BuildPlan
@@ -105,31 +107,33 @@ def build(
     calibrate: str | os.PathLike[str] | None = None,
     bits: float | None = None,
 ) -> BuildResult:
-    """Build a package.
+    """Builds a package from a checkpoint.
 
     Args:
-        source: a checkpoint's folder, or a Hub id.
-        output: the package's folder; it must not exist, unless ``force`` lets it replace a package.
-        precision: fp32, fp16, int8 or int4; int8 on the CPU and fp16 elsewhere by default.
+        source: folder of a checkpoint, or a Hub id.
+        output: folder of the package; it must not exist, unless it is a package that ``force`` replaces.
+        precision: fp32, fp16, int8 or int4; by default int8 on the CPU and fp16 elsewhere.
         execution_provider: cpu, cuda, dml or webgpu.
-        part: all; or text, the decoder that runs by itself; or one of the parts of the whole.
-        task: generate, embedding or reranker; auto is what can be told from the checkpoint, and else generate.
-        vision_precision: of the vision encoder, where it is not to follow from ``precision``.
-        extra_options: finer choices.
+        part: all; or text, a decoder that runs by itself; or one of the parts that make up the whole.
+        task: generate, embedding, reranker, or auto: the task that the checkpoint indicates, or else generate.
+        vision_precision: precision of the vision encoder; by default it follows from ``precision``.
+        extra_options: detailed options.
         revision: branch, tag or commit of a Hub id.
-        cache_dir: where the Hub's files are kept.
-        force: replace an existing package.
-        threads: that encode weights; by default as many as there are cores, at most 8.
-        progress: is told the bytes written.
-        lora: LoRA adapters of peft, folders or Hub ids, merged into the weights one after another as these are read.
-        calibrate: round the decoder's weights in int4 and int8 packages for the inputs that they meet in texts:
-            ``self`` for such as the model writes itself, a file of plain text, or one of messages with images,
-            ``*.jsonl``. It takes minutes, and for them an 8-bit package's disk space.
+        cache_dir: folder in which files from the Hub are kept.
+        force: whether to replace an existing package.
+        threads: number of threads that encode weights; by default the number of cores, at most 8.
+        progress: observer of the build's progress.
+        lora: LoRA adapters of peft, as folders or Hub ids, which are merged one after another into the weights while
+            these are read.
+        calibrate: source of texts for calibration (GPTQ) of the decoder's weights in an int4 or int8 package: ``self``
+            for texts that the model writes itself, a file of plain text, or a ``*.jsonl`` file of messages with
+            images. Calibration takes minutes, and meanwhile the disk space of an 8-bit package.
         bits: average bits per weight of the decoder of a calibrated int4 package, scales included; the matrices that
             suffer most from 4 bits get 8.
 
     Raises:
-        VlpackError: with a sentence that says what is wrong and what to do; nothing is left at ``output``.
+        VlpackError: the package cannot be built; the message says why and what to do. Nothing new is left at
+            ``output``.
     """
     started = time.perf_counter()
     options = BuildOptions(
@@ -171,14 +175,14 @@ def build(
 
 
 def write(plan: BuildPlan, folder: Path, progress: Progress | None) -> Written:
-    """Write everything but the manifest into the folder: settings, tokenizer and cards, graphs and their weights."""
+    """Writes everything but the manifest into the folder: settings, tokenizer and cards, graphs and their weights."""
     notes = _write_settings(plan, folder, progress)
     hashes = _in_background(lambda: _hash_sources(plan.checkpoint))
     calibration = calibrate_plan(plan, folder / BESIDE, progress)
     if calibration is not None and plan.options.bits is not None:
         plan = spend_bits(plan, plan.options.bits, calibration, folder / BESIDE_4, progress)
         calibration = calibration.again(plan.calibrated_weights)
-        notes = _write_settings(plan, folder, progress)  # again, as they name the policy
+        notes = _write_settings(plan, folder, progress)  # again, because these files describe the policy
     files = _data_files(plan, folder, calibration, progress)
     files.save_all(plan.graphs)
     for beside in (BESIDE, BESIDE_4):
@@ -187,7 +191,7 @@ def write(plan: BuildPlan, folder: Path, progress: Progress | None) -> Written:
 
 
 def _write_settings(plan: BuildPlan, folder: Path, progress: Progress | None) -> list[str]:
-    """Write the files beside the graphs, check that the disk has room for the weights, and return notes."""
+    """Writes the files beside the graphs, checks that the disk has space for the weights, and returns notes."""
     notes = write_beside(
         folder, plan.architecture, plan.checkpoint, plan.policy, plan.names, plan.origin, plan.retrieval
     )
@@ -211,7 +215,7 @@ def _data_files(
 
 
 def seal(plan: BuildPlan, folder: Path, written: Written) -> None:
-    """Write the manifest, last of all files, which makes the folder a package."""
+    """Writes the manifest, which is the last file and makes the folder a package."""
     write_manifest(
         folder,
         plan.checkpoint,
@@ -227,10 +231,10 @@ def seal(plan: BuildPlan, folder: Path, written: Written) -> None:
 
 
 def calibrate_plan(plan: BuildPlan, beside: Path, progress: Progress | None) -> Calibration | None:
-    """What the calibrated weights of a plan multiply, measured in an 8-bit package that is built at ``beside``.
+    """Builds an 8-bit package at ``beside`` and prepares the calibration of the plan's weights with it.
 
     Returns:
-        None where nothing is calibrated.
+        The calibration; None if the build has none.
     """
     options = plan.options
     if options.calibrate is None:
@@ -238,7 +242,7 @@ def calibrate_plan(plan: BuildPlan, beside: Path, progress: Progress | None) -> 
     from vlpack.calibration.run import start_calibration
     from vlpack.calibration.teacher import CalibrationModel
 
-    say = progress.say if progress else say_nothing
+    report = progress.say if progress else report_nothing
     eight_bits = build(
         plan.checkpoint.folder,
         beside,
@@ -246,14 +250,14 @@ def calibrate_plan(plan: BuildPlan, beside: Path, progress: Progress | None) -> 
         task=plan.task,
         lora=[adapter.weights.folder for adapter in plan.adapters],
         threads=options.threads,
-        progress=_NestedProgress(say),
+        progress=_NestedProgress(report),
     )
     files = {name: filename for name, (filename, _, _) in eight_bits.parts.items()}
     policy = make_policy("int8", "cpu", QuantizationOptions(), plan.architecture.precision_facts)
     graphs = plan.architecture.parts(GraphOptions.of_policy(policy))
     transforms = {weight.path: weight.transform for part in graphs for weight in declare(part, policy)}
     model = CalibrationModel(eight_bits.folder, files, plan.architecture)
-    return start_calibration(model, plan.calibrated_weights, transforms, plan.checkpoint, options.calibrate, say)
+    return start_calibration(model, plan.calibrated_weights, transforms, plan.checkpoint, options.calibrate, report)
 
 
 def spend_bits(
@@ -262,11 +266,11 @@ def spend_bits(
     """The plan with 8-bit weights where the decoder suffers most from 4 bits, within an average of bits per weight.
 
     Args:
-        plan: with 4 bits everywhere.
-        bits: the average, scales included.
-        calibration: measures what 4 bits cost.
-        beside: an empty path, where the decoder is written in 4 bits to measure it.
-        progress: is told how far that is.
+        plan: plan with 4 bits everywhere.
+        bits: average bits per weight, scales included.
+        calibration: calibration of the plan's weights.
+        beside: path that does not exist yet, at which the decoder is written in 4 bits to measure it.
+        progress: observer of the build's progress.
     """
     from vlpack.calibration.bits import spend_bits as policy_with_bits
     from vlpack.calibration.sensitivity import harms
@@ -277,40 +281,40 @@ def spend_bits(
     _data_files(plan, beside, calibration).save_all(decoder)
     eight = calibration.model
     four = CalibrationModel(beside, {graph.name: name for name, graph in decoder.items()}, eight.architecture)
-    say = progress.say if progress else say_nothing
-    found = harms(eight, four, calibration.shown, partial(say, "measuring where 4 bits suffice"))
+    report = progress.say if progress else report_nothing
+    found = harms(eight, four, calibration.shown, partial(report, "measuring where 4 bits suffice"))
     weights = [weight for graph in decoder.values() for weight in graph.weights]
     policy = policy_with_bits(plan.policy, plan.architecture.precision_facts, weights, found, bits)
     return replace(plan, policy=policy, graphs=trace_graphs(plan.architecture, policy, plan.options))
 
 
 class _NestedProgress:
-    """The progress of the 8-bit package that calibration needs, reported as one step of the build around it."""
+    """An observer that reports the build of the 8-bit package for calibration as one step of the outer build."""
 
-    def __init__(self, say: Say) -> None:
-        self._say, self._done, self._total = say, 0, 0
+    def __init__(self, report: ReportProgress) -> None:
+        self._report, self._done, self._total = report, 0, 0
 
     def start(self, total: int) -> None:
-        """Take the number of bytes that will be written."""
+        """Receives the number of bytes that will be written."""
         self._total = total
         self.advance(0, "")
 
     def advance(self, written: int, path: str) -> None:
-        """Report ``written`` more bytes."""
+        """Reports ``written`` more bytes."""
         self._done = min(self._done + written, self._total)
-        self._say("building an 8-bit package to calibrate with", self._done, self._total)
+        self._report("building an 8-bit package to calibrate with", self._done, self._total)
 
     def say(self, text: str, done: int = 0, total: int = 0) -> None:
-        """Ignore other steps, which are short."""
+        """Ignores other steps, which are short."""
 
 
 def default_threads() -> int:
-    """Cores, but no more than keep a disk busy: each thread holds a weight or a few slabs in memory."""
+    """The default number of threads: one per core, at most 8, because each holds a weight or a few slabs in memory."""
     return min(available_cores(), 8)
 
 
 def _in_background(work: Callable[[], Any]) -> Future[Any]:
-    """``work`` in a thread that does not keep a failed or interrupted program from ending, unlike an executor's."""
+    """Runs ``work`` in a daemon thread, which unlike an executor's lets a failed or interrupted program end at once."""
     future: Future[Any] = Future()
 
     def run() -> None:
@@ -333,7 +337,7 @@ def _size(folder: Path, filename: str) -> int:
 
 
 def _labels(graph: Graph, own: list[Weight]) -> dict[str, int]:
-    """Bytes of the matrices that are written for this graph, by storage; 0 for what it shares."""
+    """Bytes of the matrices that are written for this graph, by storage label; 0 for matrices that it shares."""
     labels: dict[str, int] = {}
     written = set(map(id, own))
     for weight in graph.weights:

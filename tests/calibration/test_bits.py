@@ -1,4 +1,4 @@
-"""Bits spent where they help most: the choice by itself, what it is made by, and whole builds with ``--bits``."""
+"""The choice of 8-bit matrices within an average of bits: the choice itself, the measured harm, and whole builds."""
 
 from __future__ import annotations
 
@@ -191,5 +191,5 @@ def test_mistakes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_from_python(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="--calibrate"):
+    with pytest.raises(OptionError, match="bits needs calibrate"):
         build(DIGITS, tmp_path / "out", bits=5.0)

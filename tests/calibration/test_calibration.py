@@ -1,4 +1,4 @@
-"""Calibrated weights: what matrices multiply (against live transformers), how they are rounded for it, whole builds."""
+"""Calibrated weights: inputs of matrices (compared with live transformers), rounding by GPTQ, and whole builds."""
 
 from __future__ import annotations
 
@@ -549,7 +549,7 @@ def conversations(tmp_path: Path) -> Path:
 def test_a_file_of_conversations(
     conversations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Images by paths from the file; the built-in pictures are left away, as there are the user's."""
+    """Image paths are relative to the file; the built-in pictures are omitted, because the user gives some."""
     monkeypatch.chdir(tmp_path)
     said = vlpack(capsys, "build", DIGITS, "-p", "int4", "--calibrate", conversations, "-o", tmp_path / "out")
     assert said.code == 0, said.err
@@ -560,7 +560,7 @@ def test_a_file_of_conversations(
 
 
 def test_conversations_are_whole_prompts(conversations: Path) -> None:
-    """Of the answer, too; no header of another answer follows it."""
+    """Prompts contain the last answer of a conversation, and no header of another answer follows it."""
     builder = prompt_builder(DIGITS, Checkpoint.open(DIGITS).config["image_token_id"])
     made = conversations_of(conversations, builder)
     assert len(made) == 6
@@ -629,7 +629,7 @@ def test_a_calibrated_head_and_the_table(tmp_path: Path) -> None:
 MISTAKES = {
     "another precision": (["-p", "fp16", "--calibrate", "self"], "needs the precision int8 or int4"),
     "no decoder": (["-p", "int4", "--part", "vision", "--calibrate", "self"], "--part vision"),
-    "no such file": (["-p", "int4", "--calibrate", "nowhere.txt"], "nowhere.txt is no file"),
+    "no such file": (["-p", "int4", "--calibrate", "nowhere.txt"], "no calibration file nowhere.txt"),
     "an embedding model": (["-p", "int4", "--task", "embedding", "--calibrate", "self"], "that generate"),
 }
 

@@ -109,7 +109,7 @@ def test_the_summary_of_a_build(tmp_path: Path, capsys: Capsys) -> None:
     assert (done.code, done.err) == (0, "")  # no progress where nobody watches
     for part in ("decoder.onnx", "vision.onnx", "embedding.onnx", "int8", "from 24.1 MB", "peak memory"):
         assert part in done.out
-    assert "note: The checkpoint is a folder, so cache_dir had no effect." in done.out
+    assert "note: The checkpoint is a folder, so --cache-dir had no effect." in done.out
     assert "\x1b" not in done.out
 
 

@@ -1,4 +1,4 @@
-"""Quantization by itself: how far values may move, and that onnxruntime's operators read the layouts alike."""
+"""Quantization without a model: bounds on rounding errors, and that onnxruntime's operators read the same layouts."""
 
 from __future__ import annotations
 

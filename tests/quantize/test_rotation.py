@@ -1,7 +1,7 @@
-"""Balance and rotation: the matrices and scales by themselves, and that no architecture computes anything else by them.
+"""Balance and rotation: the matrices and scales themselves, and that they change the result of no architecture.
 
-The checkpoints have outliers planted, so that balance acts; at fp32 a package is then as near to live transformers as
-one whose channels are as they were.
+The checkpoints have planted outliers, so that balance has an effect; at fp32 a package is then as close to live
+transformers as one whose channels are unchanged.
 """
 
 from __future__ import annotations

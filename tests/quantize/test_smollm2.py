@@ -144,7 +144,7 @@ def test_what_bits_cost(
 def test_the_capital_of_france(checkpoint: Path, precision: str, tmp_path: Path) -> None:
     build(checkpoint, tmp_path / "package", precision=precision)
     model = Model(tmp_path / "package")
-    # so small a model hangs on the phrase: see docs/results.md
+    # so small a model depends on the phrasing: see docs/results.md
     answer = model.generate("Name the capital of France.", max_tokens=16, sampling=Sampling(temperature=0))
     assert "Paris" in answer.text
 

@@ -1,4 +1,5 @@
-"""Fits 4-bit weights to what the decoder multiplies them by: texts that it writes itself, or the user's.
+"""Calibration of quantized weights by GPTQ, with the inputs that they receive in texts.
 
-An 8-bit package of the same checkpoint stands beside the one that is built, writes the texts, and is run on them.
+The texts are written by the model itself or given by the user. An 8-bit package of the same checkpoint, built beside
+the one that is calibrated, writes the texts and is run on them.
 """

@@ -1,4 +1,4 @@
-"""The choice of 4 or 8 bits for each matrix of a decoder, by what rounding it costs the model."""
+"""The choice of 4 or 8 bits for each matrix of a decoder, by the measured harm of rounding it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlpack.quantize.policy import Policy, PrecisionFacts, layer_and_name, make_
 
 
 def _candidates(weights: Iterable[Weight], policy: Policy, facts: PrecisionFacts) -> list[Candidate]:
-    """The matrices that may have 4 or 8 bits, of no known harm."""
+    """The matrices that can have 4 or 8 bits, with a harm of 0, as it is not known yet."""
     found = []
     for weight in weights:
         layer, name = layer_and_name(weight.path)
@@ -27,33 +27,40 @@ def _candidates(weights: Iterable[Weight], policy: Policy, facts: PrecisionFacts
 
 
 def check_reachable(weights: Iterable[Weight], policy: Policy, facts: PrecisionFacts, bits: float | None) -> None:
-    """Raises an OptionError where 4 bits everywhere are more than ``bits`` already, or there is nothing to choose."""
+    """Checks that an average of ``bits`` bits per weight can be reached; None stands for no such average.
+
+    Raises:
+        OptionError: 4 bits everywhere exceed the average already, or no matrix can have 8 bits.
+    """
     if bits is None:
         return
     found = _candidates(weights, policy, facts)
     if not found:
-        raise OptionError(f"{option('bits')} has no effect: only experts could have 8 bits here.", "Leave it away.")
+        raise OptionError(
+            f"{option('bits')} has no effect: no matrix outside of experts can have 8 bits here.",
+            f"Leave {option('bits')} out.",
+        )
     least = average_bits(found)
     if bits < least:
         raise OptionError(
             f"{option('bits', format(bits, 'g'))} is less than what 4 bits take here with their scales: {least:.2f}.",
-            f"Give more, or leave {option('bits')} away.",
+            f"Choose a larger number, or leave {option('bits')} out.",
         )
 
 
 def spend_bits(
     policy: Policy, facts: PrecisionFacts, weights: Iterable[Weight], harms: Mapping[Half, float], bits: float
 ) -> Policy:
-    """The policy by which a decoder has so many bits per weight on average, where they help most.
+    """The policy that gives 8 bits to the matrices that need them most, within an average of bits per weight.
 
-    A half layer's harm is its matrices' by their numbers of weights.
+    The harm of half a layer is divided among its matrices in proportion to their numbers of weights.
 
     Args:
-        policy: of 4 bits everywhere.
-        facts: of the model.
-        weights: of the package by that policy.
-        harms: of 4 bits in each half of a layer.
-        bits: per weight, scales included.
+        policy: policy with 4 bits everywhere.
+        facts: facts about the model.
+        weights: weights of the package under that policy.
+        harms: harm of 4 bits in each half of a layer.
+        bits: average bits per weight, scales included.
     """
     found = _candidates(weights, policy, facts)
     halves = {one.path: _half(one.path) for one in found}

@@ -1,4 +1,4 @@
-"""What the experts of a mixture multiply: each the tokens that a router sends to it, and a few of all others."""
+"""Inputs of the experts of a mixture: the tokens that the router sends to each expert, and a few tokens for all."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from vlpack.quantize.storage import slabs
 Array = npt.NDArray[np.float32]
 
 MOST = 16384
-"""Tokens of a layer that are kept: its experts are fitted one after the other, and each wants its own of them."""
+"""Largest number of tokens kept per layer; they stay in memory because its experts are calibrated one by one."""
 SHARED, WORTH = 256, 64
-"""So many tokens from all over the texts go through every expert, and count together as this many of its own: an expert
-that few tokens or none were sent to is fitted to them."""
+"""Number of tokens from all parts of the texts that are used for every expert, and the number of the expert's own
+tokens that they count as together. They calibrate experts to which few or no tokens were sent."""
 
 
 class ExpertInputs:
-    """The inputs of one layer's experts, in the checkpoint's basis.
+    """The inputs of one layer's experts, in the checkpoint's basis, that is without balance and rotation.
 
     Args:
-        checkpoint: of the experts.
-        gate_up: the weight of their gates and ups, whose rows alternate; the downs' input is made by it.
-        chosen: how many experts each token is sent to.
+        checkpoint: checkpoint that contains the experts.
+        gate_up: weight of their gate and up projections, whose rows alternate; it computes the input of the down
+            projections.
+        chosen: number of experts to which each token is sent.
     """
 
     def __init__(self, checkpoint: Checkpoint, gate_up: Weight, chosen: int) -> None:
@@ -35,22 +36,22 @@ class ExpertInputs:
         self._waiting: list[tuple[Array, Array]] = []
 
     def add(self, x: Array, logits: Array, factors: Array | None) -> None:
-        """More tokens.
+        """Adds tokens of a text.
 
         Args:
-            x: ``[tokens, H]``.
-            logits: of the router, ``[tokens, E]``.
-            factors: what each token is multiplied by, ``[tokens]``; None for nothing.
+            x: inputs of the experts, ``[tokens, H]``.
+            logits: logits of the router, ``[tokens, E]``.
+            factors: factor by which each token is multiplied, ``[tokens]``; None for 1.
         """
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        # those of the chosen experts; equal shares count as 1
+        # keep the shares of the chosen experts, scaled so that equal shares are 1
         least = np.partition(shares, -self._chosen, axis=1)[:, -self._chosen, None]
         shares = np.where(shares >= least, shares, np.float32(0))
         shares *= self._chosen / shares.sum(axis=1, keepdims=True)
         self._waiting.append((x, shares if factors is None else shares * factors[:, None]))
 
     def finish(self) -> None:
-        """All tokens are there."""
+        """Ends the collection of tokens; at most `MOST` of them, evenly spaced, are kept."""
         step = -(-sum(len(x) for x, _ in self._waiting) // MOST)
         self._x = np.concatenate([x[::step] for x, _ in self._waiting])
         self._shares = np.concatenate([shares[::step] for _, shares in self._waiting])
@@ -58,12 +59,12 @@ class ExpertInputs:
 
     @property
     def sizes(self) -> Array:
-        """Root mean squares of the channels ``[H]`` of all tokens."""
+        """Root mean squares of the channels over all kept tokens, ``[H]``."""
         mean: Array = np.sqrt(np.square(self._x).mean(axis=0, dtype=np.float64))
         return mean
 
     def products(self, weight: Weight, expert: int) -> Array:
-        """``Σ xᵀx`` of what an expert's matrix multiplies, a token's output counting as much as it does in the sum."""
+        """``Σ xᵀx`` of the inputs of an expert's matrix; tokens are weighted by the expert's share in their outputs."""
         own = self._shares[:, expert].nonzero()[0]
         some = np.linspace(0, len(self._x) - 1, min(SHARED, len(self._x)), dtype=np.int64)
         factors = np.full(len(some), np.sqrt(WORTH / len(some)), np.float32)
@@ -74,7 +75,7 @@ class ExpertInputs:
         return gram.total()
 
     def _inner(self, rows: Array, expert: int) -> Array:
-        """What an expert's down projection multiplies: ``silu(gate x) · up x``."""
+        """Inputs of an expert's down projection, ``silu(gate x) · up x``."""
         size = self._gate_up.rows // self._gate_up.experts
         out = np.empty((len(rows), size // 2), np.float32)
         for start, stop in slabs(size // 2, 2 * rows.shape[1]):
@@ -86,7 +87,7 @@ class ExpertInputs:
 
 
 def expert_pairs(weights: Sequence[Weight]) -> list[tuple[Weight, Weight]]:
-    """The weights of gates and ups, each with that of the downs of the same experts."""
+    """The weights of gate and up projections, each paired with that of the down projections of the same experts."""
     by_path = {weight.path: weight for weight in weights if weight.experts > 1}
     pairs = []
     for path, weight in by_path.items():

@@ -1,7 +1,7 @@
-"""Gram matrices ``Σ xᵀx`` of a layer's inputs, taken in 8 bits where the processor multiplies these exactly.
+"""Gram matrices ``Σ xᵀx`` of a layer's inputs, computed in 8 bits where the processor multiplies these exactly.
 
-They are most of a calibration's arithmetic, and integers are four times as fast as float32. Every channel has a scale
-of its own in every stack of rows, so what rounding adds to a channel's sum of squares is below a hundredth of it, where
+They are most of a calibration's arithmetic, and integer products are four times as fast as float32. Every channel has
+its own scale in every stack of rows, so that rounding adds less than a hundredth to a channel's sum of squares, while
 GPTQ adds a fifth of the mean (`vlpack.quantize.gptq.DAMPING`).
 """
 
@@ -23,28 +23,28 @@ from vlpack.system import available_cores
 Array = npt.NDArray[Any]
 
 ROWS = 4096
-"""Rows whose products are taken at once: adding the result to the sum costs the same for few as for many."""
+"""Number of rows that are multiplied at once: adding the product to the sum costs the same for few as for many rows."""
 STRIP = 1024
-"""Columns whose products with all before them are taken at once: what lies above the diagonal is the same again."""
+"""Number of columns that are multiplied at once with those up to them: the part above the diagonal is symmetric."""
 SMALL = 512
-"""Rows or columns below which float32 is as fast."""
+"""Number of rows or columns below which float32 is as fast as 8 bits."""
 
 
 class Gram:
-    """``Σ xᵀx`` of rows that come a few at a time.
+    """A Gram matrix ``Σ xᵀx``, computed from rows that are added a few at a time.
 
     Attributes:
-        rows: how many rows there were; one that is multiplied by a factor counts as its square.
+        rows: number of rows added; a row that is multiplied by a factor counts as the square of that factor.
     """
 
     def __init__(self, cols: int) -> None:
         self.rows = 0.0
         self._cols = cols
         self._waiting: list[Array] = []
-        self._total: Array | None = None  # below the diagonal alone where it was taken in strips
+        self._total: Array | None = None  # only the lower triangle is filled where it was computed in strips
 
     def add(self, rows: Array, factors: Array | None = None) -> None:
-        """More ``x [tokens, cols]``, float32, multiplied by ``factors [tokens]``."""
+        """Adds rows, float32 ``[tokens, cols]``, each multiplied by its factor in ``factors [tokens]``, if given."""
         if not len(rows):
             return
         self.rows += len(rows) if factors is None else float(np.square(factors).sum(dtype=np.float64))
@@ -53,7 +53,7 @@ class Gram:
             self._take()
 
     def total(self) -> Array:
-        """``[cols, cols]``, float32, of all rows so far; zeros where there were none."""
+        """The Gram matrix of all rows added so far, float32 ``[cols, cols]``; zeros if there were none."""
         self._take()
         if self._total is None:
             return np.zeros((self._cols, self._cols), np.float32)
@@ -79,11 +79,11 @@ class Gram:
 
 
 def add_products(rows: Array, total: Array) -> None:
-    """Add ``rowsᵀ rows`` to ``total [cols, cols]``, on and below the diagonal, in 8 bits."""
+    """Adds ``rowsᵀ rows``, computed in 8 bits, to ``total [cols, cols]``, on and below the diagonal."""
     steps = np.maximum(rows.max(axis=0), -rows.min(axis=0)) / np.float32(127)
     steps[steps == 0] = 1
     codes = np.empty(rows.shape, np.int8)
-    if not np.isfinite(steps).all():  # it is told by who asks; codes of such numbers would be finite
+    if not np.isfinite(steps).all():  # the caller reports it; 8-bit codes would hide it, as they are finite
         total += np.float32(np.nan)
         return
     for start in range(0, len(rows), 256):
@@ -102,7 +102,7 @@ def add_products(rows: Array, total: Array) -> None:
 
 @cache
 def _session() -> Any:
-    """``(left - 128) · right · steps``: uint8 ``[m, k]``, int8 ``[k, n]``, float32 ``[n]`` → float32 ``[m, n]``."""
+    """A session for ``(left - 128) · right · steps``: uint8 [m, k], int8 [k, n], float32 [n] → float32 [m, n]."""
     kinds = {"left": ir.DataType.UINT8, "right": ir.DataType.INT8, "steps": ir.DataType.FLOAT}
     shapes = {"left": ["m", "k"], "right": ["k", "n"], "steps": ["n"]}
     inputs = [ir.Value(name=name, shape=ir.Shape(shapes[name]), type=ir.TensorType(kinds[name])) for name in kinds]

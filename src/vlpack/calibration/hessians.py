@@ -1,7 +1,7 @@
-"""The inputs of a decoder's matrices, layer after layer: only the layer at hand is in memory.
+"""Hessians ``Σ xᵀx`` of the inputs of a decoder's matrices, measured with only one layer in memory at a time.
 
-Every layer is cut out of the decoder's graph and run on all texts, from the hidden states that the one before it left.
-Beside the next hidden states it gives what its matrices multiply, of which ``Σ xᵀx`` is kept.
+Every layer is extracted from the decoder's graph and run on all texts, starting from the hidden states that the layer
+before it has computed. Its outputs are the next hidden states and the inputs of its matrices, whose Hessians are kept.
 """
 
 from __future__ import annotations
@@ -29,30 +29,32 @@ Array = npt.NDArray[Any]
 
 
 class _Measured:
-    """``Σ xᵀx`` of one input and the weights that multiply it."""
+    """The Hessian ``Σ xᵀx`` of one input, and the paths of the weights that multiply it."""
 
     def __init__(self, products: Array, weights: Sequence[Weight]) -> None:
         self.products: Array | None = products
         self.waiting = {weight.path for weight in weights}
-        self.inputs: HessianFactor | None = None
+        self.factor: HessianFactor | None = None
         self.lock = threading.Lock()
 
 
 class Calibration:
-    """Tells what the inputs of each matrix are like, in the order of the decoder.
+    """Measures the Hessians of a decoder's matrices, which are requested in the order of its layers.
 
     Args:
-        model: an 8-bit package of the same checkpoint.
-        weights: the matrices that will be asked for, each once.
-        transforms: what was done to the 8-bit package's matrices, by path.
-        checkpoint: of both.
-        shown: the texts.
-        about: what the manifest says of them.
-        say: told which layer of how many is looked at.
+        model: 8-bit package of the same checkpoint.
+        weights: matrices whose Hessians will be requested, each once.
+        transforms: transforms of the 8-bit package's matrices, by path.
+        checkpoint: checkpoint of both packages.
+        shown: texts that the decoder is run on.
+        about: description of the texts for the manifest.
+        progress: function that receives the current layer and the number of layers.
 
     Attributes:
-        scales: of the channels of the package that is built, from the sizes that were measured.
-        model, checkpoint, shown: as above.
+        scales: scales of the channels of the package that is built, based on measured sizes of activations.
+        model: 8-bit package of the same checkpoint.
+        checkpoint: checkpoint of both packages.
+        shown: texts that the decoder is run on.
     """
 
     def __init__(
@@ -63,14 +65,14 @@ class Calibration:
         checkpoint: Checkpoint,
         shown: Sequence[Shown],
         about: Mapping[str, Any] = MappingProxyType({}),
-        say: Callable[[int, int], None] = lambda layer, layers: None,
+        progress: Callable[[int, int], None] = lambda layer, layers: None,
     ) -> None:
         architecture = model.architecture
         self.checkpoint = checkpoint
         self.model, self.shown = model, shown
         self.scales = ChannelScales(checkpoint, self._sizes_of)
         self._transforms, self._scales_before = transforms, ChannelScales(checkpoint)
-        self._file, self._threads, self._say = model.folder / model.decoder_file, model.threads, say
+        self._file, self._threads, self._progress = model.folder / model.decoder_file, model.threads, progress
         self._graph = load_graph(self._file)
         compute_all_tokens(self._graph.graph)
         compute_all_rows(self._graph.graph)
@@ -99,24 +101,26 @@ class Calibration:
         self._lock = threading.Lock()
 
     def __call__(self, weight: Weight, expert: int = 0) -> HessianFactor:
-        """What a matrix multiplies, or that of one of its experts, after the transform of the package that is built."""
+        """Hessian factor of a matrix, or of one of its experts, after the transform of the package that is built."""
         self._look_until(self._stage(weight.path))
         if weight.experts > 1:
             return self._of_expert(weight, expert)
         with self._lock:
             measured = self._ready.pop(weight.path)
         with measured.lock:
-            if measured.inputs is None:
+            if measured.factor is None:
                 products = measured.products
                 assert products is not None
                 before = self._transforms[weight.path]
                 weight.transform.carry(products, self.scales, before, self._scales_before)
-                measured.inputs, measured.products = factor_hessian(products), None
-            return measured.inputs
+                measured.factor, measured.products = factor_hessian(products), None
+            return measured.factor
 
     def again(self, weights: Iterable[Weight]) -> Calibration:
-        """Another one, of other weights of the same model, that has not been asked yet."""
-        return Calibration(self.model, weights, self._transforms, self.checkpoint, self.shown, self._about, self._say)
+        """A new calibration of other weights with the same model and texts, from which nothing was requested yet."""
+        return Calibration(
+            self.model, weights, self._transforms, self.checkpoint, self.shown, self._about, self._progress
+        )
 
     def _of_expert(self, weight: Weight, expert: int) -> HessianFactor:
         with self._lock:
@@ -129,11 +133,11 @@ class Calibration:
         return factor_hessian(products)
 
     def described(self) -> dict[str, Any]:
-        """What was shown, and the scales that came of it, for the manifest."""
+        """Description of the texts and the resulting scales of channels, as JSON for the manifest."""
         return {**self._about, "scales": packed_scales(self.scales.exponents())}
 
     def _sizes_of(self, channels: Channels) -> Array | None:
-        """Root mean squares of channels that calibrated matrices read, ``[channels]``; None of others."""
+        """Root mean squares ``[channels]`` of channels that calibrated matrices read; None for other channels."""
         if channels not in self._stage_of:
             return None
         self._look_until(self._stage_of[channels])
@@ -146,7 +150,7 @@ class Calibration:
                 self._next += 1
 
     def _stage(self, path: str) -> int:
-        """The layer that a module is in; after the last, where it is the head."""
+        """Number of the layer that contains a module; the number of layers for the head."""
         return next((i for i, prefix in enumerate(self._prefixes) if path.startswith(prefix)), len(self._prefixes))
 
     def _first_hidden(self) -> list[Array]:
@@ -158,7 +162,7 @@ class Calibration:
 
     def _look(self, stage: int) -> None:
         assert stage < len(self._borders), "every matrix is in a layer or after the last"
-        self._say(stage, len(self._borders))
+        self._progress(stage, len(self._borders))
         by_input: dict[int, tuple[ir.Value, list[Weight]]] = {}
         for weight in self._weights[stage]:
             x = factor(self._graph.graph, weight.path)
@@ -184,8 +188,8 @@ class Calibration:
             if not np.isfinite(total.diagonal()).all():
                 raise CheckpointError(
                     f"The model's activations at {input_value.name} are not finite, so it cannot be calibrated.",
-                    f"Build without {option('calibrate')}, and look at the checkpoint with "
-                    f"{option('precision', 'fp32')} and `vlpack verify`.",
+                    f"Build without {option('calibrate')}; to examine the checkpoint, build it with "
+                    f"{option('precision', 'fp32')} and run `vlpack verify`.",
                 )
             measured = _Measured(total, weights)
             for weight in weights:
@@ -208,7 +212,10 @@ class Calibration:
         return ExpertInputs(self._checkpoint, gate_up, node.attributes["k"].as_int())
 
     def _run(self, stage: int | None, outputs: Sequence[ir.Value]) -> Iterable[list[Array]]:
-        """``outputs`` for every text, from the hidden states before layer ``stage``, or from the decoder's inputs."""
+        """Yields ``outputs`` for every text.
+
+        They are computed from the hidden states before layer ``stage``, or for None from the decoder's inputs.
+        """
         graph, past = self._graph.graph, f"past_key_values.{stage}."
         inputs = [x for x in graph.inputs if not str(x.name).startswith("past_") or str(x.name).startswith(past)]
         border = None if stage is None else self._borders[stage]
@@ -227,16 +234,17 @@ class Calibration:
 
 
 def row_factors(shown: Sequence[Shown]) -> list[Array | None]:
-    """What each text's rows are multiplied by, float32 ``[tokens]``, before products are taken; None for nothing.
+    """Factors by which each text's rows are multiplied before Hessians are computed, float32 ``[tokens]``; None for 1.
 
-    Image tokens outnumber words and are much alike. Weighted so that all of them count no more than the words do, they
-    do not decide alone how a weight is rounded (Xue et al. 2025, arXiv:2508.03351, weigh tokens by their gradients).
+    Image tokens outnumber words and are similar to each other. The factors let all image tokens together count no more
+    than the words, so that they do not determine alone how a weight is rounded. (Xue et al. 2025, arXiv:2508.03351,
+    weight tokens by their gradients.)
     """
     images = sum(int(one.of_images.sum()) for one in shown if one.of_images is not None)
     words = sum(one.tokens for one in shown) - images
     if images <= words or words == 0:
         return [None] * len(shown)
-    small = np.float32((words / images) ** 0.5)  # of both factors of a product
+    small = np.float32((words / images) ** 0.5)  # a product contains it twice
     return [
         None if one.of_images is None else np.where(one.of_images, small, np.float32(1)).astype(np.float32)
         for one in shown
@@ -244,7 +252,7 @@ def row_factors(shown: Sequence[Shown]) -> list[Array | None]:
 
 
 def router(graph: ir.Graph, path: str) -> tuple[ir.Value, ir.Value]:
-    """What the experts whose gates and ups are at ``path`` are given, and the router's logits."""
+    """The input of the experts whose gate and up projections are at ``path``, and the router's logits."""
     (node,) = {use.node for use in graph.initializers[f"{path}.qweight"].uses()}
     x, logits = node.inputs[:2]
     assert x is not None, path
@@ -253,7 +261,7 @@ def router(graph: ir.Graph, path: str) -> tuple[ir.Value, ir.Value]:
 
 
 def factor(graph: ir.Graph, path: str) -> ir.Value:
-    """What the 8-bit matrix of the module at ``path`` multiplies, before rows are divided by their peak and rounded."""
+    """The input of the 8-bit matrix of the module at ``path``, before it is quantized."""
     weight = graph.initializers[f"{path}.qweight"]
     (node,) = {use.node for use in weight.uses()}
     x = node.inputs[0]

@@ -1,4 +1,4 @@
-"""What can be chosen about calibration, checked before anything is read; it needs no onnxruntime."""
+"""Options of calibration and their checks, which read no checkpoint and do not import onnxruntime."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ from typing import Protocol
 from vlpack.errors import OptionError, option
 
 SELF = "self"
-"""The model writes its texts; anything else is a file."""
+"""The calibration source that lets the model write its own texts; any other source is a file."""
 BESIDE = "calibration"
-"""The folder of the 8-bit package, in that of the package under construction."""
+"""Name of the folder of the temporary 8-bit package, within the folder of the package that is built."""
 BESIDE_4 = "calibration-4"
-"""That of the 4-bit package by which bits are spent."""
+"""Name of the folder of the temporary 4-bit decoder in which the harm of 4 bits is measured."""
 
 
-class Say(Protocol):
-    """Told what is being done."""
+class ReportProgress(Protocol):
+    """A function that is called with the progress of a calibration."""
 
     def __call__(self, text: str, done: int = 0, total: int = 0) -> None:
-        """``done`` of ``total``, where that is known."""
+        """Reports the current step, with ``done`` of ``total`` units; ``total`` is 0 where it is not known."""
 
 
 def check_calibration(source: str | os.PathLike[str] | None, part: str) -> None:
-    """Calibration goes with this build, if it is wanted.
+    """Checks that calibration, if it is wanted, is possible with the other options of a build.
 
     Raises:
-        OptionError: it does not, or the file is missing.
+        OptionError: the part has no decoder, or the file with the texts does not exist.
     """
     if source is None:
         return
     if part not in ("all", "text"):
         raise OptionError(
-            f"{option('calibrate')} has no effect with {option('part', part)}, which has no decoder.", "Leave it away."
+            f"{option('calibrate')} has no effect with {option('part', part)}, which has no decoder.",
+            f"Leave {option('calibrate')} out.",
         )
     if source != SELF and not Path(source).expanduser().is_file():
         raise OptionError(
-            f"The calibration text {source} is no file.",
-            "Give a file of plain text or *.jsonl of messages, or self: the model writes its own.",
+            f"There is no calibration file {source}.",
+            "Give a file of plain text or a *.jsonl file of messages, or self to let the model write its own texts.",
         )
 
 
@@ -50,13 +51,16 @@ def check_bits(
     calibrate: str | os.PathLike[str] | None,
     mixed: Mapping[str, str],
 ) -> None:
-    """An average of bits per weight goes with this build.
+    """Checks that an average of bits per weight is possible with the other options of a build.
 
     Raises:
-        OptionError: it does not.
+        OptionError: the average is out of range, or another option excludes it.
     """
     if not 4 < bits <= 9:
-        raise OptionError(f"{option('bits')} is {bits:g}; an average of 4 and 8 bits with scales is between 4 and 9.")
+        raise OptionError(
+            f"{option('bits', format(bits, 'g'))} is out of range; it must be above 4 and at most 9.",
+            "It is the average bits per weight of 4-bit and 8-bit matrices, scales included.",
+        )
     if calibrate is None:
         raise OptionError(
             f"{option('bits')} needs {option('calibrate')}, which measures where bits help most.",
@@ -64,14 +68,16 @@ def check_bits(
         )
     if precision not in (None, "int4") or provider != "cpu":
         raise OptionError(
-            f"{option('bits')} is for int4 on the CPU, not for {precision or 'other precisions'} for {provider}.",
-            f"Leave {option('precision')} away, or {option('bits')}.",
+            f"{option('bits')} is for int4 on the CPU, not for {precision or 'int4'} on {provider}.",
+            f"Leave {option('bits')} out, or choose {option('precision', 'int4')} and "
+            f"{option('execution_provider', 'cpu')}.",
         )
     if "mixed_layers" in mixed:
         raise OptionError(
-            f"{option('bits')} and matmul_mixed_precision=mixed_layers exclude each other.", "Give one of them."
+            f"{option('bits')} and {option('extra.matmul_mixed_precision', 'mixed_layers:…')} exclude each other.",
+            "Give one of them.",
         )
 
 
-def say_nothing(text: str, done: int = 0, total: int = 0) -> None:
-    """Of a build that nobody looks at."""
+def report_nothing(text: str, done: int = 0, total: int = 0) -> None:
+    """Ignores the progress of a build."""

@@ -1,7 +1,8 @@
-"""Short texts of many kinds that decoders are calibrated on, beside what a model writes itself.
+"""Short texts of many kinds with which decoders are calibrated, in addition to the texts that a model writes itself.
 
-Each is a question and a passage that answers it: descriptions of pictures, text in pictures, code, tables, chats, and
-several languages. Embedding models and rerankers, which write nothing, are calibrated on these alone.
+Each consists of a question and a passage that answers it. They are descriptions of pictures, text in pictures, code,
+tables and chats, in several languages. Embedding models and rerankers, which write no text, are calibrated with these
+and with pictures.
 """
 
 from __future__ import annotations

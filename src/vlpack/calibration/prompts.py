@@ -1,4 +1,4 @@
-"""What a model is shown, or begins with, when its weights are fitted to its inputs."""
+"""The texts and prompts of a calibration: openings that the model continues, built-in passages, and users' files."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from vlpack.tasks import EMBEDDING
 T = TypeVar("T")
 
 LENGTH = 128
-"""Tokens of a text at most."""
+"""Largest number of tokens of a text."""
 TEXTS = 24
-"""That a model writes."""
+"""Largest number of texts that a model writes."""
 PIECES = 48
-"""Of a user's text, or conversations of a file, at most."""
+"""Largest number of pieces of a user's text, or of conversations of a user's file."""
 STACK = 2048
-"""Tokens that a layer is run on at a time at most, where texts of one length make that possible."""
+"""Largest number of tokens in a batch of texts of the same length; a longer single text is a batch of its own."""
 MIN_TOKENS = 1024
-"""Of a user's file: fewer say too little of thousands of input channels."""
+"""Smallest number of tokens of a user's file: fewer describe thousands of input channels too poorly."""
 MAX_BYTES = 100_000_000
+"""Largest size of a user's file."""
 MAX_TOKENS = 4096
-"""Of one conversation of a user's file: all of its inputs to a layer are in memory at once."""
+"""Largest number of tokens of a conversation in a user's file: all of its inputs to a layer are in memory at once."""
 
 QUESTIONS = (
     "Explain to a child why the sky is blue.",
@@ -46,25 +47,25 @@ QUESTIONS = (
     "Write out the text of a typical restaurant receipt, line by line, with prices and the total.",
     "日本の四季について短い文章を書いてください。",
 )
-"""The chats that a model continues, in its own words."""
+"""Questions of users that a model with a chat template answers."""
 OPENINGS = (
     *("The", "In", "A photo of", "It is", "Once upon a time", "# Introduction\n\n", "import", "<html>"),
     *("La", "人", "Question:", "INVOICE No."),
-    # for models without a chat template alone
+    # only for models without a chat template
     *("We", "When", "I", "Die", "2.", "Chapter 1\n", "Figure 3:", "According to", "def", "| Name |", "한국", "في"),
 )
-"""The documents that it continues."""
+"""Beginnings of documents that a model continues."""
 PICTURES = (
     ("Describe the picture.", 320, 224),
     ("What is the total on this receipt?", 256, 256),
     ("What is written here?", 416, 128),
     ("Which shapes do you see?", 160, 288),
 )
-"""What a model that sees is asked about pictures of that width and height."""
+"""Questions to a vision-language model about pictures, each with the picture's width and height."""
 
 
 def openings(prompts: PromptBuilder | None, tokenizer: Tokenizer) -> list[list[int]]:
-    """The first tokens of `TEXTS` texts: questions as chats, where there is a template for these, and documents."""
+    """The first tokens of at most `TEXTS` texts: questions as chats, if there is a chat template, and documents."""
     documents = [tokenizer.encode(text) for text in OPENINGS]
     if prompts is None:
         return [ids for ids in documents if ids][:TEXTS]
@@ -73,7 +74,7 @@ def openings(prompts: PromptBuilder | None, tokenizer: Tokenizer) -> list[list[i
 
 
 def passages(prompts: PromptBuilder | None, tokenizer: Tokenizer) -> list[list[int]]:
-    """The built-in passages, as answers in chats where there is a template for these."""
+    """The tokens of the built-in passages, which are answers in chats if there is a chat template."""
     if prompts is None:
         return [ids for _, passage in PASSAGES if (ids := tokenizer.encode(passage))]
     chats = (
@@ -84,13 +85,13 @@ def passages(prompts: PromptBuilder | None, tokenizer: Tokenizer) -> list[list[i
 
 
 def retrieval(form: PlainPrompts | ChatPrompts, task: str, instruction: str, *, sees: bool) -> list[Prompt]:
-    """What an embedding model or a reranker is given: the built-in passages and their questions, and pictures.
+    """Prompts for an embedding model or a reranker, made from the built-in questions and passages and from pictures.
 
     Args:
-        form: of the model's prompts.
-        task: of the model.
-        instruction: for queries.
-        sees: it takes pictures.
+        form: form of the model's prompts.
+        task: task of the model.
+        instruction: instruction for queries.
+        sees: whether the model takes pictures.
     """
     images: list[Any] = [
         {"image": picture(width, height, seed)} for seed, (_, width, height) in enumerate(PICTURES) if sees
@@ -106,7 +107,7 @@ def retrieval(form: PlainPrompts | ChatPrompts, task: str, instruction: str, *, 
 
 
 def of_one_length(texts: Sequence[list[int]]) -> list[list[list[int]]]:
-    """The texts in groups that make an array, of at most `STACK` tokens."""
+    """Groups texts of the same length into batches of at most `STACK` tokens, but of at least one text."""
     groups: dict[int, list[list[int]]] = {}
     for text in texts:
         groups.setdefault(len(text), []).append(text)
@@ -118,7 +119,7 @@ def of_one_length(texts: Sequence[list[int]]) -> list[list[list[int]]]:
 
 
 def pictured(prompts: PromptBuilder) -> list[Prompt]:
-    """A question about each of the pictures."""
+    """Prompts that ask a question about each of the built-in pictures."""
     made = []
     for seed, (text, width, height) in enumerate(PICTURES):
         content = [{"type": "image"}, {"type": "text", "text": text}]
@@ -127,7 +128,7 @@ def pictured(prompts: PromptBuilder) -> list[Prompt]:
 
 
 def prompt_builder(folder: Path, image_token_id: int | None) -> PromptBuilder | None:
-    """Of a package; None where it has no chat template, as that of a base model."""
+    """The prompt builder of a package; None if it has no chat template, such as that of a base model."""
     try:
         return PromptBuilder.from_folder(folder, image_token_id=image_token_id)
     except CheckpointError:
@@ -137,17 +138,18 @@ def prompt_builder(folder: Path, image_token_id: int | None) -> PromptBuilder | 
 
 
 LINE = '{"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}, "…"]}]}'
-"""Of a JSONL file of conversations."""
+"""Example of a line in a JSONL file of conversations."""
 
 
 def conversations_of(path: Path, prompts: PromptBuilder | None) -> list[Prompt]:
-    """A user's conversations, one on each line of a JSONL file, as prompts; at most `PIECES`, from all over the file.
+    """Prompts made from a user's JSONL file with one conversation on each line.
 
-    Paths of images are relative to the file's folder.
+    At most `PIECES` conversations are used, evenly spaced in the file. Paths of images are relative to the file's
+    folder.
 
     Args:
-        path: the file; a line is an object whose ``messages`` are those of `vlpack.preprocess.messages`.
-        prompts: of the package; None where it has no chat template.
+        path: the file; each line is an object whose ``messages`` have the format of `vlpack.preprocess.messages`.
+        prompts: prompt builder of the package; None if it has no chat template.
 
     Raises:
         InputError: a line or one of its images cannot be used.
@@ -155,7 +157,7 @@ def conversations_of(path: Path, prompts: PromptBuilder | None) -> list[Prompt]:
     """
     if prompts is None:
         raise OptionError(
-            f"{path} holds conversations, and the model has no chat template.", "Give a file of plain text, *.txt."
+            f"{path} contains conversations, but the model has no chat template.", "Give a plain-text file, *.txt."
         )
     _check_size(path)
     lines = read_jsonl(path, lambda entry: [_beside(message, path.parent) for message in entry["messages"]], LINE)
@@ -169,8 +171,8 @@ def conversations_of(path: Path, prompts: PromptBuilder | None) -> list[Prompt]:
         length = prompt.input_ids.shape[1]
         if length > MAX_TOKENS:
             raise InputError(
-                f"{path}, line {number} has {length} tokens; at most {MAX_TOKENS} are calibrated with.",
-                "Make its images smaller, or split the conversation.",
+                f"{path}, line {number} has {length} tokens; at most {MAX_TOKENS} are allowed for calibration.",
+                "Use smaller images, or split the conversation.",
             )
         made.append(prompt)
     _check_enough(path, sum(prompt.input_ids.shape[1] for prompt in made))
@@ -178,7 +180,7 @@ def conversations_of(path: Path, prompts: PromptBuilder | None) -> list[Prompt]:
 
 
 def _beside(message: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """A message whose images' relative paths lead from ``folder``."""
+    """The message with its images' paths, which are relative to ``folder``, joined to it."""
     content = message.get("content")
     if not isinstance(content, list):
         return dict(message)
@@ -191,7 +193,7 @@ def _found(part: Any, folder: Path) -> Any:
     found = dict(part)
     for key in ("path", "image"):
         place = found.get(key)
-        # anything else is an URL or base64, or is told not to be there when it is opened
+        # anything else is a URL or base64, or a missing file, which is reported when it is opened
         if isinstance(place, str) and len(place) < 1024 and "\0" not in place and (folder / place).is_file():
             found[key] = str(folder / place)
     return found
@@ -203,19 +205,21 @@ def _check_size(path: Path) -> None:
     except OSError as error:
         raise OptionError(f"The calibration file {path} cannot be read: {error.strerror or error}.") from None
     if size > MAX_BYTES:
-        raise OptionError(f"{path} is larger than {MAX_BYTES // 1_000_000} MB.", "Give a part of it.")
+        raise OptionError(
+            f"{path} is larger than {MAX_BYTES // 1_000_000} MB.", "Give a smaller file, such as a part of it."
+        )
 
 
 def _check_enough(path: Path, tokens: int) -> None:
     if tokens < MIN_TOKENS:
         raise OptionError(
-            f"{path} has {tokens} tokens; calibration needs {MIN_TOKENS} at least.",
-            f"Give a longer text, or {option('calibrate', 'self')}, which lets the model write its own.",
+            f"{path} has {tokens} tokens; calibration needs {MIN_TOKENS} or more.",
+            f"Give a longer text, or use {option('calibrate', 'self')} to let the model write its own.",
         )
 
 
 def texts_of(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
-    """A user's text, in `PIECES` pieces of `LENGTH` tokens from all over it.
+    """The tokens of at most `PIECES` pieces of a user's text, each of `LENGTH` tokens, evenly spaced in it.
 
     Raises:
         OptionError: the file cannot be read, is not UTF-8, is too large, or too short.
@@ -226,18 +230,18 @@ def texts_of(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
     except OSError as error:
         raise OptionError(f"The calibration text {path} cannot be read: {error.strerror or error}.") from None
     except UnicodeDecodeError:
-        raise OptionError(f"The calibration text {path} is not UTF-8.", "Give a plain text.") from None
+        raise OptionError(f"The calibration text {path} is not UTF-8.", "Give a plain-text file in UTF-8.") from None
     _check_enough(path, len(ids))
     return pieces(ids, min(PIECES, len(ids) // LENGTH))
 
 
 def pieces(ids: Sequence[int], count: int) -> list[list[int]]:
-    """``count`` of `LENGTH` tokens, at equal distances from the first to the last."""
+    """Pieces of `LENGTH` tokens each, ``count`` in number, evenly spaced from the beginning to the end."""
     starts = spread(range(len(ids) - LENGTH + 1), count)
     return [list(ids[start : start + LENGTH]) for start in starts]
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
-    """At most so many of the items, at equal distances from the first to the last."""
+    """At most ``most`` of the items, evenly spaced from the first to the last."""
     count = min(most, len(items))
     return [items[index * (len(items) - 1) // max(count - 1, 1)] for index in range(count)]

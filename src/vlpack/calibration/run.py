@@ -1,4 +1,4 @@
-"""From a checkpoint's 8-bit package and texts to what a decoder's matrices multiply."""
+"""The start of a calibration: it collects the texts and prepares the measurement of the decoder's inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vlpack.calibration.hessians import Calibration
-from vlpack.calibration.options import SELF, Say
+from vlpack.calibration.options import SELF, ReportProgress
 from vlpack.calibration.prompts import (
     LENGTH,
     conversations_of,
@@ -24,7 +24,7 @@ from vlpack.calibration.prompts import (
 )
 from vlpack.calibration.teacher import CalibrationModel
 from vlpack.checkpoint.checkpoint import Checkpoint
-from vlpack.errors import OptionError
+from vlpack.errors import OptionError, option
 from vlpack.export.graph import Weight
 from vlpack.package.genai import eos_ids
 from vlpack.package.manifest import read_manifest
@@ -36,9 +36,9 @@ from vlpack.tasks import GENERATE
 
 SEED = 0
 INSTRUCTION = "Given a search query, retrieve relevant passages that answer the query"
-"""For queries of a model that comes without one."""
+"""Instruction for the queries of a model that has none of its own."""
 JSONL = ".jsonl"
-"""How the name of a file of conversations ends; any other holds plain text."""
+"""Suffix of the name of a file of conversations; files with any other suffix contain plain text."""
 
 
 def start_calibration(
@@ -47,17 +47,17 @@ def start_calibration(
     transforms: Mapping[str, Transform],
     checkpoint: Checkpoint,
     source: str | os.PathLike[str],
-    say: Say,
+    progress: ReportProgress,
 ) -> Calibration:
-    """What a decoder's matrices multiply, ready to be asked.
+    """Collects the calibration texts and returns a calibration, from which Hessians can be requested.
 
     Args:
-        model: an 8-bit package of the whole model.
-        weights: the matrices that will be asked for.
-        transforms: what was done to the 8-bit package's matrices, by path.
-        checkpoint: of both.
-        source: `SELF`, or a file of plain text, or of conversations, where its name ends with `JSONL`.
-        say: told what is being done.
+        model: 8-bit package of the whole model.
+        weights: matrices whose Hessians will be requested.
+        transforms: transforms of the 8-bit package's matrices, by path.
+        checkpoint: checkpoint of both packages.
+        source: `SELF`, a file of plain text, or a file of conversations, whose name ends with `JSONL`.
+        progress: function to which each step is reported.
 
     Raises:
         OptionError: the file cannot be used.
@@ -79,15 +79,15 @@ def start_calibration(
         begun = openings(prompts, tokenizer)
 
         def written(tokens: int) -> None:
-            say("writing calibration texts", tokens, len(begun) * LENGTH)
+            progress("writing calibration texts", tokens, len(begun) * LENGTH)
 
         written(0)
         ends = eos_ids(json.loads((model.folder / "genai_config.json").read_text(encoding="utf-8")))
         texts = model.write(begun, LENGTH, ends, SEED, written) + passages(prompts, tokenizer)
     elif task != GENERATE and Path(source).suffix.lower() == JSONL:
         raise OptionError(
-            f"{source} holds conversations, and a model for the task {task} has none.",
-            "Give a file of plain text, *.txt, or self for the built-in texts.",
+            f"{source} contains conversations, which a model for the task {task} cannot use.",
+            f"Give a plain-text file, *.txt, or use {option('calibrate', 'self')} for the built-in texts.",
         )
     elif Path(source).suffix.lower() == JSONL:
         asked = conversations_of(Path(source).expanduser(), prompts)
@@ -109,6 +109,6 @@ def start_calibration(
     }
 
     def looked(layer: int, layers: int) -> None:
-        say("calibrating layers", layer, layers)
+        progress("calibrating layers", layer, layers)
 
     return Calibration(model, weights, transforms, checkpoint, shown, described, looked)

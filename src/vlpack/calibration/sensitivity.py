@@ -1,7 +1,7 @@
-"""Where a decoder suffers most from 4 bits, measured: one half of a layer after the other in 4 bits, the rest in 8.
+"""The harm of 4 bits in each half of a decoder's layers, measured with that half in 4 bits and the rest in 8.
 
-A layer's halves are attention and feed-forward. The first runs from the norm before it to the norm before the other,
-so that what goes in and out is the residual stream, which is the same in packages of 4 and of 8 bits.
+The halves of a layer are attention and feed-forward. Each half reaches from the norm before it to the norm before the
+next one, so that its input and output are the residual stream, which has the same form in 4-bit and 8-bit packages.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from vlpack.ort.graph_edits import compute_all_tokens, load_graph, norm_input, o
 Array = npt.NDArray[Any]
 
 TEXTS, TOKENS = 8, 32
-"""So many beginnings of the calibration's texts are looked at: enough to rank layers, not to know their harm well."""
+"""Number of the calibration's texts whose beginnings are used, and tokens of each: enough to rank the halves of
+layers, though not to know their harm precisely."""
 
 
 TOKENS_IN = ("input_ids", "inputs_embeds")
-"""What a decoder is given of each token, which becomes the residual stream before the first layer."""
+"""Names of the decoder inputs that become the residual stream before the first layer."""
 
 
 class Half(NamedTuple):
-    """Attention (``self_attn``) or feed-forward (``mlp``) of a layer."""
+    """One half of a layer: attention (``self_attn``) or feed-forward (``mlp``)."""
 
     layer: int
     module: str
@@ -40,22 +41,24 @@ def harms(
     eight: CalibrationModel,
     four: CalibrationModel,
     shown: Sequence[Shown],
-    say: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[Half, float]:
-    """KL divergence, nats per token, of the model with that half in 4 bits from the one in 8, for each half.
+    """The harm of each half of a layer: the KL divergence, in nats per token, that storing it in 4 bits causes.
+
+    It compares the model's predictions with that half in 4 bits and the rest in 8 to those with 8 bits everywhere.
 
     Args:
-        eight: a package with 8 bits.
-        four: the decoder of one of the same checkpoint with 4, rounded as it is going to be.
-        shown: to the decoder; the beginnings of the first `TEXTS` texts that are long enough are taken.
-        say: told how many halves of how many have been run.
+        eight: package with 8 bits.
+        four: package of the same checkpoint with 4 bits, rounded as in the final package; only its decoder is used.
+        shown: texts; the beginnings of the first `TEXTS` texts with at least `TOKENS` tokens are used.
+        progress: function that receives the number of halves that have been run, and of all halves.
     """
     given = _beginnings([one.inputs for one in shown if one.tokens >= TOKENS][:TEXTS])
     exact, coarse = _Stages(eight), _Stages(four)
-    # variants of the residual stream: of 8 bits everywhere, and for each half so far with 4 bits there
+    # variants of the residual stream: with 8 bits everywhere, and one for each half so far with 4 bits in that half
     streams = [exact.first(given)]
     for stage in range(exact.count):
-        say(stage, exact.count)
+        progress(stage, exact.count)
         rounded = coarse.run(stage, given, streams[:1])
         streams = exact.run(stage, given, streams) + rounded
     logs = exact.log_shares(streams[0])
@@ -67,17 +70,17 @@ def harms(
 
 
 def _beginnings(inputs: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """The first `TOKENS` of texts, each a batch of one, as a batch."""
+    """The first `TOKENS` tokens of texts as one batch; each text is a batch of one."""
     batch = {}
     for name in inputs[0]:
-        # positions of a model that sees are [3, batch, tokens]
+        # positions of a vision-language model are [3, batch, tokens]
         axis = 1 if name == "position_ids" and inputs[0][name].ndim == 3 else 0
         batch[name] = np.concatenate([one[name].take(range(TOKENS), axis + 1) for one in inputs], axis)
     return batch
 
 
 class _Stages:
-    """A package's decoder in halves of layers, each of which is loaded when it is run."""
+    """A package's decoder, divided into halves of layers that are loaded only while they run."""
 
     def __init__(self, model: CalibrationModel) -> None:
         self._file, self._threads = model.folder / model.decoder_file, model.threads
@@ -101,13 +104,13 @@ class _Stages:
         return self._feed(self._session(None, border), given, {})
 
     def run(self, stage: int, given: Mapping[str, Array], streams: Sequence[Array]) -> list[Array]:
-        """The residual streams after a half, from those before it."""
+        """The residual streams after the half with the number ``stage``, computed from those before it."""
         session = self._session(self._borders[stage], self._borders[stage + 1], stage // 2)
         name = str(self._borders[stage].name)
         return [self._feed(session, given, {name: stream}) for stream in streams]
 
     def log_shares(self, stream: Array) -> Array:
-        """Logarithms of the next token's shares ``[texts, tokens, vocabulary]``, of the last half of the tokens."""
+        """Log-probabilities of the next token, ``[texts, tokens, vocabulary]``, for the second half of the tokens."""
         border = self._borders[-1]
         if self._head is None:
             logits = next(value for value in self._graph.graph.outputs if value.name == "logits")

@@ -1,4 +1,4 @@
-"""A package in plain onnxruntime, as calibration wants it: to write texts, and to be looked at layer by layer."""
+"""The 8-bit package of a calibration, run in plain onnxruntime to write texts and to provide decoder inputs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from vlpack.system import available_cores
 Array = npt.NDArray[Any]
 
 TOGETHER = 8
-"""Texts that are written at a time."""
+"""Number of texts that are written at the same time."""
 LEAST_SHARE = 0.05
-"""Tokens less likely than this share of the likeliest are never taken (min-p, Nguyen et al. 2024, arXiv:2407.01082)."""
+"""Threshold of min-p sampling (Nguyen et al. 2024, arXiv:2407.01082): tokens whose probability is below this share of
+the most likely token's are never chosen."""
 
 
 class Shown(NamedTuple):
-    """What the decoder is given.
+    """The inputs of the decoder for a batch of texts or a prompt.
 
     Args:
-        inputs: its ports but the cache's.
-        tokens: how many.
-        of_images: which tokens stand for images, bool ``[tokens]``; None where none does.
+        inputs: arrays by the names of the decoder's inputs, without the key/value cache.
+        tokens: number of tokens.
+        of_images: whether each token stands for a part of an image, bool ``[tokens]``; None if none does.
     """
 
     inputs: dict[str, Array]
@@ -39,12 +40,12 @@ class Shown(NamedTuple):
 
 
 class CalibrationModel:
-    """The graphs of a whole package with fp32 activations.
+    """A package with fp32 activations whose graphs are run for a calibration.
 
     Args:
-        folder: the package.
-        files: part → file name.
-        architecture: of the model.
+        folder: folder of the package.
+        files: part → name of its graph's file.
+        architecture: architecture of the model.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, str], architecture: Architecture) -> None:
@@ -54,18 +55,24 @@ class CalibrationModel:
         self._embedding = cpu_session(folder / files["embedding"], 1) if "embedding" in files else None
 
     def show(self, ids: Array, prompt: Prompt | None = None, first: int = 0) -> Shown:
-        """``ids [B, S]`` at positions from ``first`` on, or the one prompt that they are, with its pictures."""
+        """Decoder inputs for a batch of tokens.
+
+        Args:
+            ids: tokens ``[B, S]``.
+            prompt: prompt whose tokens are ``ids [1, S]``, if it has pictures; None for texts.
+            first: position of the first token.
+        """
         positions: Array = np.broadcast_to(np.arange(first, first + ids.shape[1]), ids.shape).astype(np.int64)
         vision = self.architecture.vision
         if vision is not None:
             positions = np.broadcast_to(positions, (3, *ids.shape))
         features = of_images = None
         if prompt is not None and prompt.has_images:
-            assert vision is not None, "a prompt has pictures where the model sees"
+            assert vision is not None, "only prompts of vision-language models have pictures"
             grids, merge = prompt.grids, vision.spatial_merge_size
             positions = mrope_positions(ids[0], grids, vision.image_token_id, merge)[:, None]
             features, of_images = self._features(prompt), ids[0] == vision.image_token_id
-        # the mask counts the tokens before these, too
+        # the mask includes the tokens before these
         mask = np.ones((ids.shape[0], first + ids.shape[1]), np.int64)
         inputs = {**self._tokens(ids, features), "position_ids": positions, "attention_mask": mask}
         return Shown(inputs, ids.size, of_images)
@@ -84,16 +91,16 @@ class CalibrationModel:
         return np.concatenate([output["image_features"] for output in outputs])
 
     def write(
-        self, openings: Sequence[Sequence[int]], length: int, ends: set[int], seed: int, say: Callable[[int], None]
+        self, openings: Sequence[Sequence[int]], length: int, ends: set[int], seed: int, progress: Callable[[int], None]
     ) -> list[list[int]]:
-        """Texts of at most ``length`` tokens that begin like ``openings``, as the model continues them.
+        """Texts that begin with the given openings and are continued by the model.
 
         Args:
-            openings: the first tokens of each.
-            length: with these.
-            ends: tokens after which a text is over.
-            seed: of the choice.
-            say: told how many tokens have been written, of all texts.
+            openings: first tokens of each text.
+            length: largest number of tokens of a text, its opening included.
+            ends: tokens that end a text.
+            seed: seed of the random choice of tokens.
+            progress: function that receives the number of tokens written so far, in all texts.
         """
         decoder = cpu_session(self.folder / self.decoder_file, self.threads)
         random, texts = np.random.default_rng(seed), []
@@ -101,7 +108,7 @@ class CalibrationModel:
             some = openings[first : first + TOGETHER]
 
             def written(place: int, before: int = first, count: int = len(some)) -> None:
-                say(before * length + count * place)
+                progress(before * length + count * place)
 
             texts += self._write(decoder, some, length, ends, random, written)
             written(length)
@@ -114,9 +121,9 @@ class CalibrationModel:
         length: int,
         ends: set[int],
         random: np.random.Generator,
-        say: Callable[[int], None],
+        progress: Callable[[int], None],
     ) -> list[list[int]]:
-        # all take a step together: a text whose opening is longer is given its next token, others choose one
+        # all texts take each step together: a text that is still in its opening gets the next token of that
         texts = [[opening[0]] for opening in openings]
         over = [False] * len(texts)
         binding = decoder.io_binding()
@@ -137,18 +144,18 @@ class CalibrationModel:
             if all(over):
                 break
             if place % 16 == 15:
-                say(place)
+                progress(place)
         return [_until(text, len(opening), ends) for text, opening in zip(texts, openings, strict=True)]
 
 
 def _until(text: list[int], start: int, ends: set[int]) -> list[int]:
-    """``text`` to its first end at ``start`` or later."""
+    """The text up to and including its first end token at index ``start`` or later."""
     stop = next((place for place in range(start, len(text)) if text[place] in ends), len(text) - 1)
     return text[: stop + 1]
 
 
 def _bind_cache(decoder: Any, binding: Any, batch: int, length: int) -> None:
-    """Give the keys and values of every layer room for ``length`` tokens, to which each step adds in place."""
+    """Binds a key/value cache for ``length`` tokens to every layer; each step adds to it in place."""
     for port in decoder.get_inputs():
         if port.name.startswith("past_key_values"):
             room = ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, port.shape[1], length, port.shape[3]), np.float32))
@@ -157,7 +164,7 @@ def _bind_cache(decoder: Any, binding: Any, batch: int, length: int) -> None:
 
 
 def choose(logits: Array, random: np.random.Generator) -> Array:
-    """One token of each row of ``logits [B, V]``, by its probability; the unlikely ones are left out."""
+    """Samples one token for each row of ``logits [B, V]`` by min-p sampling with the threshold `LEAST_SHARE`."""
     largest = logits.max(axis=1, keepdims=True)
     likely = logits >= largest + np.float32(np.log(LEAST_SHARE))
     chosen = np.empty(len(logits), np.int64)

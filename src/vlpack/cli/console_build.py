@@ -1,4 +1,4 @@
-"""How far a build is, on a terminal: a bar of the bytes written, and what is done before or beside writing them."""
+"""The progress of a build in a terminal: a bar of the bytes written, and the steps before and beside the writing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.progress import Progress as Bar
 
 
 class BuildBar:
-    """`vlpack.builder.Progress` as a bar.
+    """An observer of a build (`vlpack.builder.Progress`) that shows it as a bar.
 
     Args:
-        bar: that is shown.
-        clock: tells seconds.
+        bar: progress bar of rich.
+        clock: function that returns the time in seconds.
     """
 
     def __init__(self, bar: Bar, clock: Callable[[], float] = time.monotonic) -> None:
@@ -25,18 +25,18 @@ class BuildBar:
         self._phase, self._began, self._first, self._over = "", 0.0, 0, True
 
     def start(self, total: int) -> None:
-        """``total`` bytes will be written."""
+        """Sets the number of bytes that will be written."""
         self._bar.update(self._task, total=total, description="writing")
 
     def advance(self, written: int, path: str) -> None:
-        """``written`` more bytes are, of the weight at ``path``, which is shown unless something else is going on."""
+        """Adds written bytes of the weight at ``path``; the path is shown unless another step is running."""
         if self._over:
             self._bar.update(self._task, advance=written, description=path[-40:].rjust(40))
         else:
             self._bar.update(self._task, advance=written)
 
     def say(self, text: str, done: int = 0, total: int = 0) -> None:
-        """Something else is being done, ``done`` of ``total`` where that is known, and how long it will still take."""
+        """Shows the current step with its percentage and the time left, as far as ``total`` is known (0 if not)."""
         now = self._clock()
         if text != self._phase:
             self._phase, self._began, self._first = text, now, done
@@ -51,7 +51,7 @@ class BuildBar:
 
 @contextmanager
 def build_progress(console: Console) -> Iterator[BuildBar | None]:
-    """A bar with bytes, rate and time left; None where the console is not a terminal."""
+    """A bar with bytes, rate and time left; None if the console is not a terminal."""
     if not console.is_terminal:
         yield None
         return

@@ -104,10 +104,10 @@ class QuantizationOptions:
         vision: precision of the vision encoder; None to derive it from the package's precision.
         kv_cache: ``int8``, or None to keep keys and values in the dtype of the activations.
         calibrated: whether the decoder's 4-bit matrices, or in int8 packages its 8-bit ones, are rounded by GPTQ.
-        balance: whether channels are balanced (`vlpack.quantize.rotate`), also where weights are floats; None to
-            balance them where weights are quantized.
-        rotation: whether blocks of channels are rotated (`vlpack.quantize.rotate`), also where weights are floats,
-            which changes nothing but rounding; None to rotate them where weights are quantized, on the CPU.
+        balance: whether channels are balanced (`vlpack.quantize.rotate`). True balances them where weights are floats,
+            too; None only where weights are quantized.
+        rotation: whether blocks of channels are rotated (`vlpack.quantize.rotate`). True rotates them where weights are
+            floats, too, which changes nothing but rounding; None only on the CPU and where weights are quantized.
         eight_bits: matrices of an int4 package's decoder that have 8 bits: name in a layer, such as ``mlp.down_proj``,
             or ``*`` for all, → layers; None for the default, `outer_layers` in packages for the CPU that are not
             calibrated and have no mixed layers.

@@ -148,7 +148,7 @@ class ChannelInt8:
     def chunks(
         self, read: RowReader, rows: int, cols: int, factor: HessianFactor | None = None
     ) -> Iterator[tuple[str, Array]]:
-        """Chunks of the arrays, rounded to the nearest codes, or by GPTQ with a Hessian ``factor`` and equal scales."""
+        """Chunks of the arrays, rounded to the nearest codes, or with ``factor`` by GPTQ and with the same scales."""
         whole = np.empty((rows, cols), np.int8)
         scales = np.empty(rows, np.float32)
         for start, stop in slabs(rows, cols):
@@ -210,7 +210,7 @@ class Blocks:
     def chunks(
         self, read: RowReader, rows: int, cols: int, factor: HessianFactor | None = None
     ) -> Iterator[tuple[str, Array]]:
-        """Chunks of the arrays, rounded to the nearest codes, or by GPTQ with a Hessian ``factor`` and equal grids."""
+        """Chunks of the arrays, rounded to the nearest codes, or with ``factor`` by GPTQ and on the same grids."""
         specs = self.arrays(rows, cols)
         small = {name: np.empty(shape, dtype) for name, (dtype, shape) in specs.items() if name != "qweight"}
         for start, stop in slabs(rows, cols):

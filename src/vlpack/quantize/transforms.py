@@ -256,7 +256,7 @@ class Transform:
         return rows if self.reads is None else rows / self.reads.along_columns(scales(self.reads))
 
     def channel_squares(self, products: Array, scales: ChannelScales) -> Array:
-        """``Σ x²`` of each input of the original weight, ``[cols]``, from ``Σ xᵀx`` of the transformed one's inputs."""
+        """``Σ x²`` of each input of the original weight, ``[cols]``, from ``Σ xᵀx`` for the transformed one."""
         size = self.input_rotation
         squares = np.empty(len(products))
         for start in range(0, len(products), size):
@@ -266,7 +266,7 @@ class Transform:
         return squares if self.reads is None else squares / self.reads.along_columns(scales(self.reads)) ** 2
 
     def _own_rows(self, start: int, length: int) -> slice:
-        """Those of the rows ``[start, start + length)`` that compute the written channels, counted from ``start``."""
+        """The part of the rows ``[start, start + length)`` that computes written channels, counted from ``start``."""
         low = min(max(self.first - start, 0), length)
         return slice(low, max(low, min(self.first + self.count - start, length)))
 
