@@ -19,7 +19,7 @@ class ExtraOptions:
     Args:
         block_size: of all weights in blocks: 16, 32, 64, 128 or 256; by default 32, on the CPU 64 for 8-bit weights,
             and 128 for those of int4 packages.
-        is_symmetric: weights in blocks without zero points, the default.
+        is_symmetric: weights in blocks without zero points, the default but for those that are calibrated on the CPU.
         accuracy_level: of MatMulNBits on the CPU: 1 to 3 fp32 activations, 4 (the default) 8-bit ones.
         weight_type: of matrices in int8: ``int8`` (the default), or ``uint8`` for x86 processors without VNNI.
         balance: rescale channels so that none is much larger than others, which changes nothing but rounding; by

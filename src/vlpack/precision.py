@@ -99,7 +99,8 @@ class QuantizationOptions:
 
     Args:
         block_size: values that share a scale, in all weights in blocks; None for `default_block_size`.
-        is_symmetric: no zero points.
+        is_symmetric: no zero points; None for all weights but calibrated 4-bit ones, in whose larger blocks zero points
+            take no time on the CPU.
         accuracy_level: of MatMulNBits on the CPU: 1 computes with fp32 activations, 4 with 8-bit ones.
         weight_type: of int8 matrices, ``int8`` or ``uint8``; see `vlpack.storage.ChannelInt8`.
         mixed: selector → ``int4`` or ``int8`` for parts of the decoder, as the builder's ``matmul_mixed_precision``.
@@ -116,7 +117,7 @@ class QuantizationOptions:
     """
 
     block_size: int | None = None
-    is_symmetric: bool = True
+    is_symmetric: bool | None = None
     accuracy_level: int = 4
     weight_type: str = "int8"
     mixed: Mapping[str, str] = field(default_factory=dict)
@@ -250,7 +251,8 @@ def _blocks(
         size //= 2  # of a block that the width cuts, the rest would be padding
     # other providers' scales are fp16 as they are; experts' kernel was not tried with others than its own
     narrow = options.narrow_scales and bits == 4 and provider == "cpu" and dtype == "float32" and not divided
-    return Blocks(bits, size, options.is_symmetric, dtype, options.accuracy_level, calibrated, narrow=narrow)
+    symmetric = not (calibrated and provider == "cpu") if options.is_symmetric is None else options.is_symmetric
+    return Blocks(bits, size, symmetric, dtype, options.accuracy_level, calibrated, narrow=narrow)
 
 
 def _channels(options: QuantizationOptions) -> ChannelInt8:

@@ -1,7 +1,8 @@
 """Where a decoder suffers most from 4 bits, measured: one half of a layer after the other in 4 bits, the rest in 8.
 
 A layer's halves are attention and feed-forward. The first runs from the norm before it to the norm before the other,
-so that what goes in and out is the residual stream, which is the same in packages of 4 and of 8 bits.
+so that what goes in and out is the residual stream, which is the same in packages of 4 and of 8 bits. Activations are
+not rounded: their noise, which is another with every change of an input, would hide the harm of half a layer.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from vlpack.calibration.model import CalibrationModel, Shown
-from vlpack.graph_edits import every_token, load_graph, normalized, open_session
+from vlpack.graph_edits import every_token, load_graph, make_exact, normalized, open_session
 
 Array = npt.NDArray[Any]
 
-TEXTS, TOKENS = 8, 32
+TEXTS, TOKENS = 6, 32
 """So many beginnings of the calibration's texts are looked at: enough to rank layers, not to know their harm well."""
 
 
+TOGETHER = 8
+"""Variants of the residual stream that are run at a time."""
 TOKENS_IN = ("input_ids", "inputs_embeds")
 """What a decoder is given of each token, which becomes the residual stream before the first layer."""
 
@@ -70,10 +73,19 @@ def _beginnings(inputs: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     """The first `TOKENS` of texts, each a batch of one, as a batch."""
     batch = {}
     for name in inputs[0]:
-        # positions of a model that sees are [3, batch, tokens]
-        axis = 1 if name == "position_ids" and inputs[0][name].ndim == 3 else 0
+        axis = _batch_axis(name, inputs[0][name])
         batch[name] = np.concatenate([one[name].take(range(TOKENS), axis + 1) for one in inputs], axis)
     return batch
+
+
+def _repeated(name: str, value: Array, times: int) -> Array:
+    """A batch so many times over."""
+    return np.concatenate([value] * times, _batch_axis(name, value))
+
+
+def _batch_axis(name: str, value: Array) -> int:
+    """Positions of a model that sees are ``[3, batch, tokens]``."""
+    return 1 if name == "position_ids" and value.ndim == 3 else 0
 
 
 class _Stages:
@@ -83,6 +95,7 @@ class _Stages:
         self._file, self._threads = model.folder / model.decoder_file, model.threads
         self._graph = load_graph(self._file)
         every_token(self._graph.graph)
+        make_exact(self._graph.graph)
         prefix, layers = model.architecture.decoder.prefix, model.architecture.text.num_hidden_layers
         self.count = 2 * layers
         names = [
@@ -104,7 +117,12 @@ class _Stages:
         """The residual streams after a half, from those before it."""
         session = self._session(self._borders[stage], self._borders[stage + 1], stage // 2)
         name = str(self._borders[stage].name)
-        return [self._feed(session, given, {name: stream}) for stream in streams]
+        found: list[Array] = []
+        for start in range(0, len(streams), TOGETHER):  # weights are dequantized for each call
+            some = streams[start : start + TOGETHER]
+            repeated = {key: _repeated(key, value, len(some)) for key, value in given.items()}
+            found += np.split(self._feed(session, repeated, {name: np.concatenate(some)}), len(some))
+        return found
 
     def log_shares(self, stream: Array) -> Array:
         """Logarithms of the next token's shares ``[texts, tokens, vocabulary]``, of the last half of the tokens."""
@@ -125,7 +143,9 @@ class _Stages:
 
     def _open(self, starts: Sequence[ir.Value], end: ir.Value) -> Any:
         part = ir.convenience.extract(self._graph.graph, starts, [end])
-        return open_session(ir.Model(part, ir_version=self._graph.ir_version), self._file, self._threads)
+        # of dequantized weights onnxruntime would make quantized products again
+        model = ir.Model(part, ir_version=self._graph.ir_version)
+        return open_session(model, self._file, self._threads, optimized=False)
 
     def _feed(self, session: Any, given: Mapping[str, Array], stream: Mapping[str, Array]) -> Array:
         feeds = {**given, **stream}

@@ -18,12 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from vlpack.graph_edits import call, every_token, load_graph, normalized, open_session
+from vlpack.graph_edits import call, every_token, load_graph, make_exact, normalized, open_session
 from vlpack.onnx_sessions import ort
 from vlpack.preprocess import Prompt
 
 Array = npt.NDArray[Any]
-MICROSOFT = "com.microsoft"
 _PROBE = "probe:"
 
 
@@ -126,7 +125,7 @@ class Graphs:
         every_token(model.graph)
         _probe(model.graph, norms)
         if exact:
-            _make_exact(model.graph)
+            make_exact(model.graph)
         # 8-bit experts know no other way to fp32 activations
         variable, before = "ORT_QMOE_CPU_QNBIT_GEMM", os.environ.get("ORT_QMOE_CPU_QNBIT_GEMM")
         if exact:
@@ -157,25 +156,3 @@ def _probe(graph: ir.Graph, norms: list[str]) -> None:
         output = ir.Value(name=_PROBE + name, shape=value.shape, type=value.type)
         graph.append(ir.node("Identity", [value], outputs=[output], name=_PROBE + name))
         graph.outputs.append(output)
-
-
-def _make_exact(graph: ir.Graph) -> None:
-    """Multiply by the weights in fp32, activations as they are."""
-    for node in list(graph):
-        if node.domain != MICROSOFT:
-            continue
-        if node.op_type in ("MatMulNBits", "QMoE") and "accuracy_level" in node.attributes:
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
-        elif node.op_type == "MatMulIntegerToFloat":
-            codes, weight, _, scales, _, *zeros = node.inputs
-            x = codes.producer().inputs[0]  # type: ignore[union-attr] # what QuantizeLinear would round
-            name, wide, product = node.name, ir.Value(name=f"{node.name}:weight"), ir.Value(name=f"{node.name}:exact")
-            added = [ir.node("DequantizeLinear", [weight, scales], {"axis": 1}, outputs=[wide])]
-            if zeros and zeros[0] is not None:  # one for all, where the operator wants one for each
-                each = ir.Value(name=f"{name}:zeros")
-                size = ir.node("Shape", [scales], outputs=[ir.Value(name=f"{name}:size")])
-                expand = ir.node("Expand", [zeros[0], size.outputs[0]], outputs=[each])
-                added = [size, expand, ir.node("DequantizeLinear", [weight, scales, each], {"axis": 1}, outputs=[wide])]
-            graph.insert_before(node, [*added, ir.node("MatMul", [x, wide], outputs=[product])])
-            node.outputs[0].replace_all_uses_with(product)
-            graph.remove(node, safe=True)
