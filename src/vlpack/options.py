@@ -20,7 +20,8 @@ class ExtraOptions:
     Args:
         block_size: block size of all weights that are quantized in blocks: 16, 32, 64, 128 or 256. The default is 32;
             on the CPU it is 64 for 8-bit and for calibrated weights, and 128 for these in int4 packages.
-        is_symmetric: whether weights in blocks are stored without zero points; true by default.
+        is_symmetric: whether weights in blocks are stored without zero points; true by default, except for calibrated
+            weights on the CPU.
         accuracy_level: accuracy level of MatMulNBits on the CPU: 1 to 3 for fp32 activations, 4 (the default) for 8-bit
             activations.
         weight_type: type of matrices in int8: ``int8`` (the default), or ``uint8`` for x86 processors without VNNI.

@@ -384,7 +384,7 @@ def test_a_whole_build(calibrated: Path, tmp_path: Path) -> None:
     assert with_it["calibration"]["pictures"] == 4
     assert with_it["calibration"]["tokens"] > 1000
     assert "calibration" not in without
-    assert with_it["policy"][-1]["storage"] == "int4 block 128 8-bit scales calibrated"
+    assert with_it["policy"][-1]["storage"] == "int4 block 128 asymmetric 8-bit scales calibrated"
     assert with_it["files"]["vision.onnx.data"] == without["files"]["vision.onnx.data"]
     ours, others = (hashes(folder)["decoder.onnx.data"] for folder in (calibrated, tmp_path / "without"))
     assert ours != others

@@ -2,6 +2,7 @@
 
 The halves of a layer are attention and feed-forward. Each half reaches from the norm before it to the norm before the
 next one, so that its input and output are the residual stream, which has the same form in 4-bit and 8-bit packages.
+Activations are not rounded: their noise changes with every change of an input, and would hide the harm of half a layer.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from vlpack.calibration.teacher import CalibrationModel, Shown
-from vlpack.ort.graph_edits import compute_all_tokens, load_graph, norm_input, open_session
+from vlpack.ort.graph_edits import compute_all_tokens, load_graph, make_exact, norm_input, open_session
 
 Array = npt.NDArray[Any]
 
-TEXTS, TOKENS = 8, 32
+TEXTS, TOKENS = 6, 32
 """Number of the calibration's texts whose beginnings are used, and tokens of each: enough to rank the halves of
 layers, though not to know their harm precisely."""
 
 
+TOGETHER = 8
+"""Variants of the residual stream that are run at a time."""
 TOKENS_IN = ("input_ids", "inputs_embeds")
 """Names of the decoder inputs that become the residual stream before the first layer."""
 
@@ -73,10 +76,19 @@ def _beginnings(inputs: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
     """The first `TOKENS` tokens of texts as one batch; each text is a batch of one."""
     batch = {}
     for name in inputs[0]:
-        # positions of a vision-language model are [3, batch, tokens]
-        axis = 1 if name == "position_ids" and inputs[0][name].ndim == 3 else 0
+        axis = _batch_axis(name, inputs[0][name])
         batch[name] = np.concatenate([one[name].take(range(TOKENS), axis + 1) for one in inputs], axis)
     return batch
+
+
+def _repeated(name: str, value: Array, times: int) -> Array:
+    """A batch so many times over."""
+    return np.concatenate([value] * times, _batch_axis(name, value))
+
+
+def _batch_axis(name: str, value: Array) -> int:
+    """Positions of a model that sees are ``[3, batch, tokens]``."""
+    return 1 if name == "position_ids" and value.ndim == 3 else 0
 
 
 class _Stages:
@@ -86,6 +98,7 @@ class _Stages:
         self._file, self._threads = model.folder / model.decoder_file, model.threads
         self._graph = load_graph(self._file)
         compute_all_tokens(self._graph.graph)
+        make_exact(self._graph.graph)
         prefix, layers = model.architecture.decoder.prefix, model.architecture.text.num_hidden_layers
         self.count = 2 * layers
         names = [
@@ -107,7 +120,12 @@ class _Stages:
         """The residual streams after the half with the number ``stage``, computed from those before it."""
         session = self._session(self._borders[stage], self._borders[stage + 1], stage // 2)
         name = str(self._borders[stage].name)
-        return [self._feed(session, given, {name: stream}) for stream in streams]
+        found: list[Array] = []
+        for start in range(0, len(streams), TOGETHER):  # weights are dequantized for each call
+            some = streams[start : start + TOGETHER]
+            repeated = {key: _repeated(key, value, len(some)) for key, value in given.items()}
+            found += np.split(self._feed(session, repeated, {name: np.concatenate(some)}), len(some))
+        return found
 
     def log_shares(self, stream: Array) -> Array:
         """Log-probabilities of the next token, ``[texts, tokens, vocabulary]``, for the second half of the tokens."""
@@ -128,7 +146,9 @@ class _Stages:
 
     def _open(self, starts: Sequence[ir.Value], end: ir.Value) -> Any:
         part = ir.convenience.extract(self._graph.graph, starts, [end])
-        return open_session(ir.Model(part, ir_version=self._graph.ir_version), self._file, self._threads)
+        # of dequantized weights onnxruntime would make quantized products again
+        model = ir.Model(part, ir_version=self._graph.ir_version)
+        return open_session(model, self._file, self._threads, optimized=False)
 
     def _feed(self, session: Any, given: Mapping[str, Array], stream: Mapping[str, Array]) -> Array:
         feeds = {**given, **stream}

@@ -15,6 +15,8 @@ from vlpack.ort.session import ort, session_options
 
 Array = npt.NDArray[Any]
 
+MICROSOFT = "com.microsoft"
+
 
 def load_graph(path: Path) -> ir.Model:
     """Read a graph without its weights, which stay in their files.
@@ -119,3 +121,25 @@ def _takes_last(node: ir.Node) -> bool:
     """Whether a Slice selects the last token, as `vlpack.layers.decoder.last_token` writes it: from -1 on, axis 1."""
     starts, axes = (value and value.const_value for value in (node.inputs[1], node.inputs[3]))
     return bool(starts and axes and starts.numpy().tolist() == [-1] and axes.numpy().tolist() == [1])
+
+
+def make_exact(graph: ir.Graph) -> None:
+    """Multiply by the weights in fp32, activations as they are."""
+    for node in list(graph):
+        if node.domain != MICROSOFT:
+            continue
+        if node.op_type in ("MatMulNBits", "QMoE") and "accuracy_level" in node.attributes:
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+        elif node.op_type == "MatMulIntegerToFloat":
+            codes, weight, _, scales, _, *zeros = node.inputs
+            x = codes.producer().inputs[0]  # type: ignore[union-attr] # what QuantizeLinear would round
+            name, wide, product = node.name, ir.Value(name=f"{node.name}:weight"), ir.Value(name=f"{node.name}:exact")
+            added = [ir.node("DequantizeLinear", [weight, scales], {"axis": 1}, outputs=[wide])]
+            if zeros and zeros[0] is not None:  # one for all, where the operator wants one for each
+                each = ir.Value(name=f"{name}:zeros")
+                size = ir.node("Shape", [scales], outputs=[ir.Value(name=f"{name}:size")])
+                expand = ir.node("Expand", [zeros[0], size.outputs[0]], outputs=[each])
+                added = [size, expand, ir.node("DequantizeLinear", [weight, scales, each], {"axis": 1}, outputs=[wide])]
+            graph.insert_before(node, [*added, ir.node("MatMul", [x, wide], outputs=[product])])
+            node.outputs[0].replace_all_uses_with(product)
+            graph.remove(node, safe=True)

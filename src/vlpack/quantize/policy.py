@@ -97,7 +97,8 @@ class QuantizationOptions:
 
     Args:
         block_size: number of values that share a scale, in all weights in blocks; None for `default_block_size`.
-        is_symmetric: whether blocks have no zero points.
+        is_symmetric: whether blocks have no zero points; None means all but the blocks of calibrated 4-bit weights,
+            which are larger, so that zero points take no time on the CPU.
         accuracy_level: accuracy level of MatMulNBits on the CPU: 1 computes with fp32 activations, 4 with 8-bit ones.
         weight_type: dtype of int8 matrices, ``int8`` or ``uint8``; see `vlpack.quantize.storage.ChannelInt8`.
         mixed: selector → ``int4`` or ``int8`` for parts of the decoder, as the builder's ``matmul_mixed_precision``.
@@ -115,7 +116,7 @@ class QuantizationOptions:
     """
 
     block_size: int | None = None
-    is_symmetric: bool = True
+    is_symmetric: bool | None = None
     accuracy_level: int = 4
     weight_type: str = "int8"
     mixed: Mapping[str, str] = field(default_factory=dict)
@@ -253,7 +254,8 @@ def _blocks(
         size //= 2  # a block that reaches beyond the width would be padded
     # other providers have fp16 scales already, and narrow scales were not tried with the kernel for experts
     narrow = options.narrow_scales and bits == 4 and provider == "cpu" and dtype == "float32" and not divided
-    return Blocks(bits, size, options.is_symmetric, dtype, options.accuracy_level, calibrated, narrow=narrow)
+    symmetric = not (calibrated and provider == "cpu") if options.is_symmetric is None else options.is_symmetric
+    return Blocks(bits, size, symmetric, dtype, options.accuracy_level, calibrated, narrow=narrow)
 
 
 def _channels(options: QuantizationOptions) -> ChannelInt8:

@@ -19,12 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from vlpack.ort.graph_edits import call, compute_all_tokens, load_graph, norm_input, open_session
+from vlpack.ort.graph_edits import call, compute_all_tokens, load_graph, make_exact, norm_input, open_session
 from vlpack.ort.session import ort
 from vlpack.preprocess import Prompt
 
 Array = npt.NDArray[Any]
-MICROSOFT = "com.microsoft"
 _PROBE = "probe:"
 
 
@@ -134,7 +133,7 @@ class Graphs:
         compute_all_tokens(model.graph)
         _probe(model.graph, norms)
         if exact:
-            _make_exact(model.graph)
+            make_exact(model.graph)
         # for 8-bit experts, this variable is the only way to fp32 activations
         variable, before = "ORT_QMOE_CPU_QNBIT_GEMM", os.environ.get("ORT_QMOE_CPU_QNBIT_GEMM")
         if exact:
@@ -165,25 +164,3 @@ def _probe(graph: ir.Graph, norms: list[str]) -> None:
         output = ir.Value(name=_PROBE + name, shape=value.shape, type=value.type)
         graph.append(ir.node("Identity", [value], outputs=[output], name=_PROBE + name))
         graph.outputs.append(output)
-
-
-def _make_exact(graph: ir.Graph) -> None:
-    """Edit a graph so that it multiplies by the weights in fp32, without rounding activations."""
-    for node in list(graph):
-        if node.domain != MICROSOFT:
-            continue
-        if node.op_type in ("MatMulNBits", "QMoE") and "accuracy_level" in node.attributes:
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
-        elif node.op_type == "MatMulIntegerToFloat":
-            codes, weight, _, scales, _, *zeros = node.inputs
-            x = codes.producer().inputs[0]  # type: ignore[union-attr] # the input of QuantizeLinear
-            name, wide, product = node.name, ir.Value(name=f"{node.name}:weight"), ir.Value(name=f"{node.name}:exact")
-            added = [ir.node("DequantizeLinear", [weight, scales], {"axis": 1}, outputs=[wide])]
-            if zeros and zeros[0] is not None:  # a single zero point, but DequantizeLinear wants one per channel
-                each = ir.Value(name=f"{name}:zeros")
-                size = ir.node("Shape", [scales], outputs=[ir.Value(name=f"{name}:size")])
-                expand = ir.node("Expand", [zeros[0], size.outputs[0]], outputs=[each])
-                added = [size, expand, ir.node("DequantizeLinear", [weight, scales, each], {"axis": 1}, outputs=[wide])]
-            graph.insert_before(node, [*added, ir.node("MatMul", [x, wide], outputs=[product])])
-            node.outputs[0].replace_all_uses_with(product)
-            graph.remove(node, safe=True)
