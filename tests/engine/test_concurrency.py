@@ -18,6 +18,7 @@ import pytest
 import vlpack
 from engine.conftest import TINY
 from family import Member, make_member
+from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ
 from tiny import Tiny
 from vlpack import Engine, Sampling
 from vlpack.engine import graphs, scheduler
@@ -141,6 +142,16 @@ def test_fewer_bits(
     """Activations are rounded token by token, so that others' tokens change nothing."""
     model = alone(TINY, precision=precision)
     check(model, engine(built(TINY, precision=precision)), 24, images=True)
+
+
+def test_answers_that_end_by_themselves(tmp_path: Path, engine: Callable[..., Engine]) -> None:
+    """A trained model reads all pictures at once, and what ends an answer frees its slot for the next."""
+    made = engine(vlpack.build(DIGITS, tmp_path / "package").folder, slots=3)
+    asked = [(image, what) for image in ANSWERS for what in ("read", "count")]
+    questions = {"read": READ, "count": COUNT}
+    requests = [{"messages": questions[what], "images": [IMAGES / image]} for image, what in asked]
+    for (image, what), answer in zip(asked, made.generate_many(requests, sampling=GREEDY), strict=True):
+        assert (answer.text, answer.finish_reason) == (ANSWERS[image][what], "stop")
 
 
 def test_a_cache_of_8_bits(

@@ -139,8 +139,8 @@ class Slots:
 
     def release(self, slot: Slot) -> None:
         """Let others use the slot; what it holds may still be the beginning of their prompts."""
-        # a step that runs over it writes behind what it holds
-        slot.owner, slot.length = None, min(slot.length, self.context - 1)
+        # an answer's last token has no keys yet, so there is room for the one that a step over this row writes
+        slot.owner = None
         self.touch(slot)
 
     def forget(self, first: int, end: int) -> None:
