@@ -275,9 +275,12 @@ class Scheduler:
         try:
             logits = self._graphs.run(self._slots.binding(first, end), self._graphs.tokens(ids), lengths, positions)
         except PackageError as error:
-            self._slots.forget(first, end)
-            for request in list(self._decoding):
-                self._leave(request, error)
+            for slot in self._slots.rows(
+                first, end
+            ):  # also of prompts that are being shown: nobody knows what it holds
+                slot.length = 0
+                if slot.owner is not None:
+                    self._leave(slot.owner, error)
             return
         seconds = time.perf_counter() - began
         self._step_seconds = 0.8 * self._step_seconds + 0.2 * seconds if self._step_seconds else seconds

@@ -143,11 +143,6 @@ class Slots:
         slot.owner = None
         self.touch(slot)
 
-    def forget(self, first: int, end: int) -> None:
-        """Take what a range of rows holds for lost."""
-        for slot in self._by_row[first:end]:
-            slot.length = 0
-
     def touch(self, slot: Slot) -> None:
         """Note that the slot is in use now."""
         self._uses += 1
