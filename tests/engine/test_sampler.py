@@ -104,10 +104,14 @@ def test_logprobs(engine: Callable[..., Engine]) -> None:
     plain = made.submit("Hello", max_tokens=8, sampling=GREEDY).result(30)
     assert plain.logprobs is None
     # by the model itself: a penalty changes the token, not what is told of it
-    answer = made.submit("Hello", max_tokens=8, repetition_penalty=1.5, logprobs=2).result(30)
+    answer = made.submit("Hello", max_tokens=8, repetition_penalty=9.0, logprobs=2).result(30)
     assert answer.logprobs is not None
     assert [each.token for each in answer.logprobs] == answer.tokens
-    assert answer.logprobs[0].top[0][0] == plain.tokens[0]
+    found = made.submit("Hello", max_tokens=1, sampling=GREEDY, logprobs=2).result(30).logprobs
+    assert found is not None
+    assert found[0].token == plain.tokens[0]
+    for (token, logprob), (same, other) in zip(answer.logprobs[0].top, found[0].top, strict=True):
+        assert (token, round(logprob, 3)) == (same, round(other, 3))
     for each in answer.logprobs:
         assert len(each.top) == 2
         assert each.top[0][1] >= each.logprob

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -51,6 +52,8 @@ class Engine:
             this machine's memory allow. Memory that is never written is not taken.
         threads: of the sessions; all cores by default.
         queue: how many requests may wait for a slot.
+        stall: how many times as long answers that have begun may take for a token, on average, while prompts of other
+            requests are shown: at least 2. With infinity prompts go first, which is the fastest for all together.
         min_pixels: smallest image area, square pixels, instead of the package's.
         max_pixels: largest image area; smaller is faster.
 
@@ -70,11 +73,13 @@ class Engine:
         context: int | None = None,
         threads: int | None = None,
         queue: int = 256,
+        stall: float = 4.0,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> None:
         check_number("slots", slots, 1, 1024, whole=True)
         check_number("queue", queue, 1, 2**31 - 1, whole=True)
+        check_number("stall", stall, 2, math.inf)
         threads = checked_threads(threads)
         self.folder = Path(os.path.expanduser(folder))
         files = open_package(self.folder)
@@ -110,7 +115,7 @@ class Engine:
         self._grammars = Grammars(self.folder / "tokenizer.json", self._graphs.vocab_size, self._ends)
         self._building = threading.Lock()
         see = self.vision.features if self.vision is not None else None
-        self._scheduler = Scheduler(self._graphs, self._slots, FairQueue(queue), see)
+        self._scheduler = Scheduler(self._graphs, self._slots, FairQueue(queue), see, stall)
         self._closed = weakref.finalize(self, self._scheduler.close)
 
     @property

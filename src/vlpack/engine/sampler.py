@@ -167,7 +167,7 @@ class Sampler:
             order = order[before < wanted]
             tokens, weights = tokens[order], weights[order]
         if choice.min_p:
-            kept = weights >= choice.min_p * weights.max()
+            kept = weights >= choice.min_p  # the likeliest weighs 1
             tokens, weights = tokens[kept], weights[kept]
         sums = np.cumsum(weights, dtype=np.float64)
         place = int(np.searchsorted(sums, self._random.random() * sums[-1], side="right"))

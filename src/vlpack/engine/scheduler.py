@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -23,9 +24,9 @@ LARGEST_CHUNK, SMALLEST_CHUNK = 512, 16
 """Tokens of a prompt that are shown at a time. More than the largest is slower, as attention computes all scores of a
 call; fewer than the smallest cost as much as these, as the weights are read for them all the same."""
 
-PATIENCE = 2.0
-"""How many steps' time a chunk may take while others decode; between chunks there is as much time for steps as they
-took, so that tokens of those who have begun take twice as long on average."""
+PATIENCE = 4.0
+"""How many steps' time a chunk may take while others decode, where prompts have half of the time. A chunk that takes so
+long is some fifty tokens, for which reading the weights is a quarter of the work."""
 
 WASTE = 16
 """Rows that nobody decodes and that steps have computed, before rows are exchanged so that they lie together."""
@@ -60,13 +61,16 @@ class Scheduler:
         slots: of the cache.
         queue: where requests wait for them.
         see: makes the features of a prompt's images; None where the package takes none.
+        stall: how many times as long answers that have begun may take for a token, on average, while prompts are shown.
 
     Attributes:
         counters: what was computed.
     """
 
-    def __init__(self, graphs: Graphs, slots: Slots, queue: FairQueue, see: Callable[[Prompt], Array] | None) -> None:
-        self._graphs, self._slots, self._queue, self._see = graphs, slots, queue, see
+    def __init__(
+        self, graphs: Graphs, slots: Slots, queue: FairQueue, see: Callable[[Prompt], Array] | None, stall: float = 4.0
+    ) -> None:
+        self._graphs, self._slots, self._queue, self._see, self._stall = graphs, slots, queue, see, stall
         self.counters = Counters()
         self._prefilling: deque[Request] = deque()
         self._decoding: list[Request] = []
@@ -216,7 +220,7 @@ class Scheduler:
         try:
             self._reused(request, self._slots.catch_up(slot, request.tokens))
             start = slot.length
-            end = min(len(ids), start + (self._chunk if self._decoding else LARGEST_CHUNK))
+            end = min(len(ids), start + (self._chunk if self._limited else LARGEST_CHUNK))
             if end == len(ids):
                 self._start_mask(request)
             features = self._features(request, start, end)
@@ -271,9 +275,12 @@ class Scheduler:
         try:
             logits = self._graphs.run(self._slots.binding(first, end), self._graphs.tokens(ids), lengths, positions)
         except PackageError as error:
-            self._slots.forget(first, end)
-            for request in list(self._decoding):
-                self._leave(request, error)
+            for slot in self._slots.rows(
+                first, end
+            ):  # also of prompts that are being shown: nobody knows what it holds
+                slot.length = 0
+                if slot.owner is not None:
+                    self._leave(slot.owner, error)
             return
         seconds = time.perf_counter() - began
         self._step_seconds = 0.8 * self._step_seconds + 0.2 * seconds if self._step_seconds else seconds
@@ -327,13 +334,20 @@ class Scheduler:
         request.answer.stats.reused_tokens += tokens
         self.counters.reused_tokens += tokens
 
+    @property
+    def _limited(self) -> bool:
+        """Whether somebody waits for the next token, and prompts must leave time for it."""
+        return bool(self._decoding) and self._stall != math.inf
+
     def _adapt(self, tokens: int, seconds: float) -> None:
         """Choose the next chunk's size, and how long steps go before it, where somebody waits for the next token."""
-        if not self._decoding or not self._step_seconds:
+        if not self._limited or not self._step_seconds:
             self._owed = 0.0
             return
-        self._owed += seconds
-        longest = PATIENCE * self._step_seconds
+        # prompts have half of the time, and more where more of them wait than answers have begun
+        share = max(1.0, min((1 + len(self._prefilling)) / len(self._decoding), self._stall - 1))
+        self._owed += seconds / share
+        longest = PATIENCE * share * self._step_seconds
         if seconds > longest:
             self._chunk = max(SMALLEST_CHUNK, min(self._chunk, tokens) // 2)
         elif (

@@ -139,14 +139,9 @@ class Slots:
 
     def release(self, slot: Slot) -> None:
         """Let others use the slot; what it holds may still be the beginning of their prompts."""
-        # a step that runs over it writes behind what it holds
-        slot.owner, slot.length = None, min(slot.length, self.context - 1)
+        # an answer's last token has no keys yet, so there is room for the one that a step over this row writes
+        slot.owner = None
         self.touch(slot)
-
-    def forget(self, first: int, end: int) -> None:
-        """Take what a range of rows holds for lost."""
-        for slot in self._by_row[first:end]:
-            slot.length = 0
 
     def touch(self, slot: Slot) -> None:
         """Note that the slot is in use now."""
