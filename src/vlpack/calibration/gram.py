@@ -1,8 +1,10 @@
 """Gram matrices ``Σ xᵀx`` of a layer's inputs, taken in 8 bits where the processor multiplies these exactly.
 
 They are most of a calibration's arithmetic, and integers are four times as fast as float32. Every channel has a scale
-of its own in every stack of rows, so what rounding adds to a channel's sum of squares is below a hundredth of it, where
-GPTQ adds a fifth of the mean (`vlpack.quantize.gptq.DAMPING`).
+of its own in every stack of rows. The result is the Gram matrix of the rounded rows, and so positive semidefinite; a
+channel's sum of squares is off by less than a hundredth, where GPTQ adds a fifth of their mean
+(`vlpack.quantize.gptq.DAMPING`). Beside an outlier a channel's other values are rounded to little, which changes its
+products with others by a few hundredths of the geometric mean of both sums of squares.
 """
 
 from __future__ import annotations
