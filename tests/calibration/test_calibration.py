@@ -609,14 +609,6 @@ def test_images_count_at_most_as_much_as_words() -> None:
     assert sums.rows == pytest.approx(8)
 
 
-def test_a_mixture_calibrates_all_but_experts(tmp_path: Path) -> None:
-    folder = make_member(tmp_path / "checkpoint", MIXTURE)
-    build(folder, tmp_path / "out", precision="int4", calibrate="self")
-    weights = next(iter(manifest(tmp_path / "out")["parts"].values()))["weights"]
-    fitted = {path for path, weight in weights.items() if weight["storage"].endswith("calibrated")}
-    assert {path.rpartition(".")[2] for path in fitted} == {"qkv_proj", "o_proj"}
-
-
 def test_a_calibrated_head_and_the_table(tmp_path: Path) -> None:
     """A 4-bit head is fitted too; the embedding, which multiplies nothing, keeps 8 bits."""
     options = parse_extra_options(["matmul_mixed_precision=last_matmul:int4,mixed_layers:int8", "is_symmetric=false"])
@@ -630,7 +622,6 @@ MISTAKES = {
     "another precision": (["-p", "fp16", "--calibrate", "self"], "needs the precision int8 or int4"),
     "no decoder": (["-p", "int4", "--part", "vision", "--calibrate", "self"], "--part vision"),
     "no such file": (["-p", "int4", "--calibrate", "nowhere.txt"], "no calibration file nowhere.txt"),
-    "an embedding model": (["-p", "int4", "--task", "embedding", "--calibrate", "self"], "that generate"),
 }
 
 

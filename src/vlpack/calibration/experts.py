@@ -70,6 +70,8 @@ class ExpertInputs:
         factors = np.full(len(some), np.sqrt(WORTH / len(some)), np.float32)
         gram = Gram(weight.cols)
         for tokens, counts in ((own, self._shares[own, expert]), (some, factors)):
+            if not len(tokens):
+                continue
             rows = self._x[tokens]
             gram.add(rows if weight.path == self._gate_up.path else self._inner(rows, expert), counts)
         return gram.total()

@@ -1,8 +1,10 @@
 """Gram matrices ``Σ xᵀx`` of a layer's inputs, computed in 8 bits where the processor multiplies these exactly.
 
 They are most of a calibration's arithmetic, and integer products are four times as fast as float32. Every channel has
-its own scale in every stack of rows, so that rounding adds less than a hundredth to a channel's sum of squares, while
-GPTQ adds a fifth of the mean (`vlpack.quantize.gptq.DAMPING`).
+its own scale in every stack of rows. The result is the Gram matrix of the rounded rows, and so positive semidefinite; a
+channel's sum of squares is off by less than a hundredth, where GPTQ adds a fifth of the mean
+(`vlpack.quantize.gptq.DAMPING`). Beside an outlier, a channel's other values keep few bits, which changes its products
+with others by a few hundredths of the geometric mean of both sums of squares.
 """
 
 from __future__ import annotations

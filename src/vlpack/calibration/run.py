@@ -66,8 +66,9 @@ def start_calibration(
     """
     vision = model.architecture.vision
     image = vision.image_token_id if vision else None
-    tokenizer = Tokenizer.from_folder(model.folder)
     prompts = prompt_builder(model.folder, image)
+    # a second one would be a hundred megabytes
+    tokenizer = Tokenizer.from_folder(model.folder) if prompts is None else prompts.tokenizer
     texts: list[list[int]] = []
     asked: list[Prompt] = []
     task = model.architecture.task
