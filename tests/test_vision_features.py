@@ -9,10 +9,10 @@ from PIL import Image
 
 from tiny import EXAMPLE, IMAGE
 from vlpack.builder import build
-from vlpack.demo import examples_folder
-from vlpack.graph_edits import call
-from vlpack.onnx_sessions import cpu_session
+from vlpack.ort.graph_edits import call
+from vlpack.ort.session import cpu_session
 from vlpack.preprocess import PromptBuilder
+from vlpack.shipped import examples_folder
 
 MEDIAN, LARGEST = 0.004, 0.01
 """Relative errors of all features of an image, DeepStack's with the others."""

@@ -14,20 +14,20 @@ from rich.progress import Progress
 from family import Member, make_member
 from retrieval import TEXT, make_text, make_vision, picture
 from vlpack.architectures import architecture_of
-from vlpack.architectures.base import GraphOptions
+from vlpack.architectures.ports import GraphOptions
 from vlpack.builder import build
 from vlpack.calibration.experts import SHARED, WORTH, ExpertInputs, expert_pairs
 from vlpack.calibration.gram import Gram
-from vlpack.checkpoint import Checkpoint
-from vlpack.console_build import BuildBar
-from vlpack.datafile import encode
-from vlpack.graph import Weight, declare
-from vlpack.loading import load
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.cli.console_build import BuildBar
+from vlpack.export.graph import Weight, declare
+from vlpack.export.weights import encode
 from vlpack.options import parse_extra_options
-from vlpack.precision import QuantizationOptions, make_policy
-from vlpack.preprocess.encoder_prompts import Input
-from vlpack.quantize.gptq import Inputs, describe_inputs
-from vlpack.transforms import IDENTITY, ChannelScales
+from vlpack.preprocess.retrieval_prompts import Input
+from vlpack.quantize.gptq import HessianFactor, factor_hessian
+from vlpack.quantize.policy import QuantizationOptions, make_policy
+from vlpack.quantize.transforms import IDENTITY, ChannelScales
+from vlpack.runtime.load import load
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -91,10 +91,10 @@ class Fitted:
     def __init__(self, checkpoint: Checkpoint, inputs: ExpertInputs) -> None:
         self.scales, self._inputs = ChannelScales(checkpoint), inputs
 
-    def __call__(self, weight: Weight, expert: int = 0) -> Inputs:
+    def __call__(self, weight: Weight, expert: int = 0) -> HessianFactor:
         products = self._inputs.products(weight, expert)
         weight.transform.carry(products, self.scales, IDENTITY, self.scales)
-        return describe_inputs(products)
+        return factor_hessian(products)
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8"])
@@ -133,7 +133,7 @@ def test_experts_lose_less(precision: str, tmp_path: Path) -> None:
 
 def expert_weights(checkpoint: Checkpoint, precision: str) -> tuple[Weight, Weight]:
     """Gates and ups, and downs, of the second layer."""
-    architecture = architecture_of(checkpoint)
+    architecture, _ = architecture_of(checkpoint)
     policy = make_policy(precision, "cpu", QuantizationOptions(calibrated=True), architecture.precision_facts)
     declared = [weight for part in architecture.parts(GraphOptions()) for weight in declare(part, policy)]
     (pair,) = (pair for pair in expert_pairs(declared) if ".layers.1." in pair[0].path)
