@@ -223,7 +223,7 @@ def test_tab_goes_on_in_a_folder(terminal: Callable[..., Terminal], talker: Path
 def test_help_is_wrapped_between_words(terminal: Callable[..., Terminal], talker: Path) -> None:
     screen = terminal(talker, width=50)
     screen.say("/help")
-    screen.see("stays in the")
+    screen.see("conversation.")  # the last word
     words = " ".join(f"{name} {meaning}" for name, meaning in chat_terminal.COMMANDS).split()
     shown = screen.text.split()
     for word in (*words, *chat_terminal.KEYS.split()):
@@ -246,7 +246,7 @@ def test_images_that_do_not_fit_can_be_taken_back(package: Path) -> None:
 
 
 def test_the_context_s_end_is_announced(terminal: Callable[..., Terminal], talker: Path) -> None:
-    screen = terminal(talker, *GREEDY, "--max-tokens", 20, "--context", 110)
+    screen = terminal(talker, *GREEDY, "--max-tokens", 20, "--context", 110, width=200)
     for number in range(1, 6):
         screen.say("And then?")
         screen.until(lambda: screen.text.count("(cut after") == number and screen.text.endswith("\n>"))  # noqa: B023

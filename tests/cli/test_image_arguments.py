@@ -61,7 +61,7 @@ def test_files_of_folders_and_patterns(folder: Path, monkeypatch: pytest.MonkeyP
         assert image_files(name) == [name]
     monkeypatch.setenv("HOME", str(folder.parent))
     assert image_files("~/pictures/b.*") == both[1:]
-    with pytest.raises(InputError, match="No file is named like"):
+    with pytest.raises(InputError, match="No file matches the pattern"):
         image_files(f"{folder}/*.gif")
     (folder.parent / "empty").mkdir()
     with pytest.raises(InputError, match="has no images"):
@@ -103,7 +103,7 @@ def test_standard_input_is_one_thing(package: Path, capsys: Capsys, monkeypatch:
     assert (done.code, "Give the question as an argument" in done.err) == (2, True)
     done = vlpack(capsys, "chat", package, "--image", "-")
     assert (done.code, "chat reads questions from standard input" in done.err) == (2, True)
-    monkeypatch.setattr("vlpack.image_arguments.MAX_ENCODED_BYTES", 5)
+    monkeypatch.setattr("vlpack.cli.image_arguments.MAX_ENCODED_BYTES", 5)
     monkeypatch.setattr(sys, "stdin", Input(b"123456"))
     with pytest.raises(InputError, match="more than 5 bytes"):
         named_images(["-"])
@@ -116,14 +116,14 @@ def test_embedding_a_folder(tmp_path: Path, folder: Path, capsys: Capsys, monkey
     assert "3 embeddings" in shown
     assert os.path.join("pictures", "b.png") in shown
     done = vlpack(capsys, "embed", made, "--image", folder / "a.PNG", folder / "b.png")
-    assert (done.code, "Give --image again" in flat(done.err)) == (2, True)
+    assert (done.code, "Write --image before" in flat(done.err)) == (2, True)
 
 
 def test_several_images_behind_one_option(package: Path, capsys: Capsys) -> None:
     two = (IMAGES / "01.png", IMAGES / "02.png")
     for arguments in ((*two, READ), (*two, IMAGES / "03.png", READ), two):
         done = vlpack(capsys, "run", package, "--image", *arguments)
-        assert (done.code, "Give --image again before each further image" in flat(done.err)) == (2, True), done.err
+        assert (done.code, "Write --image before each image" in flat(done.err)) == (2, True), done.err
     done = vlpack(capsys, "run", package, "Read", "the digits.")
     assert (done.code, "--image" in done.err) == (2, False)  # no image was given
 

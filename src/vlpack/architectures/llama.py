@@ -13,7 +13,7 @@ from vlpack.checkpoint.config import Section
 class Llama(Architecture):
     """``LlamaForCausalLM``: Llama 1, 2 and 3 (to 3.3), SmolLM, TinyLlama and other models of this architecture."""
 
-    models = "Llama 1, 2 and 3 (to 3.3), and others of that shape"
+    models = "Llama 1 to 3.3 and others of that shape"
     genai_type = genai_text_type = "llama"
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -22,7 +22,11 @@ def verify(
     ] = None,
     image: Annotated[
         list[str] | None,
-        typer.Option("--image", metavar="IMAGE", help=f"Image for the questions. {opt.IMAGES}"),
+        typer.Option(
+            "--image",
+            metavar="IMAGE",
+            help="Image for the questions: a file, URL, folder of images or pattern; repeat the option for more.",
+        ),
     ] = None,
     video: Annotated[
         list[str] | None,
