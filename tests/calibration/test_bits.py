@@ -126,7 +126,7 @@ def test_bits_go_where_the_harm_is() -> None:
         architecture, checkpoint = architecture_of(checkpoint)
     facts = architecture.precision_facts
     policy = make_policy("int4", "cpu", options, facts)
-    part = next(part for part in architecture.parts(GraphOptions(policy.ir_dtype)) if part.name == "decoder")
+    part = next(part for part in architecture.parts(GraphOptions.of_policy(policy)) if part.name == "decoder")
     weights = declare(part, policy)
     found = {Half(layer, module): 1e-3 for layer in range(facts.num_hidden_layers) for module in HALVES}
     found[Half(1, "mlp")] = 1.0

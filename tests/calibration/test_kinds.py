@@ -43,8 +43,9 @@ UNSEEN = [
 
 
 def packages(source: Path, folder: Path, precision: str, **options: Any) -> list[Path]:
-    """The package in fp32, and in ``precision`` without and with calibration, in the same blocks."""
-    extra = parse_extra_options(["block_size=32"] if precision == "int4" else [])
+    """The package in fp32, and in ``precision`` without and with calibration, in the same bits and blocks."""
+    same = ["block_size=32", "is_symmetric=true", "matmul_mixed_precision=mixed_layers:int4"]
+    extra = parse_extra_options(same if precision == "int4" else [])
     build(source, folder / "fp32", precision="fp32", **options)
     build(source, folder / "nearest", precision=precision, extra_options=extra, **options)
     build(source, folder / "fitted", precision=precision, extra_options=extra, calibrate="self", **options)
