@@ -84,9 +84,12 @@ Schema = Annotated[
     str | None,
     typer.Option("--schema", metavar="FILE|JSON", help="The answer is JSON that this JSON schema describes."),
 ]
-Regex = Annotated[str | None, typer.Option("--regex", help="The whole answer matches it (syntax of Rust's regex).")]
+Regex = Annotated[
+    str | None, typer.Option("--regex", metavar="PATTERN", help="The whole answer matches it (syntax of Rust's regex).")
+]
 Choices = Annotated[
-    list[str] | None, typer.Option("--choice", help="The answer is this text, or another one given in this way.")
+    list[str] | None,
+    typer.Option("--choice", metavar="TEXT", help="The answer is this text, or another one given in this way."),
 ]
 
 
