@@ -187,7 +187,7 @@ def transpose_weight(package: Path) -> None:
 
 
 FILE_FAULTS: dict[str, tuple[Callable[[Path], None], str, str]] = {
-    "mean": (lose_mean, "pixels", "two images: pixels are"),
+    "mean": (lose_mean, "pixels", "two images: the pixels differ"),
     "eos": (lose_eos, "stop tokens", "[2049]"),
     "tokenizer": (break_tokenizer, "prompt", "token ids are not the checkpoint's"),
     "one block scale": (corrupt_scale, "weights", "layers.2.mlp.down_proj in the decoder"),
