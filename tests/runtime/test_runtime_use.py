@@ -399,8 +399,8 @@ def test_no_other_wheel_for_a_broken_cpu_package(package: Path, tmp_path: Path) 
 def test_cores_are_those_of_the_process() -> None:
     script = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from vlpack import builder, cores\n"
-        "assert (cores.available_cores(), builder.default_threads(), cores.checked_threads(None)) == (1, 1, 1)"
+        "from vlpack import builder, system\n"
+        "assert (system.available_cores(), builder.default_threads(), system.checked_threads(None)) == (1, 1, 1)"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
 

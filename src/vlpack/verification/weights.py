@@ -48,7 +48,8 @@ def policy_of(manifest: Mapping[str, Any], facts: PrecisionFacts) -> Policy:
         ) from None
     if policy.described() != manifest.get("policy"):
         raise PackageError(
-            "The policy in vlpack.json is not the one that this version of vlpack makes.", "Build the package again."
+            "The policy in vlpack.json is not the one that this version of vlpack makes for the reference.",
+            "Give the checkpoint that the package was built from, or build the package again.",
         )
     return policy
 
