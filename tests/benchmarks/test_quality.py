@@ -17,7 +17,7 @@ import pytest
 
 from checkpoint_copies import permuted, planted, write_copy
 from family import Member, make_member
-from vlpack.calibration.prompts import OPENINGS, QUESTIONS
+from vlpack.calibration.prompts import OPENINGS, QUESTIONS, TEXTS
 from vlpack.preprocess.tokenizer import Tokenizer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -129,7 +129,7 @@ def test_the_model_writes_calibration_texts(load: Any, checkpoint: Path, monkeyp
     monkeypatch.setattr(inputs, "LENGTH", 64)
     written = inputs.calibration(checkpoint)
     tokenizer = Tokenizer.from_folder(checkpoint)
-    assert len(written["ids"]) == len(written["texts"]) == 32
+    assert len(written["ids"]) == len(written["texts"]) == TEXTS
     assert all(len(ids) <= 64 for ids in written["ids"])
     assert max(map(len, written["ids"])) == 64
     opening = tokenizer.encode(OPENINGS[6])

@@ -79,7 +79,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[CalibrationModel
     """The digits' model in 8 bits; and in 4, with layer 2's attention and 3's feed-forward moved far away."""
     folder = tmp_path_factory.mktemp("packages")
     with Checkpoint.open(DIGITS) as checkpoint:
-        architecture, checkpoint = architecture_of(checkpoint)
+        architecture, _ = architecture_of(checkpoint)
     made = []
     for precision, extra in (("int8", []), ("int4", ["block_size=16", "matmul_mixed_precision=mixed_layers:int4"])):
         result = build(DIGITS, folder / precision, precision=precision, extra_options=parse_extra_options(extra))
@@ -123,7 +123,7 @@ def test_halves_in_8_bits_do_no_harm(packages: tuple[CalibrationModel, Calibrati
 def test_bits_go_where_the_harm_is() -> None:
     options = QuantizationOptions(calibrated=True)
     with Checkpoint.open(DIGITS) as checkpoint:
-        architecture, checkpoint = architecture_of(checkpoint)
+        architecture, _ = architecture_of(checkpoint)
     facts = architecture.precision_facts
     policy = make_policy("int4", "cpu", options, facts)
     part = next(part for part in architecture.parts(GraphOptions.of_policy(policy)) if part.name == "decoder")

@@ -114,7 +114,8 @@ class VisionModel(nn.Module):
         columns = bilinear_taps(op, places.column, places.width, self.side)
         for row, row_weight in bilinear_taps(op, places.row, places.height, self.side):
             for column, column_weight in columns:
-                table = self.pos_embed(op, op.Add(op.Mul(row, self.side), column))
+                place = ops.typed(op.Add(op.Mul(row, self.side), column), ops.INT64, ["num_patches"])
+                table = self.pos_embed(op, place)
                 x = op.Add(x, op.Mul(table, op.Unsqueeze(op.Mul(row_weight, column_weight), [1])))
         x = op.Reshape(x, op.Concat(frames, [self.size], axis=0))
         x = ops.typed(x, ops.FLOAT, ["frames", "patches_per_frame", self.size])

@@ -169,9 +169,7 @@ class Embedding(Stored):
         weight = self.operands(op)
         match self.storage:
             case Float():
-                rows = op.Gather(weight[0], ids, axis=0)
-                if self.rotation > 1:  # which needs the shape, and earlier versions of onnxscript do not infer all
-                    rows = ops.typed(rows, ops.dtype_of(weight[0]), self._shape(ids))
+                rows = ops.typed(op.Gather(weight[0], ids, axis=0), ops.dtype_of(weight[0]), self._shape(ids))
             case Blocks():
                 rows = ops.gather_block_quantized(op, ids, weight, self.cols, self.storage)
             case _:
