@@ -218,7 +218,7 @@ def test_int4_is_exact_with_the_weights_it_keeps(loaded: Any, source: Any, name:
     """int4 is exact with the package's weights; a bound against the original weights would say little at this size."""
     options = {"vision_precision": "fp32"} if name == "vision" else {}
     extra = vlpack.ExtraOptions(accuracy_level=1, balance=changed, rotation=changed)
-    channels = {"balance": changed, "rotation": changed}
+    channels: dict[str, Any] = {"balance": changed, "rotation": changed}
     reference, kept = Recipe(source(name)), Kept(source(name), "int4", task="embedding", vision="fp32", **channels)
     for path, parameter in reference.body.named_parameters():
         if parameter.ndim == 2 and "visual" not in path:

@@ -157,7 +157,9 @@ def test_the_shell_completes(typed: str, completed: str) -> None:
 
 def test_completion_can_be_installed(capsys: Capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "--install-completion" in vlpack(capsys, "--help").out
-    environment: dict[str, Any] = {**os.environ, "HOME": str(tmp_path), "SHELL": "/bin/bash"}
+    # the shell is named, as there may be none among the parents of a process in the background
+    named = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    environment: dict[str, Any] = {**os.environ, "HOME": str(tmp_path), "SHELL": "/bin/bash", **named}
     done = subprocess.run(
         [sys.executable, "-m", "vlpack.cli", "--show-completion", "bash"],
         env=environment,

@@ -389,6 +389,7 @@ def test_packages_that_cannot_be_shared(built: Callable[..., Path]) -> None:
 def test_a_callers_prompt_is_not_changed(engine: Callable[..., Engine]) -> None:
     made = engine()
     prompt = made.prompt("What?", [picture(64, 48, 1)])
+    assert prompt.pixel_values is not None
     before = [prompt.input_ids.copy(), np.copy(prompt.pixel_values)]
     made.submit(prompt, max_tokens=3, sampling=GREEDY, repetition_penalty=None).result(30)
     assert all(np.array_equal(*pair) for pair in zip(before, (prompt.input_ids, prompt.pixel_values), strict=True))

@@ -27,7 +27,8 @@ def test_clients_take_turns() -> None:
         queue.put([each])
     assert queue.remove(asked[1])
     assert not queue.remove(asked[1])
-    assert [queue.pop().name for _ in range(len(queue))] == ["a0", "b0", "c0", "a2", "b1"]
+    popped: list[Any] = [queue.pop() for _ in range(len(queue))]
+    assert [each.name for each in popped] == ["a0", "b0", "c0", "a2", "b1"]
     assert len(queue) == 0
 
 

@@ -96,10 +96,10 @@ def test_the_packages_settings_and_what_is_asked_for() -> None:
 
 
 def test_logprobs(engine: Callable[..., Engine]) -> None:
-    found = logprob_of(LOGITS + 3, 2, 2)
-    assert found.token == 2
-    assert found.logprob == pytest.approx(np.log(0.2))
-    assert [place for place, _ in found.top] == [1, 3]
+    alone = logprob_of(LOGITS + 3, 2, 2)
+    assert alone.token == 2
+    assert alone.logprob == pytest.approx(np.log(0.2))
+    assert [place for place, _ in alone.top] == [1, 3]
     made = engine()
     plain = made.submit("Hello", max_tokens=8, sampling=GREEDY).result(30)
     assert plain.logprobs is None
@@ -135,7 +135,8 @@ def test_a_seed_gives_the_same_answer_whatever_else_runs(options: Any, engine: C
 
 
 def test_penalties_as_in_the_stock_runtime(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
-    made, options = engine(), {"max_tokens": 30, "temperature": 0, "repetition_penalty": 1.3}
+    made = engine()
+    options: dict[str, Any] = {"max_tokens": 30, "temperature": 0, "repetition_penalty": 1.3}
     plain = made.submit("Hello", max_tokens=30, temperature=0).result(30).tokens
     found = made.submit("Hello", **options).result(30).tokens
     assert found == alone().generate("Hello", **options).tokens != plain

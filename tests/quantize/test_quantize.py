@@ -274,7 +274,11 @@ def test_codes_are_for_the_scales_that_are_stored(size: float, symmetric: bool) 
     assert narrow.scales.dtype == np.int8
     assert (np.abs(narrow.scales).max(axis=1) == 127).all()
     errors = [np.abs(dequantize_blocks(blocks, 128, 4) - weight) / size for blocks in (exact, narrow)]
-    codes = np.arange(16) - (8 if symmetric else unpack(narrow.zero_points, 4)[:, :4, None])
+    zeros: Any = 8
+    if narrow.zero_points is not None:
+        zeros = unpack(narrow.zero_points, 4)[:, :4, None]
+    assert (narrow.zero_points is None) == symmetric
+    codes = np.arange(16) - zeros
     grids = (codes * narrow.true_scales[..., None]).reshape(40, 4, 1, 16)
     nearest = np.abs(grids - weight.reshape(40, 4, 32, 1)).min(axis=-1).reshape(40, 128) / size
     np.testing.assert_allclose(errors[1], nearest, rtol=0, atol=1e-5)
