@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private-use characters, which do not occur in a user's text
-_REPEATED = {"images": "image", "videos": "video"}
+_REPEATED = {"images": "image", "videos": "video", "choices": "choice"}
 """Arguments that take several values in Python → the option that is repeated for them on the command line."""
 _OPTION = re.compile(f"{_OPEN}([a-z_.]+)(?:=(.*?))?{_CLOSE}", re.DOTALL)
 

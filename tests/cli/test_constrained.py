@@ -57,9 +57,9 @@ def test_regex_and_choices(package: Path, capsys: Capsys) -> None:
     ("arguments", "said"),
     [
         (["--schema", "{"], "--schema is not"),
-        (["--schema", '{"type": "strange"}'], "schema is not usable"),
+        (["--schema", '{"type": "strange"}'], "--schema is not usable"),
         (["--schema", "nowhere.json"], "nowhere.json"),
-        (["--regex", "(("], "regex is not usable"),
+        (["--regex", "(("], "--regex is not usable"),
         (["--regex", "a", "--choice", "b"], "both given"),
         (["--regex", "a", "--vision-provider", "runtime"], "--vision-provider has no effect"),
     ],

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vlpack.errors import OptionError, PackageError
+from vlpack.errors import OptionError, PackageError, option
 
 
 @dataclass(frozen=True)
@@ -68,30 +68,32 @@ def grammar_of(
     if not given:
         return None
     if len(given) > 1:
-        raise OptionError(f"{' and '.join(given)} are both given; an answer obeys one of them.")
+        raise OptionError(
+            f"{' and '.join(map(option, given))} are both given; an answer obeys one of them.", "Give one of them."
+        )
     matcher = _llguidance().LLMatcher
     for name, text in (("regex", regex), ("lark", lark)):
         if text is not None and (not isinstance(text, str) or not text):
-            raise OptionError(f"{name} is {text!r}; it must be a text that is not empty.")
+            raise OptionError(f"{option(name)} is {text!r}; it must be a text that is not empty.")
     if regex is not None:
         return Grammar("regex", matcher.grammar_from_regex(regex))
     if lark is not None:
         return Grammar("lark", matcher.grammar_from_lark(lark))
     if choices is not None:
         if isinstance(choices, str) or not choices or not all(isinstance(c, str) and c for c in choices):
-            raise OptionError(f"choices is {choices!r}; it must be a list of texts that are not empty.")
+            raise OptionError(f"{option('choices')} is {choices!r}; it must be a list of texts that are not empty.")
         pattern = "|".join(re.sub(r"[^\w ]", lambda found: _literal(found[0]), choice) for choice in choices)
         return Grammar("choices", matcher.grammar_from_regex(f"({pattern})"))
     model = schema if hasattr(schema, "model_json_schema") else None
     plain = schema if model is None else model.model_json_schema()
     if not isinstance(plain, (Mapping, bool)):
         raise OptionError(
-            f"schema is {schema!r}; it must be a JSON schema or a pydantic class.", "A dict, for example."
+            f"{option('schema')} is {schema!r}; it must be a JSON schema or a pydantic class.", "A dict, for example."
         )
     try:
         text = json.dumps(plain)
     except (TypeError, ValueError) as error:
-        raise OptionError(f"schema is not JSON: {error}.") from None
+        raise OptionError(f"{option('schema')} is not JSON: {error}.") from None
     # without white space between values a model cannot spend its tokens on it
     return Grammar("schema", matcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False}), model)
 
@@ -127,7 +129,7 @@ class Grammars:
                     raise PackageError(f"llguidance does not take {self._path}: {str(error)[:300]}") from None
         matcher = module.LLMatcher(self._tokenizer, grammar.text, log_level=0)
         if matcher.is_error():
-            raise OptionError(f"{grammar.kind} is not usable: {_reason(matcher)}")
+            raise OptionError(f"{option(grammar.kind)} is not usable: {_reason(matcher)}")
         return Constraint(matcher, grammar, self._size)
 
 
@@ -164,7 +166,7 @@ class Constraint:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise OptionError(f"{self.grammar.kind} cannot be followed further: {_reason(self._matcher)}")
+            raise OptionError(f"{option(self.grammar.kind)} cannot be followed further: {_reason(self._matcher)}")
 
 
 def _literal(character: str) -> str:

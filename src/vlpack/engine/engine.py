@@ -159,8 +159,8 @@ class Engine:
 
         Args:
             messages: a question, a conversation in OpenAI's form, or a prompt that `prompt` made of them.
-            images: as in `vlpack.Model.stream`.
-            videos: likewise.
+            images: images of the prompt, as in `vlpack.Model.stream`.
+            videos: videos of the prompt, as in `vlpack.Model.stream`.
             **options: see `submit_n`.
 
         Raises:
@@ -204,9 +204,9 @@ class Engine:
 
         Args:
             n: how many answers.
-            messages: as in `submit`.
-            images: likewise.
-            videos: likewise.
+            messages: the prompt, as in `submit`.
+            images: images of the prompt, as in `submit`.
+            videos: videos of the prompt, as in `submit`.
             video_options: how videos are looked at whose parts do not say it themselves.
             max_tokens: of an answer at most; fewer where the slot has no room for them.
             sampling: how tokens are chosen; or, in its place, temperature, top_k, top_p, repetition_penalty and seed.

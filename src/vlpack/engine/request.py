@@ -181,7 +181,7 @@ class Request:
         ends: tokens that end it.
         max_tokens: of the answer at most, and as many as the slot has room for.
         constraint: that it obeys, if any.
-        logprobs: how many likely tokens are told beside each token of the answer; None tells none.
+        logprobs: number of likely tokens that are reported beside each token of the answer; None reports none.
         client: whose turn in the queue it takes.
         preprocess_seconds: that making the prompt took; None where it was ready.
     """

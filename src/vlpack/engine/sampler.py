@@ -41,7 +41,7 @@ class Choice:
         min_p: only those at least so likely as this share of the likeliest one's probability.
         repetition_penalty: above 1 makes tokens of prompt and answer less likely.
         presence_penalty: taken from the logits of tokens that the answer has.
-        frequency_penalty: likewise, as often as the answer has them.
+        frequency_penalty: taken from the logits of tokens that the answer has, once for each time it has them.
         seed: the same seed gives the same answer, whatever else is answered meanwhile; None is another one each time.
         min_length: tokens of prompt and answer before which it does not end.
     """
