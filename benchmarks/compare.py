@@ -7,10 +7,13 @@ request, which pays for everything that is prepared then (together with loading,
 is the best of the later requests (the wait of a server's users). Figures are the best and the worst of the rounds, and
 ratios compare the best ones. ``cores`` and ``others'`` are the numbers of cores that it and all other programs kept
 busy meanwhile, in the least disturbed round: repeat the run if others' are above a tenth or so, or if its own are few
-(it was stopped). Peers that are not given are left out; benchmarks/peers/make.py makes them and prints the options.
+(it was stopped). Each is compared with the best peer whose weights have as many bits. Peers that are not given are left
+out; benchmarks/peers/make.py makes them and prints the options. The name of a peer's file ends with its kind: `-int8`,
+`-q4_0.gguf`.
 
-Usage: python benchmarks/compare.py --vlpack PACKAGE [PACKAGE ...] [--upstream FOLDER] [--llama FILE.gguf --node FOLDER]
-       [--openvino FOLDER --openvino-python PYTHON] [--works 512 2048 640x480 ...] [--rounds 3] [--output result.json]
+Usage: python benchmarks/compare.py --vlpack PACKAGE [PACKAGE ...] [--upstream FOLDER] [--llama FILE.gguf ... --node
+       FOLDER] [--openvino FOLDER ... --openvino-python PYTHON] [--works 512 2048 640x480 ...] [--rounds 3]
+       [--output result.json]
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -39,12 +43,16 @@ Runs = dict[str, dict[str, list[dict[str, Any]]]]
 
 @dataclass(frozen=True)
 class Contender:
-    """A command to which works are added, the folder it runs in, the model's files, and whether it takes images."""
+    """A command to which works are added, the folder it runs in, the model's files, and whether it takes images.
+
+    ``bits`` is the number of bits of the decoder's weights.
+    """
 
     command: list[str]
     model: Path
     folder: str | None = None
     sees: bool = True
+    bits: int | None = None
 
 
 def contenders(given: argparse.Namespace) -> dict[str, Contender]:
@@ -52,17 +60,38 @@ def contenders(given: argparse.Namespace) -> dict[str, Contender]:
     made = {}
     for package in given.vlpack:
         command = [sys.executable, __file__, "--one", str(package), *options]
-        made[f"vlpack {package.name}"] = Contender(command, package, sees=(package / "vision.onnx").is_file())
-    if given.upstream:
-        command = [given.upstream_python, str(PEERS / "upstream_model.py"), str(given.upstream), *options]
-        made["upstream int4"] = Contender(command, given.upstream, sees=False)
-    if given.llama:
-        command = ["node", str(PEERS / "llama_cpp.mjs"), os.path.abspath(given.llama), *options]
-        made["llama.cpp Q4_0"] = Contender(command, given.llama, given.node, sees=False)
-    if given.openvino:
-        command = [given.openvino_python, str(PEERS / "openvino_model.py"), str(given.openvino), *options]
-        made["OpenVINO GenAI int4"] = Contender(command, given.openvino)
+        sees = (package / "vision.onnx").is_file()
+        made[f"vlpack {package.name}"] = Contender(command, package, sees=sees, bits=bits_of(package))
+    for folder in given.upstream:
+        command = [given.upstream_python, str(PEERS / "upstream_model.py"), str(folder), *options]
+        made[f"upstream {kind(folder)}"] = Contender(command, folder, sees=False, bits=bits(kind(folder)))
+    for file in given.llama:
+        command = ["node", str(PEERS / "llama_cpp.mjs"), os.path.abspath(file), *options]
+        name = kind(file).upper()
+        made[f"llama.cpp {name}"] = Contender(command, file, given.node, sees=False, bits=bits(name))
+    for folder in given.openvino:
+        command = [given.openvino_python, str(PEERS / "openvino_model.py"), str(folder), *options]
+        made[f"OpenVINO GenAI {kind(folder)}"] = Contender(command, folder, bits=bits(kind(folder)))
     return made
+
+
+def kind(model: Path) -> str:
+    """The kind of a peer's weights: what the name of its file or folder ends with, such as ``int8`` or ``q4_0``."""
+    return model.name.removesuffix(".gguf").rpartition("-")[2]
+
+
+def bits(kind: str) -> int | None:
+    """Bits of a kind of weights (``int8``, ``Q4_0``): its first digits; None if it has none."""
+    found = re.search(r"\d+", kind)
+    return int(found[0]) if found else None
+
+
+def bits_of(package: Path) -> int | None:
+    """Bits of the weights of a vlpack package, by the precision in its manifest; None if it has no manifest."""
+    try:
+        return bits(json.loads((package / "vlpack.json").read_text(encoding="utf-8"))["precision"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
 
 
 def one(arguments: list[str]) -> None:
@@ -128,6 +157,7 @@ def measure(contender: Contender, name: str) -> dict[str, Any] | None:
         "own": others.own,
         "others": others.cores,
         "parts": parts,
+        "bits": contender.bits,
         "version": found["version"],
     }
 
@@ -138,11 +168,11 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vlpack", type=Path, nargs="+", required=True)
-    parser.add_argument("--upstream", type=Path)
+    parser.add_argument("--upstream", type=Path, nargs="+", default=[])
     parser.add_argument("--upstream-python", default=sys.executable)
-    parser.add_argument("--llama", type=Path)
+    parser.add_argument("--llama", type=Path, nargs="+", default=[])
     parser.add_argument("--node", default=".", help="folder with node_modules")
-    parser.add_argument("--openvino", type=Path)
+    parser.add_argument("--openvino", type=Path, nargs="+", default=[])
     parser.add_argument("--openvino-python", default=sys.executable)
     parser.add_argument("--works", nargs="+", default=["512", "2048", "4096", "640x480", "1024x768"])
     parser.add_argument("--new-tokens", type=int, default=32)
@@ -191,6 +221,12 @@ def best(runs: list[dict[str, Any]], key: str) -> float | None:
     return min((run[key] for run in runs if run[key] is not None), default=None)
 
 
+def peers_of(bits: int | None, rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """All runs of peers with as many bits; of all peers if none has, or if the bits are not known."""
+    runs = [run for who, peers in rows.items() if not who.startswith("vlpack") for run in peers]
+    return [run for run in runs if bits is not None and run.get("bits") == bits] or runs
+
+
 def span(runs: list[dict[str, Any]], key: str, scale: float, digits: int) -> str:
     """Best and worst."""
     values = [run[key] for run in runs if run[key] is not None]
@@ -204,11 +240,8 @@ def table(results: Runs) -> str:
     lines = ["| " + " | ".join(HEADS) + " |", "|" + " --- |" * len(HEADS)]
     for work, given in results.items():
         rows = {who: list(map(whole, runs)) for who, runs in given.items()}
-        peers = {
-            key: best([run for who, runs in rows.items() if not who.startswith("vlpack") for run in runs], key)
-            for key in RATIOS
-        }
         for who, runs in rows.items():
+            peers = {key: best(peers_of(runs[0].get("bits"), rows), key) for key in RATIOS}
             own = {key: best(runs, key) for key in (*RATIOS, "load", "read")}
             to = {key: f"{own[key] / peers[key]:.2f}" if own[key] and peers[key] else "-" for key in RATIOS}
             quiet = min(runs, key=lambda run: run["others"] or 0)

@@ -43,7 +43,8 @@ def rounded(weight: np.ndarray, storage: Storage) -> np.ndarray:
 class Kept:
     """The matrices of a package of that precision, by the names of the checkpoint's tensors.
 
-    A tied head has the name ``lm_head.weight``, as it may be stored otherwise than the embedding.
+    A tied head has the name ``lm_head.weight``, as it may be stored otherwise than the embedding. The rows that score
+    its likeliest tokens again are ``lm_head_candidates.weight``.
 
     Attributes:
         weights: name → the values that the package keeps, ``[rows, cols]``.
@@ -112,9 +113,9 @@ class Kept:
 
 
 def named_rows(weight: Weight) -> Iterator[tuple[str, int, int]]:
-    """The checkpoint's tensors that a weight holds whole, with the rows that they are; a head has its own name."""
-    if weight.path == "lm_head":
-        yield "lm_head.weight", 0, weight.rows
+    """The checkpoint's tensors that a weight contains, each with its rows; heads have names of their own."""
+    if weight.path in ("lm_head", "lm_head_candidates"):
+        yield f"{weight.path}.weight", 0, weight.rows
         return
     first = 0
     for part in weight.source.parts if isinstance(weight.source, Stacked) else (weight.source,):

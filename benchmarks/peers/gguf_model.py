@@ -1,9 +1,9 @@
-"""Writes the text decoder of a Qwen3-VL, Qwen3 or Qwen2 checkpoint as a GGUF file in Q4_0 or F32, for llama.cpp.
+"""Writes the text decoder of a Qwen3-VL, Qwen3 or Qwen2 checkpoint as a GGUF file in Q4_0, Q8_0 or F32, for llama.cpp.
 
 In Q4_0 the embedding, which is the head too where it is tied, is Q8_0, as vlpack keeps it in 8 bits. For text, where
 the three axes of M-RoPE are equal, the decoder of Qwen3-VL is Qwen3's. F32 is what llama.cpp's own tool quantizes.
 
-Usage: python benchmarks/peers/gguf_model.py CHECKPOINT FILE.gguf [--fp32] [--pre-tokenizer qwen2]
+Usage: python benchmarks/peers/gguf_model.py CHECKPOINT FILE.gguf [--kind q4_0|q8_0|f32] [--pre-tokenizer qwen2]
 Needs: pip install gguf (version 0.19 was used)
 """
 
@@ -20,6 +20,12 @@ import numpy as np
 from vlpack.checkpoint.checkpoint import Checkpoint
 
 Q4, Q8, F32 = (gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q8_0", "F32"))
+KINDS = {
+    "q4_0": (Q4, Q8, gguf.LlamaFileType.MOSTLY_Q4_0),
+    "q8_0": (Q8, Q8, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "f32": (F32, F32, gguf.LlamaFileType.ALL_F32),
+}
+"""The types of the matrices and of the embedding and head, and the type that the file says it has."""
 LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -36,7 +42,8 @@ LAYER = {
 """The checkpoint's names; a layer has those of its norms and biases that its architecture has."""
 
 
-def write(source: Path, target: Path, *, fp32: bool = False, pre_tokenizer: str = "qwen2") -> None:
+def write(source: Path, target: Path, *, kind: str = "q4_0", pre_tokenizer: str = "qwen2") -> None:
+    matrices, table, file_type = KINDS[kind]
     with Checkpoint.open(source) as checkpoint:
         text = checkpoint.config.get("text_config", checkpoint.config)
         biases = checkpoint.config["model_type"] == "qwen2"
@@ -53,20 +60,19 @@ def write(source: Path, target: Path, *, fp32: bool = False, pre_tokenizer: str 
         writer.add_value_length(head_dim)
         writer.add_rope_freq_base(rope["rope_theta"])
         writer.add_layer_norm_rms_eps(text["rms_norm_eps"])
-        writer.add_file_type(gguf.LlamaFileType.ALL_F32 if fp32 else gguf.LlamaFileType.MOSTLY_Q4_0)
+        writer.add_file_type(file_type)
         tokenizer = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
         add_tokenizer(writer, tokenizer, text["vocab_size"], pre_tokenizer)
-        q4, q8 = (F32, F32) if fp32 else (Q4, Q8)
         prefix = "model.language_model" if "text_config" in checkpoint.config else "model"
-        add(writer, checkpoint, f"{prefix}.embed_tokens", "token_embd", q8)
+        add(writer, checkpoint, f"{prefix}.embed_tokens", "token_embd", table)
         if "lm_head.weight" in checkpoint.tensors:
-            add(writer, checkpoint, "lm_head", "output", q8)
+            add(writer, checkpoint, "lm_head", "output", table)
         add(writer, checkpoint, f"{prefix}.norm", "output_norm", F32)
         for layer in range(text["num_hidden_layers"]):
             for own, name in LAYER.items():
                 module = f"{prefix}.layers.{layer}.{own}"
                 if f"{module}.weight" in checkpoint.tensors:
-                    add(writer, checkpoint, module, f"blk.{layer}.{name}", F32 if "norm" in own else q4)
+                    add(writer, checkpoint, module, f"blk.{layer}.{name}", F32 if "norm" in own else matrices)
                 if biases and f"{module}.bias" in checkpoint.tensors:
                     add(writer, checkpoint, module, f"blk.{layer}.{name}", F32, "bias")
     writer.write_header_to_file()
@@ -104,10 +110,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--fp32", action="store_true", help="nothing is quantized")
+    parser.add_argument("--kind", choices=KINDS, default="q4_0")
     parser.add_argument("--pre-tokenizer", default="qwen2", help="llama.cpp's name of how text is split into words")
     given = parser.parse_args()
-    write(given.checkpoint, given.target, fp32=given.fp32, pre_tokenizer=given.pre_tokenizer)
+    write(given.checkpoint, given.target, kind=given.kind, pre_tokenizer=given.pre_tokenizer)
 
 
 if __name__ == "__main__":

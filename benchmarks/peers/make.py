@@ -4,7 +4,7 @@ What is there already is kept, so that a run that was interrupted goes on. At th
 compare.py and build.py take for what was made.
 
 Usage: python benchmarks/peers/make.py CHECKPOINT WORK_FOLDER [--only upstream openvino llama] [--environments]
-Needs npm for llama.cpp, and `pip install gguf==0.19.0` beside vlpack for its model. Takes about 7 GB at a 2B's size.
+Needs npm for llama.cpp, and `pip install gguf==0.19.0` beside vlpack for its model. Takes about 12 GB at a 2B's size.
 """
 
 from __future__ import annotations
@@ -91,8 +91,10 @@ def make(peer: str, checkpoint: Path, work: Path, *, models: bool) -> list[str]:
     if peer == "openvino":
         environment(work, peer, OPENVINO, OPENVINO_ALONE)
         if models:
-            model(export(python(work, peer), checkpoint, "int4"), work / "openvino-int4")
-        return ["--openvino", str(work / "openvino-int4"), "--openvino-python", str(python(work, peer))]
+            for precision in ("int4", "int8"):
+                model(export(python(work, peer), checkpoint, precision), work / f"openvino-{precision}")
+        folders = [str(work / f"openvino-{precision}") for precision in ("int4", "int8")]
+        return ["--openvino", *folders, "--openvino-python", str(python(work, peer))]
     node = work / "llama-env"
     if not (node / "made").is_file():
         node.mkdir(exist_ok=True)
@@ -102,8 +104,9 @@ def make(peer: str, checkpoint: Path, work: Path, *, models: bool) -> list[str]:
         (node / "made").touch()
     if models:
         script = Path(__file__).with_name("gguf_model.py")
-        model([sys.executable, script, checkpoint], work / "llama-q4_0.gguf")
-    return ["--llama", str(work / "llama-q4_0.gguf"), "--node", str(node)]
+        for kind in ("q4_0", "q8_0"):
+            model([sys.executable, script, "--kind", kind, checkpoint], work / f"llama-{kind}.gguf")
+    return ["--llama", *(str(work / f"llama-{kind}.gguf") for kind in ("q4_0", "q8_0")), "--node", str(node)]
 
 
 def main() -> None:

@@ -116,7 +116,7 @@ def measure(work: Path, folder: Path, model: str, kinds: list[str], threads: int
     ids, version = np.load(work / TOKENS), f"llama.cpp in {PACKAGE} {VERSION}"
     plain = work / f"{model}-F32.gguf"
     if not plain.exists():
-        write(work / model, plain, fp32=True, pre_tokenizer=PRE_TOKENIZER)
+        write(work / model, plain, kind="f32", pre_tokenizer=PRE_TOKENIZER)
     row = score(work, model, "llama.cpp F32", logits(folder, plain, ids, threads), *bits(plain), version)
     if row.kl > WRONG:
         sys.exit(f"The fp32 GGUF file has a KL of {row.kl:.2g}, so it is not the same model.")

@@ -136,12 +136,16 @@ def test_the_model_writes_calibration_texts(load: Any, checkpoint: Path, monkeyp
     assert any(ids[: len(opening)] == opening and len(ids) > len(opening) for ids in written["ids"])
 
 
-@pytest.mark.parametrize("fp32", [True, False])
-def test_gguf_files_have_the_weights(load: Any, checkpoint: Path, tmp_path: Path, fp32: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "error", "bits"), [("f32", 0, (32, 32)), ("q8_0", 0.02, (8.5, 8.5)), ("q4_0", 0.2, (4.5, 8.5))]
+)
+def test_gguf_files_have_the_weights(
+    load: Any, checkpoint: Path, tmp_path: Path, kind: str, error: float, bits: tuple[float, float]
+) -> None:
     gguf = pytest.importorskip("gguf")
     from safetensors.numpy import load_file
 
-    load("gguf_model").write(checkpoint, tmp_path / "model.gguf", fp32=fp32)
+    load("gguf_model").write(checkpoint, tmp_path / "model.gguf", kind=kind)
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     weights = load_file(checkpoint / "model.safetensors")
     assert len(tensors) == len(weights)
@@ -151,8 +155,8 @@ def test_gguf_files_have_the_weights(load: Any, checkpoint: Path, tmp_path: Path
         ("blk.2.ffn_down.weight", "model.layers.2.mlp.down_proj.weight"),
     ):
         values = gguf.dequantize(tensors[name].data, tensors[name].tensor_type)
-        assert np.allclose(values, weights[own], atol=0 if fp32 or "bias" in name else 0.2 * np.abs(weights[own]).max())
-    assert load("quality_llama").bits(tmp_path / "model.gguf") == ((32, 32) if fp32 else (4.5, 8.5))
+        assert np.allclose(values, weights[own], atol=0 if "bias" in name else error * np.abs(weights[own]).max())
+    assert load("quality_llama").bits(tmp_path / "model.gguf") == bits
 
 
 def test_bits_of_an_onnx_graph(load: Any, tmp_path: Path) -> None:

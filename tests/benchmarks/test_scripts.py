@@ -63,6 +63,29 @@ def test_ratios_are_to_the_best_peer(scripts: Any) -> None:
     assert alone[4] == alone[6] == alone[7] == alone[8] == "-"
 
 
+def test_ratios_are_to_peers_of_as_many_bits(scripts: Any) -> None:
+    compare = scripts["compare"]
+    runs = {
+        "512": {
+            "vlpack 2b-int8": [run(1, 0.03, bits=8)],
+            "vlpack 2b-int4": [run(3, 0.02, bits=4)],
+            "vlpack 2b-fp32": [run(8, 0.08, bits=32)],
+            "x int8": [run(4, 0.06, bits=8)],
+            "y Q4_0": [run(2, 0.04, bits=4)],
+        }
+    }
+    rows = [line.split(" | ") for line in compare.table(runs).splitlines()[2:]]
+    assert [(row[6], row[10]) for row in rows[:3]] == [("0.25", "0.50"), ("1.50", "0.50"), ("4.00", "2.00")]
+
+
+def test_bits_follow_from_names_and_manifests(scripts: Any, tmp_path: Path) -> None:
+    compare = scripts["compare"]
+    names = ("openvino-int8", "llama-q4_0.gguf", "llama-q8_0.gguf", "upstream-fp32", "models-plain")
+    assert [compare.bits(compare.kind(Path(name))) for name in names] == [8, 4, 8, 32, None]
+    (tmp_path / "vlpack.json").write_text('{"precision": "int4"}')
+    assert (compare.bits_of(tmp_path), compare.bits_of(tmp_path / "none")) == (4, None)
+
+
 def test_the_first_request_is_told_from_later_ones(
     scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

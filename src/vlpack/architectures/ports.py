@@ -49,18 +49,26 @@ class GraphOptions:
         last_logits: whether only the last token's logits are computed, ``[B, 1, V]``.
         grouped_kernel: whether the execution provider has a fused attention kernel (`has_grouped_kernel`).
         int8_kv_cache: whether keys and values are stored in 8 bits (`vlpack.layers.int8_kv_cache`).
+        candidates: whether the head's likeliest tokens are scored again (`vlpack.layers.candidates`).
     """
 
     dtype: ir.DataType = ir.DataType.FLOAT
     last_logits: bool = True
     grouped_kernel: bool = True
     int8_kv_cache: bool = False
+    candidates: bool = False
 
     @classmethod
     def of_policy(cls, policy: Policy, *, last_logits: bool = True) -> GraphOptions:
         """The graph options that follow from a precision policy."""
         dtype = ir.DataType.FLOAT if policy.dtype == "float32" else ir.DataType.FLOAT16
-        return cls(dtype, last_logits, has_grouped_kernel(policy.provider, dtype), policy.cache == "int8")
+        return cls(
+            dtype,
+            last_logits,
+            has_grouped_kernel(policy.provider, dtype),
+            int8_kv_cache=policy.cache == "int8",
+            candidates=policy.scores_candidates,
+        )
 
     def cache_of(self, text: TextFacts) -> tuple[ir.DataType, int]:
         """The dtype of the key/value cache and its number of channels per head."""

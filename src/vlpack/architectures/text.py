@@ -13,6 +13,7 @@ from vlpack.architectures.ports import GraphOptions, Part, pooled_part
 from vlpack.checkpoint.config import Section
 from vlpack.errors import CheckpointError
 from vlpack.layers.attention import Attention, MakeBackend, grouped_query, mask_bias
+from vlpack.layers.candidates import Candidates
 from vlpack.layers.decoder import CausalLM, DecoderLayer, TextModel
 from vlpack.layers.deepstack import SideChannel
 from vlpack.layers.int8_kv_cache import int8_kv_cache
@@ -112,6 +113,9 @@ class TextDecoder:
         """The decoder with its head; it takes embeddings if ``deepstack`` is given, and token ids if it is None."""
         facts = self.facts
         tied_to = f"{self.prefix}.embed_tokens.weight" if self.tied else None
+        candidates = None
+        if options.candidates:
+            candidates = Candidates(facts.vocab_size, facts.hidden_size, tied_to or "lm_head.weight")
         return CausalLM(
             self._text_model(),
             Linear(facts.hidden_size, facts.vocab_size, tied_to=tied_to, role="head"),
@@ -121,6 +125,7 @@ class TextDecoder:
             deepstack,
             self.embed_tokens() if deepstack is None else None,
             self._int8_kv_cache_backend() if options.int8_kv_cache else _backend(options),
+            candidates,
         )
 
     def pooled_part(

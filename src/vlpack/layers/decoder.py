@@ -9,6 +9,7 @@ from onnxscript import OpBuilder, nn
 
 from vlpack.layers import ops
 from vlpack.layers.attention import Attention, AttentionBackend, MakeBackend, Past, SelectTokens, grouped_query
+from vlpack.layers.candidates import Candidates
 from vlpack.layers.channels import NormChannels, readers_of
 from vlpack.layers.deepstack import SideChannel
 from vlpack.layers.linear import Embedding, Linear
@@ -105,10 +106,12 @@ class CausalLM(nn.Module):
         deepstack: SideChannel | None = None,
         embed_tokens: Embedding | None = None,
         make_backend: MakeBackend = grouped_query,
+        candidates: Candidates | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.lm_head = lm_head
+        self.candidates = candidates
         self.embed_tokens = embed_tokens
         self.make_backend = make_backend
         self.make_rope, self.dtype, self.last_logits, self.deepstack = make_rope, dtype, last_logits, deepstack
@@ -122,11 +125,17 @@ class CausalLM(nn.Module):
             levels, rest = self.deepstack.levels_of(op, rest[0]), rest[1:]
         backend = self.make_backend(op, attention_mask, position_ids, self.make_rope(op, position_ids))
         x, present = self.model(op, x, backend, rest, levels, last_token if self.last_logits else every_token)
-        return [ops.cast(op, self.lm_head(op, x), self.dtype), *present]
+        logits = self.lm_head(op, x)
+        if self.candidates is not None:
+            logits = self.candidates(op, x, logits)
+        return [ops.cast(op, logits, self.dtype), *present]
 
     def channels(self) -> list[NormChannels]:
         """The final norm's channels (`vlpack.layers.channels`).
 
         There are none if the head is tied: its weight is the embedding too, which a norm's scales must not change.
         """
-        return [] if self.lm_head.tied_to else [NormChannels(self.model.norm, [self.lm_head])]
+        if self.lm_head.tied_to:
+            return []
+        readers = [self.lm_head] if self.candidates is None else [self.lm_head, self.candidates]
+        return [NormChannels(self.model.norm, readers)]

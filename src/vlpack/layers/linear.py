@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
@@ -153,7 +152,27 @@ class Linear(Stored):
         return ops.typed(y, ops.dtype_of(x), ops.last_dim(x, self.rows))
 
 
-class Embedding(Stored):
+class Table(Stored):
+    """A weight whose rows are looked up."""
+
+    def declared_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        # GatherBlockQuantized wants a row's blocks joined in one dimension, MatMulNBits in two
+        return (shape[0], shape[1] * shape[2]) if name == "qweight" and len(shape) == 3 else shape
+
+    def stored_rows(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
+        """The rows ``ids [..]`` as they are stored, perhaps rotated: ``[.., cols]``."""
+        weight = self.operands(op)
+        match self.storage:
+            case Float():
+                shape = [*ops.shape_of(ids), self.cols]
+                return ops.typed(op.Gather(weight[0], ids, axis=0), ops.dtype_of(weight[0]), shape)
+            case Blocks():
+                return ops.gather_block_quantized(op, ids, weight, self.cols, self.storage)
+            case _:
+                raise AssertionError(f"{self.name}: no way to look up in {self.storage}")
+
+
+class Embedding(Table):
     """An embedding: looks up rows of a table, ``ids [..] → [.., embedding_dim]``."""
 
     def __init__(
@@ -161,20 +180,5 @@ class Embedding(Stored):
     ) -> None:
         super().__init__(num_embeddings, embedding_dim, name=name, role=role)
 
-    def declared_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        # GatherBlockQuantized wants a row's blocks joined in one dimension, MatMulNBits in two
-        return (shape[0], shape[1] * shape[2]) if name == "qweight" and len(shape) == 3 else shape
-
     def forward(self, op: OpBuilder, ids: ir.Value) -> ir.Value:
-        weight = self.operands(op)
-        match self.storage:
-            case Float():
-                rows = ops.typed(op.Gather(weight[0], ids, axis=0), ops.dtype_of(weight[0]), self._shape(ids))
-            case Blocks():
-                rows = ops.gather_block_quantized(op, ids, weight, self.cols, self.storage)
-            case _:
-                raise AssertionError(f"{self.name}: no way to look up in {self.storage}")
-        return rotate(op, rows, self.rotation, back=True)
-
-    def _shape(self, ids: ir.Value) -> list[Any]:
-        return [*ops.shape_of(ids), self.cols]
+        return rotate(op, self.stored_rows(op, ids), self.rotation, back=True)

@@ -1,9 +1,9 @@
 """The precision policy, as data: the storage of each weight and the dtype of the activations.
 
 A policy is a list of rules; the first rule that matches a weight decides. A rule matches a weight's *role*, which is
-``text.`` or ``vision.`` followed by its purpose: ``linear``, ``embedding``, ``head``, ``answers``, ``router``,
-``expert``, ``output`` (the last matrix of a vision encoder), ``table`` or ``patches``. A rule can also match the path
-of the weight's module. Paths are the checkpoint's, with q/k/v and gate/up joined:
+``text.`` or ``vision.`` followed by its purpose: ``linear``, ``embedding``, ``head``, ``candidates``, ``answers``,
+``router``, ``expert``, ``output`` (the last matrix of a vision encoder), ``table`` or ``patches``. A rule can also
+match the path of the weight's module. Paths are the checkpoint's, with q/k/v and gate/up joined:
 ``model.language_model.layers.3.self_attn.qkv_proj``.
 """
 
@@ -29,7 +29,7 @@ OFFERED: Mapping[str, tuple[str, ...]] = {
 }
 """Execution provider → precisions offered on it. int8 needs DynamicQuantizeMatMul, which only the CPU has."""
 
-ROLES = tuple(f"text.{kind}" for kind in ("linear", "embedding", "head", "answers", "router", "expert"))
+ROLES = tuple(f"text.{kind}" for kind in ("linear", "embedding", "head", "candidates", "answers", "router", "expert"))
 ROLES += tuple(f"vision.{kind}" for kind in ("linear", "output", "table", "patches"))
 """All roles that a weight can have."""
 
@@ -179,6 +179,12 @@ class Policy:
         return 1.0 if isinstance(storage, ChannelInt8) and storage.calibrated else 0.0
 
     @property
+    def scores_candidates(self) -> bool:
+        """Whether the head has 4 bits and its likeliest tokens are scored again in 8 bits, which only the CPU does."""
+        head = self.storage("text.head")
+        return self.provider == "cpu" and isinstance(head, Blocks) and head.bits == 4
+
+    @property
     def cache(self) -> str:
         """The dtype in which keys and values are cached."""
         return self.options.kv_cache or self.dtype
@@ -271,10 +277,14 @@ def _text_rules(precision: str, provider: str, dtype: str, options: Quantization
     bits = int(options.mixed.get("last_matmul", "int4" if provider == "dml" else "int8")[3:])
     fitted = options.calibrated and bits == 4
     head = _blocks(precision, provider, dtype, options, bits, width=width, calibrated=fitted)
-    # an embedding table is looked up and multiplies nothing, so it has no inputs to calibrate with
-    table = _blocks(precision, provider, dtype, options, 8, width=width) if fitted else head
-    embedding: Storage = table if provider == "cpu" else Float(dtype)
-    rules = [Rule("text.embedding", embedding), Rule("text.head", head)]
+    rules = [Rule("text.head", head)]
+    if provider == "cpu":
+        # the 8-bit rows from which a 4-bit head's likeliest tokens are scored again are the embedding's if it is tied
+        table = _blocks(precision, provider, dtype, options, 8, width=width)
+        rules += [Rule("text.embedding", table)]
+        rules += [Rule("text.candidates", table)] if bits == 4 else []
+    else:
+        rules.append(Rule("text.embedding", Float(dtype)))
     if precision == "int8":
         return [*rules, Rule("text.*", replace(_channels(options), calibrated=options.calibrated))]
     matrices = _blocks(precision, provider, dtype, options, 4, width=width, calibrated=options.calibrated)
