@@ -1,4 +1,4 @@
-"""Rotation and balance of the channels that a matrix multiplies, so that few bits hold weights and activations well.
+"""Rotation and balance of a matrix's input channels, which make weights and activations easier to quantize.
 
 The product ``y = x Wᵀ`` does not change if ``x`` becomes ``x S R`` and ``W`` becomes ``W S⁻¹ R``, for a diagonal ``S``
 and an orthogonal ``R``. *Balance* chooses ``S`` so that no channel is much larger than the others; ``S`` is merged into
