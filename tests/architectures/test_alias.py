@@ -1,4 +1,4 @@
-"""Plausible but wrong graphs, built on purpose: the comparison of the parity tests must see each of them.
+"""Graphs with planted faults that look plausible: the comparison of the parity tests must detect each of them.
 
 The first is the most tempting shortcut: "Qwen3-VL is Qwen2.5-VL with other sections". The numbers in config.json are
 the same, but the rotary frequencies belong to other axes, and a comparison on text alone does not show it.
@@ -35,7 +35,7 @@ TEXT = make_inputs(TINY, (), text=24)
 
 @pytest.fixture
 def wrong(checkpoint: Callable[..., Any], reference: Callable[..., Any], tmp_path):
-    """Build with the code as currently patched, and return the errors of merged features, levels and logits."""
+    """Builds with the code as currently patched; returns the errors of merged features, levels and logits."""
 
     def errors(inputs: Inputs = IMAGES, tiny: Tiny = TINY) -> dict[str, float]:
         build(checkpoint(tiny), tmp_path / "wrong", precision="fp32", threads=1, force=True,
@@ -55,7 +55,7 @@ def wrong(checkpoint: Callable[..., Any], reference: Callable[..., Any], tmp_pat
     return errors
 
 
-def test_the_right_graph_passes(wrong):
+def test_the_correct_graph_passes(wrong):
     assert max(wrong().values()) <= EXACT
     assert max(wrong(TEXT).values()) <= EXACT
 
@@ -65,7 +65,7 @@ def test_chunked_rotary_axes(wrong, monkeypatch):
     errors = wrong()
     assert errors["merged"] <= EXACT
     assert errors["logits"] > 0.2
-    # text has the same position on all axes: here the alias hides
+    # text has the same position on all axes, so the fault is invisible there
     assert wrong(TEXT)["logits"] <= EXACT
 
 
@@ -123,7 +123,7 @@ def test_deepstack_mergers_by_depth_instead_of_by_place(wrong, monkeypatch):
     assert errors["level 0"] > 1
 
 
-def test_gelu_of_another_kind(wrong, monkeypatch):
+def test_the_other_kind_of_gelu(wrong, monkeypatch):
     """The other kind of GELU: the two differ by at most a thousandth, which is far more than the tolerance."""
     for act, other in (("gelu_pytorch_tanh", "gelu"), ("gelu", "gelu_pytorch_tanh")):
         tiny = TINY.but(vision_act=act)
@@ -134,7 +134,7 @@ def test_gelu_of_another_kind(wrong, monkeypatch):
         assert min(errors.values()) > 5 * EXACT
 
 
-def test_gelu_of_another_kind_in_the_mergers(wrong, monkeypatch):
+def test_the_other_kind_of_gelu_in_the_mergers(wrong, monkeypatch):
     right = family.activation
     monkeypatch.setattr(family, "activation", lambda op, x, name: right(op, x, "gelu_pytorch_tanh"))
     errors = wrong()
@@ -158,7 +158,7 @@ def transposed(monkeypatch: pytest.MonkeyPatch, table: bool, angles: bool) -> It
 
 
 @pytest.mark.parametrize(("table", "angles"), [(True, False), (False, True), (True, True)])
-def test_rows_and_columns_of_the_encoder_changed_over(table, angles, wrong, monkeypatch):
+def test_rows_and_columns_of_the_encoder_exchanged(table, angles, wrong, monkeypatch):
     with transposed(monkeypatch, table, angles):
         errors = wrong()
     assert min(errors.values()) > 0.1
@@ -189,7 +189,7 @@ def test_query_norm_forgotten(wrong, monkeypatch):
         return right(self, op, x, count, None if count == self.queries else norm, rope)
 
     monkeypatch.setattr(Heads, "_norm_rotate", forgetful)
-    # the norm's weight fills no place in the graph then; its parameter is left over and the build still goes through
+    # the graph then has no place for the norm's weight, and the build must not fail because of that
     assert wrong(TEXT)["logits"] > 0.1
 
 
