@@ -316,7 +316,7 @@ def test_inputs_are_those_of_transformers(
 def test_texts_are_generated_by_the_model(
     helper: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If only the likeliest token is chosen, texts of a batch of different openings are transformers' greedy answers."""
+    """If only the likeliest token is chosen, the texts of a batch of openings are transformers' greedy answers."""
     monkeypatch.setattr("vlpack.calibration.teacher.LEAST_SHARE", 1.0)
     folder = make_member(tmp_path / "checkpoint", FAMILIES[1])
     model, _ = helper(folder)
