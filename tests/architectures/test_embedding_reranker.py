@@ -215,7 +215,7 @@ def test_precisions(loaded: Any, name: str, precision: str, least: float) -> Non
 @pytest.mark.parametrize("changed", [None, False], ids=["balanced and rotated", "plain"])
 @pytest.mark.parametrize("name", ["text", "vision"])
 def test_int4_is_exact_with_its_dequantized_weights(loaded: Any, source: Any, name: str, changed: bool | None) -> None:
-    """int4 is exact with the package's weights; a bound against the original weights would say little at this size."""
+    """Compared with dequantized weights, int4 is exact; compared with the original ones, a bound would show little."""
     options = {"vision_precision": "fp32"} if name == "vision" else {}
     extra = vlpack.ExtraOptions(accuracy_level=1, balance=changed, rotation=changed)
     channels: dict[str, Any] = {"balance": changed, "rotation": changed}

@@ -58,7 +58,7 @@ def test_layers_by_path() -> None:
 
 
 def test_outer_layers_have_8_bits_by_default() -> None:
-    """They do not if matrices are calibrated, or if other options choose the bits."""
+    """Outer layers have 4 bits if matrices are calibrated, or the bits that other options choose."""
     facts = PrecisionFacts(num_hidden_layers=28)
     path = "model.layers.{}.self_attn.qkv_proj"
 

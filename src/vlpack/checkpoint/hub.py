@@ -224,6 +224,6 @@ def _download(
 
 
 def _short(error: Exception) -> str:
-    """The first line of the library's message; the rest can be a page long and repeat what ours says."""
+    """The first line of the library's message; the rest can be a page long and repeat vlpack's own message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return textwrap.shorten(lines[0].removeprefix("Got: "), 200, placeholder=" …").rstrip(".") + "."

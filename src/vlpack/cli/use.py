@@ -107,7 +107,7 @@ def _run_constrained(
 
     grammar_of(
         schema=asked["schema"], regex=asked["regex"], choices=asked["choices"]
-    )  # told before the model is loaded
+    )  # errors are reported before the model is loaded
     started = time.perf_counter()
     with console.waiting(f"loading {package}"):
         engine = Engine(package, slots=1, **options)

@@ -42,8 +42,8 @@ def check_free(output: Path, *, force: bool) -> None:
     """Checks that a package may be written to ``output``: it is free, an empty folder, or with ``force`` a package.
 
     Raises:
-        OptionError: it may not, or the path is not usable. Only a folder that holds a package and nothing else is ever
-            replaced.
+        OptionError: the output exists and must not be replaced, or the path is not usable. Only a folder that contains
+            a package and nothing else is ever replaced.
     """
     _check_text(output)
     while True:

@@ -24,7 +24,7 @@ class Stored(nn.Module):
             numbers of rows; empty if the checkpoint has the module itself.
         source_shape: shape of the checkpoint's weight if it is not ``[rows, cols]`` (a convolution's kernel).
         name: module name; a name with dots is the path in the checkpoint.
-        tied_to: name of the checkpoint's tensor that this weight is, if another module owns it.
+        tied_to: name of the checkpoint's tensor, if this weight is the same tensor as another module's.
         role: purpose of the weight, by which the policy chooses its storage (`vlpack.quantize.policy`).
 
     Attributes:
@@ -162,7 +162,7 @@ class Embedding(Stored):
         super().__init__(num_embeddings, embedding_dim, name=name, role=role)
 
     def declared_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        # GatherBlockQuantized wants a row's blocks joined in one dimension, MatMulNBits in two
+        # GatherBlockQuantized takes a row's blocks in one dimension, MatMulNBits in two
         return (shape[0], shape[1] * shape[2]) if name == "qweight" and len(shape) == 3 else shape
 
     def forward(self, op: OpBuilder, ids: ir.Value) -> ir.Value:

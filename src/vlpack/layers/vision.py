@@ -163,7 +163,7 @@ def windows_of(op: OpBuilder, places: PatchPositions, frames: ir.Value, side: in
     """Windows of ``side · side`` patches, counted from the top left corner of every frame.
 
     Source: transformers' ``get_vision_window_index``, which reorders the patches for the whole encoder. Attention does
-    not depend on their order, so here they are sorted into windows only while they attend.
+    not depend on their order, so here they are sorted into windows only for the attention itself.
     """
 
     def across(size: ir.Value) -> ir.Value:

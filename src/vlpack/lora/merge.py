@@ -267,7 +267,7 @@ def merge(base: Checkpoint, adapter: Adapter, architecture: Architecture) -> Mer
     Args:
         base: the checkpoint, which `vlpack.export.check.check_tensors` has accepted.
         adapter: the adapter, which is checked against the base.
-        architecture: the base's architecture; its embedding and head are untied if the adapter trained them apart.
+        architecture: the base's architecture; its embedding and head are untied if the adapter trained them separately.
 
     Raises:
         CheckpointError: a tensor has no counterpart in the base or another shape, ranks disagree, or peft's merge would
@@ -310,7 +310,7 @@ def merge(base: Checkpoint, adapter: Adapter, architecture: Architecture) -> Mer
 
 
 def _settle_tie(merged: Merged, base: Checkpoint, adapter: Adapter, architecture: Architecture, embedding: str) -> None:
-    """Unties the embedding and the head if the adapter trained them apart; otherwise they must stay equal."""
+    """Unties the embedding and the head if the adapter trained them separately; otherwise they must stay equal."""
     if not {HEAD, embedding} & merged.changed:
         return
     apart = any(
