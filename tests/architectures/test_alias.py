@@ -113,7 +113,7 @@ def test_deepstack_one_layer_late(wrong, monkeypatch):
 
 
 def test_deepstack_mergers_by_depth_instead_of_by_place(wrong, monkeypatch):
-    """Mergers in order of depth instead of the list's order; only unsorted indexes show the difference."""
+    """The mergers are in the order of depth instead of the list's order, which only unsorted indexes reveal."""
     tiny = TINY.but(deepstack=(2, 0))
     assert max(wrong(tiny=tiny).values()) <= EXACT
     right = family.deepstack_indexes
@@ -124,7 +124,7 @@ def test_deepstack_mergers_by_depth_instead_of_by_place(wrong, monkeypatch):
 
 
 def test_the_other_kind_of_gelu(wrong, monkeypatch):
-    """The other kind of GELU: the two differ by at most a thousandth, which is far more than the tolerance."""
+    """The graph has the other kind of GELU; both differ by at most a thousandth, which is far above the tolerance."""
     for act, other in (("gelu_pytorch_tanh", "gelu"), ("gelu", "gelu_pytorch_tanh")):
         tiny = TINY.but(vision_act=act)
         with monkeypatch.context() as patch:
@@ -165,7 +165,7 @@ def test_rows_and_columns_of_the_encoder_exchanged(table, angles, wrong, monkeyp
 
 
 def test_positions_not_interpolated(wrong, monkeypatch):
-    """The nearest entry of the position table instead of the interpolation of four."""
+    """The graph takes the nearest entry of the position table instead of interpolating between four."""
     right = family.bilinear_taps
 
     def nearest(op: Any, *arguments: Any) -> list[tuple[ir.Value, ir.Value]]:
@@ -194,7 +194,7 @@ def test_query_norm_forgotten(wrong, monkeypatch):
 
 
 def test_another_epsilon_in_the_encoder(wrong, monkeypatch):
-    """The default epsilon of LayerNorm instead of Qwen3-VL's, which the config does not contain."""
+    """The graph has LayerNorm's default epsilon instead of Qwen3-VL's, which the config does not contain."""
     tiny = TINY.but(quiet=True)
     assert max(wrong(tiny=tiny).values()) <= EXACT
     monkeypatch.setattr(family, "LAYER_NORM_EPS", 1e-5)

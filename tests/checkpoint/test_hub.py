@@ -296,7 +296,7 @@ FAILURES: list[tuple[Exception, str, str]] = [
     ),
     (errors.OfflineModeIsEnabled("offline"), "The Hub cannot be reached", "Check the network"),
     (OSError(28, "No space left on device"), "could not be downloaded: OSError: [Errno 28] No space left", "HF_HOME"),
-    (ConnectionResetError(104, "reset"), "could not be downloaded: ConnectionResetError", "goes on where it stopped"),
+    (ConnectionResetError(104, "reset"), "could not be downloaded: ConnectionResetError", "continues where it stopped"),
     (RuntimeError("Data processing error: xet"), "could not be downloaded: RuntimeError: Data processing", "Try again"),
 ]
 

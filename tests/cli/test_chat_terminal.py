@@ -173,7 +173,7 @@ def test_an_answer_is_stopped(terminal: Callable[..., Terminal], talker: Path, t
     # the answer has begun, not only the line with the current step
     screen.until(lambda: len("".join(screen.text.partition("Tell me everything.")[2].split())) > 300)
     screen.type(CONTROL_C)
-    screen.see("(stopped; what there is stays in the conversation)")
+    screen.see("(stopped; the generated part stays in the conversation)")
     screen.until(lambda: screen.text.endswith("\n>"))
     screen.type(CONTROL_C)  # no answer is running
     screen.see("Ctrl-D or /exit leaves.")

@@ -630,9 +630,9 @@ REFUSED: dict[str, Case] = {
     "a resized embedding": Case(
         "vocabulary was resized", tensors={f"{PREFIX}{EMBEDDING}.weight": np.zeros((9, 4), np.float32)}
     ),
-    "a bias out of place": Case("is not where peft keeps it", tensors={f"{PREFIX}{QKV}.bias": BIAS}),
+    "a bias out of place": Case("is not a name that peft uses", tensors={f"{PREFIX}{QKV}.bias": BIAS}),
     "a base layer without LoRA": Case(
-        "is not where peft keeps it", tensors={f"{PREFIX}{NORM}.base_layer.weight": np.ones(4, np.float32)}
+        "is not a name that peft uses", tensors={f"{PREFIX}{NORM}.base_layer.weight": np.ones(4, np.float32)}
     ),
     "a bias of B that the config has not": Case("disagree on a bias", tensors={f"{PREFIX}{QKV}.lora_B.bias": BIAS}),
     "a bias of B that only the config has": Case("disagree on a bias", settings={"lora_bias": True}),
@@ -649,7 +649,7 @@ REFUSED: dict[str, Case] = {
         tensors={f"{PREFIX}{EMBEDDING}.lora_embedding_A": ZEROS, f"{PREFIX}{EMBEDDING}.lora_embedding_B": ZEROS},
     ),
     "a head unlike its embedding": Case(
-        "another matrix",
+        "differs from",
         tensors={f"{PREFIX}{HEAD}.weight": np.zeros(SHAPES[f"{EMBEDDING}.weight"], np.float32)},
     ),
     "NaN": Case(f"{QB} of my-adapter holds nan at row 1, column 2", tensors={QB: filled(QB, np.nan)}),

@@ -81,7 +81,7 @@ def failed() -> Report:
     weights = [replace(good.weights[6], error=0.4, same=False)]
     findings = [
         Finding("layer 7", "one image: layer 7 is 0.5 away"),
-        Finding("weights", f"{weights[0].path} in the decoder graph is not what vlpack makes of the checkpoint."),
+        Finding("weights", f"{weights[0].path} in the decoder graph is not what a build of the checkpoint stores."),
     ]
     cases = [good.cases[0], case(stages=bad, maps=maps, logits=Agreement([float("nan")], [False]))]
     return replace(good, cases=cases, weights=[*good.weights[:6], *weights, *good.weights[7:]], findings=findings)

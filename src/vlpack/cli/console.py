@@ -181,7 +181,7 @@ def _short(label: str, width: int = 60) -> str:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Shows the current step and its seconds on standard error until the block is left, if that is a terminal."""
+    """Shows the current step and its seconds on standard error, if it is a terminal, until the block is left."""
     if not err.is_terminal or err.is_dumb_terminal:
         yield
         return

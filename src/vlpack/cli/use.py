@@ -202,7 +202,9 @@ def embed(
     ] = None,
     instruction: Instruction = None,
     prompt: NamedPrompt = None,
-    dimensions: Annotated[int | None, typer.Option("--dimensions", help="Keep only this many.")] = None,
+    dimensions: Annotated[
+        int | None, typer.Option("--dimensions", help="Number of values to keep of each embedding.")
+    ] = None,
     max_pixels: opt.MaxPixels = None,
     literal: opt.Literal = False,
     threads: opt.Threads = None,

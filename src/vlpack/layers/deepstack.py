@@ -53,7 +53,7 @@ class SideChannel:
         return embeds, channel
 
     def levels_of(self, op: OpBuilder, channel: ir.Value | None) -> list[ir.Value]:
-        """In the decoder: split the channel ``[B, S, levels · H]`` into ``[B, S, H]`` for each of the first layers."""
+        """Splits the channel ``[B, S, levels · H]`` into ``[B, S, H]`` for each of the first layers, in the decoder."""
         if channel is None:
             return []
         if self.levels == 1:

@@ -370,7 +370,9 @@ class _Names:
         module, _, kind = path.rpartition(".")
         plain = module.removesuffix(".base_layer")
         if (plain != module) != (plain in self._adapter.parts):
-            raise CheckpointError(f"{self._adapter.file}: {path} is not where peft keeps it; peft would not load it.")
+            raise CheckpointError(
+                f"{self._adapter.file}: {path} is not a name that peft uses, so peft would not load it."
+            )
         name = self.find(f"{plain}.{kind}")
         if len(self._shapes[name]) == 3:  # stored in one of two layouts, see layers/moe.py
             raise CheckpointError(f"{self._adapter.file}: {path} is a stack of experts, which vlpack does not replace.")

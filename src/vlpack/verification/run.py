@@ -299,8 +299,8 @@ def _judge_weights(weights: Sequence[WeightResult]) -> list[Finding]:
     return [
         Finding(
             "weights",
-            f"{worst.path} in the {worst.part} graph is not what vlpack makes of the checkpoint: its relative error is "
-            f"{worst.error:.2g}, where {worst.storage} explains {worst.expected:.2g}.{more}",
+            f"{worst.path} in the {worst.part} graph is not what a build of the checkpoint stores: its relative error "
+            f"is {worst.error:.2g}, where {worst.storage} explains {worst.expected:.2g}.{more}",
         )
     ]
 
