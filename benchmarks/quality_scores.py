@@ -1,4 +1,4 @@
-"""How near a quantized model's logits are to the fp32 model's, and the files that every quality script shares.
+"""Compares a quantized model's logits with the fp32 model's, and names the files that all quality scripts share.
 
 The folder that `quality.py --prepare` fills has for each of `MODELS` a checkpoint, and the logits that transformers
 computes with it in fp32. For all of them it has `TOKENS` (int64, [texts, tokens]) and `CALIBRATION`, the ids and texts

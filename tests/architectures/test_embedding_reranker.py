@@ -1,4 +1,4 @@
-"""Embedding models and rerankers compared with live transformers, from checkpoint to result, and all errors."""
+"""Embedding models and rerankers compared with live transformers, from checkpoint to result, and their errors."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def copy(source: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]
 
 
 def bare(folder: Path) -> Path:
-    """A copy of the checkpoint as a model without a head: no head, and tensor names without the prefix."""
+    """A copy of the checkpoint in the form of a model without a head, whose tensor names have no prefix."""
     config = (folder / "config.json").read_text(encoding="utf-8")
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
     (folder / "model.safetensors").unlink()

@@ -179,7 +179,7 @@ def test_bits_of_an_onnx_graph(load: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("declared", "found"), [("heads, past, size", [1, 2, 0, 8]), ("3, past, 12", [1, 3, 0, 12])])
 def test_caches_are_empty_at_the_beginning(load: Any, tmp_path: Path, declared: str, found: list[int]) -> None:
-    """Their shapes have the graph's numbers, or those of the package's settings where the graph has names."""
+    """Shapes of caches have the graph's numbers, or those of the package's settings if the graph has names."""
     from onnx import parser, save
 
     graph = f"""<ir_version: 10, opset_import: ["": 21]>

@@ -118,7 +118,7 @@ def test_uncorrelated_inputs_give_the_nearest_codes(cols: int, symmetric: bool) 
 
 
 def test_rows_are_independent_of_each_other() -> None:
-    """Therefore a weight can be rounded in slabs."""
+    """Rows are rounded independently, so a weight can be rounded in slabs."""
     cols = 96
     x, weight = inputs_like_a_models(cols), rng(7).standard_normal((31, cols)).astype(np.float32)
     inputs = factor_hessian(x.T @ x)
@@ -395,7 +395,7 @@ def test_a_whole_build(calibrated: Path, tmp_path: Path) -> None:
 
 
 def test_a_calibrated_package_reads_the_digits(calibrated: Path) -> None:
-    """It answers the demo's questions in the stock runtime."""
+    """A calibrated package answers the demo's questions in the stock runtime."""
     from vlpack.demo import QUESTIONS
     from vlpack.runtime.model import Model
     from vlpack.runtime.sampling import Sampling

@@ -197,7 +197,7 @@ def gate_and_up(block: Any, expert: int) -> list[Any]:
 
 @pytest.mark.parametrize(("outlier", "apart"), [(1, 0.005), (3000, 0.03)])
 def test_gram_matrices_in_8_bits(outlier: float, apart: float) -> None:
-    """They equal those in float32 up to a small part of the geometric mean of both channels' sums of squares."""
+    """Gram matrices in 8 bits equal float32 ones up to a small part of the geometric mean of both sums."""
     random = np.random.default_rng(0)
     rows = (random.standard_normal((900, 30)) @ random.standard_normal((30, 1300))).astype(np.float32)
     rows *= np.exp(random.standard_normal(1300)).astype(np.float32)

@@ -120,7 +120,7 @@ def test_blocks_do_not_depend_on_other_rows_or_the_dtype(symmetric: bool, bits: 
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_chosen_grid_is_better_than_the_range_s(symmetric: bool, block_size: int) -> None:
-    """It is better by the weighted error and by the plain squared error."""
+    """The chosen grid has a smaller weighted error and a smaller plain squared error than the one of the block's range."""
     weight = np.random.default_rng(0).normal(0, 0.02, (256, 4096)).astype(np.float32)
     back = dequantize_blocks(quantize_blocks(weight, 4, block_size, symmetric), 4096, 4)
     blocks = weight.astype(np.float64).reshape(256, -1, block_size)
@@ -131,7 +131,7 @@ def test_the_chosen_grid_is_better_than_the_range_s(symmetric: bool, block_size:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_values_on_a_grid_are_kept_exactly(symmetric: bool) -> None:
-    """So dequantized 4-bit checkpoints lose nothing."""
+    """Dequantized 4-bit checkpoints therefore lose nothing."""
     random = np.random.default_rng(0)
     codes = random.integers(0, 16, (64, 8, 64))
     codes[..., :2] = (0, 15)  # the whole range is used
@@ -176,7 +176,7 @@ def test_values_that_are_not_finite_affect_only_their_block(value: float, symmet
 def test_a_block_does_not_depend_on_blocks_rounded_with_it(
     bits: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Therefore the division into slabs, tiles and threads does not matter."""
+    """Blocks are rounded independently, so the division into slabs, tiles and threads does not matter."""
     weight = random(70, 300)
     whole = quantize_blocks(weight, bits, 64, symmetric)
     monkeypatch.setattr("vlpack.quantize.blocks.TILE", 7 * 64)

@@ -1,4 +1,4 @@
-"""What `verify` reports about packages with a planted fault, and about packages without faults."""
+"""Reports of `verify` about packages with a planted fault, and about packages without faults."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_a_failed_page() -> None:
     seen = Checked(page := html(failed()))
     assert "✗ The package is not the model: it first differs at layer 7 in “one image”." in seen.text
     assert seen.text.index("layer 7 is 0.5 away") < seen.text.index("Error through the model")
-    assert "1 of 24 weights are not what vlpack makes" in seen.text
+    assert "1 of 24 weights are not what a build of the checkpoint stores" in seen.text
     assert "✗ 1 altered" in seen.text
     assert "not finite (black)" in seen.text
     assert "✗ layer 7" in seen.text

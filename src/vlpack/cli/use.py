@@ -101,7 +101,7 @@ def run(
 def _run_constrained(
     package: Path, options: dict[str, Any], asked: dict[str, Any], *, stats: bool, as_json: bool
 ) -> None:
-    """An answer that obeys, by the engine, whose JSON has no white space that a model could spend its tokens on."""
+    """Answers with constrained decoding by the engine, which generates JSON without white space between values."""
     from vlpack.engine import Engine
     from vlpack.engine.constraints import grammar_of
 

@@ -168,7 +168,7 @@ class Policy:
         return rotation_size(cols, LARGEST_ROTATION) if wanted else 1
 
     def balance(self, storage: Storage | None) -> float | None:
-        """How the input channels of a weight of this storage are balanced; None if they are not.
+        """The kind of balance of the input channels of a weight of this storage; None for no balance.
 
         0 stands for `vlpack.quantize.rotate.equal_columns`; other numbers are tolerances of
         `vlpack.quantize.rotate.even_sizes`.

@@ -49,7 +49,7 @@ def prompt_form(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> PlainPrompts | ChatPrompts:
-    """How a model's inputs become prompts.
+    """The form in which a model's inputs become prompts.
 
     Args:
         settings: a package's folder.
