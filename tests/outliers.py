@@ -70,7 +70,7 @@ def plant(
             modules that read them are divided by the same factors.
         low: smallest factor.
         high: largest factor.
-        rows: number of rows of every up_proj that are multiplied in the same way, for down_proj's columns.
+        rows: number of rows of every up_proj that are multiplied; down_proj's columns are divided by the same factors.
         seed: seed of the choice of channels and factors.
     """
     changed, random = dict(tensors), np.random.default_rng(seed)

@@ -27,7 +27,7 @@ def relative(value: Any, reference: Any) -> float:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A prompt: ``ids [B, S]``, ``pixels [patches, …]`` and ``grid [images, 3]``, of which both are empty for text."""
+    """A prompt: ``ids [B, S]``, and ``pixels [patches, …]`` and ``grid [images, 3]``, which are empty for text."""
 
     ids: np.ndarray
     pixels: np.ndarray

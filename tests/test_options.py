@@ -158,7 +158,7 @@ def test_accuracy_level(make: Make, level: int) -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_balance_and_rotation(make: Make, precision: str) -> None:
-    """Both are on by default for the decoder; without them, the graphs' rotations and the bytes of weights differ."""
+    """Balance and rotation are on by default for the decoder; without them, graphs and weights differ."""
     as_it_comes = make(precision=precision)
     asked = content(
         make("balance=true", "rotation=true", precision=precision)

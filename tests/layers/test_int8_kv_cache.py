@@ -116,7 +116,7 @@ def run(session, qkv, weight, ends, room: int = 0):
 
 
 def read(codes: list[np.ndarray], weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values ``[B, T, kv_heads, D]`` of a cache, decoded as the module's docstring describes."""
+    """Keys and values ``[B, T, kv_heads, D]`` of a cache, decoded as `vlpack.layers.int8_kv_cache` describes."""
     keys, values = (x.transpose(0, 2, 1, 3).astype(np.float64) for x in codes)
     step = np.tile(np.maximum(weight[: SIZE // 2], weight[SIZE // 2 :]), 2) * SIZE**0.5 / 127
     k = keys[..., :SIZE] * step

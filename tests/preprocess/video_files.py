@@ -12,7 +12,7 @@ import av
 import numpy as np
 
 CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
-"""1280x720 with one key frame, 640x272 with six, and 176x144 at 30000/1001 frames a second."""
+"""The real clips: 1280x720 with one key frame, 640x272 with six, and 176x144 at 30000/1001 frames per second."""
 
 
 def clip(name: str) -> Path:

@@ -120,7 +120,7 @@ def test_blocks_do_not_depend_on_other_rows_or_the_dtype(symmetric: bool, bits: 
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_chosen_grid_is_better_than_the_range_s(symmetric: bool, block_size: int) -> None:
-    """The chosen grid has a smaller weighted error and a smaller plain squared error than the one of the block's range."""
+    """The chosen grid has smaller errors than the grid of the block's range, both weighted and plain squared ones."""
     weight = np.random.default_rng(0).normal(0, 0.02, (256, 4096)).astype(np.float32)
     back = dequantize_blocks(quantize_blocks(weight, 4, block_size, symmetric), 4096, 4)
     blocks = weight.astype(np.float64).reshape(256, -1, block_size)

@@ -33,7 +33,7 @@ class Stored(nn.Module):
     """
 
     experts = 1
-    """Matrices above each other that multiply different tokens."""
+    """Number of experts whose matrices are stacked in the weight; 1 for a single matrix."""
     can_rotate = True
     """Whether the graph can rotate the input that the weight multiplies."""
 

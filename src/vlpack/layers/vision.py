@@ -53,7 +53,8 @@ def pixels_of(config: Section) -> int:
 def check_heads(config: Section, size_name: str) -> tuple[int, int]:
     """Read the encoder's width and number of heads.
 
-    The row rotates one half of every head and the column the other, so the width must be a multiple of 4 · heads.
+    The row position rotates one half of every head and the column position the other half, so the width must be a
+    multiple of 4 · heads.
 
     Raises:
         CheckpointError: the width is not such a multiple.
