@@ -86,7 +86,7 @@ def planted(tensors: Tensors, layers: int, seed: int = 1) -> Tensors:
 
 
 def write_copy(source: Path, target: Path, *changes: Change) -> Path:
-    """Writes a copy of a checkpoint to a new folder, with all changes applied in turn; float32, in one file."""
+    """Writes a copy of a checkpoint to a new folder, with all changes applied in turn, as float32 in one file."""
     from safetensors.numpy import load_file, save_file
 
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))

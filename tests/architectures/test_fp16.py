@@ -1,7 +1,7 @@
 """fp16 graphs on a GPU round every value between nodes; none may exceed fp16's range if the fp32 model is fine.
 
-onnxruntime's CPU kernels compute fp16 products in fp32 and drop the casts between them, so a value that would be
-infinite on a GPU is not on the CPU, unless it is a graph's output: these tests make all of them outputs.
+onnxruntime's CPU kernels compute fp16 products in fp32 and drop the casts between them. So a value that would be
+infinite on a GPU is finite on the CPU, unless it is a graph's output. Therefore these tests make all values outputs.
 """
 
 from __future__ import annotations
