@@ -20,7 +20,7 @@ READERS = {
     "norm": ("linear_fc1",),
     "ln_q": ("mlp.0",),
 }
-"""The modules that read a norm's output, by the norm's name; families have some of them."""
+"""The modules that read a norm's output, by the norm's name; each family has some of them."""
 
 LAYER = re.compile(r"(?:layers|blocks)\.(\d+)\.")
 

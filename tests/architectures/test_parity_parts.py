@@ -214,7 +214,7 @@ def test_tokens_after_an_image_are_embedded_without_features(package, reference)
 @pytest.mark.parametrize("deepstack", [(0, 1, 2), ()])
 @pytest.mark.parametrize("token", [IMAGE, VIDEO])
 def test_a_generated_image_token_is_embedded_like_a_word(token, deepstack, package, reference):
-    """The model may generate such a token at any time; transformers embeds it like a word, and so must the package."""
+    """The model may generate an image token at any time; transformers embeds it like a word, as the package must."""
     tiny = TINY.but(deepstack=deepstack)
     inputs = inputs_of(tiny, "text")
     inputs.ids[0, 3] = token

@@ -506,7 +506,7 @@ def test_damaged_scales_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("entry", ["a text", {"": "?"}, "fewer"])
 def test_verification_refuses_damaged_scales(entry: Any, calibrated: Path, tmp_path: Path) -> None:
-    """The error comes before anything is compared."""
+    """Damaged scales are reported before anything is compared."""
     from vlpack.verification import verify
 
     folder = tmp_path / "other"

@@ -304,7 +304,7 @@ STYLES: dict[str, Callable[[str], str]] = {
 
 @pytest.fixture(scope="module")
 def aged(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """A Qwen2-VL with transformers 5's tensor names, one with the older names, and an adapter."""
+    """A Qwen2-VL with transformers 5's tensor names, one with older tensor names, and an adapter for both."""
     folder = tmp_path_factory.mktemp("aged")
     made = {}
     for old in (False, True):

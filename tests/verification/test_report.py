@@ -217,7 +217,7 @@ def test_numbers(value: float, shown: str) -> None:
 
 
 def test_the_plot_is_logarithmic() -> None:
-    """Powers of ten have equal steps; zero is at the bottom and infinity at the top, and no line joins either."""
+    """Powers of ten have equal steps; zero is at the bottom and infinity at the top, and lines end before them."""
     made = stages_plot(
         [stage("layer 0", 1e-4, float("inf")), stage("layer 1", 1e-3, 0.0), stage("layer 2", 1e-2, 1e-1)]
     )

@@ -366,7 +366,7 @@ class _Names:
         self._found: dict[str, str] = {}
 
     def whole(self, path: str) -> str:
-        """The base's name of a tensor that the adapter replaces."""
+        """The name that a tensor, which the adapter replaces, has in the base model."""
         module, _, kind = path.rpartition(".")
         plain = module.removesuffix(".base_layer")
         if (plain != module) != (plain in self._adapter.parts):
