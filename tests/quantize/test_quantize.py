@@ -159,7 +159,7 @@ def test_huge_and_denormal_values(bits: int, symmetric: bool, size: float) -> No
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_affect_only_their_block(value: float, symmetric: bool) -> None:
-    """The reader of checkpoints refuses such values; here they do not spread, and the block's scale is not finite."""
+    """The reader of checkpoints refuses NaN and infinity; here they do not spread, and the block's scale shows them."""
     weight = random(4, 256)
     clean = quantize_blocks(weight, 4, 64, symmetric)
     weight[3, 70] = value

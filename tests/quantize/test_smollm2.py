@@ -183,7 +183,7 @@ def mild(checkpoint: Path, ids: np.ndarray, wanted: np.ndarray, tmp_path_factory
 def test_outliers_do_not_harm_int8(
     outlying: Path, mild: float, ids: np.ndarray, wanted: np.ndarray, tmp_path: Path
 ) -> None:
-    """Balance and rotation together remove their effect; either alone does not."""
+    """Balance and rotation together remove the effect of outliers on int8; either alone does not."""
     assert relative(logits(outlying, "fp32", ids, tmp_path / "package"), wanted) < 1e-4
     cost = {
         " ".join(extra): divergence(logits(outlying, "int8", ids, tmp_path / "package", *extra), wanted)
