@@ -61,7 +61,7 @@ def printable(text: object) -> str:
 
 
 def without_controls(text: str) -> str:
-    """A text without control characters but newline and tab, since a model could write ones that control a terminal."""
+    """A text without control characters, except newline and tab, so that an answer cannot control the terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 

@@ -1,4 +1,4 @@
-"""The scores of ``vlpack eval``: a package on questions about images, beside the reference and without DeepStack."""
+"""The scores of ``vlpack eval``: answers about images by a package, by the reference, and without DeepStack."""
 
 from __future__ import annotations
 
