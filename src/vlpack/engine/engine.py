@@ -54,8 +54,8 @@ class Engine:
             context and half of this machine's memory allow. Unused parts of a slot take no memory.
         threads: number of threads of each session; all cores by default.
         queue: largest number of requests that wait for a slot.
-        stall: factor by which processing the prompts of other requests may slow down running answers, as the average
-            time per token; at least 2. With infinity, prompts come first, which gives the highest total throughput.
+        stall: largest factor by which the average time per token of running answers may grow while prompts of other
+            requests are processed; at least 2. With infinity, prompts come first, which gives the highest throughput.
         min_pixels: smallest area of an image in pixels, instead of the package's.
         max_pixels: largest area of an image in pixels, instead of the package's; smaller is faster.
 

@@ -64,8 +64,8 @@ class Scheduler:
         slots: slots of the cache.
         queue: queue of requests that wait for a slot.
         see: function that computes the features of a prompt's images; None if the package takes no images.
-        stall: factor by which prompt processing may slow down running answers: their average time per token with it,
-            divided by their time per token without it.
+        stall: largest factor by which the average time per token of running answers may grow while prompts are
+            processed.
 
     Attributes:
         counters: counts of what was computed.

@@ -31,7 +31,7 @@ def _is_paley(order: int) -> bool:
 
 
 def _core(order: int) -> int | None:
-    """The order of the matrix that is doubled to make a Hadamard matrix of ``order``; None if no such matrix is known."""
+    """The order of the matrix that is doubled to make a Hadamard matrix of ``order``; None if none is known."""
     while order > 1 and not _is_paley(order):
         if order % 2:
             return None

@@ -211,7 +211,7 @@ class _Comparison:
         return self.graphs.run(one.ids, one.prompt, self._positions(one), exact=exact)
 
     def _positions(self, one: Asked) -> Array:
-        """The position ids that vlpack makes. The runtime makes its own, which are tested only by the answer's tokens."""
+        """The position ids that vlpack makes. The runtime makes its own; only the answer's tokens test those."""
         facts = self.architecture.vision
         if facts is None:
             return np.arange(one.ids.shape[1], dtype=np.int64)[None]
