@@ -263,11 +263,11 @@ def calibrate_plan(plan: BuildPlan, beside: Path, progress: Progress | None) -> 
 def spend_bits(
     plan: BuildPlan, bits: float, calibration: Calibration, beside: Path, progress: Progress | None
 ) -> BuildPlan:
-    """The plan with 8-bit weights where the decoder suffers most from 4 bits, within an average of bits per weight.
+    """The plan with 8 bits for the matrices that 4 bits harm most, within an average number of bits per weight.
 
     Args:
         plan: plan with 4 bits everywhere.
-        bits: average bits per weight, scales included.
+        bits: average number of bits per weight, scales included.
         calibration: calibration of the plan's weights.
         beside: path that does not exist yet, at which the decoder is written in 4 bits to measure it.
         progress: observer of the build's progress.

@@ -79,7 +79,7 @@ class Stored(nn.Module):
         return shape
 
     def operands(self, op: OpBuilder) -> list[ir.Value]:
-        """The arrays as kernels take them. onnxruntime widens narrow scales once, when it loads the graph."""
+        """The arrays in the form that kernels take. onnxruntime widens narrow scales once, when it loads the graph."""
         values: dict[str, ir.Value] = dict(self.arrays)
         if isinstance(self.storage, Blocks) and self.storage.narrow:
             values["scales"] = op.Mul(op.Cast(values["scales"], to=ops.FLOAT), values.pop("steps"))
