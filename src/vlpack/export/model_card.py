@@ -83,8 +83,8 @@ whereas vlpack's processor in Python is equal. They differ in these points:
 - Sizes: an edge of an even number of {{ difference.factor }}-pixel blocks and a half \
 ({{ difference.edges | join(", ") }} … pixels) is rounded up, whereas transformers rounds it down. Such images get \
 another grid ({{ difference.width }}×{{ difference.height }}: {{ difference.runtime | join("×") }} patches instead of \
-{{ difference.transformers | join("×") }}). There is no error or warning, but the model gets the image at another size: in \
-trials its outputs differed from transformers' by 0.4 to 0.6 (relative), and the answer may differ. \
+{{ difference.transformers | join("×") }}). No error or warning appears, but the model gets the image at another size: \
+in trials its outputs differed from transformers' by 0.4 to 0.6 (relative), and the answer may differ. \
 Make such an edge one pixel shorter beforehand, and both take the same grid.
 {% endif -%}
 - JPEG decoding differs by about one level in 255, and transparency is treated differently.
