@@ -1,4 +1,4 @@
-"""Makes the project's description on PyPI from README.md, whose relative links work in the repository only."""
+"""Makes the project's description on PyPI from README.md, whose relative links work only in the repository."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _LINK = re.compile(r"(?P<picture>!?)\[(?P<text>[^\]]*)\]\((?P<target>(?![a-z]+:|
 
 
 def repository() -> str | None:
-    """The address of this repository's files at this commit where a workflow of GitHub builds, else None."""
+    """The address of this repository's files at this commit, if a workflow of GitHub runs the build; otherwise None."""
     names = ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY", "GITHUB_SHA")
     server, name, commit = (os.environ.get(key) for key in names)
     return f"{server}/{name}/{{kind}}/{commit}/" if server and name and commit else None
 
 
 def description(readme: str, address: str | None) -> str:
-    """README.md for a reader who has not the repository beside it.
+    """README.md with its relative links made absolute, for readers outside of the repository.
 
     Args:
-        readme: the file's text.
-        address: what precedes a path in links, with ``{kind}`` for blob or raw. Where it is None, pictures are left
-            out and links become plain text, as a wrong address would be worse than none.
+        readme: text of the file.
+        address: beginning of links, before the path, with ``{kind}`` for blob or raw. If it is None, pictures are left
+            out and links become plain text, because a wrong address would be worse than none.
     """
 
     def replaced(link: re.Match[str]) -> str:
@@ -39,9 +39,9 @@ def description(readme: str, address: str | None) -> str:
 
 
 class DescriptionHook(MetadataHookInterface):
-    """Hatchling calls this for the field ``readme``, which pyproject.toml declares as dynamic."""
+    """Hatchling's hook for the field ``readme``, which pyproject.toml declares as dynamic."""
 
     def update(self, metadata: dict[str, Any]) -> None:
-        """Set the description."""
+        """Sets the description in the project's metadata."""
         text = (Path(self.root) / "README.md").read_text(encoding="utf-8")
         metadata["readme"] = {"content-type": "text/markdown", "text": description(text, repository())}

@@ -1,4 +1,4 @@
-"""Looks at the description that PyPI would show of the installed vlpack: it is there, and no link in it is relative."""
+"""Checks the description that PyPI would show of the installed vlpack: it exists, and no link in it is relative."""
 
 import re
 import sys

@@ -1,12 +1,12 @@
-"""The vision encoder's attention in forms that the CPU provider could run: speed, and the error against the fused one.
+"""Measures several forms of the vision encoder's attention on the CPU: speed, and the error against the fused form.
 
 - fused: MultiHeadAttention in fp32, which packages have. Without a mask it keeps a tile of scores in the cache (flash).
 - plain: MatMul, Softmax, MatMul; all scores are in memory.
-- sliced: the same, by slices of one head's queries.
-- int8: slices; a scale for the queries of a slice, one per key and one per channel of the values; exp(score - largest)
-  is rounded to 255 steps, and the sum is taken before that.
+- sliced: like plain, but for slices of the queries of one head at a time.
+- int8: like sliced, with a scale for the queries of a slice, one per key and one per channel of the values;
+  exp(score - largest) is rounded to 255 steps, and the sum is computed before rounding.
 
-q, k and v are Gaussian, so that attention is spread out, where rounding costs the most.
+q, k and v are Gaussian, so that attention is spread over many keys, which is the worst case for rounding.
 
 Usage: python benchmarks/attention.py [--patches 3072] [--heads 16] [--head-size 64] [--threads 2] [--rounds 10]
 """
@@ -116,7 +116,7 @@ FORMS = {
 
 
 def session(form: str, heads: int, size: int, slice_rows: int, threads: int) -> ort.InferenceSession:
-    """``q, k, v [1, S, heads · size] → y`` of the same shape."""
+    """A session that computes attention ``y`` from ``q``, ``k`` and ``v``, all ``[1, S, heads · size]``."""
     body = FORMS[form]
     sizes = {"HEADS": heads, "SIZE": size, "WIDTH": heads * size, "SLICE": slice_rows, "SCALE": size**-0.5}
     for name, value in sizes.items():
@@ -127,7 +127,7 @@ def session(form: str, heads: int, size: int, slice_rows: int, threads: int) -> 
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # initializers of bodies are hoisted, with a warning each
+    options.log_severity_level = 3  # each initializer that is moved out of a subgraph would give a warning
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
@@ -146,7 +146,7 @@ def main() -> None:
     (expected,) = made["fused", 0].run(None, inputs)
     wall = dict.fromkeys(forms, np.inf)
     cpu, error = dict(wall), dict(wall)
-    for _ in range(given.rounds):  # in turn, so that what else the machine does hits all
+    for _ in range(given.rounds):  # the forms take turns, so that other load affects all of them
         for key, run in made.items():
             started, worked = time.perf_counter(), time.process_time()
             (found,) = run.run(None, inputs)

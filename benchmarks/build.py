@@ -1,13 +1,14 @@
 """Builds the same checkpoint with vlpack and its peers: time, peak memory and size of each, and of copying it.
 
-Every build is a process of its own; its figures are the operating system's (wait4). Of several rounds the shortest
-counts, and the highest peak. Upstream's builder writes the text decoder alone, so vlpack's `--part text` stands beside
-its complete packages; OpenVINO's export writes all parts. ``others' cores`` are those that other programs kept busy
-meanwhile; a slow copy tells of a busy disk, and much wall time with little processor time of a build that was stopped.
+Every build runs in a process of its own; its figures come from the operating system (wait4). Of several rounds, the
+shortest time and the highest peak count. Upstream's builder writes the text decoder alone, so vlpack's `--part text` is
+measured as well as complete packages; OpenVINO's export writes all parts. ``others' cores`` is the number of cores that
+other programs kept busy meanwhile. A slow copy is a sign of a busy disk; much wall time with little processor time, of
+a stopped build.
 
 Usage: python benchmarks/build.py CHECKPOINT WORK_FOLDER [--only NAME ...] [--rounds N] [--output result.json]
        [--upstream-python PYTHON] [--openvino-python PYTHON]
-       (benchmarks/peers/make.py --environments makes both; what is not given is left out)
+       (benchmarks/peers/make.py --environments makes both environments; tools without one are left out)
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MACHINE = "import json, vlpack.evaluation.benchmark; print(json.dumps(vlpack.eva
 
 
 def commands(given: argparse.Namespace) -> dict[str, list[str]]:
-    """Name → command, to which the output folder is added."""
+    """Commands by name, to which the output folder is appended."""
     checkpoint = given.checkpoint
     ours = [sys.executable, "-m", "vlpack", "build", checkpoint]
     made: dict[str, list[Any]] = {"copy": ["cp", "-r", checkpoint]}
@@ -52,7 +53,7 @@ def size(folder: Path) -> int:
 
 def measure(command: list[str], output: Path, log: Path) -> dict[str, Any]:
     """Exit code, wall seconds, processor seconds, peak bytes, bytes written."""
-    shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted
+    shutil.rmtree(output, ignore_errors=True)  # output of an interrupted run
     with Others() as others, open(log, "wb") as file:
         started = time.perf_counter()
         process = subprocess.Popen([*command, str(output)], stdout=file, stderr=subprocess.STDOUT)

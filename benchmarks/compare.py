@@ -1,14 +1,14 @@
-"""vlpack beside its peers, on the same works in one run: the time to the first token, a later token, memory, load.
+"""Compares vlpack with its peers on the same tasks in one run: time to the first token, later tokens, memory, loading.
 
-Every round asks each of them in a process of its own, after reading the model's files once, so that other work on the
-machine affects all of them and no model is loaded from a colder disk than another. A process answers ``--answers``
-times, and no prompt or image is repeated. Two times to the first token are distinguished: cold is that of the first
-request, which pays for everything that is prepared then (together with loading, it is the wait of a command line); warm
-is the best of the later requests (the wait of a server's users). Figures are the best and the worst of the rounds, and
-ratios compare the best ones. ``cores`` and ``others'`` are the numbers of cores that it and all other programs kept
-busy meanwhile, in the least disturbed round: repeat the run if others' are above a tenth or so, or if its own are few
-(it was stopped). Each is compared with the best peer whose weights have as many bits. Peers that are not given are left
-out; benchmarks/peers/make.py makes them and prints the options. The name of a peer's file ends with its kind: `-int8`,
+In every round each tool runs in a process of its own, after its model's files were read once, so that other work on the
+machine affects all tools and all models come from the system's file cache. A process answers ``--answers`` times, and
+no prompt or image is repeated. Two times to the first token are distinguished: cold is that of the first request, which
+pays for everything that is prepared then (together with loading, it is the wait of a command line); warm is the best of
+the later requests (the wait of a server's users). Figures are the best and the worst of the rounds, and ratios compare
+the best ones. ``cores`` and ``others'`` are the numbers of cores that the tool and all other programs kept busy in the
+least disturbed round: repeat the run if others' are above about 0.1, or if the tool's own are few (it was stopped).
+Each tool is compared with the best peer whose weights have as many bits. Peers that are not given are left out;
+benchmarks/peers/make.py makes them and prints the options. The name of a peer's file ends with its kind: `-int8`,
 `-q4_0.gguf`.
 
 Usage: python benchmarks/compare.py --vlpack PACKAGE [PACKAGE ...] [--upstream FOLDER] [--llama FILE.gguf ... --node
@@ -35,15 +35,15 @@ from vlpack.evaluation.benchmark import machine
 
 PEERS = Path(__file__).parent / "peers"
 LIMIT = 1800
-"""Seconds that one work may take."""
+"""Largest number of seconds for one task."""
 
 Runs = dict[str, dict[str, list[dict[str, Any]]]]
-"""Work → who → one result for each round."""
+"""Results of all rounds, by task and tool."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A command to which works are added, the folder it runs in, the model's files, and whether it takes images.
+    """A tool: the command to which tasks are appended, its folder, the model's files, and whether it takes images.
 
     ``bits`` is the number of bits of the decoder's weights.
     """
@@ -95,7 +95,7 @@ def bits_of(package: Path) -> int | None:
 
 
 def one(arguments: list[str]) -> None:
-    """vlpack in the form of the peers' scripts: PACKAGE THREADS NEW_TOKENS REPEAT WORK …"""
+    """A command for vlpack with the arguments of the peers' scripts: PACKAGE THREADS NEW_TOKENS REPEAT WORK …"""
     from importlib.metadata import version
 
     from vlpack.evaluation.benchmark_worker import work
@@ -110,7 +110,7 @@ def one(arguments: list[str]) -> None:
 
 
 def read(model: Path) -> tuple[float, int]:
-    """Seconds to read a model's files once, and their bytes."""
+    """Reads a model's files once; returns the seconds that this took and the number of bytes."""
     files = [model] if model.is_file() else [path for path in model.rglob("*") if path.is_file()]
     buffer, total = bytearray(1 << 22), 0
     started = time.perf_counter()
@@ -122,8 +122,8 @@ def read(model: Path) -> tuple[float, int]:
 
 
 def measure(contender: Contender, name: str) -> dict[str, Any] | None:
-    """One work of one contender; None, and a word on standard error, where it fails."""
-    read(contender.model)  # into the system's cache
+    """Measures one task with one tool; if it fails, returns None and prints a message to standard error."""
+    read(contender.model)  # loads the files into the system's cache
     seconds, size = read(contender.model)
     try:
         with Others() as others:
@@ -196,7 +196,7 @@ def main() -> None:
                     results.setdefault(work, {}).setdefault(name, []).append(found)
                     warm = "" if found["warm"] is None else f", warm {found['warm']:.2f} s"
                     print(f"round {number + 1}: {work}: {name}: cold {found['first']:.2f} s{warm}", file=sys.stderr)
-            if given.output:  # as it goes, since an hour of it may be interrupted
+            if given.output:  # written after every task, because a run takes long and may be interrupted
                 whole = {"machine": machine(), **settings, "results": results}
                 given.output.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     print(table(results))
@@ -228,7 +228,7 @@ def peers_of(bits: int | None, rows: dict[str, list[dict[str, Any]]]) -> list[di
 
 
 def span(runs: list[dict[str, Any]], key: str, scale: float, digits: int) -> str:
-    """Best and worst."""
+    """The best and the worst value, as text."""
     values = [run[key] for run in runs if run[key] is not None]
     if not values:
         return "-"

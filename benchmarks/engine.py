@@ -1,12 +1,12 @@
-"""Many requests at once in `vlpack.Engine`, beside the same ones one at a time in `vlpack.load`.
+"""Measures many requests at once in `vlpack.Engine`, compared with the same requests one at a time in `vlpack.load`.
 
-Every prompt is random words, so that none begins as another. For each number of requests: seconds until all answers are
-there, tokens of answers a second in all, and a step's time once all have begun. Before it, in the same process but with
-only one of the two in memory at a time, the requests one at a time. ``others`` is how many cores other programs kept
-busy meanwhile: repeat the run where that is above a tenth or so.
+Every prompt consists of random words, so that no two have a common prefix. For each number of requests, it measures the
+seconds until all answers are finished, the total number of tokens per second, and the time of a decoding step when all
+answers are running. Before, the requests run one at a time in the same process, with only one of the two in memory.
+``others`` is the number of cores that other programs kept busy meanwhile: repeat the run if it is above about 0.1.
 
-With ``--long N`` a prompt of N tokens arrives while one answer is on its way: the times between that answer's tokens
-before and meanwhile.
+With ``--long N`` a prompt of N tokens arrives while one answer is running; the times between that answer's tokens are
+measured before and during the processing of the prompt.
 
 Usage: python benchmarks/engine.py PACKAGE [--requests 1 2 4 8] [--prompt 512] [--new 64] [--threads N] [--image WxH]
        [--long 2048] [--skip-alone] [--output result.json]
@@ -33,7 +33,7 @@ GREEDY = vlpack.Sampling(temperature=0)
 
 
 def prompts(maker: Any, count: int, size: int, image: str | None, seed: int) -> list[Prompt]:
-    """Conversations of one question: random words, and an image where one is asked for."""
+    """Prompts of one question each: random words, and an image if its size is given."""
     rng = np.random.default_rng(seed)
     made = []
     for number in range(count):
@@ -41,7 +41,7 @@ def prompts(maker: Any, count: int, size: int, image: str | None, seed: int) -> 
         images = [picture(*map(int, image.split("x")), seed + number)] if image else []
         prompt = maker.prompt(words, images)
         surplus = prompt.input_ids.size - size
-        if not image and surplus > 0:  # cut within the words, so that the end is the template's
+        if not image and surplus > 0:  # removes words and not the end, which belongs to the template
             ids = prompt.input_ids[0]
             half = len(ids) // 2 - surplus // 2
             ids = np.concatenate([ids[:half], ids[half + surplus :]])
@@ -51,7 +51,7 @@ def prompts(maker: Any, count: int, size: int, image: str | None, seed: int) -> 
 
 
 def together(engine: vlpack.Engine, asked: list[Prompt], new: int) -> dict[str, Any]:
-    """All requests at the same time."""
+    """Measures all requests at the same time."""
     began = time.perf_counter()
     with Others() as others:
         handles = [engine.submit(prompt, max_tokens=new, sampling=GREEDY) for prompt in asked]
@@ -71,7 +71,7 @@ def together(engine: vlpack.Engine, asked: list[Prompt], new: int) -> dict[str, 
 
 
 def steps(engine: vlpack.Engine, asked: list[Prompt], new: int) -> dict[str, Any]:
-    """Answers to prompts that the slots hold already: decoding alone."""
+    """Measures decoding alone: answers to prompts that the slots contain already."""
     before = engine.counters.steps
     began = time.perf_counter()
     with Others() as others:
@@ -87,7 +87,7 @@ def steps(engine: vlpack.Engine, asked: list[Prompt], new: int) -> dict[str, Any
 
 
 def meanwhile(engine: vlpack.Engine, short: Prompt, long: Prompt) -> dict[str, Any]:
-    """Times between an answer's tokens before a long prompt comes and while it is shown."""
+    """Measures the times between an answer's tokens before a long prompt arrives and while it is processed."""
     times: list[float] = []
     handle = engine.submit(short, max_tokens=4000, sampling=GREEDY)
     arrived = None

@@ -1,4 +1,4 @@
-"""Feeds vlpack thousands of damaged checkpoints, adapters, packages and images, and counts what comes of them.
+"""Feeds vlpack thousands of damaged checkpoints, adapters, packages and images, and counts the results.
 
 Packages are of two kinds: damaged ones that are inspected, and forged ones, whose manifests match, that are run.
 
@@ -44,10 +44,10 @@ from vlpack.package.manifest import MANIFEST, _sealed
 from vlpack.preprocess import load_image
 
 KINDS = {"checkpoint": 5, "package": 2, "adapter": 2, "image": 1, "forged": 0}
-"""What is damaged, and how often; forged packages by ``--kind forged`` alone, as the runtime takes its time."""
+"""The kinds of damaged inputs with their frequencies; forged packages need ``--kind forged``, because they are slow."""
 SECONDS = 20
 ABOVE = 3 << 30
-"""Address space that an input may take beyond what the process has to begin with."""
+"""Largest address space that an input may take, in addition to that of the process at the start."""
 
 ODD: list[Any] = [
     None,
@@ -72,7 +72,7 @@ ODD += [{}, {"a": {}}, "\x00", "9" * 400, [1] * 5000, ["model"] * 3, "{% for x i
 
 
 def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
-    """Flip, cut, insert, repeat or overwrite a few bytes."""
+    """Flips, cuts, inserts, repeats or overwrites a few bytes."""
     changed = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         place, length = rng.randrange(len(changed) + 1), rng.randint(1, 64)
@@ -91,7 +91,7 @@ def mutate_bytes(data: bytes, rng: random.Random) -> bytes:
 
 
 def mutate_json(data: bytes, rng: random.Random) -> bytes:
-    """Change, remove or add a value somewhere in the document."""
+    """Changes, removes or adds a value somewhere in the document."""
     root = json.loads(data)
     for _ in range(rng.randint(1, 3)):
         node: Any = root
@@ -122,7 +122,7 @@ def mutate_header(data: bytes, rng: random.Random) -> bytes:
 
 
 def damage_checkpoint(folder: Path, rng: random.Random) -> str:
-    """Change one file of a checkpoint; returns its name."""
+    """Changes one file of a checkpoint; returns its name."""
     path = rng.choice(sorted(folder.iterdir()))
     data = path.read_bytes()
     if path.suffix == ".safetensors":
@@ -147,7 +147,7 @@ def fuzz_checkpoint(source: Path, work: Path, rng: random.Random) -> str:
 
 
 def build_from(damaged: Path, source: Path, work: Path, **options: Any) -> None:
-    """Build, and see that nothing but the package is left; the damaged folder goes, whatever comes."""
+    """Builds a package and checks that nothing else is left behind; always removes the damaged folder."""
     try:
         build(source, work / "package", threads=1, **options)
     finally:
@@ -171,10 +171,10 @@ def fuzz_package(package: Path, work: Path, rng: random.Random) -> str:
 
 
 def fuzz_forged(package: Path, work: Path, rng: random.Random) -> str:
-    """A package whose texts were changed and whose manifest was made to match, loaded and asked.
+    """Loads and asks a package whose text files were changed and whose manifest was made to match.
 
-    In a process of its own: the runtime is native code, and a crash of it must be seen. Graphs and weights are left
-    whole, as what they make the runtime do is not vlpack's.
+    This runs in a process of its own, so that a crash of the native runtime is detected. Graphs and weights are not
+    changed, because their effects in the runtime are not vlpack's responsibility.
     """
     folder = work / "package"
     link(package, folder)
@@ -215,14 +215,14 @@ def seal(folder: Path) -> None:
 
 
 def in_a_process(work: Callable[[], None]) -> str:
-    """How ``work`` ends in a process of its own: nothing, VlpackError, another exception's text, or a signal."""
+    """Runs ``work`` in a process of its own; returns its end: nothing, VlpackError, another exception or a signal."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         said = ""
         try:
             signal.alarm(SECONDS)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the runtime's own code does not listen to Python
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # native code would delay a Python handler
             work()
         except VlpackError:
             said = "VlpackError"
@@ -283,7 +283,7 @@ def pictures() -> list[bytes]:
 
 
 def prepare(checkpoint: Path, base: Path) -> None:
-    """The valid inputs, which must be seen to be valid."""
+    """Makes the valid inputs and checks that they are valid."""
     shutil.copytree(checkpoint, base / "checkpoint")
     build(base / "checkpoint", base / "package", precision="int4", threads=1)
     make_adapter(base / "checkpoint", base / "adapter")

@@ -1,6 +1,6 @@
-"""One matrix through every kernel that could multiply by it: speed for many rows and for one, and the error.
+"""Measures every kernel that can multiply by one matrix: speed for many rows and for one row, and the error.
 
-The error is against the fp32 product with fp32 weights, so it holds the rounding of weights and of activations.
+The error is against the fp32 product with fp32 weights, so it includes the rounding of weights and of activations.
 
 Usage: python benchmarks/kernels.py [--rows 512] [--in-features 2048] [--out-features 6144] [--threads 2]
 """
@@ -21,7 +21,7 @@ MICROSOFT = "com.microsoft"
 
 
 def session(op_type: str, weights: dict[str, np.ndarray], threads: int, **attributes: object) -> ort.InferenceSession:
-    """A graph of one node: ``y = op(x, *weights)``."""
+    """A session of a graph with one node: ``y = op(x, *weights)``."""
     domain = "" if op_type == "MatMul" else MICROSOFT
     node = helper.make_node(op_type, ["x", *weights], ["y"], domain=domain, **attributes)
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", "size"]) for name in ("x", "y")]
@@ -91,7 +91,7 @@ def main() -> None:
     rng = np.random.default_rng(0)
     weight = (rng.standard_normal((arguments.out_features, arguments.in_features)) * 0.02).astype(np.float32)
     x = rng.standard_normal((arguments.rows, arguments.in_features)).astype(np.float32)
-    x /= np.abs(x).max(axis=1, keepdims=True)  # as vlpack's graphs give it to DynamicQuantizeMatMul
+    x /= np.abs(x).max(axis=1, keepdims=True)  # scaled by row, as in vlpack's graphs
     exact = x @ weight.T
     print(f"| kernel | {arguments.rows} rows, GFLOP/s | 1 row, ms | error |\n| --- | --- | --- | --- |")
     for name, kernel in kernels(weight, arguments.threads).items():

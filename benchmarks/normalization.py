@@ -1,7 +1,7 @@
-"""What wrong image_mean and image_std do: vision features and answers of the shipped checkpoint under other settings.
+"""Measures the effect of wrong image_mean and image_std on vision features and answers of the shipped checkpoint.
 
-The features are fp32, of the 24 shipped images. The error is the relative L2 distance to those of the right settings,
-by image: the median and the largest, for the merged features and for the worst DeepStack level.
+The features are those of the 24 shipped images in fp32. The error is the relative L2 distance from those with the
+correct settings for each image: its median and maximum, for the merged features and for the worst DeepStack level.
 
 Usage: python benchmarks/normalization.py
 """
@@ -33,7 +33,7 @@ SETTINGS = {
 
 
 def measure(folder: Path, name: str) -> tuple[list[np.ndarray], list[str], int]:
-    """Features by image, [levels, tokens · H]; all answers; how many are right."""
+    """Features of each image, [levels, tokens · H]; all answers; and the number of correct answers."""
     source = shutil.copytree(examples_folder() / "digits-qwen3-vl", folder / "checkpoint")
     path = source / "preprocessor_config.json"
     mean, std = SETTINGS[name]

@@ -1,4 +1,4 @@
-"""Logits of every token by plain onnxruntime, from a package for onnxruntime-genai whose head is not pruned."""
+"""Computes the logits of every token with plain onnxruntime, from an onnxruntime-genai package with a full head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TYPES = {"tensor(int8)": np.int8, "tensor(float16)": np.float16}
 
 
 def decoder_of(package: Path) -> dict[str, Any]:
-    """The decoder's section of the package's settings."""
+    """The ``decoder`` section of the package's genai_config.json."""
     config = json.loads((package / "genai_config.json").read_text(encoding="utf-8"))
     decoder: dict[str, Any] = config["model"]["decoder"]
     return decoder
@@ -29,7 +29,7 @@ def logits(package: Path, ids: Array, threads: int) -> Iterator[Array]:
     decoder = decoder_of(package)
     session = ort.InferenceSession(package / decoder["filename"], options, providers=["CPUExecutionProvider"])
     ports = {port.name: port for port in session.get_inputs()}
-    # upstream's graphs have names in place of the sizes; an 8-bit cache of vlpack's has rows of another width
+    # upstream's graphs have names instead of sizes; the rows of vlpack's 8-bit cache have another width
     sizes = {1: decoder["num_key_value_heads"], 2: 0, 3: decoder["head_size"]}
     past = {
         name: np.zeros(

@@ -1,7 +1,7 @@
 """Puts results into docs/benchmarks.md: the tables between its marks, and the plots beside it.
 
-Figures come from files that compare.py, build.py, quality.py with the peers' quality scripts, and `vlpack bench` wrote,
-never from a hand. What is not given keeps what it has.
+All figures come from files that compare.py, build.py, quality.py, the peers' quality scripts and `vlpack bench` have
+written; none is written by hand. Tables without a given file are not changed.
 
 Usage: python benchmarks/page.py [--compare compare.json] [--images compare.json] [--build build.json ...]
        [--bench result.json ...] [--docs FOLDER]
@@ -31,7 +31,7 @@ def machine(result: dict[str, Any]) -> str:
 
 
 def compared(result: dict[str, Any]) -> str:
-    """Who was compared, where, and how they did."""
+    """The Markdown of a comparison: machine, tools, and a table of results."""
     rounds = (
         f"{result['threads']} threads, {result['new_tokens']} new tokens, {result['rounds']} rounds, "
         f"{result['answers']} answer{'s' * (result['answers'] != 1)} in each process"
@@ -42,7 +42,7 @@ def compared(result: dict[str, Any]) -> str:
 
 
 def built(results: list[dict[str, Any]]) -> str:
-    """A table for each checkpoint."""
+    """The Markdown of the builds: a table for each checkpoint."""
     heads = (f"{result['checkpoint']} ({result['bytes'] / 1e9:.2f} GB), {machine(result)}:" for result in results)
     return "\n\n".join(
         f"{head}\n\n{build.table(result['builds'])}" for head, result in zip(heads, results, strict=True)
@@ -50,7 +50,7 @@ def built(results: list[dict[str, Any]]) -> str:
 
 
 def benched(results: list[dict[str, Any]]) -> str:
-    """What `vlpack bench` found."""
+    """The Markdown of results of `vlpack bench`."""
     heads = ("package", "prompt", "tokens", "first token", "preprocessing", "vision", "prefill", "a token", "memory")
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     loads = []
@@ -71,7 +71,7 @@ def benched(results: list[dict[str, Any]]) -> str:
 
 
 def images(result: dict[str, Any]) -> str:
-    """A plot of the time to the first token over an image's size: that of later requests if all results have it."""
+    """A plot of the time to the first token by image size, for later requests if all results have them."""
     rows = {work: found for work, found in result["results"].items() if "x" in work}
     runs = [run for found in rows.values() for each in found.values() for run in each]
     warm = all(run.get("warm") is not None for run in runs)
@@ -98,7 +98,7 @@ def memory(results: list[dict[str, Any]]) -> str:
 
 
 def fill(page: str, name: str, content: str) -> str:
-    """The page with what is between a name's marks replaced.
+    """The page with the text between a name's marks replaced.
 
     Raises:
         ValueError: the page has no such marks.

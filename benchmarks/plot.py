@@ -1,4 +1,4 @@
-"""A line chart as SVG, written by hand: no library, the same bytes for the same figures, readable on dark pages too."""
+"""Writes line charts as SVG without a library: the same bytes for the same figures, readable on dark pages, too."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from itertools import pairwise
 WIDTH, HEIGHT = 720, 400
 LEFT, RIGHT, TOP, BOTTOM = 64, 190, 44, 56
 COLORS = ("#0b62c4", "#d1495b", "#2e8b57", "#8e5ea2", "#c77700", "#5b6770")
-"""Told apart by people who see red and green alike, with the marks' help."""
+"""Colors that, together with the marks, can be distinguished by people with red-green color blindness."""
 
 Points = list[tuple[float, float]]
 
 
 def ticks(highest: float, about: int = 5) -> list[float]:
-    """From 0 to above the highest, in steps of 1, 2 or 5."""
+    """Ticks from 0 to above the highest value, in steps of 1, 2 or 5 times a power of 10."""
     step = 10 ** math.floor(math.log10(highest / about))
     step *= next(factor for factor in (1, 2, 5, 10) if highest / (step * factor) <= about)
     return [number * step for number in range(math.ceil(highest / step - 1e-9) + 1)]
 
 
 def mark(kind: int, x: float, y: float, color: str) -> str:
-    """Circle, square, diamond, triangle."""
+    """A mark of a line: a circle, square, diamond or triangle."""
     if kind % 4 == 0:
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{color}"/>'
     shapes = (
@@ -39,7 +39,7 @@ def text(x: float, y: float, words: str, anchor: str = "middle", more: str = "")
 
 
 def spread(places: list[float], least: float) -> list[float]:
-    """Labels' heights, in order of the places, pushed apart where they would touch."""
+    """Heights of labels in the order of their places, moved apart where they would touch."""
     order = sorted(range(len(places)), key=places.__getitem__)
     moved = list(places)
     for before, after in pairwise(order):
@@ -52,11 +52,11 @@ def chart(title: str, across: str, up: str, series: dict[str, Points], labels: d
     """An SVG of lines from 0, each with its name at its end.
 
     Args:
-        title: above it.
+        title: title above the chart.
         across: name and unit of the horizontal axis.
-        up: of the vertical one.
-        series: name → points.
-        labels: of places on the horizontal axis, instead of round numbers.
+        up: name and unit of the vertical axis.
+        series: points of each line, by name.
+        labels: labels of places on the horizontal axis, instead of round numbers.
 
     Raises:
         ValueError: there is nothing to draw.

@@ -1,4 +1,4 @@
-"""How near vlpack's packages are to the fp32 model: KL divergence, likeliest tokens, bits per weight.
+"""Measures the quality of vlpack's packages against the fp32 model: KL divergence, likeliest tokens, bits per weight.
 
 Each build is measured on SmolLM2-135M with its channels permuted (`mild`), and on the same function with planted
 outliers (`outliers`, see tests/checkpoint_copies.py), in plain onnxruntime. A build is the options of `vlpack build` in
@@ -37,7 +37,7 @@ BUILDS = (
 
 
 def named(build: str) -> tuple[str, list[str]]:
-    """The row's name, and the options of a build.
+    """The name of a row and the options of its build, from an argument of ``--build``.
 
     Raises:
         ValueError: quotes do not match, or there is no option.
@@ -52,7 +52,7 @@ def named(build: str) -> tuple[str, list[str]]:
 
 
 def describe(options: list[str]) -> str:
-    """Options as a reader of the table wants them: values, with the names of those that do not speak for themselves."""
+    """The options of a build as shown in the table: values, with the option's name where a value alone is not clear."""
     words: list[str] = []
     option = ""
     for word in options:
@@ -65,7 +65,7 @@ def describe(options: list[str]) -> str:
 
 
 def bits(package: Path) -> tuple[float, float]:
-    """Bits per weight of the decoder's matrices and of the head, by the package's manifest."""
+    """Bits per weight of the decoder's matrices and of the head, according to the package's manifest."""
     manifest = json.loads((package / "vlpack.json").read_text(encoding="utf-8"))
     weights = {name: weight for part in manifest["parts"].values() for name, weight in part["weights"].items()}
 

@@ -1,4 +1,4 @@
-"""The table and the plot of what quality.py and the peers' quality scripts measured, for page.py."""
+"""Makes the table and the plot of the results of quality.py and the peers' quality scripts, for page.py."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ HEADS = (
     "who", "bits per weight", "of the head", "KL", "top-1", "KL with outliers", "top-1 with outliers",
 )  # fmt: skip
 UNQUANTIZED = 16
-"""Bits per weight from which on a row is a control: it shows that its runtime computes the same model."""
+"""Number of bits per weight from which on a row is only a control that its runtime computes the same model."""
 
 Rows = dict[str, dict[str, dict[str, Any]]]
-"""Who → model → a row of quality_scores."""
+"""Rows of quality_scores by tool and model."""
 
 
 def merged(results: list[dict[str, Any]]) -> Rows:
-    """The rows of all files; those with the most bits first, and among equals the nearest."""
+    """The rows of all files, ordered by descending bits, then by ascending KL divergence."""
     rows: Rows = {}
     for result in results:
         for row in result["quality"]:
@@ -54,19 +54,19 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def digits(value: float) -> int:
-    """Behind the point, so that small figures have two that count."""
+    """Number of decimals with which small figures have two significant digits."""
     return 4 if value < 0.1 else 3
 
 
 def chart(
     results: list[dict[str, Any]], timing: dict[str, Any] | None = None, timed: dict[str, str] | None = None
 ) -> str:
-    """KL against bits per weight for each model, and against the time of a token where that is known.
+    """The plot: KL divergence by bits per weight for each model, and by time per token where it is known.
 
     Args:
         results: files of the quality scripts.
         timing: a file of compare.py.
-        timed: who in the quality files → who in the timing; equal names need not be given.
+        timed: names in the timing by names in the quality files; equal names can be omitted.
     """
     rows = merged(results)
     whose = sorted({name.split()[0] for name in rows}, key=lambda who: (who != "vlpack", who))

@@ -1,4 +1,4 @@
-"""How near a quantized model's logits are to the fp32 model's, and the files that every quality script shares.
+"""Compares a quantized model's logits with the fp32 model's, and names the files that all quality scripts share.
 
 The folder that `quality.py --prepare` fills has for each of `MODELS` a checkpoint, and the logits that transformers
 computes with it in fp32. For all of them it has `TOKENS` (int64, [texts, tokens]) and `CALIBRATION`, the ids and texts
@@ -25,24 +25,24 @@ CALIBRATION = "calibration.json"
 
 
 def reference_file(work: Path, model: str) -> Path:
-    """float32 logits, [texts, tokens, vocabulary]."""
+    """Path of the reference: float32 logits [texts, tokens, vocabulary]."""
     return work / f"{model}-reference.npy"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One quantized model's figures.
+    """The figures of one quantized model.
 
     Args:
         model: one of `MODELS`.
-        name: who made it, and how.
+        name: tool and options that made it.
         kl: mean KL(fp32 ‖ quantized), in nats per token.
-        error: standard error of that, over texts.
-        top1: share of tokens after which both find the same token likeliest.
+        error: standard error of the mean KL over texts.
+        top1: share of tokens after which both models find the same token most likely.
         bits: bits per weight of the decoder's matrices, scales and zero points included.
         head: bits per weight of the head.
         texts: the mean KL of each text, in their order.
-        version: of the peer.
+        version: version of the tool.
     """
 
     model: str
@@ -57,7 +57,7 @@ class Row:
 
 
 def log_softmax(rows: Array) -> Array:
-    """float64 log-probabilities of ``rows [tokens, vocabulary]``."""
+    """Log-probabilities of logits ``rows [tokens, vocabulary]``, float64."""
     shifted = rows.astype(np.float64) - rows.max(axis=1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
 
@@ -78,7 +78,7 @@ def divergence(expected: Array, found: Array) -> tuple[float, float]:
 
 
 def score(work: Path, model: str, name: str, logits: Iterable[Array], bits: float, head: float, version: str) -> Row:
-    """Compare the logits of each text, [tokens, vocabulary], with the reference's."""
+    """Compares the logits of each text, [tokens, vocabulary], with the reference's."""
     reference = np.load(reference_file(work, model), mmap_mode="r")
     each = [divergence(expected, found) for expected, found in zip(reference, logits, strict=True)]
     kls, agreed = (np.array(values) for values in zip(*each, strict=True))
@@ -89,7 +89,7 @@ def score(work: Path, model: str, name: str, logits: Iterable[Array], bits: floa
 
 
 def save(path: Path, rows: Iterable[Row]) -> None:
-    """Put rows into a result file, in the place of earlier rows of the same model and name."""
+    """Adds rows to a result file; they replace earlier rows of the same model and name."""
     whole: dict[str, Any] = {"quality": []}
     if path.exists():
         whole = json.loads(path.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
-"""How much of the machine was used while something was measured, by it and by others.
+"""Measures how many cores this process and other programs used during a measurement.
 
-Figures from a busy machine, and of a process that somebody stopped for a while, show that they are.
+With these figures, results from a busy machine, or of a process that was stopped for a while, can be recognized.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ STATISTICS = Path("/proc/stat")
 
 
 def _busy() -> float | None:
-    """Seconds that all cores have worked since the start, those that the hypervisor took included."""
+    """Seconds that all cores have worked since the start, including time that the hypervisor took."""
     if not STATISTICS.is_file():
         return None
     user, nice, system, _, _, *more = map(int, STATISTICS.read_text().splitlines()[0].split()[1:9])
@@ -27,11 +27,11 @@ def _own() -> float:
 
 
 class Others:
-    """While it is entered; then how many cores others, and this process with its children, kept busy on average.
+    """A context manager that measures the average numbers of busy cores between its entry and its exit.
 
     Args:
-        cores: of others; None where nobody tells.
-        own: of this process and of children that have ended. Near 0 it has waited, or was stopped.
+        cores: number of cores that other programs kept busy; None if the system does not report it.
+        own: number of cores that this process and its finished children kept busy; near 0 if it waited or was stopped.
     """
 
     def __init__(self) -> None:
@@ -48,5 +48,5 @@ class Others:
         started, busy, own = self._begun
         seconds, worked, now = time.perf_counter() - started, _own() - own, _busy()
         self.own = round(worked / seconds, 2)
-        if busy is not None and now is not None:  # which ticks of 10 ms can make a little less than nothing
+        if busy is not None and now is not None:  # the resolution of 10 ms could make the difference slightly negative
             self.cores = max(0.0, round((now - busy - worked) / seconds, 2))

@@ -1,4 +1,4 @@
-"""Scatter plots side by side as one SVG, with logarithmic vertical axes, in the style of plot.py."""
+"""Draws scatter plots side by side as one SVG, with logarithmic vertical axes, in the style of plot.py."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from html import escape
 from plot import COLORS, mark, text, ticks
 
 Spots = list[tuple[float, float, str]]
-"""Horizontal value, vertical value, label."""
+"""A mark: its horizontal value, vertical value and label."""
 PANEL_WIDTH, PANEL_HEIGHT = 470, 470
 PANEL_LEFT, PANEL_RIGHT, PANEL_TOP, PANEL_BOTTOM = 62, 14, 66, 50
 LABEL = 10.5
-"""Size of the labels' letters."""
+"""Font size of the labels."""
 FAR = 11
-"""A label that is farther from its mark is joined to it by a line."""
+"""Distance above which a label is connected with its mark by a line."""
 
 
 def decades(lowest: float, highest: float) -> list[float]:
@@ -30,24 +30,24 @@ def decades(lowest: float, highest: float) -> list[float]:
 
 
 Box = tuple[float, float, float, float]
-"""Left, top, right, bottom."""
+"""A box: left, top, right, bottom."""
 
 
 def overlap(one: Box, other: Box) -> float:
-    """The area that two boxes share."""
+    """The area of the intersection of two boxes."""
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(width, 0.0) * max(height, 0.0)
 
 
 def near(place: tuple[float, float], box: Box) -> tuple[float, float]:
-    """The point of a box that is nearest to a place."""
+    """The point of a box that is nearest to a given point."""
     (x, y), (left, top, right, bottom) = place, box
     return min(max(x, left), right), min(max(y, top), bottom)
 
 
 def label_boxes(places: list[tuple[float, float]], words: list[str], frame: Box) -> list[Box]:
-    """Where each label stands: as near to its mark as it can without hiding a mark or a label, and inside the frame."""
+    """The boxes of labels: close to their marks, inside the frame, and without covering marks or other labels."""
     taken: list[Box] = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
     made = []
     for (x, y), label in zip(places, words, strict=True):
@@ -118,8 +118,8 @@ def panels(title: str, drawn: list[tuple[str, str, str, dict[str, Spots]]]) -> s
     """An SVG of scatter plots side by side, with one legend.
 
     Args:
-        title: above all of them.
-        drawn: title, name of the horizontal axis, name of the vertical one, and group → spots, of each.
+        title: title above all plots.
+        drawn: title, names of the horizontal and the vertical axis, and marks by group, for each plot.
 
     Raises:
         ValueError: there is nothing to draw.

@@ -1,6 +1,6 @@
 """Writes a checkpoint of a real model's sizes with random bfloat16 weights, for measuring time and memory.
 
-Which tensors there are is asked of vlpack's own architectures, so a config is all that a size needs.
+The list of tensors comes from vlpack's own architectures, so a size is defined by its configuration alone.
 
 Usage: python benchmarks/synthetic.py {2b,4b,8b,30b-a3b} FOLDER [--layers N] [--experts LAYOUT] [--tokenizer FOLDER]
 """
@@ -29,8 +29,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "8b": {"text": (4096, 36, 32, 8, 12288), "vision": (27, 1152, 4304), "deepstack": [8, 16, 24], "tied": False},
     "30b-a3b": {"text": (2048, 48, 32, 4, 6144), "vision": (27, 1152, 4304), "deepstack": [8, 16, 24], "tied": False},
 }
+"""Sizes of Qwen3-VL's public configurations, by name.
+
+Text: hidden size, layers, heads, key-value heads, intermediate size. Vision: depth, hidden size, intermediate size.
+"""
 EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
-"""hidden, layers, heads, kv heads, intermediate; depth, hidden, intermediate: Qwen3-VL's public configs."""
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
@@ -84,7 +87,7 @@ def config(size: str, layers: int | None = None) -> dict[str, Any]:
 
 
 def tensors(values: dict[str, Any], layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the model."""
+    """The name and the shape of every tensor of the model."""
     architecture = ARCHITECTURES[values["architectures"][0]](values)
     if isinstance(architecture, MixtureOfExperts):
         architecture.layout = layout
@@ -94,7 +97,7 @@ def tensors(values: dict[str, Any], layout: Layout) -> dict[str, tuple[int, ...]
 
 
 def write(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """One safetensors file; the random values come from a pool, entered at random places."""
+    """Writes one safetensors file; the random values are taken from a pool at random places."""
     rng = np.random.default_rng(0)
     pool = (rng.standard_normal(1 << 24, dtype=np.float32) * 0.02).astype(ml_dtypes.bfloat16)
     header, end = {}, 0

@@ -1,4 +1,4 @@
-"""Pages of the site that are made from other files: the command-line reference, and files of the repository's root.
+"""Makes pages of the site from other files: the command-line reference, and files of the repository's root.
 
 mkdocs.yml names this file. The pages exist only while the site is built, so none of them can be out of date.
 """
@@ -22,11 +22,11 @@ from typer.models import ArgumentInfo, OptionInfo
 
 ROOT = Path(__file__).parents[1]
 COPIES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
-"""File of the repository → page of the site."""
+"""Pages of the site by files of the repository."""
 ELSEWHERE = re.compile(
     r"\[([^\]]+)\]\((?:\.\./)?(?:LICENSE|SECURITY\.md|\.ci/run|\.github/[^)]*|(?:examples|benchmarks|src|tests)/[^)]*)\)"
 )
-"""Links to files that are no pages of the site; their text is kept."""
+"""Links to files that are not pages of the site; only their text is kept."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -38,7 +38,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """A page's links to files of the repository's root, as the site has them; mkdocs calls this for every page."""
+    """Replaces a page's links to files of the repository's root by links of the site; called for every page."""
     for name, page in COPIES.items():
         markdown = markdown.replace(f"](../{name}", f"]({page}")
     markdown = re.sub(r"<!-- file: (\S+) -->", lambda mark: as_code(ROOT / mark[1]), markdown)
@@ -46,20 +46,20 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def as_code(file: Path) -> str:
-    """A file of the repository as a block of code."""
+    """A file of the repository as a Markdown code block."""
     language = {".py": "python", ".c": "c"}[file.suffix]
     return f"```{language}\n{file.read_text(encoding='utf-8')}```"
 
 
 def as_page(text: str) -> str:
-    """A file of the repository's root with links as a page of the site needs them."""
+    """The text of a file of the repository's root, with its links changed to links of the site."""
     for name, page in COPIES.items():
         text = text.replace(f"]({name}", f"]({page}")
     return ELSEWHERE.sub(r"\1", text).replace("](docs/", "](")
 
 
 def command_line_reference() -> str:
-    """The page of the command that is installed as ``vlpack``."""
+    """The reference page of the command that is installed as ``vlpack``."""
     (entry,) = (entry for entry in entry_points(group="console_scripts") if entry.name == "vlpack")
     return reference(importlib.import_module(entry.module).app)
 
@@ -93,11 +93,11 @@ class Parameter:
     """One argument or option of a command.
 
     Args:
-        name: of the function's parameter.
-        kind: the type of its value; of one value, where several can be given.
-        many: several values can be given.
-        info: what typer was told of it.
-        default: its value where it is not given; `inspect.Parameter.empty` where it must be.
+        name: name of the function's parameter.
+        kind: type of its value, or of one value if several can be given.
+        many: whether several values can be given.
+        info: typer's description of the parameter.
+        default: default value; `inspect.Parameter.empty` if the parameter is required.
     """
 
     name: str
@@ -108,7 +108,7 @@ class Parameter:
 
     @classmethod
     def read(cls, name: str, parameter: inspect.Parameter) -> Parameter:
-        """A parameter of a function that is annotated with ``Annotated[TYPE, typer.Option(…)]`` or ``Argument``."""
+        """Reads a function's parameter that is annotated with ``Annotated[TYPE, typer.Option(…)]`` or ``Argument``."""
         kind, info = get_args(parameter.annotation)
         (kind,) = {*(get_args(kind) if isinstance(kind, UnionType) else (kind,))} - {NoneType}
         many = get_origin(kind) is list
@@ -120,14 +120,14 @@ class Parameter:
 
     @property
     def names(self) -> Sequence[str]:
-        """An option's names; typer keeps the first of those that were given where a default would be."""
+        """The names of an option; typer keeps the first of the given names in the field for the default."""
         first = self.info.default
         given = [*([first] if isinstance(first, str) else []), *(self.info.param_decls or ())]
         return [name for names in given for name in names.split("/")] or [f"--{self.name.replace('_', '-')}"]
 
     @property
     def value(self) -> str:
-        """What stands for the value; empty for a switch."""
+        """The placeholder of the value; empty for a switch."""
         if self.kind is bool:
             return ""
         kinds = {int: "NUMBER", float: "NUMBER", Path: "PATH"}
@@ -138,21 +138,21 @@ class Parameter:
 
     @property
     def in_usage(self) -> str:
-        """How an argument is shown in the line of usage; empty for options that may be left out."""
+        """The form of a parameter in the usage line; empty for optional options."""
         if isinstance(self.info, ArgumentInfo):
             return self.value if self.required else f"[{self.value}]"
         return f"{self.names[0]} {self.value}" if self.required else ""
 
     @property
     def spelling(self) -> str:
-        """How it is written on the command line, as Markdown."""
+        """The spelling of a parameter on the command line, as Markdown."""
         names = self.names if isinstance(self.info, OptionInfo) else [""]
         shown = (" ".join(filter(None, [name, self.value])) for name in names)
         return "<br>".join(f"`{text}`" for text in shown)
 
     @property
     def meaning(self) -> str:
-        """Its help, with the default where the help does not tell it, as Markdown."""
+        """The help of a parameter as Markdown, with the default if the help does not mention it."""
         text = one_line(self.info.help)
         if self.required:
             text += " Required."

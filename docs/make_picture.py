@@ -1,7 +1,7 @@
-"""Makes docs/chat.png: `vlpack chat` in a terminal, beside the images that it is shown.
+"""Makes docs/chat.png: a picture of `vlpack chat` in a terminal, beside the images that the conversation is about.
 
-The package is built from the checkpoint that ships with vlpack, and what the picture shows is what the program printed:
-pexpect types into it, pyte is the terminal, and chromium draws the terminal's screen.
+The package is built from the checkpoint that ships with vlpack, and the picture shows the program's real output:
+pexpect types the input, pyte emulates the terminal, and chromium draws the terminal's screen.
 
 Usage: python docs/make_picture.py     (needs pip install '.[test]' and chromium)
 """
@@ -28,7 +28,7 @@ from vlpack.shipped import examples_folder
 COLUMNS, LINES = 64, 20
 FIRST, SECOND = "01.png", "23.png"
 TYPED = ("Read the digits.", "/reset", f"/image {SECOND}", "Read the digits.")
-"""Without /reset the small checkpoint answers badly: it was trained on single questions."""
+"""Input lines. /reset is needed because the checkpoint was trained on single questions and not on conversations."""
 COLORS = {"default": "#cdd6f4", "green": "#a6e3a1", "brown": "#f9e2af", "cyan": "#89dceb", "red": "#f38ba8"}
 PAGE = """<!doctype html><meta charset="utf-8"><style>
 * {{ margin: 0; box-sizing: border-box }}
@@ -40,7 +40,7 @@ img {{ display: block; max-height: 140px; max-width: 220px; margin-bottom: 6px; 
 
 
 class Terminal:
-    """A program in a terminal of its own."""
+    """A program that runs in a pseudo-terminal."""
 
     def __init__(self, command: list[str], folder: Path) -> None:
         environment = {**os.environ, "TERM": "xterm-256color"}
@@ -48,7 +48,7 @@ class Terminal:
             command[0], command[1:], dimensions=(LINES, COLUMNS), cwd=str(folder), env=environment, timeout=60
         )
         self.screen = pyte.Screen(COLUMNS, LINES)
-        self.screen.write_process_input = self.child.send  # it answers where the cursor is
+        self.screen.write_process_input = self.child.send  # answers the program's question for the cursor's position
         self.stream = pyte.ByteStream(self.screen)
 
     @property
@@ -66,13 +66,13 @@ class Terminal:
                 continue
 
     def say(self, line: str) -> None:
-        """A line, and what comes until the program is ready for the next."""
+        """Types a line and waits until the program is ready for the next one."""
         before = self.text
         self.child.send(line + "\r")
         self.until(lambda: self.text.endswith("\n>") and self.text != before and line in self.text)
 
     def as_html(self, head: list[str]) -> str:
-        """The screen with colors, below lines that stood there before the program began."""
+        """The screen with colors as HTML, below the lines that precede the program's output."""
         lines = [f'<span style="color:{COLORS["green"]}">$</span> {html.escape(line)}' for line in head]
         for row in range(self.text.count("\n") + 1):
             line = ""

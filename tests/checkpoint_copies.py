@@ -1,9 +1,9 @@
-"""Copies of a Qwen2 or Llama checkpoint that compute the same function and are harder, or fairer, to quantize.
+"""Makes copies of a Qwen2 or Llama checkpoint that compute the same function, for fair tests of quantization.
 
 `permuted` moves every hidden and every intermediate channel to another place. Weights that were quantized in blocks
-before they were published (SmolLM2's are Q4_1 here) then have no blocks in common with whoever quantizes them again.
-`planted` gives them the outliers that larger models have and SmolLM2 has not: channels that are large after the norms,
-and large products of gate and up, with the columns that read them made small by the same factors.
+before they were published (SmolLM2's are Q4_1 here) then lie in other blocks than the publisher's.
+`planted` adds the outliers that larger models have and SmolLM2 lacks: channels that are large after the norms,
+and large products of gate and up. The columns that read them become smaller by the same factors.
 
 Usage: python tests/checkpoint_copies.py CHECKPOINT FOLDER [--permute] [--plant]
 """
@@ -21,21 +21,21 @@ import numpy as np
 import numpy.typing as npt
 
 Tensors = dict[str, npt.NDArray[Any]]
-"""Name → float32 tensor, by the checkpoint's names."""
+"""Float32 tensors by their names in the checkpoint."""
 Change = Callable[[Tensors, int], Tensors]
 
 READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
-"""The norms of a layer, and the matrices that read what each gives."""
+"""The norms of a layer, each with the matrices that read its output."""
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
 """The matrices of a layer whose rows are added to the hidden state."""
 
 NORM_OUTLIERS, UP_OUTLIERS = 6, 8
 """Channels of each norm, and rows of each up_proj, that become outliers."""
 FACTORS = (10.0, 60.0)
-"""Outliers are as many times larger, drawn evenly between these."""
+"""Bounds of the uniformly drawn factors by which outliers are larger."""
 
 
 def _layer(layer: int) -> str:
@@ -43,7 +43,7 @@ def _layer(layer: int) -> str:
 
 
 def permuted(tensors: Tensors, layers: int, seed: int = 0) -> Tensors:
-    """The same function with the hidden channels, and each layer's intermediate channels, in another order."""
+    """A copy with the hidden channels, and each layer's intermediate channels, in another order."""
     random, made = np.random.default_rng(seed), dict(tensors)
     order = random.permutation(tensors["model.norm.weight"].size)
     made["model.norm.weight"] = tensors["model.norm.weight"][order]
@@ -64,7 +64,7 @@ def permuted(tensors: Tensors, layers: int, seed: int = 0) -> Tensors:
 
 
 def planted(tensors: Tensors, layers: int, seed: int = 1) -> Tensors:
-    """The same function with `NORM_OUTLIERS` after each norm of a layer and `UP_OUTLIERS` before each down_proj."""
+    """A copy with `NORM_OUTLIERS` outliers after each norm of a layer and `UP_OUTLIERS` before each down_proj."""
     random = np.random.default_rng(seed)
     made = {name: tensor.copy() for name, tensor in tensors.items()}
 
@@ -86,7 +86,7 @@ def planted(tensors: Tensors, layers: int, seed: int = 1) -> Tensors:
 
 
 def write_copy(source: Path, target: Path, *changes: Change) -> Path:
-    """Write a checkpoint's copy into a new folder, changed in turn; weights become float32 in one file."""
+    """Writes a copy of a checkpoint to a new folder, with all changes applied in turn, as float32 in one file."""
     from safetensors.numpy import load_file, save_file
 
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))

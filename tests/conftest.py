@@ -1,4 +1,4 @@
-"""What the parity tests share: checkpoints, packages and references are made once per session and kept."""
+"""Fixtures of the parity tests: checkpoints, packages and references, each made once per session."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Tiny], Path]:
-    """The folder of a tiny checkpoint."""
+    """Returns the folder of a tiny checkpoint."""
     made: dict[Tiny, Path] = {}
 
     def get(tiny: Tiny) -> Path:
@@ -29,7 +29,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Tiny], Pat
 
 @pytest.fixture(scope="session")
 def built(checkpoint: Callable[[Tiny], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The folder of its package; fp32 unless told otherwise, options as strings of the command line."""
+    """Returns the folder of a tiny checkpoint's package, by default in fp32; options are strings, as in a shell."""
     from vlpack.builder import build
     from vlpack.options import parse_extra_options
 
@@ -49,7 +49,7 @@ def built(checkpoint: Callable[[Tiny], Path], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def package(built: Callable[..., Path]) -> Callable[..., Package]:
-    """The sessions of its package, arguments as for `built`; logits of every position unless told otherwise."""
+    """Returns the sessions of a package; arguments as for `built`, but by default with logits of every position."""
     from parity import Package
 
     made: dict[Path, Package] = {}
@@ -67,7 +67,7 @@ def package(built: Callable[..., Path]) -> Callable[..., Package]:
 
 @pytest.fixture(scope="session")
 def reference(checkpoint: Callable[[Tiny], Path]) -> Callable[[Tiny], Reference]:
-    """The checkpoint in transformers."""
+    """Returns the reference: a tiny checkpoint in transformers."""
     import torch
 
     from parity import Reference

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of the other families, in transformers' own classes, named as published ones are or as today's."""
+"""Tiny checkpoints of the other families, made with transformers' classes, with tensor names of transformers 4 or 5."""
 
 from __future__ import annotations
 
@@ -57,14 +57,15 @@ class Member:
     """A checkpoint of a family.
 
     Args:
-        name: of the test.
-        config_class: of transformers.
-        model_class: of transformers.
-        text: settings of the decoder beside `TEXT`.
-        vision: settings of the vision encoder beside `VISION`; None for text models.
-        tied: the head's weight is the embedding's.
-        old: as the Hub's checkpoints are: flat config, ``rope_scaling``, names without ``language_model``.
-        fused: a mixture's experts are in one tensor, as transformers 5 holds them in memory.
+        name: name of the test case.
+        config_class: name of the configuration's class in transformers.
+        model_class: name of the model's class in transformers.
+        text: settings of the decoder in addition to `TEXT`.
+        vision: settings of the vision encoder in addition to `VISION`; None for text models.
+        tied: whether the head shares the embedding's weight.
+        old: whether the checkpoint has transformers 4's form: a flat config, ``rope_scaling``, and tensor names without
+            ``language_model``.
+        fused: whether a mixture's experts are in one tensor, as in transformers 5's memory.
     """
 
     name: str
@@ -81,14 +82,14 @@ class Member:
 
     @property
     def model(self) -> Any:
-        """The class in transformers."""
+        """The model's class in transformers."""
         import transformers
 
         return getattr(transformers, self.model_class)
 
 
 def make_member(folder: Path, member: Member) -> Path:
-    """Write the checkpoint into ``folder``."""
+    """Writes the checkpoint of a member to ``folder``."""
     import torch
     import transformers
     from safetensors.torch import save_file
@@ -125,7 +126,7 @@ def make_member(folder: Path, member: Member) -> Path:
 
 
 def _age(folder: Path) -> None:
-    """Config and tensor names as transformers 4 published them."""
+    """Changes the config and the tensor names to those of transformers 4."""
     from safetensors.numpy import load_file, save_file
 
     path = folder / "config.json"

@@ -1,7 +1,7 @@
-"""The weights that a package keeps of a checkpoint, in the checkpoint's own basis, and the inputs that it rounds.
+"""The dequantized weights of a package in the checkpoint's own basis, and its rounded inputs, for comparisons.
 
-Both follow from the checkpoint and the policy alone: weights are balanced and rotated, rounded, and brought back. No
-graph is asked, so that one which does not undo what was done to its weights differs from transformers with these.
+Both are computed from the checkpoint and the policy alone: weights are balanced, rotated, rounded and transformed back.
+Graphs are not used, so a graph that does not undo the transforms of its weights differs from transformers with these.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vlpack.tasks import GENERATE
 
 
 def rounded(weight: np.ndarray, storage: Storage) -> np.ndarray:
-    """The values that ``storage`` keeps of a weight [rows, cols]."""
+    """A weight [rows, cols], encoded by ``storage`` and decoded again."""
     if isinstance(storage, ChannelInt8):
         return dequantize_rows(*quantize_rows(weight))
     if isinstance(storage, Blocks):
@@ -36,20 +36,20 @@ def rounded(weight: np.ndarray, storage: Storage) -> np.ndarray:
         if not storage.narrow:
             blocks = blocks._replace(scales=blocks.scales.astype(storage.dtype))
         return dequantize_blocks(blocks, weight.shape[1], storage.bits)
-    dtype: str = getattr(storage, "dtype")  # noqa: B009 (of the storages that are left)
+    dtype: str = getattr(storage, "dtype")  # noqa: B009 (all remaining storages have it)
     return weight.astype(dtype).astype(np.float32)
 
 
 class Kept:
-    """The matrices of a package of that precision, by the names of the checkpoint's tensors.
+    """The dequantized matrices of a package, by the names of the checkpoint's tensors.
 
-    A tied head has the name ``lm_head.weight``, as it may be stored otherwise than the embedding. The rows that score
-    its likeliest tokens again are ``lm_head_candidates.weight``.
+    A tied head has the name ``lm_head.weight``, because it may be stored differently than the embedding. The rows
+    that score its likeliest tokens again are ``lm_head_candidates.weight``.
 
     Attributes:
-        weights: name → the values that the package keeps, ``[rows, cols]``.
-        declared: name → the weight of the graph that the tensor is, or is a part of.
-        scales: of its balanced channels.
+        weights: dequantized values ``[rows, cols]`` by tensor name.
+        declared: weights of the graph by the name of a tensor that they contain.
+        scales: scales of the package's balanced channels.
     """
 
     def __init__(
@@ -75,16 +75,16 @@ class Kept:
             self.declared[name] = weight
 
     def __call__(self, name: str, weight: np.ndarray) -> np.ndarray:
-        """As `parity.Reference.with_weights` takes it: the values in place of ``weight [rows, cols]``."""
+        """The values that replace ``weight [rows, cols]``; a function for `parity.Reference.with_weights`."""
         assert self.weights[name].shape == weight.shape, name
         return self.weights[name]
 
     def inputs(self, name: str, rounding: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """What the package makes of a matrix's input, in the checkpoint's basis.
+        """A function that transforms and rounds a matrix's input as the package does, and transforms it back.
 
         Args:
-            name: of the matrix.
-            rounding: of a tensor ``[.., cols]`` of torch, to 8 bits.
+            name: name of the matrix.
+            rounding: function that rounds a torch tensor ``[.., cols]`` to 8 bits.
         """
         import torch
 
@@ -102,7 +102,7 @@ class Kept:
         return kept
 
     def products(self, name: str, sums: np.ndarray) -> np.ndarray:
-        """``Σ xᵀx`` of what the package multiplies by a matrix, from that ``sums [cols, cols]`` of its input ``x``."""
+        """``Σ xᵀx`` of a matrix's transformed inputs, from the ``sums [cols, cols]`` of its original inputs."""
         transform = self.declared[name].transform
         change = np.eye(len(sums))
         if transform.reads is not None:
@@ -113,7 +113,7 @@ class Kept:
 
 
 def named_rows(weight: Weight) -> Iterator[tuple[str, int, int]]:
-    """The checkpoint's tensors that a weight contains, each with its rows; heads have names of their own."""
+    """Yields the names and rows of the checkpoint tensors that a weight contains; heads have names of their own."""
     if weight.path in ("lm_head", "lm_head_candidates"):
         yield f"{weight.path}.weight", 0, weight.rows
         return

@@ -1,6 +1,6 @@
-"""Checkpoints as larger trained models are, without a change of what they compute: channels permuted, outliers planted.
+"""Makes checkpoints resemble larger trained models without a change of the function: permutation and planted outliers.
 
-All functions take and return tensors by their Hugging Face names, numpy arrays of floats; what is given stays as it is.
+All functions take and return numpy arrays of floats by their Hugging Face tensor names, and do not change their input.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ READERS = {
     "norm": ("linear_fc1",),
     "ln_q": ("mlp.0",),
 }
-"""A norm's name → the modules beside it that multiply its output, of those that a family has."""
+"""The modules that read a norm's output, by the norm's name; each family has some of them."""
 
 LAYER = re.compile(r"(?:layers|blocks)\.(\d+)\.")
 
 
 def permute(tensors: Mapping[str, np.ndarray], seed: int) -> Tensors:
-    """A text model without experts, with the hidden and intermediate channels in a random order.
+    """Permutes the hidden and intermediate channels of a text model without experts at random.
 
-    Weights that were dequantized lie on the grid of their publisher's blocks; no block of the permuted ones does.
+    Dequantized weights lie on the grid of their publisher's blocks; after the permutation, no block does.
     """
     changed, random = dict(tensors), np.random.default_rng(seed)
     table = next(name for name in tensors if name.endswith("embed_tokens.weight"))
@@ -60,17 +60,18 @@ def plant(
     rows: int = 8,
     seed: int = 1,
 ) -> Tensors:
-    """Outliers in the norms' outputs and in what up_proj makes.
+    """Plants outliers in the outputs of norms and of up_proj.
 
     Args:
-        tensors: of a decoder, an encoder or both.
-        layers: of each, counted from the first, that get outliers; norms outside layers get them too if others read
-            them and no head does.
-        channels: of every norm that are multiplied by ``low`` to ``high``, the columns of its readers divided.
-        low: the smallest factor.
-        high: the largest factor.
-        rows: of every up_proj that are multiplied, likewise, the columns of down_proj divided.
-        seed: of the choice of channels and factors.
+        tensors: tensors of a decoder, a vision encoder or both.
+        layers: number of layers, from the first on, that get outliers; norms outside of layers get them too if modules
+            other than the head read their output.
+        channels: number of channels of every norm that are multiplied by ``low`` to ``high``; the columns of the
+            modules that read them are divided by the same factors.
+        low: smallest factor.
+        high: largest factor.
+        rows: number of rows of every up_proj that are multiplied; down_proj's columns are divided by the same factors.
+        seed: seed of the choice of channels and factors.
     """
     changed, random = dict(tensors), np.random.default_rng(seed)
 
@@ -82,7 +83,7 @@ def plant(
 
     def multiply(name: str, by: np.ndarray, axis: int) -> None:
         values = changed[name]
-        by = np.tile(by, values.shape[axis] // len(by))  # joined patches have a norm's channels several times
+        by = np.tile(by, values.shape[axis] // len(by))  # merged patches contain a norm's channels several times
         by = by.reshape([-1 if place == axis % values.ndim else 1 for place in range(values.ndim)])
         changed[name] = (values * by).astype(values.dtype)
 
@@ -111,7 +112,7 @@ def plant(
 def plant_values(
     tensors: Mapping[str, np.ndarray], size: int, channels: int = 3, low: float = 10, high: float = 60, seed: int = 1
 ) -> Tensors:
-    """Outliers in the values that decoders' attention sums up, in heads of ``size``: v_proj against o_proj."""
+    """Plants outliers in the values of the decoder's attention heads of ``size``: v_proj grows, o_proj shrinks."""
     changed, random = dict(tensors), np.random.default_rng(seed)
     for name in sorted(tensors):
         if not name.endswith("self_attn.v_proj.weight"):
@@ -129,7 +130,7 @@ def plant_values(
 
 
 def _readers(tensors: Mapping[str, np.ndarray], parent: str, norm: str) -> Iterator[tuple[str, int]]:
-    """The tensors that multiply a norm's output, and the axis of each along which its channels are."""
+    """The tensors that read a norm's output, each with the axis of its input channels."""
     for reader in READERS.get(norm, ()):
         if f"{parent}.{reader}.weight" in tensors:
             yield f"{parent}.{reader}.weight", 1
@@ -138,7 +139,7 @@ def _readers(tensors: Mapping[str, np.ndarray], parent: str, norm: str) -> Itera
             if re.fullmatch(rf"{re.escape(parent)}\.mlp\.experts\.\d+\.(gate|up)_proj\.weight", name):
                 yield name, 1
         if f"{parent}.mlp.experts.gate_up_proj" in tensors:
-            # [E, 2 · I, H], or turned: [E, H, 2 · I]; down_proj has I where the other has 2 · I
+            # [E, 2 · I, H], or transposed: [E, H, 2 · I]; down_proj has I instead of 2 · I
             shape = tensors[f"{parent}.mlp.experts.down_proj"].shape
             hidden = len(tensors[f"{parent}.{norm}.weight"])
             yield f"{parent}.mlp.experts.gate_up_proj", 2 if shape[1] == hidden else 1

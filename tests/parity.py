@@ -1,4 +1,4 @@
-"""Both sides of every comparison: a checkpoint in live transformers, and its package's graphs in onnxruntime."""
+"""Both sides of a parity test: a checkpoint in live transformers, and the graphs of its package in onnxruntime."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Grid = tuple[int, int, int]
 
 
 def relative(value: Any, reference: Any) -> float:
-    """The distance of two arrays of one shape, as a share of the reference's length."""
+    """The relative L2 error of an array: its distance from the reference, divided by the reference's norm."""
     value, reference = np.asarray(value, np.float64), np.asarray(reference, np.float64)
     assert value.shape == reference.shape, f"{value.shape} is not {reference.shape}"
     return float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
@@ -27,7 +27,7 @@ def relative(value: Any, reference: Any) -> float:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A prompt: ``ids [B, S]``, ``pixels [patches, ..]``, ``grid [images, 3]`` (both empty for text)."""
+    """A prompt: ``ids [B, S]``, and ``pixels [patches, …]`` and ``grid [images, 3]``, which are empty for text."""
 
     ids: np.ndarray
     pixels: np.ndarray
@@ -35,14 +35,14 @@ class Inputs:
 
 
 def make_inputs(tiny: Tiny, *rows: tuple[Grid, ...], text: int = 5, seed: int = 0) -> Inputs:
-    """A batch of prompts with these images between random words; the rows must come out equally long."""
+    """A batch of prompts with images between random words; all rows must have the same length."""
     key = repr((tiny.pixels, tiny.merge, rows, text, seed))
     random = np.random.default_rng(zlib.crc32(key.encode()))
     ids = []
     for grids in rows:
         row = list(random.integers(0, FIRST_SPECIAL, text))
         for frames, height, width in grids:
-            # one frame after the other, each between its own markers, as Qwen3-VL has its videos
+            # each temporal patch has markers of its own, as in Qwen3-VL's videos
             frame = [VISION_START, *[IMAGE] * (height * width // tiny.merge**2), VISION_END]
             row += frame * frames + list(random.integers(0, FIRST_SPECIAL, 2))
         ids.append(row)
@@ -53,17 +53,17 @@ def make_inputs(tiny: Tiny, *rows: tuple[Grid, ...], text: int = 5, seed: int = 
 
 @dataclass(frozen=True)
 class Expected:
-    """What transformers makes of a prompt."""
+    """The outputs of transformers for a prompt."""
 
     merged: np.ndarray  # [tokens, H]
-    levels: list[np.ndarray]  # of DeepStack, [tokens, H] each
+    levels: list[np.ndarray]  # features of the DeepStack levels, [tokens, H] each
     embeds: np.ndarray  # [B, S, H]
     logits: np.ndarray  # [B, S, V]
     positions: np.ndarray  # [3, B, S]
 
 
 class Reference:
-    """A checkpoint in transformers: float32, eager attention."""
+    """The reference: a checkpoint in transformers, in float32 with eager attention."""
 
     def __init__(self, folder: Path) -> None:
         import torch
@@ -75,7 +75,7 @@ class Reference:
         self._seen: dict[bytes, Expected] = {}
 
     def __call__(self, inputs: Inputs) -> Expected:
-        """The forward pass, remembered."""
+        """The outputs of a forward pass, which are cached."""
         key = inputs.ids.tobytes() + inputs.pixels.tobytes() + inputs.grid.tobytes()
         if key not in self._seen:
             self._seen[key] = self.forward(inputs)
@@ -97,7 +97,7 @@ class Reference:
                 vision = core.visual(pixels, grid_thw=grid)
                 merged, levels = vision.pooler_output.numpy(), [x.numpy() for x in vision.deepstack_features]
                 embeds = embeds.masked_scatter((ids == IMAGE)[..., None], vision.pooler_output)
-                # in the prompt every frame is an image of its own
+                # in the prompt, every temporal patch is an image of its own
                 frames = torch.repeat_interleave(grid, grid[:, 0], dim=0)
                 frames[:, 0] = 1
                 positions, _ = core.get_rope_index(ids, kinds, image_grid_thw=frames)
@@ -107,7 +107,7 @@ class Reference:
         return Expected(merged, levels, embeds.numpy(), logits.numpy(), positions.numpy())
 
     def generate(self, arrays: Mapping[str, np.ndarray], tokens: int) -> list[int]:
-        """The greedy answer to a prompt's arrays; its end is ignored."""
+        """The greedy answer to a prompt's arrays; end tokens do not end it."""
         import torch
 
         ids = torch.tensor(arrays["input_ids"]).long()
@@ -121,14 +121,14 @@ class Reference:
             return_dict_in_generate=True,
         )  # fmt: skip
         best = torch.stack(out.scores)[:, 0].topk(2).values
-        # a tie within float noise would make the comparison a coin toss
+        # two almost equal logits would make the comparison depend on rounding errors
         margin = float((best[:, 0] - best[:, 1]).min())
         assert margin > 1e-4, f"top two logits {margin:.1g} apart: choose another seed"
         return out.sequences[0, ids.shape[1] :].tolist()
 
     @contextmanager
     def with_weights(self, change: Callable[[str, np.ndarray], np.ndarray]) -> Iterator[None]:
-        """For a while, matrices are what ``change(name, weight [out, in])`` makes of them; a tied head is untied."""
+        """A context in which every matrix is replaced by ``change(name, weight [out, in])``; a tied head is untied."""
         import torch
 
         head, embedding = self.model.lm_head, self.model.model.language_model.embed_tokens
@@ -153,7 +153,7 @@ class Reference:
 
 
 def dtype_of(port: Any) -> type[np.generic]:
-    """Of a cache's input, as `Package.run` takes it."""
+    """The dtype of a graph's cache input."""
     return np.int8 if port.type == "tensor(int8)" else np.float32
 
 
@@ -172,7 +172,7 @@ class Package:
         }
 
     def run(self, part: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
-        """One graph; floats are given in the type it declares."""
+        """Runs one graph; floats are converted to the type of the input."""
         session = self.sessions[part]
         types = {port.name: port.type for port in session.get_inputs()}
         halves = {k: v.astype(np.float16) for k, v in inputs.items() if types.get(k) == "tensor(float16)"}
@@ -180,7 +180,7 @@ class Package:
         return dict(zip(names, session.run(names, {**inputs, **halves}), strict=True))
 
     def features(self, inputs: Inputs, packed: bool = False) -> np.ndarray:
-        """``image_features``, of all images at once or, as the runtime does with unequal ones, one by one."""
+        """The ``image_features`` of all images, from one call or, as in the runtime for unequal images, several."""
         width = self.sessions["embedding"].get_inputs()[1].shape[1] if "embedding" in self.sessions else 0
         if not len(inputs.grid):
             return np.zeros((0, width), np.float32)
@@ -197,13 +197,13 @@ class Package:
         )
 
     def embed(self, ids: np.ndarray, features: np.ndarray) -> dict[str, np.ndarray]:
-        """``inputs_embeds`` and, with DeepStack, its channel."""
+        """The embedding graph's outputs: ``inputs_embeds`` and, with DeepStack, ``per_layer_inputs``."""
         return self.run("embedding", input_ids=ids, image_features=features)
 
     def decode(
         self, tokens: Mapping[str, np.ndarray], positions: np.ndarray, past: Mapping[str, np.ndarray] | None = None
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Logits, and the cache as the next call takes it; ``tokens`` are ids or what `embed` gives."""
+        """The logits, and the cache for the next call; ``tokens`` are ids or outputs of `embed`."""
         batch, length = positions.shape[1:]
         ports = [p for p in self.sessions["decoder"].get_inputs() if p.name.startswith("past_key_values")]
         past = past or {p.name: np.zeros((batch, p.shape[1], 0, p.shape[3]), dtype_of(p)) for p in ports}
@@ -213,5 +213,5 @@ class Package:
         return logits, {name.replace("present", "past_key_values"): value for name, value in out.items()}
 
     def logits(self, inputs: Inputs, positions: np.ndarray, packed: bool = False) -> np.ndarray:
-        """The whole way, in one pass."""
+        """The logits of a prompt after all graphs, in one pass."""
         return self.decode(self.embed(inputs.ids, self.features(inputs, packed)), positions)[0]

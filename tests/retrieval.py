@@ -1,4 +1,4 @@
-"""Tiny embedding models and rerankers, and what transformers makes of them by the recipes that QwenLM publishes."""
+"""Tiny embedding models and rerankers, and reference results by transformers and the recipes that QwenLM publishes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ END = "<|endoftext|>"
 PAD = "<|image_pad|>"
 YES, NO = 2046, 2047
 AREA = 256
-"""Square pixels of an image token of the tiny vision encoder."""
+"""Area in pixels of an image token of the tiny vision encoder."""
 
 TEXT = Member("Qwen3 tied", "Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 32}, tied=True)
 BIASED = Member("Qwen3 biased", "Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 16, "attention_bias": True})
@@ -27,11 +27,11 @@ RERANKER_STEPS = ("base.modules.Transformer", "cross_encoder.modules.LogitScore"
 
 
 def make_text(folder: Path, member: Member = TEXT) -> Path:
-    """A text checkpoint; its tokenizer knows yes and no and ends a text, as Qwen3-Embedding's does."""
+    """Makes a text checkpoint whose tokenizer knows yes and no and adds an end token, like Qwen3-Embedding's."""
     from safetensors.numpy import load_file, save_file
 
     make_member(folder, member)
-    if not member.tied:  # with the rows as they are all scores would be next to 1
+    if not member.tied:  # with unchanged rows all scores would be close to 1
         tensors = load_file(folder / "model.safetensors")
         tensors["lm_head.weight"][[YES, NO]] *= 0.1
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -39,14 +39,14 @@ def make_text(folder: Path, member: Member = TEXT) -> Path:
 
 
 def make_vision(folder: Path, **settings: Any) -> Path:
-    """A checkpoint that sees; its tokenizer knows yes and no."""
+    """Makes a vision-language checkpoint whose tokenizer has the tokens yes and no."""
     return _finish(make_checkpoint(folder, Tiny(**{"seed": 4, **settings})), ends=False)
 
 
 def _finish(folder: Path, *, ends: bool) -> Path:
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text(encoding="utf-8"))
-    # in place of the last two words: transformers numbers the special tokens after the vocabulary's size
+    # they replace the last two words, because transformers numbers special tokens from the vocabulary's size on
     words = [word for word, number in tokenizer["model"]["vocab"].items() if number not in (YES, NO)]
     tokenizer["model"]["vocab"] = {word: number for number, word in enumerate([*words, "yes", "no"])}
     tokenizer["model"]["merges"][-2:] = [["y", "es"], ["n", "o"]]
@@ -61,7 +61,7 @@ def _finish(folder: Path, *, ends: bool) -> Path:
 
 
 def add_steps(folder: Path, steps: Sequence[str], **settings: Any) -> None:
-    """modules.json, and the settings of its second step."""
+    """Writes modules.json of sentence-transformers and the settings of its second step."""
     names = [f"{number}_{step.rpartition('.')[2]}" for number, step in enumerate(steps)]
     modules = [
         {"idx": number, "name": str(number), "path": name if number else "", "type": f"sentence_transformers.{step}"}
@@ -77,7 +77,7 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
 
 
 class Recipe:
-    """A checkpoint in transformers, one input after the other: no padding and no batch."""
+    """The reference: a checkpoint in transformers, which processes one input at a time without padding."""
 
     def __init__(self, folder: Path) -> None:
         import torch
@@ -90,7 +90,7 @@ class Recipe:
         self.body = transformers.AutoModel.from_pretrained(folder, **options).eval()
 
     def hidden(self, ids: list[int], images: Any = None) -> np.ndarray:
-        """The last token's hidden state after the final norm."""
+        """The hidden state of the last token after the final norm."""
         import torch
 
         tokens = torch.tensor([ids])
@@ -103,7 +103,7 @@ class Recipe:
             return self.body(**arguments).last_hidden_state[0, -1].numpy()
 
     def rows(self) -> np.ndarray:
-        """The head's rows of yes and no."""
+        """The rows of the head for yes and no."""
         import torch
         import transformers
 
@@ -115,7 +115,7 @@ class Recipe:
         return hidden / np.linalg.norm(hidden)
 
     def text(self, text: str) -> np.ndarray:
-        """Embedding of a text."""
+        """The embedding of a text."""
         return self.embedding(self.hidden(self.tokenizer(text)["input_ids"]))
 
     def seen(self, system: str, parts: list[dict[str, Any]]) -> np.ndarray:

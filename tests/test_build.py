@@ -38,7 +38,7 @@ def read(folder: Path, image: str = "00.png") -> str:
     return Model(folder).generate(READ, [IMAGES / image], max_tokens=16, sampling=Sampling(temperature=0)).text
 
 
-# the same bytes
+# reproducible builds
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4", "fp16"])
@@ -70,7 +70,9 @@ def test_no_path_and_no_time_in_the_package(source: Path, tmp_path: Path) -> Non
         assert re.findall(rb"20\d\d-\d\d-\d\d|\d\d:\d\d:\d\d", data) == [] or file.endswith(".data"), file
 
 
-def test_the_name_of_a_source_given_as_a_dot(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_a_source_given_as_a_relative_path(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(source)
     build(".", tmp_path / "package", part="embedding")
     assert json.loads((tmp_path / "package" / "vlpack.json").read_text())["source"]["name"] == "checkpoint"
@@ -81,7 +83,7 @@ def test_the_name_of_a_source_given_as_a_dot(source: Path, tmp_path: Path, monke
 
 def test_untied(source: Path, tmp_path: Path) -> None:
     def untie(tensors: dict[str, Tensor]) -> None:
-        # rows turned by one token: a head that were the embedding's would answer otherwise
+        # the head's rows are shifted by one token, so that using the embedding instead would change the answer
         width = 2 * tensors[EMBEDDING].shape[1]
         data = tensors[EMBEDDING].data
         tensors["lm_head.weight"] = tensors[EMBEDDING]
@@ -109,8 +111,8 @@ def options(*pairs: str) -> Any:
     return parse_extra_options(pairs)
 
 
-def test_a_tied_checkpoint_that_holds_its_head_too(source: Path, tmp_path: Path) -> None:
-    # transformers 4 wrote it in some versions; where it is another matrix, its releases disagree on what counts
+def test_a_tied_checkpoint_that_also_contains_its_head(source: Path, tmp_path: Path) -> None:
+    # some versions of transformers 4 wrote it; if it differs from the embedding, versions disagree on which is used
     edit_tensors(source, lambda tensors: tensors.update({"lm_head.weight": tensors[EMBEDDING]}))
     build(source, tmp_path / "package")
     assert read(tmp_path / "package") == "3\n5"
@@ -121,7 +123,7 @@ def test_a_tied_checkpoint_that_holds_its_head_too(source: Path, tmp_path: Path)
         tensors["lm_head.weight"] = head._replace(data=head.data[:last_row_zero] + bytes(2 * 256))
 
     edit_tensors(source, differ)
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight is another matrix"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from"):
         build(source, tmp_path / "other")
 
 
@@ -129,7 +131,7 @@ def test_no_generation_config(source: Path, tmp_path: Path) -> None:
     (source / "generation_config.json").unlink()
     build(source, tmp_path / "package")
     config = json.loads((tmp_path / "package" / "genai_config.json").read_text())
-    assert config["model"]["eos_token_id"] == 2050  # config.json's
+    assert config["model"]["eos_token_id"] == 2050  # the end token of config.json
     assert config["search"]["do_sample"] is False
     assert not (tmp_path / "package" / "generation_config.json").exists()
     assert read(tmp_path / "package") == "3\n5"
@@ -146,9 +148,9 @@ def test_no_tokenizer_config(source: Path, tmp_path: Path) -> None:
     result = build(source, tmp_path / "package")
     assert [note for note in result.notes if "no tokenizer_config.json" in note] == list(result.notes)
     assert len(result.notes) == 1
-    with pytest.raises(RuntimeError, match=r"tokenizer_config\.json"):  # as the note says
+    with pytest.raises(RuntimeError, match=r"tokenizer_config\.json"):  # the runtime cannot run it, as the note says
         og.Tokenizer(og.Model(str(result.folder)))
-    assert read(result.folder) == "3\n5"  # vlpack's own does without
+    assert read(result.folder) == "3\n5"  # vlpack's own tokenizer does not need the file
 
 
 def test_no_chat_template(source: Path, tmp_path: Path) -> None:
@@ -194,12 +196,12 @@ def test_a_source_that_is_not_text(tmp_path: Path) -> None:
         source = copy_digits(Path(place))
     except OSError:
         pytest.skip("the disk takes only names in Unicode")
-    (source / "tokenizer.json").unlink()  # the tokenizers library takes only such names
+    (source / "tokenizer.json").unlink()  # the tokenizers library accepts only paths in UTF-8
     build(source, tmp_path / "package", part="embedding")
     assert json.loads((tmp_path / "package" / "vlpack.json").read_text())["source"]["name"] == "caf?"
 
 
-# working ahead
+# workers that encode in advance
 
 
 @pytest.mark.parametrize("items", [1, 50])
@@ -215,10 +217,10 @@ def test_items_come_in_order_and_no_further_ahead_than_allowed(items: int) -> No
     for number, stream in enumerate(streams):
         for item, value in enumerate(stream):
             assert value == (number, item)
-            time.sleep(0.01 if items == 1 else 0.001)  # a reader slower than the workers
-            # three workers and one: whole weights that nobody reads yet would fill the memory
+            time.sleep(0.01 if items == 1 else 0.001)  # a consumer that is slower than the workers
+            # with three workers and with one: items in advance must be limited, because weights would fill the memory
             assert max(made)[0] <= number + 3
-            # two in the queue and one in the worker's hand
+            # two items in the queue and one in the worker
             assert sum(1 for n, _ in made if n == number) - (item + 1) <= 3
     assert len(made) == 12 * items
 
@@ -243,7 +245,7 @@ TEXT, VISION = "model.language_model", "model.visual"
 
 
 def write_checkpoint(folder: Path, layers: int, hidden: int = 1024, intermediate: int = 3584) -> Path:
-    """About 29 MB of bfloat16 a layer; the weights are the same few values again and again."""
+    """Writes a checkpoint with about 29 MB of bfloat16 weights per layer, which repeat the same few values."""
     vision, vocab, head = 64, 4096, 64
     shapes: dict[str, tuple[int, ...]] = {
         f"{TEXT}.embed_tokens.weight": (vocab, hidden),

@@ -1,4 +1,4 @@
-"""Bad input to a build: one sentence and a hint, exit code 2, nothing left behind and nothing of others replaced."""
+"""Bad input to a build: a message with a hint, exit code 2, no files left behind, and no other files replaced."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vlpack.export import weights as datafile
 
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="signals and locks of POSIX")
 Capsys = pytest.CaptureFixture[str]
-BEFORE = sha256_file(DIGITS / "model.safetensors")  # the copies are hard links
+BEFORE = sha256_file(DIGITS / "model.safetensors")  # copies of the checkpoint are hard links to this file
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def refused(tmp_path: Path, capsys: Capsys) -> Callable[..., str]:
-    """Build into a fresh place by the command line; the error it must end with."""
+    """Runs a build that must fail, to a new place, and returns its error message."""
 
     def get(source: object, *parts: str, options: tuple[str, ...] = (), place: str = "new/deep/package") -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -67,7 +67,7 @@ def test_no_such_folder(tmp_path: Path, refused: Callable[..., str]) -> None:
     refused(tmp_path / "nowhere", "There is no folder", "nowhere")
 
 
-def test_a_folder_asked_for_is_not_looked_up_on_the_hub(tmp_path: Path, capsys: Capsys) -> None:
+def test_a_missing_folder_is_not_looked_up_on_the_hub(tmp_path: Path, capsys: Capsys) -> None:
     done = vlpack(capsys, "build", "-i", "no-such/folder", "-o", tmp_path / "package")
     assert (done.code, "There is no folder" in done.err, "Hub" in done.err.splitlines()[0]) == (2, True, False)
 
@@ -129,9 +129,7 @@ def test_a_link_out_of_the_folder_is_not_copied(
 @pytest.mark.parametrize(
     "name", ["tokenizer.json", "vocab.json", "added_tokens.json", "chat_template.jinja", "generation_config.json"]
 )
-def test_files_beside_the_weights_that_are_too_large_or_none(
-    source: Path, refused: Callable[..., str], name: str
-) -> None:
+def test_settings_files_that_are_too_large_or_no_files(source: Path, refused: Callable[..., str], name: str) -> None:
     (source / name).unlink(missing_ok=True)
     with open(source / name, "wb") as file:
         file.truncate(1 << 34)  # sparse: 16 GB that must not be copied
@@ -166,9 +164,9 @@ def test_missing_tensor(source: Path, refused: Callable[..., str]) -> None:
     refused(source, QUERY, "missing")
 
 
-def test_missing_tensors_are_told_before_anything_is_written(source: Path, refused: Callable[..., str]) -> None:
+def test_missing_tensors_are_reported_before_anything_is_written(source: Path, refused: Callable[..., str]) -> None:
     edit_tensors(source, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".visual.blocks.3." in name])
-    # every part of the checkpoint is checked, whatever is built
+    # the whole checkpoint is checked, whatever part is built
     refused(source, "model.visual.blocks.3.", "more are missing", options=("--part", "text"))
 
 
@@ -194,7 +192,7 @@ def test_integer_weights(source: Path, refused: Callable[..., str]) -> None:
     refused(source, QUERY, "int8", "Quantized checkpoints are not supported")
 
 
-def test_a_quantized_checkpoint_is_called_so(source: Path, refused: Callable[..., str]) -> None:
+def test_a_quantized_checkpoint_is_reported_as_such(source: Path, refused: Callable[..., str]) -> None:
     edit_tensors(source, lambda tensors: tensors.__delitem__(QUERY))
     edit_json(source / "config.json", "quantization_config", value={"quant_method": "fp8"})
     refused(source, "quantized", "original")
@@ -262,7 +260,7 @@ def test_absurd_sizes(source: Path, tmp_path: Path, section: str, name: str) -> 
         edit_json(source / "config.json", section, name, value=value)
         with pytest.raises(VlpackError) as caught:
             build(source, tmp_path / "package")
-        # a size that is merely another one is told by the weights it does not fit
+        # a plausible but wrong size is detected because the weights do not fit it
         assert any(part in caught.value.message for part in (name, "missing", "has the shape")), (value, caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
 
@@ -301,7 +299,7 @@ def test_absurd_sizes(source: Path, tmp_path: Path, section: str, name: str) -> 
 )
 def test_bad_values(source: Path, refused: Callable[..., str], keys: tuple[str, ...], value: Any, part: str) -> None:
     edit_json(source / "config.json", *keys, value=value)
-    if part is None:  # generation_config.json goes first
+    if part is None:  # generation_config.json takes precedence
         (source / "generation_config.json").unlink()
         part = keys[-1]
     refused(source, part)
@@ -339,7 +337,7 @@ def test_output_that_exists_needs_force(source: Path, tmp_path: Path, refused: C
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "package"]
 
 
-def test_output_is_looked_at_before_the_source(tmp_path: Path, refused: Callable[..., str]) -> None:
+def test_the_output_is_checked_before_the_source(tmp_path: Path, refused: Callable[..., str]) -> None:
     (tmp_path / "package").write_text("mine")
     refused("some-org/a-download-of-many-gigabytes", "exists", place="package")
 
@@ -388,7 +386,7 @@ def test_an_empty_folder_may_be_the_output(source: Path, tmp_path: Path) -> None
     assert (tmp_path / "package" / "vlpack.json").is_file()
 
 
-def test_a_name_taken_during_the_build_is_not_replaced(source: Path, tmp_path: Path) -> None:
+def test_an_output_that_appears_during_the_build_is_not_replaced(source: Path, tmp_path: Path) -> None:
     class Taker:
         def start(self, total: int) -> None:
             (tmp_path / "package").mkdir()
@@ -415,7 +413,7 @@ def test_unwritable_output(source: Path, tmp_path: Path, place: str) -> None:
 
 @needs_posix
 def test_output_without_permission(source: Path, tmp_path: Path) -> None:
-    # /proc lets not even root make folders
+    # not even root can make folders in /proc
     place = Path("/proc/package") if os.geteuid() == 0 else tmp_path / "closed" / "package"
     (tmp_path / "closed").mkdir(mode=0o500)
     if not Path("/proc").is_dir():
@@ -431,7 +429,7 @@ def nothing_left(tmp_path: Path) -> bool:
     return sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
 
 
-def test_too_little_space_is_told_before_the_work(
+def test_too_little_space_is_reported_before_the_work(
     source: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -483,10 +481,10 @@ def test_a_full_disk(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 1.0])
-def test_a_disk_that_is_full_at_any_moment(
+def test_a_disk_that_becomes_full_at_any_moment(
     source: Path, small_disk: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
-    """With room for a part of the package: copies, graphs, weights and, at the end, the manifest have none."""
+    """The disk has room for a part of the package only, so that copies, graphs, weights or the manifest do not fit."""
     monkeypatch.setattr("vlpack.builder.check_space", lambda *arguments: None)
     build(source, small_disk.parent / "whole", precision="int4")
     pages = sum(-(-path.stat().st_size // 4096) for path in (small_disk.parent / "whole").iterdir())
@@ -502,7 +500,7 @@ def test_a_disk_that_is_full_at_any_moment(
 
 
 def test_a_disk_that_cannot_be_written(source: Path, small_disk: Path, capsys: Capsys) -> None:
-    """Permissions do not stop root; a disk mounted for reading does."""
+    """The disk is mounted read-only, because permissions do not stop root."""
     subprocess.run(["mount", "-o", "remount,size=16m", small_disk], check=True)
     build(source, small_disk / "package", part="embedding")
     before = samples.content(small_disk / "package")
@@ -551,7 +549,9 @@ def test_an_interrupted_replacement_keeps_the_old_package(
             raise KeyboardInterrupt
         rename(old, new)
 
-    monkeypatch.setattr(output_module, "exchange", lambda one, other: False)  # as where names cannot be exchanged
+    monkeypatch.setattr(
+        output_module, "exchange", lambda one, other: False
+    )  # as on systems that cannot exchange two names
     monkeypatch.setattr(output_module.os, "rename", interrupt)
     with pytest.raises(KeyboardInterrupt):
         build(source, tmp_path / "package", part="vision", force=True)
@@ -574,7 +574,7 @@ cli.main(["build", *sys.argv[1:]])
 
 @pytest.fixture
 def slow_build(source: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A build in another process, in the middle of writing."""
+    """Returns a build in another process that is in the middle of writing."""
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_BUILD, source, "-o", tmp_path / "package"],
         stdout=subprocess.PIPE,
@@ -610,7 +610,7 @@ def test_a_killed_build_leaves_no_package_and_the_next_cleans_up(
     slow_build.wait()
     assert len(list(tmp_path.glob(".package.partial-*"))) == 1
     assert not (tmp_path / "package").exists()
-    other = tmp_path / ".package.partial-notes"  # not one of ours
+    other = tmp_path / ".package.partial-notes"  # a folder that no build made
     other.mkdir()
     build(source, tmp_path / "package")
     assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "checkpoint", "package"]
@@ -621,7 +621,7 @@ def test_a_running_build_is_left_alone(slow_build: subprocess.Popen[str], source
     build(source, tmp_path / "package", part="embedding")
     assert len(list(tmp_path.glob(".package.partial-*"))) == 1
     _, err = slow_build.communicate(timeout=60)
-    # the other one was first, and is not replaced
+    # the other build finished first, and its package is not replaced
     assert (slow_build.returncode, "exists" in err) == (2, True)
     assert (tmp_path / "package" / "embedding.onnx").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "package"]

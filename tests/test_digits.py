@@ -1,6 +1,6 @@
-"""The trained checkpoint that ships with vlpack, compared with transformers on images that are drawn here.
+"""The trained checkpoint that ships with vlpack, compared with transformers on images that this test draws.
 
-The images have the style of the shipped ones and the font that comes with Pillow, so the checkpoint was not trained on
+The images have the style of the shipped ones but the font that comes with Pillow, so the checkpoint was not trained on
 them. Some are so hard that the answers are wrong; there, small errors of a package would show first.
 """
 
@@ -38,20 +38,20 @@ COLOURS = {
 FAINT = [{"black", "blue"}, {"white", "yellow"}]
 PAIRS = [(ground, ink) for ground in COLOURS for ink in COLOURS if ground != ink and {ground, ink} not in FAINT]
 SHAPES = [(2, 2), (3, 1), (3, 2), (2, 3), (4, 1), (4, 2), (5, 2), (3, 3)]
-"""Columns and rows of an image; a cell is one token and holds a digit or nothing."""
+"""Columns and rows of an image; a cell is one token and contains a digit or nothing."""
 
 Answers = dict[tuple[int, str], str]
-"""(Number of the image, key of the question) → answer."""
+"""Answers by the number of the image and the key of the question."""
 
 
 def draw(digit: str, random: np.random.Generator) -> Image.Image:
-    """A digit somewhere in its cell, as a mask: leaning, thick or thin, and blurred, as if written by hand."""
+    """The mask of a digit at a random place in its cell: slanted, thick or thin, and blurred, as if handwritten."""
     font = ImageFont.load_default(float(random.uniform(80, 116)))
     image = Image.new("L", (4 * CELL, 4 * CELL))
     stroke = int(random.integers(0, 3))
     ImageDraw.Draw(image).text((2 * CELL, 2 * CELL), digit, 255, font, anchor="mm", stroke_width=stroke)
     shear, lean, x, y = random.uniform([-0.2, -0.06, -14, -14], [0.2, 0.06, 14, 14])
-    # about the middle of the cell
+    # transformed around the middle of the cell
     image = image.transform(
         image.size, Image.Transform.AFFINE, (1, shear, x - 2 * CELL * shear, lean, 1, y - 2 * CELL * lean)
     )
@@ -59,7 +59,7 @@ def draw(digit: str, random: np.random.Generator) -> Image.Image:
 
 
 def render(number: int) -> tuple[Image.Image, dict[str, str]]:
-    """An image and the true answers."""
+    """An image and its true answers."""
     random = np.random.default_rng(number)
     columns, rows = SHAPES[number % len(SHAPES)]
     ground, ink = PAIRS[random.integers(len(PAIRS))]
@@ -83,7 +83,7 @@ def images() -> list[tuple[Image.Image, dict[str, str]]]:
 
 @pytest.fixture(scope="module")
 def asked() -> list[tuple[int, str]]:
-    """The questions: to read every image, and to count the digits of every fourth."""
+    """All questions: read every image, and count the digits of every fourth image."""
     return [(number, key) for number in range(COUNT) for key in QUESTIONS if key == "read" or number % 4 == 0]
 
 
@@ -131,7 +131,7 @@ def expected(images, asked, models) -> Answers:
 
 
 def test_the_images_are_read(images, expected):
-    """transformers gets most of them right; the comparisons below would mean little on noise."""
+    """transformers reads most images correctly; otherwise the comparisons below would mean little."""
     right = Counter(key for (number, key), answer in expected.items() if answer == images[number][1][key])
     asked = Counter(key for _, key in expected)
     print({key: f"{right[key]} of {asked[key]}" for key in asked})
@@ -150,7 +150,7 @@ def test_the_images_are_read(images, expected):
         ("int8", "int8", 0.02),
     ],
 )
-def test_answers_are_those_of_transformers(precision, kv_cache, share, images, expected, models):
+def test_answers_equal_those_of_transformers(precision, kv_cache, share, images, expected, models):
     model = models(precision, kv_cache)
     different = {}
     for (number, key), wanted in expected.items():
@@ -172,8 +172,8 @@ def chunked(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fault", [no_levels, chunked])
-def test_planted_faults_are_read_wrong(fault, images, expected, tmp_path):
-    """Dropping DeepStack, or using Qwen2.5-VL's rotary axes, causes larger differences than those allowed above."""
+def test_planted_faults_change_many_answers(fault, images, expected, tmp_path):
+    """Without DeepStack, or with Qwen2.5-VL's rotary axes, more answers change than the tests above allow."""
     with pytest.MonkeyPatch.context() as patch:
         fault(patch)
         build(EXAMPLE, tmp_path / "wrong", precision="fp32")

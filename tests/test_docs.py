@@ -1,4 +1,4 @@
-"""The documentation says what the program does: the generated command-line reference, links, and PyPI's description."""
+"""The documentation agrees with the program: the command-line reference, links, and the description on PyPI."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / ".github").
 
 
 def slug(heading: str) -> str:
-    """A heading's anchor, as GitHub and mkdocs make it of the headings that are linked to."""
+    """The anchor of a heading, as GitHub and mkdocs make it."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
     return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", text)).strip("-")
 
@@ -29,7 +29,7 @@ def test_the_reference_has_every_option_of_every_command(monkeypatch: pytest.Mon
     assert spec is not None
     assert spec.loader is not None
     hooks = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "docs_hooks", hooks)  # dataclasses look their module up
+    monkeypatch.setitem(sys.modules, "docs_hooks", hooks)  # dataclasses look up their module in sys.modules
     spec.loader.exec_module(hooks)
     sections = re.split(r"^## vlpack ", hooks.reference(cli.app), flags=re.MULTILINE)[1:]
     by_command = {section.split("\n", 1)[0]: section for section in sections}
@@ -45,7 +45,7 @@ def test_the_reference_has_every_option_of_every_command(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
-    """In the repository; mkdocs checks the site. Pages that only the site has are those that its hook copies."""
+    """Links in the repository have a target; mkdocs checks those of the site. Some pages are made by its hook."""
     generated = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\((?![a-z]+:)([^)\s]+)\)", text):
@@ -78,13 +78,13 @@ def test_the_description_on_pypi_has_no_relative_link() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_the_documentation_names_are_there(page: Path) -> None:
-    """Paths below src/vlpack or the repository's root, or names of files without a folder."""
+    """Files named in the documentation exist, as paths below src/vlpack or the root, or as names without a folder."""
     package = ROOT / "src" / "vlpack"
     sources = {path.relative_to(package).as_posix() for path in package.rglob("*.*")}
     names = {path.name for folder in (package, ROOT / "tests", ROOT / "benchmarks") for path in folder.rglob("*.*")}
     unknown = []
     for name in re.findall(r"`([\w./-]+\.(?:py|j2|c))`", page.read_text(encoding="utf-8")):
         known = name in sources or name in names or (ROOT / name).is_file()
-        if not known and not name.startswith(("modeling_", "configuration_")):  # of transformers
+        if not known and not name.startswith(("modeling_", "configuration_")):  # files of transformers
             unknown.append(name)
     assert not unknown

@@ -1,4 +1,4 @@
-"""Extra options, named as in the builder: each has its effect, and one without an effect is an error or a note."""
+"""Extra options, named as in the builder: each has its effect, and one that would have none is an error or a note."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Returns a package's folder, built with extra options, which tests share and must not alter."""
+    """Returns the folder of a package built with extra options, which tests share and must not alter."""
     made: dict[Any, Path] = {}
 
     def get(*extra: str, **options: Any) -> Path:
@@ -53,7 +53,7 @@ def refused(tmp_path: Path) -> Callable[..., OptionError]:
 
 
 def attributes(path: Path, op: str) -> list[dict[str, Any]]:
-    """The attributes of every node of an operator, and its number of inputs."""
+    """The attributes and the number of inputs of every node of an operator."""
     graph = onnx.load(path, load_external_data=False).graph
     return [
         {entry.name: onnx.helper.get_attribute_value(entry) for entry in node.attribute} | {"inputs": len(node.input)}
@@ -83,7 +83,7 @@ INT4, INT8 = "int4 block 32 8-bit scales", "int8 block 128"
 DOWN = "model.language_model.layers.{}.mlp.down_proj"
 
 
-# effects
+# effects of options
 
 
 @pytest.mark.parametrize("size", [16, 32, 64, 128, 256])
@@ -108,7 +108,7 @@ def test_blocks_by_default(provider: str, linear: str, head: str) -> None:
     assert make_policy("int8", "cpu", QuantizationOptions()).storage("text.head").label == "int8 block 64"
     policy = make_policy("int4", provider, QuantizationOptions())
     assert (policy.storage("text.linear").label, policy.storage("text.head").label) == (linear, head)
-    # what is asked for goes for all weights in blocks
+    # a requested block size applies to all weights in blocks
     asked = make_policy("int4", provider, QuantizationOptions(block_size=16, is_symmetric=False))
     kinds = [(label[:4], " 8-bit scales" * ("8-bit" in label)) for label in (linear, head)]
     assert [asked.storage(role).label for role in ("text.linear", "text.head")] == [
@@ -117,7 +117,7 @@ def test_blocks_by_default(provider: str, linear: str, head: str) -> None:
 
 
 def test_narrow_scales_are_widened_once(make: Make, tmp_path: Path) -> None:
-    """They are int8 in the files, and fp32 constants of MatMulNBits in a session's own graph."""
+    """Narrow scales are int8 in the files; onnxruntime's optimized graph has them as fp32 constants of MatMulNBits."""
     path = make(precision="int4") / "decoder.onnx"
     optimized = tmp_path / "optimized.onnx"
     model = onnx.load(path, load_external_data=False)
@@ -128,7 +128,7 @@ def test_narrow_scales_are_widened_once(make: Make, tmp_path: Path) -> None:
     assert {kinds[source[source[node.input[2]]]] for node in products} == {onnx.TensorProto.INT8}
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(optimized)
-    options.log_severity_level = 3  # such a graph is for this machine, it warns
+    options.log_severity_level = 3  # suppresses the warning that an optimized graph is only for this machine
     ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     graph = onnx.load(optimized, load_external_data=False).graph
     kept = {tensor.name: tensor.data_type for tensor in graph.initializer}
@@ -158,9 +158,11 @@ def test_accuracy_level(make: Make, level: int) -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_balance_and_rotation(make: Make, precision: str) -> None:
-    """Both are on by default for the decoder; without them, the graphs' rotations and the bytes of weights differ."""
+    """Balance and rotation are on by default for the decoder; without them, graphs and weights differ."""
     as_it_comes = make(precision=precision)
-    asked = content(make("balance=true", "rotation=true", precision=precision))  # of the encoder's floats, too
+    asked = content(
+        make("balance=true", "rotation=true", precision=precision)
+    )  # balance=true also balances the encoder's float weights
     for name in ("decoder.onnx", "decoder.onnx.data"):
         assert asked[name] == content(as_it_comes)[name]
     decoders = [content(as_it_comes)["decoder.onnx.data"]]
@@ -171,12 +173,12 @@ def test_balance_and_rotation(make: Make, precision: str) -> None:
         rotates = any(tensor.name.startswith("rotation_") for tensor in model.graph.initializer)
         assert rotates is ("rotation=false" not in extra)
         assert right(folder) >= 6
-    # to 4 bits, none of so mild a model's channels is out of proportion
+    # for 4 bits, no channel of this model is far from the median ratio
     assert len(set(decoders)) == (4 if precision == "int8" else 2)
     assert right(as_it_comes) >= 6
 
 
-def test_balance_and_rotation_that_are_wrong(refused: Callable[..., OptionError]) -> None:
+def test_wrong_values_of_balance_and_rotation(refused: Callable[..., OptionError]) -> None:
     refused("balance=true", part="embedding", match="balance has no effect with part='embedding'")
     for name in ("balance", "rotation"):
         with pytest.raises(OptionError, match=f"{name}=maybe: it must be true or false"):
@@ -186,7 +188,7 @@ def test_balance_and_rotation_that_are_wrong(refused: Callable[..., OptionError]
 def test_algo_config(make: Make) -> None:
     assert content(make("algo_config=rtn", precision="int4")) == content(make(precision="int4"))
     assert content(make("algo_config=default", precision="int4")) == content(make(precision="int4"))
-    # where it makes a difference: beside the embedding's default
+    # the option has an effect if the embedding is not shared
     rtn_last = labels(make("algo_config=rtn_last", precision="int4"), "decoder")
     assert (rtn_last["lm_head"], rtn_last[DOWN.format(2)]) == (INT8, INT4)
 
@@ -245,7 +247,7 @@ def test_filename(make: Make) -> None:
 @pytest.mark.parametrize(
     ("value", "token"), [("hf_abc", "hf_abc"), ("false", False), ("False", False), ("0", False), (None, None)]
 )
-def test_hf_token_revision_and_cache_reach_the_hub(
+def test_hub_options_reach_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None, token: str | bool | None
 ) -> None:
     import huggingface_hub
@@ -283,12 +285,12 @@ def test_every_precision_answers(make: Make, precision: str) -> None:
     assert right(make(precision=precision)) == 8
 
 
-# without effect, contradictory, not offered
+# options without effect, contradictions, and precisions that are not offered
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("provider", OFFERED)
-def test_pairs_are_offered_or_refused(
+def test_every_precision_and_provider_is_built_or_refused(
     tmp_path: Path, refused: Callable[..., OptionError], precision: str, provider: str
 ) -> None:
     if precision in OFFERED[provider]:
@@ -352,7 +354,7 @@ def test_options_are_checked_before_anything_is_downloaded(
 
 
 def test_options_of_the_hub_with_a_folder_are_noted(tmp_path: Path) -> None:
-    # the builder's users name a cache for folders too
+    # users of the builder pass a cache folder for local folders, too
     extra = parse_extra_options(["hf_token=false"])
     result = build(DIGITS, tmp_path / "package", part="embedding", cache_dir=tmp_path / "cache", extra_options=extra)
     assert len(result.notes) == 1
@@ -360,13 +362,13 @@ def test_options_of_the_hub_with_a_folder_are_noted(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_sharing_that_the_storages_forbid_is_noted(tmp_path: Path) -> None:
+def test_embeddings_that_cannot_be_shared_give_a_note(tmp_path: Path) -> None:
     extra = parse_extra_options(["shared_embeddings=true"])
     result = build(DIGITS, tmp_path / "package", precision="int4", execution_provider="cuda", extra_options=extra)
     assert ["different ways" in note for note in result.notes] == [True]
 
 
-# the syntax
+# the syntax of extra options
 
 
 @pytest.mark.parametrize(
@@ -406,14 +408,14 @@ def test_an_option_given_twice() -> None:
             parse_extra_options(["block_size=32", second])
 
 
-def test_every_option_has_a_parser_and_former_names_are_taken() -> None:
+def test_every_option_has_a_parser_and_old_names_still_work() -> None:
     assert {field.name for field in fields(ExtraOptions)} == set(_PARSERS)
     pairs = ["int4_block_size=64", "int4_is_symmetric=0", "int4_accuracy_level=1", "int4_algo_config=rtn"]
     expected = ExtraOptions(block_size=64, is_symmetric=False, accuracy_level=1, algo_config="rtn")
     assert parse_extra_options(pairs) == expected
 
 
-def test_values_from_python_are_checked_too() -> None:
+def test_values_from_python_are_checked() -> None:
     for options in ({"block_size": 17}, {"algo_config": "gptq"}, {"matmul_mixed_precision": {"head": "int8"}}):
         with pytest.raises(OptionError):
             ExtraOptions(**options)  # type: ignore[arg-type]
@@ -444,11 +446,11 @@ def test_several_values_after_one_flag(given: str, expected: list[str]) -> None:
         ("a=b --extra-options=A=1", "a=b --extra-options=A=1"),
     ],
 )
-def test_nothing_else_is_taken_for_an_extra_option(given: str, expected: str) -> None:
+def test_other_arguments_are_not_taken_for_extra_options(given: str, expected: str) -> None:
     assert spread_extra_options(given.split()) == expected.split()
 
 
-# the builder's command lines
+# command lines of the builder
 
 
 @pytest.mark.parametrize(

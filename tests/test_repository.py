@@ -13,14 +13,14 @@ def found(pattern: str, path: str) -> set[str]:
     return set(re.findall(pattern, (ROOT / path).read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
-def test_one_version_of_ruff() -> None:
+def test_ruff_has_the_same_version_everywhere() -> None:
     pinned = found(r'"ruff==([\d.]+)"', "pyproject.toml")
     assert len(pinned) == 1
     assert pinned == found(r"ruff-pre-commit\n    rev: v([\d.]+)", ".pre-commit-config.yaml")
 
 
-def test_one_version_of_torch_for_tests() -> None:
-    """A local version such as 2.13.0+cpu is preferred only while the version is pinned."""
+def test_torch_is_pinned_for_tests() -> None:
+    """pip prefers a local version such as 2.13.0+cpu only if the version is pinned."""
     assert len(found(r"^torch==[\d.]+$", "requirements-test.txt")) == 1
     assert "grep '^torch==' requirements-test.txt" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 

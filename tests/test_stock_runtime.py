@@ -39,10 +39,10 @@ def test_the_python_example_reads_all_images(
     assert len(right) == len(ANSWERS) == 24, answers
 
 
-def test_the_python_example_takes_two_images_or_none(
+def test_the_python_example_with_two_images_and_without_images(
     digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same tokens as vlpack's own prompt gives."""
+    """The answers have the same tokens as with vlpack's own prompt."""
     names = [IMAGES / "06.png", IMAGES / "07.png"]
     for images in (names, []):
         expected = vlpack.load(digits).generate(READ, list(images), sampling=vlpack.Sampling(temperature=0)).text
@@ -63,7 +63,9 @@ def test_every_package_has_the_example_in_its_readme(digits: Path, tmp_path: Pat
     block = f"```python\n{PROGRAM.read_text(encoding='utf-8')}```\n"
     for package in (digits, text):
         assert block in (package / "README.md").read_text(encoding="utf-8")
-    assert "onnxruntime_genai" not in (vision / "README.md").read_text(encoding="utf-8")  # it does not run by itself
+    assert "onnxruntime_genai" not in (vision / "README.md").read_text(
+        encoding="utf-8"
+    )  # a package of the vision part does not run by itself
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def test_the_c_example_escapes_the_question(compiled: Path, digits: Path) -> Non
     assert run_compiled(compiled, digits, question, image).stdout == expected + "\n"
 
 
-def test_the_c_example_says_what_is_wrong(compiled: Path, digits: Path) -> None:
+def test_the_c_example_reports_errors(compiled: Path, digits: Path) -> None:
     for arguments, code, words in (
         ((), 2, "usage:"),
         ((digits, READ), 2, "usage:"),

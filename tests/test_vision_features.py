@@ -1,4 +1,4 @@
-"""How near an int8 package's image features are to those in fp32, on trained weights and images of their kind."""
+"""The error of an int8 package's image features against fp32, on the trained checkpoint and its images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlpack.preprocess import PromptBuilder
 from vlpack.shipped import examples_folder
 
 MEDIAN, LARGEST = 0.004, 0.01
-"""Relative errors of all features of an image, DeepStack's with the others."""
+"""Largest relative errors of all features of an image, including those of DeepStack."""
 
 
 def features(folder: Path, prompts: PromptBuilder) -> list[np.ndarray]:

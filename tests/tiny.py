@@ -1,8 +1,8 @@
-"""Tiny Qwen3-VL checkpoints, made on the spot: random weights in transformers' own classes, saved by transformers.
+"""Tiny Qwen3-VL checkpoints with random weights, made and saved with transformers' own classes.
 
-Nothing in them is left at its initial value: norms are not one, biases not zero, so that a graph that forgets one is
-seen. Token ids from 2048 on (the special ones) have small rows in the head: a greedy answer never reaches them, so it
-neither ends early nor names an image.
+No parameter has its usual initial value (norms are not one, biases not zero), so that an omitted one is detected.
+Special tokens, whose ids are 2048 and above, have small rows in the head, so a greedy answer never contains them and
+neither ends early nor contains an image token.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits-qwen3-vl"
-"""Its tokenizer, chat template and settings serve the tiny checkpoints too."""
+"""The shipped checkpoint, whose tokenizer, chat template and settings the tiny checkpoints use."""
 
 VOCABULARY, FIRST_SPECIAL = 2176, 2048
 BOS, EOS = 2048, 2050
@@ -23,13 +23,13 @@ VISION_START, VISION_END, IMAGE, VIDEO = 2057, 2058, 2060, 2061
 
 @dataclass(frozen=True)
 class Tiny:
-    """What a tiny checkpoint is like; the defaults are Qwen3-VL's choices on a small scale.
+    """The description of a tiny checkpoint; the defaults are those of Qwen3-VL on a small scale.
 
     Args:
-        style: ``v5``, as transformers 5 saves it, or ``v4``, as the published checkpoints are: other names in
-            config.json for the same things.
-        peak: factor on the q norms; attention is sharp where it is large, and positions matter more.
-        quiet: what enters the vision encoder is so small that the epsilon of its norms can be seen.
+        style: ``v5`` for the form that transformers 5 saves, or ``v4`` for that of the published checkpoints, which has
+            other names in config.json.
+        peak: factor on the q norms; the larger it is, the sharper attention is, and the more positions matter.
+        quiet: whether the inputs of the vision encoder are so small that the epsilon of its norms matters.
     """
 
     hidden_size: int = 64
@@ -63,17 +63,17 @@ class Tiny:
     seed: int = 0
 
     def but(self, **changes: Any) -> Tiny:
-        """The same with some differences."""
+        """A copy of the description with some values changed."""
         return replace(self, **changes)
 
     @property
     def pixels(self) -> int:
-        """Length of a flattened patch."""
+        """Number of values of a flattened patch."""
         return 3 * self.temporal_patch_size * self.patch_size**2
 
 
 def make_checkpoint(folder: Path, tiny: Tiny) -> Path:
-    """Write the checkpoint into ``folder``, with a tokenizer and all else that a published one has."""
+    """Writes the checkpoint to ``folder``, with a tokenizer and all other files of a published one."""
     import torch
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
@@ -144,7 +144,7 @@ def _config(tiny: Tiny) -> dict[str, Any]:
 
 
 def _values(name: str, parameter: Any, tiny: Tiny) -> Any:
-    """Random values by the kind of parameter, in scales that keep every branch's share in the result alike."""
+    """Random values for each kind of parameter, scaled so that every branch contributes similarly to the result."""
     import torch
 
     if name.endswith("q_norm.weight"):
@@ -156,7 +156,7 @@ def _values(name: str, parameter: Any, tiny: Tiny) -> Any:
     elif "pos_embed" in name:
         mean, spread = 0.0, 1.0
     elif "embed_tokens" in name:
-        # a tied head likes the last token best where the embedding is a large share of the sum: answers would repeat
+        # if the embedding dominated the residual stream, a tied head would repeat the last token for ever
         mean, spread = 0.0, 0.3 if tiny.tied else 1.0
     elif name == "lm_head.weight":
         mean, spread = 0.0, 8 / tiny.hidden_size**0.5
@@ -167,7 +167,7 @@ def _values(name: str, parameter: Any, tiny: Tiny) -> Any:
 
 
 def _to_version_4(path: Path) -> None:
-    """Rewrite a config.json of transformers 5 as transformers 4.57 wrote that of the published checkpoints."""
+    """Rewrites a config.json of transformers 5 in the form of transformers 4.57, as in the published checkpoints."""
     config = json.loads(path.read_text(encoding="utf-8"))
     text, vision = config["text_config"], config["vision_config"]
     rope = text.pop("rope_parameters")

@@ -1,7 +1,8 @@
 """Writes the text decoder of a Qwen3-VL, Qwen3 or Qwen2 checkpoint as a GGUF file in Q4_0, Q8_0 or F32, for llama.cpp.
 
-In Q4_0 the embedding, which is the head too where it is tied, is Q8_0, as vlpack keeps it in 8 bits. For text, where
-the three axes of M-RoPE are equal, the decoder of Qwen3-VL is Qwen3's. F32 is what llama.cpp's own tool quantizes.
+In Q4_0 files the embedding, which is also the head if they are tied, is Q8_0, because vlpack's has 8 bits. For text,
+where the three axes of M-RoPE are equal, the decoder of Qwen3-VL equals Qwen3's. F32 files are the input of llama.cpp's
+own quantization tool.
 
 Usage: python benchmarks/peers/gguf_model.py CHECKPOINT FILE.gguf [--kind q4_0|q8_0|f32] [--pre-tokenizer qwen2]
 Needs: pip install gguf (version 0.19 was used)
@@ -39,7 +40,7 @@ LAYER = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-"""The checkpoint's names; a layer has those of its norms and biases that its architecture has."""
+"""GGUF names by the names in the checkpoint; an architecture has only some of the norms and biases."""
 
 
 def write(source: Path, target: Path, *, kind: str = "q4_0", pre_tokenizer: str = "qwen2") -> None:

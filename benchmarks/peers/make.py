@@ -1,6 +1,6 @@
 """Makes the peers of benchmarks/compare.py and benchmarks/build.py: an environment for each, and its model.
 
-What is there already is kept, so that a run that was interrupted goes on. At the end it prints the options that
+Existing results are kept, so that an interrupted run can be continued. At the end it prints the options that
 compare.py and build.py take for what was made.
 
 Usage: python benchmarks/peers/make.py CHECKPOINT WORK_FOLDER [--only upstream openvino llama] [--environments]
@@ -29,7 +29,7 @@ OPENVINO = (
     "openvino-genai==2026.4.1", "transformers==5.0.0", "optimum==2.3.0", "nncf==3.4.0", "huggingface-hub==1.33.0",
     "torch==2.14.1", "torchvision==0.29.1", "requests==2.34.2", "pillow==13.0.0",
 )  # fmt: skip
-# it asks for huggingface-hub below 1.22, and works with the one that is pinned above
+# it requires huggingface-hub below 1.22, but works with the version that is pinned above
 OPENVINO_ALONE = ("optimum-intel==2.2.0",)
 LLAMA = "node-llama-cpp@3.22.1"
 
@@ -40,12 +40,12 @@ def run(*command: str | Path, folder: Path | None = None) -> None:
 
 
 def python(work: Path, peer: str) -> Path:
-    """Of a peer's environment."""
+    """The Python executable of a peer's environment."""
     return work / f"{peer}-env" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
 
 def environment(work: Path, peer: str, packages: tuple[str, ...], alone: tuple[str, ...] = ()) -> None:
-    """A virtual environment; ``alone`` are installed without what they require."""
+    """Makes a virtual environment; the packages in ``alone`` are installed without their dependencies."""
     folder = work / f"{peer}-env"
     made = folder / "made"
     if made.is_file():
@@ -59,7 +59,7 @@ def environment(work: Path, peer: str, packages: tuple[str, ...], alone: tuple[s
 
 
 def model(command: list[str | Path], target: Path) -> None:
-    """Let a command write what is not there yet; half of it never has its name."""
+    """Runs a command that writes a model, if it is missing; an incomplete model never gets the final name."""
     if target.exists():
         return
     part = target.with_name(f"part-{target.name}")
@@ -70,19 +70,19 @@ def model(command: list[str | Path], target: Path) -> None:
 
 
 def builder(interpreter: str | Path, checkpoint: str | Path, precision: str) -> list[str | Path]:
-    """Upstream's; to which the folder is added."""
+    """The command of upstream's builder, to which the output folder is appended."""
     return [interpreter, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-p", precision, "-e", "cpu", "-o"]
 
 
 def export(interpreter: str | Path, checkpoint: str | Path, precision: str) -> list[str | Path]:
-    """OpenVINO's; likewise."""
+    """The command of OpenVINO's export, to which the output folder is appended."""
     tool = Path(interpreter).with_name("optimum-cli")
     task = ("--task", "image-text-to-text", "--weight-format", precision)
     return [tool, "export", "openvino", "-m", checkpoint, *task]
 
 
 def make(peer: str, checkpoint: Path, work: Path, *, models: bool) -> list[str]:
-    """One peer; the options of compare.py for it."""
+    """Makes one peer; returns the options of compare.py for it."""
     if peer == "upstream":
         environment(work, peer, UPSTREAM)
         if models:
@@ -99,7 +99,7 @@ def make(peer: str, checkpoint: Path, work: Path, *, models: bool) -> list[str]:
     if not (node / "made").is_file():
         node.mkdir(exist_ok=True)
         (node / "package.json").write_text('{"private": true}\n', encoding="utf-8")
-        # its install script would look for a compiler and a download; the prebuilt binary is a package of its own
+        # the install script would need a compiler or a download; the prebuilt binary is a separate package
         run("npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--save-exact", LLAMA, folder=node)
         (node / "made").touch()
     if models:
@@ -122,7 +122,7 @@ def main() -> None:
     for peer in given.only:
         try:
             made += make(peer, checkpoint, work, models=not given.environments)
-        except (OSError, subprocess.CalledProcessError) as error:  # the others are still worth having
+        except (OSError, subprocess.CalledProcessError) as error:  # the other peers can still be made
             failed.append(f"{peer}: {error}")
     print("\nOptions:", " ".join(made))
     if failed:

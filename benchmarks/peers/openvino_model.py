@@ -2,7 +2,7 @@
 
 Usage: python openvino_model.py FOLDER THREADS NEW_TOKENS REPEAT WORK [WORK ...]   (512, or 640x480)
 Runs in an environment of its own: pip install openvino-genai==2026.4.1 numpy
-Prints one JSON line. A prompt has a few tokens more than asked for: the template's own.
+Prints one JSON line. A prompt has a few tokens more than requested: those of the chat template.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
                 width, height = map(int, work.split("x"))
                 noise = np.random.default_rng(number).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
                 prompt, options = "What is shown here?", {"images": [ov.Tensor(noise)]}
-            else:  # no beginning is like an earlier one's, whose keys and values are kept
+            else:  # no prompt shares a prefix with an earlier one, whose keys and values are cached
                 ids = tokenizer.encode(f"{number}. " + text * (int(work) // 8)).input_ids.data[0][: int(work)]
                 prompt = tokenizer.decode(ids)
             result = pipe.generate(prompt, generation_config=config, **options)

@@ -1,9 +1,9 @@
-"""How near llama.cpp's quantized models are to the fp32 model, with and without an importance matrix.
+"""Measures llama.cpp's quantized models against the fp32 model, with and without an importance matrix.
 
 Takes the folder that `python benchmarks/quality.py WORK_FOLDER --prepare` fills. llama.cpp's own tools quantize a GGUF
 file of the fp32 weights; the importance matrix is computed with the calibration texts, in pieces of 256 tokens. Logits
-are those of the same token ids, from a small program of ours on its library (llama_tools). The tools are built, once,
-from the source in PyPI's llama-cpp-python. The fp32 file is measured too, so that a mistake in writing it is seen.
+are computed for the same token ids by a small program that uses its library (llama_tools). The tools are built once
+from the source in PyPI's llama-cpp-python. The fp32 file is measured too, to detect mistakes in writing it.
 
 The fp32 file and the importance matrix stay in the folder for the next run.
 
@@ -35,16 +35,16 @@ TYPES = ("Q8_0", "Q4_0", "Q4_K_M", "IQ4_XS")
 TOOLS = ("llama-quantize", "llama-imatrix", "llama-tokenize", "llama-logits")
 PRE_TOKENIZER = "smollm"
 PIECE = 256
-"""Tokens that the importance matrix is computed with at a time."""
+"""Number of tokens with which the importance matrix is computed at a time."""
 WRONG = 1e-3
-"""KL of the fp32 file from which on it is not the same model."""
+"""KL divergence of the fp32 file above which it is not the same model."""
 
 
 def run(*command: str | Path) -> str:
     """The standard output of a command.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: the command failed.
     """
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -72,10 +72,10 @@ def tools(work: Path, source: Path | None, threads: int) -> Path:
 
 
 def check_tokenizer(folder: Path, model: Path, calibration: Path) -> int:
-    """How many tokens of the calibration texts llama.cpp sees.
+    """The number of tokens that llama.cpp finds in the calibration texts.
 
     Raises:
-        SystemExit: it splits them into others than the checkpoint's tokenizer does.
+        SystemExit: they differ from those of the checkpoint's tokenizer.
     """
     from vlpack.preprocess.tokenizer import Tokenizer
 
@@ -100,7 +100,7 @@ def bits(path: Path) -> tuple[float, float]:
 
 
 def logits(folder: Path, model: Path, ids: Array, threads: int) -> Iterator[Array]:
-    """float32 [tokens, vocabulary] of each row of ``ids [texts, tokens]``."""
+    """Logits of each row of ``ids [texts, tokens]``, float32 [tokens, vocabulary]."""
     given, found = model.with_suffix(".ids"), model.with_suffix(".logits")
     ids.astype(np.int32).tofile(given)
     run(folder / "llama-logits", model, given, *map(str, (*ids.shape, threads)), found)
@@ -110,7 +110,7 @@ def logits(folder: Path, model: Path, ids: Array, threads: int) -> Iterator[Arra
 
 
 def measure(work: Path, folder: Path, model: str, kinds: list[str], threads: int) -> Iterator[Row]:
-    """The fp32 file's row first, then one for each kind without and with the importance matrix."""
+    """Yields the row of the fp32 file, then a row for each type without and with the importance matrix."""
     from gguf_model import write
 
     ids, version = np.load(work / TOKENS), f"llama.cpp in {PACKAGE} {VERSION}"
@@ -129,7 +129,7 @@ def measure(work: Path, folder: Path, model: str, kinds: list[str], threads: int
     if not matrix.exists():
         run(folder / "llama-imatrix", "-m", plain, "-f", texts, "-o", matrix, *options)
     for kind in kinds:
-        for importance in ([], *([["--imatrix", matrix]] if kind != "Q8_0" else [])):  # which makes no use of it
+        for importance in ([], *([["--imatrix", matrix]] if kind != "Q8_0" else [])):  # Q8_0 does not use it
             quantized = work / f"{model}-quantized.gguf"
             run(folder / "llama-quantize", *importance, plain, quantized, kind, str(threads))
             name = f"llama.cpp {kind}{', imatrix' if importance else ''}"

@@ -1,8 +1,8 @@
-"""How near the models that optimum-intel exports for OpenVINO are to the fp32 model, on the CPU plugin as it comes.
+"""Measures models that optimum-intel exports for OpenVINO against the fp32 model, with the default CPU plugin.
 
 Takes the folder that `python benchmarks/quality.py WORK_FOLDER --prepare` fills, and runs in the environment that
 benchmarks/peers/make.py makes for OpenVINO. The calibrated model has AWQ and scale estimation with the calibration
-texts. The fp32 export is measured too, so that a mistake in running it is seen.
+texts. The fp32 export is measured too, to detect mistakes in running it.
 
 Usage: python benchmarks/peers/quality_openvino.py WORK_FOLDER [--output quality-openvino.json] [--models mild outliers]
        [--threads N]
@@ -30,14 +30,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from quality_scores import CALIBRATION, MODELS, TOKENS, Array, Row, save, score
 
 GROUP = 64
-"""SmolLM2's widths are multiples of this, and not of 128, which is the exporter's own choice."""
+"""Group size: SmolLM2's widths are multiples of it, but not of 128, which is the exporter's default."""
 SETTINGS: dict[str, list[str] | None] = {
     "fp32": ["--weight-format", "fp32"],
     "int8": ["--weight-format", "int8"],
     f"int4 g{GROUP}": ["--weight-format", "int4", "--group-size", str(GROUP)],
     f"int4 g{GROUP}, AWQ + SE": None,
 }
-"""Name → options of `optimum-cli export openvino`; None where own texts are given, for which Python is needed."""
+"""Options of `optimum-cli export openvino` by name; None if calibration texts are given, which needs Python."""
 
 
 def export(checkpoint: Path, folder: Path, options: list[str]) -> None:
@@ -83,12 +83,12 @@ def bits(path: Path) -> tuple[float, float]:
         size = sum(one.get_element_type().bitwidth * math.prod(one.get_output_shape(0)) for one in found)
         weights = max(math.prod(one.get_output_shape(0)) for one in found)
         (layers if "layers." in node.get_friendly_name() else others).append((weights, size))
-    weights, size = max(others)  # the head is the largest of what is in no layer
+    weights, size = max(others)  # the head is the largest weight outside of layers
     return sum(size for _, size in layers) / sum(count for count, _ in layers), size / weights
 
 
 def logits(path: Path, ids: Array, threads: int) -> Iterator[Array]:
-    """float32 [tokens, vocabulary] of each row of ``ids [texts, tokens]``."""
+    """Logits of each row of ``ids [texts, tokens]``, float32 [tokens, vocabulary]."""
     request = ov.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": threads}).create_infer_request()
     names = {name for port in request.model_inputs for name in port.get_names()}
     for row in ids:

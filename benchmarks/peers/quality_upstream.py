@@ -1,7 +1,7 @@
-"""How near the 4-bit models of onnxruntime_genai's own builder are to the fp32 model, by plain onnxruntime.
+"""Measures the 4-bit models of onnxruntime_genai's own builder against the fp32 model, with plain onnxruntime.
 
 Takes the folder that `python benchmarks/quality.py WORK_FOLDER --prepare` fills, and runs in the environment that
-benchmarks/peers/make.py makes for upstream. Its fp32 model is measured too, so that a mistake in running it is seen.
+benchmarks/peers/make.py makes for upstream. Its fp32 model is measured too, to detect mistakes in running it.
 
 Usage: python benchmarks/peers/quality_upstream.py WORK_FOLDER [--output quality-upstream.json] [--models mild outliers]
        [--threads N]
@@ -33,7 +33,7 @@ SETTINGS: dict[str, tuple[str, list[str]]] = {
     "int4, k_quant": ("int4", ["algo_config=k_quant"]),
     "int4, k_quant_mixed": ("int4", ["algo_config=k_quant_mixed"]),
 }
-"""Name → precision, and the builder's extra options."""
+"""The precision and the builder's extra options by name."""
 
 
 def bits(model: Path) -> tuple[float, float]:
@@ -58,10 +58,10 @@ def bits(model: Path) -> tuple[float, float]:
 
 
 def measure(work: Path, model: str, name: str, threads: int) -> Row:
-    """Build one model, and run it.
+    """Builds one model and measures it.
 
     Raises:
-        SystemExit: the builder fails.
+        SystemExit: the builder failed.
     """
     precision, options = SETTINGS[name]
     package = work / f"{model}-upstream"

@@ -31,7 +31,7 @@ def main() -> None:
     works = []
     for length in map(int, sys.argv[5:]):
         found: dict[str, list[float]] = {"first_token": [], "token": []}
-        for number in range(repeat):  # every prompt begins differently
+        for number in range(repeat):  # no two prompts have a common prefix
             ids = np.concatenate([tokenizer.encode(f"{number}. "), np.resize(np.array(words), length)])[:length]
             params = og.GeneratorParams(model)
             total = length + new

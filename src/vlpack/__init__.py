@@ -1,4 +1,4 @@
-"""Qwen vision-language checkpoints to complete packages for the stock ONNX Runtime GenAI."""
+"""Turns Qwen vision-language checkpoints into complete packages for the stock ONNX Runtime GenAI."""
 
 from __future__ import annotations
 

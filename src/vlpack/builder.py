@@ -114,7 +114,7 @@ def build(
         output: folder of the package; it must not exist, unless it is a package that ``force`` replaces.
         precision: fp32, fp16, int8 or int4; by default int8 on the CPU and fp16 elsewhere.
         execution_provider: cpu, cuda, dml or webgpu.
-        part: all; or text, a decoder that runs by itself; or one of the parts that make up the whole.
+        part: ``all``; ``text`` for a decoder that runs by itself; or ``vision`` or ``embedding`` for that graph alone.
         task: generate, embedding, reranker, or auto: the task that the checkpoint indicates, or else generate.
         vision_precision: precision of the vision encoder; by default it follows from ``precision``.
         extra_options: detailed options.
@@ -126,10 +126,10 @@ def build(
         lora: LoRA adapters of peft, as folders or Hub ids, which are merged one after another into the weights while
             these are read.
         calibrate: source of texts for calibration (GPTQ) of the decoder's weights in an int4 or int8 package: ``self``
-            for texts that the model writes itself, a file of plain text, or a ``*.jsonl`` file of messages with
-            images. Calibration takes minutes, and meanwhile the disk space of an 8-bit package.
-        bits: average bits per weight of the decoder of a calibrated int4 package, scales included; the matrices that
-            suffer most from 4 bits get 8.
+            for texts that the model generates, a file of plain text, or a ``*.jsonl`` file of messages with
+            images. Calibration takes minutes and, while it runs, the disk space of an 8-bit package.
+        bits: average number of bits per weight of the decoder of a calibrated int4 package, scales included; the
+            matrices that 4 bits harm most get 8.
 
     Raises:
         VlpackError: the package cannot be built; the message says why and what to do. Nothing new is left at
@@ -263,11 +263,11 @@ def calibrate_plan(plan: BuildPlan, beside: Path, progress: Progress | None) -> 
 def spend_bits(
     plan: BuildPlan, bits: float, calibration: Calibration, beside: Path, progress: Progress | None
 ) -> BuildPlan:
-    """The plan with 8-bit weights where the decoder suffers most from 4 bits, within an average of bits per weight.
+    """The plan with 8 bits for the matrices that 4 bits harm most, within an average number of bits per weight.
 
     Args:
         plan: plan with 4 bits everywhere.
-        bits: average bits per weight, scales included.
+        bits: average number of bits per weight, scales included.
         calibration: calibration of the plan's weights.
         beside: path that does not exist yet, at which the decoder is written in 4 bits to measure it.
         progress: observer of the build's progress.

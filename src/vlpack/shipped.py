@@ -8,7 +8,7 @@ from vlpack.errors import VlpackError
 
 
 def examples_folder() -> Path:
-    """Where the examples are: beside the installed package, or in the repository.
+    """The folder of the examples, which is beside the installed package or in the repository.
 
     Raises:
         VlpackError: they were not installed.

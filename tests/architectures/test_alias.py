@@ -1,4 +1,4 @@
-"""Plausible but wrong graphs, built on purpose: the comparison of the parity tests must see each of them.
+"""Graphs with planted faults that look plausible: the comparison of the parity tests must detect each of them.
 
 The first is the most tempting shortcut: "Qwen3-VL is Qwen2.5-VL with other sections". The numbers in config.json are
 the same, but the rotary frequencies belong to other axes, and a comparison on text alone does not show it.
@@ -35,7 +35,7 @@ TEXT = make_inputs(TINY, (), text=24)
 
 @pytest.fixture
 def wrong(checkpoint: Callable[..., Any], reference: Callable[..., Any], tmp_path):
-    """Build with the code as currently patched, and return the errors of merged features, levels and logits."""
+    """Builds with the code as currently patched; returns the errors of merged features, levels and logits."""
 
     def errors(inputs: Inputs = IMAGES, tiny: Tiny = TINY) -> dict[str, float]:
         build(checkpoint(tiny), tmp_path / "wrong", precision="fp32", threads=1, force=True,
@@ -55,7 +55,7 @@ def wrong(checkpoint: Callable[..., Any], reference: Callable[..., Any], tmp_pat
     return errors
 
 
-def test_the_right_graph_passes(wrong):
+def test_the_correct_graph_passes(wrong):
     assert max(wrong().values()) <= EXACT
     assert max(wrong(TEXT).values()) <= EXACT
 
@@ -65,7 +65,7 @@ def test_chunked_rotary_axes(wrong, monkeypatch):
     errors = wrong()
     assert errors["merged"] <= EXACT
     assert errors["logits"] > 0.2
-    # text has the same position on all axes: here the alias hides
+    # text has the same position on all axes, so the fault is invisible there
     assert wrong(TEXT)["logits"] <= EXACT
 
 
@@ -113,7 +113,7 @@ def test_deepstack_one_layer_late(wrong, monkeypatch):
 
 
 def test_deepstack_mergers_by_depth_instead_of_by_place(wrong, monkeypatch):
-    """Mergers in order of depth instead of the list's order; only unsorted indexes show the difference."""
+    """The mergers are in the order of depth instead of the list's order, which only unsorted indexes reveal."""
     tiny = TINY.but(deepstack=(2, 0))
     assert max(wrong(tiny=tiny).values()) <= EXACT
     right = family.deepstack_indexes
@@ -123,8 +123,8 @@ def test_deepstack_mergers_by_depth_instead_of_by_place(wrong, monkeypatch):
     assert errors["level 0"] > 1
 
 
-def test_gelu_of_another_kind(wrong, monkeypatch):
-    """The other kind of GELU: the two differ by at most a thousandth, which is far more than the tolerance."""
+def test_the_other_kind_of_gelu(wrong, monkeypatch):
+    """The graph has the other kind of GELU; both differ by at most a thousandth, which is far above the tolerance."""
     for act, other in (("gelu_pytorch_tanh", "gelu"), ("gelu", "gelu_pytorch_tanh")):
         tiny = TINY.but(vision_act=act)
         with monkeypatch.context() as patch:
@@ -134,7 +134,7 @@ def test_gelu_of_another_kind(wrong, monkeypatch):
         assert min(errors.values()) > 5 * EXACT
 
 
-def test_gelu_of_another_kind_in_the_mergers(wrong, monkeypatch):
+def test_the_other_kind_of_gelu_in_the_mergers(wrong, monkeypatch):
     right = family.activation
     monkeypatch.setattr(family, "activation", lambda op, x, name: right(op, x, "gelu_pytorch_tanh"))
     errors = wrong()
@@ -158,14 +158,14 @@ def transposed(monkeypatch: pytest.MonkeyPatch, table: bool, angles: bool) -> It
 
 
 @pytest.mark.parametrize(("table", "angles"), [(True, False), (False, True), (True, True)])
-def test_rows_and_columns_of_the_encoder_changed_over(table, angles, wrong, monkeypatch):
+def test_rows_and_columns_of_the_encoder_exchanged(table, angles, wrong, monkeypatch):
     with transposed(monkeypatch, table, angles):
         errors = wrong()
     assert min(errors.values()) > 0.1
 
 
 def test_positions_not_interpolated(wrong, monkeypatch):
-    """The nearest entry of the position table instead of the interpolation of four."""
+    """The graph takes the nearest entry of the position table instead of interpolating between four."""
     right = family.bilinear_taps
 
     def nearest(op: Any, *arguments: Any) -> list[tuple[ir.Value, ir.Value]]:
@@ -189,12 +189,12 @@ def test_query_norm_forgotten(wrong, monkeypatch):
         return right(self, op, x, count, None if count == self.queries else norm, rope)
 
     monkeypatch.setattr(Heads, "_norm_rotate", forgetful)
-    # the norm's weight fills no place in the graph then; its parameter is left over and the build still goes through
+    # the graph then has no place for the norm's weight, and the build must not fail because of that
     assert wrong(TEXT)["logits"] > 0.1
 
 
 def test_another_epsilon_in_the_encoder(wrong, monkeypatch):
-    """The default epsilon of LayerNorm instead of Qwen3-VL's, which the config does not contain."""
+    """The graph has LayerNorm's default epsilon instead of Qwen3-VL's, which the config does not contain."""
     tiny = TINY.but(quiet=True)
     assert max(wrong(tiny=tiny).values()) <= EXACT
     monkeypatch.setattr(family, "LAYER_NORM_EPS", 1e-5)

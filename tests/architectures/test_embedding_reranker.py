@@ -1,4 +1,4 @@
-"""Embedding models and rerankers compared with live transformers, from checkpoint to result, and all errors."""
+"""Embedding models and rerankers compared with live transformers, from checkpoint to result, and their errors."""
 
 from __future__ import annotations
 
@@ -105,14 +105,14 @@ def copy(source: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]
 
 
 def bare(folder: Path) -> Path:
-    """A copy of the checkpoint as a model without a head: no head, and tensor names without the prefix."""
+    """A copy of the checkpoint in the form of a model without a head, whose tensor names have no prefix."""
     config = (folder / "config.json").read_text(encoding="utf-8")
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32)
     (folder / "model.safetensors").unlink()
     model.save_pretrained(folder)
     names = transformers.AutoModel.from_pretrained(folder).state_dict()
     assert not any(name.startswith("model.") for name in names)
-    (folder / "config.json").write_text(config, encoding="utf-8")  # the Hub's names the class with a head
+    (folder / "config.json").write_text(config, encoding="utf-8")  # published checkpoints name the class with a head
     return folder
 
 
@@ -153,13 +153,13 @@ def test_images_and_texts_in_one_batch(loaded: Any, recipe: Any, name: str) -> N
     seen = [parts("a text"), parts(WIDE), parts(TALL, WIDE, SMALL, "three"), parts("a", "b"), parts("c" * 90)]
     expected = [reference.embedding(reference.seen("Represent the user's input.", p)) for p in seen]
     assert same(model.embed(inputs), expected)
-    # an instruction gets a full stop where it has none
+    # a full stop is added to an instruction that has none
     told = [reference.embedding(reference.seen("Find it.", parts(WIDE)))]
     assert same(model.embed([{"image": WIDE}], instruction=" Find it "), told)
     assert same(model.embed([{"image": WIDE, "instruction": "Find it."}]), told)
 
 
-def test_a_decoder_that_sees_as_a_text_model(loaded: Any, recipe: Any) -> None:
+def test_the_decoder_of_a_vision_model_as_a_text_model(loaded: Any, recipe: Any) -> None:
     model = loaded("vision", "embedding", part="text")
     expected = recipe("vision").seen("Represent the user's input.", parts("a text"))
     assert same(model.embed(["a text"])[0], expected / np.linalg.norm(expected))
@@ -168,7 +168,7 @@ def test_a_decoder_that_sees_as_a_text_model(loaded: Any, recipe: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["text", "vision"])
-def test_a_batch_is_as_its_rows_alone(loaded: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_gives_the_same_results_as_single_rows(loaded: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = loaded(name, "embedding")
     inputs: list[Any] = [text * count for text, count in zip(TEXTS * 3, [1, 2, 3] * 5, strict=True)]
     if name == "vision":
@@ -181,7 +181,7 @@ def test_a_batch_is_as_its_rows_alone(loaded: Any, name: str, monkeypatch: pytes
     assert model.embed([]).shape == (0, 64)
 
 
-def test_batches_hold_their_budget() -> None:
+def test_batches_stay_within_their_budget() -> None:
     lengths = [5, BATCH_TOKENS * 2, 1000, 1100, 1200, 3, 900, 1000]
     batches = list(_batches(lengths))
     assert sorted(index for batch in batches for index in batch) == list(range(8))
@@ -207,15 +207,15 @@ def test_precisions(loaded: Any, name: str, precision: str, least: float) -> Non
     assert np.allclose(np.linalg.norm(near, axis=1), 1, atol=1e-5)
     cosines = (near * exact).sum(1)
     assert least < cosines.min() < 1 - 1e-9
-    # what lies in the padding of a batch must not leak into the scales of int8
+    # padding must not influence the int8 scales of other tokens
     alone = np.concatenate([model.embed([item]) for item in inputs])
     assert (near * alone).sum(1).min() > 1 - (1 - least) / 5
 
 
 @pytest.mark.parametrize("changed", [None, False], ids=["balanced and rotated", "plain"])
 @pytest.mark.parametrize("name", ["text", "vision"])
-def test_int4_is_exact_with_the_weights_it_keeps(loaded: Any, source: Any, name: str, changed: bool | None) -> None:
-    """int4 is exact with the package's weights; a bound against the original weights would say little at this size."""
+def test_int4_is_exact_with_its_dequantized_weights(loaded: Any, source: Any, name: str, changed: bool | None) -> None:
+    """Compared with dequantized weights, int4 is exact; compared with the original ones, a bound would show little."""
     options = {"vision_precision": "fp32"} if name == "vision" else {}
     extra = vlpack.ExtraOptions(accuracy_level=1, balance=changed, rotation=changed)
     channels: dict[str, Any] = {"balance": changed, "rotation": changed}
@@ -284,7 +284,9 @@ def test_precisions_of_scores(loaded: Any, precision: str, most: float) -> None:
 
 @pytest.mark.parametrize("task", ["embedding", "reranker"])
 @pytest.mark.parametrize(("provider", "precision"), [(p, kind) for p, offered in OFFERED.items() for kind in offered])
-def test_every_pair_is_a_sound_model(source: Any, tmp_path: Path, task: str, provider: str, precision: str) -> None:
+def test_every_precision_and_provider_gives_a_valid_model(
+    source: Any, tmp_path: Path, task: str, provider: str, precision: str
+) -> None:
     for name in ("text", "vision untied"):
         folder = tmp_path / name
         vlpack.build(source(name), folder, task=task, precision=precision, execution_provider=provider, threads=1)
@@ -328,7 +330,7 @@ def test_positions(merge: int) -> None:
         assert mrope_positions(np.array(ids), grids, IMAGE, merge).tolist() == wanted[:, 0].tolist()
 
 
-# which task
+# choosing the task
 
 
 def built(folder: Path, output: Path, **options: Any) -> tuple[str, tuple[str, ...]]:
@@ -336,7 +338,7 @@ def built(folder: Path, output: Path, **options: Any) -> tuple[str, tuple[str, .
     return json.loads((result.folder / "vlpack.json").read_text(encoding="utf-8"))["task"], result.notes
 
 
-def test_what_is_told_from_the_checkpoint(copy: Any, tmp_path: Path) -> None:
+def test_tasks_that_the_checkpoint_shows(copy: Any, tmp_path: Path) -> None:
     folder = copy("text")
     assert built(folder, tmp_path / "1") == ("generate", ())
     named = folder.rename(tmp_path / "My-Reranker")
@@ -348,7 +350,7 @@ def test_what_is_told_from_the_checkpoint(copy: Any, tmp_path: Path) -> None:
     assert (task, len(notes)) == ("reranker", 1)
     assert "modules.json" in notes[0]
     assert built(named, tmp_path / "4", task="generate") == ("generate", ())
-    (named / "1_LogitScore" / "config.json").unlink()  # as in one of the published ones
+    (named / "1_LogitScore" / "config.json").unlink()  # one published checkpoint lacks this file
     assert built(named, tmp_path / "5")[0] == "reranker"
 
 
@@ -416,7 +418,7 @@ def test_steps_that_are_not_computed(copy: Any, tmp_path: Path) -> None:
     configs: list[dict[str, Any]] = [{"prompts": {"query": 1}}, {"prompts": []}, {"default_prompt_name": "x"}]
     for config in configs:
         (folder / "config_sentence_transformers.json").write_text(json.dumps(config), encoding="utf-8")
-        if config == {"prompts": []}:  # as empty as none
+        if config == {"prompts": []}:  # empty prompts count as none
             continue
         refused(folder, tmp_path, "prompts|default_prompt_name", task="embedding")
 
@@ -480,7 +482,7 @@ def test_the_package(loaded: Any) -> None:
     assert list(outputs) == ["sentence_embedding"]
 
 
-def test_the_card_says_how_to_run_it(loaded: Any) -> None:
+def test_the_readme_shows_how_to_run_the_package(loaded: Any) -> None:
     import onnxruntime as ort
 
     for name, task in (("text", "embedding"), ("text", "reranker"), ("vision", "embedding"), ("vision", "reranker")):
@@ -494,7 +496,7 @@ def test_the_card_says_how_to_run_it(loaded: Any) -> None:
             assert f"```\n{prompt.text}```" in card
         elif name == "vision":
             assert f"```\n{model._form.embedding('TEXT', None, model.instruction, '').text}```" in card
-    # the whole of it for a text: what other languages do
+    # the same steps that callers in other languages take, for a text
     model = loaded("text", "embedding")
     session = ort.InferenceSession(model.folder / "model.onnx")
     ids = [model._form.tokenizer.encode(text, add_special_tokens=True) for text in TEXTS[:3]]
@@ -622,7 +624,7 @@ def test_inputs_that_are_not_usable(loaded: Any) -> None:
             model.embed(["x"], **options)
 
 
-def test_options_of_loading(loaded: Any) -> None:
+def test_options_of_load(loaded: Any) -> None:
     folder = loaded("vision", "embedding").folder
     with pytest.raises(OptionError, match="threads is 0"):
         vlpack.load(folder, threads=0)

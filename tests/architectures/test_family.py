@@ -139,7 +139,7 @@ class Family:
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    made: dict[Member, Family] = {}  # not by name: two members of one name would share the first's checkpoint
+    made: dict[Member, Family] = {}  # not by name, because two members with the same name would share a checkpoint
 
     def get(member: Member) -> Family:
         if member not in made:
@@ -162,7 +162,7 @@ def test_text_logits(member: Member, family: Any) -> None:
         if port.name.startswith("past")
     }
     parts, position = [], 0
-    for step in (60, 29, 1):  # prefill, more, one token
+    for step in (60, 29, 1):  # prefill, a second chunk, and one token
         chunk = slice(position, position + step)
         positions = np.broadcast_to(np.arange(90)[chunk], (1, step))
         mask = np.ones((1, position + step), np.int64)
@@ -192,7 +192,7 @@ def test_parts(member: Member, layout: str, family: Any) -> None:
             if levels:
                 arguments["mm_token_type_ids"] = (torch.tensor(inputs.ids) == IMAGE).int()
         assert relative(made.package.features(inputs), features) < TOLERANCE
-        # of equal size, or of equal numbers of patches: all at once
+        # images of equal size or with equal numbers of patches go into one call
         if len({int(g.prod()) for g in inputs.grid}) == 1:
             assert relative(made.package.features(inputs, packed=True), features) < TOLERANCE
     with torch.no_grad():
@@ -226,7 +226,7 @@ def test_the_runtimes_own_pixels(member: Member, family: Any, tmp_path: Path) ->
     """The pixels of the runtime's own image processor, for callers without Python (`Architecture.normalize_flag`)."""
     og = pytest.importorskip("onnxruntime_genai")
     folder = family(member).folder / "last"
-    # smooth, and of a size that both leave as it is
+    # a smooth image of a size that neither processor changes
     ramp = np.linspace(0, 255, 48 * 80 * 3).reshape(48, 80, 3).astype(np.uint8)
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
     expected = Model(folder, threads=1).prompt("What is here?", [tmp_path / "ramp.png"])
@@ -240,7 +240,7 @@ def test_the_runtimes_own_pixels(member: Member, family: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 @pytest.mark.parametrize("member", [*LAST_OF_FAMILY, *VISION_MEMBERS], **IDS)
-def test_other_precisions_are_near(member: Member, precision: str, family: Any, tmp_path: Path) -> None:
+def test_other_precisions_are_close(member: Member, precision: str, family: Any, tmp_path: Path) -> None:
     made = family(member)
     options = parse_extra_options(["prune_lm_head=false"])
     build(made.checkpoint, tmp_path / "package", precision=precision, extra_options=options)
@@ -280,7 +280,7 @@ def test_parts_of_a_text_model(family: Any, tmp_path: Path) -> None:
     assert "inputs_embeds" in {port.name for port in Package(decoder).sessions["decoder"].get_inputs()}
 
 
-def test_a_question_is_a_text_to_the_template(tmp_path: Path) -> None:
+def test_templates_of_text_models_receive_content_as_a_string(tmp_path: Path) -> None:
     """The templates of text models take ``message.content`` as a string; a list of parts fails or is left out."""
     folder = make_member(tmp_path / "checkpoint", TEXT_MEMBERS[0])
     template = "{% for message in messages %}{{ message.role + ': ' + message.content }}{% endfor %}"
@@ -290,7 +290,7 @@ def test_a_question_is_a_text_to_the_template(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("member", TEXT_MEMBERS + VISION_MEMBERS, **IDS)
-def test_an_epsilon_that_is_not_there(member: Member, family: Any) -> None:
+def test_a_missing_epsilon_has_transformers_default(member: Member, family: Any) -> None:
     """An epsilon that the config leaves out has transformers' default."""
     from vlpack.architectures import ARCHITECTURES
 
@@ -322,7 +322,7 @@ def test_what_would_change_the_result_is_refused(
             architecture({**config, **change})
 
 
-def test_llama_without_its_length_is_refused(family: Any) -> None:
+def test_llama_without_its_context_length_is_refused(family: Any) -> None:
     config = Checkpoint.open(family(TEXT_MEMBERS[0]).checkpoint).config
     with pytest.raises(CheckpointError, match="'max_position_embeddings' is missing"):
         ARCHITECTURES["LlamaForCausalLM"]({**config, "max_position_embeddings": None})

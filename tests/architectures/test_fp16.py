@@ -1,7 +1,7 @@
 """fp16 graphs on a GPU round every value between nodes; none may exceed fp16's range if the fp32 model is fine.
 
-onnxruntime's CPU kernels compute fp16 products in fp32 and drop the casts between them, so a value that would be
-infinite on a GPU is not on the CPU, unless it is a graph's output: these tests make all of them outputs.
+onnxruntime's CPU kernels compute fp16 products in fp32 and drop the casts between them. So a value that would be
+infinite on a GPU is finite on the CPU, unless it is a graph's output. Therefore these tests make all values outputs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GAINS = {
     "visual.blocks.1.mlp.linear_fc1": 9000.0,
     "visual.blocks.1.mlp.linear_fc2": 200.0,
 }
-"""Factors on weights: each layer's own outputs fit fp16, but what follows from them does not."""
+"""Factors on weights, chosen so that each layer's output fits fp16 but values computed from several outputs do not."""
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def magnitudes(model: Any, names: list[str]) -> Iterator[dict[str, tuple[float, 
 
 
 def run_exposed(path: Path, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Run a graph, and return its outputs and all fp16 values between its nodes, by the node's name."""
+    """Runs a graph; returns its outputs and all fp16 values between its nodes, by the nodes' names."""
     model = onnx.load(path, load_external_data=False)
     inferred = onnx.shape_inference.infer_shapes(model).graph
     outputs = [port.name for port in model.graph.output]
@@ -89,7 +89,7 @@ def run_exposed(path: Path, inputs: dict[str, np.ndarray]) -> tuple[dict[str, np
 
 
 def check_range(values: dict[str, np.ndarray], last: str) -> None:
-    """Check that the values are finite, and that the feed-forward layers' last values are among them."""
+    """Checks that all values are finite, and that the outputs of the feed-forward layers are among them."""
     assert [name for name, value in values.items() if not np.isfinite(value).all()] == []
     products = [name for name in values if f"{last}/MatMul" in name]
     assert len(products) >= min(TINY.depth, TINY.layers)
@@ -106,7 +106,7 @@ def test_no_value_leaves_the_range(provider: str, precision: str, loud: Path, tm
         magnitudes(reference.model, list(GAINS)) as found,
     ):
         expected = reference(inputs)
-    # the reference has such values, and those that a layer makes of ordinary ones are not among them
+    # in the reference, the first matrices' outputs fit fp16, and the last ones' exceed its range
     for first, last in (("gate_proj", "down_proj"), ("up_proj", "down_proj"), ("linear_fc1", "linear_fc2")):
         outs = {name.rpartition(".")[2]: sizes for name, sizes in found.items()}
         assert outs[first][1] < LARGEST < outs[last][1]
@@ -125,6 +125,8 @@ def test_no_value_leaves_the_range(provider: str, precision: str, loud: Path, tm
     given |= {"attention_mask": np.ones_like(inputs.ids), "position_ids": expected.positions, **out}
     out, values = run_exposed(folder / "decoder.onnx", given)
     nodes = onnx.load(folder / "decoder.onnx", load_external_data=False).graph.node
-    assert "Max" not in {node.op_type for node in nodes}  # WebGPU has no kernel, and every layer would wait for the CPU
+    assert "Max" not in {
+        node.op_type for node in nodes
+    }  # WebGPU has no kernel for Max, so every layer would wait for the CPU
     check_range(values, "down_proj")
     assert relative(out["logits"], expected.logits) <= HALF

@@ -29,7 +29,7 @@ EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 
 
 class Tensors:
-    """A stand-in for a checkpoint with two tensors, with the methods that `Rows` call."""
+    """A stand-in for a checkpoint with two tensors; it has the methods that classes of `Rows` call."""
 
     def __init__(self) -> None:
         random = np.random.default_rng(0)
@@ -52,7 +52,7 @@ CASES: dict[str, tuple[Rows, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 @given(data=st.data())
-def test_any_rows(case: str, data: st.DataObject) -> None:
+def test_rows_of_every_layout(case: str, data: st.DataObject) -> None:
     source, whole = CASES[case]
     tensors: Any = Tensors()
     wanted = whole(tensors)
@@ -109,7 +109,7 @@ def test_precisions(
 
 @pytest.mark.parametrize("normalized", [False, True])
 def test_shares_in_fp16(normalized: bool, tmp_path: Path) -> None:
-    """The experts' outputs are large, so that errors of their shares show: of all experts, or of the chosen ones."""
+    """The experts' outputs are large, so that errors in the router's shares are visible."""
     member = replace(MEMBER, text=EXPERTS | {"norm_topk_prob": normalized})
 
     def loud(tensors: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ def test_a_dense_model_has_no_rules_for_experts(tmp_path: Path) -> None:
     assert not {"text.router", "text.expert"} & {rule["role"] for rule in inspect(tmp_path / "package")["policy"]}
 
 
-def test_a_role_that_is_none() -> None:
+def test_an_unknown_role() -> None:
     policy = make_policy("int4", "cpu", QuantizationOptions(), PrecisionFacts())
     assert policy.storage("text.linear").label == "int4 block 32 8-bit scales"
     with pytest.raises(AssertionError, match="no role"):
@@ -182,7 +182,9 @@ def test_experts_that_no_block_divides() -> None:
         ({"precision": "int4", "extra_options": parse_extra_options(["block_size=64"])}, "block_size=64"),
     ],
 )
-def test_what_is_not_offered(options: dict[str, Any], message: str, mixture: Path, tmp_path: Path) -> None:
+def test_options_that_are_not_offered_for_experts(
+    options: dict[str, Any], message: str, mixture: Path, tmp_path: Path
+) -> None:
     with pytest.raises(OptionError, match=message):
         build(mixture, tmp_path / "package", **options)
     assert not list(tmp_path.iterdir())
@@ -207,7 +209,9 @@ def spoil(mixture: Path, folder: Path, change: Any) -> Path:
         (lambda t: t.update({EXPERT: t[EXPERT].T.copy()}), "int4", f"{EXPERT} has the shape"),
     ],
 )
-def test_one_bad_expert(change: Any, precision: str, message: str, mixture: Path, tmp_path: Path) -> None:
+def test_an_expert_with_a_value_that_is_not_finite(
+    change: Any, precision: str, message: str, mixture: Path, tmp_path: Path
+) -> None:
     source = spoil(mixture, tmp_path / "checkpoint", change)
     with pytest.raises(CheckpointError, match=message):
         build(source, tmp_path / "package", precision=precision)
@@ -231,7 +235,9 @@ def test_configs_that_are_refused(change: dict[str, Any], message: str, mixture:
         Qwen3Moe({**config, **change})
 
 
-def test_a_layer_without_experts_alone_is_dense(tmp_path: Path) -> None:
+def test_a_model_whose_layers_are_all_dense(tmp_path: Path) -> None:
     dense = replace(MEMBER, name="dense", text={**EXPERTS, "mlp_only_layers": [0, 1, 2]})
     source = make_member(tmp_path / "checkpoint", dense)
-    build(source, tmp_path / "package", precision="int4", execution_provider="dml")  # which has no kernels for experts
+    build(
+        source, tmp_path / "package", precision="int4", execution_provider="dml"
+    )  # DirectML has no kernels for experts

@@ -18,7 +18,7 @@ from vlpack.layers.candidates import CANDIDATES
 from vlpack.quantize.policy import OFFERED, PrecisionFacts, QuantizationOptions, default_block_size, make_policy
 
 EXACT = 1e-5
-"""Relative L2 error of fp32 graphs: what two orders of summation differ by."""
+"""Largest relative L2 error of fp32 graphs: the difference that another order of summation causes."""
 HALF = 5e-3
 
 TINY = Tiny()
@@ -37,7 +37,7 @@ IMAGES: dict[str, tuple[Grid, ...]] = {
     "three frames": ((3, 4, 6),),
     "frames and images": ((3, 4, 4), (1, 4, 4), (2, 2, 8)),
 }
-"""Grids of a prompt's images; two equal ones, or equally large ones, can be packed into one call."""
+"""Grids of the images of each prompt; images with equal grids, or of equal size, can be packed into one call."""
 
 PACKABLE = [name for name, grids in IMAGES.items() if len({h * w for _, h, w in grids}) == 1]
 
@@ -81,7 +81,7 @@ def inputs_of(tiny: Tiny, images: str) -> Inputs:
 
 
 def check_vision(tiny: Tiny, features: np.ndarray, expected, bound: float) -> None:
-    """Compare the merged features and each level separately, so that a large one cannot hide a wrong small one."""
+    """Compares the merged features and each DeepStack level separately, so that none hides another's error."""
     parts = np.split(features.astype(np.float32), 1 + len(tiny.deepstack), axis=-1)
     assert len(expected.levels) == len(tiny.deepstack)
     for part, wanted in zip(parts, [expected.merged, *expected.levels], strict=True):
@@ -89,7 +89,7 @@ def check_vision(tiny: Tiny, features: np.ndarray, expected, bound: float) -> No
 
 
 def check(tiny: Tiny, package: Package, reference, inputs: Inputs, bound: float, packed: bool = False) -> None:
-    """Compare all parts, each fed with the output of the one before."""
+    """Compares all parts; each gets the output of the part before it."""
     expected = reference(tiny)(inputs)
     features = package.features(inputs, packed)
     if len(inputs.grid):
@@ -117,7 +117,7 @@ def test_images_packed_into_one_call(images, package, reference):
         ((1, 4, 4), (1, 4, 8)),
         ((2, 4, 4), (1, 8, 8)),
         ((1, 2, 2), (3, 2, 4)),
-        # the sum is three times the middle one
+        # three images whose sizes add up to three times the middle one's
         ((1, 2, 4), (1, 4, 4), (1, 4, 6)),
     ],
 )
@@ -134,12 +134,12 @@ def test_checkpoints(name, images, package, reference):
     check(tiny, package(tiny), reference, inputs_of(tiny, images), EXACT)
 
 
-def test_a_patch_by_itself(package, reference):
+def test_an_image_of_one_token(package, reference):
     tiny = TINY.but(merge=1)
     check(tiny, package(tiny), reference, make_inputs(tiny, ((1, 1, 1), (1, 1, 5), (1, 3, 1))), EXACT)
 
 
-def test_merge_of_three(package, reference):
+def test_a_merge_size_of_three(package, reference):
     tiny = TINY.but(merge=3)
     check(tiny, package(tiny), reference, make_inputs(tiny, ((1, 6, 9), (2, 3, 3))), EXACT)
 
@@ -160,8 +160,8 @@ def test_only_the_last_logits_by_default(layers, package, reference):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_the_last_layer_computes_the_last_token_alone(precision, built, package, reference):
-    """The last layer computes only keys and values of the other tokens, and the result is the same."""
+def test_the_last_layer_computes_only_the_last_token(precision, built, package, reference):
+    """For the other tokens the last layer computes only keys and values, and the result is the same."""
     inputs = make_inputs(TINY, ((1, 4, 6),))
     positions = reference(TINY)(inputs).positions
     pruned, whole = (package(TINY, f"prune_lm_head={flag}", precision=precision) for flag in ("true", "false"))
@@ -171,19 +171,19 @@ def test_the_last_layer_computes_the_last_token_alone(precision, built, package,
     for layer in range(TINY.layers):
         weight = f"model.language_model.layers.{layer}.post_attention_layernorm.weight"
         norm = next(node for node in model.graph.node if weight in node.input)
-        residual = made.get(made[norm.input[0]].input[0])  # none before the first layer
+        residual = made.get(made[norm.input[0]].input[0])  # None before the first layer
         assert (residual is not None and residual.op_type == "Slice") is (layer == TINY.layers - 1)
 
 
 @pytest.mark.parametrize("deepstack", [(0, 1, 2), ()])
 @pytest.mark.parametrize("steps", ["two passes", "token by token"])
-def test_cached_passes_make_what_one_makes(steps, deepstack, package, reference):
+def test_several_passes_with_a_cache_equal_one_pass(steps, deepstack, package, reference):
     tiny = TINY.but(deepstack=deepstack)
     inputs = make_inputs(tiny, ((1, 4, 6),), text=20)
     expected, runs = reference(tiny)(inputs), package(tiny)
     whole = runs.embed(inputs.ids, runs.features(inputs))
     length = inputs.ids.shape[1]
-    # the first cut lies among the image's tokens
+    # the first pass ends within the image's tokens
     ends = [24, length] if steps == "two passes" else [24, *range(25, length + 1)]
     logits, past, start = [], None, 0
     for end in ends:
@@ -214,8 +214,8 @@ def test_tokens_after_an_image_are_embedded_without_features(package, reference)
 
 @pytest.mark.parametrize("deepstack", [(0, 1, 2), ()])
 @pytest.mark.parametrize("token", [IMAGE, VIDEO])
-def test_an_image_token_that_the_model_generated_is_a_word(token, deepstack, package, reference):
-    """The model may generate such a token at any time; transformers embeds it like a word, and so must the package."""
+def test_a_generated_image_token_is_embedded_like_a_word(token, deepstack, package, reference):
+    """The model may generate an image token at any time; transformers embeds it like a word, as the package must."""
     tiny = TINY.but(deepstack=deepstack)
     inputs = inputs_of(tiny, "text")
     inputs.ids[0, 3] = token
@@ -230,7 +230,7 @@ def test_fewer_features_than_image_tokens_fail(package):
 
 
 @pytest.mark.parametrize("first", [4000, 100_000, 262_000])
-def test_far_positions(first, package, reference):
+def test_positions_of_thousands_of_tokens(first, package, reference):
     """At angles of thousands of radians, sine and cosine must not be those of a rounded angle."""
     import torch
 
@@ -242,7 +242,7 @@ def test_far_positions(first, package, reference):
         x = live.model.language_model(inputs_embeds=x, position_ids=torch.tensor(positions), use_cache=False)[0]
         wanted = live.lm_head(x).numpy()
     assert relative(package(TINY).logits(inputs, positions), wanted) <= EXACT
-    # the axes turn apart, but all of them only by a constant: far away nothing else must change
+    # each axis is shifted by one constant, so the result must be almost the same as at small positions
     assert relative(wanted, expected.logits) <= 0.01
 
 
@@ -256,7 +256,7 @@ def test_text_part(name, package, reference):
     assert relative(np.concatenate([logits, more], axis=1), expected.logits) <= EXACT
 
 
-def test_text_part_without_its_embedding_is_the_decoder(built, package, reference):
+def test_the_text_part_without_embedding_is_the_decoder(built, package, reference):
     inputs = inputs_of(TINY, "two unequal")
     expected = reference(TINY)(inputs)
     folder = built(TINY, "exclude_embeds=true", "prune_lm_head=false", "filename=text.onnx", part="text")
@@ -280,14 +280,14 @@ def test_parts_that_are_built_alone(part, built, package):
 
 @pytest.mark.parametrize("images", ["text", "one image", "two unequal", "120 tokens"])
 @pytest.mark.parametrize("name", ["v5", "v4, untied, bias, sharded, bf16", "head_dim 128"])
-def test_fp16(name, images, package, reference):
+def test_fp16_is_close(name, images, package, reference):
     tiny = TINIES[name]
     check(tiny, package(tiny, precision="fp16"), reference, inputs_of(tiny, images), HALF)
 
 
-# Quantized packages are compared to transformers with the weights that their codes stand for: what is left is the
-# arithmetic, and a bound that could hide a wrong graph behind the quantization's own error is not needed. They come
-# balanced and rotated, and can be had without: both are compared, each with weights of its own.
+# Quantized packages are compared with transformers that has the dequantized weights. The remaining error is that of
+# the arithmetic, so the bound is tight, and quantization errors cannot hide a wrong graph. Packages are balanced and
+# rotated by default; those without balance and rotation are compared too, each with its own weights.
 
 PLAIN = ("balance=false", "rotation=false")
 CHANNELS = {"plain": PLAIN, "balanced and rotated": ()}
@@ -299,7 +299,7 @@ def is_output(module: str) -> bool:
 
 
 def dequantized(precision: str, provider: str = "cpu", tiny: Tiny = TINY, **options):
-    """Maps a weight's name and values to those that its storage keeps, as `Reference.with_weights` takes it."""
+    """A function for `Reference.with_weights` that replaces a weight by its dequantized values."""
     facts = PrecisionFacts(tiny.layers, width=gcd(tiny.hidden_size, tiny.heads * tiny.head_dim))
     policy = make_policy(precision, provider, QuantizationOptions(**options), facts)
     joined = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
@@ -317,7 +317,7 @@ def dequantized(precision: str, provider: str = "cpu", tiny: Tiny = TINY, **opti
 
 @pytest.fixture(scope="module")
 def kept(checkpoint):
-    """The stored weights of a checkpoint, with channels balanced and rotated as they are by default."""
+    """The dequantized weights of a checkpoint, balanced and rotated by default."""
     made = {}
 
     def get(tiny: Tiny, precision: str, provider: str = "cpu", **options) -> Kept:
@@ -335,14 +335,14 @@ def channels(request) -> str:
 
 
 def rounded_per_token(x):
-    """Round each row to 255 steps of its own largest value."""
+    """Rounds each row to 255 steps that span its own largest magnitude."""
     step = float(np.float32(1 / 127))
     peak = x.abs().amax(-1, keepdim=True) + 1e-20
     return (x / peak / step).round() * step * peak
 
 
 def rounded_per_block(x, size: int):
-    """Round an input as MatMulNBits does at accuracy level 4, in blocks of ``size``."""
+    """Rounds an input as MatMulNBits does at accuracy level 4, in blocks of ``size``."""
     import torch
 
     blocks = torch.nn.functional.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
@@ -353,7 +353,7 @@ def rounded_per_block(x, size: int):
 
 @contextmanager
 def activations(reference: Reference, rounding, head_rounding, kept: Kept | None):
-    """A context that balances and rotates inputs of linear layers as in ``kept`` and applies ``rounding``."""
+    """A context that balances and rotates inputs of linear layers as in ``kept``, then applies ``rounding`` to them."""
     import torch
 
     hooks = []
@@ -383,7 +383,7 @@ INT4 = {
 
 
 def as_strings(accuracy_level=4, block_size=None, is_symmetric=None, mixed=None) -> list[str]:
-    """Quantization options as strings of the command line."""
+    """Quantization options as strings for the command line."""
     pairs = {"accuracy_level": accuracy_level, "block_size": block_size, "is_symmetric": is_symmetric}
     strings = [f"{key}={str(value).lower()}" for key, value in pairs.items() if value is not None]
     return strings + [f"matmul_mixed_precision={k}:{v}" for k, v in (mixed or {}).items()]
@@ -410,7 +410,7 @@ def candidates_scored_by(reference: Reference, weight: np.ndarray):
 @pytest.mark.parametrize("images", ["text", "two unequal"])
 @pytest.mark.parametrize("name", ["v5", "v4, untied, bias, sharded, bf16", "odd widths"])
 @pytest.mark.parametrize("options", INT4)
-def test_int4_is_exact_with_the_weights_it_keeps(options, name, images, channels, package, reference, kept):
+def test_int4_is_exact_with_its_dequantized_weights(options, name, images, channels, package, reference, kept):
     tiny, options = TINIES[name], INT4[options]
     vision = options.get("vision", "fp32")
     extra = as_strings(accuracy_level=1, **{k: v for k, v in options.items() if k != "vision"})
@@ -439,10 +439,10 @@ ROUNDED = {
 @pytest.mark.parametrize("tiny", [TINY, TINIES["v4, untied, bias, sharded, bf16"]], ids=["tied", "untied"])
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_8_bit_activations(name, tiny, channels, package, reference, kept):
-    """With the rounding of activations imitated in transformers, the results are equal to the last bits.
+    """If the rounding of activations is imitated in transformers, the results are equal up to the last bits.
 
-    The exception is a value so close to the middle of two codes that the order of a sum decides: it moves the result by
-    about a percent. That is rare in short prompts, so some of these must be exact, and all of them close.
+    Exceptions are values so close to the middle of two codes that the order of a sum decides. One moves the result by
+    about a percent. They are rare in short prompts, so some prompts must agree exactly, and all of them closely.
     """
     options, rounding = ROUNDED[name]
     runs, live = package(tiny, *CHANNELS[channels], **options), reference(tiny)
@@ -467,7 +467,7 @@ def test_8_bit_activations(name, tiny, channels, package, reference, kept):
 
 @pytest.mark.parametrize("images", ["text", "one image", "two unequal", "120 tokens"])
 @pytest.mark.parametrize("name", ROUNDED)
-def test_8_bit_activations_cost_little(name, images, channels, package, reference, kept):
+def test_8_bit_activations_change_little(name, images, channels, package, reference, kept):
     options, _ = ROUNDED[name]
     which: dict[str, Any] = {"precision": options["precision"], "vision": options.get("vision_precision")}
     weights = dequantized(**which) if channels == "plain" else kept(TINY, **which)
@@ -483,7 +483,7 @@ PAIRS = [(provider, precision) for provider, offered in OFFERED.items() for prec
 def test_every_pair_is_a_sound_model(provider, precision, part, built, package, reference, kept):
     tiny = TINIES["v4, untied, bias, sharded, bf16"]
     options = {"precision": precision, "execution_provider": provider, "part": part}
-    # the default head, as users get it, and the one that all positions can be compared with
+    # the default head, which computes the last token, and the head for all positions
     folder = built(tiny, **options)
     graphs = sorted(folder.glob("*.onnx"))
     assert len(graphs) == (3 if part == "all" else 1)
@@ -506,7 +506,7 @@ def test_every_pair_is_a_sound_model(provider, precision, part, built, package, 
     assert last.sessions["decoder"].get_outputs()[0].shape[1] == 1
 
 
-def test_a_tied_head_may_be_stored_apart(built, package, reference):
+def test_a_tied_head_can_be_stored_separately(built, package, reference):
     inputs = inputs_of(TINY, "text")
     expected = reference(TINY)(inputs)
     apart = ("shared_embeddings=false", "prune_lm_head=false")

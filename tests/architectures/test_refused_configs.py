@@ -1,4 +1,4 @@
-"""Refused configs: vlpack would otherwise silently build another model than transformers."""
+"""Configurations that are refused, because vlpack would silently compute something else than transformers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_another_token_before_images(template: bool, source: Path, tmp_path: Pat
     edit_json(source / "config.json", "vision_start_token_id", value=VISION_END)
     with pytest.raises(CheckpointError, match=r"vision_start_token_id is 2058, but <\|vision_start\|> is 2057"):
         build(source, tmp_path / "package")
-    build(source, tmp_path / "text", part="text")  # which sees nothing
+    build(source, tmp_path / "text", part="text")  # the text part takes no images
 
 
 def test_another_token_before_images_in_a_package(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Configs that contain only values that differ from the defaults of transformers' classes."""
+"""Sparse configurations: they contain only the values that differ from the defaults of transformers' classes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def facts(architecture: Architecture) -> dict[str, Any]:
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize(("family", "config"), CASES)
-def test_they_mean_what_transformers_makes_of_them(family: str, config: dict[str, Any], nested: bool) -> None:
+def test_missing_values_are_read_as_in_transformers(family: str, config: dict[str, Any], nested: bool) -> None:
     if nested:
         text = {name: value for name, value in config.items() if name != "vision_config"}
         config = {"text_config": text, "vision_config": config["vision_config"]}
@@ -69,7 +69,7 @@ def test_they_mean_what_transformers_makes_of_them(family: str, config: dict[str
 @pytest.mark.parametrize(
     ("name", "expected"), [("Qwen3ForCausalLM", 128), ("Qwen3MoeForCausalLM", 16), ("LlamaForCausalLM", 16)]
 )
-def test_width_of_a_head(name: str, expected: int) -> None:
+def test_head_dim_of_sparse_configs(name: str, expected: int) -> None:
     config = TEXT | {"num_experts": 8, "moe_intermediate_size": 32}
     reference = getattr(transformers, name.replace("ForCausalLM", "Config"))(**config)
     with_default = getattr(reference, "head_dim", None) or reference.hidden_size // reference.num_attention_heads
@@ -97,7 +97,7 @@ SPARSE = [
 
 
 @pytest.mark.parametrize("member", SPARSE, ids=lambda member: member.name)
-def test_a_build_is_the_same(member: Member, tmp_path: Path) -> None:
+def test_a_sparse_config_gives_the_same_package(member: Member, tmp_path: Path) -> None:
     folder = make_member(tmp_path / "checkpoint", member)
     graphs = {}
     for kind in ("whole", "sparse"):
@@ -113,7 +113,7 @@ def test_a_build_is_the_same(member: Member, tmp_path: Path) -> None:
     assert graphs["whole"] == graphs["sparse"]
 
 
-def test_what_is_null_is_still_missing() -> None:
+def test_null_values_count_as_missing() -> None:
     config = QWEN2_VL_7B | {"vision_config": {"depth": None}}
     with pytest.raises(CheckpointError, match="'depth' is missing"):
         ARCHITECTURES["Qwen2VLForConditionalGeneration"](config).vision_model(None)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Scaled rotary frequencies (YaRN and Llama 3.1) equal transformers', for various settings and places of them."""
+"""Scaled rotary frequencies (YaRN and Llama 3.1) equal transformers', wherever a configuration has their settings."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_nested_configs(case: str) -> None:
 
 @pytest.mark.parametrize("case", SETTINGS)
 @pytest.mark.parametrize("family", ["Qwen2VL", "Qwen2_5_VL"])
-def test_flat_configs_keep_what_is_beside_to_themselves(family: str, case: str) -> None:
+def test_flat_configs_with_settings_beside_rope_scaling(family: str, case: str) -> None:
     rope, beside = SETTINGS[case]
     name = f"{family}Config"
     width = {"hidden_size": 64} if family == "Qwen2VL" else {"out_hidden_size": 64}
@@ -97,14 +97,14 @@ def test_flat_configs_keep_what_is_beside_to_themselves(family: str, case: str) 
     check(f"{family}ForConditionalGeneration", config, getattr(transformers, name)(**copy.deepcopy(config)))
 
 
-def test_parts_of_a_head_are_refused_wherever_they_stand() -> None:
+def test_partial_rotary_factors_are_refused() -> None:
     config = TEXT | {"head_dim": 32, "rope_scaling": YARN, "partial_rotary_factor": 0.5}
     with pytest.raises(CheckpointError, match="partial_rotary_factor"):
         ARCHITECTURES["Qwen3ForCausalLM"](config)
 
 
 @pytest.mark.parametrize(("slow", "fast"), [(4.0, 1.0), (2.0, 2.0)])
-def test_a_ramp_that_goes_nowhere(slow: float, fast: float) -> None:
+def test_a_llama3_ramp_without_width(slow: float, fast: float) -> None:
     scaling = LLAMA3 | {"low_freq_factor": slow, "high_freq_factor": fast}
     with pytest.raises(CheckpointError, match="high_freq_factor"):
         ARCHITECTURES["LlamaForCausalLM"](TEXT | {"head_dim": 32, "rope_scaling": scaling})

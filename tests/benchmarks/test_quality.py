@@ -1,4 +1,4 @@
-"""The scripts in `benchmarks/` that measure how near quantized models are: figures, inputs, the table, the plots."""
+"""The scripts in `benchmarks/` that measure the quality of quantized models: figures, inputs, tables and plots."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Imports a script by its name, and forgets it and those that it imports."""
+    """Imports a script by its name, and removes it and the scripts it imports from sys.modules afterwards."""
     monkeypatch.syspath_prepend(str(BENCHMARKS / "peers"))
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     before = set(sys.modules)
@@ -53,7 +53,9 @@ def row(model: str, name: str, kl: float, bits: float) -> dict[str, Any]:
 def test_divergence(load: Any) -> None:
     divergence = load("quality_scores").divergence
     expected, found = np.log([[0.5, 0.5], [0.8, 0.2]]), np.log([[0.9, 0.1], [0.4, 0.1]])
-    kl, top1 = divergence(expected, found + 7)  # logits may be shifted, and the second row is equal but for its scale
+    kl, top1 = divergence(
+        expected, found + 7
+    )  # a constant added to the logits changes nothing; the second row differs in its scale
     assert kl == pytest.approx((0.5 * np.log(5 / 9) + 0.5 * np.log(5)) / 2)
     assert top1 == 1
     assert divergence(expected, np.stack([found[0], found[1, ::-1]]))[1] == 0.5
@@ -63,7 +65,7 @@ def test_divergence(load: Any) -> None:
         divergence(expected, np.array([[0.0, np.nan], [0.0, 0.0]]))
 
 
-def test_builds_have_names(load: Any) -> None:
+def test_names_of_builds(load: Any) -> None:
     named = load("quality").named
     options = ["--precision", "int4", "--calibrate", "self", "--extra-options", "block_size=64"]
     assert named("--precision int4 --calibrate self --extra-options block_size=64") == (
@@ -78,7 +80,7 @@ def test_builds_have_names(load: Any) -> None:
 
 @pytest.mark.slow
 def test_packages_are_measured(load: Any, checkpoint: Path, tmp_path: Path) -> None:
-    """As the command, with everything but SmolLM2: fp32 is at no distance, fewer bits are, outliers make it larger."""
+    """The command with a tiny model: fp32 has a divergence of 0, fewer bits have one, and outliers increase it."""
     scores, inputs = load("quality_scores"), load("quality_inputs")
     work, output = tmp_path / "work", tmp_path / "quality.json"
     work.mkdir()
@@ -139,7 +141,7 @@ def test_the_model_writes_calibration_texts(load: Any, checkpoint: Path, monkeyp
 @pytest.mark.parametrize(
     ("kind", "error", "bits"), [("f32", 0, (32, 32)), ("q8_0", 0.02, (8.5, 8.5)), ("q4_0", 0.2, (4.5, 8.5))]
 )
-def test_gguf_files_have_the_weights(
+def test_gguf_files_contain_the_weights(
     load: Any, checkpoint: Path, tmp_path: Path, kind: str, error: float, bits: tuple[float, float]
 ) -> None:
     gguf = pytest.importorskip("gguf")
@@ -180,8 +182,8 @@ def test_bits_of_an_onnx_graph(load: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("declared", "found"), [("heads, past, size", [1, 2, 0, 8]), ("3, past, 12", [1, 3, 0, 12])])
-def test_caches_begin_empty(load: Any, tmp_path: Path, declared: str, found: list[int]) -> None:
-    """Sizes are the graph's where it has numbers, else those of the package's settings."""
+def test_caches_are_empty_at_the_beginning(load: Any, tmp_path: Path, declared: str, found: list[int]) -> None:
+    """Shapes of caches have the graph's numbers, or those of the package's settings if the graph has names."""
     from onnx import parser, save
 
     graph = f"""<ir_version: 10, opset_import: ["": 21]>
@@ -223,7 +225,7 @@ def test_the_table(load: Any, results: list[dict[str, Any]]) -> None:
 
 
 def test_the_page(results: list[dict[str, Any]], tmp_path: Path) -> None:
-    """As the command: the table stands between its marks, and the plot has a panel of times where these are given."""
+    """The command writes the table between its marks, and the plot has a panel of times if times are given."""
     (tmp_path / "benchmarks.md").write_text("# A\n<!-- quality -->\nold\n<!-- /quality -->\nend\n")
     for number, result in enumerate(results):
         (tmp_path / f"{number}.json").write_text(json.dumps(result))
@@ -248,7 +250,7 @@ def test_the_page(results: list[dict[str, Any]], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("lowest", "highest"), [(0.0055, 0.327), (1, 1), (0.1, 0.2), (3e-7, 40)])
-def test_decades_reach_around(load: Any, lowest: float, highest: float) -> None:
+def test_an_axis_of_decades_contains_all_values(load: Any, lowest: float, highest: float) -> None:
     found = load("scatter").decades(lowest, highest)
     assert found[0] <= lowest * (1 + 1e-6) < found[1] * (1 + 1e-6)
     assert found[-1] >= highest * (1 - 1e-6)
@@ -256,7 +258,7 @@ def test_decades_reach_around(load: Any, lowest: float, highest: float) -> None:
     assert found == sorted(found)
 
 
-def test_labels_hide_nothing_where_there_is_room(load: Any) -> None:
+def test_labels_do_not_overlap_if_there_is_room(load: Any) -> None:
     scatter: ModuleType = load("scatter")
     frame = (0.0, 0.0, 400.0, 400.0)
     places = [(390.0, 200.0), (380.0, 203.0), (200.0, 5.0), (203.0, 200.0), (207.0, 207.0), (200.0, 197.0)]

@@ -1,4 +1,4 @@
-"""What `benchmarks/` makes of measurements: ratios, tables, plots, the page."""
+"""The scripts in `benchmarks/` that turn measurements into ratios, tables, plots and the page."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_bits_follow_from_names_and_manifests(scripts: Any, tmp_path: Path) -> N
     assert (compare.bits_of(tmp_path), compare.bits_of(tmp_path / "none")) == (4, None)
 
 
-def test_the_first_request_is_told_from_later_ones(
+def test_the_first_request_is_reported_separately(
     scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compare = scripts["compare"]
@@ -106,10 +106,10 @@ def test_the_first_request_is_told_from_later_ones(
     monkeypatch.setattr(compare, "contenders", contenders)
     monkeypatch.setattr(sys, "argv", ["compare.py", "--vlpack", str(tmp_path), "--rounds", "1"])
     compare.main()
-    assert seen == [3]  # by default there are later requests
+    assert seen == [3]  # by default, later requests are measured too
 
 
-def test_a_plot_says_whether_it_is_cold(scripts: Any) -> None:
+def test_a_plot_says_whether_it_shows_cold_or_warm_requests(scripts: Any) -> None:
     def result(**more: Any) -> dict[str, Any]:
         return {"results": {"64x32": {"vlpack a": [run(2, 0.1, **more)]}, "64x64": {"vlpack a": [run(3, 0.1, **more)]}}}
 
@@ -119,7 +119,7 @@ def test_a_plot_says_whether_it_is_cold(scripts: Any) -> None:
     assert cold.count("<circle") == warm.count("<circle") == 2
 
 
-def test_builds_stand_beside_copying(scripts: Any) -> None:
+def test_builds_are_compared_with_copying(scripts: Any) -> None:
     built = {"wall": 10.0, "processor": 15.0, "peak": 4e8, "bytes": 1e9, "code": 0, "others": None}
     runs = {
         "copy": [{**built, "wall": 2.0}],
@@ -132,7 +132,7 @@ def test_builds_stand_beside_copying(scripts: Any) -> None:
 
 
 @pytest.mark.parametrize("highest", [0.003, 0.99, 1, 7, 23.4, 1e5])
-def test_ticks_are_few_and_reach_above(scripts: Any, highest: float) -> None:
+def test_ticks_are_few_and_exceed_the_largest_value(scripts: Any, highest: float) -> None:
     ticks = scripts["plot"].ticks(highest)
     assert ticks[0] == 0
     assert highest <= ticks[-1] * (1 + 1e-9)
@@ -146,7 +146,7 @@ def test_labels_do_not_touch(scripts: Any) -> None:
 
 
 def test_a_page_is_filled(tmp_path: Path) -> None:
-    """As the command: twice, which gives the same page."""
+    """Running the command twice gives the same page as running it once."""
     (tmp_path / "benchmarks.md").write_text(
         "# A\n<!-- compare -->\nold\n<!-- /compare -->\n<!-- build -->\n<!-- /build -->\nend\n"
     )
@@ -180,7 +180,7 @@ def test_a_page_is_filled(tmp_path: Path) -> None:
     assert (tmp_path / "benchmarks.md").read_text() == pages[0]
 
 
-def test_others_are_not_oneself(scripts: Any) -> None:
+def test_processor_time_of_other_processes(scripts: Any) -> None:
     with scripts["quiet"].Others() as others:
         subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
     assert others.cores is None or 0 <= others.cores < 1024

@@ -1,4 +1,4 @@
-"""The choice of 8-bit matrices within an average of bits: the choice itself, the measured harm, and whole builds."""
+"""The choice of 8-bit matrices within an average number of bits: the algorithm, the measured harm, and whole builds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def candidate(number: int, weights: int, harm: float) -> Candidate:
 @settings(deadline=None)
 @given(SIZES, st.floats(32, 70))
 def test_the_average_is_kept(sizes: list[tuple[int, float]], bits: float) -> None:
-    """And nothing that would still find room is left at few bits."""
+    """The average does not exceed the given one, and no matrix that still fits is left in few bits."""
     found = [candidate(number, *size) for number, size in enumerate(sizes)]
     chosen = choose(found, bits)
     assert average_bits(found, chosen) <= bits + 1e-9
@@ -45,7 +45,7 @@ def test_the_average_is_kept(sizes: list[tuple[int, float]], bits: float) -> Non
             assert average_bits(found, [*chosen, one.path]) > bits
 
 
-def test_what_helps_most_for_its_size_comes_first() -> None:
+def test_the_most_avoided_harm_per_byte_comes_first() -> None:
     found = [candidate(0, 10, 1.0), candidate(1, 40, 2.0), candidate(2, 10, 0.5)]
     assert choose(found, 32 + 32 * 10 / 60) == [found[0].path]
     assert set(choose(found, 32 + 32 * 50 / 60)) == {found[0].path, found[1].path}
@@ -57,8 +57,8 @@ def test_layers_by_path() -> None:
     assert layer_and_name("model.visual.blocks.3.mlp.linear_fc1") == (None, "model.visual.blocks.3.mlp.linear_fc1")
 
 
-def test_outer_layers_have_8_bits_as_it_comes() -> None:
-    """Not where matrices are calibrated, or another choice was made."""
+def test_outer_layers_have_8_bits_by_default() -> None:
+    """Outer layers have 4 bits if matrices are calibrated, or the bits that other options choose."""
     facts = PrecisionFacts(num_hidden_layers=28)
     path = "model.layers.{}.self_attn.qkv_proj"
 
@@ -76,7 +76,7 @@ def test_outer_layers_have_8_bits_as_it_comes() -> None:
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[CalibrationModel, CalibrationModel]:
-    """The digits' model in 8 bits; and in 4, with layer 2's attention and 3's feed-forward moved far away."""
+    """The digits model in 8 bits, and in 4 bits with damaged weights in layer 2's attention and layer 3's MLP."""
     folder = tmp_path_factory.mktemp("packages")
     with Checkpoint.open(DIGITS) as checkpoint:
         architecture, _ = architecture_of(checkpoint)
@@ -100,7 +100,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> tuple[CalibrationModel
     return made[0], made[1]
 
 
-def test_harm_is_found_where_it_is(packages: tuple[CalibrationModel, CalibrationModel]) -> None:
+def test_the_damaged_halves_have_the_largest_harm(packages: tuple[CalibrationModel, CalibrationModel]) -> None:
     eight, four = packages
     ids = np.random.default_rng(1).integers(10, 60, (3, 1, sensitivity.TOKENS + 5))
     said: list[tuple[int, int]] = []
@@ -120,7 +120,7 @@ def test_halves_in_8_bits_do_no_harm(packages: tuple[CalibrationModel, Calibrati
     assert max(map(abs, harms(eight, eight, shown).values())) < 1e-6
 
 
-def test_bits_go_where_the_harm_is() -> None:
+def test_the_most_harmed_halves_get_8_bits() -> None:
     options = QuantizationOptions(calibrated=True)
     with Checkpoint.open(DIGITS) as checkpoint:
         architecture, _ = architecture_of(checkpoint)
@@ -143,8 +143,8 @@ def spent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_build_with_bits(spent: Path) -> None:
-    """The average is what was asked for, next to; nothing is left of what it was made by; inspect and verify know."""
+def test_a_build_with_average_bits(spent: Path) -> None:
+    """The average is just below the requested one, no temporary file is left, and inspect and verify know the bits."""
     from vlpack.inspection import inspect
     from vlpack.verification import verify
 
@@ -182,7 +182,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_exclude_bits(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options, words = MISTAKES[name]
     said = vlpack(capsys, "build", DIGITS, "-o", tmp_path / "out", *options)
     assert said.code == 2
@@ -190,6 +190,6 @@ def test_mistakes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (tmp_path / "out").exists()
 
 
-def test_from_python(tmp_path: Path) -> None:
+def test_check_of_options_from_python(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="bits needs calibrate"):
         build(DIGITS, tmp_path / "out", bits=5.0)

@@ -57,15 +57,15 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def inputs_like_a_models(cols: int, tokens: int = 600) -> np.ndarray:
-    """Channels that hang together, a few of them large."""
+    """Random inputs whose channels are correlated, with a few large channels."""
     x = rng(1).standard_normal((tokens, 12)) @ rng(2).standard_normal((12, cols))
     return ((x + 0.3 * rng(3).standard_normal(x.shape)) * np.exp(rng(4).standard_normal(cols))).astype(np.float32)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("cols", "block_size"), [(128, 32), (200, 64), (96, 128)])
-def test_products_with_such_inputs_lose_less(cols: int, block_size: int, symmetric: bool) -> None:
-    """The aim of it; scales and zero points are those of the nearest."""
+def test_gptq_has_a_smaller_error_on_the_inputs(cols: int, block_size: int, symmetric: bool) -> None:
+    """Scales and zero points stay those of rounding to the nearest codes."""
     x, weight = inputs_like_a_models(cols), rng(5).standard_normal((40, cols)).astype(np.float32)
     nearest = quantize_blocks(weight.copy(), 4, block_size, symmetric)
     fitted = gptq_round_blocks(weight, nearest, factor_hessian(x.T @ x), 4, block_size)
@@ -80,7 +80,7 @@ def test_products_with_such_inputs_lose_less(cols: int, block_size: int, symmetr
 
 
 def optimal_brain(weight: np.ndarray, nearest: Any, hessian: np.ndarray, block_size: int) -> np.ndarray:
-    """The paper's equations (2) and (3) in float64, one column and one inverse after the other; codes [rows, cols]."""
+    """Codes [rows, cols] by the paper's equations (2) and (3) in float64, with a new inverse for every column."""
     cols = weight.shape[1]
     order = np.argsort(-hessian.diagonal(), kind="stable")
     left, codes = weight.astype(np.float64), np.zeros(weight.shape, np.int64)
@@ -95,28 +95,30 @@ def optimal_brain(weight: np.ndarray, nearest: Any, hessian: np.ndarray, block_s
     return codes
 
 
-def test_codes_are_the_papers() -> None:
-    """More columns than are told of errors at a time."""
+def test_codes_equal_those_of_the_papers_equations() -> None:
+    """The matrix has more columns than a block to which errors are passed on at a time."""
     cols = 300
     x, weight = inputs_like_a_models(cols), rng(5).standard_normal((24, cols)).astype(np.float32)
     nearest = quantize_blocks(weight.copy(), 4, 64, True)
     fitted = gptq_round_blocks(weight, nearest, factor_hessian(x.T @ x), 4, 64)
     codes = unpack(fitted.qweight, 4).reshape(24, -1)[:, :cols]
-    assert (codes != optimal_brain(weight, nearest, x.T @ x, 64)).mean() < 0.02  # where fp32 turns one, others follow
+    assert (
+        codes != optimal_brain(weight, nearest, x.T @ x, 64)
+    ).mean() < 0.02  # one code that fp32 rounds differently changes later ones
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("cols", [64, 70])
-def test_independent_inputs_want_the_nearest_codes(cols: int, symmetric: bool) -> None:
-    """Nothing that one column loses can be made up for by another; the last block's padding stays what it is."""
+def test_uncorrelated_inputs_give_the_nearest_codes(cols: int, symmetric: bool) -> None:
+    """Without correlation no column can compensate for another's error; padding of the last block stays zero."""
     weight = rng(6).standard_normal((9, cols)).astype(np.float32)
     nearest = quantize_blocks(weight.copy(), 4, 32, symmetric)
     fitted = gptq_round_blocks(weight, nearest, factor_hessian(np.eye(cols, dtype=np.float32)), 4, 32)
     assert (fitted.qweight == nearest.qweight).all()
 
 
-def test_rows_do_not_hang_on_each_other() -> None:
-    """So that a weight may come in slabs."""
+def test_rows_are_independent_of_each_other() -> None:
+    """Rows are rounded independently, so a weight can be rounded in slabs."""
     cols = 96
     x, weight = inputs_like_a_models(cols), rng(7).standard_normal((31, cols)).astype(np.float32)
     inputs = factor_hessian(x.T @ x)
@@ -125,12 +127,12 @@ def test_rows_do_not_hang_on_each_other() -> None:
         return gptq_round_blocks(rows, quantize_blocks(rows.copy(), 4, 32, True), inputs, 4, 32).qweight
 
     pieces = np.concatenate([codes(weight[start : start + 7]) for start in range(0, 31, 7)])
-    # sums of another order may turn a code that lies between two
+    # another order of sums may change a code whose value is halfway between two
     assert (pieces != codes(weight)).mean() < 0.01
 
 
-def test_rows_of_8_bits_lose_less_on_other_inputs() -> None:
-    """GPTQ's codes of a scale per row, on inputs of the same kind that they were not fitted to."""
+def test_gptq_in_8_bits_has_a_smaller_error_on_held_out_inputs() -> None:
+    """Codes with a scale per row, compared on inputs of the same distribution that GPTQ did not use."""
     cols = 300
     x, weight = inputs_like_a_models(cols, 1200), rng(5).standard_normal((40, cols)).astype(np.float32)
     nearest, scales = quantize_rows(weight.copy())
@@ -145,8 +147,8 @@ def test_rows_of_8_bits_lose_less_on_other_inputs() -> None:
 
 
 @pytest.mark.parametrize("cols", [1, 63, 64, 200, 600])
-def test_the_factor_is_of_the_products(cols: int) -> None:
-    """lower lowerᵀ = H + damping, columns in the order of their inputs, the largest last."""
+def test_the_hessian_factor(cols: int) -> None:
+    """``lower lowerᵀ`` equals H plus damping, with the columns in ascending order of their inputs' sizes."""
     x = inputs_like_a_models(cols, 2 * cols + 10)
     hessian = x.T @ x
     order, lower = factor_hessian(hessian.copy())
@@ -158,8 +160,8 @@ def test_the_factor_is_of_the_products(cols: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["zeros", "one token", "a dead channel", "twelve orders of magnitude"])
-def test_inputs_that_say_little(name: str) -> None:
-    """A singular H has a factor, and the weights are rounded to finite ones."""
+def test_a_singular_hessian(name: str) -> None:
+    """A singular H has a factor, and the rounded weights are finite."""
     x = inputs_like_a_models(80, 1 if name == "one token" else 300)
     if name == "zeros":
         x[:] = 0
@@ -178,26 +180,26 @@ def test_inputs_that_say_little(name: str) -> None:
     )
 
 
-def test_more_damping_where_little_is_not_enough() -> None:
-    """fp32 may make of H a matrix that has no factor."""
+def test_damping_is_raised_until_the_factor_exists() -> None:
+    """Rounded to fp32, H may not be positive definite."""
     inputs = factor_hessian(np.array([[1, 2], [2, 1]], np.float32))
     assert np.isfinite(inputs.lower).all()
 
 
-def test_a_choice_follows_the_shares_and_leaves_out_the_unlikely() -> None:
+def test_min_p_sampling() -> None:
     logits = np.log(np.array([[0.5, 0.3, 0.2, 0.5 * LEAST_SHARE * 0.99]], np.float32)).repeat(20000, 0)
     counts = np.bincount(choose(logits, rng()), minlength=4) / 20000
     np.testing.assert_allclose(counts, [0.5, 0.3, 0.2, 0], atol=0.02)
 
 
-def test_pieces_are_from_all_over() -> None:
+def test_pieces_come_from_the_whole_text() -> None:
     assert [piece[0] for piece in pieces(range(10 * LENGTH), 4)] == [0, 3 * LENGTH, 6 * LENGTH, 9 * LENGTH]
     assert all(len(piece) == LENGTH for piece in pieces(range(LENGTH + 3), 2))
 
 
 @pytest.fixture(scope="module")
 def helper(checkpoint: Callable[[Tiny], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """The 8-bit package of a checkpoint, as a build makes it to calibrate with."""
+    """The temporary 8-bit package with which a build of the checkpoint is calibrated."""
 
     def get(folder: Path) -> tuple[CalibrationModel, Architecture]:
         with Checkpoint.open(folder) as opened:
@@ -217,7 +219,7 @@ OURS = {"self_attn.q_proj": "self_attn.qkv_proj"}
 def sums_of_transformers(
     folder: Path, prefix: str, prompts: list[dict[str, Any]], image_token_id: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Σ xᵀx of every matrix's inputs, by our paths; image tokens together count no more than all words do."""
+    """``Σ xᵀx`` of every matrix's inputs in transformers, by vlpack's paths, with the same weights of image tokens."""
     ids = np.concatenate([prompt["input_ids"].ravel() for prompt in prompts])
     images = ids == image_token_id
     counts = {True: min(1.0, (~images).sum() / max(images.sum(), 1)), False: 1.0}
@@ -276,9 +278,9 @@ def test_inputs_are_those_of_transformers(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Layer after layer, text and pictures, in the basis of the package that is built from them.
+    """Hessians of every layer, for texts and pictures, in the basis of the package that is built with them.
 
-    They are off by the 8 bits of the package that is run.
+    They differ by the rounding errors of the 8-bit package.
     """
     folder = checkpoint(which) if isinstance(which, Tiny) else make_member(tmp_path / "checkpoint", which)
     model, architecture = helper(folder)
@@ -303,7 +305,7 @@ def test_inputs_are_those_of_transformers(
             kept = Kept(folder, precision, calibrated=calibrated)
             asked = [kept.declared[name] for name in names.values()]
             collect = layers.Calibration(model, asked, transforms, opened, shown)
-            kept.scales = collect.scales  # those that the build takes: of the measured sizes
+            kept.scales = collect.scales  # as in a build, scales follow from the measured sizes
             for path, sums in sorted(wanted.items(), key=lambda item: (item[0] == "lm_head", item[0])):
                 got = np.asarray(collect(kept.declared[names[path]]))
                 multiplied = kept.products(names[path], sums)
@@ -311,8 +313,10 @@ def test_inputs_are_those_of_transformers(
                 assert apart < 0.1, f"{precision}, {path}: {apart:.3f}"
 
 
-def test_texts_are_the_models_own(helper: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the likeliest token alone: transformers' greedy answers, of openings of unequal lengths side by side."""
+def test_texts_are_generated_by_the_model(
+    helper: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If only the likeliest token is chosen, the texts of a batch of openings are transformers' greedy answers."""
     monkeypatch.setattr("vlpack.calibration.teacher.LEAST_SHARE", 1.0)
     folder = make_member(tmp_path / "checkpoint", FAMILIES[1])
     model, _ = helper(folder)
@@ -327,10 +331,10 @@ def test_texts_are_the_models_own(helper: Callable[..., Any], tmp_path: Path, mo
             wanted = live(torch.tensor([text])).logits[0].argmax(-1)
         same += int((wanted[len(opening) - 1 : -1].numpy() == text[len(opening) :]).sum())
         total += 20 - len(opening)
-    assert same / total > 0.8  # 8 bits decide some otherwise
+    assert same / total > 0.8  # 8-bit rounding changes some tokens
 
 
-def test_texts_end_and_are_the_same_again(helper: Callable[..., Any], checkpoint: Callable[[Tiny], Path]) -> None:
+def test_texts_end_and_are_reproducible(helper: Callable[..., Any], checkpoint: Callable[[Tiny], Path]) -> None:
     model, _ = helper(checkpoint(Tiny()))
     begun = [[11, 12], [13]]
     told: list[int] = []
@@ -340,7 +344,7 @@ def test_texts_end_and_are_the_same_again(helper: Callable[..., Any], checkpoint
     assert texts == model.write(begun, 30, set(), 3, told.append) != model.write(begun, 30, set(), 4, told.append)
     assert len(model.write([[11, 12, 12], [13, 12, 12]], 30, {12}, 3, told.append)[0]) > 3
     end = texts[0][10]
-    stopped = model.write(begun, 30, {end, 11}, 3, told.append)  # an end in the opening is none
+    stopped = model.write(begun, 30, {end, 11}, 3, told.append)  # an end token within the opening does not end the text
     assert stopped[0] == texts[0][: texts[0].index(end, 2) + 1]
 
 
@@ -375,7 +379,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_whole_build(calibrated: Path, tmp_path: Path) -> None:
-    """The same again, whatever the threads; nothing is left of the 8-bit package; vision and table are as without."""
+    """Builds are reproducible with any number of threads and leave no 8-bit package behind; vision is not changed."""
     build(DIGITS, tmp_path / "again", precision="int4", calibrate="self", threads=3)
     build(DIGITS, tmp_path / "without", precision="int4", extra_options=parse_extra_options(["block_size=128"]))
     assert hashes(calibrated) == hashes(tmp_path / "again")
@@ -390,8 +394,8 @@ def test_a_whole_build(calibrated: Path, tmp_path: Path) -> None:
     assert ours != others
 
 
-def test_it_reads_the_digits(calibrated: Path) -> None:
-    """Through the stock runtime, as the demo asks."""
+def test_a_calibrated_package_reads_the_digits(calibrated: Path) -> None:
+    """A calibrated package answers the demo's questions in the stock runtime."""
     from vlpack.demo import QUESTIONS
     from vlpack.runtime.model import Model
     from vlpack.runtime.sampling import Sampling
@@ -418,8 +422,10 @@ def test_verification_knows_calibrated_weights(calibrated: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("array", "words"), [("scales", "weights"), ("qweight", "weights")])
-def test_verification_finds_others(array: str, words: str, calibrated: Path, tmp_path: Path) -> None:
-    """Scales are those of the nearest codes, and codes are not far from these."""
+def test_verification_reports_altered_calibrated_weights(
+    array: str, words: str, calibrated: Path, tmp_path: Path
+) -> None:
+    """Altered scales differ from those of the nearest codes, and altered codes are far from the nearest ones."""
     import onnx_ir as ir
 
     from vlpack.verification import verify
@@ -441,7 +447,7 @@ def test_verification_finds_others(array: str, words: str, calibrated: Path, tmp
 
 
 def test_calibrated_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build of 8 bits: codes are fitted, and its manifest has the scales of all channels, by which it is verified."""
+    """An int8 build has GPTQ's codes, and its manifest has all channel scales, which verification needs."""
     used: list[ChannelScales] = []
     start = "vlpack.calibration.run.start_calibration"
 
@@ -500,7 +506,7 @@ def test_damaged_scales_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("entry", ["a text", {"": "?"}, "fewer"])
 def test_verification_refuses_damaged_scales(entry: Any, calibrated: Path, tmp_path: Path) -> None:
-    """They are asked for before anything is compared."""
+    """Damaged scales are reported before anything is compared."""
     from vlpack.verification import verify
 
     folder = tmp_path / "other"
@@ -538,7 +544,7 @@ def conversation(image: str, words: str = "What is written in this picture, and 
 
 @pytest.fixture
 def conversations(tmp_path: Path) -> Path:
-    """A file whose images lie in a folder beside it."""
+    """A JSONL file of conversations with images in a folder beside it."""
     (tmp_path / "data" / "seen").mkdir(parents=True)
     picture(320, 224, 1).save(tmp_path / "data" / "seen" / "a.png")
     path = tmp_path / "data" / "own.jsonl"
@@ -578,7 +584,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_lines_that_are_no_use(name: str, conversations: Path) -> None:
+def test_unusable_lines_of_conversations(name: str, conversations: Path) -> None:
     line, words = LINES[name]
     lines = conversations.read_text(encoding="utf-8").splitlines()
     conversations.write_text("\n".join([lines[0], line, *lines[1:]]), encoding="utf-8")
@@ -587,13 +593,13 @@ def test_lines_that_are_no_use(name: str, conversations: Path) -> None:
         conversations_of(conversations, builder)
 
 
-def test_conversations_need_a_template(conversations: Path) -> None:
+def test_conversations_need_a_chat_template(conversations: Path) -> None:
     with pytest.raises(OptionError, match="no chat template"):
         conversations_of(conversations, None)
 
 
 def test_images_count_at_most_as_much_as_words() -> None:
-    """Ten tokens of images beside four of words: their products count 0.4 times."""
+    """With ten image tokens and four words, the products of image tokens are multiplied by 0.4."""
     few, many = np.array([True, False]), np.array([True] * 9 + [False])
     shown = [Shown({}, 2, few), Shown({}, 10, many), Shown({}, 2)]
     assert layers.row_factors([shown[0], shown[2]]) == [None, None]
@@ -609,8 +615,8 @@ def test_images_count_at_most_as_much_as_words() -> None:
     assert sums.rows == pytest.approx(8)
 
 
-def test_a_calibrated_head_and_the_table(tmp_path: Path) -> None:
-    """A 4-bit head is fitted too; the embedding, which multiplies nothing, keeps 8 bits."""
+def test_a_calibrated_head_and_the_embedding(tmp_path: Path) -> None:
+    """A 4-bit head is calibrated, too; the embedding has no inputs to calibrate with and keeps 8 bits."""
     options = parse_extra_options(["matmul_mixed_precision=last_matmul:int4,mixed_layers:int8", "is_symmetric=false"])
     build(DIGITS, tmp_path / "out", precision="int4", calibrate="self", extra_options=options)
     storages = {rule["role"]: rule["storage"] for rule in manifest(tmp_path / "out")["policy"]}
@@ -626,7 +632,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_exclude_calibration(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options, words = MISTAKES[name]
     said = vlpack(capsys, "build", DIGITS, "-o", tmp_path / "out", *options)
     assert said.code == 2
@@ -635,7 +641,7 @@ def test_mistakes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(("data", "words"), [(b"short", "calibration needs 1024"), (b"\xff\xfe\xff", "not UTF-8")])
-def test_files_that_are_no_use(data: bytes, words: str, tmp_path: Path) -> None:
+def test_unusable_calibration_files(data: bytes, words: str, tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(data)
     with pytest.raises(OptionError, match=words):
         texts_of(tmp_path / "text", Tokenizer.from_folder(DIGITS))

@@ -1,4 +1,4 @@
-"""Calibrated embedding models, rerankers and experts: nearer to the model, on inputs they have not seen."""
+"""Calibrated embedding models, rerankers and experts are closer to the model, on inputs not used for calibration."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ UNSEEN = [
 
 
 def packages(source: Path, folder: Path, precision: str, **options: Any) -> list[Path]:
-    """The package in fp32, and in ``precision`` without and with calibration, in the same bits and blocks."""
+    """Three packages: fp32, and ``precision`` without and with calibration, with the same bits and block sizes."""
     same = ["block_size=32", "is_symmetric=true", "matmul_mixed_precision=mixed_layers:int4"]
     extra = parse_extra_options(same if precision == "int4" else [])
     build(source, folder / "fp32", precision="fp32", **options)
@@ -53,13 +53,13 @@ def packages(source: Path, folder: Path, precision: str, **options: Any) -> list
 
 
 def distances(outputs: Sequence[np.ndarray]) -> tuple[float, float]:
-    """How far the second and the third are from the first."""
+    """The distances of the second and the third array from the first."""
     exact, nearest, fitted = outputs
     return float(np.linalg.norm(nearest - exact)), float(np.linalg.norm(fitted - exact))
 
 
 @pytest.mark.parametrize("kind", ["text", "vision"])
-def test_embeddings_are_nearer(kind: str, tmp_path: Path) -> None:
+def test_calibrated_embeddings_are_closer(kind: str, tmp_path: Path) -> None:
     inputs: list[Input] = [*UNSEEN]
     if kind == "vision":
         inputs += [{"image": picture(seed, 96, 64)} for seed in range(3)]
@@ -70,7 +70,7 @@ def test_embeddings_are_nearer(kind: str, tmp_path: Path) -> None:
     assert fitted < 0.9 * nearest
 
 
-def test_scores_are_nearer(tmp_path: Path) -> None:
+def test_calibrated_scores_are_closer(tmp_path: Path) -> None:
     folders = packages(make_text(tmp_path / "source", TEXT), tmp_path, "int4", task="reranker")
 
     def logits(folder: Path) -> np.ndarray:
@@ -87,7 +87,7 @@ MIXTURE = Member("mixture", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", EXPERTS)
 
 
 class Fitted:
-    """What the experts of one layer multiply, as a build asks for it."""
+    """The weights of one layer's experts with their inputs, as a build requests them."""
 
     def __init__(self, checkpoint: Checkpoint, inputs: ExpertInputs) -> None:
         self.scales, self._inputs = ChannelScales(checkpoint), inputs
@@ -99,8 +99,8 @@ class Fitted:
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8"])
-def test_experts_lose_less(precision: str, tmp_path: Path) -> None:
-    """The outputs of every expert's matrices, of tokens of the same kind that they were not fitted to."""
+def test_calibrated_experts_have_smaller_errors(precision: str, tmp_path: Path) -> None:
+    """Errors of the outputs of every expert's matrices, on tokens that calibration did not use."""
     random = np.random.default_rng(0)
     x = (random.standard_normal((3000, 10)) @ random.standard_normal((10, 64))).astype(np.float32)
     x += 0.2 * random.standard_normal(x.shape).astype(np.float32)
@@ -133,7 +133,7 @@ def test_experts_lose_less(precision: str, tmp_path: Path) -> None:
 
 
 def expert_weights(checkpoint: Checkpoint, precision: str) -> tuple[Weight, Weight]:
-    """Gates and ups, and downs, of the second layer."""
+    """The weights of the gate and up projections, and of the down projections, of the second layer's experts."""
     architecture, _ = architecture_of(checkpoint)
     policy = make_policy(precision, "cpu", QuantizationOptions(calibrated=True), architecture.precision_facts)
     declared = [weight for part in architecture.parts(GraphOptions()) for weight in declare(part, policy)]
@@ -141,8 +141,8 @@ def expert_weights(checkpoint: Checkpoint, precision: str) -> tuple[Weight, Weig
     return pair
 
 
-def test_a_mixture(tmp_path: Path) -> None:
-    """Attention and experts are calibrated, the router is not; verification and the runtime take such experts."""
+def test_a_calibrated_mixture_of_experts(tmp_path: Path) -> None:
+    """Attention and experts are calibrated, the router is not; verification and the runtime accept the package."""
     from vlpack.verification import verify
 
     source = make_member(tmp_path / "source", MIXTURE)
@@ -155,11 +155,13 @@ def test_a_mixture(tmp_path: Path) -> None:
     assert not [finding for finding in report.findings if finding.stage == "weights"]
     experts = [weight for weight in report.weights if ".experts." in weight.path]
     assert experts
-    assert all(weight.error > weight.expected for weight in experts)  # the nearest codes have the least
+    assert all(
+        weight.error > weight.expected for weight in experts
+    )  # rounding to the nearest codes would have the smallest error of the weights
 
 
-def test_what_experts_multiply(tmp_path: Path) -> None:
-    """The tokens that are sent to each, by their shares, and a few of all, against transformers' modules."""
+def test_inputs_of_experts(tmp_path: Path) -> None:
+    """Hessians of each expert's own tokens, weighted by shares, and of a few tokens for all, against transformers."""
     folder = make_member(tmp_path / "source", MIXTURE)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     block = model.model.layers[1].mlp
@@ -168,7 +170,7 @@ def test_what_experts_multiply(tmp_path: Path) -> None:
         random = np.random.default_rng(0)
         x = random.standard_normal((700, gate_up.cols)).astype(np.float32)
         logits = random.standard_normal((700, 4)).astype(np.float32)
-        logits[:, 3] = -20  # nothing is sent to the last one
+        logits[:, 3] = -20  # no token is sent to the last expert
         inputs = ExpertInputs(opened, gate_up, 2)
         for start in (0, 300):
             inputs.add(x[start : start + 300 + start], logits[start : start + 300 + start], None)
@@ -187,15 +189,15 @@ def test_what_experts_multiply(tmp_path: Path) -> None:
 
 
 def gate_and_up(block: Any, expert: int) -> list[Any]:
-    """Gate and up of an expert, however this transformers keeps them."""
+    """The gate and up matrices of an expert in transformers 4 or 5."""
     if hasattr(block.experts, "gate_up_proj"):
         return list(block.experts.gate_up_proj[expert].chunk(2))
     return [block.experts[expert].gate_proj.weight, block.experts[expert].up_proj.weight]
 
 
 @pytest.mark.parametrize(("outlier", "apart"), [(1, 0.005), (3000, 0.03)])
-def test_products_in_8_bits(outlier: float, apart: float) -> None:
-    """As float32 has them, to a small part of the geometric mean of both channels' own."""
+def test_gram_matrices_in_8_bits(outlier: float, apart: float) -> None:
+    """Gram matrices in 8 bits equal float32 ones up to a small part of the geometric mean of both sums."""
     random = np.random.default_rng(0)
     rows = (random.standard_normal((900, 30)) @ random.standard_normal((30, 1300))).astype(np.float32)
     rows *= np.exp(random.standard_normal(1300)).astype(np.float32)
@@ -207,11 +209,11 @@ def test_products_in_8_bits(outlier: float, apart: float) -> None:
     sizes = np.sqrt(wanted.diagonal())
     assert (total == total.T).all()
     assert np.abs((total - wanted) / np.outer(sizes, sizes)).max() < apart
-    assert (total != (rows.T @ rows)).any()  # it was not float32 that took them
+    assert (total != (rows.T @ rows)).any()  # they were not computed in float32
     assert gram.rows == 900
 
 
-def test_products_of_what_is_not_finite() -> None:
+def test_gram_matrices_of_values_that_are_not_finite() -> None:
     rows = np.ones((600, 600), np.float32)
     rows[3, 5] = np.inf
     gram = Gram(600)
@@ -219,7 +221,7 @@ def test_products_of_what_is_not_finite() -> None:
     assert not np.isfinite(gram.total().diagonal()).all()
 
 
-def test_time_left_is_told() -> None:
+def test_the_remaining_time_is_reported() -> None:
     now = [0.0]
     with Progress(disable=True) as shown:
         bar = BuildBar(shown, lambda: now[0])

@@ -1,4 +1,4 @@
-"""Reading sound checkpoints, also from several threads: exactly the bytes that safetensors reads, and no others."""
+"""Reading valid checkpoints, also from several threads: the bytes equal those that safetensors reads."""
 
 import hashlib
 import json
@@ -94,7 +94,7 @@ def test_reads_what_safetensors_reads(checkpoint: Checkpoint) -> None:
         *("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz"),
     ],
 )
-def test_dtypes_are_those_that_torch_writes(tmp_path: Path, dtype: str) -> None:
+def test_every_dtype_that_torch_writes(tmp_path: Path, dtype: str) -> None:
     kind = getattr(torch, dtype, None)
     if kind is None or (not hasattr(np, dtype.rstrip("_")) and not hasattr(ml_dtypes, dtype)):
         pytest.skip(f"this torch or ml_dtypes has no {dtype}")
@@ -117,7 +117,7 @@ def test_bfloat16_values(tmp_path: Path) -> None:
         assert np.array_equal(checkpoint.read("w").astype(np.float32), tensor.float().numpy())
 
 
-def test_rows_are_slices_with_memory_of_their_own(checkpoint: Checkpoint) -> None:
+def test_rows_are_copies_and_not_views(checkpoint: Checkpoint) -> None:
     for name, array in weights().items():
         if array.ndim == 0:
             continue
@@ -148,7 +148,7 @@ def test_unknown_names_and_scalars(checkpoint: Checkpoint) -> None:
     assert checkpoint.read("model.scale") == np.float32(2.5)
 
 
-def test_rows_read_their_bytes_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_read_only_their_own_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[tuple[int, int]] = []
     read_some = safefile.OpenFile._read_some
 
@@ -210,7 +210,7 @@ def test_many_threads_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
-def test_descriptors_are_few_and_given_back(tmp_path: Path) -> None:
+def test_few_file_descriptors_are_open_and_all_are_closed(tmp_path: Path) -> None:
     tensors = {f"t{i}": np.full((2, 2), i, np.float32) for i in range(130)}
     folder = make(tmp_path, tensors, shards=130)
 
@@ -227,12 +227,12 @@ def test_descriptors_are_few_and_given_back(tmp_path: Path) -> None:
     assert descriptors() == 0
     with pytest.raises(ValueError, match="closed"):
         checkpoint.read("t0")
-    checkpoint.close()  # twice does no harm
+    checkpoint.close()  # closing twice is harmless
 
     (folder / "model-00130-of-00130.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError) as caught:
         Checkpoint.open(folder)
-    assert descriptors() == 0  # although the error, and with it all that its frames hold, lives on
+    assert descriptors() == 0  # although the error's traceback still holds references to the checkpoint
     assert caught.value.hint
 
     make(folder, tensors, shards=130)
@@ -242,7 +242,7 @@ def test_descriptors_are_few_and_given_back(tmp_path: Path) -> None:
     assert descriptors() == 0
 
 
-def test_the_pool_keeps_what_was_used_last_and_what_is_in_use(tmp_path: Path) -> None:
+def test_the_pool_keeps_recent_files_and_files_in_use(tmp_path: Path) -> None:
     pool = safefile.FilePool(limit=2)
     paths = [tmp_path / name for name in "abc"]
     for path in paths:
@@ -309,7 +309,7 @@ def test_sha256_in_pieces(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not EXAMPLE.exists(), reason="the example is not here")
-def test_the_shipped_example() -> None:
+def test_the_shipped_checkpoint() -> None:
     expected = safetensors_torch.load_file(EXAMPLE / "model.safetensors")
     with Checkpoint.open(EXAMPLE) as checkpoint:
         assert checkpoint.architecture == "Qwen3VLForConditionalGeneration"
@@ -320,7 +320,7 @@ def test_the_shipped_example() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "preadv"), reason="needs preadv")
 def test_a_checkpoint_larger_than_its_memory_stays_on_disk(tmp_path: Path) -> None:
-    """8 GB of zeros (a sparse file that takes no room), opened, and its last rows read past 2**32."""
+    """A sparse file of 8 GB, which takes no disk space, is opened, and its last rows are read beyond byte 2**32."""
     rows, columns = 1 << 20, 1 << 12
     entry = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [0, rows * columns * 2]}
     header = json.dumps({"w": entry}).encode()

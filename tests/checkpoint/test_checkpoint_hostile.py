@@ -1,4 +1,4 @@
-"""Damaged and malicious checkpoints: each is refused with a CheckpointError that says where; nothing worse happens."""
+"""Damaged and malicious checkpoints: each is refused with a CheckpointError that says where the fault is."""
 
 import copy
 import itertools
@@ -80,15 +80,15 @@ def refused(folder: Path, *parts: str) -> CheckpointError:
 
 
 def check_printable(error: CheckpointError) -> None:
-    """Names from the file must neither flood nor control the terminal, nor be impossible to encode."""
+    """Checks that a message is short, can be encoded, and has no control characters from names in the file."""
     assert len(error.message) < 2000
     assert all(line.isprintable() for line in str(error).splitlines()), error
 
 
-# --- the corpus is sound before it is damaged ------------------------------------------------------
+# --- the files are valid before they are damaged ------------------------------------------------------
 
 
-def test_the_undamaged_ones_open(folder: Path) -> None:
+def test_undamaged_checkpoints_open(folder: Path) -> None:
     with Checkpoint.open(folder) as checkpoint:
         assert list(checkpoint.tensors) == ["a", "b", "c"]
 
@@ -209,7 +209,7 @@ OUTSIDE = ["../one.safetensors", "/one.safetensors", "sub/one.safetensors", "..\
 
 
 @pytest.mark.parametrize("file", [*OUTSIDE, "", ".", "..", "o\0ne.safetensors", "\ud800.safetensors", "x" * 999])
-def test_index_leads_elsewhere(sharded: Path, file: str) -> None:
+def test_index_with_paths_outside_the_folder(sharded: Path, file: str) -> None:
     set_map(sharded, {"a": file})
     refused(sharded, INDEX, "not a plain file name")
 
@@ -221,7 +221,7 @@ def test_index_without_map(sharded: Path, weight_map: object) -> None:
 
 
 @pytest.mark.parametrize("file", [None, 1, True, ["one.safetensors"], {"a": [[]]}])
-def test_index_names_no_file(sharded: Path, file: object) -> None:
+def test_index_with_an_entry_that_is_no_file_name(sharded: Path, file: object) -> None:
     set_map(sharded, {"a": file})
     refused(sharded, INDEX, "tensor 'a'")
 
@@ -271,7 +271,9 @@ def test_tensors_of_all_shards_are_counted_together(sharded: Path, monkeypatch: 
     Checkpoint.open(sharded).close()
     monkeypatch.setattr(checkpoint, "MAX_TENSORS", 3)
     refused(sharded, "more than 3 tensors")
-    set_map(sharded, {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"})  # as promised, so far
+    set_map(
+        sharded, {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}
+    )  # three according to the index, four in the files
     refused(sharded, "has more than 3 tensors")
 
 
@@ -373,21 +375,21 @@ def test_header_length_past_the_end(folder: Path) -> None:
     refused(folder, SINGLE, "is truncated", "ends at byte 90000008", f"has {len(data)} bytes")
 
 
-def test_bytes_behind_the_last_tensor(folder: Path) -> None:
+def test_bytes_after_the_last_tensor(folder: Path) -> None:
     data = pack(header(), bytes(41))
     (folder / SINGLE).write_bytes(data)
     refused(folder, SINGLE, "3 bytes after its last tensor", f"should have {len(data) - 3} bytes and has {len(data)}")
 
 
-def test_a_clone_without_lfs(folder: Path) -> None:
+def test_a_clone_without_git_lfs(folder: Path) -> None:
     (folder / SINGLE).write_text(
         f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4967215360\n"
     )
     refused(folder, SINGLE, "git-lfs pointer", "git lfs pull")
 
 
-def test_a_header_of_other_things_is_not_parsed(folder: Path) -> None:
-    """Two million empty strings, lists or dictionaries take a hundred times their text once they are Python objects."""
+def test_a_header_of_many_small_objects_is_not_parsed(folder: Path) -> None:
+    """Two million empty strings, lists or dictionaries take a hundred times as much memory as their text does."""
     for piece in (b'"ab":1', b'"a%d":"b"', b"[]", b"{}", b"7"):
         body = b",".join([piece] * 2_000_000)
         text = b'{"a":{' + body + b"}}" if b":" in piece else b'{"a":[' + body + b"]}"
@@ -465,7 +467,7 @@ def test_a_failing_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             checkpoint.read("a")
 
 
-def test_no_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 
@@ -549,7 +551,7 @@ def test_blobs_that_are_a_link_are_refused(folder: Path, tmp_path: Path) -> None
 
 
 @needs_links
-def test_a_folder_that_only_looks_like_a_cache(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_imitates_the_cache(folder: Path, tmp_path: Path) -> None:
     refused(snapshot(tmp_path / "hub", folder, name="datasets--org--name"), "leads out of the folder")
 
 
@@ -565,7 +567,7 @@ def test_links_to_nothing_and_in_circles(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", SINGLE])
-def test_folders_and_pipes_are_no_files(folder: Path, name: str) -> None:
+def test_folders_and_pipes_are_refused(folder: Path, name: str) -> None:
     (folder / name).unlink()
     (folder / name).mkdir()
     refused(folder, str(folder / name), "not a regular file")
@@ -578,7 +580,7 @@ def test_folders_and_pipes_are_no_files(folder: Path, name: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
 def test_a_file_swapped_for_a_pipe_or_link_after_the_check(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="not a regular file"):  # and does not wait for somebody to write to it
+    with pytest.raises(CheckpointError, match="not a regular file"):  # opening the pipe must not wait for a writer
         safefile.OpenFile(tmp_path / "pipe", tmp_path / "pipe")
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("file")
@@ -683,7 +685,7 @@ def safetensors_accepts(data: bytes) -> bool:
 
     try:
         safetensors.deserialize(data)
-    except Exception:  # whatever it raises for a bad file
+    except Exception:  # safetensors raises various errors for bad files
         return False
     return True
 
@@ -705,7 +707,7 @@ def test_fuzz_entries(folder: Path, seed: int, count: int) -> None:
         changed = mutate(choose, changed)
     data = pack(json.dumps(changed).encode())
     if bounded(folder, lambda: opens_or_is_refused(folder, data)):
-        # One known difference: we drop the metadata, half surrogate pairs in them included.
+        # one known difference: vlpack ignores metadata, even with lone surrogates
         assert safetensors_accepts(data) or rb"\ud800" in data
 
 
@@ -725,7 +727,7 @@ SIZES = st.lists(st.integers(0, 5), max_size=4)
 
 @fuzz
 @given(shapes=st.lists(st.tuples(st.sampled_from(list(tensorfile.DTYPES)), SIZES), min_size=1, max_size=6))
-def test_fuzz_sound_files_are_all_accepted(folder: Path, shapes: list[tuple[str, list[int]]]) -> None:
+def test_fuzz_all_valid_files_are_accepted(folder: Path, shapes: list[tuple[str, list[int]]]) -> None:
     entries: Header = {}
     end = 0
     for i, (dtype, shape) in enumerate(shapes):
@@ -735,7 +737,7 @@ def test_fuzz_sound_files_are_all_accepted(folder: Path, shapes: list[tuple[str,
         entries[f"t{i}"] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
         end += size
     items = list(entries.items())
-    random.Random(end).shuffle(items)  # the header's order means nothing
+    random.Random(end).shuffle(items)  # the order of entries in a header is arbitrary
     assert opens_or_is_refused(folder, pack(json.dumps(dict(items)).encode() + b"  ", random.Random(0).randbytes(end)))
 
 

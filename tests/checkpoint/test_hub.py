@@ -38,7 +38,7 @@ class FakeHub:
 
 @pytest.fixture(autouse=True)
 def _online_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs each test in an empty folder, without environment variables that change what the Hub library does."""
+    """Runs each test in an empty folder, without environment variables that change how the Hub library works."""
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(tmp_path / "home")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -59,7 +59,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 # --- folders ----------------------------------------------------------------------------------------
 
 
-def test_a_folder_stays_as_it_is(tmp_path: Path, fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_used_as_it_is(tmp_path: Path, fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "home" / "org" / "name"
     folder.mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -71,7 +71,7 @@ def test_a_folder_stays_as_it_is(tmp_path: Path, fake: FakeHub, monkeypatch: pyt
     assert not fake.calls
 
 
-def test_a_folder_of_the_cache_knows_where_it_is_from(fake: FakeHub, tmp_path: Path) -> None:
+def test_a_folder_of_the_cache_has_its_hub_id(fake: FakeHub, tmp_path: Path) -> None:
     assert resolve(fake.folder) == ResolvedSource(fake.folder, "org/name", COMMIT)
     other = tmp_path / "models--org--name" / "snapshots" / "not-a-commit"
     other.mkdir()
@@ -105,7 +105,7 @@ def test_a_folder_has_no_revision(tmp_path: Path) -> None:
     ],
     ids=lambda source: ascii(source)[:30],
 )
-def test_what_is_neither_folder_nor_id(source: str | Path, fake: FakeHub) -> None:
+def test_a_source_that_is_neither_folder_nor_id(source: str | Path, fake: FakeHub) -> None:
     with pytest.raises(CheckpointError, match=r"no folder|is not a revision") as caught:
         resolve(source)
     assert caught.value.hint
@@ -122,7 +122,7 @@ def test_what_is_neither_folder_nor_id(source: str | Path, fake: FakeHub) -> Non
         ("https://mirror.example:8080/org/name#usage", "org/name"),
     ],
 )
-def test_an_address_of_the_hub_gets_its_id(page: str, source: str) -> None:
+def test_a_url_of_the_hub_is_reported_with_its_id(page: str, source: str) -> None:
     with pytest.raises(CheckpointError, match="There is no folder") as caught:
         resolve(page)
     assert caught.value.hint == f"Give the id of that page: {source}."
@@ -131,13 +131,13 @@ def test_an_address_of_the_hub_gets_its_id(page: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("source", "also_id"), [("./models/x", False), ("/models/x", False), (Path("org/name"), False), ("name", True)]
 )
-def test_a_path_is_not_said_to_be_a_bad_id(source: str | Path, also_id: bool) -> None:
+def test_a_missing_path_is_not_called_a_bad_id(source: str | Path, also_id: bool) -> None:
     with pytest.raises(CheckpointError) as caught:
         resolve(source)
     assert ("not a Hub id" in caught.value.message) == also_id
 
 
-# --- what is asked of the Hub ------------------------------------------------------------------------
+# --- requests to the Hub ------------------------------------------------------------------------
 
 
 def test_download(fake: FakeHub) -> None:
@@ -155,7 +155,7 @@ def test_download(fake: FakeHub) -> None:
     }
 
 
-def test_options_arrive(fake: FakeHub, tmp_path: Path) -> None:
+def test_options_reach_the_hub_library(fake: FakeHub, tmp_path: Path) -> None:
     resolve("org/name", revision="v1", cache_dir=tmp_path, token="hf_x", offline=True, patterns=["*.json"])
     call = fake.calls[0]
     assert call["revision"] == "v1"
@@ -204,7 +204,7 @@ def test_offline(
     assert fake.calls[0]["local_files_only"] is expected
 
 
-def test_patterns_take_what_a_build_needs_and_nothing_else() -> None:
+def test_patterns_match_only_files_that_a_build_needs() -> None:
     from huggingface_hub.utils import filter_repo_objects
 
     wanted = [
@@ -243,7 +243,7 @@ def test_patterns_take_what_a_build_needs_and_nothing_else() -> None:
     assert not any(fnmatch(name, pattern) for name in wanted for pattern in hub.IGNORED)
 
 
-# --- what people read when it fails --------------------------------------------------------------------
+# --- messages of failures --------------------------------------------------------------------
 
 
 def http_error(kind: type[Exception], status: int, text: str) -> Exception:
@@ -296,13 +296,13 @@ FAILURES: list[tuple[Exception, str, str]] = [
     ),
     (errors.OfflineModeIsEnabled("offline"), "The Hub cannot be reached", "Check the network"),
     (OSError(28, "No space left on device"), "could not be downloaded: OSError: [Errno 28] No space left", "HF_HOME"),
-    (ConnectionResetError(104, "reset"), "could not be downloaded: ConnectionResetError", "goes on where it stopped"),
+    (ConnectionResetError(104, "reset"), "could not be downloaded: ConnectionResetError", "continues where it stopped"),
     (RuntimeError("Data processing error: xet"), "could not be downloaded: RuntimeError: Data processing", "Try again"),
 ]
 
 
 @pytest.mark.parametrize(("error", "message", "hint"), FAILURES, ids=[type(error).__name__ for error, *_ in FAILURES])
-def test_failures_are_explained(fake: FakeHub, error: Exception, message: str, hint: str) -> None:
+def test_messages_of_failures(fake: FakeHub, error: Exception, message: str, hint: str) -> None:
     fake.error = error
     with pytest.raises(CheckpointError) as caught:
         resolve("org/name@v9")
@@ -324,18 +324,18 @@ def test_long_messages_are_cut(fake: FakeHub) -> None:
     assert len(caught.value.message) < 500
 
 
-def test_interrupts_pass(fake: FakeHub) -> None:
+def test_interrupts_are_passed_on(fake: FakeHub) -> None:
     fake.error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         resolve("org/name")
 
 
-# --- the real library, on a real cache, without network ------------------------------------------------
+# --- the real Hub library with a real cache, without network ------------------------------------------------
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    """A cache as snapshot_download leaves it: blobs, a snapshot of links to them, and a branch."""
+    """A cache folder as snapshot_download writes it: blobs, a snapshot of links to them, and a branch."""
     if not EXAMPLE.exists():
         pytest.skip("the example is not here")
     repository = tmp_path / "hub" / "models--org--name"
@@ -378,7 +378,7 @@ def test_an_incomplete_snapshot_is_noticed_when_opened(cache: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="links need rights on Windows")
 def test_the_environment_variables_alone(cache: Path) -> None:
-    """A new process, because the library reads the variables when it is imported."""
+    """The variables are set in a new process, because the Hub library reads them when it is imported."""
     program = (
         "from vlpack.checkpoint.hub import resolve\n"
         "found = resolve('org/name'); print(found.repo_id, found.commit, found.folder)\n"
@@ -395,7 +395,7 @@ def test_the_environment_variables_alone(cache: Path) -> None:
 
 
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Online mode without a server: the endpoint is a closed port of this machine."""
+    """In online mode, a server that cannot be reached is reported; the endpoint is a closed port of this machine."""
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     for proxy in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(proxy, raising=False)

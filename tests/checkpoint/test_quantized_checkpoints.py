@@ -1,4 +1,4 @@
-"""Checkpoints that are already quantized are refused as such, whichever file or tensor shows it."""
+"""Checkpoints that are already quantized are refused with a message that says so, whichever file or tensor shows it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def refused(source: Path, tmp_path: Path, match: str) -> None:
         ("quantization", {"group_size": 64, "bits": 4}, "MLX"),
     ],
 )
-def test_the_config_says_it(name: str, value: Any, match: str, source: Path, tmp_path: Path) -> None:
+def test_quantized_according_to_the_config(name: str, value: Any, match: str, source: Path, tmp_path: Path) -> None:
     edit_json(source / "config.json", name, value=value)
     refused(source, tmp_path, match)
     edit_json(source / "config.json", name, value=...)
@@ -55,7 +55,7 @@ def test_the_config_says_it(name: str, value: Any, match: str, source: Path, tmp
         ("scales", "MLX"),
     ],
 )
-def test_its_tensors_say_it(end: str, match: str, source: Path, tmp_path: Path) -> None:
+def test_quantized_according_to_the_tensors(end: str, match: str, source: Path, tmp_path: Path) -> None:
     def quantize(tensors: Tensors) -> None:
         weight = tensors[QUERY] if end.endswith(("_scale", "scale_inv", "SCB")) else tensors.pop(QUERY)
         tensors[f"{STEM}.{end}"] = weight._replace(shape=(4,), data=weight.data[:8])
@@ -72,7 +72,7 @@ def test_its_tensors_say_it(end: str, match: str, source: Path, tmp_path: Path) 
         ("quant_config.json", {"w_bit": 4}, "4 bits, as AutoAWQ"),
     ],
 )
-def test_a_file_of_another_tool_says_it(
+def test_quantized_according_to_another_tools_file(
     file: str, settings: dict[str, Any], match: str, source: Path, tmp_path: Path
 ) -> None:
     (source / file).write_text(json.dumps(settings), encoding="utf-8")

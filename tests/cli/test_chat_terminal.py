@@ -40,7 +40,7 @@ class Terminal:
         environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
         self.child = pexpect.spawn(command, rest, dimensions=(60, width), timeout=300, env=environment)
         screen: Any = pyte.Screen(width, 60)
-        screen.write_process_input = self.child.send  # it answers where its cursor is
+        screen.write_process_input = self.child.send  # answers the program's question for the cursor's position
         self.screen, self.stream, self.raw = screen, pyte.ByteStream(screen), b""
 
     @property
@@ -138,7 +138,7 @@ def test_a_conversation(terminal: Callable[..., Terminal], package: Path, tmp_pa
     screen.see("5 turns cannot be dropped")
     screen.say("/drop")
     screen.see("are left in the conversation.")
-    screen.say(f"/save {saved}")  # its own
+    screen.say(f"/save {saved}")  # the command /save of chat itself
     screen.see("saved.json has 1 turn.")
     screen.say("/history")
     screen.see(f"user: {COUNT}")
@@ -149,7 +149,7 @@ def test_a_conversation(terminal: Callable[..., Terminal], package: Path, tmp_pa
     assert b"Traceback" not in screen.raw
 
 
-def test_going_on(terminal: Callable[..., Terminal], package: Path, tmp_path: Path) -> None:
+def test_continuing_a_saved_conversation(terminal: Callable[..., Terminal], package: Path, tmp_path: Path) -> None:
     chat = vlpack.load(package).chat(sampling=vlpack.Sampling(temperature=0))
     chat.ask(READ, [IMAGES / "01.png"])
     from vlpack.cli.conversations import saved
@@ -170,12 +170,12 @@ def test_going_on(terminal: Callable[..., Terminal], package: Path, tmp_path: Pa
 def test_an_answer_is_stopped(terminal: Callable[..., Terminal], talker: Path, tmp_path: Path) -> None:
     screen = terminal(talker, *GREEDY, "--max-tokens", 3500, "--threads", 1)
     screen.say("Tell me everything.")
-    # more than the line with the current step
+    # the answer has begun, not only the line with the current step
     screen.until(lambda: len("".join(screen.text.partition("Tell me everything.")[2].split())) > 300)
     screen.type(CONTROL_C)
-    screen.see("(stopped; what there is stays in the conversation)")
+    screen.see("(stopped; the generated part stays in the conversation)")
     screen.until(lambda: screen.text.endswith("\n>"))
-    screen.type(CONTROL_C)  # with nothing to stop
+    screen.type(CONTROL_C)  # no answer is running
     screen.see("Ctrl-D or /exit leaves.")
     screen.say(f"/save {tmp_path / 'saved.json'}")
     screen.see("saved.json has 1 turn.")
@@ -206,7 +206,7 @@ def test_several_lines(terminal: Callable[..., Terminal], talker: Path, tmp_path
     screen.see("2 turns, ")
 
 
-def test_tab_goes_on_in_a_folder(terminal: Callable[..., Terminal], talker: Path, tmp_path: Path) -> None:
+def test_tab_completes_within_folders(terminal: Callable[..., Terminal], talker: Path, tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "one.png").write_bytes((IMAGES / "01.png").read_bytes())
     screen = terminal(talker)
@@ -223,7 +223,7 @@ def test_tab_goes_on_in_a_folder(terminal: Callable[..., Terminal], talker: Path
 def test_help_is_wrapped_between_words(terminal: Callable[..., Terminal], talker: Path) -> None:
     screen = terminal(talker, width=50)
     screen.say("/help")
-    screen.see("conversation.")  # the last word
+    screen.see("conversation.")  # the last word of the help
     words = " ".join(f"{name} {meaning}" for name, meaning in chat_terminal.COMMANDS).split()
     shown = screen.text.split()
     for word in (*words, *chat_terminal.KEYS.split()):
@@ -239,13 +239,13 @@ def test_images_of_a_folder(package: Path, tmp_path: Path) -> None:
     assert done.stderr.count(f"With the next message: {tmp_path / 'a.png'}") == 2
 
 
-def test_images_that_do_not_fit_can_be_taken_back(package: Path) -> None:
+def test_images_that_do_not_fit_can_be_removed(package: Path) -> None:
     done = piped(package, "--context", 30, text=f'/image {IMAGES / "01.png"}\n{READ * 5}\n/image ""\nHi\n')
     assert done.stderr.count('/image "" takes the images back.') == 1
     assert done.stdout
 
 
-def test_the_context_s_end_is_announced(terminal: Callable[..., Terminal], talker: Path) -> None:
+def test_a_warning_comes_before_the_context_is_full(terminal: Callable[..., Terminal], talker: Path) -> None:
     screen = terminal(talker, *GREEDY, "--max-tokens", 20, "--context", 110, width=200)
     for number in range(1, 6):
         screen.say("And then?")
@@ -284,7 +284,7 @@ def test_lines_of_a_pipe(package: Path) -> None:
     assert "/reset takes no argument." in done.stderr
 
 
-def test_what_is_no_command_or_file(package: Path, tmp_path: Path) -> None:
+def test_unknown_commands_and_missing_files(package: Path, tmp_path: Path) -> None:
     text = "/drop " + "1" * 5000 + "\n/save a\0b\n/save " + "x" * 400 + "\n/system <|image_pad|>\n/history\n/stats\n"
     done = piped(package, text=text)
     assert (done.returncode, done.stdout) == (0, "")
@@ -296,7 +296,7 @@ def test_what_is_no_command_or_file(package: Path, tmp_path: Path) -> None:
     assert "There is no image file nothing.png." in done.stderr
 
 
-def test_images_that_vanish_can_be_taken_back(package: Path, tmp_path: Path) -> None:
+def test_images_that_were_deleted_can_be_removed(package: Path, tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     file.write_bytes((IMAGES / "01.png").read_bytes())
     command = [*CHAT, str(package)]
@@ -314,7 +314,7 @@ def test_images_that_vanish_can_be_taken_back(package: Path, tmp_path: Path) -> 
     assert len(stdout.splitlines()) == 1
 
 
-def test_bytes_that_are_no_text(package: Path) -> None:
+def test_input_that_is_not_utf8(package: Path) -> None:
     environment = {**os.environ, "PYTHONUTF8": "1"}
     done = subprocess.run(
         [*CHAT, str(package)], input=b"h\xe9\n/stats\n", capture_output=True, check=False, env=environment
@@ -330,7 +330,9 @@ def test_a_closed_standard_input(package: Path) -> None:
     assert b"Standard input is closed." in done.stderr
 
 
-def test_what_others_wrote_is_shown_as_it_is(terminal: Callable[..., Terminal], package: Path, tmp_path: Path) -> None:
+def test_texts_of_others_are_shown_without_markup_or_control_characters(
+    terminal: Callable[..., Terminal], package: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "saved.json"
     messages = [
         {"role": "system", "content": "\x1b]0;title\x07Be :cat:."},
@@ -341,7 +343,7 @@ def test_what_others_wrote_is_shown_as_it_is(terminal: Callable[..., Terminal], 
     ]
     file.write_text(json.dumps(messages), encoding="utf-8")
     screen = terminal(package, "--messages", file, "--context", 200)
-    screen.see("are left for a question and its answer.")  # told before a question
+    screen.see("are left for a question and its answer.")  # reported before the first question
     screen.say("/history")
     screen.see("user: one [bold]two[/]")
     screen.see("assistant: It is a :cat:.")
@@ -350,7 +352,7 @@ def test_what_others_wrote_is_shown_as_it_is(terminal: Callable[..., Terminal], 
     assert b"\x1b]0;" not in screen.raw
 
 
-def test_pieces_are_shown_as_they_are(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_markup_in_answers_is_not_interpreted(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
     screen = chat_terminal.Terminal(vlpack.load(package).chat())
     screen._show([(False, "a\tb :cat:"), (True, " :dog:"), (False, "\n")])
     assert capsys.readouterr().out == "a\tb :cat: :dog:\n"

@@ -74,7 +74,7 @@ def test_help_names_the_verbs_and_the_builders_flags(capsys: Capsys) -> None:
         assert re.search(rf"{short}\b", shown)
 
 
-def test_help_tells_the_defaults_that_depend(capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_explains_defaults_that_depend_on_other_options(capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     assert "default: int8 on cpu, else fp16" in vlpack(capsys, "build", "--help").out
     assert "default: the model's" in vlpack(capsys, "run", "--help").out
@@ -106,7 +106,7 @@ def test_as_a_module() -> None:
 
 def test_the_summary_of_a_build(tmp_path: Path, capsys: Capsys) -> None:
     done = vlpack(capsys, "build", DIGITS, "-o", tmp_path / "package", "-c", tmp_path / "cache")
-    assert (done.code, done.err) == (0, "")  # no progress where nobody watches
+    assert (done.code, done.err) == (0, "")  # no progress is shown if standard error is not a terminal
     for part in ("decoder.onnx", "vision.onnx", "embedding.onnx", "int8", "from 24.1 MB", "peak memory"):
         assert part in done.out
     assert "note: The checkpoint is a folder, so --cache-dir had no effect." in done.out
@@ -134,7 +134,7 @@ def in_a_terminal(*arguments: object) -> str:
         try:
             while data := os.read(leader, 65536):
                 shown += data
-        except OSError:  # the end, on Linux
+        except OSError:  # on Linux, the end of a pseudo-terminal's output is an error
             pass
         assert process.wait() == 0, shown
     os.close(leader)
@@ -217,7 +217,7 @@ def test_an_answer_as_json(ask: Callable[..., Any]) -> None:
     assert (short["finish_reason"], short["tokens"]) == ("length", shown["tokens"][:2])
 
 
-def test_the_line_of_timing(ask: Callable[..., Any]) -> None:
+def test_the_line_with_timings(ask: Callable[..., Any]) -> None:
     done = ask("--image", ZERO, "--stats", READ)
     assert done.out == ANSWERS["00.png"]["read"] + "\n"
     assert len(done.err.splitlines()) == 1
@@ -243,7 +243,7 @@ def test_a_bad_image(ask: Callable[..., Any], tmp_path: Path) -> None:
         assert str(image) in done.err
 
 
-def test_an_image_for_a_package_without_eyes(text_package: Path, capsys: Capsys) -> None:
+def test_an_image_for_a_text_package(text_package: Path, capsys: Capsys) -> None:
     done = vlpack(capsys, "run", text_package, "--image", ZERO, READ)
     assert (done.code, "no vision part" in done.err) == (2, True)
     done = vlpack(capsys, "run", text_package, "--max-pixels", "4096", READ)
@@ -267,7 +267,7 @@ def test_a_package_without_tokenizer(tmp_path: Path, capsys: Capsys) -> None:
     assert (done.code, "tokenizer.json" in done.err) == (2, True)
 
 
-def test_no_package(tmp_path: Path, capsys: Capsys) -> None:
+def test_a_folder_that_is_no_package(tmp_path: Path, capsys: Capsys) -> None:
     for place, part in (
         (tmp_path / "nowhere", "no folder"),
         (tmp_path, "not a vlpack package"),
@@ -333,7 +333,7 @@ def test_options_out_of_range(package: Path, capsys: Capsys, arguments: list[str
     assert arguments[0].strip("-").replace("-", "_") in done.err or arguments[0].strip("-") in done.err
 
 
-def test_wrong_options_are_told_before_the_package_is_loaded(
+def test_wrong_options_are_reported_before_the_package_is_loaded(
     package: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vlpack.runtime.model.load_model", lambda *arguments: pytest.fail("was loaded"))
@@ -366,7 +366,7 @@ def test_inspect_a_checkpoint(capsys: Capsys) -> None:
     assert json.loads(vlpack(capsys, "inspect", DIGITS, "--json").out)["kind"] == "checkpoint"
 
 
-def test_inspect_nothing(tmp_path: Path, capsys: Capsys) -> None:
+def test_inspect_a_folder_that_is_neither(tmp_path: Path, capsys: Capsys) -> None:
     for place in (tmp_path, tmp_path / "nowhere"):
         done = vlpack(capsys, "inspect", place)
         assert (done.code, done.out) == (2, "")
@@ -374,7 +374,7 @@ def test_inspect_nothing(tmp_path: Path, capsys: Capsys) -> None:
 
 
 @pytest.mark.parametrize("verb", ["inspect", "run"])
-def test_what_is_no_folder(verb: str, tmp_path: Path, capsys: Capsys) -> None:
+def test_arguments_that_are_no_folders(verb: str, tmp_path: Path, capsys: Capsys) -> None:
     (tmp_path / "file").touch()
     more = ["Hello"] if verb == "run" else []
     for place, message in (
@@ -425,7 +425,7 @@ def run_process(*arguments: object, **environment: str) -> subprocess.CompletedP
     return subprocess.run(command, capture_output=True, env={**os.environ, **environment}, check=False)
 
 
-def test_a_terminal_that_lacks_characters(package: Path) -> None:
+def test_a_terminal_with_a_limited_encoding(package: Path) -> None:
     done = run_process("inspect", package, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"first match wins" in done.stdout
@@ -433,7 +433,7 @@ def test_a_terminal_that_lacks_characters(package: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_marks_of_the_demo_in_a_terminal_that_lacks_them(encoding: str) -> None:
+def test_the_demo_in_a_terminal_with_a_limited_encoding(encoding: str) -> None:
     done = run_process("demo", PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.count(b"ok ") == 48
@@ -442,20 +442,22 @@ def test_marks_of_the_demo_in_a_terminal_that_lacks_them(encoding: str) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
 @pytest.mark.parametrize("arguments", [["inspect"], ["inspect", "--json"], ["run", "Hello"]])
-def test_a_reader_that_leaves(package: Path, arguments: list[str]) -> None:
+def test_a_closed_pipe_ends_the_command(package: Path, arguments: list[str]) -> None:
     command = [sys.executable, "-m", "vlpack", arguments[0], str(package), *arguments[1:]]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr  # noqa: PT018
         process.stdout.close()
         assert process.stderr.read() == b""
-    assert process.returncode == 141  # as after SIGPIPE: 1 would be a damaged package
+    assert process.returncode == 141  # the exit code of SIGPIPE; 1 would stand for a damaged package
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_answer(number: signal.Signals, tmp_path: Path) -> None:
     source = copy_digits(tmp_path / "checkpoint")
-    edit_json(source / "generation_config.json", "eos_token_id", value=2175)  # an end that never comes
+    edit_json(
+        source / "generation_config.json", "eos_token_id", value=2175
+    )  # an end token that the model never chooses
     build(source, tmp_path / "package")
     words = ["-m", "vlpack.cli", "run", str(tmp_path / "package"), READ, "--image", str(IMAGES / "01.png")]
     command = [sys.executable, *words]
@@ -468,7 +470,7 @@ def test_an_interrupted_answer(number: signal.Signals, tmp_path: Path) -> None:
         rest, said = process.communicate(timeout=20)
     assert (process.returncode, said.decode().strip()) == (128 + number, "error: Interrupted.")
     assert began
-    assert len(rest) < 10_000  # what was made of the answer, and not all of it
+    assert len(rest) < 10_000  # the part of the answer that was generated before the interruption
 
 
 def test_errors_of_a_process_have_no_traceback(tmp_path: Path) -> None:
@@ -504,7 +506,7 @@ def test_closed_streams(package: Path) -> None:
     assert b"What is the question?" in done.stderr
 
 
-def test_inspect_tells_what_does_not_fit(capsys: Capsys, tmp_path: Path) -> None:
+def test_inspect_reports_what_does_not_fit(capsys: Capsys, tmp_path: Path) -> None:
     source = copy_digits(tmp_path / "checkpoint")
     assert "image_grid_thw" in vlpack(capsys, "inspect", source).out
     edit_json(source / "config.json", "vision_config", "depth", value=7)
@@ -534,7 +536,7 @@ def test_a_large_image_is_announced(
     area: int, terminal: bool, told: bool, package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = package_of_vlpack.Model(package)
-    prompt = model.prompt(READ, [IMAGES / "01.png"])  # of 3072 to 10240 square pixels
+    prompt = model.prompt(READ, [IMAGES / "01.png"])  # the limits of the digits model are 3072 and 10240 pixels
     shown = io.StringIO()
     monkeypatch.setattr(console, "err", Console(file=shown, force_terminal=terminal))
     monkeypatch.setattr(console, "LARGE_IMAGE", area)

@@ -65,7 +65,7 @@ def test_regex_and_choices(package: Path, capsys: Capsys) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_obeyed(arguments: list[str], said: str, package: Path, capsys: Capsys) -> None:
+def test_unusable_constraints(arguments: list[str], said: str, package: Path, capsys: Capsys) -> None:
     shown = vlpack(capsys, "run", package, *arguments, *ASKED)
     assert shown.code == 2
     assert said in " ".join(shown.err.split())

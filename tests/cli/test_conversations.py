@@ -1,4 +1,4 @@
-"""Conversation files are written completely or not at all, and hold every form of message that a chat accepts."""
+"""Conversation files are written completely or not at all, and contain every form of message that a chat accepts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_sources_of_any_form_are_saved(tmp_path: Path, monkeypatch: pytest.Monke
     Image.new("RGB", (96, 64)).save(file)
     file.write_bytes(file.read_bytes() + bytes(300))
     monkeypatch.chdir(tmp_path)
-    encoded = base64.b64encode(file.read_bytes()).decode()  # longer than a file's name may be
+    encoded = base64.b64encode(file.read_bytes()).decode()  # longer than a file name can be
     uri = f"data:image/png;base64,{encoded}"
     cases: list[tuple[dict[str, Any], dict[str, str]]] = [
         ({"image": uri}, {"url": uri}),

@@ -23,7 +23,7 @@ def flat(text: str) -> str:
     return re.sub(r"\s+", " ", text)
 
 
-def test_names_of_architectures_are_whole_at_80_columns(capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_architectures_are_not_cut_at_80_columns(capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     shown = vlpack(capsys, "architectures").out
     for name in ARCHITECTURES:
@@ -42,7 +42,7 @@ def test_a_checkpoint_in_place_of_a_package(tmp_path: Path, capsys: Capsys, monk
     assert "Hub" not in done.err
 
 
-def test_an_answer_that_is_cut_is_marked(package: Path, capsys: Capsys) -> None:
+def test_an_answer_that_is_cut_off_is_marked(package: Path, capsys: Capsys) -> None:
     image = ["--image", IMAGES / "02.png", "--temperature", "0"]
     done = vlpack(capsys, "run", package, *image, "--max-tokens", "1", READ)
     assert done.code == 0
@@ -51,7 +51,7 @@ def test_an_answer_that_is_cut_is_marked(package: Path, capsys: Capsys) -> None:
     assert "cut after" not in vlpack(capsys, "run", package, *image, READ).err
 
 
-def test_the_builder_s_options_and_ours_are_in_the_help(capsys: Capsys) -> None:
+def test_help_lists_all_extra_options(capsys: Capsys) -> None:
     from vlpack.options import _PARSERS
 
     shown = flat(re.sub(r"[│╭╮╰╯─]", " ", vlpack(capsys, "build", "--help").out))
@@ -59,7 +59,7 @@ def test_the_builder_s_options_and_ours_are_in_the_help(capsys: Capsys) -> None:
         assert name in shown
 
 
-def test_what_verifying_needs_is_installed_as_the_readme_says(
+def test_the_install_hint_of_verify_matches_the_readme(
     package: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vlpack.verification.reference.find_spec", lambda name: None)

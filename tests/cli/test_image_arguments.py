@@ -87,7 +87,7 @@ def test_a_folder_and_standard_input(
         (b"x", False, "not an image"),
     ],
 )
-def test_what_is_no_image(
+def test_arguments_without_images(
     package: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch, data: bytes, terminal: bool, problem: str
 ) -> None:
     monkeypatch.setattr(sys, "stdin", Input(data, terminal))
@@ -95,7 +95,7 @@ def test_what_is_no_image(
     assert (done.code, problem in flat(done.err)) == (2, True), done.err
 
 
-def test_standard_input_is_one_thing(package: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_standard_input_can_be_used_only_once(package: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", Input(b"x"))
     with pytest.raises(OptionError, match="given twice"):
         named_images(["-", "-"])
@@ -110,7 +110,7 @@ def test_standard_input_is_one_thing(package: Path, capsys: Capsys, monkeypatch:
 
 
 def test_embedding_a_folder(tmp_path: Path, folder: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder.parent)  # long names are cut
+    monkeypatch.chdir(folder.parent)  # long names would be cut in the output
     made = build(DIGITS, tmp_path / "package", precision="int8", task="embedding").folder
     shown = vlpack(capsys, "embed", made, "a text", "--image", "pictures").out
     assert "3 embeddings" in shown
@@ -119,20 +119,20 @@ def test_embedding_a_folder(tmp_path: Path, folder: Path, capsys: Capsys, monkey
     assert (done.code, "Write --image before" in flat(done.err)) == (2, True)
 
 
-def test_several_images_behind_one_option(package: Path, capsys: Capsys) -> None:
+def test_several_images_after_one_option(package: Path, capsys: Capsys) -> None:
     two = (IMAGES / "01.png", IMAGES / "02.png")
     for arguments in ((*two, READ), (*two, IMAGES / "03.png", READ), two):
         done = vlpack(capsys, "run", package, "--image", *arguments)
         assert (done.code, "Write --image before each image" in flat(done.err)) == (2, True), done.err
     done = vlpack(capsys, "run", package, "Read", "the digits.")
-    assert (done.code, "--image" in done.err) == (2, False)  # no image was given
+    assert (done.code, "--image" in done.err) == (2, False)  # no image is involved
 
 
 VERBS = ("build", "run", "chat", "embed", "score", "inspect", "verify", "eval", "bench", "architectures", "demo")
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
-def test_help_speaks_of_things_and_not_of_types(verb: str, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_names_values_instead_of_types(verb: str, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     shown = vlpack(capsys, *([verb] if verb else []), "--help").out
     assert "list[" not in shown
@@ -147,7 +147,7 @@ def test_help_speaks_of_things_and_not_of_types(verb: str, capsys: Capsys, monke
         ("vlpack run package --lit", "--literal"),
     ],
 )
-def test_the_shell_completes(typed: str, completed: str) -> None:
+def test_shell_completion(typed: str, completed: str) -> None:
     words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1), "_VLPACK_COMPLETE": "complete_bash"}
     done = subprocess.run(
         [sys.executable, "-m", "vlpack.cli"], env={**os.environ, **words}, capture_output=True, text=True, check=False
@@ -157,7 +157,7 @@ def test_the_shell_completes(typed: str, completed: str) -> None:
 
 def test_completion_can_be_installed(capsys: Capsys, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert "--install-completion" in vlpack(capsys, "--help").out
-    # the shell is named, as there may be none among the parents of a process in the background
+    # the shell is named, because it cannot be detected in a background process
     named = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
     environment: dict[str, Any] = {**os.environ, "HOME": str(tmp_path), "SHELL": "/bin/bash", **named}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Errors are reported in a sentence, never as a traceback: absurd numbers, odd settings, a machine at its limits."""
+"""Errors are reported in a sentence, never as a traceback: huge numbers, unusual settings, too little memory."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_numbers_beyond_floats_in_video_settings(name: str, tmp_path: Path) -> N
         (("model", "vision", "filename"), ..., "cannot be read"),
     ],
 )
-def test_odd_settings_of_a_package(keys: tuple[str, ...], value: Any, match: str, package: Path) -> None:
+def test_unusual_settings_of_a_package(keys: tuple[str, ...], value: Any, match: str, package: Path) -> None:
     edit_json(package / "genai_config.json", *keys, value=value)
     seal(package)
     with pytest.raises(PackageError, match=match):
@@ -92,7 +92,7 @@ def test_odd_settings_of_a_package(keys: tuple[str, ...], value: Any, match: str
         ("video_preprocessor_config.json", {"min_frames": 10**12, "max_frames": 10**12, "fps": None}),
     ],
 )
-def test_settings_that_allot_much(file: str, changes: dict[str, Any], package: Path) -> None:
+def test_settings_that_need_too_much_memory(file: str, changes: dict[str, Any], package: Path) -> None:
     for name, value in changes.items():
         edit_json(package / file, name, value=value)
     seal(package)
@@ -101,20 +101,20 @@ def test_settings_that_allot_much(file: str, changes: dict[str, Any], package: P
         kind.from_folder(package)
 
 
-def test_images_that_allot_much() -> None:
+def test_images_that_need_too_much_memory() -> None:
     images = [Image.new("RGB", (4000, 4000))] * 12
     processor = ImageProcessor(max_pixels=2**40)
     with pytest.raises(InputError, match=r"take 4\.6 GB as numbers.*\n.*smaller max_pixels"):
         processor(images)
 
 
-def test_frames_that_are_not_resized_are_bounded_too() -> None:
+def test_frames_that_are_not_resized_are_limited_too() -> None:
     processor = VideoProcessor(do_resize=False)
     with pytest.raises(InputError, match="more than"):
         processor.target_size(768, 1024, 1024)
 
 
-def test_pictures_named_by_digits_that_are_no_numbers(tmp_path: Path) -> None:
+def test_pictures_named_with_unusual_digits(tmp_path: Path) -> None:
     for name in ("10.png", "2.png", "²1.png", "٣.png"):
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / name)
     with open_clip(str(tmp_path), 1.0) as clip:
@@ -123,7 +123,7 @@ def test_pictures_named_by_digits_that_are_no_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [None, 5, {"a": 1}.keys()])
 @pytest.mark.parametrize("name", ["images", "videos"])
-def test_what_is_no_list(name: str, value: Any, whole: Path) -> None:
+def test_arguments_that_are_not_lists(name: str, value: Any, whole: Path) -> None:
     model = vlpack.load(whole)
     for ask in (model.generate, model.prompt, model.chat().ask):
         with pytest.raises(InputError, match=f"{name} must be a list"):
@@ -142,7 +142,7 @@ def test_what_is_no_list(name: str, value: Any, whole: Path) -> None:
         (ImportError("x.so: failed to map segment from shared object", path="x.so"), "memory to load a library"),
     ],
 )
-def test_a_machine_at_its_limits(
+def test_operating_system_errors(
     error: Exception, match: str, whole: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: object, **options: object) -> None:
@@ -153,7 +153,7 @@ def test_a_machine_at_its_limits(
     try:
         done = run_vlpack(capfd, "inspect", whole)
         assert (done.code, match in done.err) == (2, True), done
-        monkeypatch.setattr(console, "show_error", fail)  # which loads modules and takes memory itself
+        monkeypatch.setattr(console, "show_error", fail)  # show_error itself loads modules and needs memory
         if not isinstance(error, RuntimeError):
             done = run_vlpack(capfd, "inspect", whole)
             assert (done.code, match in done.err) == (2, True), done
@@ -173,7 +173,7 @@ def test_other_errors_are_not_hidden(whole: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
 @pytest.mark.parametrize("more", [2, 12, 30])
-def test_little_memory(more: int, tmp_path: Path) -> None:
+def test_too_little_memory(more: int, tmp_path: Path) -> None:
     program = (
         "import resource, sys\n"
         "from vlpack import builder, inspection\n"
@@ -185,6 +185,6 @@ def test_little_memory(more: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(more), "build", str(DIGITS), "-o", str(tmp_path / "package")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert "Traceback" not in done.stderr, done.stderr[-2000:]
-    # the tokenizer's library, in Rust, aborts with a sentence of its own where it gets no memory
+    # the tokenizers library, written in Rust, aborts with its own message if memory runs out
     assert done.returncode in (0, 2, -6), (done.returncode, done.stderr[-2000:])
     assert (tmp_path / "package").exists() == (done.returncode == 0)

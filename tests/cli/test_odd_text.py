@@ -36,7 +36,7 @@ def test_separators_within_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert console.lines_from_stdin() == [SEPARATORS, "x"]
 
 
-def test_a_text_that_is_too_long_is_not_the_template_s_fault(whole: Path) -> None:
+def test_a_text_that_is_too_long_is_not_blamed_on_the_template(whole: Path) -> None:
     model = vlpack.Model(whole)
     with pytest.raises(InputError, match=r"have 20000004 characters; more than 12582912"):
         model.prompt("x" * 20_000_000)
@@ -48,7 +48,7 @@ def test_a_text_that_is_too_long_is_not_the_template_s_fault(whole: Path) -> Non
 
 
 @pytest.mark.parametrize("eos", [[], True, -1, [1, "2"], 99999, [99999], None])
-def test_packages_without_an_end(eos: Any, whole: Path, tmp_path: Path) -> None:
+def test_packages_without_an_end_token(eos: Any, whole: Path, tmp_path: Path) -> None:
     package = Path(shutil.copytree(whole, tmp_path / "package"))
     edit_json(package / "genai_config.json", "model", "eos_token_id", value=eos)
     seal(package)
@@ -58,7 +58,7 @@ def test_packages_without_an_end(eos: Any, whole: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="names there are Unicode")
 @pytest.mark.parametrize("place", [b"caf\xe9", b"caf\xe9/package"])
-def test_an_output_that_is_not_text(place: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_path_that_is_not_utf8(place: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = os.fsdecode(os.fsencode(tmp_path) + b"/" + place)
     with pytest.raises(OptionError, match="not valid UTF-8"):
         vlpack.build(DIGITS, output)
@@ -73,5 +73,5 @@ TOKENS = [("true", True), ("1", True), ("False", False), ("0", False), ("hf_x", 
 
 
 @pytest.mark.parametrize(("text", "token"), TOKENS)
-def test_tokens_of_the_hub(text: str, token: str | bool) -> None:
+def test_forms_of_the_hub_token(text: str, token: str | bool) -> None:
     assert parse_extra_options([f"hf_token={text}"]).hf_token == token

@@ -1,4 +1,4 @@
-"""The line with the current step: on a terminal only, with running seconds, and gone when the step is over."""
+"""The line with the current step and its seconds is shown only in a terminal, and removed when the step is finished."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if sys.platform == "win32":
 import pexpect
 import pyte
 
-# Sleeps with Python's global interpreter lock held, as the runtime does while it loads and reads.
+# a program that sleeps while it holds Python's global interpreter lock, as the runtime does while it works
 HOLD = "import ctypes; ctypes.PyDLL(None).sleep({})"
 SLOW = """
 import sys
@@ -48,7 +48,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_a_terminal(program: str, *arguments: object) -> tuple[str, list[str], int]:
-    """Everything that a program writes, what the screen shows at the end, and the exit code."""
+    """Runs a program in a pseudo-terminal; returns its output, the final content of the screen, and the exit code."""
     child = pexpect.spawn(
         sys.executable, ["-c", program, *map(str, arguments)], dimensions=(20, 90), timeout=120, encoding="utf-8"
     )
@@ -59,7 +59,7 @@ def in_a_terminal(program: str, *arguments: object) -> tuple[str, list[str], int
     return written, [shown.rstrip() for shown in screen.display if shown.strip()], child.exitstatus
 
 
-def test_seconds_go_on_while_the_lock_is_held() -> None:
+def test_seconds_advance_while_the_lock_is_held() -> None:
     written, seen, code = in_a_terminal(
         "from vlpack.cli import console\nwith console.waiting('loading a package'):\n"
         f"    {HOLD.format(3)}\nprint('done')"
@@ -70,7 +70,7 @@ def test_seconds_go_on_while_the_lock_is_held() -> None:
     assert seen == ["done"]
 
 
-def test_run_says_what_it_does(package: Path) -> None:
+def test_run_shows_its_steps(package: Path) -> None:
     image = IMAGES / "02.png"
     written, seen, code = in_a_terminal(SLOW, "run", package, "--image", image, "--temperature", "0", READ)
     assert code == 0
@@ -81,7 +81,7 @@ def test_run_says_what_it_does(package: Path) -> None:
     assert re.search(r"\Wreading \d+ tokens \.\.\. 1 s", written)
 
 
-def test_nothing_where_nobody_watches(package: Path) -> None:
+def test_nothing_is_shown_without_a_terminal(package: Path) -> None:
     command = [sys.executable, "-c", SLOW, "run", str(package), "--max-tokens", "1", "Hello"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "..." not in done.stderr

@@ -1,4 +1,4 @@
-"""Engines, and the same packages in the stock runtime, which answers one request at a time."""
+"""Fixtures: engines, and the same packages in the stock runtime, which answers one request at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TINY = Tiny(seed=1)
 
 @pytest.fixture(scope="session")
 def alone(built: Callable[..., Path]) -> Callable[..., Model]:
-    """The package in onnxruntime-genai; arguments as for `built`."""
+    """Returns a package loaded in onnxruntime-genai as the reference; arguments as for `built`."""
     made: dict[Path, Model] = {}
 
     def get(tiny: Tiny = TINY, *extra: str, **options: Any) -> Model:
@@ -31,7 +31,7 @@ def alone(built: Callable[..., Path]) -> Callable[..., Model]:
 
 @pytest.fixture
 def engine(built: Callable[..., Path]) -> Iterator[Callable[..., Engine]]:
-    """An engine of a tiny package (or of ``folder``), closed after the test; options are the engine's."""
+    """Returns an engine of a tiny package, or of ``folder``, closed after the test; options are those of `Engine`."""
     made: list[Engine] = []
 
     def get(folder: Path | None = None, **options: Any) -> Engine:

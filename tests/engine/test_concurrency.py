@@ -1,4 +1,4 @@
-"""Every greedy answer among others is, token for token, the stock runtime's answer to the same prompt alone."""
+"""Concurrent requests: every greedy answer has the same tokens as the stock runtime's answer to the prompt alone."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ MIXTURE = Member(
 
 
 def arguments(rng: random.Random, images: bool, videos: bool) -> dict[str, Any]:
-    """A request: some share their beginning, some have images, one of few videos."""
+    """Random arguments of a request: half of them share a system message, some have images, and a few have a video."""
     text = " ".join(rng.choices(WORDS, k=rng.choice((2, 9, 40, 90))))
     content: list[Any] = []
     if images:
@@ -82,7 +82,7 @@ def arguments(rng: random.Random, images: bool, videos: bool) -> dict[str, Any]:
 
 
 def check(model: Model, engine: Engine, count: int, images: bool = False, videos: bool = False) -> None:
-    """Requests that arrive one after the other, of which some are cancelled on their way."""
+    """Submits ``count`` requests, cancels some of them, and compares all answers with those of ``model``."""
     rng = random.Random(len(engine.folder.name) + count)
     handles, cancelled = [], set()
     for number in range(count):
@@ -108,7 +108,7 @@ def check(model: Model, engine: Engine, count: int, images: bool = False, videos
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts are cut, and rows exchanged, as often as those of large models."""
+    """Makes chunks so small that short prompts are split, and rows exchanged, as often as with large models."""
     monkeypatch.setattr(scheduler, "LARGEST_CHUNK", 24)
     monkeypatch.setattr(scheduler, "SMALLEST_CHUNK", 5)
     monkeypatch.setattr(scheduler, "WASTE", 3)
@@ -136,16 +136,16 @@ def test_other_families(member: Member, tmp_path: Path, engine: Callable[..., En
 
 @pytest.mark.usefixtures("small_steps")
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_fewer_bits(
+def test_quantized_packages(
     precision: str, alone: Callable[..., Model], built: Callable[..., Path], engine: Callable[..., Engine]
 ) -> None:
-    """Activations are rounded token by token, so that others' tokens change nothing."""
+    """Activations are quantized for each token, so that the tokens of other requests have no influence."""
     model = alone(TINY, precision=precision)
     check(model, engine(built(TINY, precision=precision)), 24, images=True)
 
 
 def test_answers_that_end_by_themselves(tmp_path: Path, engine: Callable[..., Engine]) -> None:
-    """A trained model reads all pictures at once, and what ends an answer frees its slot for the next."""
+    """A trained model reads all pictures; each answer ends by itself and frees its slot for the next request."""
     made = engine(vlpack.build(DIGITS, tmp_path / "package").folder, slots=3)
     asked = [(image, what) for image in ANSWERS for what in ("read", "count")]
     questions = {"read": READ, "count": COUNT}
@@ -154,21 +154,21 @@ def test_answers_that_end_by_themselves(tmp_path: Path, engine: Callable[..., En
         assert (answer.text, answer.finish_reason) == (ANSWERS[image][what], "stop")
 
 
-def test_a_cache_of_8_bits(
+def test_an_int8_kv_cache(
     alone: Callable[..., Model],
     built: Callable[..., Path],
     engine: Callable[..., Engine],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A part of a prompt reads earlier parts in 8 bits; where prompts are shown whole, answers are the same."""
+    """Chunks of a prompt read earlier chunks in 8 bits, so answers equal the runtime's only for whole prompts."""
     with monkeypatch.context() as patched:
-        patched.setattr(scheduler, "SMALLEST_CHUNK", 512)  # with which an engine begins
+        patched.setattr(scheduler, "SMALLEST_CHUNK", 512)  # the size of an engine's first chunk
         whole = engine(built(TINY, "kv_cache=int8"))
         assert whole.cache_bytes < engine().cache_bytes / 2
         patched.setattr(Slots, "_longest", lambda *_: (0, None))
         patched.setattr(scheduler.Scheduler, "_adapt", lambda *_: None)
         check(alone(TINY, "kv_cache=int8"), whole, 16, images=True)
-    whole = engine(built(TINY, "kv_cache=int8"))  # which holds nothing yet
+    whole = engine(built(TINY, "kv_cache=int8"))  # a new engine, whose slots are empty
     prompt = whole.prompt(" ".join(WORDS * 3))
     whole.submit(prompt, max_tokens=1, sampling=GREEDY).result(30)
     again = whole.submit(prompt, max_tokens=1, sampling=GREEDY, logprobs=3).result(30)
@@ -180,7 +180,7 @@ def test_a_cache_of_8_bits(
 
 
 def last_logits(graphs: graphs.Graphs, ids: np.ndarray) -> np.ndarray:
-    """Of a prompt whose last token is shown by itself, with caches that are not written in place."""
+    """Logits after a prompt whose last token is processed in a call of its own, with caches not written in place."""
     size = ids.shape[1]
     cache = {port.past: np.zeros((1, port.heads, 0, port.channels), port.dtype) for port in graphs.cache}
     for start, end in ((0, size - 1), (size - 1, size)):
@@ -194,36 +194,39 @@ def last_logits(graphs: graphs.Graphs, ids: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("stall", "others", "mean"), [(2, 0, 2), (9, 0, 2), (9, 3, 5), (2, 3, 2), (math.inf, 3, 9)])
-def test_long_prompts_between_steps(
+def test_long_prompts_slow_running_answers_within_the_limit(
     stall: float, others: int, mean: float, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who has begun waits twice as long for a token, or as much longer as there are prompts, within the limit."""
+    """A running answer waits twice as long for a token while prompts are processed, or longer with more prompts.
+
+    The factor never exceeds ``stall``.
+    """
     made = engine(context=2048, slots=6, stall=stall)
     run, now = graphs.Graphs.run, [0.0]
-    calls: list[tuple[int, float]] = []  # new tokens of a sequence, and when they were done
+    calls: list[tuple[int, float]] = []  # number of new tokens per sequence, and the time when the call was finished
 
     def timed(self: Any, binding: Any, tokens: Any, lengths: Any, positions: Any) -> Any:
         new = positions.shape[2]
-        # a step takes 1, of which reading the weights is most; chunks take longer the more is before them
+        # a step takes 1 unit of time, mostly for reading the weights; chunks take longer with more tokens before them
         now[0] += 0.98 + 0.02 * new * (1 if new == 1 or lengths[0] < 300 else 3)
         calls.append((new, now[0]))
         return run(self, binding, tokens, lengths, positions)
 
     prompts = [made.prompt("word " * 700) for _ in range(1 + others)]
     for number, prompt in enumerate(prompts):
-        prompt.input_ids[0, 0] = 100 + number  # none begins as another
+        prompt.input_ids[0, 0] = 100 + number  # no prompt shares a prefix with another
     monkeypatch.setattr(graphs.Graphs, "run", timed)
     monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     first = made.submit("Hello", max_tokens=1900, sampling=GREEDY)
     next(iter(first))
     calls.clear()
-    with made._scheduler._changed:  # all come between two steps
+    with made._scheduler._changed:  # all are submitted between two steps
         handles = [made.submit(prompt, max_tokens=1, sampling=GREEDY) for prompt in prompts]
     for handle in handles:
         handle.result(60)
     first.cancel()
     chunks = [(new, done) for new, done in calls if new > 1]
-    end = next(done for (new, done) in chunks[-2 - others :])  # from there on fewer prompts wait
+    end = next(done for (new, done) in chunks[-2 - others :])  # after this time fewer prompts wait
     waits = np.diff([done for new, done in calls if new == 1 and chunks[0][1] < done < end])
     assert sum(new for new, _ in chunks) > 700 * (1 + others)
     if stall == math.inf:
@@ -232,7 +235,7 @@ def test_long_prompts_between_steps(
         return
     assert abs(np.mean(waits) - mean) < 0.25 * mean
     share = mean - 1
-    assert sum(waits > 1 + scheduler.PATIENCE * share) <= 3  # until chunks are smaller
+    assert sum(waits > 1 + scheduler.PATIENCE * share) <= 3  # only the first ones, until the chunk size is adapted
     assert max(new for new, _ in chunks) >= 4 * scheduler.SMALLEST_CHUNK
 
 
@@ -250,7 +253,7 @@ def test_cancelling_frees_the_slot(engine: Callable[..., Engine], alone: Callabl
     answer = first.result(5)
     assert answer.finish_reason == "interrupted"
     assert 0 < len(answer.tokens) < 400
-    second.cancel()  # over: nothing happens
+    second.cancel()  # the answer is finished, so cancelling does nothing
     assert second.result().finish_reason == "length"
 
 
@@ -284,7 +287,7 @@ def test_streams_in_threads_and_event_loops(engine: Callable[..., Engine], alone
     assert len(found[4]) > 3
 
 
-def test_many_at_once_in_order(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
+def test_answers_of_many_requests_are_in_order(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
     made = engine(slots=2, queue=3)
     questions = [" ".join(WORDS[:count]) for count in range(1, 10)]
     requests: list[Any] = [*questions[:-1], {"messages": questions[-1], "max_tokens": 2}]
@@ -297,10 +300,10 @@ def test_many_at_once_in_order(engine: Callable[..., Engine], alone: Callable[..
         made.generate_many(["a", {}])
 
 
-def test_a_graph_that_fails(
+def test_a_graph_that_fails_in_a_step(
     engine: Callable[..., Engine], alone: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All that were in the step are told, and those that come later are answered."""
+    """All requests of the failed step raise the error, and later requests are answered."""
     made = engine(slots=2)
     handles = [made.submit(text, max_tokens=400, sampling=GREEDY) for text in ("Hello", "What?", "And?")]
     next(iter(handles[0]))
@@ -318,13 +321,11 @@ def test_a_graph_that_fails(
         with pytest.raises(PackageError, match="fails here"):
             list(handle)
     answer = made.submit("Hello", max_tokens=5, sampling=GREEDY).result(30)
-    assert answer.stats.reused_tokens == 0  # who knows what the slots hold
+    assert answer.stats.reused_tokens == 0  # the contents of the slots are unknown after a failure
     assert answer.tokens == alone().generate("Hello", max_tokens=5, sampling=GREEDY).tokens
 
 
-def test_a_fault_of_the_engine_leaves_nobody_waiting(
-    engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_internal_error_reaches_all_callers(engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     made = engine(slots=1)
     monkeypatch.setattr(Slots, "take", lambda *_: 1 // 0)
     handles = [made.submit("Hello", sampling=GREEDY)]
@@ -343,7 +344,7 @@ def test_closing(built: Callable[..., Path]) -> None:
     with pytest.raises(VlpackError, match="was closed"):
         made.submit("Hello")
     made.close()
-    # an engine that nobody closes is there as long as somebody waits for it, and not longer
+    # an engine without references is closed, but only when the last handle of a request is gone
     handle = Engine(built(TINY), slots=1, threads=1).submit("Hello", max_tokens=5, sampling=GREEDY)
     assert len(handle.result(30).tokens) == 5
     scheduler_thread = handle._engine._scheduler._thread  # type: ignore[attr-defined]
@@ -357,9 +358,9 @@ def test_memory(built: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, eng
     monkeypatch.setattr("vlpack.engine.slots.total_memory_bytes", lambda: 2 * 10**9)
     with pytest.raises(OptionError, match=r"1024 slots with 4096 tokens each take 8\.6 GB.*this machine has 2\.0 GB"):
         Engine(built(TINY), slots=1024, context=4096)
-    # where nobody says how much, half of the memory
+    # by default the cache takes half of the memory
     assert engine(slots=1000, context=None).cache_bytes == pytest.approx(1e9, rel=0.01)
-    assert engine(slots=1, context=None).context == 4096  # the model's
+    assert engine(slots=1, context=None).context == 4096  # the model's context
     for options, named in (({"slots": 0}, "slots"), ({"context": 5000}, "context"), ({"queue": 0}, "queue")):
         with pytest.raises(OptionError, match=named):
             Engine(built(TINY), **options)
@@ -379,7 +380,7 @@ def test_the_context_of_a_slot(engine: Callable[..., Engine], alone: Callable[..
         engine(context=4096).submit("word " * 5000)
 
 
-def test_packages_that_cannot_be_shared(built: Callable[..., Path]) -> None:
+def test_packages_that_the_engine_cannot_run(built: Callable[..., Path]) -> None:
     with pytest.raises(PackageError, match="is for cuda; the engine runs packages for the CPU"):
         Engine(built(TINY, execution_provider="cuda", precision="fp16"))
     with pytest.raises(PackageError, match="only a part of a model"):

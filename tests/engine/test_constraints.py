@@ -1,4 +1,4 @@
-"""Constrained answers obey, whatever a model of random weights would rather say."""
+"""Constrained decoding: answers match the schema, regular expression, grammar or choices, even with random weights."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SCHEMAS: list[dict[str, Any]] = [
 
 
 def closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """With no properties beside those that it names: a random model would never come to an end of them."""
+    """The schema without additional properties, because a random model would never stop adding them."""
     if "anyOf" in schema:
         return {"anyOf": [closed(each) for each in schema["anyOf"]]}
     return {**schema, "additionalProperties": False} if "properties" in schema else schema
@@ -107,8 +107,8 @@ def test_regex_grammar_and_choices(seed: int, engine: Callable[..., Engine]) -> 
     assert (answer.text in choices, answer.finish_reason, answer.parsed) == (True, "stop", None)
 
 
-def test_one_of_the_choices_that_others_begin_with(engine: Callable[..., Engine]) -> None:
-    """Where an answer may end or go on, an end token is chosen or not as any other."""
+def test_a_choice_that_is_the_beginning_of_another(engine: Callable[..., Engine]) -> None:
+    """If one choice is the beginning of another, the answer may end there or continue."""
     found = {engine().submit("Hello", choices=["a", "ab"], **_wild(seed)).result(60).text for seed in range(12)}
     assert found <= {"a", "ab"}
 
@@ -119,7 +119,9 @@ def test_an_answer_that_is_cut_off_is_not_parsed(engine: Callable[..., Engine]) 
     assert (answer.finish_reason, answer.parsed, len(answer.tokens)) == ("length", None, 5)
 
 
-def test_a_grammar_that_breaks_off_is_told(engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_that_fails_during_an_answer_is_reported(
+    engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(self: Any) -> Any:
         raise OptionError("regex cannot be followed further: too complex")
 
@@ -150,7 +152,7 @@ def test_a_grammar_that_breaks_off_is_told(engine: Callable[..., Engine], monkey
     ],
     ids=str,
 )
-def test_what_is_not_usable_is_told_at_once(options: Any, said: str, engine: Callable[..., Engine]) -> None:
+def test_unusable_constraints_are_refused_at_once(options: Any, said: str, engine: Callable[..., Engine]) -> None:
     with pytest.raises(OptionError, match=said):
         engine().submit("Hello", **options)
 

@@ -1,4 +1,4 @@
-"""What a slot holds is not computed again, and changes no token."""
+"""Prefix reuse: tokens whose keys and values are in a slot are not computed again, and the answers do not change."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_common_prefixes() -> None:
         assert common_prefix(long, other) == common_prefix(other, long) == common
 
 
-def test_a_conversation_goes_on_in_its_slot(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
+def test_a_conversation_continues_in_its_slot(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
     made = engine(slots=1)
     messages = [SYSTEM]
     before = 0
@@ -59,7 +59,7 @@ def test_a_conversation_goes_on_in_its_slot(engine: Callable[..., Engine], alone
         messages.append({"role": "assistant", "content": answer.text})
 
 
-def test_other_images_are_other_prefixes(
+def test_prefixes_with_different_images_are_different(
     engine: Callable[..., Engine], alone: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, looked = engine(slots=1), []
@@ -71,7 +71,7 @@ def test_other_images_are_other_prefixes(
 
     one, two, three = (picture(64, 48, seed) for seed in (1, 2, 3))
     prompts = [made.prompt([user("What?", *images)]) for images in ((one, two), (one, three), (three, two), (one, two))]
-    # of two images the first is the same, then none; the placeholders before them are the same text
+    # the second prompt shares the first image, the third and fourth share only the text before the images
     start = int(np.argmax(prompts[0].input_ids[0] == made.prompts.image_token_id))
     second = start + int(prompts[0].num_image_tokens[0]) + 2
     monkeypatch.setattr(VisionEncoder, "_run", counted)
@@ -83,11 +83,11 @@ def test_other_images_are_other_prefixes(
     assert made.vision is not None
     made.vision.forget()
     looked.clear()
-    answer = made.submit(prompts[-1], max_tokens=9, sampling=GREEDY).result(30)  # whose images are all held
+    answer = made.submit(prompts[-1], max_tokens=9, sampling=GREEDY).result(30)  # the slot holds all its images
     assert (answer.stats.reused_tokens, looked) == (prompts[-1].input_ids.size - 1, [])
 
 
-def test_what_a_busy_slot_holds_is_copied(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
+def test_the_prefix_of_a_busy_slot_is_copied(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
     made = engine(slots=2)
     prompt = made.prompt([SYSTEM, user("What is this?", picture(96, 64, 1))])
     first = made.submit(prompt, max_tokens=300, sampling=GREEDY)
@@ -101,7 +101,7 @@ def test_what_a_busy_slot_holds_is_copied(engine: Callable[..., Engine], alone: 
     assert first.result().tokens == wanted[: len(first.result().tokens)]
 
 
-def test_answers_to_one_prompt_compute_it_once(engine: Callable[..., Engine]) -> None:
+def test_several_answers_to_one_prompt_compute_it_once(engine: Callable[..., Engine]) -> None:
     made = engine(slots=4)
     prompt = made.prompt([SYSTEM, user("What is this?", picture(96, 64, 1))])
     handles = made.submit_n(4, prompt, max_tokens=12, temperature=2.0, seed=3)
@@ -110,8 +110,8 @@ def test_answers_to_one_prompt_compute_it_once(engine: Callable[..., Engine]) ->
     assert len({tuple(answer.tokens) for answer in answers}) == 4
 
 
-def test_another_conversation_is_kept_where_there_is_room(engine: Callable[..., Engine]) -> None:
-    """What begins alike takes a copy of the beginning, and not the slot."""
+def test_a_similar_prompt_does_not_overwrite_a_conversation(engine: Callable[..., Engine]) -> None:
+    """A prompt that only begins like a slot's contents gets a copy of that prefix in another slot."""
     made = engine(slots=2)
     long, other = ([SYSTEM, user(text)] for text in ("What is this, and " * 10, "Another " * 20))
     for messages in (long, other):
@@ -121,7 +121,7 @@ def test_another_conversation_is_kept_where_there_is_room(engine: Callable[..., 
         assert answer.stats.reused_tokens == answer.stats.prompt_tokens - 1
 
 
-def test_the_slot_that_was_not_used_for_longest_is_taken(built: Callable[..., Path]) -> None:
+def test_the_least_recently_used_slot_is_overwritten(built: Callable[..., Path]) -> None:
     with Engine(built(TINY), slots=2, context=256, threads=1) as made:
 
         def reused(word: str) -> int:

@@ -1,4 +1,4 @@
-"""Requests wait in turn, and no more of them than may."""
+"""The queue: clients take turns, and the number of waiting requests is limited."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_clients_take_turns() -> None:
     assert len(queue) == 0
 
 
-def test_the_limit() -> None:
+def test_more_requests_than_the_limit_are_refused() -> None:
     queue = FairQueue(2)
     queue.put([request("first")])
     with pytest.raises(QueueFullError, match="1 requests wait for a slot, and no more than 2 may"):
@@ -40,7 +40,7 @@ def test_the_limit() -> None:
     assert len(queue) == 1
 
 
-def test_an_engine_whose_queue_is_full(engine: Callable[..., Engine]) -> None:
+def test_an_engine_with_a_full_queue(engine: Callable[..., Engine]) -> None:
     made = engine(slots=1, queue=1)
     first = made.submit("Hello", max_tokens=400, sampling=GREEDY)
     next(iter(first))
@@ -52,7 +52,7 @@ def test_an_engine_whose_queue_is_full(engine: Callable[..., Engine]) -> None:
     assert second.result(30).tokens == third.result(30).tokens
 
 
-def test_one_client_does_not_keep_the_others_waiting(engine: Callable[..., Engine]) -> None:
+def test_a_client_with_many_requests_does_not_block_others(engine: Callable[..., Engine]) -> None:
     made = engine(slots=1)
     first = made.submit("Hello", max_tokens=400, sampling=GREEDY)
     next(iter(first))

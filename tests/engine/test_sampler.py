@@ -1,4 +1,4 @@
-"""Sampling: the distribution that was asked for, answers that a seed fixes, and what ends them."""
+"""Sampling: tokens have the requested distribution, a seed determines the answer, and answers end where they should."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NONE = np.zeros(0, np.int32)
 
 
 def shares(choice: Choice, allowed: Any = None, count: int = 4000) -> np.ndarray:
-    """How often each token is drawn where each answer has one."""
+    """The share of each token among the first tokens of ``count`` answers."""
     drawn = [Sampler(choice, NONE, 5, {0}, index)(LOGITS.copy(), allowed) for index in range(count)]
     return np.bincount(drawn, minlength=5) / count
 
@@ -34,7 +34,7 @@ def shares(choice: Choice, allowed: Any = None, count: int = 4000) -> np.ndarray
         ({"top_k": 99}, [0.05, 0.4, 0.2, 0.25, 0.1]),
         ({"top_p": 0.66}, [0, 0.4 / 0.85, 0.2 / 0.85, 0.25 / 0.85, 0]),
         ({"top_p": 0.64}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
-        ({"top_k": 3, "top_p": 0.47}, [0, 0.4 / 0.4, 0, 0, 0]),  # 0.4 / 0.85 reaches it
+        ({"top_k": 3, "top_p": 0.47}, [0, 0.4 / 0.4, 0, 0, 0]),  # the likeliest has 0.4 / 0.85 after top_k
         ({"min_p": 0.3}, [0, 0.4 / 0.85, 0.2 / 0.85, 0.25 / 0.85, 0]),
         ({"min_p": 0.6, "top_k": 3}, [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
     ],
@@ -46,15 +46,15 @@ def test_the_distribution(options: dict[str, Any], wanted: Any) -> None:
     assert not found[np.asarray(wanted) == 0].any()
 
 
-def test_what_is_not_allowed_is_never_drawn() -> None:
+def test_tokens_that_are_not_allowed_are_never_drawn() -> None:
     allowed = np.array([True, False, True, False, False])
     found = shares(Choice(temperature=1.0, seed=1), allowed)
     assert np.abs(found - [0.2, 0, 0.8, 0, 0]).max() < 0.03
     assert Sampler(Choice(), NONE, 5, set())(LOGITS.copy(), allowed) == 2
 
 
-def test_many_tokens_with_top_p() -> None:
-    """The likeliest few are sorted first, and all only where these do not reach it."""
+def test_top_p_with_a_large_vocabulary() -> None:
+    """All tokens are sorted if the likeliest few, which are sorted first, do not reach top_p together."""
     logits = np.zeros(5000, np.float32)
     drawn = {Sampler(Choice(1.0, top_p=0.5, seed=7), NONE, 5000, set(), i)(logits.copy()) for i in range(300)}
     assert max(drawn) < 2500
@@ -65,23 +65,23 @@ def test_many_tokens_with_top_p() -> None:
 def test_penalties() -> None:
     sampler = Sampler(Choice(presence_penalty=0.3, frequency_penalty=0.2), NONE, 3, set())
     logits = np.array([1.0, 0.8, 0.0], np.float32)
-    # 1.0 → 0.5 → 0.3 as it is said once and twice; 0.8 likewise
+    # the first token's logit falls from 1.0 to 0.5 and 0.3 when the answer contains it once and twice
     assert [sampler(logits.copy()) for _ in range(5)] == [0, 1, 0, 1, 0]
     sampler = Sampler(Choice(repetition_penalty=2.0), np.array([0], np.int32), 3, set())
     logits = np.array([1.0, 0.6, -0.1], np.float32)
     assert [sampler(logits.copy()) for _ in range(2)] == [1, 0]
     sampler = Sampler(Choice(repetition_penalty=4.0), np.array([1], np.int32), 2, set())
-    assert sampler(np.array([-0.3, -0.1], np.float32)) == 0  # what is negative is multiplied
+    assert sampler(np.array([-0.3, -0.1], np.float32)) == 0  # negative logits are multiplied by the penalty
 
 
-def test_ends_wait_for_the_least_length() -> None:
+def test_no_end_token_before_min_length() -> None:
     sampler = Sampler(Choice(min_length=4), np.array([1, 1], np.int32), 3, {0})
     assert [sampler(np.array([2.0, 1.0, 0.0], np.float32)) for _ in range(3)] == [1, 1, 0]
-    only = np.array([True, False, False])  # a grammar that is complete
+    only = np.array([True, False, False])  # a complete grammar allows only the end token
     assert Sampler(Choice(min_length=4), NONE, 3, {0})(np.array([2.0, 1.0, 0.0], np.float32), only) == 0
 
 
-def test_the_packages_settings_and_what_is_asked_for() -> None:
+def test_options_override_the_packages_settings() -> None:
     search = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
     assert choice_of(search, None) == Choice(0.7, 20, 0.8, repetition_penalty=1.05)
     assert choice_of(search, GREEDY) == Choice(repetition_penalty=1.05)
@@ -103,7 +103,7 @@ def test_logprobs(engine: Callable[..., Engine]) -> None:
     made = engine()
     plain = made.submit("Hello", max_tokens=8, sampling=GREEDY).result(30)
     assert plain.logprobs is None
-    # by the model itself: a penalty changes the token, not what is told of it
+    # log-probabilities are those of the model: a penalty changes the chosen token, but not its reported probability
     answer = made.submit("Hello", max_tokens=8, repetition_penalty=9.0, logprobs=2).result(30)
     assert answer.logprobs is not None
     assert [each.token for each in answer.logprobs] == answer.tokens
@@ -142,7 +142,7 @@ def test_penalties_as_in_the_stock_runtime(engine: Callable[..., Engine], alone:
     assert found == alone().generate("Hello", **options).tokens != plain
 
 
-def test_where_answers_end(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
+def test_stop_tokens_and_stop_texts(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
     made = engine()
     whole = made.submit("Hello", max_tokens=20, sampling=GREEDY).result(30)
     token = whole.tokens[7]

@@ -1,4 +1,4 @@
-"""`vlpack eval`: scores of known answers, refused data, comparison with transformers and without DeepStack."""
+"""`vlpack eval`: scores of known answers, refused data, and comparisons with transformers and without DeepStack."""
 
 from __future__ import annotations
 
@@ -47,7 +47,11 @@ def test_scores(metric: str, answers: tuple[str, ...], given: str, value: float)
 
 def test_intervals() -> None:
     mean, low, high = interval([1.0] * 8 + [0.0] * 2)
-    assert (mean, round(low, 3), round(high, 3)) == (0.8, 0.490, 0.943)  # Wilson 1927, by hand
+    assert (mean, round(low, 3), round(high, 3)) == (
+        0.8,
+        0.490,
+        0.943,
+    )  # computed by hand with the formula of Wilson 1927
     mean, low, high = interval([0.5, 0.7, 0.9, 0.6])
     assert mean == pytest.approx(0.675)
     assert low < mean < high
@@ -119,11 +123,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def test_deepstack_is_worth_something(package: Path, data: Path) -> None:
+def test_without_deepstack_scores_are_lower(package: Path, data: Path) -> None:
     told: list[tuple[str, int, int]] = []
     before = content(package)
     result = evaluate(package, data, without_deepstack=True, progress=lambda *where: told.append(where))
-    assert content(package) == before  # whose files the copy without is made of
+    assert content(package) == before  # the package without DeepStack is made of these files, which must not change
     assert [path.name for path in package.parent.iterdir() if path.name.startswith(".")] == []
     whole, without = result.scores
     assert (whole.name, without.name) == ("package", "without DeepStack")
@@ -170,9 +174,7 @@ def test_the_command(package: Path, data: Path, capsys: pytest.CaptureFixture[st
     assert "4 questions." in done.out
 
 
-def test_questions_that_were_answered_wrong_are_shown(
-    package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_answers_are_shown(package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image = str(IMAGES / "01.png")
     lines = [{"image": image, "question": READ, "answer": answer} for answer in ("right", "zero one", "[bold]no")]
     lines[0]["answer"] = ANSWERS["01.png"]["read"]

@@ -22,7 +22,7 @@ needs_posix = pytest.mark.skipif(os.name == "nt", reason="locks and renames of P
 
 
 def fill(folder: Path, name: str) -> None:
-    """Writes files that count as a package."""
+    """Writes the files that make a folder count as a package."""
     (folder / name).write_text(name)
     (folder / "vlpack.json").write_text(json.dumps({"format": 1, "files": {name: {}}}))
 
@@ -43,7 +43,7 @@ def write(folder: Path, name: str, *, force: bool) -> None:
 
 
 def race(number: int, folder: Path, rounds: int, force: bool, start: Any, results: Any) -> None:
-    """Runs in each process: every round writes a package to the same output, at the same time as the others."""
+    """The work of each process: writes a package to the same output in every round, at the same time as the others."""
     chance = random.Random(number)
     for round_ in range(rounds):
         start.wait(60)
@@ -60,7 +60,7 @@ def race(number: int, folder: Path, rounds: int, force: bool, start: Any, result
 
 @needs_posix
 @pytest.mark.parametrize("force", [False, True])
-def test_processes_that_build_into_one_name(force: bool, tmp_path: Path) -> None:
+def test_processes_that_build_to_the_same_output(force: bool, tmp_path: Path) -> None:
     processes, rounds = 4, 40
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(processes), context.Queue()
@@ -83,7 +83,7 @@ def test_processes_that_build_into_one_name(force: bool, tmp_path: Path) -> None
         assert names(made) == {"vlpack.json", *json.loads((made / "vlpack.json").read_text())["files"]}
 
 
-def test_a_package_that_appears_at_the_last_moment_is_not_replaced(
+def test_a_package_that_appears_during_the_build_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rename = os.rename
@@ -100,7 +100,9 @@ def test_a_package_that_appears_at_the_last_moment_is_not_replaced(
     assert "other" in names(tmp_path / "package")
 
 
-def test_a_folder_taken_for_a_leftover_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_working_folder_that_another_build_removed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lock, times = output._lock, []
 
     def removed_first(folder: Path) -> int | None:
@@ -115,7 +117,7 @@ def test_a_folder_taken_for_a_leftover_is_made_anew(tmp_path: Path, monkeypatch:
     assert "mine" in names(tmp_path / "package")
 
 
-def test_a_package_is_put_back_where_its_successor_cannot_be_named(
+def test_the_old_package_is_restored_if_the_new_one_cannot_be_renamed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package(tmp_path / "package", "before")

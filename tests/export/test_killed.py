@@ -119,7 +119,7 @@ def test_a_replacement_killed_before_each_of_its_steps(how: str, tmp_path: Path)
     assert all(there in (old, [], new) for _, there, _ in found)
     assert all(after == [["next", "vlpack.json"], ["package"]] for _, _, after in found)
     states = [there for _, there, _ in found]
-    assert states == sorted(states, key=[old, [], new].index)  # one after another
+    assert states == sorted(states, key=[old, [], new].index)  # the states follow each other in this order
     assert states.count([]) == (how == "in two steps")
     assert states.count(old) > 3
     assert states.count(new) > 1
@@ -141,7 +141,7 @@ def test_fifty_kills(tmp_path: Path) -> None:
     assert outcomes["sound"]
     assert outcomes["half"] == 0
     assert outcomes["whole"] + outcomes["nothing"] == KILLS
-    # most were really killed in the middle, some while the package was being written
+    # most builds were killed before their end, and some while they wrote the package
     assert outcomes["nothing"] >= KILLS // 4
     assert outcomes["leftovers"] >= 3
     build(DIGITS, place, precision="int8", force=place.exists())

@@ -33,7 +33,7 @@ GREEDY = Sampling(temperature=0)
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Returns a package's folder, which tests share and must not alter."""
+    """Returns the folder of a package that tests share and must not alter."""
     made: dict[Any, Path] = {}
 
     def get(part: str = "all", *extra: str, **options: Any) -> Path:
@@ -129,9 +129,11 @@ def test_sizes_are_bytes_on_disk(part: str, shared: bool, tmp_path: Path) -> Non
     described = inspect(result.folder)
     groups = [group for name in described["parts"].values() for group in name["groups"]]
     shown = sum(group["bytes"] for group in groups)
-    assert shown == sum(planned) == pytest.approx(data, rel=0.03)  # less the padding; the table is 0.05 and more
+    assert (
+        shown == sum(planned) == pytest.approx(data, rel=0.03)
+    )  # without padding; the embedding table is at least 0.05 of the whole
     of_build = sum(count for _, _, labels in result.parts.values() for count in labels.values())
-    assert of_build == pytest.approx(data, rel=0.05)  # without vectors
+    assert of_build == pytest.approx(data, rel=0.05)  # vectors such as norms and biases are not counted
     (table,) = [group for group in groups if group["modules"].endswith("embed_tokens")]
     assert (table["shared_with"], table["bytes"] > 500_000) == (["lm_head"] if shared else [], not shared)
     labels = [label for _, _, labels in result.parts.values() for label, count in labels.items() if not count]
@@ -187,7 +189,7 @@ def test_provider_options(tmp_path: Path, provider: str) -> None:
 
 
 @pytest.mark.parametrize(("context", "expected"), [(262144, 4096), (1000, 1000)])
-def test_max_length_is_sane(tmp_path: Path, context: int, expected: int) -> None:
+def test_max_length_is_within_the_context(tmp_path: Path, context: int, expected: int) -> None:
     source = copy_digits(tmp_path / "checkpoint")
     edit_json(source / "config.json", "text_config", "max_position_embeddings", value=context)
     build(source, tmp_path / "package", part="text")
@@ -203,7 +205,7 @@ def test_search_follows_generation_config(tmp_path: Path) -> None:
     config = config_of(tmp_path / "package")
     assert {name: config["search"][name] for name in wanted} == wanted
     assert config["model"]["eos_token_id"] == 2050
-    assert Model(tmp_path / "package").generate("Hello", max_tokens=3).text is not None  # the runtime takes top_k 0
+    assert Model(tmp_path / "package").generate("Hello", max_tokens=3).text is not None  # the runtime accepts top_k 0
     edit_json(source / "generation_config.json", "temperature", value=0.0)
     build(source, tmp_path / "package", part="text", force=True)
     assert config_of(tmp_path / "package")["search"]["do_sample"] is False
@@ -212,11 +214,11 @@ def test_search_follows_generation_config(tmp_path: Path) -> None:
 def test_lengths_follow_generation_config(tmp_path: Path) -> None:
     source = copy_digits(tmp_path / "checkpoint")
     edit_json(source / "generation_config.json", "min_length", value=33)
-    edit_json(source / "generation_config.json", "max_length", value=20)  # which transformers takes for no choice
+    edit_json(source / "generation_config.json", "max_length", value=20)  # transformers' default counts as no choice
     build(source, tmp_path / "package", precision="fp32")
     assert config_of(tmp_path / "package")["search"]["max_length"] == 4096
     answer = Model(tmp_path / "package").generate(READ, [IMAGES / "01.png"], sampling=GREEDY)
-    # what transformers' generate(min_length=33) makes of it; all ends are held back, not the first of the list alone
+    # transformers' generate(min_length=33) gives this; all end tokens are suppressed, not only the first of the list
     assert answer.stats.prompt_tokens == 25
     assert answer.tokens == [17, 198, 19, 18, 198, 21, 19, 1312, 632, 2050]
     edit_json(source / "generation_config.json", "max_length", value=300)
@@ -250,7 +252,7 @@ LOST = {
 }
 
 
-def test_generation_settings_that_cannot_be_kept_are_told(tmp_path: Path) -> None:
+def test_generation_settings_that_cannot_be_kept_are_reported(tmp_path: Path) -> None:
     def notes(part: str, **settings: Any) -> tuple[str, ...]:
         (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 2050, **settings}))
         return build(source, tmp_path / "package", part=part, force=True).notes
@@ -263,15 +265,15 @@ def test_generation_settings_that_cannot_be_kept_are_told(tmp_path: Path) -> Non
     (note,) = notes("text", max_new_tokens=2048)
     assert "max_new_tokens" in note
     assert "max_tokens" in note
-    assert notes("vision", **LOST) == ()  # which answers nothing
+    assert notes("vision", **LOST) == ()  # the vision part generates nothing
     config = og.Config(str(tmp_path / "package"))
     for name, value in LOST.items():
-        if name != "num_beams":  # so it is no longer true when the runtime learns one
+        if name != "num_beams":  # the note is wrong as soon as the runtime supports one of them
             with pytest.raises(RuntimeError, match="Unknown value"):
                 config.overlay(json.dumps({"search": {name: value}}))
 
 
-def test_processor_config_has_the_checkpoints_numbers(tmp_path: Path) -> None:
+def test_processor_config_has_the_checkpoints_values(tmp_path: Path) -> None:
     source = copy_digits(tmp_path / "checkpoint")
     settings = json.loads((source / "preprocessor_config.json").read_text())
     settings |= {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.6, 0.7], "rescale_factor": 0.25}
@@ -298,7 +300,7 @@ def test_the_model_card_names_the_source_and_the_policy(packages: Callable[..., 
     assert "--part all" in (packages("vision") / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_model_card_s_example_of_a_grid_is_true(packages: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_example_of_a_grid_in_the_model_card_is_correct(packages: Callable[..., Path], tmp_path: Path) -> None:
     folder = packages()
     card = (folder / "README.md").read_text(encoding="utf-8")
     found = re.search(r"\((\d+)×(\d+): (\d+)×(\d+) patches instead of (\d+)×(\d+)\)", card)
@@ -318,28 +320,28 @@ def test_the_model_card_s_example_of_a_grid_is_true(packages: Callable[..., Path
 def test_the_grid_example_follows_patch_and_merge_size(patch_size: int, merge_size: int) -> None:
     processor = ImageProcessor(patch_size, merge_size=merge_size, min_pixels=65536, max_pixels=16777216)
     difference = grid_difference(processor)
-    if patch_size == 15:  # an odd factor has no halves
+    if patch_size == 15:  # with an odd factor no size is halfway between two grids
         assert difference is None
         return
     assert difference is not None
     theirs = processor.target_size(difference.height, difference.width)
     assert difference.transformers == (theirs[0] // patch_size, theirs[1] // patch_size)
     assert difference.runtime != difference.transformers
-    if patch_size == 16:  # Qwen3-VL's own
+    if patch_size == 16:  # the patch size of Qwen3-VL
         assert difference == (1280, 720, (46, 80), (44, 80), 32)
 
 
-def test_a_decoder_alone_says_what_it_takes(packages: Callable[..., Path]) -> None:
+def test_the_readme_of_a_decoder_describes_its_inputs(packages: Callable[..., Path]) -> None:
     card = (packages("text", "exclude_embeds=true") / "README.md").read_text(encoding="utf-8")
     assert "The decoder takes `inputs_embeds` and `per_layer_inputs`" in card
     assert "The decoder takes" not in (packages("text") / "README.md").read_text(encoding="utf-8")
 
 
-# the stock runtime alone: what users in C#, C++ and Java do
+# the stock runtime alone, as used from C#, C++ and Java
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_the_runtimes_own_image_processor_gives_our_answer(packages: Callable[..., Path], precision: str) -> None:
+def test_the_runtimes_own_image_processor_gives_the_same_answer(packages: Callable[..., Path], precision: str) -> None:
     folder = packages("all", precision=precision)
     ours = Model(folder)
     model = og.Model(str(folder))
@@ -443,7 +445,7 @@ def test_missing_and_truncated_files(package: Path, capsys: Capsys, damage: str)
     assert "vision.onnx.data" in done.err
 
 
-def test_running_does_not_read_what_it_only_checks(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_does_not_hash_the_weights(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlpack.package.manifest.sha256_file", lambda path: pytest.fail("hashed"))
     open_package(package)
 
@@ -480,7 +482,7 @@ def test_manifests_that_are_not_json(package: Path) -> None:
             inspect(package)
 
 
-def test_inspect_tells_what_a_package_is(packages: Callable[..., Path]) -> None:
+def test_inspect_describes_a_package(packages: Callable[..., Path]) -> None:
     described = inspect(packages())
     assert described["kind"] == "package"
     assert described["problems"] == []
@@ -492,7 +494,7 @@ def test_inspect_tells_what_a_package_is(packages: Callable[..., Path]) -> None:
     assert groups["model.language_model.layers.*.mlp.down_proj", "int8"]["count"] == 6
 
 
-def test_inspect_tells_what_a_checkpoint_is() -> None:
+def test_inspect_describes_a_checkpoint() -> None:
     described = inspect(DIGITS)
     assert described["kind"] == "checkpoint"
     assert described["tied"] is True
@@ -501,7 +503,7 @@ def test_inspect_tells_what_a_checkpoint_is() -> None:
     assert described["parts"] == ["decoder", "vision", "embedding"]
 
 
-def test_inspect_of_neither(tmp_path: Path) -> None:
+def test_inspect_a_folder_that_is_neither(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere", DIGITS / "config.json"):
         with pytest.raises(VlpackError):
             inspect(path)

@@ -1,4 +1,4 @@
-"""Weights are downloaded only if a build is possible; errors of a checkpoint without weights are reported before."""
+"""Weights are downloaded only if the build is possible; other errors of a checkpoint are reported before."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Usage(NamedTuple):
 
 
 class FakeHub:
-    """Stands in for `snapshot_download`: puts the files of its repository that are asked for into a snapshot."""
+    """A stand-in for `snapshot_download` that copies the requested files of its repository into a snapshot."""
 
     def __init__(self, folder: Path) -> None:
         self.repository = copy_digits(folder / "repository")
@@ -60,7 +60,7 @@ def test_settings_come_first_and_weights_of_the_same_commit(hub: FakeHub, tmp_pa
     assert [call["revision"] for call in hub.calls] == ["main", COMMIT]
     assert ["*.safetensors" in call["allow_patterns"] for call in hub.calls] == [False, True]
     assert {call["cache_dir"] for call in hub.calls} == {str(tmp_path / "cache")}
-    build("org/name", tmp_path / "again")  # it is all there now
+    build("org/name", tmp_path / "again")  # everything is in the cache now
     assert len(hub.calls) == 3
 
 
@@ -75,7 +75,7 @@ WRONG: dict[str, tuple[tuple[str, ...], Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_no_weights_are_fetched_for_what_cannot_be_built(name: str, hub: FakeHub, tmp_path: Path) -> None:
+def test_no_weights_are_downloaded_if_the_build_is_impossible(name: str, hub: FakeHub, tmp_path: Path) -> None:
     keys, value, options, match = WRONG[name]
     edit_json(hub.repository / "config.json", *keys, value=value)
     with pytest.raises(VlpackError, match=match):
@@ -85,7 +85,7 @@ def test_no_weights_are_fetched_for_what_cannot_be_built(name: str, hub: FakeHub
     assert not (tmp_path / "package").exists()
 
 
-def test_no_weights_are_fetched_for_a_disk_that_is_full(
+def test_no_weights_are_downloaded_if_the_disk_is_too_small(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(10**9, 10**9 - 10**6, 10**6))
@@ -95,7 +95,7 @@ def test_no_weights_are_fetched_for_a_disk_that_is_full(
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_folder_whose_weights_are_missing_says_what_else_is_wrong(name: str, tmp_path: Path) -> None:
+def test_other_errors_are_reported_even_if_weights_are_missing(name: str, tmp_path: Path) -> None:
     source = copy_digits(tmp_path / "checkpoint")
     (source / "model.safetensors").unlink()
     keys, value, options, match = WRONG[name]
@@ -118,7 +118,7 @@ def same(described: dict[str, Any], whole: dict[str, Any]) -> None:
     assert "weights were not read" in described["notes"][-1]
 
 
-def test_inspect_takes_a_config_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_accepts_a_config_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "checkpoint").mkdir()
     shutil.copyfile(DIGITS / "config.json", tmp_path / "checkpoint" / "config.json")
     same(inspect(tmp_path / "checkpoint"), inspect(DIGITS))
@@ -135,12 +135,12 @@ def test_inspect_does_not_overlook_damaged_weights(file: str, tmp_path: Path) ->
         inspect(tmp_path / "checkpoint")
 
 
-def test_inspect_takes_a_hub_id_and_fetches_no_weights(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_accepts_a_hub_id_and_downloads_no_weights(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
     same(inspect("org/name"), inspect(DIGITS))
     done = run_vlpack(capsys, "inspect", "org/name@v1")
     assert done.code == 0
     assert [call["revision"] for call in hub.calls] == [None, "v1"]
     assert not hub.fetched_weights
     os.makedirs("org/name")
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):  # a folder wins
+    with pytest.raises(CheckpointError, match=r"has no config\.json"):  # an existing folder takes precedence
         inspect("org/name")

@@ -16,7 +16,7 @@ from vlpack.preprocess import ImageProcessor, smart_resize
 
 
 @pytest.mark.parametrize(("patch", "merge"), [(16, 2), (14, 2), (8, 2)])
-def test_the_edges_are_those_that_differ(patch: int, merge: int) -> None:
+def test_the_listed_edges_are_those_that_differ(patch: int, merge: int) -> None:
     processor = ImageProcessor.from_folder(DIGITS)
     processor = replace(processor, patch_size=patch, merge_size=merge, min_pixels=1, max_pixels=10**9)
     difference, factor = grid_difference(processor), patch * merge

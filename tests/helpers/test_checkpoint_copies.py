@@ -1,4 +1,4 @@
-"""Permuted and planted copies compute what the checkpoint computes, and are what they are said to be."""
+"""Permuted copies and copies with planted outliers compute the same function, and have the promised differences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     )  # fmt: skip
     model = transformers.Qwen2ForCausalLM(config)
     for name, parameter in model.named_parameters():
-        if "norm" in name or "bias" in name:  # norms of 1 and biases of 0 would hide a wrong place
+        if "norm" in name or "bias" in name:  # norms of 1 and biases of 0 would hide an error in the order of channels
             parameter.data = torch.rand_like(parameter) + 0.5
     folder = tmp_path_factory.mktemp("qwen2")
     model.save_pretrained(folder)

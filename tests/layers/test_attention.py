@@ -54,7 +54,7 @@ def test_prefill_more_and_single_tokens(name, rows, package, reference):
 
 @pytest.mark.parametrize("pads", [1, 7])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_pads_are_not_attended(side, pads, package, reference):
+def test_padding_is_not_attended_to(side, pads, package, reference):
     inputs = make_inputs(TINY, (), text=12)
     expected, runs = reference(TINY)(inputs), package(TINY, part="text", **CUDA)
     session = runs.sessions["decoder"]
@@ -82,7 +82,7 @@ def test_greedy_tokens_in_the_stock_runtime(part, images, built, reference, tmp_
     config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     assert config["search"]["past_present_share_buffer"] is False
     for name in {"decoder", "vision", "embedding"} & set(config["model"]):
-        # the only difference of the test's package: where it runs
+        # only the execution provider in the configuration is changed
         edit_json(folder / "genai_config.json", "model", name, "session_options", "provider_options", value=[])
     arrays = Model(built(TINY), threads=1).prompt(QUESTION, make_images(images)).named_arrays()
     runtime = og.Model(str(folder))
@@ -108,14 +108,14 @@ PAIRS = [(provider, precision) for provider, offered in OFFERED.items() for prec
 
 @pytest.mark.parametrize("part", ["all", "text"])
 @pytest.mark.parametrize(("provider", "precision"), PAIRS)
-def test_the_fused_operator_is_where_it_has_a_kernel(provider, precision, part, built):
+def test_the_fused_operator_is_used_where_it_has_a_kernel(provider, precision, part, built):
     folder: Path = built(TINY, part=part, precision=precision, execution_provider=provider)
     config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
     model = onnx.load(folder / config["model"]["decoder"]["filename"], load_external_data=False)
     types = {port.name: port.type.tensor_type.elem_type for port in model.graph.output}
     fused = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
-    if provider == "cuda":  # fp16 and bf16 only
+    if provider == "cuda":  # CUDA's fused attention has only fp16 and bf16
         assert {types[node.output[1]] for node in fused} <= {onnx.TensorProto.FLOAT16}
     assert len(fused) == (0 if (provider, precision) == ("cuda", "fp32") else TINY.layers)
-    # buffers that past and present share are that operator's own invention
+    # only the fused operator can share one buffer between past and present
     assert config["search"]["past_present_share_buffer"] is bool(fused)

@@ -35,7 +35,7 @@ TINY = Tiny()
 HEADS, KV_HEADS, SIZE, TOTAL = 4, 2, 32, 40
 FREQUENCIES = Frequencies(inverse_frequencies(SIZE, 10000.0), np.zeros(SIZE // 2, np.int64), 1.0)
 EXACT, ROUNDED = 1e-5, 0.02
-"""Relative L2: of the same numbers, and of numbers that were rounded to 8 bits."""
+"""Largest relative L2 errors: of the same computation, and of values rounded to 8 bits."""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def session():
 
 
 def make_session() -> ort.InferenceSession:
-    """A session of a graph with nothing but the attention over the 8-bit cache."""
+    """A session of a graph that consists only of attention over the 8-bit cache."""
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 24, "com.microsoft": 1}, name="attention")
     builder = GraphBuilder(graph)
     float32, int8, int64 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT64
@@ -79,7 +79,7 @@ def make_qkv(spread: float, batch: int = 1) -> tuple[dict[str, np.ndarray], dict
     weight = {n: (size * np.exp(random.normal(0, 1, SIZE))).astype(np.float32) for n, size in (("k", 1), ("q", 0.5))}
     q = random.normal(0, 1, (batch, TOTAL, HEADS, SIZE))
     k = random.normal(0, 1, (batch, TOTAL, KV_HEADS, SIZE))
-    k[:, 5] = np.eye(SIZE)[3]  # all in one channel: the bound itself
+    k[:, 5] = np.eye(SIZE)[3]  # everything in one channel, which is the bound of a key
     q, k = (rotated(normalized(x) * weight[n], np.arange(TOTAL)) for n, x in (("q", q), ("k", k)))
     v = random.normal(0, 1, (batch, TOTAL, KV_HEADS, SIZE))
     v *= np.exp(spread * random.normal(0, 1, (batch, TOTAL, KV_HEADS, 1)))
@@ -98,7 +98,7 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def run(session, qkv, weight, ends, room: int = 0):
-    """Run the tokens piece by piece, with a cache that grows or, with ``room``, one of full size from the start."""
+    """Runs the tokens in pieces, with a growing cache, or if ``room`` is given, with a cache of full size."""
     batch = len(qkv["q"])
     past = [np.zeros((batch, KV_HEADS, room, SIZE + EXTRA_CHANNELS), np.int8) for _ in "kv"]
     outputs, start = [], 0
@@ -116,7 +116,7 @@ def run(session, qkv, weight, ends, room: int = 0):
 
 
 def read(codes: list[np.ndarray], weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Keys and values ``[B, T, kv_heads, D]`` of a cache, decoded as the module's docstring describes."""
+    """Keys and values ``[B, T, kv_heads, D]`` of a cache, decoded as `vlpack.layers.int8_kv_cache` describes."""
     keys, values = (x.transpose(0, 2, 1, 3).astype(np.float64) for x in codes)
     step = np.tile(np.maximum(weight[: SIZE // 2], weight[SIZE // 2 :]), 2) * SIZE**0.5 / 127
     k = keys[..., :SIZE] * step
@@ -135,7 +135,7 @@ def test_attention_over_codes_is_attention(session, ends, room, spread):
     y, codes = run(session, qkv, weight, ends, room)
     k, v = (x[:, :TOTAL] for x in read(codes, weight["k"]))
     new = ends[-1] - (ends[-2] if len(ends) > 1 else 0)
-    if new > 1:  # what is new is not rounded yet
+    if new > 1:  # new tokens are not rounded yet
         k, v = (
             np.concatenate([old[:, : TOTAL - new], x[:, TOTAL - new :]], 1) for old, x in ((k, qkv["k"]), (v, qkv["v"]))
         )
@@ -146,7 +146,7 @@ def test_attention_over_codes_is_attention(session, ends, room, spread):
     assert (np.abs(v - qkv["v"]) <= 0.51 / 127 * 2 * peak + 1e-12).all()
 
 
-def test_rows_of_a_batch_are_apart(session):
+def test_rows_of_a_batch_are_independent(session):
     qkv, weight = make_qkv(1.0, batch=2)
     y, _ = run(session, qkv, weight, (38, 39, 40))
     alone = [run(session, {n: x[i : i + 1] for n, x in qkv.items()}, weight, (38, 39, 40))[0][0] for i in range(2)]
@@ -160,8 +160,8 @@ def no_exponents() -> tuple[np.ndarray, np.ndarray]:
     return codes, worth
 
 
-def test_a_planted_fault_is_seen(monkeypatch):
-    """Tokens without their exponent get a wrong weight, and the comparison must see it."""
+def test_a_planted_fault_is_detected(monkeypatch):
+    """Tokens without their exponent get a wrong weight, and the comparison must detect it."""
     monkeypatch.setattr(module, "exponent_codes", no_exponents)
     qkv, weight = make_qkv(1.0)
     y, _ = run(make_session(), qkv, weight, (39, 40))
@@ -169,7 +169,7 @@ def test_a_planted_fault_is_seen(monkeypatch):
 
 
 def test_every_exponent(session):
-    """Values of every size that the cache covers, one token each, are restored to within a step."""
+    """Values of every magnitude that the cache covers, one per token, are decoded to within a step."""
     qkv, weight = make_qkv(0.0)
     for exponent in range(LOWEST_EXPONENT, LOWEST_EXPONENT + EXPONENT_CHANNELS * OCTAVES_PER_CHANNEL):
         only = {"q": qkv["q"][:, :1], "k": qkv["k"][:, :1], "v": np.full((1, 1, KV_HEADS, SIZE), 2.0**exponent)}
@@ -206,7 +206,7 @@ def test_a_package(built, package, reference):
     ],
     ids=str,
 )
-def test_where_it_cannot_be_had(options, said, tmp_path):
+def test_packages_that_cannot_have_it(options, said, tmp_path):
     with pytest.raises(OptionError, match=said):
         build(EXAMPLE, tmp_path / "package", extra_options=ExtraOptions(kv_cache="int8"), **options)
 

@@ -52,7 +52,7 @@ PATTERNS: dict[str, Any] = {
 }
 
 
-# --- against peft ------------------------------------------------------------------------------------
+# --- compared with peft ------------------------------------------------------------------------------------
 
 
 def train(model: Any, folder: Path, seed: int = 0, **settings: Any) -> Path:
@@ -120,7 +120,7 @@ def test_logits_are_those_of_merge_and_unload(
     adapter = train(Reference(base).model, tmp_path / "adapter", **how)
     inputs = make_inputs(tiny, ((1, 4, 6), (1, 8, 4)))
     wanted, before = merged_reference(base, adapter)(inputs), reference(tiny)(inputs)
-    assert relative(before.logits, wanted.logits) > 0.02  # it matters
+    assert relative(before.logits, wanted.logits) > 0.02  # the adapter has an effect
     package = all_logits(base, tmp_path / "package", adapter)
     features = np.concatenate([wanted.merged, *wanted.levels], axis=1)
     assert relative(package.features(inputs), features) < TOLERANCE
@@ -129,7 +129,7 @@ def test_logits_are_those_of_merge_and_unload(
 
 @pytest.fixture(scope="module")
 def everything(checkpoint: Callable[[Tiny], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that touches all kinds of weights."""
+    """An adapter that changes all kinds of weights."""
     model = Reference(checkpoint(TINY)).model
     folder = tmp_path_factory.mktemp("everything") / "adapter"
     return train(model, folder, target_modules=TEXT + VISION, modules_to_save=["norm"], **PATTERNS)
@@ -161,7 +161,7 @@ def test_like_a_build_of_the_merged_checkpoint(
         all_logits(source, tmp_path / name, *adapters, precision=precision).logits(inputs, positions)
         for source, name, adapters in ((tmp_path / "merged", "a", []), (base, "b", [everything]))
     ]
-    # the last bit of a sum may put a value on the other side of a rounding
+    # the last bit of a sum may decide how a value is rounded
     assert relative(logits[1].astype(np.float32), logits[0].astype(np.float32)) < bound
     sizes = [{p.name: p.stat().st_size for p in (tmp_path / n).glob("*.data")} for n in "ab"]
     assert sizes[0] == sizes[1]  # the tied head is still stored once
@@ -181,10 +181,10 @@ def test_two_adapters_are_merged_one_after_another(checkpoint: Callable[[Tiny], 
 
 
 @pytest.mark.parametrize("head", ["of the base", "of the adapter", "nowhere"])
-def test_an_embedding_that_was_saved_though_not_trained(
+def test_an_embedding_that_was_saved_but_not_trained(
     head: str, checkpoint: Callable[[Tiny], Path], tmp_path: Path
 ) -> None:
-    """peft saves the embedding on request or by its own rules, and loads it into the base, which stays tied."""
+    """peft may save the embedding although it was not trained, and loads it into the base model, which stays tied."""
     base = tmp_path / "base"
     shutil.copytree(checkpoint(TINY), base)
     adapted = peft.get_peft_model(Reference(base).model, peft.LoraConfig(target_modules=["q_proj"]))
@@ -258,7 +258,7 @@ def test_a_reranker(tmp_path: Path) -> None:
 
 
 def test_experts_of_a_mixture(tmp_path: Path) -> None:
-    """An adapter of transformers 4, which had a Linear for each expert, is merged under the checkpoint's names."""
+    """An adapter for transformers 4, which had a Linear module per expert, is merged by the checkpoint's names."""
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
     base = make_member(tmp_path / "base", Member("mixture", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", sizes))
     weights, random = load_file(base / "model.safetensors"), np.random.default_rng(0)
@@ -304,7 +304,7 @@ STYLES: dict[str, Callable[[str], str]] = {
 
 @pytest.fixture(scope="module")
 def aged(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """A Qwen2-VL with today's tensor names, the same one with the Hub's older names, and an adapter for it."""
+    """A Qwen2-VL with transformers 5's tensor names, one with older tensor names, and an adapter for both."""
     folder = tmp_path_factory.mktemp("aged")
     made = {}
     for old in (False, True):
@@ -335,7 +335,7 @@ def test_names(style: str, old: bool, aged: dict[bool, Path], tmp_path: Path) ->
         assert relative(got, wanted) < 1e-6
 
 
-# --- without peft: any rows, provenance, and what is refused -----------------------------------------
+# --- without peft: any rows, provenance, and refused adapters -----------------------------------------
 
 QUERY, KEY = "model.language_model.layers.2.self_attn.q_proj", "model.language_model.layers.2.self_attn.k_proj"
 QKV, NORM = "model.visual.blocks.0.attn.qkv", "model.language_model.norm"
@@ -347,7 +347,7 @@ SETTINGS = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_
 
 
 def pair(module: str, rank: int = 4, seed: int = 0) -> dict[str, np.ndarray]:
-    """A and B for a module of the digits' checkpoint."""
+    """The matrices A and B of an adapter for a module of the digits checkpoint."""
     out, inner = SHAPES[f"{module}.weight"]
     random = np.random.default_rng(seed)
     a, b = (random.normal(0, 0.05, shape).astype(np.float32) for shape in ((rank, inner), (out, rank)))
@@ -413,10 +413,8 @@ def test_rows_that_do_not_exist(merged: Merged) -> None:
             merged.rows(f"{QUERY}.weight", start, stop)
 
 
-def test_calibration_looks_at_the_merged_weights(
-    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The 8-bit package that calibration builds also has the adapter merged."""
+def test_calibration_uses_the_merged_weights(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter is also merged into the 8-bit package that calibration builds."""
     seen: list[dict[str, Any]] = []
 
     def start(model: Any, *given: Any) -> Any:
@@ -430,7 +428,7 @@ def test_calibration_looks_at_the_merged_weights(
     assert seen[0]["source"]["adapters"] == made["source"]["adapters"]
 
 
-def test_no_adapter_no_change_and_threads_do_not_matter(adapter: Path, tmp_path: Path) -> None:
+def test_builds_are_reproducible_with_and_without_adapters(adapter: Path, tmp_path: Path) -> None:
     build(DIGITS, tmp_path / "a", precision="int4", lora=adapter, threads=1)
     build(DIGITS, tmp_path / "b", precision="int4", lora=[str(adapter)], threads=3)
     assert content(tmp_path / "a") == content(tmp_path / "b")
@@ -442,7 +440,7 @@ def test_no_adapter_no_change_and_threads_do_not_matter(adapter: Path, tmp_path:
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_what_was_trained_tied_is_stored_once(together: bool, tmp_path: Path) -> None:
+def test_a_tied_weight_that_was_trained_is_stored_once(together: bool, tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(0, 0.05, SHAPES[f"{EMBEDDING}.weight"]).astype(np.float32)
     tensors = {f"{PREFIX}{name}.weight": values for name in (EMBEDDING, HEAD)}
     saved = {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": together}
@@ -452,10 +450,10 @@ def test_what_was_trained_tied_is_stored_once(together: bool, tmp_path: Path) ->
     assert (size - plain > values.nbytes // 2) == (not together)
 
 
-def test_buffers_of_a_saved_module_need_not_be_there(tmp_path: Path) -> None:
+def test_buffers_of_a_saved_module_may_be_missing(tmp_path: Path) -> None:
     base = copy_digits(tmp_path / "base")
     weights = {name: tensor.astype(np.float32) for name, tensor in load_file(base / "model.safetensors").items()}
-    (base / "model.safetensors").unlink()  # a hard link
+    (base / "model.safetensors").unlink()  # the copy is a hard link, so it must not be written into
     save_file(weights | {"model.visual.rotary_pos_emb.inv_freq": np.ones(4, np.float32)}, base / "model.safetensors")
     encoder = {PREFIX + name: tensor for name, tensor in weights.items() if name.startswith("model.visual.")}
     build(base, tmp_path / "a", lora=write_adapter(tmp_path / "adapter", encoder, modules_to_save=["visual"]))
@@ -509,21 +507,21 @@ def test_from_the_hub(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("Qwen/Qwen3-VL-2B", True),
     ],
 )
-def test_another_base_is_a_note(name: str | None, noted: bool, adapter: Path, tmp_path: Path) -> None:
+def test_a_different_base_model_gives_a_note(name: str | None, noted: bool, adapter: Path, tmp_path: Path) -> None:
     edit_json(adapter / CONFIG, "base_model_name_or_path", value=name)
     notes = " ".join(build(DIGITS, tmp_path / "package", lora=adapter).notes)
     assert ("'Qwen/Qwen3-VL-2B'" in notes) == noted
     assert ("trained on" in notes) == noted
 
 
-def test_an_adapter_of_other_parts_is_a_note(tmp_path: Path) -> None:
+def test_an_adapter_for_other_parts_gives_a_note(tmp_path: Path) -> None:
     write_adapter(tmp_path / "vision", pair(QKV))
     notes = build(DIGITS, tmp_path / "package", part="text", lora=tmp_path / "vision").notes
     assert any("adapter vision changes nothing" in note for note in notes)
 
 
 class Case:
-    """A faulty adapter and words of its error; ``settings`` and ``tensors`` replace entries, and None removes one."""
+    """A faulty adapter and words of its error; ``settings`` and ``tensors`` replace entries, or remove them by None."""
 
     def __init__(
         self, *words: str, settings: Any = None, tensors: Any = None, files: Callable[[Path], object] | None = None
@@ -632,9 +630,9 @@ REFUSED: dict[str, Case] = {
     "a resized embedding": Case(
         "vocabulary was resized", tensors={f"{PREFIX}{EMBEDDING}.weight": np.zeros((9, 4), np.float32)}
     ),
-    "a bias out of place": Case("is not where peft keeps it", tensors={f"{PREFIX}{QKV}.bias": BIAS}),
+    "a bias out of place": Case("is not a name that peft uses", tensors={f"{PREFIX}{QKV}.bias": BIAS}),
     "a base layer without LoRA": Case(
-        "is not where peft keeps it", tensors={f"{PREFIX}{NORM}.base_layer.weight": np.ones(4, np.float32)}
+        "is not a name that peft uses", tensors={f"{PREFIX}{NORM}.base_layer.weight": np.ones(4, np.float32)}
     ),
     "a bias of B that the config has not": Case("disagree on a bias", tensors={f"{PREFIX}{QKV}.lora_B.bias": BIAS}),
     "a bias of B that only the config has": Case("disagree on a bias", settings={"lora_bias": True}),
@@ -651,7 +649,7 @@ REFUSED: dict[str, Case] = {
         tensors={f"{PREFIX}{EMBEDDING}.lora_embedding_A": ZEROS, f"{PREFIX}{EMBEDDING}.lora_embedding_B": ZEROS},
     ),
     "a head unlike its embedding": Case(
-        "another matrix",
+        "differs from",
         tensors={f"{PREFIX}{HEAD}.weight": np.zeros(SHAPES[f"{EMBEDDING}.weight"], np.float32)},
     ),
     "NaN": Case(f"{QB} of my-adapter holds nan at row 1, column 2", tensors={QB: filled(QB, np.nan)}),
@@ -665,7 +663,9 @@ REFUSED: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_refused(case: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_faulty_adapters_are_refused(
+    case: str, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fault = REFUSED[case]
     for name, value in fault.settings.items():
         edit_json(adapter / CONFIG, name, value=value)
@@ -692,19 +692,19 @@ def test_options(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is an adapter, not a model") as caught:
         build(adapter, tmp_path / "package")
     assert f"lora='{adapter}'" in str(caught.value)
-    # the adapter is looked at first, so that nothing is downloaded in vain
+    # the adapter is checked first, so that nothing is downloaded in vain
     with pytest.raises(CheckpointError, match=r"has no adapter_config\.json"):
         build("org/name", tmp_path / "package", lora=DIGITS)
 
 
-def test_a_base_that_does_not_fit_itself_is_named(adapter: Path, tmp_path: Path) -> None:
+def test_a_faulty_base_model_is_reported_as_such(adapter: Path, tmp_path: Path) -> None:
     base = make_checkpoint(tmp_path / "base", TINY)
     edit_json(base / "config.json", "text_config", "intermediate_size", value=128)
     with pytest.raises(CheckpointError, match="do not belong together"):
         build(base, tmp_path / "package", lora=adapter)
 
 
-def test_verified_with_its_adapters(checkpoint: Callable[[Tiny], Path], everything: Path, tmp_path: Path) -> None:
+def test_verification_with_adapters(checkpoint: Callable[[Tiny], Path], everything: Path, tmp_path: Path) -> None:
     from vlpack.verification.cases import built_in
     from vlpack.verification.run import verify
 
@@ -719,5 +719,7 @@ def test_verified_with_its_adapters(checkpoint: Callable[[Tiny], Path], everythi
         shutil.copyfile(base / name, tmp_path / "merged" / name)
     shutil.copyfile(base / "generation_config.json", tmp_path / "merged" / "generation_config.json")
     report = verify(tmp_path / "package", tmp_path / "merged", cases=cases, tokens=4)
-    assert {finding.stage for finding in report.findings} <= {"weights"}  # peft sums in another order
+    assert {finding.stage for finding in report.findings} <= {
+        "weights"
+    }  # peft adds in another order, so that a few weights are rounded differently
     assert max(stage.graph.relative for stage in report.cases[0].stages if stage.graph) < 1e-5

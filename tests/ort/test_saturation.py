@@ -30,7 +30,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_both_types_are_the_same_model(packages: dict[str, Path]) -> None:
-    """The codes differ only by 128, so graphs and answers agree if nothing saturates."""
+    """The codes differ by 128 only, so graphs and answers agree if nothing saturates."""
     import onnxruntime as ort
 
     inputs, results = None, []
@@ -67,8 +67,8 @@ def test_a_processor_that_saturates(
     assert "--extra-options weight_type=uint8" in " ".join(done.err.split())
 
 
-def test_the_processor_is_asked() -> None:
-    """The result of the test product must agree with the processor's own list of instructions, if there is one."""
+def test_the_result_agrees_with_the_processors_instructions() -> None:
+    """The test product must agree with the processor's list of instructions, where the system has one."""
     path = Path("/proc/cpuinfo")
     flags = set(path.read_text(encoding="utf-8").split()) if path.is_file() else set()
     if flags & {"avx512_vnni", "avx_vnni", "amx_int8"}:
@@ -79,8 +79,10 @@ def test_the_processor_is_asked() -> None:
         pytest.skip("this system does not say which instructions there are")
 
 
-def test_where_it_has_no_effect(tmp_path: Path) -> None:
+def test_builds_without_int8_matrices(tmp_path: Path) -> None:
     for precision, part in (("fp32", "all"), ("int4", "text")):
         with pytest.raises(OptionError, match="weight_type has no effect"):
             build(DIGITS, tmp_path / "package", precision=precision, part=part, extra_options=UNSIGNED)
-    build(DIGITS, tmp_path / "package", precision="int4", extra_options=UNSIGNED)  # whose vision encoder is in 8 bits
+    build(
+        DIGITS, tmp_path / "package", precision="int4", extra_options=UNSIGNED
+    )  # the vision encoder of an int4 package is int8

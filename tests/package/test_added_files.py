@@ -37,7 +37,7 @@ def package(whole: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json"])
-def test_an_added_template_is_not_used_and_is_told(name: str, package: Path, capsys: Capsys) -> None:
+def test_an_added_template_is_not_used_and_is_reported(name: str, package: Path, capsys: Capsys) -> None:
     before = vlpack.Model(package).prompt(MESSAGES).text
     text = EVIL if name.endswith("jinja") else json.dumps({"chat_template": EVIL})
     (package / name).write_text(text, encoding="utf-8")
@@ -89,7 +89,7 @@ def test_files_links_and_folders_are_named(package: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "preprocessor_config.json"])
-def test_a_checkpoint_s_link_to_elsewhere_is_not_followed(name: str, tmp_path: Path) -> None:
+def test_a_link_out_of_a_checkpoint_is_not_followed(name: str, tmp_path: Path) -> None:
     source = copy_digits(tmp_path / "source")
     shutil.copyfile(DIGITS / name, tmp_path / "outside")
     (source / name).unlink()

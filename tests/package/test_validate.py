@@ -1,4 +1,4 @@
-"""Packages whose files refer to files elsewhere, with manifests that are forged to match, are refused."""
+"""Packages whose files refer to files outside of them are refused, even if their manifests are forged to match."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def outer(kind: str) -> Callable[[onnx.GraphProto], None]:
 
 
 def twice(graph: onnx.GraphProto) -> None:
-    """Adds a second location before the right one: programs differ in which of several they read."""
+    """Adds a second location before the right one, because programs differ in which of several they read."""
     tensor = next(tensor for tensor in reversed(graph.initializer) if tensor.external_data)
     entries = [(entry.key, entry.value) for entry in tensor.external_data]
     elsewhere(tensor, "../secret")
@@ -81,7 +81,7 @@ PLANTS: dict[str, Callable[[onnx.GraphProto], None]] = {
 
 @pytest.mark.parametrize("plant", PLANTS)
 @pytest.mark.parametrize("graph", ["decoder.onnx", "vision.onnx"])
-def test_weights_elsewhere(plant: str, graph: str, package: Path, capsys: Capsys) -> None:
+def test_weights_outside_of_the_package(plant: str, graph: str, package: Path, capsys: Capsys) -> None:
     model = onnx.load(package / graph, load_external_data=False)
     PLANTS[plant](model.graph)
     onnx.save(model, package / graph)
@@ -95,7 +95,7 @@ def test_weights_elsewhere(plant: str, graph: str, package: Path, capsys: Capsys
     assert "do not use this one" in done.err
 
 
-def test_a_link_to_elsewhere(package: Path) -> None:
+def test_a_link_to_a_file_outside(package: Path) -> None:
     for name in ("decoder.onnx.data", "tokenizer.json"):
         (package / name).unlink()
         (package / name).symlink_to(package.parent / "secret")
@@ -105,7 +105,7 @@ def test_a_link_to_elsewhere(package: Path) -> None:
         assert "leads out" in inspect(package)["problems"][0]
 
 
-def test_a_graph_elsewhere(package: Path) -> None:
+def test_a_graph_outside_of_the_package(package: Path) -> None:
     shutil.copy(package / "embedding.onnx", package.parent / "secret.onnx")
     path = package / "genai_config.json"
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -117,7 +117,7 @@ def test_a_graph_elsewhere(package: Path) -> None:
     assert "secret.onnx" in inspect(package)["problems"][0]
 
 
-def test_in_the_default_of_a_function(package: Path) -> None:
+def test_external_data_in_the_default_of_a_function(package: Path) -> None:
     tensor = elsewhere(helper.make_tensor("t", onnx.TensorProto.FLOAT, [2], [0.0, 0.0]), "../secret")
     default = helper.make_attribute("value", tensor)
     function = helper.make_function("own", "F", [], ["y"], [], [helper.make_opsetid("", 21)], [], [default])
@@ -137,7 +137,7 @@ def edit_config(package: Path, edit: Callable[[dict[str, Any]], object]) -> None
     seal(package)
 
 
-def test_a_graph_that_is_no_part(package: Path) -> None:
+def test_a_graph_that_no_part_has(package: Path) -> None:
     """A configuration that names a file of the package that is not a checked graph is refused."""
     model = onnx.load(package / "vision.onnx", load_external_data=False)
     PLANTS["above"](model.graph)
@@ -162,7 +162,7 @@ WISHES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("wish", WISHES)
-def test_what_packages_do_not_ask_of_the_runtime(wish: str, package: Path) -> None:
+def test_settings_that_no_package_has(wish: str, package: Path) -> None:
     key, value = WISHES[wish]
     edit_config(package, lambda model: model["decoder"].setdefault(key, {}).update(value))
     with pytest.raises(PackageError, match=r"asks (the runtime for|to load a library)"):
@@ -179,7 +179,7 @@ def test_sections_that_packages_do_not_have(section: Any, package: Path) -> None
         vlpack.load(package)
 
 
-def test_what_people_do_ask_of_the_runtime(package: Path) -> None:
+def test_settings_that_users_change(package: Path) -> None:
     wanted = {"intra_op_num_threads": 1, "log_severity_level": 3, "provider_options": [{"cpu": {}}]}
     edit_config(package, lambda model: model["decoder"]["session_options"].update(wanted))
     assert inspect(package)["problems"] == []
@@ -187,7 +187,7 @@ def test_what_people_do_ask_of_the_runtime(package: Path) -> None:
 
 @pytest.mark.parametrize("name", ["num_hidden_layers", "num_key_value_heads", "head_size"])
 @pytest.mark.parametrize("value", [0, -1, True, 1 << 31, "4"])
-def test_absurd_sizes(name: str, value: Any, package: Path) -> None:
+def test_sizes_of_a_wrong_type_or_range(name: str, value: Any, package: Path) -> None:
     edit_config(package, lambda model: model["decoder"].update({name: value}))
     with pytest.raises(PackageError, match=f"{name}.* of the wrong type or size"):
         vlpack.load(package)
@@ -197,7 +197,7 @@ def test_absurd_sizes(name: str, value: Any, package: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["run", "eval", "bench", "verify"])
-def test_every_verb_refuses(verb: str, package: Path, capsys: Capsys) -> None:
+def test_every_command_refuses(verb: str, package: Path, capsys: Capsys) -> None:
     if verb == "verify":
         pytest.importorskip("transformers")
     model = onnx.load(package / "decoder.onnx", load_external_data=False)
@@ -218,7 +218,7 @@ def test_every_verb_refuses(verb: str, package: Path, capsys: Capsys) -> None:
     assert "is not a file of the package" in done.err
 
 
-# what is read of a package is bounded, and is a plain file
+# files of a package must be regular files of limited size
 
 
 @pytest.mark.parametrize("name", ["vlpack.json", "genai_config.json", "tokenizer.json", "vision.onnx"])
@@ -244,21 +244,21 @@ def test_a_manifest_that_is_no_file(package: Path) -> None:
     path.unlink()
     if hasattr(os, "mkfifo"):
         os.mkfifo(path)
-        with pytest.raises(PackageError, match="not a regular file"):  # and nobody waits for it
+        with pytest.raises(PackageError, match="not a regular file"):  # opening the pipe must not wait for a writer
             vlpack.load(package)
         path.unlink()
-    # another reader could take the other "format"
+    # of two "format" keys, another reader might take the other one
     for wrong in (text.replace("{", '{"format": 1,', 1), text.replace('"bytes": ', '"bytes": Infinity, "was": ', 1)):
         path.write_text(wrong, encoding="utf-8")
         with pytest.raises(PackageError, match="not valid JSON"):
             inspect(package)
-    before, key, after = text.rpartition('"bytes": ')  # of a file
+    before, key, after = text.rpartition('"bytes": ')  # the last "bytes", which is that of a file
     path.write_text(f'{before}{key}1e999, "was": {after}', encoding="utf-8")
     with pytest.raises(PackageError, match="damaged"):
         inspect(package)
 
 
-def test_a_policy_that_is_none(package: Path) -> None:
+def test_a_policy_of_a_wrong_type(package: Path) -> None:
     policies: list[Any] = [[{"storage": []}], [{"storage": {}}, 5], {}, None]
     for policy in policies:
         edit_json(package / "vlpack.json", "policy", value=policy)
@@ -306,7 +306,7 @@ def test_an_embedding_model_s_weights(tmp_path: Path) -> None:
         vlpack.load(path.parent)
 
 
-def test_a_graph_that_is_none(package: Path) -> None:
+def test_a_graph_that_is_no_onnx_file(package: Path) -> None:
     (package / "vision.onnx").write_bytes(b"\xff" * 200)
     seal(package)
     with pytest.raises(PackageError, match=r"vision\.onnx cannot be read"):
@@ -314,5 +314,5 @@ def test_a_graph_that_is_none(package: Path) -> None:
     assert "cannot be read" in inspect(package)["problems"][0]
 
 
-def test_a_whole_one(whole: Path) -> None:
+def test_a_valid_package_is_accepted(whole: Path) -> None:
     assert inspect(whole)["problems"] == []

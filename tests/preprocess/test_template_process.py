@@ -1,4 +1,4 @@
-"""The process of a template stops what the sandbox's own bounds do not catch, and renders honest ones unchanged."""
+"""The template process stops templates that the sandbox alone does not stop, and renders harmless ones unchanged."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ESCAPES = {
 
 @pytest.fixture
 def tight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lowers the limits so that they are reached quickly."""
+    """Makes limits so small that they are reached quickly."""
     monkeypatch.setattr(template_process, "MAX_SECONDS", 3.0)
     monkeypatch.setattr(template_process, "START_SECONDS", 6.0)
     monkeypatch.setattr(template_process, "MAX_MEMORY", 256 << 20)
@@ -54,7 +54,7 @@ def tight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tight")
 @pytest.mark.parametrize("name", ESCAPES)
-def test_what_escapes_the_sandbox_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_templates_that_escape_the_sandbox_are_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     workers: list[Any] = []
     made = template_process._Worker.__init__
 
@@ -69,7 +69,9 @@ def test_what_escapes_the_sandbox_is_stopped(name: str, monkeypatch: pytest.Monk
     assert time.monotonic() - started < 25
     assert len(workers) == 1
     time.sleep(0.1)
-    if sys.platform == "linux" and workers[0].poll() is None:  # it stopped the template itself, and freed the memory
+    if (
+        sys.platform == "linux" and workers[0].poll() is None
+    ):  # the process stopped the template and freed the memory by itself
         status = Path(f"/proc/{workers[0].pid}/status").read_text()
         assert int(status.partition("VmRSS:")[2].split()[0]) < 400 << 10
         workers[0].kill()
@@ -86,7 +88,7 @@ CONVERSATION: list[dict[str, Any]] = [
 ]
 
 
-def test_an_honest_template_says_the_same() -> None:
+def test_a_harmless_template_gives_the_same_text() -> None:
     inside, apart = (ChatTemplate(HONEST, {"bos_token": "<s>"}, isolated=isolated) for isolated in (False, True))
     options: dict[str, Any] = {"tools": [{"name": "é", "n": 1.5}], "extra": {"a": [1, True]}}
     expected = inside.render(CONVERSATION, **options)
@@ -96,7 +98,7 @@ def test_an_honest_template_says_the_same() -> None:
 
 def test_refusals_and_broken_templates() -> None:
     template = ChatTemplate("{{ raise_exception('no ' ~ messages|length) }}", where="t.jinja", isolated=True)
-    for _ in range(2):  # the process goes on
+    for _ in range(2):  # the process continues after an error
         with pytest.raises(InputError, match=r"t\.jinja cannot render these messages: no 1"):
             template.render([{"role": "user", "content": "x"}])
     with pytest.raises(CheckpointError, match=r"t\.jinja is not a usable jinja template: .*unexpected"):
@@ -123,7 +125,7 @@ def test_after_a_template_was_stopped_the_next_prompt_is_right() -> None:
         assert template.render([{"role": "user", "content": "x"}]) == "right"
 
 
-def test_an_interruption_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interruption_leaves_no_output_for_the_next_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate("{{ messages[0].content }}")
     get = template_process.queue.Queue.get
 
@@ -153,12 +155,12 @@ def test_threads_share_a_process() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_it_gets_no_secrets_and_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_process_gets_no_secrets_and_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     program = (
         "import os\nfrom vlpack.preprocess import ChatTemplate\n"
         "template = ChatTemplate('{{ 1 }}')\nprocess = template._template._worker._process\n"
         "print(process.pid, b'hf_secret' in open(f'/proc/{process.pid}/environ', 'rb').read(), flush=True)\n"
-        "os._exit(0)\n"  # as a killed program does, without a word
+        "os._exit(0)\n"  # as if the program was killed
     )
     environment = {**os.environ, "HF_TOKEN": "hf_secret"}
     done = subprocess.run(
@@ -172,14 +174,14 @@ def test_it_gets_no_secrets_and_ends_with_its_parent(monkeypatch: pytest.MonkeyP
         time.sleep(0.05)
 
 
-def test_without_a_python_to_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_python_executable(monkeypatch: pytest.MonkeyPatch) -> None:
     for executable in ("", "/nowhere/python"):
         monkeypatch.setattr(sys, "executable", executable)
         with pytest.raises(VlpackError, match=r"no Python to run it|no process can be started"):
             ChatTemplate("{{ 1 }}")
 
 
-def test_known_templates_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_templates_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     source = (DIGITS / "chat_template.jinja").read_text(encoding="utf-8")
     monkeypatch.setattr(sys, "executable", "")
     assert is_known(source)

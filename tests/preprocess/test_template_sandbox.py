@@ -13,12 +13,12 @@ from vlpack.errors import CheckpointError, InputError, VlpackError
 from vlpack.preprocess import chat_template
 
 ChatTemplate = functools.partial(chat_template.ChatTemplate, isolated=False)
-"""In this process, where the sandbox's own bounds are all there is."""
+"""Renders in this process, where the sandbox's bounds are the only protection."""
 
 BIG = "{% set s = namespace(v='x') %}{% for i in range(23) %}{% set s.v = s.v ~ s.v %}{% endfor %}"
-"""Makes s.v 8 million characters, which is allowed; what follows it must not make much more of them."""
+"""The beginning of a template that makes ``s.v`` 8 million characters long, which is allowed; more must be stopped."""
 LINES = BIG.replace("'x'", "'\\n'").replace("23", "21")
-"""Makes s.v two million empty lines."""
+"""The beginning of a template that makes ``s.v`` two million empty lines."""
 
 RUNAWAYS = {
     "nested loops": "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}"
@@ -69,7 +69,9 @@ RUNAWAYS = {
 
 @pytest.mark.parametrize("name", RUNAWAYS)
 def test_runaway_templates_are_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlpack.preprocess.template_sandbox.MAX_STEPS", 20_000)  # measuring memory makes steps slow
+    monkeypatch.setattr(
+        "vlpack.preprocess.template_sandbox.MAX_STEPS", 20_000
+    )  # fewer steps, because measuring memory makes them slow
     start = time.monotonic()
     tracemalloc.start()
     try:
@@ -82,12 +84,12 @@ def test_runaway_templates_are_stopped(name: str, monkeypatch: pytest.MonkeyPatc
     assert "models/evil.jinja was stopped" in str(caught.value)
     assert peak < 600e6
     assert "longer than" not in str(caught.value)
-    assert "memory" not in str(caught.value)  # a bound stopped it, not the machine
+    assert "memory" not in str(caught.value)  # stopped by a bound, not because memory ran out
     assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize("preamble", [BIG, LINES])
-def test_what_runaways_begin_with_is_allowed(preamble: str) -> None:
+def test_the_first_steps_of_runaway_templates_are_allowed(preamble: str) -> None:
     """Each hostile template starts with allowed steps; if those were refused, its hostile step would not be tested."""
     assert ChatTemplate(preamble + "{{ s.v | length }}").render([]) in (str(2**23), str(2**21))
     begun = [name for name, source in RUNAWAYS.items() if source.startswith(preamble)]
@@ -109,11 +111,11 @@ def test_what_runaways_begin_with_is_allowed(preamble: str) -> None:
         "'y' * 1000",
     ],
 )
-def test_what_runaways_work_on_is_allowed(operand: str) -> None:
+def test_large_strings_of_runaway_templates_are_allowed(operand: str) -> None:
     assert ChatTemplate(BIG + "{% set x = " + operand + " %}{{ 'built' }}").render([]) == "built"
 
 
-def test_the_clock_stops_what_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_limit_stops_slow_templates_of_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlpack.preprocess.template_sandbox.MAX_SECONDS", 0.0)
     with pytest.raises(CheckpointError, match="0 seconds"):
         ChatTemplate("{% for a in range(5) %}{{ a }}{% endfor %}").render([])
@@ -136,12 +138,12 @@ def test_the_clock_stops_what_takes_few_steps(monkeypatch: pytest.MonkeyPatch) -
         "{{ 0 | vlpack step }}",
     ],
 )
-def test_no_way_out(source: str) -> None:
+def test_python_internals_are_out_of_reach(source: str) -> None:
     try:
         text = ChatTemplate(source).render([{"role": "user", "content": "x"}])
     except VlpackError:
         return
-    assert text == ""  # jinja2 answers some with an undefined value
+    assert text == ""  # jinja2 renders some of them as an undefined value
 
 
 def test_objects_in_messages_are_out_of_reach() -> None:
@@ -166,7 +168,7 @@ def test_broken_templates_name_the_file(source: str) -> None:
         ChatTemplate(source, where="t.jinja")
 
 
-def test_long_honest_conversations_pass() -> None:
+def test_long_conversations_are_rendered() -> None:
     template = ChatTemplate(
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim }}{{ '<|im_end|>\n' }}{% endfor %}"
     )
@@ -174,12 +176,12 @@ def test_long_honest_conversations_pass() -> None:
     assert len(template.render(messages)) > 9_000_000
 
 
-def test_steps_are_counted_anew_for_each_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_counted_separately_for_each_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vlpack.preprocess.template_sandbox.MAX_STEPS", 500)
     template = ChatTemplate("{% for a in range(100) %}{{ a }}{% endfor %}")
     assert len({template.render([]) for _ in range(20)}) == 1
 
 
-def test_time_of_rendering() -> None:
+def test_the_time_limit_is_per_rendering() -> None:
     now = ChatTemplate("{{ strftime_now('%Y') }}").render([])
     assert now == time.strftime("%Y")

@@ -1,4 +1,4 @@
-"""Tokenizers whose rules expand a text without bound are refused before the rules run."""
+"""Tokenizers with rules that could expand a text without bound are refused before the rules run."""
 
 from __future__ import annotations
 
@@ -101,12 +101,12 @@ def test_rules_as_lists(token: dict[str, Any], tmp_path: Path) -> None:
         {"model": ["BPE"]},
     ],
 )
-def test_rules_that_are_none(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_rules_of_wrong_types(changes: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         Tokenizer.from_folder(write(tmp_path, changes))
 
 
-def test_a_long_suffix_of_words(tmp_path: Path) -> None:
+def test_a_long_suffix_after_every_word(tmp_path: Path) -> None:
     model = {"type": "WordPiece", "unk_token": "a", "max_input_chars_per_word": 100, "vocab": {"a": 0}}
     with pytest.raises(CheckpointError, match="characters of one"):
         Tokenizer.from_folder(write(tmp_path, {"model": {**model, "continuing_subword_prefix": "x" * 1000}}))
@@ -130,14 +130,14 @@ REAL: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_rules_are_read(name: str, tmp_path: Path) -> None:
+def test_rules_of_real_tokenizers_are_accepted(name: str, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(write(tmp_path, REAL[name]))
     text = "Zahlen: 12, é und 李. " * 20
     reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.encode(text) == reference.encode(text, add_special_tokens=False).ids
 
 
-def test_qwen_s_file_is_not_parsed_and_odd_ones_are() -> None:
+def test_only_unusual_tokenizer_files_are_parsed() -> None:
     text = json.dumps(ORIGINAL)
     assert not _normalizes_tokens(text.encode())
     assert not _normalizes_tokens((DIGITS / "tokenizer.json").read_bytes())
@@ -151,7 +151,7 @@ def test_qwen_s_file_is_not_parsed_and_odd_ones_are() -> None:
     assert _normalizes_tokens(text.replace('"added_tokens": [', '"added_tokens": [[1, "a", false, true],').encode())
 
 
-def test_texts_that_could_fill_the_memory(tmp_path: Path) -> None:
+def test_texts_that_could_exhaust_memory(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(write(tmp_path, {"normalizer": chain("normalizers", *[DOUBLE] * 4)}))
     assert len(tokenizer.encode("a" * 1000)) > 0
     with pytest.raises(InputError, match=r"4194305 characters; with this tokenizer no more than 4194304"):

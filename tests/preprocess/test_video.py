@@ -1,8 +1,8 @@
-"""The video processor against transformers: sampling, sizes, patches and timestamps live, resized pixels from torch.
+"""The video processor compared with transformers: sampling, sizes, patches, timestamps and pixels.
 
-transformers' video processor resizes and normalizes through torchvision, which is not needed for anything else here;
-what torchvision's functions do with uint8 tensors is one call of torch each (`live_pixels`). The golden values of
-`golden_video.json` were recorded with transformers and torchvision as they are; `record_video.py` makes them.
+transformers' video processor resizes and normalizes with torchvision, which no other test needs. So these two steps are
+replaced by the calls of torch that torchvision makes for uint8 tensors (`live_pixels`). The golden values of
+`golden_video.json` were recorded by `record_video.py` with transformers and torchvision unchanged.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from transformers.video_utils import VideoMetadata  # noqa: E402
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits-qwen3-vl"
 GOLDEN = json.loads((Path(__file__).parent / "golden_video.json").read_text(encoding="utf-8"))
-REAL = {"shortest_edge": 4096, "longest_edge": 25165824}  # of the published Qwen3-VL checkpoints
+REAL = {"shortest_edge": 4096, "longest_edge": 25165824}  # the limits of the published Qwen3-VL checkpoints
 
 
 def both(tmp_path: Path, **changes: Any) -> tuple[VideoProcessor, Qwen3VLVideoProcessor]:
@@ -77,7 +77,7 @@ def test_clips(name: str, size: Any, options: dict[str, Any], tmp_path: Path) ->
     assert list(got.grid_thw) == grid
     assert got.pixel_values.dtype == np.float32
     assert np.array_equal(got.pixel_values, pixels)
-    # live method, which needs nothing of its object
+    # transformers' method, which does not use self
     processor: Any = Qwen3VLProcessor
     assert list(got.timestamps) == processor._calculate_timestamps(None, indices, metadata.fps, 2)
 
@@ -98,7 +98,7 @@ def test_few_frames(count: int, tmp_path: Path) -> None:
     mine, live = both(tmp_path)
     frames = pictures(count)
     got = mine(frames, VideoOptions(fps=2))
-    pixels, grid = live_pixels(live, frames)  # the last of an odd number is repeated
+    pixels, grid = live_pixels(live, frames)  # the last of an odd number of frames is repeated
     assert list(got.grid_thw) == grid == [(count + 1) // 2, *grid[1:]]
     assert np.array_equal(got.pixel_values, pixels)
     assert got.frames_indices == tuple(range(count))
@@ -134,7 +134,7 @@ sizes = st.integers(1, 3000)
 @settings(max_examples=400, deadline=None)
 @given(st.integers(2, 900), sizes, sizes, st.sampled_from([16, 28, 32]), st.floats(0.001, 1.1), st.floats(0.5, 2))
 def test_sizes(frames: int, height: int, width: int, factor: int, low: float, high: float) -> None:
-    volume = frames * height * width  # limits near it, where the rounding of every factor shows
+    volume = frames * height * width  # limits near the volume, where rounding of every factor matters
     arguments = (frames, height, width, 2, factor, int(volume * low) + 1, int(volume * high) + 1)
     try:
         wanted = smart_resize(*arguments)
@@ -162,7 +162,7 @@ def test_sampling(total: int, rate: float, chosen: Any, least: int, most: int) -
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
-def test_resizing_is_torch_s(mode: str) -> None:
+def test_resizing_equals_torch(mode: str) -> None:
     random = np.random.default_rng(3)
     for height, width, to in (
         (144, 176, (160, 192)),
@@ -175,7 +175,9 @@ def test_resizing_is_torch_s(mode: str) -> None:
         (9, 2500, (32, 1024)),
     ):
         frame = random.integers(0, 256, (height, width, 3), np.uint8)
-        frame[: height // 2] = np.where(frame[: height // 2] > 127, 255, 0)  # over- and undershoot
+        frame[: height // 2] = np.where(
+            frame[: height // 2] > 127, 255, 0
+        )  # sharp edges, where resizing over- and undershoots
         tensor = torch.from_numpy(frame).permute(2, 0, 1)[None].contiguous()
         wanted = torch.nn.functional.interpolate(tensor, size=to, mode=mode, antialias=True)[0].permute(1, 2, 0).numpy()
         assert np.array_equal(resize_frame(frame, *to, {"bicubic": 3, "bilinear": 2}[mode]), wanted)
@@ -185,7 +187,7 @@ def test_resizing_is_torch_s(mode: str) -> None:
     "changes",
     [{"do_normalize": False}, {"do_rescale": False}, {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}],
 )
-def test_levels(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_rounding_of_grey_levels(changes: dict[str, Any], tmp_path: Path) -> None:
     mine, live = both(tmp_path, **changes)
     level = torch.arange(256, dtype=torch.uint8)
     mean, std = torch.tensor(live.image_mean)[:, None], torch.tensor(live.image_std)[:, None]
@@ -206,7 +208,7 @@ def test_cap_pixels_per_frame(tmp_path: Path) -> None:
     assert patches < frames / 2 * 20 * 4
 
 
-def test_where_settings_come_from(tmp_path: Path) -> None:
+def test_files_that_settings_are_read_from(tmp_path: Path) -> None:
     def write(name: str, value: Any) -> None:
         (tmp_path / name).write_text(json.dumps(value), encoding="utf-8")
 
@@ -252,14 +254,14 @@ def test_options(tmp_path: Path) -> None:
         VideoOptions(fps=1, num_frames=2)
     with pytest.raises(OptionError, match="model's minimum is 1024"):
         mine(path, VideoOptions(total_pixels=10))
-    assert len(mine(path, VideoOptions(max_frames=2)).frames_indices) == 2  # below the model's own minimum
+    assert len(mine(path, VideoOptions(max_frames=2)).frames_indices) == 2  # fewer than the model's own minimum
     with pytest.raises(OptionError, match="min_frames is 9"):
         VideoOptions(min_frames=9, max_frames=5)
     with pytest.raises(OptionError, match="no effect on the 4 frames"):
         mine(pictures(4), VideoOptions(fps=2, max_frames=2))
 
 
-def test_what_is_too_much(tmp_path: Path) -> None:
+def test_videos_that_are_too_large(tmp_path: Path) -> None:
     mine, _ = both(tmp_path, size={"shortest_edge": 2**28, "longest_edge": 2**40}, do_resize=True)
     with pytest.raises(InputError, match="pixels together"):
         mine(pictures(3, 100, 90), VideoOptions(fps=1))

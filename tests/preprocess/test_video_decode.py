@@ -1,4 +1,4 @@
-"""Decoding videos: the right frames at the right times, no more than needed, and clear errors for damaged files."""
+"""Decoding of videos: the right frames with the right times, no more than needed, and errors for damaged files."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def test_bytes_and_paths_are_the_same() -> None:
             assert np.array_equal(next(video.frames([7])), decode(path)[7])
 
 
-def test_times_of_a_constant_rate_are_the_numbers_through_the_rate(tmp_path: Path) -> None:
+def test_times_of_a_constant_rate_follow_from_the_frame_numbers(tmp_path: Path) -> None:
     with open_clip(clip("carphone_pristine.mp4")) as video:
         assert video.fps == 30000 / 1001
         assert list(video.times) == [number / (30000 / 1001) for number in range(120)]
-    # a container that only knows milliseconds
+    # a container with a resolution of milliseconds
     path = write_video(tmp_path / "a.mkv", pictures(20), [round(1000 * n / 30) for n in range(20)], fps=30)
     with open_clip(path) as video:
         assert list(video.times) == [number / video.fps for number in range(20)]
@@ -75,7 +75,7 @@ def test_times_of_a_variable_rate_are_the_container_s(suffix: str, tmp_path: Pat
     with open_clip(path) as video:
         assert list(video.times) == pytest.approx([stamp / 1000 for stamp in stamps], abs=2e-3)
         for frame, made in zip(video.frames(range(len(stamps))), frames, strict=True):
-            assert abs(frame.mean() - made.mean()) < 4  # of neighbours it is about 16
+            assert abs(frame.mean() - made.mean()) < 4  # neighbouring frames differ by about 16
 
 
 def test_times_begin_with_the_first_frame(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_times_begin_with_the_first_frame(tmp_path: Path) -> None:
         assert list(video.times) == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
 
 
-def test_frames_that_are_stored_in_another_order(tmp_path: Path) -> None:
+def test_frames_stored_out_of_order(tmp_path: Path) -> None:
     frames = pictures(40)
     path = write_video(tmp_path / "a.mp4", frames, options={"bf": "3", "x264-params": "open-gop=1:b-pyramid=2"})
     every = decode(path)
@@ -102,19 +102,19 @@ def test_other_containers_and_codecs(codec: str, suffix: str, tmp_path: Path) ->
     path = write_video(tmp_path / f"a.{suffix}", pictures(30), codec=codec, base=Fraction(1, 10), fps=10)
     every = decode(path)
     with open_clip(path) as video:
-        assert len(video.times) == len(every) >= 29  # a transport stream's last frame has no end
+        assert len(video.times) == len(every) >= 29  # the last frame of a transport stream may be missing
         assert list(video.times)[:3] == pytest.approx([0, 0.1, 0.2])
         for index, frame in zip([0, 8, 13, 28], video.frames([0, 8, 13, 28]), strict=True):
             assert np.array_equal(frame, every[index])
 
 
-def test_an_hour_is_not_decoded(tmp_path: Path, decoded: list[int]) -> None:
+def test_only_needed_frames_of_an_hour_are_decoded(tmp_path: Path, decoded: list[int]) -> None:
     frames = pictures(60, 32, 32)
     path = write_video(tmp_path / "a.mp4", [frames[n % 60] for n in range(7200)], fps=2, gop=20)
     with open_clip(path) as video:
         assert video.times[-1] == pytest.approx(3599.5)
         got = list(video.frames([0, 1800, 3601, 5399, 7199]))
-    assert len(decoded) < 5 * (20 + 30)  # the decoder's threads are a few frames ahead
+    assert len(decoded) < 5 * (20 + 30)  # the decoder's threads work a few frames ahead
     every = decode(path)
     for frame, number in zip(got, [0, 1800, 3601, 5399, 7199], strict=True):
         assert np.array_equal(frame, every[number])
@@ -133,7 +133,7 @@ def test_frames_are_held_one_at_a_time(tmp_path: Path) -> None:
             pass
         before = peak()
         assert sum(1 for _ in video.frames(range(20, 200))) == 180
-        assert peak() - before < 40e6  # the frames together are 500 MB
+        assert peak() - before < 40e6  # all frames together would take 500 MB
 
 
 @pytest.mark.parametrize("degrees", [90, 180, 270])
@@ -149,7 +149,7 @@ def test_frames_are_turned_upright(degrees: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("off", [-25, 10])
-def test_seeking_that_leads_elsewhere(off: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeking_that_reaches_a_wrong_frame(off: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mkv", pictures(60), gop=20)
     every = decode(path)
     with open_clip(path) as video:
@@ -183,14 +183,14 @@ def test_containers_without_an_index(suffix: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["paths", "folder", "arrays", "array", "images"])
-def test_pictures(kind: str, tmp_path: Path) -> None:
+def test_folders_of_pictures(kind: str, tmp_path: Path) -> None:
     frames = pictures(12)
     for number, frame in enumerate(frames):
         Image.fromarray(frame).save(tmp_path / f"frame{number}.png")
     (tmp_path / "notes.txt").write_text("not a picture")
     source: Any = {
         "paths": [tmp_path / f"frame{number}.png" for number in range(12)],
-        "folder": tmp_path,  # where frame10 comes after frame9
+        "folder": tmp_path,  # frame10 must come after frame9
         "arrays": frames,
         "array": np.stack(frames),
         "images": [Image.fromarray(frame) for frame in frames],
@@ -236,14 +236,14 @@ def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
 def test_files_that_end_early(tmp_path: Path) -> None:
     whole = clip("bikes.mp4").read_bytes()
     path = write_video(tmp_path / "a.mp4", pictures(60), options={"movflags": "+faststart"})
-    fast = path.read_bytes()  # whose index comes first
+    fast = path.read_bytes()  # a file whose index is at the beginning
     for data in (whole[:5000], whole[: len(whole) // 2], whole[:-100], fast[: len(fast) // 2], fast[:-200]):
         with pytest.raises(InputError, match=r"ends early|damaged"), open_clip(data) as video:
             list(video.frames(range(len(video.times))))
 
 
 @pytest.mark.parametrize(("suffix", "codec"), [("mp4", "libx264"), ("avi", "mpeg4"), ("webm", "libvpx-vp9")])
-def test_damaged_files_are_told_or_read(suffix: str, codec: str, tmp_path: Path) -> None:
+def test_damaged_files_are_read_or_refused(suffix: str, codec: str, tmp_path: Path) -> None:
     """A damaged file gives either frames or an InputError, whatever the damage."""
     path = write_video(tmp_path / f"a.{suffix}", pictures(30), codec=codec, base=Fraction(1, 10))
     good = path.read_bytes()
@@ -252,7 +252,7 @@ def test_damaged_files_are_told_or_read(suffix: str, codec: str, tmp_path: Path)
     for _ in range(150):
         data = bytearray(good)
         for _ in range(chance.choice([1, 3, 30])):
-            place = chance.randrange(chance.choice([len(data), 1000]))  # most of what decides is in the beginning
+            place = chance.randrange(chance.choice([len(data), 1000]))  # most of the important data is at the beginning
             data[place] = chance.choice([0, 1, 127, 255, chance.randrange(256)])
         try:
             with open_clip(bytes(data)) as video:

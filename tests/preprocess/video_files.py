@@ -12,7 +12,7 @@ import av
 import numpy as np
 
 CLIPS = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
-"""1280x720 with one key frame, 640x272 with six, and 176x144 at 30000/1001 frames a second."""
+"""The real clips: 1280x720 with one key frame, 640x272 with six, and 176x144 at 30000/1001 frames per second."""
 
 
 def clip(name: str) -> Path:
@@ -30,7 +30,7 @@ def decode(path: Path | str) -> list[np.ndarray]:
 
 
 def pictures(count: int, height: int = 48, width: int = 64, seed: int = 0) -> list[np.ndarray]:
-    """Frames with some noise that differ in their grey level and in one corner."""
+    """Frames with some noise that differ from each other in their grey level and in one corner."""
     random = np.random.default_rng(seed)
     frames = []
     for number in range(count):
@@ -52,7 +52,7 @@ def write_video(
     gop: int = 12,
     options: dict[str, str] | None = None,
 ) -> Path:
-    """Writes a file with these frames, shown at ``stamps`` (in units of ``base`` seconds) or at a constant rate."""
+    """Writes a video file of these frames with timestamps in units of ``base`` seconds, or with a constant rate."""
     height, width = frames[0].shape[:2]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options or {})
@@ -69,7 +69,7 @@ def write_video(
 
 
 def turn(path: Path, degrees: int) -> None:
-    """Sets the rotation of an MP4 file: its frames are to be shown turned clockwise by 90, 180 or 270 degrees."""
+    """Sets the rotation in an MP4 file, so that players turn its frames clockwise by 90, 180 or 270 degrees."""
     data = bytearray(path.read_bytes())
     start = data.index(b"tkhd") + 4
     matrix = start + (52 if data[start] == 1 else 40)

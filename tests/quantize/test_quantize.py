@@ -1,4 +1,4 @@
-"""Quantization without a model: bounds on rounding errors, and that onnxruntime's operators read the same layouts."""
+"""Quantization of single matrices: bounds of rounding errors, and the layouts that onnxruntime's operators read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MATRICES = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_s
 
 
 def random(rows: int, cols: int, seed: int = 0) -> np.ndarray:
-    """A matrix with rows of very different sizes, a zero row, and a row of one sign."""
+    """A random matrix with rows of very different magnitudes, a zero row, and a row of one sign."""
     weight = np.random.default_rng(seed).normal(0, 1, (rows, cols)).astype(np.float32)
     weight *= np.logspace(-3, 2, rows, dtype=np.float32)[:, None]
     weight[1] = 0
@@ -55,15 +55,15 @@ def test_blocks_round_to_the_nearest_code(weight, bits, block_size, symmetric):
     tiny = 1e-5 * np.abs(weight).max(axis=1, keepdims=True)
     moved = np.abs(back.astype(np.float64) - weight)
     if bits == 8:
-        # zero must be on the grid of asymmetric blocks, so their zero point is rounded; the ends give way by that much
+        # zero must be on an asymmetric grid, so the zero point is rounded, which shifts the ends of the grid
         assert (moved <= (0.5 if symmetric else 1.0) * step + tiny).all()
         return
-    # the nearest code: what lies beyond half a step is beyond the grid's end
+    # values have the nearest code; errors above half a step occur only beyond the ends of the grid
     codes = np.rint(back / np.where(step > 0, step, 1))
     ends = [np.repeat(end, block_size, axis=1)[:, :cols] for end in reach(blocks)]
     inside = (codes > ends[0]) & (codes < ends[1])
     assert (moved <= np.where(inside, 0.5 * step, np.inf) + tiny).all()
-    # no block is worse than on the grid of its range, by the error that counts
+    # by the weighted error, no block is worse than on the grid that spans its range
     padded = np.pad(weight.astype(np.float64), ((0, 0), (0, n * block_size - cols))).reshape(rows, n, block_size)
     ours = np.pad(back.astype(np.float64), ((0, 0), (0, n * block_size - cols))).reshape(rows, n, block_size)
     plain = rounded_to_range(padded, symmetric)
@@ -72,7 +72,7 @@ def test_blocks_round_to_the_nearest_code(weight, bits, block_size, symmetric):
 
 
 def reach(blocks) -> tuple[np.ndarray, np.ndarray]:
-    """The first and last whole step, in the direction of the positive numbers, that the codes of 4-bit blocks reach."""
+    """The lowest and highest whole step that the codes of 4-bit blocks reach."""
     zeros: Any = 8.0
     if blocks.zero_points is not None:
         packed = blocks.zero_points
@@ -83,7 +83,7 @@ def reach(blocks) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rounded_to_range(blocks: np.ndarray, symmetric: bool) -> np.ndarray:
-    """4-bit blocks [.., size] rounded to the grid that their range alone gives."""
+    """4-bit blocks [.., size], rounded to the grid that spans their range."""
     top, bottom = blocks.max(axis=-1, keepdims=True), blocks.min(axis=-1, keepdims=True)
     if symmetric:
         scales, zeros = np.where(top > -bottom, top, bottom) / -8, 8
@@ -96,14 +96,14 @@ def rounded_to_range(blocks: np.ndarray, symmetric: bool) -> np.ndarray:
 
 
 def counted(values: np.ndarray, blocks: np.ndarray) -> np.ndarray:
-    """The error that `quantize_blocks` makes small, by block."""
+    """The weighted error that `quantize_blocks` minimizes, for each block."""
     return (np.abs(blocks) * (values - blocks) ** 2).sum(axis=-1)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_blocks_do_not_hang_on_their_neighbours_or_dtype(symmetric: bool, bits: int) -> None:
-    """Rows by themselves, in fewer values than are rounded at a time, and bfloat16, which is widened on the way."""
+def test_blocks_do_not_depend_on_other_rows_or_the_dtype(symmetric: bool, bits: int) -> None:
+    """Single rows, which have fewer values than are rounded at a time, and bfloat16 give the same codes."""
     weight = random(300, 1000).astype(ml_dtypes.bfloat16)
     whole = quantize_blocks(weight, bits, 32, symmetric)
     for start in range(0, 300, 50):
@@ -119,8 +119,8 @@ def test_blocks_do_not_hang_on_their_neighbours_or_dtype(symmetric: bool, bits: 
 
 @pytest.mark.parametrize("block_size", [32, 64, 128])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_grid_is_better_than_the_range_gives(symmetric: bool, block_size: int) -> None:
-    """By the error that counts, and by the plain one too."""
+def test_the_chosen_grid_is_better_than_the_range_s(symmetric: bool, block_size: int) -> None:
+    """The chosen grid has smaller errors than the grid of the block's range, both weighted and plain squared ones."""
     weight = np.random.default_rng(0).normal(0, 0.02, (256, 4096)).astype(np.float32)
     back = dequantize_blocks(quantize_blocks(weight, 4, block_size, symmetric), 4096, 4)
     blocks = weight.astype(np.float64).reshape(256, -1, block_size)
@@ -130,8 +130,8 @@ def test_the_grid_is_better_than_the_range_gives(symmetric: bool, block_size: in
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_values_on_a_grid_stay(symmetric: bool) -> None:
-    """Checkpoints that were 4-bit before."""
+def test_values_on_a_grid_are_kept_exactly(symmetric: bool) -> None:
+    """Dequantized 4-bit checkpoints therefore lose nothing."""
     random = np.random.default_rng(0)
     codes = random.integers(0, 16, (64, 8, 64))
     codes[..., :2] = (0, 15)  # the whole range is used
@@ -150,7 +150,7 @@ def test_huge_and_denormal_values(bits: int, symmetric: bool, size: float) -> No
     blocks = quantize_blocks(weight, bits, 64, symmetric)
     back = dequantize_blocks(blocks, 128, bits)
     assert np.isfinite(blocks.scales).all()
-    # denormals have few digits themselves
+    # denormal numbers have few significant bits
     bound = (0.12 if bits == 4 else 0.01) + (0.01 if size > 1e-38 else 0.2)
     assert np.linalg.norm(back.astype(np.float64) / size - shape) < bound * np.linalg.norm(shape)
 
@@ -158,8 +158,8 @@ def test_huge_and_denormal_values(bits: int, symmetric: bool, size: float) -> No
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_stays_in_its_block(value: float, symmetric: bool) -> None:
-    """The checkpoint's reader refuses such values; here they do not spread, and the block's scale tells of them."""
+def test_values_that_are_not_finite_affect_only_their_block(value: float, symmetric: bool) -> None:
+    """The reader of checkpoints refuses NaN and infinity; here they do not spread, and the block's scale shows them."""
     weight = random(4, 256)
     clean = quantize_blocks(weight, 4, 64, symmetric)
     weight[3, 70] = value
@@ -173,8 +173,10 @@ def test_what_is_not_finite_stays_in_its_block(value: float, symmetric: bool) ->
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_block_does_not_hang_on_its_company(bits: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So slabs, tiles and threads may be cut anyhow."""
+def test_a_block_does_not_depend_on_blocks_rounded_with_it(
+    bits: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks are rounded independently, so the division into slabs, tiles and threads does not matter."""
     weight = random(70, 300)
     whole = quantize_blocks(weight, bits, 64, symmetric)
     monkeypatch.setattr("vlpack.quantize.blocks.TILE", 7 * 64)
@@ -186,7 +188,7 @@ def test_a_block_does_not_hang_on_its_company(bits: int, symmetric: bool, monkey
 
 @settings(deadline=None, max_examples=100)
 @given(MATRICES)
-def test_rows_move_values_by_half_a_step_at_most(weight):
+def test_rounding_by_rows_is_within_half_a_step(weight):
     codes, scales = quantize_rows(weight.copy())
     assert codes.shape == weight.shape
     assert codes.dtype == np.int8
@@ -197,7 +199,7 @@ def test_rows_move_values_by_half_a_step_at_most(weight):
     moved = np.abs(back.astype(np.float64) - weight)
     assert (moved <= 0.5 * scales[:, None].astype(np.float64) + 1e-5 * np.abs(weight).max(axis=1, keepdims=True)).all()
     assert (back[weight == 0] == 0).all()
-    # the largest value of a row is the end of its grid
+    # the largest magnitude of a row is at the end of its grid
     ends = np.abs(weight).argmax(axis=1)[:, None]
     assert np.allclose(np.take_along_axis(back, ends, 1), np.take_along_axis(weight, ends, 1), rtol=1e-6)
 
@@ -212,7 +214,7 @@ def test_a_zero_row_stays_zero(bits, symmetric):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_zero_points_pay_off_where_values_have_one_sign(bits):
+def test_zero_points_help_if_values_have_one_sign(bits):
     weight = np.abs(random(8, 64))
     errors = [
         np.linalg.norm(dequantize_blocks(quantize_blocks(weight, bits, 32, symmetric), 64, bits) - weight)
@@ -222,7 +224,7 @@ def test_zero_points_pay_off_where_values_have_one_sign(bits):
 
 
 def run(node, inputs: dict[str, np.ndarray], feeds: dict[str, np.ndarray]) -> np.ndarray:
-    """One of onnxruntime's own operators."""
+    """Runs one of onnxruntime's own operators."""
     types = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64}
     types[np.dtype(np.uint8)] = TensorProto.UINT8
     graph = helper.make_graph(
@@ -242,7 +244,7 @@ def run(node, inputs: dict[str, np.ndarray], feeds: dict[str, np.ndarray]) -> np
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_onnxruntime_reads_blocks_alike(bits, symmetric, block_size, cols):
+def test_onnxruntime_reads_the_layout_of_blocks(bits, symmetric, block_size, cols):
     weight = random(12, cols)
     blocks = quantize_blocks(weight.copy(), bits, block_size, symmetric)
     wanted = dequantize_blocks(blocks, cols, bits)
@@ -253,7 +255,7 @@ def test_onnxruntime_reads_blocks_alike(bits, symmetric, block_size, cols):
         "MatMulNBits", ["x", *arrays], ["y"], domain="com.microsoft",
         K=cols, N=12, bits=bits, block_size=block_size, accuracy_level=1,
     )  # fmt: skip
-    # the identity's product is the weight itself
+    # multiplied by the identity, the result is the weight itself
     assert np.allclose(run(multiply, arrays, {"x": np.eye(cols, dtype=np.float32)}).T, wanted, rtol=1e-6, atol=0)
     look_up = helper.make_node(
         "GatherBlockQuantized", ["qweight", "ids", *list(arrays)[1:]], ["y"], domain="com.microsoft",
@@ -268,7 +270,7 @@ def test_onnxruntime_reads_blocks_alike(bits, symmetric, block_size, cols):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 1e30])
 def test_codes_are_for_the_scales_that_are_stored(size: float, symmetric: bool) -> None:
-    """Their rounding to 8 bits moves codes, not values: no error is larger for it."""
+    """The codes are chosen for scales that are rounded to 8 bits, so that errors do not grow."""
     weight = np.random.default_rng(3).normal(0, size, (40, 128)).astype(np.float32)
     exact, narrow = (quantize_blocks(weight, 4, 32, symmetric, rotated=True, narrow=narrow) for narrow in (False, True))
     assert narrow.scales.dtype == np.int8
@@ -286,8 +288,8 @@ def test_codes_are_for_the_scales_that_are_stored(size: float, symmetric: bool) 
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_onnxruntime_reads_rows_alike(signed: bool) -> None:
-    """The identity's product is the weight itself, from bytes of either kind."""
+def test_onnxruntime_reads_the_layout_of_rows(signed: bool) -> None:
+    """Multiplied by the identity, signed and unsigned codes give the weight itself."""
     weight = random(12, 64)
     arrays, zeros = {}, ["a_zero"] if signed else ["a_zero", "b_zero"]
     for name, chunk in ChannelInt8(signed).chunks(lambda start, stop: weight[start:stop], 12, 64):

@@ -1,4 +1,4 @@
-"""Balance and rotation: the matrices and scales themselves, and that they change the result of no architecture.
+"""Balance and rotation: the matrices and scales, and that the result of no architecture changes.
 
 The checkpoints have planted outliers, so that balance has an effect; at fp32 a package is then as close to live
 transformers as one whose channels are unchanged.
@@ -57,8 +57,8 @@ ORDERS = [order for order in range(1, 129) if rotation_size(order, order) == ord
 # --- matrices ----------------------------------------------------------------------------------------
 
 
-def test_the_orders_that_are_known() -> None:
-    """Powers of two and head sizes among them; multiples of four that neither construction reaches are not."""
+def test_orders_of_hadamard_matrices() -> None:
+    """There is a matrix for powers of two and all head sizes, but not for multiples of four without a construction."""
     assert {1, 2, 4, 8, 12, 16, 20, 24, 32, 40, 48, 60, 64, 68, 72, 80, 84, 96, 104, 128} <= set(ORDERS)
     assert not {3, 5, 6, 10, 28 + 2, 36, 52, 92, 100, 116} & set(ORDERS)
 
@@ -86,7 +86,7 @@ def test_rotation_sizes(channels: int, largest: int) -> None:
     assert 1 <= size <= min(largest, channels)
     assert channels % size == 0
     assert len(hadamard(size)) == size
-    # a power of two always can be rotated, so that no block is smaller than the largest of these
+    # every power of two has a matrix, so no block is smaller than the largest power of two that divides the channels
     power = 1
     while channels % (2 * power) == 0 and 2 * power <= largest:
         power *= 2
@@ -104,10 +104,10 @@ def test_rotating_back(shape: tuple[int, int, int, int]) -> None:
     turned = rotate(matrix, size)
     assert turned.dtype == np.float32
     np.testing.assert_allclose(rotate(turned, size, back=True), matrix, atol=1e-5)
-    # as the graph does it, block by block
+    # block by block, as in the graph
     whole = np.kron(np.eye(blocks), rotation_matrix(size))
     np.testing.assert_allclose(turned, matrix @ whole, atol=1e-5)
-    # nothing is longer or shorter
+    # lengths do not change
     np.testing.assert_allclose(np.linalg.norm(turned, axis=1), np.linalg.norm(matrix, axis=1), rtol=1e-5)
 
 
@@ -149,7 +149,7 @@ def test_powers_of_two(values: list[float]) -> None:
 
 @given(st.lists(POSITIVE, min_size=1, max_size=50))
 def test_columns_become_equal(values: list[float]) -> None:
-    """Readers are divided by the scales: no column is then further from the median than rounding to powers of two."""
+    """After division by the scales, columns differ from the median only by the rounding to powers of two."""
     norms = np.array(values)
     scales = equal_columns(norms)
     left = norms / scales / np.median(norms)
@@ -158,8 +158,8 @@ def test_columns_become_equal(values: list[float]) -> None:
 
 
 @given(st.lists(st.tuples(POSITIVE, POSITIVE), min_size=1, max_size=50), st.floats(1, 20))
-def test_sizes_become_even(pairs: list[tuple[float, float]], tolerance: float) -> None:
-    """Ratios of readers to activations within the tolerance stay; others move towards it, and never past the middle."""
+def test_even_sizes_move_ratios_towards_the_median(pairs: list[tuple[float, float]], tolerance: float) -> None:
+    """Ratios of readers to activations within the tolerance stay; others move towards it, but never past the median."""
     norms, sizes = np.array(pairs).T
     scales = even_sizes(norms, sizes, tolerance)
     assert (np.frexp(scales)[0] == 0.5).all()
@@ -171,7 +171,7 @@ def test_sizes_become_even(pairs: list[tuple[float, float]], tolerance: float) -
     ratio /= np.median(ratio)
     inside = (ratio <= tolerance) & (ratio >= 1 / tolerance)
     assert (scales[inside] == 1).all()
-    # the reader is divided and the activation multiplied: their ratio falls by the square of a scale
+    # readers are divided and activations multiplied by a scale, so the ratio is divided by its square
     after = ratio / scales.astype(np.float64) ** 2
     reached = (scales < LARGEST) & (scales > 1 / LARGEST)
     top = (ratio > tolerance) & reached
@@ -184,7 +184,7 @@ def test_sizes_become_even(pairs: list[tuple[float, float]], tolerance: float) -
 
 @pytest.mark.parametrize("values", [[0, 0, 0], [0, 1, 4], [1e-30, 1, 1]])
 def test_channels_that_are_not_used(values: list[float]) -> None:
-    """A channel of zeros has no size, and counts as the median one."""
+    """A channel of zeros counts as one of median size."""
     norms = np.array(values, np.float64)
     for scales in (equal_columns(norms), even_sizes(norms, np.ones(3), 8), even_sizes(np.ones(3), norms, 8)):
         assert np.isfinite(scales).all()
@@ -200,12 +200,12 @@ ROTATED = st.tuples(st.sampled_from([1, 4, 12]), st.integers(0, 7), st.integers(
 @settings(deadline=None)
 @given(ROTATED, st.data())
 def test_any_rows_of_a_rotated_weight(shape: tuple[int, int, int, int], data: st.DataObject) -> None:
-    """A slab may cut a block of rows that are rotated together, and is what the whole has there."""
+    """A slab that cuts a block of rows rotated together equals the same rows of the whole transformed weight."""
     size, first, blocks, rest = shape
     rows = first + size * blocks + rest
     weight = np.random.default_rng(rows).normal(size=(rows, 24)).astype(np.float32)
     transform = Transform(input_rotation=8, output_rotation=size, first=first, count=size * blocks)
-    scales: Any = object()  # of no channels: nothing is balanced
+    scales: Any = object()  # scales of no channels, because nothing is balanced
     asked: list[tuple[int, int]] = []
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -224,11 +224,11 @@ def test_any_rows_of_a_rotated_weight(shape: tuple[int, int, int, int], data: st
     assert high <= rows
 
 
-# --- the algebra, architecture by architecture -------------------------------------------------------
+# --- architectures: transforms do not change the result -------------------------------------------------------
 
 
 def planted(folder: Path, size: int | None = None, layers: int = 99) -> Path:
-    """The checkpoint with outliers, in its place: the norms' channels, rows of up_proj, the values of heads."""
+    """Replaces a checkpoint by one with outliers in norms, in rows of up_proj and in the values of heads."""
     path = folder / "model.safetensors"
     tensors = plant(load_file(path), layers)
     if size is not None:
@@ -246,7 +246,7 @@ SPECIAL = ("pos_embed", "experts.down_proj", ".answers")
 
 
 def check_manifest(folder: Path, checkpoint: Path) -> None:
-    """Whatever can be balanced and rotated was, and outliers are gone from the norms."""
+    """Checks that everything was balanced and rotated that can be, and that norms have no outliers left."""
     manifest = json.loads((folder / "vlpack.json").read_text(encoding="utf-8"))
     originals = load_file(checkpoint / "model.safetensors")
     norms = 0
@@ -256,7 +256,7 @@ def check_manifest(folder: Path, checkpoint: Path) -> None:
             if matrix and not path.endswith(SPECIAL):
                 size = rotation_size(entry["shape"][1], LARGEST_ROTATION)
                 head = own in ("o_proj", "proj") and "attn" in path
-                # outputs of heads are rotated in the weights, in blocks as large as a head
+                # outputs of attention heads are rotated in the weights, in blocks of the head size
                 assert entry.get("rotated", 1) >= (2 if head else size), path
                 assert head or entry.get("rotated", 1) == size, path
             readers = ("qkv_proj", "o_proj", "qkv", "linear_fc1", "fc1", "gate_proj", "up_proj", "gate_up_proj")
@@ -309,7 +309,7 @@ SHAPES: dict[str, Tiny] = {
 
 @pytest.fixture(scope="module")
 def outlying(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Tiny], Path]:
-    """The folder of a tiny checkpoint with outliers."""
+    """Returns the folder of a tiny checkpoint with outliers."""
     made: dict[Tiny, Path] = {}
 
     def get(tiny: Tiny) -> Path:
@@ -452,20 +452,20 @@ def test_retrieval(name: str, task: str, tmp_path: Path) -> None:
         )
         hidden = recipe.hidden(recipe.tokenizer(prompt, add_special_tokens=False)["input_ids"])
         got = model.score("What is it?", TEXTS[:1], instruction="Which is true?")
-    # a score is the difference of two logits, which may be small: it is as near as these are long
+    # a score is a difference of two logits, so its error is compared with the size of the logits
     logits = np.array([hidden @ yes, hidden @ no], np.float64)
     apart = np.log(got[0] / (1 - got[0])) - (logits[0] - logits[1])
     assert abs(apart) < EXACT * np.linalg.norm(logits)
 
 
-# --- what is built with it ---------------------------------------------------------------------------
+# --- packages with balance and rotation ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["int4", "int8"])
-def test_quantized_packages_are_exact_with_the_weights_they_keep(
+def test_quantized_packages_are_exact_with_their_dequantized_weights(
     precision: str, outlying: Callable[[Tiny], Path], tmp_path: Path
 ) -> None:
-    """With outliers scales of 4 bits act, too; activations are fp32 here, which 8-bit matrices cannot have."""
+    """With outliers, the scales of 4-bit weights have an effect, too. Activations are fp32, which excludes int8."""
     tiny = SHAPES["untied, bias"]
     options: dict[str, Any] = {"accuracy_level": 1}
     if precision == "int8":
@@ -487,7 +487,7 @@ QUANTIZED = [*{each.model_class: each for each in TEXT_MEMBERS + VISION_MEMBERS}
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("member", QUANTIZED, **IDS)
 def test_quantized_families(member: Member, precision: str, tmp_path: Path) -> None:
-    """As they come, with the activations' rounding taken out: transformers' values with the weights that are kept."""
+    """Without the rounding of activations, results equal transformers' with the dequantized weights."""
     checkpoint = planted(make_member(tmp_path / "checkpoint", member))
     vlpack.build(checkpoint, tmp_path / "package", precision=precision, threads=1)
     cases = built_in(sees=member.vision is not None)
@@ -497,12 +497,12 @@ def test_quantized_families(member: Member, precision: str, tmp_path: Path) -> N
     assert all(weight.same for weight in report.weights)
     stages = [stage for case in report.cases for stage in case.stages if stage.graph]
     assert len(stages) > 3
-    # a share of a weight's own error would be seen: what is rounded is much further away
+    # an error in the dequantized weights would be detected: the original weights are much further away
     assert max(stage.graph.relative for stage in stages if stage.graph) < EXACT
     assert max(stage.total.relative for stage in stages) > 100 * EXACT
 
 
-def test_adapters_are_merged_before(outlying: Callable[[Tiny], Path], tmp_path: Path) -> None:
+def test_adapters_are_merged_before_transforms(outlying: Callable[[Tiny], Path], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     generator = torch.Generator().manual_seed(3)
     tiny = SHAPES["untied, bias"]
@@ -530,7 +530,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_any_number_of_threads_writes_the_same(
+def test_packages_do_not_depend_on_the_number_of_threads(
     precision: str, outlying: Callable[[Tiny], Path], tmp_path: Path
 ) -> None:
     checkpoint = outlying(SHAPES["head_dim 72, vision heads of 72"])
@@ -545,7 +545,7 @@ def test_any_number_of_threads_writes_the_same(
 
 
 def entries(folder: Path, graph: str) -> dict[str, dict[str, Any]]:
-    """Weights' entries in the manifest, without what is in all of them."""
+    """The entries of weights in the manifest, without the keys that all of them have."""
     weights = json.loads((folder / "vlpack.json").read_text(encoding="utf-8"))["parts"][graph]["weights"]
     told = ("balanced", "rotated", "rows_rotated")
     return {path: {name: entry[name] for name in told if name in entry} for path, entry in weights.items()}
@@ -584,7 +584,7 @@ VISION = {
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_the_manifest_tells_of_each_weight(precision: str, built: Callable[..., Path]) -> None:
+def test_the_manifest_describes_the_transform_of_each_weight(precision: str, built: Callable[..., Path]) -> None:
     decoder, vision = (entries(built(TINY, precision=precision), f"{part}.onnx") for part in ("decoder", "vision"))
     assert DECODER.items() <= decoder.items()
     assert VISION.items() <= vision.items()
@@ -602,7 +602,7 @@ def test_the_manifest_tells_of_each_weight(precision: str, built: Callable[..., 
         ("int4", ("balance=false", "rotation=false"), set()),
     ],
 )
-def test_the_manifest_tells_what_was_asked_for(
+def test_the_manifest_contains_the_requested_options(
     precision: str, extra: tuple[str, ...], told: set[str], built: Callable[..., Path]
 ) -> None:
     weights = entries(built(TINY, *extra, precision=precision), "decoder.onnx")

@@ -78,7 +78,7 @@ def log_softmax(rows: np.ndarray) -> np.ndarray:
 
 
 def test_the_reference_reads_english(wanted: np.ndarray, ids: np.ndarray) -> None:
-    """Weights, their order and the tokenizer are right: the paragraph is no surprise."""
+    """The weights, their order and the tokenizer are correct, so that the perplexity of an English paragraph is low."""
     chosen = log_softmax(wanted[:-1])[np.arange(ids.shape[1] - 1), ids[0, 1:]]
     assert -chosen.mean() < 3.5
 
@@ -117,10 +117,10 @@ def test_as_llama(checkpoint: Path, ids: np.ndarray, wanted: np.ndarray, tmp_pat
         ("int8", [], None, 0.005, 0.9),
         ("int4", [], None, 0.4, 0.6),
         ("int4", ["is_symmetric=false"], None, 0.45, 0.55),
-        ("int4", [], "self", 0.26, 0.65),  # blocks of 128, of which the nearest codes cost 0.39
+        ("int4", [], "self", 0.26, 0.65),  # blocks of 128, for which rounding to the nearest codes gives 0.39
     ],
 )
-def test_what_bits_cost(
+def test_divergence_by_precision(
     precision: str,
     extra: list[str],
     calibrate: str | None,
@@ -144,13 +144,13 @@ def test_what_bits_cost(
 def test_the_capital_of_france(checkpoint: Path, precision: str, tmp_path: Path) -> None:
     build(checkpoint, tmp_path / "package", precision=precision)
     model = Model(tmp_path / "package")
-    # so small a model depends on the phrasing: see docs/results.md
+    # the answer of so small a model depends on the phrasing (docs/results.md)
     answer = model.generate("Name the capital of France.", max_tokens=16, sampling=Sampling(temperature=0))
     assert "Paris" in answer.text
 
 
 def divergence(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Mean Kullback-Leibler divergence of the next token's distribution, nats."""
+    """The mean Kullback-Leibler divergence of the next token's distribution, in nats."""
     p, q = log_softmax(wanted), log_softmax(found)
     return float((np.exp(p) * (p - q)).sum(axis=1).mean())
 
@@ -163,7 +163,7 @@ PLANTED: dict[str, dict[str, float]] = {
 
 @pytest.fixture(scope="module", params=PLANTED)
 def outlying(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same function, with outliers as larger models have them."""
+    """A checkpoint that computes the same function and has the outliers of larger models."""
     from safetensors.numpy import load_file, save_file
 
     folder = tmp_path_factory.mktemp("outlying") / "checkpoint"
@@ -176,14 +176,14 @@ def outlying(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory:
 
 @pytest.fixture(scope="module")
 def mild(checkpoint: Path, ids: np.ndarray, wanted: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> float:
-    """What int8 costs the model as it was trained."""
+    """The divergence of int8 for the model without planted outliers."""
     return divergence(logits(checkpoint, "int8", ids, tmp_path_factory.mktemp("mild") / "package"), wanted)
 
 
-def test_outliers_cost_int8_nothing(
+def test_outliers_do_not_harm_int8(
     outlying: Path, mild: float, ids: np.ndarray, wanted: np.ndarray, tmp_path: Path
 ) -> None:
-    """Balance and rotation together undo them; either alone does not."""
+    """Balance and rotation together remove the effect of outliers on int8; either alone does not."""
     assert relative(logits(outlying, "fp32", ids, tmp_path / "package"), wanted) < 1e-4
     cost = {
         " ".join(extra): divergence(logits(outlying, "int8", ids, tmp_path / "package", *extra), wanted)

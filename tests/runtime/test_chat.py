@@ -60,7 +60,7 @@ def model(built: Callable[..., Path]) -> Callable[..., Model]:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Records what is computed anew: an entry for each new generator, and for each image that is encoded."""
+    """Records what is computed: an entry for each new generator and for each image that is encoded."""
     from vlpack.runtime import vision as vision_encoder
 
     lines: list[str] = []
@@ -105,7 +105,7 @@ def test_five_turns(
         answer = chat.ask(text, images)
         assert answer.tokens == expected, number
         assert len(set(expected)) > 2
-        # everything up to the last answer is known, unless an image came
+        # everything up to the last answer is in the cache, unless the turn has an image
         stats = answer.stats
         assert stats.reused_tokens >= before if not images else stats.reused_tokens == 0
         assert stats.vision_seconds if images else stats.vision_seconds == 0
@@ -131,14 +131,14 @@ def test_videos(model: Callable[..., Model], reference: Callable[[Tiny], Referen
         assert bool(answer.stats.video_seconds) == bool(shown)
 
 
-def test_what_was_not_begun_is_not_said(model: Callable[..., Model]) -> None:
+def test_an_answer_that_was_never_read_changes_nothing(model: Callable[..., Model]) -> None:
     chat = model().chat(max_tokens=2, sampling=GREEDY)
     chat.stream("Never read.")
     chat.ask("Hello")
     assert [message["content"] for message in chat.messages[::2]] == ["Hello"]
 
 
-def test_a_failure_leaves_the_conversation(
+def test_a_failure_keeps_the_conversation(
     model: Callable[..., Model], reference: Callable[[Tiny], Reference], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat = model().chat(max_tokens=TOKENS, sampling=GREEDY)
@@ -183,7 +183,7 @@ def test_a_cache_that_grows(
     assert 1 < made.count("generator") < 5
 
 
-def test_the_context_s_end(model: Callable[..., Model], reference: Callable[[Tiny], Reference]) -> None:
+def test_a_full_context(model: Callable[..., Model], reference: Callable[[Tiny], Reference]) -> None:
     chat = model().chat(max_tokens=TOKENS, sampling=GREEDY, context=150)
     chat.ask("What is this?", [picture(96, 64)])
     assert chat.warning() is None
@@ -228,10 +228,10 @@ def test_an_answer_ends_with_the_context(model: Callable[..., Model]) -> None:
     answer = chat.ask("What is it?")
     assert answer.stats.prompt_tokens + len(answer.tokens) == 60
     assert answer.finish_reason == "length"
-    assert Chat(model()).context == 4096  # the model's
+    assert Chat(model()).context == 4096  # the model's context
 
 
-def test_going_on_with_what_was_saved(model: Callable[..., Model], tmp_path: Path) -> None:
+def test_continuing_a_saved_conversation(model: Callable[..., Model], tmp_path: Path) -> None:
     file = tmp_path / "a picture.png"
     Image.fromarray(picture(96, 64)).save(file)
     first = model().chat(system="Be brief.", max_tokens=TOKENS, sampling=GREEDY)
@@ -262,14 +262,14 @@ def test_a_system_message_that_is_refused(model: Callable[..., Model]) -> None:
     assert chat.ask("Hello").tokens
 
 
-def test_messages_of_anybody(model: Callable[..., Model], reference: Callable[[Tiny], Reference]) -> None:
+def test_untrusted_messages(model: Callable[..., Model], reference: Callable[[Tiny], Reference]) -> None:
     question, image = {"role": "user", "content": "What?"}, {"type": "image", "image": picture(64, 64)}
     refused: tuple[Any, ...] = (
         ["What?"],
         "What?",
         [{"role": 5}],
         [question, {"role": "assistant", "content": 5}],
-        [{"role": "system", "content": [image]}],  # which would not be seen
+        [{"role": "system", "content": [image]}],  # an image in a system message would be ignored
     )
     for bad in refused:
         with pytest.raises(InputError):
@@ -295,7 +295,7 @@ def test_a_long_conversation_is_read_turn_by_turn(model: Callable[..., Model], m
     assert chat.tokens == model().prompt([*messages, asked("?", [])]).input_ids.size
 
 
-def test_a_file_that_changes_was_seen_as_it_was(model: Callable[..., Model], tmp_path: Path) -> None:
+def test_an_image_file_that_changes_is_not_read_again(model: Callable[..., Model], tmp_path: Path) -> None:
     file = tmp_path / "picture.png"
     Image.fromarray(picture(96, 64)).save(file)
     chats = [model().chat(max_tokens=TOKENS, sampling=GREEDY) for _ in range(2)]
@@ -306,9 +306,7 @@ def test_a_file_that_changes_was_seen_as_it_was(model: Callable[..., Model], tmp
     assert chats[1].ask("And this?", [picture(64, 64)]).tokens == expected
 
 
-def test_a_package_of_text(
-    model: Callable[..., Model], reference: Callable[[Tiny], Reference], made: list[str]
-) -> None:
+def test_a_text_package(model: Callable[..., Model], reference: Callable[[Tiny], Reference], made: list[str]) -> None:
     chat = model(TINY, part="text").chat(max_tokens=TOKENS, sampling=GREEDY)
     for text in ("Hello", "And?"):
         expected = wanted(chat, asked(text, []), reference(TINY))
@@ -319,7 +317,7 @@ def test_a_package_of_text(
 
 
 def test_digits(tmp_path: Path) -> None:
-    """A trained model, which has seen no conversations in training, is asked anew and ends its answers by itself."""
+    """A trained model is asked in a new conversation each time, because it was not trained on conversations."""
     model = vlpack.load(vlpack.build(DIGITS, tmp_path / "package").folder)
     chat = model.chat(sampling=GREEDY)
     for image in ("01.png", "05.png"):
@@ -337,17 +335,17 @@ THINKING = """{% for m in messages %}<|im_start|>{{ m.role }}
 {% endif %}"""
 
 
-def test_reasoning_is_no_part_of_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: list[str]) -> None:
+def test_reasoning_is_not_part_of_the_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: list[str]) -> None:
     source = copy_digits(tmp_path / "checkpoint")
     (source / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
     model = vlpack.load(vlpack.build(source, tmp_path / "package", precision="fp32").folder)
     chat = model.chat(max_tokens=8, sampling=GREEDY)
     answer = chat.ask("Think.")
-    assert answer.text  # which never closes
+    assert answer.text  # the reasoning never ends
     assert chat.messages[1] == {"role": "assistant", "content": "", "reasoning_content": answer.text.strip("\n")}
     chat.turns[0].assistant = {"role": "assistant", "content": "Thought.", "reasoning_content": "Long."}
     again = chat.ask("And?")
-    # taken back to before the reasoning, and shown the answer alone
+    # the cache is rewound to before the reasoning, and gets the answer alone
     assert made == ["generator"]
     assert 0 < again.stats.reused_tokens < answer.stats.prompt_tokens
     fresh = model.chat(messages=chat.messages[:2], max_tokens=8, sampling=GREEDY)
@@ -355,7 +353,7 @@ def test_reasoning_is_no_part_of_the_history(tmp_path: Path, monkeypatch: pytest
     assert fresh.ask("And?").tokens == again.tokens
 
 
-def test_options_of_another_kind(model: Callable[..., Model]) -> None:
+def test_options_of_wrong_types(model: Callable[..., Model]) -> None:
     with pytest.raises(OptionError, match="max_tokens"):
         model().chat(max_tokens=0)
     with pytest.raises(OptionError, match="context"):

@@ -17,7 +17,7 @@ from vlpack.runtime.model import Model
 __all__ = ["made", "model"]  # fixtures
 
 
-def test_an_answer_that_is_left_stays_as_it_is(
+def test_an_abandoned_answer_stays_as_it_is(
     model: Callable[..., Model], reference: Callable[[Tiny], Reference], made: list[str]
 ) -> None:
     chat = model().chat(max_tokens=TOKENS, sampling=GREEDY)
@@ -29,7 +29,7 @@ def test_an_answer_that_is_left_stays_as_it_is(
     expected = wanted(chat, asked("Go on.", []), reference(TINY))
     other = chat.stream("Go on.")
     next(other)
-    assert chat.ask("Go on.").tokens  # which ends the one before
+    assert chat.ask("Go on.").tokens  # a new question ends the answer before it
     assert [turn.user["content"] for turn in chat.turns[1:]] == ["Go on.", "Go on."]
     assert made.count("generator") == 1
     assert other.answer.tokens == expected[: len(other.answer.tokens)]
@@ -74,8 +74,8 @@ def test_stopped_before_the_first_token(
     assert made.count("generator") == 1
 
 
-def test_stopped_while_an_image_is_looked_at(model: Callable[..., Model]) -> None:
-    """The session, which runs beside the main thread, is stopped by Control-C and encodes the image the next time."""
+def test_stopped_while_an_image_is_encoded(model: Callable[..., Model]) -> None:
+    """Control-C stops the session, which runs in another thread; the image is encoded again with the next question."""
     told: list[bool] = []
     loaded = model(TINY.but(seed=5))
     assert loaded.vision is not None
@@ -97,7 +97,9 @@ def test_stopped_while_an_image_is_looked_at(model: Callable[..., Model]) -> Non
     with pytest.raises(KeyboardInterrupt):
         chat.ask(*TURNS[0])
     end = time.monotonic() + 60
-    while not told and time.monotonic() < end:  # an executor that is interrupted as it starts does not wait
+    while (
+        not told and time.monotonic() < end
+    ):  # an executor that is interrupted while it starts does not wait for its thread
         time.sleep(0.01)
     assert (told, chat.messages) == ([True], [])
     assert chat.ask(*TURNS[0]).tokens

@@ -1,4 +1,4 @@
-"""Chunked prefill gives the same logits and tokens, even if a chunk ends in the middle of an image."""
+"""Chunked prefill gives the same logits and tokens, even if a chunk ends within an image."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_other_families(name: str, tmp_path: Path) -> None:
     check(model, model.prompt("What is this?", images))
 
 
-def test_the_packages_own_size(tmp_path: Path) -> None:
-    """A prompt of several chunks gets the same answer as without chunks."""
+def test_the_chunk_size_of_packages(tmp_path: Path) -> None:
+    """A prompt of several chunks gets the same answer as with a single chunk."""
     build(DIGITS, tmp_path / "package", precision="fp32")
     config = json.loads((tmp_path / "package" / "genai_config.json").read_text(encoding="utf-8"))
     assert config["search"]["chunk_size"] == CHUNK_SIZE

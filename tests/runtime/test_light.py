@@ -42,18 +42,18 @@ def loaded(*arguments: object, given: str = "") -> list[object]:
 @pytest.mark.parametrize(
     "arguments", [["run", "--image", IMAGES / "02.png", READ], ["chat"], ["inspect"]], ids=lambda each: each[0]
 )
-def test_a_verb_imports_nothing_that_builds(arguments: list[object], package: Path) -> None:
+def test_commands_do_not_import_modules_for_building(arguments: list[object], package: Path) -> None:
     verb, *rest = arguments
     assert loaded(verb, package, *rest, given=f"{READ}\n") == [0, []]
 
 
 @pytest.mark.parametrize("verb", ["embed", "score"])
-def test_the_wrong_task_is_told_without_what_builds(verb: str, package: Path) -> None:
+def test_a_wrong_task_is_reported_without_modules_for_building(verb: str, package: Path) -> None:
     assert loaded(verb, package, "words", *(["more"] if verb == "score" else [])) == [2, []]
 
 
-def test_building_imports_them(tmp_path: Path) -> None:
-    """The check above detects imports: building does import heavy modules."""
+def test_the_check_detects_imports(tmp_path: Path) -> None:
+    """Building does import the heavy modules, and the check above finds them."""
     code, heavy = loaded("build", DIGITS, "-o", tmp_path / "package")
     assert code == 0
     assert {"onnx_ir", "onnxscript", "vlpack.export"} <= set(heavy)  # type: ignore[call-overload]

@@ -48,7 +48,7 @@ QUESTION = "What is in these images, and where?"
 
 @pytest.fixture(scope="session")
 def model(built):
-    """A package that runs entirely in onnxruntime-genai, as from other languages."""
+    """A package that runs entirely in onnxruntime-genai, as it does from other languages."""
     made: dict[object, Model] = {}
 
     def get(tiny: Tiny, **options: object) -> Model:
@@ -71,7 +71,7 @@ def check(model: Model, reference, images: list[np.ndarray]) -> None:
     assert answer.finish_reason == "length"
     assert len(answer.tokens) == TOKENS
     wanted = reference.generate(model.prompt(QUESTION, images).named_arrays(), TOKENS)
-    # the answer is one that a fault would change
+    # a fault would change this answer
     assert len(set(wanted)) > TOKENS // 4
     assert max(wanted) < FIRST_SPECIAL
     assert answer.tokens == wanted
@@ -83,7 +83,7 @@ def test_images(images, model, reference):
 
 
 @pytest.mark.parametrize("images", SIZES)
-def test_images_seen_in_a_session_of_their_own(images, built, reference):
+def test_images_encoded_in_a_separate_session(images, built, reference):
     check(Model(built(TINY), threads=1), reference(TINY), make_images(SIZES[images]))
 
 

@@ -40,7 +40,7 @@ def test_load_names_its_options(model: Any, tmp_path: Path) -> None:
 
 def test_chat_names_its_options(model: Any) -> None:
     own, made = (inspect.signature(call).parameters for call in (model.chat, vlpack.runtime.chat.Chat))
-    assert [*own.values()] == [*made.values()][1:]  # with their defaults
+    assert [*own.values()] == [*made.values()][1:]  # parameters with their defaults
     chat = model.chat(system="Be brief.", max_tokens=3, context=99, messages=[], special_tokens="text")
     assert (chat.system, chat.max_tokens, chat.context) == ("Be brief.", 3, 99)
 
@@ -78,7 +78,7 @@ def test_an_answer_stops_at_a_text(model: Any) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.text("ab", max_size=4)), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
-def test_texts_that_come_in_pieces(pieces: list[str], stops: list[str]) -> None:
+def test_stop_texts_in_pieces(pieces: list[str], stops: list[str]) -> None:
     texts, out, stopped = StopTexts(stops), "", False
     for piece in pieces:
         text, stopped = texts.push(piece)
@@ -89,7 +89,7 @@ def test_texts_that_come_in_pieces(pieces: list[str], stops: list[str]) -> None:
     whole = "".join(pieces)
     places = [whole.find(stop) for stop in stops if stop in whole]
     assert stopped == bool(places)
-    if stopped:  # a longer one that begins earlier may end later, when the answer has ended already
+    if stopped:  # a longer stop text that begins earlier may be complete only after the answer has ended
         assert any(whole.startswith(out + stop) for stop in stops)
         assert len(out) >= min(places)
     else:

@@ -31,7 +31,9 @@ from vlpack.runtime.reasoning import ReasoningStream, opens_reasoning, split_rea
 def test_cases(text: str, opened: bool, reasoning: str | None, said: str) -> None:
     assert split_reasoning(text, opened) == (reasoning, said)
     stream = ReasoningStream(opened)
-    pieces = [piece for character in text for piece in stream.push(character)] + stream.flush()  # marks come in parts
+    pieces = [
+        piece for character in text for piece in stream.push(character)
+    ] + stream.flush()  # marks arrive character by character
     spoken = "".join(piece for thinking, piece in pieces if not thinking)
     assert (spoken if reasoning is None else spoken.lstrip("\n")) == said
     assert "".join(piece for thinking, piece in pieces if thinking).strip("\n") == (reasoning or "")
@@ -41,7 +43,7 @@ words = st.lists(st.sampled_from([OPEN, CLOSE, "<thi", "nk>", "</", "a", " ", "\
 
 
 @given(words, st.booleans(), st.lists(st.integers(0, 60), max_size=8))
-def test_pieces(parts: list[str], opened: bool, cuts: list[int]) -> None:
+def test_texts_in_random_pieces(parts: list[str], opened: bool, cuts: list[int]) -> None:
     text = "".join(parts)
     whole, pieces = ReasoningStream(opened), ReasoningStream(opened)
     expected = [*whole.push(text), *whole.flush()]
@@ -54,6 +56,6 @@ def test_pieces(parts: list[str], opened: bool, cuts: list[int]) -> None:
     assert all(piece for _, piece in found)
 
 
-def test_prompts_that_open_it() -> None:
+def test_prompts_that_begin_the_reasoning() -> None:
     assert opens_reasoning("<|im_start|>assistant\n<think>\n")
     assert not opens_reasoning("<|im_start|>assistant\n<think>\n\n</think>\n\n")

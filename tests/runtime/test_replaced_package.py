@@ -40,7 +40,7 @@ def test_a_package_built_over_a_loaded_one(package: Path) -> None:
     assert ask(vlpack.load(package)) == ANSWERS["02.png"]["read"]
 
 
-def test_an_encoder_that_is_loaded_stays(package: Path) -> None:
+def test_a_loaded_encoder_is_kept(package: Path) -> None:
     model: Any = vlpack.load(package)
     before = ask(model)
     vlpack.build(DIGITS, package, precision="int8", force=True)
@@ -55,10 +55,10 @@ def test_a_package_that_is_gone(package: Path) -> None:
         ask(model)
 
 
-def test_weights_of_the_encoder_alone(package: Path, whole: Path) -> None:
+def test_only_the_weights_of_the_encoder_are_replaced(package: Path, whole: Path) -> None:
     model = vlpack.load(package)
     shutil.copyfile(package / "README.md", package / "copy.md")
-    (package / "copy.md").replace(package / "README.md")  # which no part opens
+    (package / "copy.md").replace(package / "README.md")  # no part of the package opens the README
     (package / "vision.onnx.data").unlink()
     shutil.copyfile(whole / "vision.onnx.data", package / "vision.onnx.data")
     with pytest.raises(PackageError, match=r"vision\.onnx\.data was replaced"):

@@ -31,7 +31,7 @@ from vlpack.runtime.stage_clock import StageClock
 
 GREEDY = vlpack.Sampling(temperature=0)
 WILD = 5.0
-"""A temperature at which the trained checkpoint's answers vary."""
+"""A temperature so high that the trained checkpoint's answers vary."""
 
 
 @pytest.fixture(scope="module")
@@ -90,19 +90,19 @@ def test_the_stream_is_the_answer_in_pieces(model: vlpack.Model) -> None:
     assert next(stream, "over") == "over"
 
 
-def test_the_first_piece_comes_before_the_last_is_made(model: vlpack.Model) -> None:
+def test_pieces_arrive_while_the_answer_is_generated(model: vlpack.Model) -> None:
     stream = model.stream(READ, [IMAGES / "01.png"], sampling=GREEDY)
     next(stream)
     assert len(stream.answer.tokens) < len(read(model, "01.png").tokens)
 
 
-def test_stopping_early_frees_the_runtime_and_the_model_goes_on(model: vlpack.Model) -> None:
+def test_a_stopped_stream_frees_the_generator(model: vlpack.Model) -> None:
     def generators() -> int:
         gc.collect()
         return sum(isinstance(thing, og.Generator) for stream in streams for thing in locals_of(stream))
 
     def locals_of(stream: Any) -> list[Any]:
-        inner = stream._pieces.gi_yieldfrom  # gone with the outer one
+        inner = stream._pieces.gi_yieldfrom  # the inner generator must end with the outer one
         return list(inner.gi_frame.f_locals.values()) if inner else []
 
     expected = read(model, "01.png").tokens
@@ -114,7 +114,7 @@ def test_stopping_early_frees_the_runtime_and_the_model_goes_on(model: vlpack.Mo
     assert generators() == 1
     assert next(streams[0], "over") == "over"
     assert read(model, "01.png").tokens == expected
-    "".join(streams[1])  # the one that waited is not disturbed
+    "".join(streams[1])  # the waiting stream is not disturbed
     assert streams[1].answer.tokens == expected
     for piece in model.stream(READ, [IMAGES / "01.png"], sampling=GREEDY):
         assert piece
@@ -125,7 +125,9 @@ def test_stopping_early_frees_the_runtime_and_the_model_goes_on(model: vlpack.Mo
 def test_an_interrupted_answer_leaves_the_model_usable(tmp_path: Path) -> None:
     """Control-C at any moment, also while the runtime computes, and errors in the code that reads the stream."""
     source = copy_digits(tmp_path / "checkpoint")
-    edit_json(source / "generation_config.json", "eos_token_id", value=2175)  # an end that never comes
+    edit_json(
+        source / "generation_config.json", "eos_token_id", value=2175
+    )  # an end token that the model never chooses
     model = vlpack.load(vlpack.build(source, tmp_path / "package").folder)
     expected = read(model, "01.png", max_tokens=8).tokens
 
@@ -146,7 +148,7 @@ def test_an_interrupted_answer_leaves_the_model_usable(tmp_path: Path) -> None:
     with pytest.raises(ConnectionResetError):
         broken_reader()
     assert read(model, "01.png", max_tokens=8).tokens == expected
-    assert "".join(stream)  # it waits, and may still be read
+    assert "".join(stream)  # the stream waited and can still be read
     assert stream.answer.tokens == expected
 
 
@@ -192,7 +194,7 @@ def test_sampling_options_have_their_effect(model: vlpack.Model) -> None:
     assert answers(temperature=WILD, top_k=1) == {tuple(greedy[:8])}
     assert answers(temperature=WILD, top_p=1e-6) == {tuple(greedy[:8])}
     assert answers(repetition_penalty=50.0) != {tuple(greedy[:8])}
-    assert len(answers(temperature=WILD, top_k=10**9)) > 1  # more than there are tokens
+    assert len(answers(temperature=WILD, top_k=10**9)) > 1  # larger than the vocabulary
 
 
 def test_max_tokens(model: vlpack.Model) -> None:
@@ -206,7 +208,7 @@ def test_max_tokens(model: vlpack.Model) -> None:
     assert read(model, "01.png", max_tokens=10**9).tokens == whole.tokens
 
 
-def test_an_answer_ends_where_the_context_does(tmp_path: Path) -> None:
+def test_an_answer_ends_at_the_end_of_the_context(tmp_path: Path) -> None:
     source = copy_digits(tmp_path / "checkpoint")
     edit_json(source / "config.json", "text_config", "max_position_embeddings", value=29)
     model = vlpack.Model(vlpack.build(source, tmp_path / "package").folder)
@@ -223,7 +225,7 @@ def test_an_answer_ends_where_the_context_does(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"Its 4 images take 24 of them; without the last 4 it would fit") as caught:
         model.generate(READ, [IMAGES / "01.png"] * 4)
     assert "max_pixels" in str(caught.value.hint)
-    assert read(model, "05.png").text == ANSWERS["05.png"]["read"]  # goes on afterwards
+    assert read(model, "05.png").text == ANSWERS["05.png"]["read"]  # the model still works afterwards
 
 
 @pytest.mark.parametrize(
@@ -258,7 +260,7 @@ def test_max_tokens_out_of_range(model: vlpack.Model, max_tokens: Any) -> None:
         model.generate("Hello", max_tokens=max_tokens)
 
 
-def test_temperature_zero_and_a_choice_contradict(model: vlpack.Model) -> None:
+def test_temperature_zero_excludes_other_sampling_options(model: vlpack.Model) -> None:
     for options in ({"top_k": 5}, {"top_p": 0.5}):
         with pytest.raises(OptionError, match="no effect"):
             model.generate("Hello", sampling=vlpack.Sampling(temperature=0, **options))  # type: ignore[arg-type]
@@ -269,7 +271,7 @@ def test_the_packages_own_settings_are_used(tmp_path: Path) -> None:
     source = copy_digits(tmp_path / "checkpoint")
     edit_json(source / "generation_config.json", "do_sample", value=True)
     edit_json(source / "generation_config.json", "temperature", value=WILD)
-    edit_json(source / "generation_config.json", "top_k", value=10**6)  # more than the runtime takes
+    edit_json(source / "generation_config.json", "top_k", value=10**6)  # larger than the runtime accepts
     model = vlpack.load(vlpack.build(source, tmp_path / "package").folder)
     image = [IMAGES / "01.png"]
     answers = [model.generate(READ, image, max_tokens=8, sampling=vlpack.Sampling(seed=seed)).text for seed in range(5)]
@@ -277,7 +279,7 @@ def test_the_packages_own_settings_are_used(tmp_path: Path) -> None:
     assert read(model, "01.png").text == ANSWERS["01.png"]["read"]
 
 
-def test_every_end_ends(tmp_path: Path) -> None:
+def test_every_end_token_ends_an_answer(tmp_path: Path) -> None:
     source = copy_digits(tmp_path / "checkpoint")
     line_break = read(vlpack.load(vlpack.build(source, tmp_path / "first").folder), "00.png").tokens[1]
     edit_json(source / "generation_config.json", "eos_token_id", value=[2050, line_break])
@@ -299,10 +301,10 @@ def test_statistics(model: vlpack.Model) -> None:
     assert stats.peak_memory > 1e6
     text = model.generate("Hello", max_tokens=2).stats
     assert (text.image_tokens, text.vision_seconds) == (0, 0)
-    assert text.prefill_seconds  # known without the log, where there is no vision
+    assert text.prefill_seconds  # without images, the time is known without the runtime's log
 
 
-def test_the_runtime_s_log_is_left_to_the_program_unless_timing_is_wanted(package: Path) -> None:
+def test_the_runtime_s_log_is_used_only_for_timing(package: Path) -> None:
     model = vlpack.load(package, vision_provider="runtime")
     heard: list[str] = []
     og.set_log_callback(heard.append)
@@ -310,7 +312,7 @@ def test_the_runtime_s_log_is_left_to_the_program_unless_timing_is_wanted(packag
     try:
         stats = read(model, "01.png").stats
         assert "image_features" in "".join(heard)
-        # not measured is not 0
+        # a figure that was not measured is None and not 0
         assert (stats.vision_seconds, stats.prefill_seconds) == (None, None)
         assert stats.first_token_seconds > 0
         heard.clear()
@@ -321,17 +323,17 @@ def test_the_runtime_s_log_is_left_to_the_program_unless_timing_is_wanted(packag
         og.set_log_callback(None)
 
 
-def test_a_second_answer_meanwhile_is_not_timed(package: Path) -> None:
+def test_only_one_of_two_simultaneous_answers_is_timed(package: Path) -> None:
     model = vlpack.load(package, vision_provider="runtime")
     with StageClock(True):
         stats = read(model, "01.png", timing=True).stats
     assert stats.vision_seconds is None
 
 
-# prompts that are ready
+# finished prompts
 
 
-def test_a_prompt_made_before(model: vlpack.Model) -> None:
+def test_a_finished_prompt_gives_the_same_answer(model: vlpack.Model) -> None:
     expected = read(model, "01.png").tokens
     prompt = model.prompt(READ, [IMAGES / "01.png"])
     answer = model.generate(prompt, sampling=GREEDY)
@@ -350,7 +352,7 @@ def test_a_prompt_with_variables_of_the_template(tmp_path: Path) -> None:
     assert model.generate(prompt, max_tokens=2).stats.prompt_tokens == prompt.input_ids.shape[1]
 
 
-def test_a_ready_prompt_takes_nothing_more(model: vlpack.Model, tmp_path: Path) -> None:
+def test_arguments_that_a_finished_prompt_excludes(model: vlpack.Model, tmp_path: Path) -> None:
     prompt = model.prompt(READ, [IMAGES / "01.png"])
     with pytest.raises(InputError, match="images would have no effect"):
         model.generate(prompt, [IMAGES / "01.png"])
@@ -426,7 +428,7 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert vlpack.load("~/package").folder == tmp_path / "package"
 
 
-def test_what_the_runtime_says_is_an_error_of_ours(model: vlpack.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_runtime_become_package_errors(model: vlpack.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("no memory for the cache\n")
 
@@ -435,7 +437,7 @@ def test_what_the_runtime_says_is_an_error_of_ours(model: vlpack.Model, monkeypa
         model.generate("Hello")
 
 
-def test_an_old_runtime_is_told(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_runtime_is_reported(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(og, "__version__", "0.9.3")
     with pytest.raises(PackageError, match=r"0\.9\.3 is too old: packages need 0\.18"):
         vlpack.load(package)
@@ -464,7 +466,7 @@ def test_threads(package: Path, threads: int) -> None:
 
 
 def test_a_cache_beyond_the_machine_s_memory(model: vlpack.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    # 6 layers of 2 heads of 128 fp32 keys and values a token
+    # a token takes fp32 keys and values of 6 layers with 2 heads of 128 channels
     assert model.cache_bytes(1000) == 2 * 6 * 2 * 128 * 4 * 1000
     monkeypatch.setattr("vlpack.runtime.model.total_memory_bytes", lambda: model.cache_bytes(2000))
     with pytest.raises(OptionError, match="cache for 4096 tokens") as caught:
@@ -478,7 +480,7 @@ def test_a_package_that_names_a_library(hidden: bool, package: Path, tmp_path: P
     hostile = shutil.copytree(package, tmp_path / "package")
     text = (hostile / "genai_config.json").read_text()
     clean = '"session_options": {'
-    # hidden: a second, harmless object of the same name, which is the one that Python's json keeps
+    # hidden: a second, harmless object with the same key, which Python's json takes instead
     named = '"session_options": {"custom_ops_library": "x.so"' + ("}, " + clean if hidden else ", ")
     (hostile / "genai_config.json").write_text(text.replace(clean, named, 1))
     manifest = json.loads((hostile / "vlpack.json").read_text())

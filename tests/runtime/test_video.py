@@ -130,14 +130,14 @@ def builder() -> PromptBuilder:
     "case", [case for case in GOLDEN["cases"] if not case["settings"]], ids=lambda case: case["name"]
 )
 def test_golden_prompts(case: dict[str, Any], builder: PromptBuilder) -> None:
-    """Prompt tokens equal those that transformers' own processor produced for a clip and its question."""
+    """The prompt's tokens equal those of transformers' own processor, recorded for a clip and its question."""
     prompt = builder(messages([video(clip(case["clip"]), **case["options"])]), add_generation_prompt=False)
     assert GOLDEN["text"] == prompt.text
     assert prompt.transformers_arrays(IMAGE, VIDEO)["input_ids"][0].tolist() == case["input_ids"]
 
 
 def test_tokens_are_those_of_transformers_processor(builder: PromptBuilder, monkeypatch: pytest.MonkeyPatch) -> None:
-    # which asks for torchvision
+    # transformers' processor class checks for torchvision
     monkeypatch.setattr(Qwen3VLProcessor, "check_argument_for_proper_class", lambda *arguments: None)
     processor = Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessorPil.from_pretrained(DIGITS),
@@ -167,7 +167,7 @@ def rates(parts: list[dict[str, Any]]) -> list[float]:
     return [part["fps"] if isinstance(part["video"], list) else known[part["video"]] for part in videos]
 
 
-def test_what_a_prompt_says_of_its_videos(builder: PromptBuilder) -> None:
+def test_a_prompt_describes_its_videos(builder: PromptBuilder) -> None:
     prompt = builder(messages(CASES["all of them"]))
     first, second = prompt.videos
     assert (first.first, first.grid_thw[0], first.frames_indices) == (1, 2, (0, 1, 2))
@@ -277,7 +277,7 @@ def test_the_command(
         assert "Traceback" not in told.err
 
 
-def test_settings_of_version_5_reach_the_package(checkpoint: Callable[[Tiny], Path], tmp_path: Path) -> None:
+def test_video_settings_of_transformers_5_reach_the_package(checkpoint: Callable[[Tiny], Path], tmp_path: Path) -> None:
     source = shutil.copytree(checkpoint(TINY), tmp_path / "source")
     settings = json.loads((source / "video_preprocessor_config.json").read_text(encoding="utf-8"))
     images = json.loads((source / "preprocessor_config.json").read_text(encoding="utf-8"))
@@ -290,13 +290,13 @@ def test_settings_of_version_5_reach_the_package(checkpoint: Callable[[Tiny], Pa
     assert len(prompt.videos[0].frames_indices) == 10
 
 
-def test_settings_that_do_not_fit(checkpoint: Callable[[Tiny], Path], tmp_path: Path) -> None:
+def test_unusable_video_settings(checkpoint: Callable[[Tiny], Path], tmp_path: Path) -> None:
     source = shutil.copytree(checkpoint(TINY), tmp_path / "source")
     settings = json.loads((source / "video_preprocessor_config.json").read_text(encoding="utf-8"))
     for change, message in (({"patch_size": 4}, "patch_size is 4"), ({"resample": 1}, "cannot be used.*resample")):
         (source / "video_preprocessor_config.json").write_text(json.dumps(settings | change), encoding="utf-8")
         builder = PromptBuilder.from_folder(source, image_token_id=IMAGE, video_token_id=VIDEO)
-        assert builder(messages([image()])).has_images  # which is none of its business
+        assert builder(messages([image()])).has_images  # images do not depend on video settings
         with pytest.raises(VlpackError, match=message):
             builder(messages([video(BIKES)]))
 
@@ -307,7 +307,7 @@ def test_other_families(name: str, tmp_path: Path) -> None:
     checkpoint = make_member(tmp_path / "checkpoint", member)
     build(checkpoint, tmp_path / "package", precision="fp32", threads=1)
     loaded = Model(tmp_path / "package", threads=1)
-    if name != "Qwen3VLMoe":  # whose positions are not those of single images
+    if name != "Qwen3VLMoe":  # their positions of videos are not those of single images
         with pytest.raises(InputError, match=r"Videos of Qwen2-VL and Qwen2\.5-VL are not supported"):
             loaded.generate(QUESTION, videos=[CARPHONE])
         other = PromptBuilder.from_folder(checkpoint, image_token_id=IMAGE, video_token_id=VIDEO)

@@ -23,7 +23,7 @@ from vlpack.runtime.vision import VisionEncoder, features_port
 
 
 class Session:
-    """A stand-in for an onnxruntime session, whose features are the grid's height times the mean of the pixels."""
+    """A stand-in for an onnxruntime session; its features are the grid's height times the mean of the pixels."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -35,7 +35,7 @@ class Session:
 
 
 def prompt(*images: tuple[int, int, float]) -> Prompt:
-    """A prompt of uniform images; their sizes are in patches."""
+    """A prompt of uniform images, given by their height and width in patches and their pixel value."""
     grids = np.array([(1, height, width) for height, width, _ in images], np.int64)
     pixels = [np.full((height * width, 12), value, np.float32) for height, width, value in images]
     tokens = grids.prod(axis=1) // 4
@@ -52,9 +52,9 @@ def encoder(session: Session) -> VisionEncoder:
     return VisionEncoder(Path("vision.onnx"), 8, np.float32, 2, 1, lambda graph, threads: session)
 
 
-def test_an_image_is_looked_at_once(encoder: VisionEncoder, session: Session) -> None:
+def test_an_image_is_encoded_once(encoder: VisionEncoder, session: Session) -> None:
     first = encoder.features(prompt((2, 4, 1.0), (4, 2, 1.0), (2, 4, 3.0)))
-    assert first[:, 0].tolist() == [2, 2, 4, 4, 6, 6]  # of like pixels, the grid tells
+    assert first[:, 0].tolist() == [2, 2, 4, 4, 6, 6]  # images with equal pixels differ by their grids
     assert session.calls == 3
     assert encoder.features(prompt((2, 4, 3.0), (2, 2, 1.0))).tolist() == [[6] * 8, [6] * 8, [2] * 8]
     assert session.calls == 4
@@ -63,21 +63,23 @@ def test_an_image_is_looked_at_once(encoder: VisionEncoder, session: Session) ->
     assert session.calls == 5
 
 
-def test_only_the_last_ones_are_kept(encoder: VisionEncoder, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_recent_features_are_kept(
+    encoder: VisionEncoder, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(vision_encoder, "KEPT_BYTES", 3 * 2 * 8 * 4)
-    for value in (1.0, 2.0, 3.0, 1.0, 4.0):  # 4 pushes out 2, which was not used again
+    for value in (1.0, 2.0, 3.0, 1.0, 4.0):  # 4 replaces 2, the least recently used
         encoder.features(prompt((2, 4, value)))
     assert session.calls == 4
     encoder.features(prompt((2, 4, 1.0)))
     assert session.calls == 4
     encoder.features(prompt((2, 4, 2.0)))
     assert session.calls == 5
-    assert encoder.features(prompt((40, 40, 1.0))).shape == (400, 8)  # one is always kept
+    assert encoder.features(prompt((40, 40, 1.0))).shape == (400, 8)  # the features of one image are always kept
     encoder.features(prompt((40, 40, 1.0)))
     assert session.calls == 6
 
 
-def test_the_stand_in_hands_features_on(encoder: VisionEncoder) -> None:
+def test_the_stand_in_graph_passes_features_on(encoder: VisionEncoder) -> None:
     arrays = encoder.runtime_arrays(prompt((2, 4, 1.0), (4, 4, 5.0)))
     assert arrays["pixel_values"].shape == (8 + 16, 2)  # as many rows as patches
     given = {name: arrays[name] for name in ("pixel_values", "image_grid_thw")}
@@ -86,7 +88,7 @@ def test_the_stand_in_hands_features_on(encoder: VisionEncoder) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-def test_control_c_stops_it() -> None:
+def test_control_c_stops_the_encoder() -> None:
     class Slow(Session):
         def run(self, names: None, inputs: dict[str, Any], options: Any) -> list[np.ndarray]:
             end = time.monotonic() + 20
@@ -103,7 +105,7 @@ def test_control_c_stops_it() -> None:
     assert time.monotonic() - started < 5
 
 
-def test_what_fails_is_an_error_of_ours(encoder: VisionEncoder, session: Session, tmp_path: Path) -> None:
+def test_failures_become_package_errors(encoder: VisionEncoder, session: Session, tmp_path: Path) -> None:
     def fail(*arguments: Any) -> Any:
         raise RuntimeError("bad allocation")
 
@@ -118,7 +120,7 @@ def test_what_fails_is_an_error_of_ours(encoder: VisionEncoder, session: Session
         features_port(tmp_path / "embedding.onnx")
 
 
-def test_where_images_are_looked_at(tmp_path: Path) -> None:
+def test_the_vision_provider_is_chosen(tmp_path: Path) -> None:
     folder = vlpack.build(DIGITS, tmp_path / "package", precision="fp32").folder
     own, inside = vlpack.load(folder), vlpack.load(folder, vision_provider="runtime")
     assert own.vision is not None
@@ -137,7 +139,7 @@ def test_where_images_are_looked_at(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("options", "sizes"), [({"chunk_size": 4}, [4, 4, 2]), ({}, [10])])
-def test_tokens_come_in_chunks(options: dict[str, int], sizes: list[int]) -> None:
+def test_feature_tokens_in_chunks(options: dict[str, int], sizes: list[int]) -> None:
     class Generator:
         def __init__(self) -> None:
             self.shown: list[np.ndarray] = []

@@ -1,4 +1,4 @@
-"""Reports of verifications, made by hand, and a parser by which the tests read a page."""
+"""Reports of verifications made by hand, for the tests of the page and the JSON."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def report(**changes: Any) -> Report:
 
 
 def exact() -> Report:
-    """A report in fp32 with one case, in which no weight is rounded."""
+    """A report of an fp32 package with one case, in which no weight is rounded."""
     fine = [replace(s, total=s.graph or s.total, limit=3e-5) for s in stages()]
     weights = [replace(weight, storage="float32", error=0.0, expected=0.0) for weight in report().weights]
     agreed = Agreement([1e-12, 1e-13], [True, True])
@@ -81,7 +81,7 @@ def failed() -> Report:
     weights = [replace(good.weights[6], error=0.4, same=False)]
     findings = [
         Finding("layer 7", "one image: layer 7 is 0.5 away"),
-        Finding("weights", f"{weights[0].path} in the decoder graph is not what vlpack makes of the checkpoint."),
+        Finding("weights", f"{weights[0].path} in the decoder graph is not what a build of the checkpoint stores."),
     ]
     cases = [good.cases[0], case(stages=bad, maps=maps, logits=Agreement([float("nan")], [False]))]
     return replace(good, cases=cases, weights=[*good.weights[:6], *weights, *good.weights[7:]], findings=findings)
@@ -98,7 +98,7 @@ def hostile() -> Report:
 
 @cache
 def huge() -> Report:
-    """A report of 100 layers, 64 cases with two noisy images of 3,000 tokens, answers of 500 tokens, 20,000 weights."""
+    """A huge report: 100 layers, 64 cases with two noisy images of 3,000 tokens, 500-token answers, 20,000 weights."""
     random = np.random.default_rng(0)
     file = io.BytesIO()
     Image.fromarray(random.integers(0, 256, (640, 480, 3), np.uint8)).save(file, "PNG")

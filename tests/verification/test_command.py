@@ -26,15 +26,15 @@ def test_build_and_verify(tmp_path: Path, capsys: Capsys) -> None:
     card = (package / "README.md").read_text(encoding="utf-8")
     assert "it is the model" in " ".join(card.split())
     assert "| two images |" in card
-    assert inspect(package)["problems"] == []  # the manifest knows the card as it is now
+    assert inspect(package)["problems"] == []  # the manifest has the hash of the new model card
 
     again = vlpack(capsys, "build", DIGITS, "-o", package, "-p", "int8", "--force", "--verify")
     assert again.code == 0
     assert (package / "README.md").read_text(encoding="utf-8").count("## Verification") == 1
 
 
-def test_the_card_and_the_manifest_change_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If anything stops the writing in its middle, the package stays as it was."""
+def test_the_card_and_the_manifest_change_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If writing is interrupted, the package stays as it was."""
     from vlpack.verification import card, verify
 
     package = tmp_path / "package"
@@ -88,7 +88,7 @@ def test_the_verdict_is_the_exit_code(tmp_path: Path, capsys: Capsys) -> None:
         (("--reference", str(DIGITS), "--report", "no/such/folder/a.html"), "There is no folder"),
     ],
 )
-def test_mistakes(options: tuple[str, ...], words: str, tmp_path: Path, capsys: Capsys) -> None:
+def test_wrong_arguments(options: tuple[str, ...], words: str, tmp_path: Path, capsys: Capsys) -> None:
     build(DIGITS, tmp_path / "package", part="text")
     done = vlpack(capsys, "verify", tmp_path / "package", *options)
     assert done.code == 2
@@ -132,7 +132,7 @@ def test_build_and_verify_of_another_task(tmp_path: Path, capsys: Capsys) -> Non
         ({"policy": None}, "policy in vlpack.json is not the one"),
     ],
 )
-def test_manifests_of_anybody(change: dict[str, object], words: str, tmp_path: Path, capsys: Capsys) -> None:
+def test_untrusted_manifests(change: dict[str, object], words: str, tmp_path: Path, capsys: Capsys) -> None:
     from vlpack.package.manifest import MANIFEST, sealed
 
     package = tmp_path / "package"

@@ -1,4 +1,4 @@
-"""`verify` of embedding and reranker packages: nothing is generated, and the last stage is a vector or a score."""
+"""`verify` for embedding and reranker packages: nothing is generated, and the last stage is a vector or a score."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def check(source: Path, package: Path) -> Report:
-    """Verify with a text case and, if there is a vision encoder, a case with two images."""
+    """Verifies a package with a text case and, if there is a vision encoder, a case with two images."""
     cases = built_in(sees=(package / "vision.onnx").is_file())
     return verify(package, source, cases=[cases[0], cases[-1]], threads=1)
 
@@ -36,7 +36,7 @@ def check(source: Path, package: Path) -> Report:
 @pytest.mark.parametrize("kind", ["text", "vision"])
 @pytest.mark.parametrize(("task", "last"), [(EMBEDDING, "vector"), (RERANKER, "score")])
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("int8", 0.15)])
-def test_no_fault(
+def test_packages_without_faults(
     kind: str, task: str, last: str, precision: str, bound: float, sources: dict[str, Path], tmp_path: Path
 ) -> None:
     build(sources[kind], tmp_path / "package", precision=precision, task=task, threads=1)
@@ -73,7 +73,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults(fault: str, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_planted_faults(fault: str, sources: dict[str, Path], tmp_path: Path) -> None:
     plant, task, stage = FAULTS[fault]
     with pytest.MonkeyPatch.context() as patch:
         plant(patch)

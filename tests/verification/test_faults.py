@@ -1,4 +1,4 @@
-"""Packages with a planted fault each, and what `verify` reports about them; and packages without faults."""
+"""Reports of `verify` about packages with a planted fault, and about packages without faults."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vlpack.verification.run import verify
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-# weights of which 4 bits change no distribution by as much as a nat, the limit; at seed 0 it is 0.97 to 1.07
+# a seed for which 4 bits change no distribution by a nat, the limit; with seed 0 it is 0.97 to 1.07
 TINY = Tiny(vision_act="gelu_pytorch_tanh", quiet=False, seed=2)
 Patch = Callable[[pytest.MonkeyPatch], None]
 
@@ -35,13 +35,13 @@ def source(checkpoint: Callable[[Tiny], Path]) -> Path:
 
 
 def check(source: Path, package: Path) -> Report:
-    """Verify with two cases: one of text, one with two images."""
+    """Verifies a package with two cases: one of text, one with two images."""
     cases = built_in(sees=True)
     return verify(package, source, cases=[cases[0], cases[3]], tokens=8, threads=1)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
-def test_no_fault(source: Path, precision: str, tmp_path: Path) -> None:
+def test_packages_without_faults(source: Path, precision: str, tmp_path: Path) -> None:
     build(source, tmp_path / "package", precision=precision, threads=1)
     report = check(source, tmp_path / "package")
     assert report.findings == []
@@ -58,7 +58,7 @@ def test_no_fault(source: Path, precision: str, tmp_path: Path) -> None:
     ] + ["logits"]
     graph = max(stage.graph.relative for stage in images.stages if stage.graph)
     total = max(stage.total.relative for stage in images.stages)
-    # quantization is apart from what the graph does
+    # errors of quantization are reported separately from errors of the graph
     assert graph < (2e-2 if precision == "fp16" else 1e-5)
     assert total < {"fp32": 1e-5, "fp16": 2e-2, "int8": 0.15, "int4": 0.6}[precision]
     if precision in ("int8", "int4"):
@@ -201,7 +201,7 @@ def test_file_faults(fault: str, source: Path, tmp_path: Path) -> None:
     build(source, tmp_path / "package", precision="int4", threads=1)
     plant(tmp_path / "package")
     report = check(source, tmp_path / "package")
-    assert report.findings[0].stage == "files"  # the hash tells first
+    assert report.findings[0].stage == "files"  # the hash of the file is checked first
     seal(tmp_path / "package")
     report = check(source, tmp_path / "package")
     assert not report.ok
@@ -209,7 +209,7 @@ def test_file_faults(fault: str, source: Path, tmp_path: Path) -> None:
     assert words in report.findings[0].message
 
 
-def test_streamed_is_the_same(source: Path, tmp_path: Path) -> None:
+def test_a_streamed_reference_gives_the_same_report(source: Path, tmp_path: Path) -> None:
     build(source, tmp_path / "package", precision="int8", threads=1)
     cases = built_in(sees=True)[2:3]
     reports = [verify(tmp_path / "package", source, cases=cases, tokens=4, streamed=s) for s in (False, True)]
@@ -217,8 +217,8 @@ def test_streamed_is_the_same(source: Path, tmp_path: Path) -> None:
     assert reports[0].cases[0].stages == reports[1].cases[0].stages
 
 
-def test_streaming_takes_weights_out_again(source: Path) -> None:
-    """Only parameters in use are in memory: none after a pass, and few at any moment."""
+def test_streaming_removes_weights_after_use(source: Path) -> None:
+    """Only parameters in use are in memory: few at any moment, and none after a pass."""
     tensors = load_file(source / "model.safetensors")
     held: list[int] = []
 
@@ -243,7 +243,7 @@ def test_another_checkpoint(source: Path, checkpoint: Any, tmp_path: Path) -> No
         check(larger, tmp_path / "package")
 
 
-def test_what_cannot_be_compared(source: Path, tmp_path: Path) -> None:
+def test_packages_and_checkpoints_that_cannot_be_compared(source: Path, tmp_path: Path) -> None:
     from family import Member, make_member
 
     build(source, tmp_path / "package", threads=1)

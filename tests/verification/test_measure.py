@@ -1,4 +1,4 @@
-"""Differences and bounds: a value that is not finite differs infinitely; a stage without weights has one bound."""
+"""Differences and bounds: values that are not finite differ infinitely; stages without weights have one bound."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_difference() -> None:
 
 def test_agreement() -> None:
     logits = np.array([[0.0, 1.0], [2.0, 0.0]])
-    same = agreement(logits, logits + 5)  # a constant changes no distribution
+    same = agreement(logits, logits + 5)  # adding a constant to logits changes no distribution
     assert same.mean_kl == pytest.approx(0, abs=1e-12)
     assert same.top1 == 1
     other = agreement(np.log([[0.5, 0.5]]), np.log([[0.75, 0.25]]))
@@ -41,7 +41,7 @@ def test_agreement() -> None:
         (FAR, FAR, (FAR, 1e-4)),
         (NEAR, Difference(0.7, 1.0, 1.0), (Difference(0.7, 1.0, 1.0), 0.6)),
         (None, NEAR, None),
-        (None, FAR, (FAR, 1e-4)),  # no weights, so nothing that quantization could cost
+        (None, FAR, (FAR, 1e-4)),  # without weights there is no error of quantization
         (Difference(np.nan, 1.0, 1.0), NEAR, (Difference(np.nan, 1.0, 1.0), 1e-4)),
     ],
 )

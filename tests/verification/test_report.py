@@ -1,4 +1,4 @@
-"""The page and the JSON of a verification: complete, and inert whatever text a token contains."""
+"""The page and the JSON of a verification: complete, and without active content whatever text a token contains."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Checked(HTMLParser):
 
 
 @pytest.mark.parametrize("name", REPORTS)
-def test_the_page_is_whole_and_inert(name: str) -> None:
+def test_the_page_is_complete_and_has_no_active_content(name: str) -> None:
     made = REPORTS[name]()
     page = html(made)
     page.encode("utf-8")
@@ -92,7 +92,7 @@ def test_a_failed_page() -> None:
     seen = Checked(page := html(failed()))
     assert "✗ The package is not the model: it first differs at layer 7 in “one image”." in seen.text
     assert seen.text.index("layer 7 is 0.5 away") < seen.text.index("Error through the model")
-    assert "1 of 24 weights are not what vlpack makes" in seen.text
+    assert "1 of 24 weights are not what a build of the checkpoint stores" in seen.text
     assert "✗ 1 altered" in seen.text
     assert "not finite (black)" in seen.text
     assert "✗ layer 7" in seen.text
@@ -108,14 +108,14 @@ def test_a_case_beyond_its_bounds_is_marked_whatever_the_findings_say() -> None:
     assert "one image ✗ off" in seen.text
 
 
-def test_what_is_wrong_with_the_package_has_no_case() -> None:
+def test_findings_about_the_whole_package_have_no_case() -> None:
     assert verdict(REPORTS["damaged"]()) == (
         "The package is not the model: its files are not those that the build wrote."
     )
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_what_is_not_a_number_is_off_in_any_case(first: bool) -> None:
+def test_values_that_are_not_numbers_are_always_marked(first: bool) -> None:
     nan = float("nan")
     bad = case(name="bad", stages=[*stages()[:-1], stage("logits", nan, nan)])
     found = [Finding("logits", "bad: logits is nan away")]
@@ -149,10 +149,10 @@ def test_no_text_makes_a_page_large() -> None:
     assert page.count('<div class="bars">') == 300
     assert "and 1,701 more modules" in page
     assert max(map(len, re.findall(r">([^<]*)</bdi>", page[page.index('class="chip') :]))) < 100
-    assert "✗ 1 altered" in Checked(page).text  # what was altered is not among those left out
+    assert "✗ 1 altered" in Checked(page).text  # altered weights are always shown
 
 
-def test_what_the_page_draws_is_never_cut() -> None:
+def test_plots_of_the_page_are_never_cut() -> None:
     made = report(cases=[case(stages=stages(400, 60))])
     plot = stages_plot(made.cases[0].stages)
     assert plot is not None
@@ -167,7 +167,7 @@ def test_a_huge_page_stays_small() -> None:
     assert time.perf_counter() - start < 30
     assert "10,000 of 20,000 weights are not" in " ".join(page.split())
     assert page.count("experts.*.w0") == 1  # a hundred layers and all experts are one row
-    assert page.count('<details class="case" open>') == 32  # those that failed
+    assert page.count('<details class="case" open>') == 32  # cases that failed are open
     assert "and 12 more, which" in page
     assert "and 300 more" in page
     assert page.count('class="chip ') == 64 * 200
@@ -193,7 +193,7 @@ def test_json() -> None:
 
 
 @pytest.mark.parametrize("name", REPORTS)
-def test_json_of_anything(name: str) -> None:
+def test_json_of_unusual_values(name: str) -> None:
     made = REPORTS[name]()
     if name == "huge":
         made = replace(made, cases=made.cases[:2])
@@ -217,7 +217,7 @@ def test_numbers(value: float, shown: str) -> None:
 
 
 def test_the_plot_is_logarithmic() -> None:
-    """Powers of ten have equal steps; zero is at the bottom and infinity at the top, and no line joins either."""
+    """Powers of ten have equal steps; zero is at the bottom and infinity at the top, and lines end before them."""
     made = stages_plot(
         [stage("layer 0", 1e-4, float("inf")), stage("layer 1", 1e-3, 0.0), stage("layer 2", 1e-2, 1e-1)]
     )
@@ -256,4 +256,4 @@ def test_modules() -> None:
     bars = rows[0]["bars"]
     assert [bar["layer"] for bar in bars] == list(range(12))
     assert max(bars, key=lambda bar: bar["share"])["layer"] == 3
-    assert rows[1]["bars"][0]["share"] == 1.0  # of its own storage
+    assert rows[1]["bars"][0]["share"] == 1.0  # relative to weights of the same storage

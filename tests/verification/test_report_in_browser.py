@@ -16,7 +16,9 @@ from vlpack.verification.report import html, verdict
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FRAMES = [(name, width, scheme) for name in REPORTS for width in (400, 1280) for scheme in ("light", "dark")]
-FRAMES = [frame for frame in FRAMES if frame[0] != "huge" or frame[1:] == (400, "dark")]  # once is enough
+FRAMES = [
+    frame for frame in FRAMES if frame[0] != "huge" or frame[1:] == (400, "dark")
+]  # the huge report is opened only once
 PROBE = r"""
 const linear = (v) => v / 255 <= .03928 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
 const bright = (c) => { const l = c.slice(0, 3).map(linear);
@@ -84,9 +86,9 @@ def test_in_a_browser(name: str, width: int, scheme: str, looked: tuple[dict[str
     assert seen["dark"] is (scheme == "dark")
     assert seen["folded"] <= width  # nothing is wider than the window
     assert seen["unfolded"] <= width
-    assert seen["right"] <= width - 16 + 0.5  # nor reaches into the margin
+    assert seen["right"] <= width - 16 + 0.5  # nothing extends into the margin
     assert seen["paper"] < 0.1 if scheme == "dark" else seen["paper"] > 0.9
-    assert verdict(made)[:24] in seen["words"]  # first of all, and where one sees it without scrolling
+    assert verdict(made)[:24] in seen["words"]  # the verdict is first and visible without scrolling
     assert 0 < seen["h1"]["y"] < 100
     assert seen["h1"]["height"] > 20
     assert seen["pale"] == []  # WCAG AA's contrast
@@ -97,14 +99,14 @@ def test_in_a_browser(name: str, width: int, scheme: str, looked: tuple[dict[str
     assert len(seen["heat"]) == sum(len(one.maps) for one in made.cases)
     assert all(wide > 50 and high > 5 for wide, high in seen["heat"])
     for layers in seen["over"]:
-        assert all(pixels > 0 for pixels, _ in layers)  # the browser could read the pictures
-        assert len({wide for _, wide in layers}) == 1  # and lays one exactly over the other
+        assert all(pixels > 0 for pixels, _ in layers)  # the browser has decoded the pictures
+        assert len({wide for _, wide in layers}) == 1  # all layers of a picture have the same width
     if drawn:
         assert seen["letters"] >= 11
     if name in {"good", "failed"}:
         assert seen["toggle"] == ["visible", "hidden"]
 
 
-def test_the_browser_has_nothing_to_say(looked: tuple[dict[str, Any], str]) -> None:
+def test_the_browser_logs_nothing(looked: tuple[dict[str, Any], str]) -> None:
     """The browser logs no error, no blocked script and no request for an external resource."""
     assert [line for line in looked[1].splitlines() if "CONSOLE" in line] == []

@@ -1,4 +1,4 @@
-"""The bounds by which quantized packages are judged: a package that outliers have spoiled is reported."""
+"""The bounds by which quantized packages are judged: a package that is inaccurate because of outliers is reported."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CASE = Case("a sentence", "The capital of France is Paris, and the capital of It
     ],
 )
 def test_outliers(planted: Path, precision: str, extra: list[str], passes: bool, tmp_path: Path) -> None:
-    """A package spoiled by outliers is not the model; one that was balanced and rotated is."""
+    """With outliers, a package without balance and rotation fails the verification, and one with them passes."""
     build(planted, tmp_path / "package", precision=precision, extra_options=parse_extra_options(extra))
     report = verify(tmp_path / "package", planted, cases=[CASE], tokens=4)
     kl = report.cases[0].logits.mean_kl
@@ -87,7 +87,7 @@ def test_packages_of_earlier_versions(tmp_path: Path) -> None:
     assert found.options.balance is False
 
 
-def test_how_near_it_is() -> None:
+def test_the_description_of_the_distance() -> None:
     assert "nearer than 8 bits" in describe_kl(0.001)
     assert "as near as 8 bits" in describe_kl(0.007)
     assert "between" in describe_kl(0.02)
@@ -109,5 +109,5 @@ def test_a_transformers_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch)
     assert "vlpack[verify]" in str(caught.value.hint)
 
 
-def test_nothing_is_nearer_than_itself() -> None:
+def test_the_distance_in_the_description() -> None:
     assert np.isclose(float(describe_kl(0.0123).split()[5]), 0.012)

@@ -54,13 +54,13 @@ def test_a_video(precision: str, source: Path, tmp_path: Path) -> None:
         assert max(stage.total.relative for stage in case.stages) < 1e-5
 
 
-def test_it_is_asked_by_itself(source: Path, tmp_path: Path) -> None:
+def test_the_built_in_cases_contain_a_video(source: Path, tmp_path: Path) -> None:
     build(source, tmp_path / "package", threads=1)
     names = [case.name for case in verify(tmp_path / "package", source, tokens=2, threads=1).cases]
     assert names == ["text", "long text", "one image", "two images", "video"]
 
 
-def test_images_and_videos_in_turn(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_and_videos_in_any_order(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers takes all images before all videos; prompt and package have them in the order of the prompt."""
     build(source, tmp_path / "package", precision="fp32", threads=1)
     model_prompt = asking.Model.prompt
@@ -109,7 +109,7 @@ def test_a_grid_off_by_one_in_the_graph(source: Path, tmp_path: Path) -> None:
         ({"image_mean": [0.1, 0.1, 0.1]}, "the video's pixels differ"),
     ],
 )
-def test_other_settings_of_videos(change: dict[str, Any], words: str, source: Path, tmp_path: Path) -> None:
+def test_changed_video_settings(change: dict[str, Any], words: str, source: Path, tmp_path: Path) -> None:
     build(source, tmp_path / "package", threads=1)
     path = tmp_path / "package" / "video_preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
@@ -140,7 +140,7 @@ def test_a_user_s_own_video(source: Path, tmp_path: Path, capsys: pytest.Capture
     assert (done.code, json.loads(done.out)["cases"][0]["images"]) == (0, ["clip.mp4"])
 
 
-def test_a_package_that_takes_none(source: Path, tmp_path: Path) -> None:
+def test_a_package_without_videos(source: Path, tmp_path: Path) -> None:
     case = Case("clip", "What?", videos=(FRAMES,), video_options=VideoOptions(fps=1))
     for task in ("embedding", "generate"):
         build(source, tmp_path / task, task=task, part="text", threads=1)

@@ -98,7 +98,7 @@ class Architecture(ABC):
         return self.decoder.tied
 
     def untie(self) -> None:
-        """Treat the head's weight as a weight of its own from now on, whatever the config says."""
+        """Unties the head from the embedding: its weight becomes a separate one, whatever the configuration says."""
         self.decoder = replace(self.decoder, tied=False)
 
     def parts(self, options: GraphOptions) -> list[Part]:

@@ -66,7 +66,7 @@ class VisionFacts:
 
     @classmethod
     def read(cls, root: Section, vision: Section) -> VisionFacts:
-        """Read the facts from a config.json and its vision part; ids that it lacks are Qwen's."""
+        """Reads the facts from a config.json and its vision part; missing token ids are those of Qwen's models."""
         return cls(
             depth=vision.integer("depth", high=1024),
             pixels=pixels_of(vision),

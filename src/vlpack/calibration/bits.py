@@ -1,4 +1,4 @@
-"""The choice of 4 or 8 bits for each matrix of a decoder, by the measured harm of rounding it."""
+"""The choice of 4 or 8 bits for each matrix of a decoder, by how much 4 bits harm the model's predictions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlpack.quantize.policy import Policy, PrecisionFacts, layer_and_name, make_
 
 
 def _candidates(weights: Iterable[Weight], policy: Policy, facts: PrecisionFacts) -> list[Candidate]:
-    """The matrices that can have 4 or 8 bits, with a harm of 0, as it is not known yet."""
+    """The matrices that can have 4 or 8 bits; their harm is set to 0, because it is not known yet."""
     found = []
     for weight in weights:
         layer, name = layer_and_name(weight.path)
@@ -27,10 +27,10 @@ def _candidates(weights: Iterable[Weight], policy: Policy, facts: PrecisionFacts
 
 
 def check_reachable(weights: Iterable[Weight], policy: Policy, facts: PrecisionFacts, bits: float | None) -> None:
-    """Checks that an average of ``bits`` bits per weight can be reached; None stands for no such average.
+    """Checks that an average of ``bits`` bits per weight is possible; does nothing if ``bits`` is None.
 
     Raises:
-        OptionError: 4 bits everywhere exceed the average already, or no matrix can have 8 bits.
+        OptionError: 4 bits everywhere take more than the average already, or no matrix can have 8 bits.
     """
     if bits is None:
         return
@@ -51,16 +51,16 @@ def check_reachable(weights: Iterable[Weight], policy: Policy, facts: PrecisionF
 def spend_bits(
     policy: Policy, facts: PrecisionFacts, weights: Iterable[Weight], harms: Mapping[Half, float], bits: float
 ) -> Policy:
-    """The policy that gives 8 bits to the matrices that need them most, within an average of bits per weight.
+    """The policy that gives 8 bits to the matrices that need them most, within an average number of bits per weight.
 
-    The harm of half a layer is divided among its matrices in proportion to their numbers of weights.
+    The harm that was measured for half a layer is divided among its matrices in proportion to their sizes.
 
     Args:
         policy: policy with 4 bits everywhere.
-        facts: facts about the model.
+        facts: facts about the model that the policy depends on.
         weights: weights of the package under that policy.
-        harms: harm of 4 bits in each half of a layer.
-        bits: average bits per weight, scales included.
+        harms: harm of 4 bits in each half of a layer, as KL divergence in nats per token.
+        bits: average number of bits per weight, scales included.
     """
     found = _candidates(weights, policy, facts)
     halves = {one.path: _half(one.path) for one in found}

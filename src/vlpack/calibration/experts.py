@@ -1,4 +1,4 @@
-"""Inputs of the experts of a mixture: the tokens that the router sends to each expert, and a few tokens for all."""
+"""Calibration inputs of a mixture's experts: the tokens that the router sends to each, and a few tokens for all."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ Array = npt.NDArray[np.float32]
 MOST = 16384
 """Largest number of tokens kept per layer; they stay in memory because its experts are calibrated one by one."""
 SHARED, WORTH = 256, 64
-"""Number of tokens from all parts of the texts that are used for every expert, and the number of the expert's own
-tokens that they count as together. They calibrate experts to which few or no tokens were sent."""
+"""Number of tokens from all parts of the texts that every expert is calibrated on, and the total weight of these
+tokens, where one of the expert's own tokens counts 1. They are needed for experts to which few or no tokens were
+sent."""
 
 
 class ExpertInputs:
-    """The inputs of one layer's experts, in the checkpoint's basis, that is without balance and rotation.
+    """The inputs of one layer's experts, in the checkpoint's basis, that is, without balance and rotation.
 
     Args:
         checkpoint: checkpoint that contains the experts.
-        gate_up: weight of their gate and up projections, whose rows alternate; it computes the input of the down
-            projections.
+        gate_up: weight of the experts' gate and up projections, whose rows alternate; the inputs of the down
+            projections are computed with it.
         chosen: number of experts to which each token is sent.
     """
 
@@ -36,12 +37,12 @@ class ExpertInputs:
         self._waiting: list[tuple[Array, Array]] = []
 
     def add(self, x: Array, logits: Array, factors: Array | None) -> None:
-        """Adds tokens of a text.
+        """Adds the tokens of a text.
 
         Args:
             x: inputs of the experts, ``[tokens, H]``.
             logits: logits of the router, ``[tokens, E]``.
-            factors: factor by which each token is multiplied, ``[tokens]``; None for 1.
+            factors: weights of the tokens, ``[tokens]``; None for 1.
         """
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         # keep the shares of the chosen experts, scaled so that equal shares are 1
@@ -59,12 +60,15 @@ class ExpertInputs:
 
     @property
     def sizes(self) -> Array:
-        """Root mean squares of the channels over all kept tokens, ``[H]``."""
+        """Root mean squares of the experts' input channels over all kept tokens, ``[H]``."""
         mean: Array = np.sqrt(np.square(self._x).mean(axis=0, dtype=np.float64))
         return mean
 
     def products(self, weight: Weight, expert: int) -> Array:
-        """``Σ xᵀx`` of the inputs of an expert's matrix; tokens are weighted by the expert's share in their outputs."""
+        """The Hessian ``Σ xᵀx`` of the inputs of an expert's matrix, float32 ``[cols, cols]``.
+
+        Each token is multiplied by the expert's share in its output.
+        """
         own = self._shares[:, expert].nonzero()[0]
         some = np.linspace(0, len(self._x) - 1, min(SHARED, len(self._x)), dtype=np.int64)
         factors = np.full(len(some), np.sqrt(WORTH / len(some)), np.float32)
@@ -89,7 +93,7 @@ class ExpertInputs:
 
 
 def expert_pairs(weights: Sequence[Weight]) -> list[tuple[Weight, Weight]]:
-    """The weights of gate and up projections, each paired with that of the down projections of the same experts."""
+    """Pairs the weight of each mixture's gate and up projections with the weight of its down projections."""
     by_path = {weight.path: weight for weight in weights if weight.experts > 1}
     pairs = []
     for path, weight in by_path.items():

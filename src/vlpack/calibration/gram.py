@@ -1,10 +1,11 @@
-"""Gram matrices ``Σ xᵀx`` of a layer's inputs, computed in 8 bits where the processor multiplies these exactly.
+"""Gram matrices ``Σ xᵀx`` of a layer's inputs, computed with 8-bit integers on processors that multiply these exactly.
 
-They are most of a calibration's arithmetic, and integer products are four times as fast as float32. Every channel has
-its own scale in every stack of rows. The result is the Gram matrix of the rounded rows, and so positive semidefinite; a
-channel's sum of squares is off by less than a hundredth, where GPTQ adds a fifth of the mean
-(`vlpack.quantize.gptq.DAMPING`). Beside an outlier, a channel's other values keep few bits, which changes its products
-with others by a few hundredths of the geometric mean of both sums of squares.
+Gram matrices are most of a calibration's arithmetic, and integer products are four times as fast as float32. Rows are
+rounded to 8 bits, with a scale for each channel in each batch of rows. The result is the Gram matrix of the rounded
+rows, and so positive semidefinite. A channel's sum of squares is off by less than 1 %, which is small against the 20 %
+of the mean that GPTQ adds for damping (`vlpack.quantize.gptq.DAMPING`). If a channel has an outlier, its other values
+are rounded coarsely; this changes its products with other channels by a few percent of the geometric mean of both sums
+of squares.
 """
 
 from __future__ import annotations
@@ -25,18 +26,19 @@ from vlpack.system import available_cores
 Array = npt.NDArray[Any]
 
 ROWS = 4096
-"""Number of rows that are multiplied at once: adding the product to the sum costs the same for few as for many rows."""
+"""Number of rows that are multiplied at once; adding the product to the sum takes the same time for any number."""
 STRIP = 1024
-"""Number of columns that are multiplied at once with those up to them: the part above the diagonal is symmetric."""
+"""Number of columns that are multiplied at once with themselves and all columns before them. Products with later
+columns are not computed, because the matrix is symmetric."""
 SMALL = 512
-"""Number of rows or columns below which float32 is as fast as 8 bits."""
+"""Number of rows or columns below which float32 is as fast as 8-bit integers."""
 
 
 class Gram:
-    """A Gram matrix ``Σ xᵀx``, computed from rows that are added a few at a time.
+    """A Gram matrix ``Σ xᵀx``, computed from rows that are added little by little.
 
     Attributes:
-        rows: number of rows added; a row that is multiplied by a factor counts as the square of that factor.
+        rows: number of rows added so far; a row that is multiplied by a factor f counts f².
     """
 
     def __init__(self, cols: int) -> None:
@@ -81,11 +83,11 @@ class Gram:
 
 
 def add_products(rows: Array, total: Array) -> None:
-    """Adds ``rowsᵀ rows``, computed in 8 bits, to ``total [cols, cols]``, on and below the diagonal."""
+    """Adds ``rowsᵀ rows``, computed with 8-bit integers, to ``total [cols, cols]`` on and below the diagonal."""
     steps = np.maximum(rows.max(axis=0), -rows.min(axis=0)) / np.float32(127)
     steps[steps == 0] = 1
     codes = np.empty(rows.shape, np.int8)
-    if not np.isfinite(steps).all():  # the caller reports it; 8-bit codes would hide it, as they are finite
+    if not np.isfinite(steps).all():  # 8-bit codes would hide these values; the caller reports them
         total += np.float32(np.nan)
         return
     for start in range(0, len(rows), 256):
@@ -104,7 +106,11 @@ def add_products(rows: Array, total: Array) -> None:
 
 @cache
 def _session() -> Any:
-    """A session for ``(left - 128) · right · steps``: uint8 [m, k], int8 [k, n], float32 [n] → float32 [m, n]."""
+    """An onnxruntime session that computes ``(left - 128) · right · steps``.
+
+    The inputs are uint8 ``left [m, k]``, int8 ``right [k, n]`` and float32 ``steps [n]``; the output is float32
+    ``[m, n]``.
+    """
     kinds = {"left": ir.DataType.UINT8, "right": ir.DataType.INT8, "steps": ir.DataType.FLOAT}
     shapes = {"left": ["m", "k"], "right": ["k", "n"], "steps": ["n"]}
     inputs = [ir.Value(name=name, shape=ir.Shape(shapes[name]), type=ir.TensorType(kinds[name])) for name in kinds]

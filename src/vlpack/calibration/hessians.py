@@ -1,7 +1,8 @@
 """Hessians ``Σ xᵀx`` of the inputs of a decoder's matrices, measured with only one layer in memory at a time.
 
-Every layer is extracted from the decoder's graph and run on all texts, starting from the hidden states that the layer
-before it has computed. Its outputs are the next hidden states and the inputs of its matrices, whose Hessians are kept.
+Each layer is extracted from the decoder's graph and run on all texts, starting from the hidden states that the previous
+layer has computed. Its outputs are the next hidden states and the inputs of its matrices; the Hessians of these inputs
+are kept.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Array = npt.NDArray[Any]
 
 
 class _Measured:
-    """The Hessian ``Σ xᵀx`` of one input, and the paths of the weights that multiply it."""
+    """The Hessian ``Σ xᵀx`` of one input, and the paths of the weights that the input is multiplied by."""
 
     def __init__(self, products: Array, weights: Sequence[Weight]) -> None:
         self.products: Array | None = products
@@ -39,7 +40,7 @@ class _Measured:
 
 
 class Calibration:
-    """Measures the Hessians of a decoder's matrices, which are requested in the order of its layers.
+    """Measures the Hessians of a decoder's matrices; they must be requested in the order of its layers.
 
     Args:
         model: 8-bit package of the same checkpoint.
@@ -51,7 +52,7 @@ class Calibration:
         progress: function that receives the current layer and the number of layers.
 
     Attributes:
-        scales: scales of the channels of the package that is built, based on measured sizes of activations.
+        scales: channel scales of the package that is being built, based on the measured sizes of activations.
         model: 8-bit package of the same checkpoint.
         checkpoint: checkpoint of both packages.
         shown: texts that the decoder is run on.
@@ -101,7 +102,7 @@ class Calibration:
         self._lock = threading.Lock()
 
     def __call__(self, weight: Weight, expert: int = 0) -> HessianFactor:
-        """Hessian factor of a matrix, or of one of its experts, after the transform of the package that is built."""
+        """The Hessian factor of a matrix, or of one of its experts, in the basis of the package that is being built."""
         self._look_until(self._stage(weight.path))
         if weight.experts > 1:
             return self._of_expert(weight, expert)
@@ -137,7 +138,7 @@ class Calibration:
         return {**self._about, "scales": packed_scales(self.scales.exponents())}
 
     def _sizes_of(self, channels: Channels) -> Array | None:
-        """Root mean squares ``[channels]`` of channels that calibrated matrices read; None for other channels."""
+        """Root mean squares ``[channels]`` of activation channels; None if no calibrated matrix reads the channels."""
         if channels not in self._stage_of:
             return None
         self._look_until(self._stage_of[channels])
@@ -212,9 +213,9 @@ class Calibration:
         return ExpertInputs(self._checkpoint, gate_up, node.attributes["k"].as_int())
 
     def _run(self, stage: int | None, outputs: Sequence[ir.Value]) -> Iterable[list[Array]]:
-        """Yields ``outputs`` for every text.
+        """Yields the values of ``outputs`` for every text.
 
-        They are computed from the hidden states before layer ``stage``, or for None from the decoder's inputs.
+        They are computed from the hidden states before layer ``stage``, or from the decoder's inputs if it is None.
         """
         graph, past = self._graph.graph, f"past_key_values.{stage}."
         inputs = [x for x in graph.inputs if not str(x.name).startswith("past_") or str(x.name).startswith(past)]
@@ -236,15 +237,15 @@ class Calibration:
 def row_factors(shown: Sequence[Shown]) -> list[Array | None]:
     """Factors by which each text's rows are multiplied before Hessians are computed, float32 ``[tokens]``; None for 1.
 
-    Image tokens outnumber words and are similar to each other. The factors let all image tokens together count no more
-    than the words, so that they do not determine alone how a weight is rounded. (Xue et al. 2025, arXiv:2508.03351,
-    weight tokens by their gradients.)
+    Image tokens outnumber words and are similar to each other. With these factors, all image tokens together count no
+    more than all words, so that images do not dominate the rounding. (Xue et al. 2025, arXiv:2508.03351, weight tokens
+    by their gradients instead.)
     """
     images = sum(int(one.of_images.sum()) for one in shown if one.of_images is not None)
     words = sum(one.tokens for one in shown) - images
     if images <= words or words == 0:
         return [None] * len(shown)
-    small = np.float32((words / images) ** 0.5)  # a product contains it twice
+    small = np.float32((words / images) ** 0.5)  # xᵀx contains the factor twice
     return [
         None if one.of_images is None else np.where(one.of_images, small, np.float32(1)).astype(np.float32)
         for one in shown
@@ -261,7 +262,7 @@ def router(graph: ir.Graph, path: str) -> tuple[ir.Value, ir.Value]:
 
 
 def factor(graph: ir.Graph, path: str) -> ir.Value:
-    """The input of the 8-bit matrix of the module at ``path``, before it is quantized."""
+    """The activation that the 8-bit matrix of the module at ``path`` is multiplied by, before it is quantized."""
     weight = graph.initializers[f"{path}.qweight"]
     (node,) = {use.node for use in weight.uses()}
     x = node.inputs[0]

@@ -10,22 +10,22 @@ from typing import Protocol
 from vlpack.errors import OptionError, option
 
 SELF = "self"
-"""The calibration source that lets the model write its own texts; any other source is a file."""
+"""The calibration source for which the model generates the texts itself; any other source is the path of a file."""
 BESIDE = "calibration"
-"""Name of the folder of the temporary 8-bit package, within the folder of the package that is built."""
+"""Name of the folder of the temporary 8-bit package, within the folder of the package that is being built."""
 BESIDE_4 = "calibration-4"
-"""Name of the folder of the temporary 4-bit decoder in which the harm of 4 bits is measured."""
+"""Name of the folder of the temporary 4-bit decoder with which the harm of 4 bits is measured."""
 
 
 class ReportProgress(Protocol):
-    """A function that is called with the progress of a calibration."""
+    """A function that receives the progress of a calibration."""
 
     def __call__(self, text: str, done: int = 0, total: int = 0) -> None:
         """Reports the current step, with ``done`` of ``total`` units; ``total`` is 0 where it is not known."""
 
 
 def check_calibration(source: str | os.PathLike[str] | None, part: str) -> None:
-    """Checks that calibration, if it is wanted, is possible with the other options of a build.
+    """Checks that calibration is possible with the other options of a build; does nothing if ``source`` is None.
 
     Raises:
         OptionError: the part has no decoder, or the file with the texts does not exist.
@@ -51,7 +51,7 @@ def check_bits(
     calibrate: str | os.PathLike[str] | None,
     mixed: Mapping[str, str],
 ) -> None:
-    """Checks that an average of bits per weight is possible with the other options of a build.
+    """Checks that an average number of bits per weight can be combined with the other options of a build.
 
     Raises:
         OptionError: the average is out of range, or another option excludes it.
@@ -80,4 +80,4 @@ def check_bits(
 
 
 def report_nothing(text: str, done: int = 0, total: int = 0) -> None:
-    """Ignores the progress of a build."""
+    """A progress callback that does nothing."""

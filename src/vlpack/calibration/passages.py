@@ -1,8 +1,8 @@
-"""Short texts of many kinds with which decoders are calibrated, in addition to the texts that a model writes itself.
+"""Built-in calibration texts of many kinds, used in addition to the texts that the model generates.
 
-Each consists of a question and a passage that answers it. They are descriptions of pictures, text in pictures, code,
-tables and chats, in several languages. Embedding models and rerankers, which write no text, are calibrated with these
-and with pictures.
+Each consists of a question and a passage that answers it. They include descriptions of pictures, text in pictures,
+code, tables and chats, in several languages. Embedding models and rerankers do not generate text; they are calibrated
+on these passages and on pictures only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The texts and prompts of a calibration: openings that the model continues, built-in passages, and users' files."""
+"""The texts and prompts of a calibration: openings that the model continues, built-in passages and the user's file."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ T = TypeVar("T")
 LENGTH = 128
 """Largest number of tokens of a text."""
 TEXTS = 24
-"""Largest number of texts that a model writes."""
+"""Largest number of texts that a model generates."""
 PIECES = 48
 """Largest number of pieces of a user's text, or of conversations of a user's file."""
 STACK = 2048
-"""Largest number of tokens in a batch of texts of the same length; a longer single text is a batch of its own."""
+"""Largest number of tokens in a batch of texts of the same length; a text with more tokens is a batch by itself."""
 MIN_TOKENS = 1024
-"""Smallest number of tokens of a user's file: fewer describe thousands of input channels too poorly."""
+"""Smallest number of tokens of a user's file; fewer are too few to measure thousands of input channels."""
 MAX_BYTES = 100_000_000
-"""Largest size of a user's file."""
+"""Largest size of a user's file in bytes."""
 MAX_TOKENS = 4096
-"""Largest number of tokens of a conversation in a user's file: all of its inputs to a layer are in memory at once."""
+"""Largest number of tokens of a conversation in a user's file; all its inputs to a layer are in memory at once."""
 
 QUESTIONS = (
     "Explain to a child why the sky is blue.",
@@ -47,7 +47,7 @@ QUESTIONS = (
     "Write out the text of a typical restaurant receipt, line by line, with prices and the total.",
     "日本の四季について短い文章を書いてください。",
 )
-"""Questions of users that a model with a chat template answers."""
+"""Questions that a model with a chat template answers."""
 OPENINGS = (
     *("The", "In", "A photo of", "It is", "Once upon a time", "# Introduction\n\n", "import", "<html>"),
     *("La", "人", "Question:", "INVOICE No."),
@@ -65,7 +65,10 @@ PICTURES = (
 
 
 def openings(prompts: PromptBuilder | None, tokenizer: Tokenizer) -> list[list[int]]:
-    """The first tokens of at most `TEXTS` texts: questions as chats, if there is a chat template, and documents."""
+    """The first tokens of at most `TEXTS` texts that the model will continue.
+
+    They are the beginnings of documents and, if there is a chat template, chats with a question.
+    """
     documents = [tokenizer.encode(text) for text in OPENINGS]
     if prompts is None:
         return [ids for ids in documents if ids][:TEXTS]
@@ -74,7 +77,7 @@ def openings(prompts: PromptBuilder | None, tokenizer: Tokenizer) -> list[list[i
 
 
 def passages(prompts: PromptBuilder | None, tokenizer: Tokenizer) -> list[list[int]]:
-    """The tokens of the built-in passages, which are answers in chats if there is a chat template."""
+    """The tokens of the built-in passages; if there is a chat template, each is a chat of a question and its answer."""
     if prompts is None:
         return [ids for _, passage in PASSAGES if (ids := tokenizer.encode(passage))]
     chats = (
@@ -88,10 +91,10 @@ def retrieval(form: PlainPrompts | ChatPrompts, task: str, instruction: str, *, 
     """Prompts for an embedding model or a reranker, made from the built-in questions and passages and from pictures.
 
     Args:
-        form: form of the model's prompts.
-        task: task of the model.
-        instruction: instruction for queries.
-        sees: whether the model takes pictures.
+        form: builder of the model's prompts.
+        task: task of the model, ``embedding`` or ``reranker``.
+        instruction: instruction that queries are combined with.
+        sees: whether the model accepts pictures.
     """
     images: list[Any] = [
         {"image": picture(width, height, seed)} for seed, (_, width, height) in enumerate(PICTURES) if sees
@@ -107,7 +110,7 @@ def retrieval(form: PlainPrompts | ChatPrompts, task: str, instruction: str, *, 
 
 
 def of_one_length(texts: Sequence[list[int]]) -> list[list[list[int]]]:
-    """Groups texts of the same length into batches of at most `STACK` tokens, but of at least one text."""
+    """Groups texts of the same length into batches of at most `STACK` tokens, with at least one text in each."""
     groups: dict[int, list[list[int]]] = {}
     for text in texts:
         groups.setdefault(len(text), []).append(text)
@@ -128,7 +131,7 @@ def pictured(prompts: PromptBuilder) -> list[Prompt]:
 
 
 def prompt_builder(folder: Path, image_token_id: int | None) -> PromptBuilder | None:
-    """The prompt builder of a package; None if it has no chat template, such as that of a base model."""
+    """The prompt builder of a package; None if it has no chat template, as packages of base models."""
     try:
         return PromptBuilder.from_folder(folder, image_token_id=image_token_id)
     except CheckpointError:
@@ -180,7 +183,7 @@ def conversations_of(path: Path, prompts: PromptBuilder | None) -> list[Prompt]:
 
 
 def _beside(message: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The message with its images' paths, which are relative to ``folder``, joined to it."""
+    """A copy of the message in which relative paths of images are joined to ``folder``."""
     content = message.get("content")
     if not isinstance(content, list):
         return dict(message)
@@ -193,7 +196,7 @@ def _found(part: Any, folder: Path) -> Any:
     found = dict(part)
     for key in ("path", "image"):
         place = found.get(key)
-        # anything else is a URL or base64, or a missing file, which is reported when it is opened
+        # any other value is a URL, base64, or a missing file, which is reported when it is opened
         if isinstance(place, str) and len(place) < 1024 and "\0" not in place and (folder / place).is_file():
             found[key] = str(folder / place)
     return found
@@ -219,7 +222,7 @@ def _check_enough(path: Path, tokens: int) -> None:
 
 
 def texts_of(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
-    """The tokens of at most `PIECES` pieces of a user's text, each of `LENGTH` tokens, evenly spaced in it.
+    """The tokens of a user's text file: at most `PIECES` pieces of `LENGTH` tokens each, evenly spaced in the text.
 
     Raises:
         OptionError: the file cannot be read, is not UTF-8, is too large, or too short.
@@ -236,7 +239,7 @@ def texts_of(path: Path, tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def pieces(ids: Sequence[int], count: int) -> list[list[int]]:
-    """Pieces of `LENGTH` tokens each, ``count`` in number, evenly spaced from the beginning to the end."""
+    """Cuts ``count`` pieces of `LENGTH` tokens out of ``ids``, evenly spaced from the beginning to the end."""
     starts = spread(range(len(ids) - LENGTH + 1), count)
     return [list(ids[start : start + LENGTH]) for start in starts]
 

@@ -1,4 +1,4 @@
-"""The start of a calibration: it collects the texts and prepares the measurement of the decoder's inputs."""
+"""The start of a calibration: collects the texts and prepares the measurement of the decoder's activations."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from vlpack.tasks import GENERATE
 
 SEED = 0
 INSTRUCTION = "Given a search query, retrieve relevant passages that answer the query"
-"""Instruction for the queries of a model that has none of its own."""
+"""Instruction for queries if the model has no default instruction."""
 JSONL = ".jsonl"
-"""Suffix of the name of a file of conversations; files with any other suffix contain plain text."""
+"""File-name suffix of files of conversations; files with any other suffix contain plain text."""
 
 
 def start_calibration(
@@ -56,18 +56,18 @@ def start_calibration(
         weights: matrices whose Hessians will be requested.
         transforms: transforms of the 8-bit package's matrices, by path.
         checkpoint: checkpoint of both packages.
-        source: `SELF`, a file of plain text, or a file of conversations, whose name ends with `JSONL`.
+        source: `SELF`, the path of a plain-text file, or the path of a file of conversations, which ends with `JSONL`.
         progress: function to which each step is reported.
 
     Raises:
         OptionError: the file cannot be used.
-        InputError: a line of it or one of its images cannot be used.
+        InputError: a line of the file or one of its images cannot be used.
         PackageError: onnxruntime cannot load the package.
     """
     vision = model.architecture.vision
     image = vision.image_token_id if vision else None
     prompts = prompt_builder(model.folder, image)
-    # a second one would be a hundred megabytes
+    # a second tokenizer would take a hundred megabytes
     tokenizer = Tokenizer.from_folder(model.folder) if prompts is None else prompts.tokenizer
     texts: list[list[int]] = []
     asked: list[Prompt] = []

@@ -1,8 +1,8 @@
-"""The harm of 4 bits in each half of a decoder's layers, measured with that half in 4 bits and the rest in 8.
+"""The sensitivity of each half of a decoder's layers to 4 bits, measured with that half in 4 bits and the rest in 8.
 
-The halves of a layer are attention and feed-forward. Each half reaches from the norm before it to the norm before the
+The halves of a layer are attention and feed-forward. Each half extends from the norm before it to the norm before the
 next one, so that its input and output are the residual stream, which has the same form in 4-bit and 8-bit packages.
-Activations are not rounded: their noise changes with every change of an input, and would hide the harm of half a layer.
+Activations are not quantized here: their rounding errors would hide the effect of half a layer.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from vlpack.ort.graph_edits import compute_all_tokens, load_graph, make_exact, n
 Array = npt.NDArray[Any]
 
 TEXTS, TOKENS = 6, 32
-"""Number of the calibration's texts whose beginnings are used, and tokens of each: enough to rank the halves of
-layers, though not to know their harm precisely."""
+"""Number of calibration texts that are used, and number of tokens from the beginning of each. They are enough to rank
+the halves of layers, but not to know their harm precisely."""
 
 
 TOGETHER = 8
-"""Variants of the residual stream that are run at a time."""
+"""Number of variants of the residual stream that are run at the same time."""
 TOKENS_IN = ("input_ids", "inputs_embeds")
-"""Names of the decoder inputs that become the residual stream before the first layer."""
+"""Names of the decoder inputs from which the residual stream before the first layer is computed."""
 
 
 class Half(NamedTuple):
@@ -46,19 +46,20 @@ def harms(
     shown: Sequence[Shown],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[Half, float]:
-    """The harm of each half of a layer: the KL divergence, in nats per token, that storing it in 4 bits causes.
+    """The harm that storing each half of a layer in 4 bits does: a KL divergence in nats per token.
 
-    It compares the model's predictions with that half in 4 bits and the rest in 8 to those with 8 bits everywhere.
+    The divergence is that of the model's predictions with this half in 4 bits and the rest in 8 bits from its
+    predictions with 8 bits everywhere.
 
     Args:
-        eight: package with 8 bits.
-        four: package of the same checkpoint with 4 bits, rounded as in the final package; only its decoder is used.
+        eight: 8-bit package.
+        four: 4-bit package of the same checkpoint, rounded as in the final package; only its decoder is used.
         shown: texts; the beginnings of the first `TEXTS` texts with at least `TOKENS` tokens are used.
-        progress: function that receives the number of halves that have been run, and of all halves.
+        progress: function that receives the number of finished halves and the number of all halves.
     """
     given = _beginnings([one.inputs for one in shown if one.tokens >= TOKENS][:TEXTS])
     exact, coarse = _Stages(eight), _Stages(four)
-    # variants of the residual stream: with 8 bits everywhere, and one for each half so far with 4 bits in that half
+    # variants of the residual stream: first with 8 bits everywhere, then one for each half so far, with that in 4 bits
     streams = [exact.first(given)]
     for stage in range(exact.count):
         progress(stage, exact.count)
@@ -73,7 +74,7 @@ def harms(
 
 
 def _beginnings(inputs: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """The first `TOKENS` tokens of texts as one batch; each text is a batch of one."""
+    """The first `TOKENS` tokens of all texts as one batch, made from inputs that are batches of one text each."""
     batch = {}
     for name in inputs[0]:
         axis = _batch_axis(name, inputs[0][name])
@@ -82,12 +83,12 @@ def _beginnings(inputs: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
 
 
 def _repeated(name: str, value: Array, times: int) -> Array:
-    """A batch so many times over."""
+    """The batch ``value``, repeated ``times`` times."""
     return np.concatenate([value] * times, _batch_axis(name, value))
 
 
 def _batch_axis(name: str, value: Array) -> int:
-    """Positions of a model that sees are ``[3, batch, tokens]``."""
+    """The batch axis of a decoder input: 1 for M-RoPE positions ``[3, batch, tokens]``, 0 for all others."""
     return 1 if name == "position_ids" and value.ndim == 3 else 0
 
 
@@ -117,7 +118,7 @@ class _Stages:
         return self._feed(self._session(None, border), given, {})
 
     def run(self, stage: int, given: Mapping[str, Array], streams: Sequence[Array]) -> list[Array]:
-        """The residual streams after the half with the number ``stage``, computed from those before it."""
+        """The residual streams after half number ``stage``, computed from the streams before it."""
         session = self._session(self._borders[stage], self._borders[stage + 1], stage // 2)
         name = str(self._borders[stage].name)
         found: list[Array] = []
@@ -128,7 +129,7 @@ class _Stages:
         return found
 
     def log_shares(self, stream: Array) -> Array:
-        """Log-probabilities of the next token, ``[texts, tokens, vocabulary]``, for the second half of the tokens."""
+        """Log-probabilities of the next token, ``[texts, tokens, vocabulary]``, at the second half of the positions."""
         border = self._borders[-1]
         if self._head is None:
             logits = next(value for value in self._graph.graph.outputs if value.name == "logits")
@@ -146,7 +147,7 @@ class _Stages:
 
     def _open(self, starts: Sequence[ir.Value], end: ir.Value) -> Any:
         part = ir.convenience.extract(self._graph.graph, starts, [end])
-        # of dequantized weights onnxruntime would make quantized products again
+        # with optimization, onnxruntime would fuse the dequantization of weights into quantized products again
         model = ir.Model(part, ir_version=self._graph.ir_version)
         return open_session(model, self._file, self._threads, optimized=False)
 

@@ -1,4 +1,4 @@
-"""The 8-bit package of a calibration, run in plain onnxruntime to write texts and to provide decoder inputs."""
+"""The temporary 8-bit package of a calibration, run in plain onnxruntime to generate texts and decoder inputs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from vlpack.system import available_cores
 Array = npt.NDArray[Any]
 
 TOGETHER = 8
-"""Number of texts that are written at the same time."""
+"""Number of texts that are generated at the same time."""
 LEAST_SHARE = 0.05
-"""Threshold of min-p sampling (Nguyen et al. 2024, arXiv:2407.01082): tokens whose probability is below this share of
-the most likely token's are never chosen."""
+"""Threshold of min-p sampling (Nguyen et al. 2024, arXiv:2407.01082): tokens less likely than this share of the most
+likely token's probability are never chosen."""
 
 
 class Shown(NamedTuple):
@@ -30,8 +30,8 @@ class Shown(NamedTuple):
 
     Args:
         inputs: arrays by the names of the decoder's inputs, without the key/value cache.
-        tokens: number of tokens.
-        of_images: whether each token stands for a part of an image, bool ``[tokens]``; None if none does.
+        tokens: number of tokens in all texts of the batch.
+        of_images: mask of the tokens that stand for parts of images, bool ``[tokens]``; None if there are none.
     """
 
     inputs: dict[str, Array]
@@ -40,11 +40,11 @@ class Shown(NamedTuple):
 
 
 class CalibrationModel:
-    """A package with fp32 activations whose graphs are run for a calibration.
+    """A temporary package with fp32 activations whose graphs are run for a calibration.
 
     Args:
         folder: folder of the package.
-        files: part → name of its graph's file.
+        files: file names of the graphs by part, such as ``decoder``.
         architecture: architecture of the model.
     """
 
@@ -58,8 +58,8 @@ class CalibrationModel:
         """Decoder inputs for a batch of tokens.
 
         Args:
-            ids: tokens ``[B, S]``.
-            prompt: prompt whose tokens are ``ids [1, S]``, if it has pictures; None for texts.
+            ids: token ids ``[B, S]``.
+            prompt: prompt with images, whose tokens are ``ids [1, S]``; None for texts.
             first: position of the first token.
         """
         positions: Array = np.broadcast_to(np.arange(first, first + ids.shape[1]), ids.shape).astype(np.int64)
@@ -93,14 +93,17 @@ class CalibrationModel:
     def write(
         self, openings: Sequence[Sequence[int]], length: int, ends: set[int], seed: int, progress: Callable[[int], None]
     ) -> list[list[int]]:
-        """Texts that begin with the given openings and are continued by the model.
+        """Generates texts by continuing the given openings.
 
         Args:
             openings: first tokens of each text.
             length: largest number of tokens of a text, its opening included.
             ends: tokens that end a text.
             seed: seed of the random choice of tokens.
-            progress: function that receives the number of tokens written so far, in all texts.
+            progress: function that receives the number of tokens generated so far in all texts.
+
+        Returns:
+            token ids of each text, its opening included.
         """
         decoder = cpu_session(self.folder / self.decoder_file, self.threads)
         random, texts = np.random.default_rng(seed), []
@@ -123,7 +126,7 @@ class CalibrationModel:
         random: np.random.Generator,
         progress: Callable[[int], None],
     ) -> list[list[int]]:
-        # all texts take each step together: a text that is still in its opening gets the next token of that
+        # all texts take each step together: a text that is still in its opening gets the opening's next token
         texts = [[opening[0]] for opening in openings]
         over = [False] * len(texts)
         binding = decoder.io_binding()
@@ -155,7 +158,7 @@ def _until(text: list[int], start: int, ends: set[int]) -> list[int]:
 
 
 def _bind_cache(decoder: Any, binding: Any, batch: int, length: int) -> None:
-    """Binds a key/value cache for ``length`` tokens to every layer; each step adds to it in place."""
+    """Binds a key/value cache for ``length`` tokens to every layer; each step writes its keys and values in place."""
     for port in decoder.get_inputs():
         if port.name.startswith("past_key_values"):
             room = ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, port.shape[1], length, port.shape[3]), np.float32))

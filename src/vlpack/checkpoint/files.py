@@ -60,7 +60,7 @@ def _reason(error: Exception) -> str:
 
 
 def check_plain_name(name: str, where: str) -> str:
-    """Returns ``name`` if it is a plain file name; otherwise an index could refer to any file of this machine."""
+    """Returns ``name`` if it is a plain file name; a path, which could lead to any file of this machine, is refused."""
     if (
         not name
         or len(name) > 255

@@ -182,12 +182,12 @@ def _download(
         )
     except errors.GatedRepoError as error:  # caught before RepositoryNotFoundError, its base class
         raise CheckpointError(
-            f"{repo_id} is gated: its authors ask who uses it.",
+            f"{repo_id} is gated: its authors require that you accept their terms.",
             f"Accept the terms on https://huggingface.co/{repo_id}, then set HF_TOKEN or run `hf auth login`.",
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"There is neither a folder {repo_id} nor a model of that name on the Hub that you may see.",
+            f"There is neither a folder {repo_id} nor a model of that name on the Hub that you can access.",
             "Check the spelling; for a private model set HF_TOKEN or run `hf auth login`.",
         ) from error
     except errors.RevisionNotFoundError as error:
@@ -213,10 +213,10 @@ def _download(
     except Exception as error:  # HTTP, disk and transfer errors, of classes that differ between versions of the library
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             hint = (
-                "Free some space, or set HF_HOME to a folder on a larger disk. The download goes on where it stopped."
+                "Free some space, or set HF_HOME to a folder on a larger disk. The download continues where it stopped."
             )
         else:
-            hint = "Try again: the download goes on where it stopped."
+            hint = "Try again: the download continues where it stopped."
         raise CheckpointError(
             f"{what} could not be downloaded: {type(error).__name__}: {_short(error)}", hint
         ) from error
@@ -224,6 +224,6 @@ def _download(
 
 
 def _short(error: Exception) -> str:
-    """The first line of the library's message; the rest can be a page long and repeat what ours says."""
+    """The first line of the library's message; the rest can be a page long and repeat vlpack's own message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return textwrap.shorten(lines[0].removeprefix("Got: "), 200, placeholder=" …").rstrip(".") + "."

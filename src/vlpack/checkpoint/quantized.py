@@ -61,7 +61,7 @@ def _in_tensors(checkpoint: Checkpoint) -> str | None:
 
 
 def _in_files(checkpoint: Checkpoint) -> str | None:
-    """The method named in a tool's settings file. ModelOpt writes the file for unquantized models too, without one."""
+    """The method named in a tool's settings file. ModelOpt writes one for unquantized models too, without a method."""
     for file, tool in FILES.items():
         settings = checkpoint.json(file) or {}
         nested = settings.get("quantization")

@@ -65,7 +65,7 @@ class SentenceFiles:
         pooling = self._settings(path)
         if pooling is None:
             raise CheckpointError(
-                f"{self._folder} lacks {path}/config.json, which says how the model pools.",
+                f"{self._folder} lacks {path}/config.json, which describes the pooling.",
                 f"Download the checkpoint with its subfolders, or build with {option('task', 'generate')}.",
             )
         # version 5 names one mode or a list of modes; older versions have a flag for each mode

@@ -122,9 +122,9 @@ def build(
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")] = None,
     cache_dir: Annotated[
-        Path | None, typer.Option("-c", "--cache_dir", "--cache-dir", help="Where files of the Hub are kept.")
+        Path | None, typer.Option("-c", "--cache_dir", "--cache-dir", help="Folder for files from the Hub.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a package that is already there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing package.")] = False,
     threads: Annotated[
         int | None,
         typer.Option("--threads", min=1, help="Number of threads that encode weights. (default: all cores, at most 8)"),

@@ -161,7 +161,7 @@ class Terminal:
         if stays := len(self.chat.turns) > turns:
             self.images, self.videos = [], []
         if stopped:
-            kept = "what there is stays in the conversation" if stays else "nothing stays in the conversation"
+            kept = "the generated part stays in the conversation" if stays else "nothing stays in the conversation"
             self._say(f"(stopped; {kept})")
         elif stream.answer.finish_reason == "length":
             count = len(stream.answer.tokens)

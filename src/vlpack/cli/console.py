@@ -61,7 +61,7 @@ def printable(text: object) -> str:
 
 
 def without_controls(text: str) -> str:
-    """A text without control characters but newline and tab, since a model could write ones that control a terminal."""
+    """A text without control characters, except newline and tab, so that an answer cannot control the terminal."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
@@ -181,7 +181,7 @@ def _short(label: str, width: int = 60) -> str:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Shows the current step and its seconds on standard error until the block is left, if that is a terminal."""
+    """Shows the current step and its seconds on standard error, if it is a terminal, until the block is left."""
     if not err.is_terminal or err.is_dumb_terminal:
         yield
         return

@@ -46,7 +46,7 @@ def named_images(given: Sequence[str] | None, question: str | None = "") -> list
     """
     given = given or []
     if given.count(STANDARD_INPUT) > 1:
-        raise OptionError("--image - is given twice.", "Standard input holds one image.")
+        raise OptionError("--image - is given twice.", "Standard input can provide only one image.")
     if STANDARD_INPUT in given and question is None:
         raise OptionError("Standard input is the image.", 'Give the question as an argument: --image - "question"')
     images: list[NamedImage] = []

@@ -15,7 +15,9 @@ from vlpack.errors import InputError, OptionError
 
 def verify(
     package: Annotated[Path, typer.Argument(help="Folder of a package.")],
-    reference: Annotated[str, typer.Option("--reference", help="Checkpoint it should be: a folder or a Hub id.")],
+    reference: Annotated[
+        str, typer.Option("--reference", help="Checkpoint that the package was built from: a folder or a Hub id.")
+    ],
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", metavar="TEXT", help="Question to ask; repeat the option for more."),
@@ -50,7 +52,11 @@ def verify(
     threads: opt.Threads = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option("--lora", metavar="FOLDER|HUB_ID", help="Adapter that was merged; repeat the option for more."),
+        typer.Option(
+            "--lora",
+            metavar="FOLDER|HUB_ID",
+            help="LoRA adapter that was merged into the package; repeat the option for more.",
+        ),
     ] = None,
     report: Annotated[
         Path | None, typer.Option("--report", help="Write an HTML report to this file, such as report.html.")

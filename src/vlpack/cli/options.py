@@ -82,14 +82,15 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Random seed; the same 
 
 Schema = Annotated[
     str | None,
-    typer.Option("--schema", metavar="FILE|JSON", help="The answer is JSON that this JSON schema describes."),
+    typer.Option("--schema", metavar="FILE|JSON", help="The answer is JSON that matches this JSON schema."),
 ]
 Regex = Annotated[
-    str | None, typer.Option("--regex", metavar="PATTERN", help="The whole answer matches it (syntax of Rust's regex).")
+    str | None,
+    typer.Option("--regex", metavar="PATTERN", help="The whole answer matches this pattern (syntax of Rust's regex)."),
 ]
 Choices = Annotated[
     list[str] | None,
-    typer.Option("--choice", metavar="TEXT", help="The answer is this text, or another one given in this way."),
+    typer.Option("--choice", metavar="TEXT", help="Text that the answer may be; repeat the option for each of them."),
 ]
 
 

@@ -101,13 +101,13 @@ def run(
 def _run_constrained(
     package: Path, options: dict[str, Any], asked: dict[str, Any], *, stats: bool, as_json: bool
 ) -> None:
-    """An answer that obeys, by the engine, whose JSON has no white space that a model could spend its tokens on."""
+    """Answers with constrained decoding by the engine, which generates JSON without white space between values."""
     from vlpack.engine import Engine
     from vlpack.engine.constraints import grammar_of
 
     grammar_of(
         schema=asked["schema"], regex=asked["regex"], choices=asked["choices"]
-    )  # told before the model is loaded
+    )  # errors are reported before the model is loaded
     started = time.perf_counter()
     with console.waiting(f"loading {package}"):
         engine = Engine(package, slots=1, **options)
@@ -202,7 +202,9 @@ def embed(
     ] = None,
     instruction: Instruction = None,
     prompt: NamedPrompt = None,
-    dimensions: Annotated[int | None, typer.Option("--dimensions", help="Keep only this many.")] = None,
+    dimensions: Annotated[
+        int | None, typer.Option("--dimensions", help="Number of values to keep of each embedding.")
+    ] = None,
     max_pixels: opt.MaxPixels = None,
     literal: opt.Literal = False,
     threads: opt.Threads = None,

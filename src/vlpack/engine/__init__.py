@@ -1,4 +1,7 @@
-"""Many requests at once on plain onnxruntime: slots of one cache, a scheduler, sampling and constraints."""
+"""The engine: it answers many requests at once on plain onnxruntime (continuous batching).
+
+Requests take slots of one shared key/value cache. A scheduler runs them, with sampling and constrained decoding.
+"""
 
 from vlpack.engine.constraints import Grammar
 from vlpack.engine.engine import Engine

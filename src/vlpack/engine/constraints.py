@@ -1,6 +1,6 @@
-"""Answers that obey a JSON schema, a regular expression, a grammar or a list of choices: masks of allowed tokens.
+"""Constrained decoding: answers that match a JSON schema, a regular expression, a grammar or a list of choices.
 
-llguidance (an optional dependency) follows the grammar and says after every token which ones may come next.
+llguidance (an optional dependency) parses the answer token by token and computes the mask of allowed next tokens.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from vlpack.errors import OptionError, PackageError, option
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer must be like.
+    """A grammar that an answer must match.
 
     Args:
-        kind: the option that asked for it.
-        text: as llguidance takes it.
-        model: a pydantic class that the answer becomes an object of; None where there is none.
+        kind: name of the option that gave it, such as ``schema``.
+        text: the grammar in llguidance's format.
+        model: pydantic class into which the answer is parsed; None if there is none.
     """
 
     kind: str
@@ -35,11 +35,11 @@ class Grammar:
 
     @property
     def is_json(self) -> bool:
-        """Whether answers are JSON."""
+        """Whether answers that match the grammar are JSON."""
         return self.kind == "schema"
 
     def parse(self, text: str) -> Any:
-        """A whole answer as what its schema describes: an object of the pydantic class, or JSON's own types."""
+        """Parses a whole answer that is JSON into an object of the pydantic class, or else into JSON's own types."""
         if self.model is not None:
             return self.model.model_validate_json(text)
         return json.loads(text)
@@ -52,16 +52,16 @@ def grammar_of(
     lark: str | None = None,
     choices: Sequence[str] | None = None,
 ) -> Grammar | None:
-    """The grammar that these options ask for; None where none of them is given.
+    """The grammar described by whichever of these options is given; None if none is.
 
     Args:
-        schema: a JSON schema, or a class with pydantic's ``model_json_schema``.
-        regex: the whole answer matches it; in the syntax of Rust's regex crate.
-        lark: a grammar in llguidance's dialect of Lark.
-        choices: the answer is one of these texts.
+        schema: JSON schema, or class with pydantic's ``model_json_schema``.
+        regex: regular expression that the whole answer matches, in the syntax of Rust's regex crate.
+        lark: grammar in llguidance's dialect of Lark.
+        choices: texts of which the answer is one.
 
     Raises:
-        OptionError: several are given, one is of the wrong kind, or llguidance is not installed.
+        OptionError: several options are given, one has a wrong type, or llguidance is not installed.
     """
     options = {"schema": schema, "regex": regex, "lark": lark, "choices": choices}
     given = [name for name, value in options.items() if value is not None]
@@ -94,16 +94,18 @@ def grammar_of(
         text = json.dumps(plain)
     except (TypeError, ValueError) as error:
         raise OptionError(f"{option('schema')} is not JSON: {error}.") from None
-    # without white space between values a model cannot spend its tokens on it
+    # if white space between values were allowed, a model could fill the answer with it
     return Grammar("schema", matcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False}), model)
 
 
 class Grammars:
-    """A package's vocabulary as llguidance has it; made with the first constrained request, as that takes a second.
+    """Makes constraints for the vocabulary of a package.
+
+    llguidance's tokenizer is made for the first constrained request only, because this takes about a second.
 
     Args:
         tokenizer: path of the package's tokenizer.json.
-        vocab_size: how many logits there are.
+        vocab_size: number of logits.
         ends: tokens that end an answer.
     """
 
@@ -113,11 +115,11 @@ class Grammars:
         self._lock = threading.Lock()
 
     def constraint(self, grammar: Grammar) -> Constraint:
-        """A new answer's way through a grammar.
+        """A constraint for one new answer.
 
         Raises:
-            OptionError: llguidance does not take the grammar.
-            PackageError: llguidance does not take the package's tokenizer.
+            OptionError: llguidance rejects the grammar.
+            PackageError: llguidance rejects the package's tokenizer.
         """
         module = _llguidance()
         with self._lock:
@@ -125,7 +127,7 @@ class Grammars:
                 try:
                     text = self._path.read_text(encoding="utf-8")
                     self._tokenizer = module.LLTokenizer(text, n_vocab=self._size, eos_token=self._ends)
-                except Exception as error:  # ValueError of the tokenizer's rules, OSError
+                except Exception as error:  # ValueError if the tokenizer is not supported, OSError
                     raise PackageError(f"llguidance does not take {self._path}: {str(error)[:300]}") from None
         matcher = module.LLMatcher(self._tokenizer, grammar.text, log_level=0)
         if matcher.is_error():
@@ -134,34 +136,34 @@ class Grammars:
 
 
 class Constraint:
-    """How far one answer has come in its grammar.
+    """The state of one answer in its grammar.
 
     Attributes:
-        grammar: that it obeys.
+        grammar: grammar that the answer must match.
     """
 
     def __init__(self, matcher: Any, grammar: Grammar, vocab_size: int) -> None:
         self.grammar, self._matcher, self._size = grammar, matcher, vocab_size
 
     def allowed(self) -> npt.NDArray[np.bool_]:
-        """Which tokens may come next, ``[V]``.
+        """The mask of tokens that may come next, bool ``[V]``.
 
         Raises:
-            OptionError: the grammar is too complex to go on.
+            OptionError: the grammar is too complex for llguidance's limits.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()
         return np.unpackbits(bits, bitorder="little", count=self._size).astype(np.bool_)
 
     def push(self, token: int) -> bool:
-        """Go on by one token; whether the answer is complete, so that nothing but an end could follow."""
+        """Adds a token to the answer; returns whether only an end token could follow."""
         self._matcher.consume_token(token)
         self._check()
         return bool(self._matcher.is_stopped())
 
     @property
     def complete(self) -> bool:
-        """Whether the answer could end here."""
+        """Whether the answer matches the grammar if it ends here."""
         return bool(self._matcher.is_accepting())
 
     def _check(self) -> None:
@@ -174,7 +176,7 @@ def _literal(character: str) -> str:
 
 
 def _reason(matcher: Any) -> str:
-    """What is wrong by llguidance, on one line."""
+    """The error that llguidance reports, on one line."""
     return " ".join(matcher.get_error().split())[:300]
 
 

@@ -1,4 +1,4 @@
-"""`vlpack.Engine`: a package that answers many requests at once, in plain onnxruntime."""
+"""`vlpack.Engine`: answers many requests at once with one package, in plain onnxruntime."""
 
 from __future__ import annotations
 
@@ -43,25 +43,27 @@ from vlpack.system import checked_threads
 
 
 class Engine:
-    """A package in memory that answers many requests at once. Use it as a context manager, or `close` it.
+    """A loaded package that answers many requests at once.
+
+    Use it as a context manager, or call `close`.
 
     Args:
-        folder: a package that generates, for the CPU.
-        slots: how many requests are answered at a time; the others wait.
-        context: tokens of prompt and answer that a slot has room for; by default what the model's context and half of
-            this machine's memory allow. Memory that is never written is not taken.
-        threads: of the sessions; all cores by default.
-        queue: how many requests may wait for a slot.
-        stall: how many times as long answers that have begun may take for a token, on average, while prompts of other
-            requests are shown: at least 2. With infinity prompts go first, which is the fastest for all together.
-        min_pixels: smallest image area, square pixels, instead of the package's.
-        max_pixels: largest image area; smaller is faster.
+        folder: folder of a package that generates text, built for the CPU.
+        slots: number of requests that are answered at a time; others wait.
+        context: number of tokens of prompt and answer together that fit into a slot; by default as many as the model's
+            context and half of this machine's memory allow. Unused parts of a slot take no memory.
+        threads: number of threads of each session; all cores by default.
+        queue: largest number of requests that wait for a slot.
+        stall: largest factor by which the average time per token of running answers may grow while prompts of other
+            requests are processed; at least 2. With infinity, prompts come first, which gives the highest throughput.
+        min_pixels: smallest area of an image in pixels, instead of the package's.
+        max_pixels: largest area of an image in pixels, instead of the package's; smaller is faster.
 
     Attributes:
-        cache_bytes: of keys and values, of all slots.
+        cache_bytes: size of the keys and values of all slots.
 
     Raises:
-        OptionError: an option does not suit the package, or the cache does not fit the memory.
+        OptionError: an option does not fit the package, or the cache does not fit into memory.
         PackageError: the folder is not a complete package, onnxruntime cannot load it, or it is for another provider.
     """
 
@@ -107,7 +109,7 @@ class Engine:
         if "vision" in self._model and self.vision is None:
             raise PackageError(f"{self.folder}: the engine cannot use this vision graph.", "Build the package again.")
         self._graphs = Graphs(self.folder, self._model, threads)
-        files.check()  # nothing was replaced while it was loaded
+        files.check()  # raises an error if a file was replaced while the package was loaded
         beside = sum(int(entry["bytes"]) for entry in files.manifest["files"].values())
         self.context = context or default_context(self._graphs.cache, slots, longest)
         self._slots = Slots(self._graphs, slots, self.context, beside)
@@ -120,11 +122,11 @@ class Engine:
 
     @property
     def counters(self) -> Counters:
-        """What was computed since the engine was made."""
+        """Counts of what the engine has computed since it was made."""
         return self._scheduler.counters
 
     def close(self) -> None:
-        """Interrupt all requests and end the engine's threads."""
+        """Interrupts all requests and ends the engine's threads."""
         self._closed()
 
     def __enter__(self) -> Engine:
@@ -140,9 +142,9 @@ class Engine:
         videos: Sequence[VideoSource] = (),
         **options: Any,
     ) -> Prompt:
-        """Messages as tensors, which `submit` takes too; as `vlpack.Model.prompt`."""
+        """Turns messages into a prompt of tensors, which `submit` accepts; arguments as for `vlpack.Model.prompt`."""
         check_sources(images, videos)
-        with self._building:  # a processor or template is not promised to take two calls at once
+        with self._building:  # processors and templates may not be safe to call from two threads
             return self.prompts(as_messages(messages, images, videos), images, videos, **options)
 
     def submit(
@@ -152,19 +154,19 @@ class Engine:
         videos: Sequence[VideoSource] = (),
         **options: Any,
     ) -> Handle:
-        """Ask, from any thread; the answer comes through the handle while other requests are answered.
+        """Submits a request, from any thread, and returns a handle through which its answer arrives.
 
-        Images and text become tensors before this returns; in an event loop ``await asyncio.to_thread(engine.submit,
-        …)`` keeps that from holding it up.
+        Images and text are turned into tensors before this method returns. In an event loop, use ``await
+        asyncio.to_thread(engine.submit, …)`` so that this work does not block the loop.
 
         Args:
-            messages: a question, a conversation in OpenAI's form, or a prompt that `prompt` made of them.
+            messages: question, conversation in OpenAI's format, or prompt that `prompt` returned.
             images: images of the prompt, as in `vlpack.Model.stream`.
             videos: videos of the prompt, as in `vlpack.Model.stream`.
-            **options: see `submit_n`.
+            **options: options of `submit_n`.
 
         Raises:
-            InputError: the messages or images are not usable, or do not fit a slot.
+            InputError: the messages or images are not usable, or do not fit into a slot.
             OptionError: an option is out of its range.
             QueueFullError: too many requests wait.
         """
@@ -200,36 +202,43 @@ class Engine:
         allow_private_urls: bool = False,
         special_tokens: str = CONTROL,
     ) -> list[Handle]:
-        """Ask for n answers to one prompt, which is computed once.
+        """Submits a request for n answers to the same prompt, which is processed only once.
 
         Args:
-            n: how many answers.
-            messages: the prompt, as in `submit`.
+            n: number of answers.
+            messages: prompt, as in `submit`.
             images: images of the prompt, as in `submit`.
             videos: videos of the prompt, as in `submit`.
-            video_options: how videos are looked at whose parts do not say it themselves.
-            max_tokens: of an answer at most; fewer where the slot has no room for them.
-            sampling: how tokens are chosen; or, in its place, temperature, top_k, top_p, repetition_penalty and seed.
-            temperature: 0 takes the likeliest token always.
-            top_k: only the k likeliest.
-            top_p: only the likeliest whose probabilities sum to p.
-            min_p: only those at least so likely as this share of the likeliest one's probability.
-            repetition_penalty: above 1 makes tokens that have occurred, in prompt or answer, less likely.
-            presence_penalty: above 0 makes tokens that the answer has less likely.
-            frequency_penalty: above 0 makes them so as often as the answer has them.
-            seed: the same seed gives the same answers, whatever else is answered meanwhile.
-            stop: texts at which the answer ends; it does not have them.
-            stop_token_ids: tokens at which it ends, beside the package's.
-            logprobs: tell each token's logarithmic probability, and those of so many likely tokens in its place.
-            schema: the answer is JSON that this JSON schema, or pydantic class, describes; see `EngineAnswer.parsed`.
-            regex: the whole answer matches it; in the syntax of Rust's regex crate.
-            lark: a grammar in llguidance's dialect of Lark.
-            choices: the answer is one of these texts.
-            client: whoever asks: clients take turns in the queue.
-            wait: until there is room in the queue, where it is full.
-            allow_private_urls: let image URLs lead to this machine or its network.
-            special_tokens: what special tokens written in the messages become: ``control`` tokens, as in transformers,
-                or plain ``text``, for messages of strangers.
+            video_options: sampling of frames for videos whose message parts have no options of their own.
+            max_tokens: largest number of tokens of an answer; fewer if the slot has no room for them.
+            sampling: sampling parameters; instead, temperature, top_k, top_p, repetition_penalty and seed can be given.
+            temperature: divisor of the logits; 0 always chooses the likeliest token.
+            top_k: number of the likeliest tokens to choose from.
+            top_p: probability that the likeliest tokens to choose from have together.
+            min_p: smallest probability of a token to choose from, as a share of the likeliest token's.
+            repetition_penalty: factor that makes tokens of the prompt and the answer less likely if it is above 1.
+            presence_penalty: amount subtracted from the logits of tokens that the answer contains.
+            frequency_penalty: amount subtracted from the logit of a token for each time that the answer contains it.
+            seed: seed of the random choice; the same seed gives the same answers, whatever other requests run.
+            stop: texts that end the answer and are not part of it.
+            stop_token_ids: tokens that end the answer, in addition to the package's.
+            logprobs: number of likely tokens to report with the log-probability of each token; None for no
+                log-probabilities.
+            schema: JSON schema or pydantic class that the answer, in JSON, matches; `EngineAnswer.parsed` contains
+                the parsed answer.
+            regex: regular expression that the whole answer matches, in the syntax of Rust's regex crate.
+            lark: grammar that the answer matches, in llguidance's dialect of Lark.
+            choices: texts of which the answer is one.
+            client: any hashable value that identifies the client; clients take turns in the queue.
+            wait: whether to wait for room in the queue if it is full.
+            allow_private_urls: whether image URLs may lead to this machine or its network.
+            special_tokens: meaning of special tokens written in the messages: ``control`` tokens, as in transformers,
+                or plain ``text``, for messages from untrusted users.
+
+        Raises:
+            InputError: the messages or images are not usable, or do not fit into a slot.
+            OptionError: an option is out of its range.
+            QueueFullError: too many requests wait.
         """
         check_number("n", n, 1, 1024, whole=True)
         check_number("max_tokens", max_tokens, 1, 2**31 - 1, whole=True)
@@ -287,7 +296,10 @@ class Engine:
         return [request.handle for request in requests]
 
     def generate(self, messages: str | Sequence[Message] | Prompt, *arguments: Any, **options: Any) -> EngineAnswer:
-        """The whole answer; arguments as for `submit`. If the wait is interrupted, so is the answer."""
+        """Submits a request and waits for its answer; arguments as for `submit`.
+
+        If the wait is interrupted, for example by Ctrl+C, the request is cancelled.
+        """
         handle = self.submit(messages, *arguments, **options)
         try:
             return handle.result()
@@ -297,13 +309,14 @@ class Engine:
     def generate_many(
         self, requests: Iterable[str | Sequence[Message] | Prompt | Mapping[str, Any]], **options: Any
     ) -> list[EngineAnswer]:
-        """The answers to many requests, in their order.
+        """Answers many requests and returns the answers in their order.
 
-        As many are asked at a time as keep the slots filled. The first that fails ends them all.
+        Requests are submitted little by little, as many as keep all slots busy. The first one that fails cancels the
+        others.
 
         Args:
-            requests: each is what `submit` takes as messages, or a mapping of its arguments, messages among them.
-            **options: of `submit`, for all that do not say it themselves.
+            requests: requests: each is either the messages or a mapping of arguments of `submit`, with ``messages``.
+            **options: options of `submit` for the requests that do not contain them.
 
         Raises:
             InputError: a request is not usable.
@@ -336,16 +349,16 @@ class Engine:
         return mrope_positions(ids, prompt.grids, int(self._model["image_token_id"]), merge)
 
     def _room(self, prompt: Prompt) -> int:
-        """How many tokens an answer may have in a slot.
+        """The number of tokens that are left for an answer in a slot after the prompt.
 
         Raises:
-            InputError: the prompt does not fit.
+            InputError: the prompt does not fit into a slot.
         """
         length = prompt.input_ids.size
         if length < self.context:
             return self.context - length
         if self.context == self._model["context_length"]:
-            raise too_long("The prompt", prompt, self.context - 1)  # one is for the answer
+            raise too_long("The prompt", prompt, self.context - 1)  # one token is left for the answer
         raise InputError(
             f"The prompt has {length} tokens; a slot of this engine has room for {self.context}, answer included.",
             f"Shorten it, or make the engine with a larger {option('context')}.",
@@ -353,7 +366,11 @@ class Engine:
 
 
 def _check_runnable(folder: Path, manifest: dict[str, Any], config: dict[str, Any]) -> None:
-    """Raises a PackageError where plain onnxruntime on the CPU cannot share the package's cache among requests."""
+    """Checks that the engine can run a package.
+
+    Raises:
+        PackageError: the package is for another provider, is only a part of a model, or has no in-place cache.
+    """
     provider = manifest.get("execution_provider")
     if provider != "cpu":
         raise PackageError(

@@ -1,4 +1,4 @@
-"""A package's decoder and embedding in plain onnxruntime sessions, many sequences at a time."""
+"""Plain onnxruntime sessions of a package's decoder and embedding, which run many sequences at a time."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 class CachePort:
-    """One of the decoder's inputs of keys or values, with the output that takes its place.
+    """An input of the decoder for a layer's cached keys or values, with the output for the same cache after the call.
 
     Attributes:
-        past: the input's name.
-        present: the output's name.
-        heads: of keys.
-        channels: of a head.
-        dtype: of the numbers.
+        past: name of the input.
+        present: name of the output.
+        heads: number of key/value heads.
+        channels: number of channels of a head.
+        dtype: data type of the cache.
     """
 
     def __init__(self, past: str, present: str, port: Any) -> None:
@@ -39,24 +39,24 @@ class CachePort:
         self.dtype = DTYPES[port.type]
 
     def row_bytes(self, tokens: int) -> int:
-        """The bytes that so many tokens of one sequence take."""
+        """The bytes that ``tokens`` tokens of one sequence take in this cache."""
         return self.heads * self.channels * tokens * self.dtype.itemsize
 
 
 class Graphs:
-    """The sessions, and what their inputs are called.
+    """The sessions of a package's decoder and embedding, and the names of their inputs.
 
     Args:
-        folder: the package.
-        model: the section of its genai_config.json.
-        threads: of the decoder's session.
+        folder: folder of the package.
+        model: ``model`` section of the package's genai_config.json.
+        threads: number of threads of the decoder's session.
 
     Attributes:
-        cache: the decoder's inputs of keys and values, layer by layer.
-        image_width: of a token's features as the embedding graph takes them; 0 where it takes none.
+        cache: the decoder's inputs for keys and values, layer by layer.
+        image_width: number of channels of an image token's features in the embedding graph; 0 if it takes no images.
 
     Raises:
-        PackageError: onnxruntime cannot load a graph, or it is not one that many sequences can share.
+        PackageError: onnxruntime cannot load a graph, or the decoder is not one that vlpack writes.
     """
 
     def __init__(self, folder: Path, model: dict[str, Any], threads: int) -> None:
@@ -74,7 +74,7 @@ class Graphs:
                     self.cache.append(CachePort(past, outputs[present].name, self._ports[past]))
             self.logits = outputs["logits"]
             known = {"attention_mask", "position_ids", *(port.past for port in self.cache)}
-            self.given = [name for name in self._ports if name not in known]  # tokens, in whatever form
+            self.given = [name for name in self._ports if name not in known]  # tokens, as ids or as embeddings
             self.axes = len(self._ports["position_ids"].shape)
         except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
             raise PackageError(f"{self.path} is not a decoder as vlpack writes it: {error!r}.") from None
@@ -83,17 +83,17 @@ class Graphs:
         self.embedding, self.image_width, self._no_features = None, 0, np.zeros((0, 0), np.float32)
         if "input_ids" not in self._ports:
             self._embedding_path = folder / str(model["embedding"]["filename"])
-            self.embedding = _open(self._embedding_path, 1)  # it looks rows up
+            self.embedding = _open(self._embedding_path, 1)  # a table lookup gains nothing from more threads
             port = next(port for port in self.embedding.get_inputs() if port.name == "image_features")
             self.image_width = int(port.shape[1])
             self._no_features = np.zeros((0, self.image_width), DTYPES[port.type])
 
     def tokens(self, ids: Array, features: Array | None = None) -> dict[str, Array]:
-        """Token ids ``[B, S]`` as the decoder takes them.
+        """The decoder's input for tokens: their ids, or their embeddings if the package has an embedding graph.
 
         Args:
-            ids: placeholders of images among them.
-            features: ``[F, W]`` of the placeholders, in order.
+            ids: token ids ``[B, S]``, including placeholders of images.
+            features: image features ``[F, W]`` of the placeholders, in order; None if there are no placeholders.
 
         Raises:
             PackageError: onnxruntime fails.
@@ -109,16 +109,16 @@ class Graphs:
         return dict(zip(self.given, values, strict=True))
 
     def run(self, binding: Any, tokens: dict[str, Array], lengths: Array, positions: Array) -> Array:
-        """One call of the decoder.
+        """Runs the decoder once, on S new tokens of each of B sequences.
 
         Args:
-            binding: keys and values of the sequences, bound in place as inputs and outputs.
-            tokens: the new ones of B sequences, S of each; see `tokens`.
-            lengths: ``[B]``, how many keys of each sequence are valid then, the new ones among them.
-            positions: ``[axes, B, S]`` of the new tokens.
+            binding: I/O binding in which the sequences' cached keys and values are bound as inputs and outputs.
+            tokens: decoder input for the new tokens, as `tokens` returns it.
+            lengths: number of valid keys of each sequence after the call, new tokens included, ``[B]``.
+            positions: positions of the new tokens, ``[axes, B, S]``.
 
         Returns:
-            logits of the last new token of each sequence ``[B, V]``, floats as fp32.
+            logits of the last new token of each sequence, fp32 ``[B, V]``.
 
         Raises:
             PackageError: onnxruntime fails.

@@ -1,4 +1,4 @@
-"""What a slot of the cache holds, and how much of a new prompt begins in the same way."""
+"""Prefix matching: how many of a prompt's first tokens are the same as those that a slot of the cache already holds."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from vlpack.preprocess import Prompt
 
 
 class SeenImage(NamedTuple):
-    """An image of a prompt: where its placeholders begin, and the hash of its pixels and grid."""
+    """An image of a prompt: the index of its first placeholder, and the hash of its pixels and grid."""
 
     start: int
     digest: bytes
 
 
 class Tokens(NamedTuple):
-    """A sequence of tokens that can be compared with others.
+    """A sequence of tokens with hashes of its images, so that it can be compared with others.
 
-    Placeholders of two images are equal tokens, so a prefix is the same only if its images are, too.
+    The placeholders of any two images have the same token id, so two prefixes are equal only if their images are, too.
 
     Attributes:
-        ids: int32 ``[S]``, placeholders expanded.
-        images: in the order of their placeholders.
+        ids: token ids with expanded placeholders, int32 ``[S]``.
+        images: images in the order of their placeholders.
     """
 
     ids: npt.NDArray[np.int32]
@@ -35,11 +35,11 @@ class Tokens(NamedTuple):
 
 
 def tokens_of(prompt: Prompt, image_token_id: int | None) -> Tokens:
-    """A prompt's tokens, with a hash of each image."""
+    """The tokens of a prompt, with a hash of each image."""
     ids = prompt.input_ids[0]
     if not prompt.has_images:
         return Tokens(ids)
-    places = np.flatnonzero(ids == image_token_id)  # of all placeholders, in order
+    places = np.flatnonzero(ids == image_token_id)  # indices of all placeholders, in order
     images, first = [], 0
     for (pixels, grid), count in zip(prompt.images(), prompt.num_image_tokens, strict=True):
         digest = hashlib.sha256(grid.tobytes())
@@ -50,11 +50,11 @@ def tokens_of(prompt: Prompt, image_token_id: int | None) -> Tokens:
 
 
 def common_prefix(left: Tokens, right: Tokens) -> int:
-    """How many tokens are the same from the beginning: up to the first other id or the first other image."""
+    """The length of the common prefix in tokens: it ends at the first different id or the first different image."""
     length = min(len(left.ids), len(right.ids))
     other = np.flatnonzero(left.ids[:length] != right.ids[:length])
     common = int(other[0]) if len(other) else length
     for one, two in zip_longest(left.images, right.images):
-        if one != two:  # also where a model wrote a placeholder itself, which is no image
+        if one != two:  # also where the other sequence has a generated placeholder, which stands for no image
             return min(common, *(image.start for image in (one, two) if image is not None))
     return common

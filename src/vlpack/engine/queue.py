@@ -1,4 +1,4 @@
-"""Requests that wait for a slot: so many at most, and each client in turn."""
+"""The queue of requests that wait for a slot; its length is limited, and clients take turns."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from vlpack.errors import VlpackError, option
 
 
 class QueueFullError(VlpackError):
-    """As many requests wait as may wait; one that comes later may be taken."""
+    """The queue is full, so the request was refused; it may succeed later."""
 
 
 class FairQueue:
-    """Waiting requests. Clients take turns, so that one that asks much at once does not make the others wait for all.
+    """A queue of requests in which clients take turns.
+
+    A client that submits many requests at once delays the requests of other clients by one turn each, not by all of
+    its requests.
 
     Args:
-        limit: how many requests may wait.
+        limit: largest number of waiting requests.
     """
 
     def __init__(self, limit: int) -> None:
@@ -28,14 +31,14 @@ class FairQueue:
         return sum(map(len, self._clients.values()))
 
     def takes(self, count: int) -> bool:
-        """Whether so many more may wait."""
+        """Whether there is room for ``count`` more requests."""
         return len(self) + count <= self.limit
 
     def put(self, requests: Sequence[Request]) -> None:
-        """Let requests wait.
+        """Adds requests to the queue, all or none.
 
         Raises:
-            QueueFullError: so many more than may wait; then none of them does.
+            QueueFullError: there is no room for all of them.
         """
         if not self.takes(len(requests)):
             raise QueueFullError(
@@ -46,7 +49,7 @@ class FairQueue:
             self._clients.setdefault(request.client, deque()).append(request)
 
     def pop(self) -> Request:
-        """Take the request whose turn it is; its client's others wait until every other client had a turn."""
+        """Removes and returns the next request; its client's next turn comes after those of all other clients."""
         client, requests = self._clients.popitem(last=False)
         request = requests.popleft()
         if requests:
@@ -54,7 +57,7 @@ class FairQueue:
         return request
 
     def remove(self, request: Request) -> bool:
-        """Take a request out of its turn; whether it waited."""
+        """Removes a request wherever it is in the queue; returns False if it is not in the queue."""
         requests = self._clients.get(request.client, deque())
         if request not in requests:
             return False

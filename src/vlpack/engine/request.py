@@ -1,4 +1,4 @@
-"""A request on its way through the engine, and the handle by which whoever asked follows it."""
+"""A request in the engine, and the handle by which the caller receives its answer."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class EngineAnswer(Answer):
     """A finished answer of the engine.
 
     Attributes:
-        parsed: of an answer to a ``schema``: an object of the pydantic class, or what the JSON says; None where the
-            answer was cut off before its end.
-        logprobs: of each token; None where they were not asked for.
+        parsed: for a request with ``schema``, the parsed answer: an object of the pydantic class, or JSON's own types;
+            None for other requests, or if the answer was cut off before its end.
+        logprobs: log-probabilities of each token; None if they were not requested.
     """
 
     parsed: Any = None
@@ -37,18 +37,19 @@ class EngineAnswer(Answer):
 
 
 class Handle:
-    """A request that was submitted: iterate for the text as it comes, or wait for `result`; both from any thread.
+    """The caller's handle of a submitted request.
 
-    In an event loop, ``async for piece in handle`` and ``await handle`` do the same.
+    Iterating over it yields pieces of text as they are generated; `result` waits for the whole answer. Both work in any
+    thread. In an event loop, ``async for piece in handle`` and ``await handle`` do the same.
 
     Attributes:
-        prompt: what is answered.
-        on_cancel: for the engine: what ends the answer; None where it is over.
+        prompt: prompt of the request.
+        on_cancel: set by the engine: function that cancels the request; None when the answer is finished.
     """
 
     def __init__(self, prompt: Prompt, engine: object) -> None:
         self.prompt = prompt
-        self._engine = engine  # which is closed when nobody has it any more
+        self._engine = engine  # keeps the engine alive, because garbage collection closes it
         self.on_cancel: Callable[[], None] | None = None
         self._pieces: list[str] = []
         self._answer: EngineAnswer | None = None
@@ -64,23 +65,23 @@ class Handle:
 
     @property
     def answer(self) -> EngineAnswer:
-        """The whole answer, as `result` gives it."""
+        """The whole answer; waits for its end, like `result`."""
         return self.result()
 
     def cancel(self) -> None:
-        """End the answer as it stands; its finish_reason is ``interrupted``. What is finished stays as it is."""
+        """Ends the answer where it is, with the finish_reason ``interrupted``; a finished answer is not changed."""
         on_cancel = self.on_cancel
         if on_cancel is not None:
             on_cancel()
 
     def result(self, timeout: float | None = None) -> EngineAnswer:
-        """The whole answer, waiting for its end.
+        """Waits for the end of the answer and returns all of it.
 
         Args:
-            timeout: seconds to wait at most.
+            timeout: largest number of seconds to wait; None for no limit.
 
         Raises:
-            TimeoutError: it did not come in time.
+            TimeoutError: the answer was not finished in time.
             VlpackError: the request failed.
         """
         end = None if timeout is None else time.monotonic() + timeout
@@ -89,7 +90,7 @@ class Handle:
                 left = 0.5 if end is None else min(0.5, end - time.monotonic())
                 if left <= 0:
                     raise TimeoutError(f"The answer did not come within {timeout} seconds.")
-                self._changed.wait(left)  # Windows hears no interruption in a wait without an end
+                self._changed.wait(left)  # on Windows, Ctrl+C does not interrupt a wait without a timeout
         return self._outcome()
 
     def __iter__(self) -> Iterator[str]:
@@ -146,13 +147,13 @@ class Handle:
         return self._answer
 
     def push(self, piece: str) -> None:
-        """For the engine: one more piece of text."""
+        """Adds a piece of text; called by the engine."""
         with self._changed:
             self._pieces.append(piece)
             self._tell()
 
     def finish(self, answer: EngineAnswer, error: BaseException | None = None) -> None:
-        """For the engine: the answer is over."""
+        """Ends the request with its answer or error; called by the engine."""
         with self._changed:
             self._answer, self._error, self._done, self.on_cancel = answer, error, True, None
             self._tell()
@@ -162,28 +163,28 @@ class Handle:
         for wake in self._wakers:
             try:
                 wake()
-            except RuntimeError:  # the event loop was closed, so nobody listens there any more
+            except RuntimeError:  # the event loop was closed, so nothing waits there any more
                 continue
 
 
 @dataclass(eq=False)
 class Request:
-    """A request with all that the scheduler keeps of it.
+    """A request with its state in the scheduler.
 
     Args:
-        handle: of whoever asked.
-        prompt: as tensors.
-        tokens: of the prompt.
-        positions: ``[3, S]`` of the prompt.
-        sampler: of the answer.
-        text: decodes the answer's tokens.
-        stop: texts that end it.
-        ends: tokens that end it.
-        max_tokens: of the answer at most, and as many as the slot has room for.
-        constraint: that it obeys, if any.
-        logprobs: number of likely tokens that are reported beside each token of the answer; None reports none.
-        client: whose turn in the queue it takes.
-        preprocess_seconds: that making the prompt took; None where it was ready.
+        handle: handle of the caller.
+        prompt: prompt as tensors.
+        tokens: tokens of the prompt.
+        positions: positions of the prompt's tokens, ``[3, S]``.
+        sampler: sampler that chooses the answer's tokens.
+        text: decoder of the answer's tokens to text.
+        stop: texts that end the answer.
+        ends: tokens that end the answer.
+        max_tokens: largest number of tokens of the answer; the slot has room for as many.
+        constraint: constraint that the answer obeys; None if there is none.
+        logprobs: number of likely tokens reported with each token of the answer; None for no log-probabilities.
+        client: identity of the client for turns in the queue.
+        preprocess_seconds: time that making the prompt took, in seconds; None if the caller gave a finished prompt.
     """
 
     handle: Handle
@@ -202,7 +203,7 @@ class Request:
 
     slot: Slot | None = None
     features: Future[Array] | None = None
-    """Of the images from `first_image` on, while or after they are looked at."""
+    """Image features of the images from `first_image` on, which the vision encoder computes in another thread."""
     first_image: int = 0
     cancelled: bool = False
     mask: Future[Array] | None = None
@@ -224,16 +225,16 @@ class Request:
 
     @property
     def decoding(self) -> bool:
-        """Whether the whole prompt was shown to the model."""
+        """Whether the whole prompt was processed, so that the answer has begun."""
         return bool(self.answer.tokens)
 
     @property
     def position(self) -> int:
-        """Of the answer's last token, on all axes."""
+        """The position of the answer's last token, which is the same on all axes."""
         return self._next_position + len(self.answer.tokens) - 1
 
     def choose(self, logits: Array) -> bool:
-        """Take the next token from the logits ``[V]``; whether the answer is finished with it."""
+        """Chooses the next token from logits ``[V]``; returns whether the answer is finished with it."""
         allowed = None if self.mask is None else self.mask.result()
         raw = logits.copy() if self.logprobs is not None else logits
         token = self.sampler(logits, allowed)
@@ -251,7 +252,7 @@ class Request:
         stats.new_tokens += 1
         stats.decode_seconds = now - self._first
         stopped = token in self.ends
-        # an end token that a grammar allows is its end; one that stands for text in it would be pushed, too
+        # an end token that the grammar allows ends the answer, so it is not passed on to the constraint
         over = self.constraint is not None and not stopped and self.constraint.push(token)
         if not stopped:
             piece, stopped = self.stop.push(self.text.push(token))
@@ -279,7 +280,7 @@ class Request:
             self.handle.push(piece)
 
     def close(self, error: BaseException | None = None) -> None:
-        """Tell whoever asked that the answer is over."""
+        """Ends the request and passes the answer or error to the caller's handle."""
         answer = self.answer
         answer.stats.peak_memory = peak_memory_bytes()
         if error is not None:
@@ -288,6 +289,6 @@ class Request:
         if grammar and grammar.is_json and answer.finish_reason == "stop":
             try:
                 answer.parsed = grammar.parse(answer.text)
-            except Exception as wrong:  # a stop text cut it, or the class, which is the user's, wants more
+            except Exception as wrong:  # a stop text cut it off, or the user's class rejects it
                 error = error or VlpackError(f"The answer is not what the schema takes: {wrong}")
         self.handle.finish(answer, error)

@@ -1,4 +1,4 @@
-"""How the next token of an answer is chosen from its logits: penalties, limits, and a generator of its own."""
+"""Sampling: chooses the next token of an answer from its logits, with penalties, truncation and a seed per answer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from vlpack.errors import OptionError
 from vlpack.runtime.sampling import Sampling, check_number
 
 FEW = 512
-"""The likeliest tokens that are sorted first; all of them only where these do not reach top_p."""
+"""Number of the likeliest tokens that are sorted for top_p; all tokens are sorted only if these do not reach top_p."""
 
 
 class TokenLogprob(NamedTuple):
-    """A token of an answer and its logarithmic probability, by the model itself: before penalties and limits.
+    """A token of an answer and its log-probability according to the model, before penalties and truncation.
 
     Attributes:
-        token: its id.
-        logprob: natural logarithm.
-        top: the likeliest tokens in its place, as (id, logarithm), as many as were asked for.
+        token: token id.
+        logprob: natural logarithm of the token's probability.
+        top: the likeliest tokens at this place as (id, log-probability), as many as were requested.
     """
 
     token: int
@@ -32,18 +32,18 @@ class TokenLogprob(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """How tokens are chosen, every value known.
+    """Sampling parameters of an answer, with the package's defaults filled in.
 
     Args:
-        temperature: 0 takes the likeliest token always.
-        top_k: only the k likeliest; 0 is all.
-        top_p: only the likeliest whose probabilities sum to p.
-        min_p: only those at least so likely as this share of the likeliest one's probability.
-        repetition_penalty: above 1 makes tokens of prompt and answer less likely.
-        presence_penalty: taken from the logits of tokens that the answer has.
-        frequency_penalty: taken from the logits of tokens that the answer has, once for each time it has them.
-        seed: the same seed gives the same answer, whatever else is answered meanwhile; None is another one each time.
-        min_length: tokens of prompt and answer before which it does not end.
+        temperature: divisor of the logits; 0 always chooses the likeliest token.
+        top_k: number of the likeliest tokens to choose from; 0 for all.
+        top_p: probability that the likeliest tokens to choose from have together.
+        min_p: smallest probability of a token to choose from, as a share of the likeliest token's.
+        repetition_penalty: factor that makes tokens of the prompt and the answer less likely if it is above 1.
+        presence_penalty: amount subtracted from the logits of tokens that the answer contains.
+        frequency_penalty: amount subtracted from the logit of a token for each time that the answer contains it.
+        seed: seed of the random choice, which makes the answer independent of other requests; None for a random seed.
+        min_length: number of tokens of prompt and answer together before which the answer does not end.
     """
 
     temperature: float = 0.0
@@ -65,14 +65,14 @@ def choice_of(
     presence_penalty: float | None = None,
     frequency_penalty: float | None = None,
 ) -> Choice:
-    """What is asked for, and the package's settings for the rest.
+    """Combines the sampling parameters that a caller gives with the package's defaults.
 
     Args:
-        search: the section of the package's genai_config.json.
-        sampling: what the stock runtime knows too.
-        min_p: see `Choice`, as the next two.
-        presence_penalty: from -2 to 2.
-        frequency_penalty: from -2 to 2.
+        search: ``search`` section of the package's genai_config.json.
+        sampling: parameters that the stock runtime has, too; None for the package's.
+        min_p: share of the likeliest token's probability, from 0 to 1, as in `Choice`; None for 0.
+        presence_penalty: penalty from -2 to 2, as in `Choice`; None for 0.
+        frequency_penalty: penalty from -2 to 2, as in `Choice`; None for 0.
 
     Raises:
         OptionError: a value is out of its range, or would have no effect.
@@ -104,11 +104,11 @@ class Sampler:
     """Chooses the tokens of one answer.
 
     Args:
-        choice: how.
-        prompt: its tokens.
-        vocab_size: how many tokens there are.
+        choice: sampling parameters.
+        prompt: tokens of the prompt, int32 ``[S]``.
+        vocab_size: number of logits.
         ends: tokens that end an answer.
-        index: of the answer, where several are made with one seed.
+        index: index of the answer among several with the same seed, so that they differ.
     """
 
     def __init__(
@@ -118,16 +118,16 @@ class Sampler:
         seeds = None if choice.seed is None else np.random.SeedSequence([choice.seed, index])
         self._random = np.random.Generator(np.random.PCG64(seeds))
         self._length = len(prompt)
-        self._counts: dict[int, int] = {}  # of the answer's tokens
-        self._seen = np.zeros(vocab_size, np.bool_)  # in prompt and answer
+        self._counts: dict[int, int] = {}  # token → how often the answer contains it
+        self._seen = np.zeros(vocab_size, np.bool_)  # whether the prompt or the answer contains each token
         self._seen[prompt[prompt < vocab_size]] = True
 
     def __call__(self, logits: npt.NDArray[np.float32], allowed: npt.NDArray[np.bool_] | None = None) -> int:
-        """The next token.
+        """Chooses the next token.
 
         Args:
-            logits: ``[V]``; they may be changed.
-            allowed: ``[V]``, which tokens a constraint takes; None takes all.
+            logits: logits ``[V]``, which may be changed in place.
+            allowed: mask ``[V]`` of the tokens that a constraint allows; None allows all.
         """
         choice = self._choice
         if allowed is not None:
@@ -153,12 +153,12 @@ class Sampler:
             logits[said] -= choice.presence_penalty + choice.frequency_penalty * counts
 
     def _draw(self, logits: npt.NDArray[np.float32]) -> int:
-        """A token by its probability among those that temperature, top_k, top_p and min_p leave."""
+        """Draws a token at random after temperature, top_k, top_p and min_p were applied."""
         choice = self._choice
         tokens = likeliest(logits, choice.top_k) if choice.top_k else np.arange(len(logits))
         scaled = logits[tokens] / np.float32(choice.temperature)
         weights = np.exp(scaled - scaled.max())
-        if choice.top_p < 1:  # of what top_k has left, as in transformers
+        if choice.top_p < 1:  # a share of the probability that is left after top_k, as in transformers
             wanted = choice.top_p * float(weights.sum(dtype=np.float64))
             order = likeliest(weights, FEW)
             if weights[order].sum(dtype=np.float64) < wanted:
@@ -167,7 +167,7 @@ class Sampler:
             order = order[before < wanted]
             tokens, weights = tokens[order], weights[order]
         if choice.min_p:
-            kept = weights >= choice.min_p  # the likeliest weighs 1
+            kept = weights >= choice.min_p  # the likeliest token's weight is 1
             tokens, weights = tokens[kept], weights[kept]
         sums = np.cumsum(weights, dtype=np.float64)
         place = int(np.searchsorted(sums, self._random.random() * sums[-1], side="right"))
@@ -175,7 +175,7 @@ class Sampler:
 
 
 def likeliest(values: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
-    """The places of the ``count`` largest values, the largest first, of equal ones the first."""
+    """The indices of the ``count`` largest values, the largest first, the lower index first among equals."""
     if count < len(values):
         least = np.partition(values, len(values) - count)[len(values) - count]
         places = np.flatnonzero(values >= least)
@@ -185,7 +185,7 @@ def likeliest(values: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
 
 
 def logprob_of(logits: npt.NDArray[np.float32], token: int, top: int) -> TokenLogprob:
-    """A token's logarithmic probability, and the ``top`` likeliest tokens in its place."""
+    """The log-probability of a token, and those of the ``top`` likeliest tokens at the same place."""
     shifted = logits.astype(np.float64) - logits.max()
     logs = shifted - np.log(np.exp(shifted).sum())
     best = likeliest(logs, top) if top else ()

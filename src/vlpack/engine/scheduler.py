@@ -1,4 +1,7 @@
-"""The engine's thread: requests join and leave between steps, and prompts are shown in chunks between them."""
+"""The scheduler, which runs in the engine's thread: continuous batching with chunked prefill.
+
+Requests join and leave between decoding steps, and prompts are processed in chunks between those steps.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +24,28 @@ from vlpack.errors import PackageError, VlpackError
 from vlpack.preprocess import Prompt
 
 LARGEST_CHUNK, SMALLEST_CHUNK = 512, 16
-"""Tokens of a prompt that are shown at a time. More than the largest is slower, as attention computes all scores of a
-call; fewer than the smallest cost as much as these, as the weights are read for them all the same."""
+"""Bounds of the number of a prompt's tokens that are processed in one call. Larger calls are slower per token, because
+attention computes all scores of a call; smaller calls take as long as the smallest, because they read all weights."""
 
 PATIENCE = 4.0
-"""How many steps' time a chunk may take while others decode, where prompts have half of the time. A chunk that takes so
-long is some fifty tokens, for which reading the weights is a quarter of the work."""
+"""Longest time of a chunk, in decoding steps, while other requests decode and prompts get half of the time. In that
+time about fifty tokens are processed, and reading the weights is a quarter of the work."""
 
 WASTE = 16
-"""Rows that nobody decodes and that steps have computed, before rows are exchanged so that they lie together."""
+"""Number of idle rows that steps have computed before two rows are exchanged, so that the active ones lie together."""
 
 
 @dataclass
 class Counters:
-    """What the engine has computed.
+    """Counts of what the engine has computed.
 
     Attributes:
-        prompt_tokens: of prompts, computed.
-        reused_tokens: of prompts that slots held already.
-        answer_tokens: chosen.
-        steps: calls of the decoder for the next token of one or more answers.
-        chunks: calls of the decoder for parts of prompts.
-        idle_rows: rows in those steps that nobody decoded.
+        prompt_tokens: number of prompt tokens that were computed.
+        reused_tokens: number of prompt tokens whose keys and values were in a slot already.
+        answer_tokens: number of generated tokens.
+        steps: number of calls of the decoder for the next token of one or more answers.
+        chunks: number of calls of the decoder for a part of a prompt.
+        idle_rows: number of rows without an active request that those steps computed.
     """
 
     prompt_tokens: int = 0
@@ -54,17 +57,18 @@ class Counters:
 
 
 class Scheduler:
-    """Runs requests on slots until it is closed.
+    """Runs requests on the slots of the cache until it is closed.
 
     Args:
-        graphs: of the package.
-        slots: of the cache.
-        queue: where requests wait for them.
-        see: makes the features of a prompt's images; None where the package takes none.
-        stall: how many times as long answers that have begun may take for a token, on average, while prompts are shown.
+        graphs: sessions of the package.
+        slots: slots of the cache.
+        queue: queue of requests that wait for a slot.
+        see: function that computes the features of a prompt's images; None if the package takes no images.
+        stall: largest factor by which the average time per token of running answers may grow while prompts are
+            processed.
 
     Attributes:
-        counters: what was computed.
+        counters: counts of what was computed.
     """
 
     def __init__(
@@ -79,21 +83,21 @@ class Scheduler:
         self._closing = False
         self._failure: BaseException | None = None
         self._chunk, self._step_seconds, self._waste = SMALLEST_CHUNK, 0.0, 0
-        self._owed = 0.0  # seconds that chunks have taken and steps have not yet
+        self._owed = 0.0  # seconds for which steps must run before the next chunk, to balance the time that chunks took
         self._looking = ThreadPoolExecutor(1, "vlpack-vision")
         self._masking = ThreadPoolExecutor(1, "vlpack-masks")
         self._thread = threading.Thread(target=self._run, name="vlpack-engine", daemon=True)
         self._thread.start()
 
     def submit(self, requests: Sequence[Request], wait: bool = False) -> None:
-        """Let requests wait for their slots.
+        """Puts requests into the queue, all or none.
 
         Args:
-            requests: all of them, or none.
-            wait: until so many more may wait, where now they may not.
+            requests: requests to queue.
+            wait: whether to wait for room in the queue if it is full.
 
         Raises:
-            QueueFullError: too many wait.
+            QueueFullError: the queue is full, and ``wait`` is false.
             VlpackError: the engine was closed.
         """
         with self._changed:
@@ -109,7 +113,7 @@ class Scheduler:
             self._changed.notify_all()
 
     def cancel(self, request: Request) -> None:
-        """End a request before the next step; nothing happens where it is over."""
+        """Ends a request before the next step; does nothing if it has ended already."""
         with self._changed:
             if request.cancelled or request.handle.done:
                 return
@@ -122,7 +126,7 @@ class Scheduler:
             request.close()
 
     def close(self) -> None:
-        """Interrupt all requests and end the thread."""
+        """Interrupts all requests and ends the engine's thread."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -134,7 +138,7 @@ class Scheduler:
         try:
             while self._turn():
                 pass
-        except BaseException as failure:  # a fault of the engine's own: nobody must wait for it for ever
+        except BaseException as failure:  # an internal error must reach every waiting caller
             error = failure
         with self._changed:
             self._closing, self._failure = True, error
@@ -147,7 +151,7 @@ class Scheduler:
         self._masking.shutdown(wait=False, cancel_futures=True)
 
     def _turn(self) -> bool:
-        """One step of what decodes and one chunk of what is to decode; False when the engine is closed."""
+        """Runs one decoding step and at most one chunk of a prompt; returns False when the engine is closed."""
         with self._changed:
             while not (self._closing or self._cancelled or self._decoding or self._ready() or self._may_admit()):
                 self._changed.wait(0.5)
@@ -169,17 +173,17 @@ class Scheduler:
         return bool(len(self._queue) and self._slots.free)
 
     def _ready(self) -> Request | None:
-        """The next request in turn whose prompt can be shown now: its images have been looked at."""
+        """The next request whose prompt can be processed now, because its image features are computed."""
         return next((r for r in self._prefilling if r.features is None or r.features.done()), None)
 
     def _admit(self) -> None:
-        """Give free slots to those whose turn it is."""
+        """Gives the free slots to the next requests of the queue."""
         while True:
             with self._changed:
                 if not self._may_admit():
                     return
                 request = self._queue.pop()
-                self._changed.notify_all()  # who waits for room in the queue
+                self._changed.notify_all()  # wakes threads that wait for room in the queue
                 self._prefilling.append(request)
             request.slot = self._slots.take(request, request.tokens)
             assert request.slot is not None, "one was free"
@@ -188,7 +192,12 @@ class Scheduler:
                 self._look(request, request.slot.length)
 
     def _look(self, request: Request, known: int) -> None:
-        """Have the images looked at that are not computed yet, while other requests go on."""
+        """Starts the vision encoder, in another thread, on the images whose tokens the slot does not hold.
+
+        Args:
+            request: request with images.
+            known: number of the prompt's first tokens that the slot holds.
+        """
         prompt, counts = request.prompt, request.prompt.num_image_tokens
         ends = [image.start + int(count) for image, count in zip(request.tokens.images, counts, strict=True)]
         first = int(np.searchsorted(ends, known, side="right"))
@@ -213,7 +222,7 @@ class Scheduler:
             self._changed.notify_all()
 
     def _prefill(self, request: Request) -> None:
-        """Show one chunk of a prompt; after the last one the answer's first token is there."""
+        """Processes one chunk of a prompt; after the last chunk, chooses the answer's first token."""
         slot, ids = request.slot, request.tokens.ids
         assert slot is not None, "it was admitted"
         self._prefilling.remove(request)
@@ -236,7 +245,7 @@ class Scheduler:
             stats = request.answer.stats
             stats.prefill_seconds = (stats.prefill_seconds or 0.0) + seconds
             if end < len(ids):
-                self._prefilling.append(request)  # behind the others, so that a short prompt is soon through
+                self._prefilling.append(request)  # prompts take turns, so that a short one is finished soon
                 return
             request.features = None
             self._choose(request, logits[0])
@@ -247,11 +256,11 @@ class Scheduler:
             self._decoding.append(request)
 
     def _features(self, request: Request, start: int, end: int) -> Array | None:
-        """Those of the placeholders in a part of the prompt."""
+        """The image features of the placeholders between ``start`` and ``end`` in the prompt; None without images."""
         if request.features is None:
             return None
         features = request.features.result()
-        before = int(request.prompt.num_image_tokens[: request.first_image].sum())  # placeholders without features here
+        before = int(request.prompt.num_image_tokens[: request.first_image].sum())  # placeholders of skipped images
         images, counts = request.tokens.images, request.prompt.num_image_tokens
         first, last = (
             sum(min(max(place - image.start, 0), int(count)) for image, count in zip(images, counts, strict=True))
@@ -260,7 +269,7 @@ class Scheduler:
         return features[first - before : last - before]
 
     def _step(self) -> None:
-        """The next token of every answer that has begun."""
+        """Computes the next token of every answer that has begun."""
         self._gather()
         slots = [request.slot for request in self._decoding if request.slot is not None]
         first, end = min(slot.row for slot in slots), max(slot.row for slot in slots) + 1
@@ -277,7 +286,7 @@ class Scheduler:
         except PackageError as error:
             for slot in self._slots.rows(
                 first, end
-            ):  # also of prompts that are being shown: nobody knows what it holds
+            ):  # also slots of prompts in progress: what the failed call left in them is unknown
                 slot.length = 0
                 if slot.owner is not None:
                     self._leave(slot.owner, error)
@@ -293,11 +302,11 @@ class Scheduler:
             slot.write(ids[slot.row - first])
             try:
                 self._choose(request, logits[slot.row - first])
-            except Exception as error:  # of this request's grammar
+            except Exception as error:  # this request's grammar failed
                 self._leave(request, error)
 
     def _gather(self) -> None:
-        """Exchange rows where those that decode lie apart: the last one goes to the first that nobody decodes."""
+        """Moves the last active row into the first gap between active rows, if steps have computed many idle rows."""
         if self._waste < WASTE:
             return
         self._waste = 0
@@ -308,7 +317,7 @@ class Scheduler:
             self._slots.exchange(one, two)
 
     def _start_mask(self, request: Request) -> None:
-        """Have the allowed tokens computed while the graph runs."""
+        """Starts to compute the mask of allowed tokens in another thread, while the graph runs."""
         if request.constraint is not None:
             request.mask = self._masking.submit(request.constraint.allowed)
 
@@ -318,7 +327,7 @@ class Scheduler:
             self._leave(request)
 
     def _leave(self, request: Request, error: BaseException | None = None) -> None:
-        """Free a request's slot and tell that it is over."""
+        """Frees the slot of a request and ends it."""
         if request in self._decoding:
             self._decoding.remove(request)
         if request in self._prefilling:
@@ -336,15 +345,20 @@ class Scheduler:
 
     @property
     def _limited(self) -> bool:
-        """Whether somebody waits for the next token, and prompts must leave time for it."""
+        """Whether running answers limit the time for prompts."""
         return bool(self._decoding) and self._stall != math.inf
 
     def _adapt(self, tokens: int, seconds: float) -> None:
-        """Choose the next chunk's size, and how long steps go before it, where somebody waits for the next token."""
+        """Chooses the size of the next chunk, and for how long steps run before it, while answers are running.
+
+        Args:
+            tokens: number of tokens of the chunk that was just processed.
+            seconds: time that it took.
+        """
         if not self._limited or not self._step_seconds:
             self._owed = 0.0
             return
-        # prompts have half of the time, and more where more of them wait than answers have begun
+        # prompts get half of the time, and more if more prompts wait than answers are running
         share = max(1.0, min((1 + len(self._prefilling)) / len(self._decoding), self._stall - 1))
         self._owed += seconds / share
         longest = PATIENCE * share * self._step_seconds
@@ -352,5 +366,5 @@ class Scheduler:
             self._chunk = max(SMALLEST_CHUNK, min(self._chunk, tokens) // 2)
         elif (
             tokens == self._chunk and 2 * seconds - self._step_seconds < longest
-        ):  # twice as many read the weights once
+        ):  # a chunk twice as large still reads the weights only once, so it takes less than twice the time
             self._chunk = min(LARGEST_CHUNK, 2 * self._chunk)

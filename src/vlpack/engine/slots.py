@@ -1,8 +1,8 @@
-"""The keys and values of all sequences: one buffer for each layer, whose rows are slots that requests take in turn.
+"""The key/value cache of the engine: buffers for each layer's keys and values, whose rows are slots for requests.
 
-GroupQueryAttention writes new keys into the buffer of the old ones where both are bound to the same memory, so a slot
-is a row of the buffer and a step of several sequences is a call on a range of rows. Rows of the range that nobody
-decodes are computed too: they write one key behind those that they hold, where the next one is written anyway.
+GroupQueryAttention writes new keys in place if past and present are bound to the same memory. So a slot is a row of the
+buffers, and a decoding step of several sequences is one call on a range of rows. Idle rows within the range are
+computed, too: each gets one key after those that it holds, at the place that the next token overwrites anyway.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from vlpack.ort.session import ort
 from vlpack.system import total_memory_bytes
 
 FEW = 4096
-"""Tokens of a slot where neither the user nor the system says how many there is memory for."""
+"""Number of tokens of a slot if the user gives none and the system does not report how much memory it has."""
 
 
 class Slot:
-    """A row of the cache.
+    """A row of the key/value cache, which holds one sequence.
 
     Attributes:
-        row: its index, which changes when rows are exchanged.
-        length: how many tokens it holds keys and values of.
-        images: those among them.
-        owner: what uses it, None if nobody does.
-        used: a number that grows with every use, so that the slot which was not used for longest has the least.
+        row: index of the row, which changes when rows are exchanged.
+        length: number of tokens whose keys and values it holds.
+        images: images of the prompt that was put into it last; some may begin after ``length``.
+        owner: request that uses it; None if it is free.
+        used: number that grows with every use of any slot; the least recently used slot has the smallest.
     """
 
     def __init__(self, row: int, context: int) -> None:
@@ -41,29 +41,29 @@ class Slot:
 
     @property
     def held(self) -> Tokens:
-        """The tokens that it holds keys and values of."""
+        """The tokens whose keys and values the slot holds."""
         return Tokens(self._ids[: self.length], [image for image in self.images if image.start < self.length])
 
     def write(self, ids: Array) -> None:
-        """Note that keys and values of these tokens were added."""
+        """Records that keys and values of these tokens were added."""
         self._ids[self.length : self.length + len(ids)] = ids
         self.length += len(ids)
 
 
 class Slots:
-    """The cache, planned as a whole before the first request comes.
+    """The key/value cache with all its slots, allocated before the first request.
 
     Args:
-        graphs: of the package.
-        count: of the slots.
-        context: tokens of each.
+        graphs: sessions of the package.
+        count: number of slots.
+        context: number of tokens that fit into a slot.
         beside: bytes that the rest of the package takes in memory.
 
     Attributes:
-        bytes: of keys and values.
+        bytes: size of all keys and values.
 
     Raises:
-        OptionError: that does not fit this machine's memory.
+        OptionError: the cache and the package together exceed this machine's memory.
     """
 
     def __init__(self, graphs: Graphs, count: int, context: int, beside: int = 0) -> None:
@@ -76,7 +76,7 @@ class Slots:
                 f"Give fewer {option('slots')} or a smaller {option('context')}.",
             )
         self.context, self._graphs = context, graphs
-        # zeros that the system hands out when they are first written: what is never used takes no memory
+        # the system provides pages of zeros when they are first written, so unused parts take no memory
         self._buffers = [np.zeros((count, p.heads, context, p.channels), p.dtype) for p in graphs.cache]
         self._bindings: dict[tuple[int, int], Any] = {}
         self._by_row = [Slot(row, context) for row in range(count)]
@@ -87,15 +87,15 @@ class Slots:
 
     @property
     def free(self) -> int:
-        """How many slots nobody uses."""
+        """The number of free slots."""
         return sum(slot.owner is None for slot in self._by_row)
 
     def rows(self, first: int, end: int) -> list[Slot]:
-        """The slots of a range of rows."""
+        """The slots of the rows from ``first`` to before ``end``."""
         return self._by_row[first:end]
 
     def binding(self, first: int, end: int) -> Any:
-        """A range of rows as onnxruntime takes it, keys and values bound in place; nothing is copied."""
+        """The I/O binding of a range of rows, whose keys and values are bound in place, without a copy."""
         if (first, end) not in self._bindings:
             binding = self._graphs.decoder.io_binding()
             for port, buffer in zip(self._graphs.cache, self._buffers, strict=True):
@@ -106,15 +106,18 @@ class Slots:
         return self._bindings[first, end]
 
     def take(self, owner: Any, tokens: Tokens) -> Slot | None:
-        """A free slot, with as much of the beginning of ``tokens`` as any slot holds; None where all are in use.
+        """Gives a free slot to ``owner``, filled with the longest prefix of ``tokens`` that any slot holds.
 
-        The last token is left to be computed, as its logits are wanted.
+        The last token is never part of that prefix: it must be computed, because its logits are needed.
+
+        Returns:
+            the slot; None if all are in use.
         """
         idle = [slot for slot in self._by_row if slot.owner is None]
         if not idle:
             return None
         common, best = self._longest(tokens)
-        # where most of what a slot holds would be lost, another conversation may yet go on there
+        # a slot is not reused if more than half of its tokens would be lost: its conversation may continue
         if best is None or best.owner is not None or 2 * common < best.length:
             slot = min(idle, key=lambda slot: (slot.length > 0, slot.used, slot.row))
         else:
@@ -129,7 +132,7 @@ class Slots:
         return slot
 
     def catch_up(self, slot: Slot, tokens: Tokens) -> int:
-        """Copy what another slot holds by now of the beginning of ``tokens``; returns how many tokens that gained."""
+        """Copies a longer prefix of ``tokens`` that another slot holds by now; returns the number of tokens gained."""
         before = slot.length
         common, best = self._longest(tokens)
         if best is not None and best is not slot and common > before:
@@ -138,18 +141,18 @@ class Slots:
         return slot.length - before
 
     def release(self, slot: Slot) -> None:
-        """Let others use the slot; what it holds may still be the beginning of their prompts."""
-        # an answer's last token has no keys yet, so there is room for the one that a step over this row writes
+        """Frees the slot; its contents stay, because later prompts may begin in the same way."""
+        # the keys of an answer's last token are not computed, so a step over this idle row has room for the key it adds
         slot.owner = None
         self.touch(slot)
 
     def touch(self, slot: Slot) -> None:
-        """Note that the slot is in use now."""
+        """Marks the slot as the most recently used one."""
         self._uses += 1
         slot.used = self._uses
 
     def exchange(self, one: Slot, two: Slot) -> None:
-        """Give two slots each other's rows, with what they hold."""
+        """Exchanges the rows of two slots, including their keys and values."""
         length = max(one.length, two.length)
         for buffer in self._buffers:
             kept = buffer[one.row, :, :length].copy()
@@ -159,11 +162,11 @@ class Slots:
         self._by_row[one.row], self._by_row[two.row] = one, two
 
     def _longest(self, tokens: Tokens) -> tuple[int, Slot | None]:
-        """The longest beginning of ``tokens`` that a slot holds, their last one not counted."""
+        """The length of the longest prefix of ``tokens``, without the last one, that a slot holds, and that slot."""
         most, best = 0, None
         for slot in self._by_row:
             common = min(common_prefix(slot.held, tokens), len(tokens.ids) - 1)
-            # of equal ones a slot that nobody uses, and of these the one with least beside
+            # among equally long prefixes, free slots come first, then those with fewer other tokens
             if common > most or (common == most and best is not None and _before(slot, best)):
                 most, best = common, slot
         return most, best
@@ -174,12 +177,12 @@ class Slots:
 
 
 def planned_bytes(cache: Sequence[CachePort], slots: int, context: int) -> int:
-    """What keys and values of so many slots take."""
+    """The bytes that the keys and values of ``slots`` slots with ``context`` tokens each take."""
     return slots * sum(port.row_bytes(context) for port in cache)
 
 
 def default_context(cache: Sequence[CachePort], slots: int, longest: int) -> int:
-    """The tokens of a slot that the model's context and half of this machine's memory allow, but no fewer than 2."""
+    """The number of tokens per slot that the model's context and half of this machine's memory allow; at least 2."""
     there = total_memory_bytes()
     return max(2, min(longest, there // 2 // planned_bytes(cache, slots, 1) if there else FEW))
 

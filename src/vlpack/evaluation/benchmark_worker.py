@@ -35,7 +35,7 @@ def main() -> None:
 def work(asked: Mapping[str, Any]) -> dict[str, Any]:
     """Load the package, answer prompts of one kind, and measure time and memory.
 
-    The first answer is that of a fresh process. No prompt or image is repeated, because a cache could know it.
+    The first answer is that of a fresh process. No prompt or image is repeated, because a cache could contain it.
 
     Returns:
         lists of seconds by stage, with one item per answer; load time, memory in bytes, and the prompt's tokens.

@@ -1,4 +1,4 @@
-"""The scores of ``vlpack eval``: a package on questions about images, beside the reference and without DeepStack."""
+"""The scores of ``vlpack eval``: answers about images by a package, by the reference, and without DeepStack."""
 
 from __future__ import annotations
 
@@ -322,7 +322,7 @@ def _without_deepstack(folder: Path) -> Iterator[Path]:
         copy = Path(temporary) / "package"
         copy.mkdir()
         for path in folder.iterdir():
-            if path.name not in ("vlpack.json", "embedding.onnx"):  # written anew below
+            if path.name not in ("vlpack.json", "embedding.onnx"):  # these two are written below
                 _link_or_copy(path, copy / path.name)
         zero = ir.tensor(np.zeros(1, channel.dtype.numpy()), name="no_deepstack")  # type: ignore[union-attr]
         factor = ir.Value(name="no_deepstack", const_value=zero, shape=ir.Shape([1]), type=channel.type)

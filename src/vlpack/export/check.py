@@ -39,7 +39,7 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
         found = checkpoint.tensors[name]
         if found.shape != shape:
             raise CheckpointError(
-                f"{found.file}: the tensor {name} has the shape {list(found.shape)}; config.json asks for "
+                f"{found.file}: the tensor {name} has the shape {list(found.shape)}; config.json requires "
                 f"{list(shape)}.",
                 "The config and the weights do not belong together.",
             )
@@ -78,7 +78,7 @@ def check_equal(checkpoint: Checkpoint, embedding: str) -> None:
         )
     if not equal:
         raise CheckpointError(
-            f"{one.file}: {HEAD} is another matrix than {embedding}, although config.json says that they are tied.",
+            f"{one.file}: {HEAD} differs from {embedding}, although config.json says that they are tied.",
             f"Set tie_word_embeddings to false in config.json to use {HEAD}, or remove it from the checkpoint.",
         )
 

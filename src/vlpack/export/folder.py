@@ -1,8 +1,8 @@
 """The output folder of a build, which appears under its final name only when the package is complete.
 
 All files are written to a hidden sibling, ``.NAME.partial-…``, which is renamed at the end. An error removes it; the
-next build removes what a killed build left. Every build holds a lock on its partial folder, which tells a running build
-from a killed one (process ids cannot: they are reused, and repeat in containers).
+next build removes what a killed build left. Every build holds a lock on its partial folder, so that a running build can
+be distinguished from a killed one. (Process ids are not enough: they are reused, and repeat in containers.)
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def check_free(output: Path, *, force: bool) -> None:
     """Checks that a package may be written to ``output``: it is free, an empty folder, or with ``force`` a package.
 
     Raises:
-        OptionError: it may not, or the path is not usable. Only a folder that holds a package and nothing else is ever
-            replaced.
+        OptionError: the output exists and must not be replaced, or the path is not usable. Only a folder that contains
+            a package and nothing else is ever replaced.
     """
     _check_text(output)
     while True:

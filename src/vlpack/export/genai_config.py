@@ -179,7 +179,7 @@ def search_notes(generation: Mapping[str, Any]) -> list[str]:
 
 
 def _says(value: Any, neutral: Any) -> bool:
-    """Whether a setting has an effect. 0 and 1 may have one (as token ids), unless they are the neutral value."""
+    """Whether a setting differs from ``neutral`` and is not empty; 0 and 1 count as values (token ids)."""
     return value is not None and value is not False and value != neutral and value not in ([], {}, "")
 
 

@@ -51,7 +51,7 @@ class Weight:
         storage: the format in which it is stored.
         parameters: the initializers that it fills: name of the stored array → parameter.
         transform: balancing and rotation between reading and storing.
-        experts: number of experts whose matrices are stacked in it, each of which has inputs of its own; 1 elsewhere.
+        experts: number of experts whose matrices are stacked in it, each with inputs of its own; 1 for other weights.
     """
 
     path: str

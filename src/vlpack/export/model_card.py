@@ -30,14 +30,14 @@ With vlpack installed:
 vlpack run . --image picture.jpg "What is in the picture?"
 ```
 {% elif runnable -%}
-The text decoder alone; it sees no images. With vlpack installed:
+This package contains the text decoder alone and takes no images. With vlpack installed:
 
 ```
 vlpack run . "Why is the sky blue?"
 ```
 {% else -%}
-Only these parts of the model: {{ parts | join(", ") }}. The runtime needs decoder, vision and embedding together; build
-with `--part all` for a package that runs by itself.
+This package contains only these parts of the model: {{ parts | join(", ") }}. The runtime needs decoder, vision and
+embedding together; build with `--part all` for a package that runs by itself.
 {% if "decoder" in files %}
 The decoder takes `inputs_embeds`{% if "per_layer_inputs" in decoder_inputs %} and `per_layer_inputs`, the DeepStack \
 features of the image tokens (zeros for text){% endif %}.
@@ -49,12 +49,13 @@ With onnxruntime-genai alone (`pip install onnxruntime-genai`), `python stock_ru
 ```python
 {{ stock_runtime }}```
 
-The runtime uses half of the processor's cores by itself. For another number, make the model from \
+By default the runtime uses half of the processor's cores. For another number, make the model from \
 `config = og.Config(folder)` after `config.overlay('{"model": {"decoder": {"session_options": \
-{"intra_op_num_threads": 8}}}}')`{% if complete %}, likewise for `vision`{% endif %}.
+{"intra_op_num_threads": 8}}}}')`{% if complete %}, and the same for `vision`{% endif %}.
 
-`max_length` in `genai_config.json` is at most 4096 tokens, as the runtime allots the cache for all of them; set the \
-search option for longer ones (a large image alone can take thousands). `vlpack run` does so by itself.
+`max_length` in `genai_config.json` is at most 4096 tokens, because the runtime allocates the cache for all of them. \
+For longer prompts and answers set the search option (a large image alone can take thousands of tokens); `vlpack run` \
+does this automatically.
 
 {% endif -%}
 ## Contents
@@ -62,11 +63,11 @@ search option for longer ones (a large image alone can take thousands). `vlpack 
 | --- | --- |
 {% for part, file in files.items() %}| {{ part }} | `{{ file }}` |
 {% endfor %}
-Hashes of all files, the source's among them, are in `vlpack.json`; `vlpack inspect .` checks them.
+`vlpack.json` contains the hashes of all files, including those of the source; `vlpack inspect .` checks them.
 
 ## Precision
-Activations are {{ policy.dtype }}; norms, rotary angles and residual sums float32. The first rule that fits a module \
-decides:
+Activations are {{ policy.dtype }}; norms, rotary angles and residual sums are float32. The first rule that matches a \
+module decides how its weights are stored:
 
 | role | modules | stored as |
 | --- | --- | --- |
@@ -75,22 +76,22 @@ decides:
 {%- if complete %}
 
 ## Images from C#, C++ and Java
-`processor_config.json` drives the runtime's own image processor. It is close to transformers' but not equal to it; \
-vlpack's Python side is. Where they differ:
+`processor_config.json` configures the runtime's own image processor. It is close to transformers' but not equal, \
+whereas vlpack's processor in Python is equal. They differ in these points:
 
 {% if difference -%}
 - Sizes: an edge of an even number of {{ difference.factor }}-pixel blocks and a half \
-({{ difference.edges | join(", ") }} … pixels) is rounded up, where transformers rounds it down. Such images get \
+({{ difference.edges | join(", ") }} … pixels) is rounded up, whereas transformers rounds it down. Such images get \
 another grid ({{ difference.width }}×{{ difference.height }}: {{ difference.runtime | join("×") }} patches instead of \
-{{ difference.transformers | join("×") }}). Nothing fails or warns, but the model sees the image at another size: in \
-trials its outputs were 0.4 to 0.6 (relative) away from transformers' at such sizes, and the answer may differ. \
+{{ difference.transformers | join("×") }}). No error or warning appears, but the model gets the image at another size: \
+in trials its outputs differed from transformers' by 0.4 to 0.6 (relative), and the answer may differ. \
 Make such an edge one pixel shorter beforehand, and both take the same grid.
 {% endif -%}
 - JPEG decoding differs by about one level in 255, and transparency is treated differently.
-- There is no video; in Python vlpack has it, for Qwen3-VL.
+- Videos are not supported; vlpack supports them in Python, for Qwen3-VL.
 
-To have transformers' pixels there too, prepare `pixel_values` and `image_grid_thw` yourself and pass them as named \
-tensors, with `input_ids` whose image placeholders are expanded, and `num_image_tokens`.
+To use transformers' pixels from other languages, too, prepare `pixel_values` and `image_grid_thw` yourself and pass \
+them as named tensors, with `input_ids` whose image placeholders are expanded, and `num_image_tokens`.
 {%- endif %}
 """
 
@@ -104,7 +105,7 @@ def model_card(
     decoder_inputs: Collection[str] = (),
     difference: GridDifference | None = None,
 ) -> str:
-    """The card as Markdown."""
+    """The README of a package that generates text, as Markdown."""
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(_CARD).render(
         source={"repo_id": None, "name": None, **source},

@@ -99,7 +99,7 @@ class GridDifference(NamedTuple):
 
     @property
     def edges(self) -> list[int]:
-        """The shortest edge lengths that the two round differently, and those of common images, in pixels."""
+        """The shortest and some common edge lengths, in pixels, that transformers and the runtime round differently."""
         first = [2 * blocks * self.factor + self.factor // 2 for blocks in range(1, 5)]
         return sorted({*first, *(edge for edge in _EDGES if edge % (2 * self.factor) == self.factor // 2)})
 

@@ -27,7 +27,8 @@ tags: [onnx, onnxruntime, {{ task }}, vlpack]
 for the task {{ task }}. It runs on plain onnxruntime; onnxruntime-genai has no such models.
 
 {% if not runnable -%}
-Only these parts of the model: {{ files | join(", ") }}. Build with `--part all` for a package that runs by itself.
+This package contains only these parts of the model: {{ files | join(", ") }}. Build with `--part all` for a package \
+that runs by itself.
 
 {% elif reranker -%}
 ```python
@@ -59,35 +60,36 @@ Pad rows on the right; `attention_mask` is 1 for tokens and 0 for padding. \
 ({{ encoder.answers.no }}) after the last token.{% else %}`sentence_embedding` is the hidden state of the last token, \
 of length 1.{% endif %}
 {%- if images %} \
-`image_features` of all images go, in order, to the tokens {{ encoder.image.image_token_id }}; where there are none, \
-pass an array of 0 rows. `position_ids` are M-RoPE's: text counts on all three axes, an image's tokens stay in time \
-and count rows and columns from the same start, and what follows begins after the larger of both. Images have \
-{{ encoder.image.min_pixels }} to {{ encoder.image.max_pixels }} square pixels.
+The rows of `image_features` of all images belong, in order, to the tokens {{ encoder.image.image_token_id }}; without \
+images, pass an array of 0 rows. `position_ids` are those of M-RoPE: for text, positions increase on all three axes; \
+the tokens of an image all have the same position in time, their rows and columns count from that position, and the \
+text after it begins after the larger of both. Images have {{ encoder.image.min_pixels }} to \
+{{ encoder.image.max_pixels }} pixels.
 {%- endif %}
 
 ## Prompt
 {% if prompt -%}
 ```
 {{ prompt }}```
-The last line break is part of it. \
-{% if chat %}An image is `<|vision_start|><|image_pad|><|vision_end|>` before its text, the placeholder repeated once \
-per feature.{% endif %}
+The last line break is part of the prompt. \
+{% if chat %}An image is written as `<|vision_start|><|image_pad|><|vision_end|>` before its text, with the \
+placeholder repeated for each feature.{% endif %}
 {% else -%}
-Documents are their text, queries `Instruct: INSTRUCTION`, a line break and `Query:TEXT`; both with the special tokens \
-that the tokenizer adds.
+The prompt of a document is its text; that of a query is `Instruct: INSTRUCTION`, a line break and `Query:TEXT`. Both \
+get the special tokens that the tokenizer adds.
 {% endif %}
 {%- for name, prompt in encoder.prompts.items() %}
 Prompt `{{ name }}`: `{{ prompt | replace("\\n", "\\\\n") }}`
 {% endfor %}
 ## Precision
-Activations are {{ policy.dtype }}; norms, rotary angles, residual sums and results float32. The first rule that fits \
-a module decides:
+Activations are {{ policy.dtype }}; norms, rotary angles, residual sums and results are float32. The first rule that \
+matches a module decides how its weights are stored:
 
 | role | modules | stored as |
 | --- | --- | --- |
 {% for rule in policy.described() %}| {{ rule.role }} | `{{ rule.modules }}` | {{ rule.storage }} |
 {% endfor %}
-Hashes of all files, the source's among them, are in `vlpack.json`; `vlpack inspect .` checks them.
+`vlpack.json` contains the hashes of all files, including those of the source; `vlpack inspect .` checks them.
 """
 
 
@@ -99,15 +101,15 @@ def encoder_card(
     files: Mapping[str, str],
     parts: Mapping[str, Any],
 ) -> str:
-    """The card as Markdown.
+    """The README of an embedding model's or reranker's package, as Markdown.
 
     Args:
-        source: as the manifest names it.
-        policy: the precision policy.
-        task: embedding or reranker.
-        encoder: the manifest's section of this name.
-        files: part → file name of its graph.
-        parts: part → its ports.
+        source: section ``source`` of the manifest.
+        policy: precision policy of the package.
+        task: ``embedding`` or ``reranker``.
+        encoder: section ``encoder`` of the manifest.
+        files: file names of the graphs by part.
+        parts: inputs and outputs of each part.
     """
     environment = jinja2.Environment(keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     environment.filters["shown"] = lambda port: f"`{port.name}` [{', '.join(map(str, port.shape))}]"
@@ -131,7 +133,7 @@ def encoder_card(
 
 
 def _prompt(task: str, form: str, instruction: str) -> str:
-    """The prompt with words in capitals for what differs; empty where it is the text alone."""
+    """The prompt, with words in capitals in place of texts; empty if the prompt is the text alone."""
     if form != CHAT:
         return "" if task == EMBEDDING else BEFORE + plain_pair(instruction, "QUERY", "DOCUMENT") + AFTER
     system, user = instruction, "TEXT"

@@ -41,7 +41,7 @@ class Measurements(Protocol):
     scales: ChannelScales
 
     def __call__(self, weight: Weight, expert: int = 0) -> HessianFactor:
-        """The calibration data of a matrix's inputs, or of one of its experts, which are asked for in order."""
+        """The calibration data of a matrix's inputs, or of those of one expert; experts are requested in order."""
 
 
 _END = object()

@@ -17,7 +17,7 @@ from vlpack.layers.linear import Linear, Stored
 
 @dataclass(frozen=True)
 class NormChannels:
-    """The output channels of a norm, which only the matrices ``readers`` multiply.
+    """The output channels of a norm, which only the matrices ``readers`` read.
 
     Args:
         norm: the norm module, with a parameter ``weight`` and perhaps a ``bias``.

@@ -38,14 +38,14 @@ class SideChannel:
         return self.levels * self.hidden_size
 
     def join(self, op: OpBuilder, merged: ir.Value, levels: list[ir.Value]) -> ir.Value:
-        """In the vision graph: join ``merged [N, H]`` and the levels ``[N, H]`` to ``image_features``.
+        """Joins ``merged [N, H]`` and the levels ``[N, H]`` to ``image_features``, in the vision graph.
 
         The result is ``[N, (1 + levels) · H]``.
         """
         return op.Concat(merged, *levels, axis=-1) if levels else merged
 
     def split(self, op: OpBuilder, features: ir.Value) -> tuple[ir.Value, ir.Value | None]:
-        """In the embedding graph: split ``[.., (1 + levels) · H]`` into the embeddings ``[.., H]`` and the channel."""
+        """Splits ``[.., (1 + levels) · H]`` into embeddings ``[.., H]`` and the channel, in the embedding graph."""
         if not self.levels:
             return features, None
         sizes = [self.hidden_size, self.channel_width]
@@ -53,7 +53,7 @@ class SideChannel:
         return embeds, channel
 
     def levels_of(self, op: OpBuilder, channel: ir.Value | None) -> list[ir.Value]:
-        """In the decoder: split the channel ``[B, S, levels · H]`` into ``[B, S, H]`` for each of the first layers."""
+        """Splits the channel ``[B, S, levels · H]`` into ``[B, S, H]`` for each of the first layers, in the decoder."""
         if channel is None:
             return []
         if self.levels == 1:

@@ -3,7 +3,7 @@
 onnxruntime's GroupQueryAttention reads int8 keys and values as ``code · scale[head, channel]``, with scales that are
 constants of the graph. Nothing is calibrated here, so the scales come from bounds that always hold:
 
-- *Keys* leave an RMS norm, so the magnitude of a channel is at most ``sqrt(D) · |weight|``. The rotary embedding mixes
+- *Keys* come from an RMS norm, so a channel's magnitude is at most ``sqrt(D) · |weight|``. The rotary embedding mixes
   two channels, and the larger of their weights bounds both: a 127th of that bound is the step of both channels. The
   weight of the keys' norm is divided by the step, so that rounding the keys gives their codes; the weight of the
   queries' norm is multiplied by the step. The rounding remainders of the 15 channels with the largest steps would be
@@ -255,7 +255,7 @@ def int8_kv_cache(heads: int, kv_heads: int, size: int, scaling: float) -> MakeB
         lengths = cache_lengths(op, attention_mask)
         new = op.Shape(position_ids, start=-1)
         start = op.Sub(op.Reshape(op.Cast(lengths.total, to=ops.INT64), [1]), new)
-        # the operator wants at least as many rows as tokens, even if all tokens use the same row
+        # the operator requires at least as many rows as tokens, even if all tokens use the same row
         cos, sin = (op.Pad(table, [0, 0, kv_heads, 0]) for table in (rope.cos, rope.sin))
         decode_rope = Rope(cos, sin, op.Expand(op.Slice(rope.rows, [0], [1], [1]), [1, kv_heads]))
         decoding = op.Squeeze(op.Equal(new, 1))

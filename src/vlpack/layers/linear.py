@@ -23,7 +23,7 @@ class Stored(nn.Module):
             numbers of rows; empty if the checkpoint has the module itself.
         source_shape: shape of the checkpoint's weight if it is not ``[rows, cols]`` (a convolution's kernel).
         name: module name; a name with dots is the path in the checkpoint.
-        tied_to: name of the checkpoint's tensor that this weight is, if another module owns it.
+        tied_to: name of the checkpoint's tensor, if this weight is the same tensor as another module's.
         role: purpose of the weight, by which the policy chooses its storage (`vlpack.quantize.policy`).
 
     Attributes:
@@ -32,7 +32,7 @@ class Stored(nn.Module):
     """
 
     experts = 1
-    """Matrices above each other that multiply different tokens."""
+    """Number of experts whose matrices are stacked in the weight; 1 for a single matrix."""
     can_rotate = True
     """Whether the graph can rotate the input that the weight multiplies."""
 
@@ -78,7 +78,7 @@ class Stored(nn.Module):
         return shape
 
     def operands(self, op: OpBuilder) -> list[ir.Value]:
-        """The arrays as kernels take them. onnxruntime widens narrow scales once, when it loads the graph."""
+        """The arrays in the form that kernels take. onnxruntime widens narrow scales once, when it loads the graph."""
         values: dict[str, ir.Value] = dict(self.arrays)
         if isinstance(self.storage, Blocks) and self.storage.narrow:
             values["scales"] = op.Mul(op.Cast(values["scales"], to=ops.FLOAT), values.pop("steps"))
@@ -156,7 +156,7 @@ class Table(Stored):
     """A weight whose rows are looked up."""
 
     def declared_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        # GatherBlockQuantized wants a row's blocks joined in one dimension, MatMulNBits in two
+        # GatherBlockQuantized takes a row's blocks in one dimension, MatMulNBits in two
         return (shape[0], shape[1] * shape[2]) if name == "qweight" and len(shape) == 3 else shape
 
     def stored_rows(self, op: OpBuilder, ids: ir.Value) -> ir.Value:

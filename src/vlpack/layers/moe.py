@@ -44,7 +44,7 @@ def layout_of(tensors: Mapping[str, TensorInfo], experts: str, sizes: ExpertSize
         return Layout.SEPARATE
     up = tensors.get(f"{experts}.gate_up_proj")
     hidden, inner = sizes.hidden_size, sizes.moe_intermediate_size
-    # one of the two may be square, which tells nothing, but not both
+    # one of the two may be square, which does not show the layout, but not both
     transposed = down.shape[1:] == (inner, hidden) and (up is None or up.shape[1:] == (hidden, 2 * inner))
     return Layout.TRANSPOSED if transposed else Layout.FUSED
 

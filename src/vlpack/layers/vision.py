@@ -53,7 +53,8 @@ def pixels_of(config: Section) -> int:
 def check_heads(config: Section, size_name: str) -> tuple[int, int]:
     """Read the encoder's width and number of heads.
 
-    The row rotates one half of every head and the column the other, so the width must be a multiple of 4 · heads.
+    The row position rotates one half of every head and the column position the other half, so the width must be a
+    multiple of 4 · heads.
 
     Raises:
         CheckpointError: the width is not such a multiple.
@@ -163,7 +164,7 @@ def windows_of(op: OpBuilder, places: PatchPositions, frames: ir.Value, side: in
     """Windows of ``side · side`` patches, counted from the top left corner of every frame.
 
     Source: transformers' ``get_vision_window_index``, which reorders the patches for the whole encoder. Attention does
-    not depend on their order, so here they are sorted into windows only while they attend.
+    not depend on their order, so here they are sorted into windows only for the attention itself.
     """
 
     def across(size: ir.Value) -> ir.Value:

@@ -267,7 +267,7 @@ def merge(base: Checkpoint, adapter: Adapter, architecture: Architecture) -> Mer
     Args:
         base: the checkpoint, which `vlpack.export.check.check_tensors` has accepted.
         adapter: the adapter, which is checked against the base.
-        architecture: the base's architecture; its embedding and head are untied if the adapter trained them apart.
+        architecture: the base's architecture; its embedding and head are untied if the adapter trained them separately.
 
     Raises:
         CheckpointError: a tensor has no counterpart in the base or another shape, ranks disagree, or peft's merge would
@@ -310,7 +310,7 @@ def merge(base: Checkpoint, adapter: Adapter, architecture: Architecture) -> Mer
 
 
 def _settle_tie(merged: Merged, base: Checkpoint, adapter: Adapter, architecture: Architecture, embedding: str) -> None:
-    """Unties the embedding and the head if the adapter trained them apart; otherwise they must stay equal."""
+    """Unties the embedding and the head if the adapter trained them separately; otherwise they must stay equal."""
     if not {HEAD, embedding} & merged.changed:
         return
     apart = any(
@@ -366,11 +366,13 @@ class _Names:
         self._found: dict[str, str] = {}
 
     def whole(self, path: str) -> str:
-        """The base's name of a tensor that the adapter replaces."""
+        """The name that a tensor, which the adapter replaces, has in the base model."""
         module, _, kind = path.rpartition(".")
         plain = module.removesuffix(".base_layer")
         if (plain != module) != (plain in self._adapter.parts):
-            raise CheckpointError(f"{self._adapter.file}: {path} is not where peft keeps it; peft would not load it.")
+            raise CheckpointError(
+                f"{self._adapter.file}: {path} is not a name that peft uses, so peft would not load it."
+            )
         name = self.find(f"{plain}.{kind}")
         if len(self._shapes[name]) == 3:  # stored in one of two layouts, see layers/moe.py
             raise CheckpointError(f"{self._adapter.file}: {path} is a stack of experts, which vlpack does not replace.")

@@ -108,9 +108,9 @@ def compute_all_tokens(graph: ir.Graph) -> None:
 
 
 def compute_all_rows(graph: ir.Graph) -> None:
-    """Take away the choice of each text's last token from a decoder that embeds or scores: the last layer sees all.
+    """Makes the last layer of an embedding model's or reranker's decoder compute all tokens, not only each text's last.
 
-    What follows the last norm does not fit then.
+    The nodes after the last norm are not valid any more.
     """
     for node in list(graph):
         if node.op_type == "GatherND":
@@ -124,7 +124,7 @@ def _takes_last(node: ir.Node) -> bool:
 
 
 def make_exact(graph: ir.Graph) -> None:
-    """Multiply by the weights in fp32, activations as they are."""
+    """Makes all matrix products use fp32 activations and dequantized weights."""
     for node in list(graph):
         if node.domain != MICROSOFT:
             continue
@@ -135,7 +135,7 @@ def make_exact(graph: ir.Graph) -> None:
             x = codes.producer().inputs[0]  # type: ignore[union-attr] # what QuantizeLinear would round
             name, wide, product = node.name, ir.Value(name=f"{node.name}:weight"), ir.Value(name=f"{node.name}:exact")
             added = [ir.node("DequantizeLinear", [weight, scales], {"axis": 1}, outputs=[wide])]
-            if zeros and zeros[0] is not None:  # one for all, where the operator wants one for each
+            if zeros and zeros[0] is not None:  # one zero point for all, but the operator requires one for each
                 each = ir.Value(name=f"{name}:zeros")
                 size = ir.node("Shape", [scales], outputs=[ir.Value(name=f"{name}:size")])
                 expand = ir.node("Expand", [zeros[0], size.outputs[0]], outputs=[each])

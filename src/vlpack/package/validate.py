@@ -47,7 +47,7 @@ def check_graphs(folder: Path, graphs: Mapping[str, str], files: Mapping[str, An
         files: the files that the manifest lists, by name.
 
     Raises:
-        PackageError: a weight lies elsewhere, or a graph is too large or cannot be read.
+        PackageError: a weight is outside of the package, or a graph is too large or cannot be read.
     """
     for name in graphs.values():
         size = (folder / name).stat().st_size

@@ -1,6 +1,6 @@
 """Downloads one small file over http(s), guarding against server-side request forgery.
 
-A URL may come from a stranger and must not lead to this machine or its private network.
+A URL may come from an untrusted source and must not lead to this machine or its private network.
 """
 
 from __future__ import annotations

@@ -29,13 +29,13 @@ _PRIVATE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10
 
 
 def check_special_tokens(value: object) -> None:
-    """Raises an OptionError if a value is none of `SPECIAL_TOKENS`."""
+    """Raises an OptionError if a value is not in `SPECIAL_TOKENS`."""
     if value not in SPECIAL_TOKENS:
         raise OptionError(f"{option('special_tokens')} is {value!r}.", "It must be 'control' or 'text'.")
 
 
 class LiteralTexts:
-    """Breaks the control tokens in texts by a mark, and cuts the text that a chat template makes of them at the marks.
+    """Breaks control tokens in texts by inserting a mark, and cuts the text that a chat template renders at the marks.
 
     Args:
         tokenizer: the model's tokenizer; its added tokens are the control tokens.

@@ -1,4 +1,4 @@
-"""A jinja2 environment with bounds on time and memory, for chat templates, which are programs from strangers.
+"""A jinja2 environment with bounds on time and memory, for chat templates, which are untrusted programs.
 
 jinja2's own sandbox only keeps a template away from Python's internals: nested loops, macros that call themselves and
 `"x" * 10**10` all pass. Here every loop iteration, call, filter and concatenation counts as a step, the time is

@@ -80,7 +80,7 @@ def _normalizes_tokens(data: bytes) -> bool:
     """Whether the file may have an added token that the library normalizes while reading (``"normalized": true``).
 
     Parsing 12 MB of JSON takes half a second, so this only scans for ``true`` and checks that each one is the value of
-    a setting known to be harmless. In doubt the answer is yes.
+    a setting known to be harmless. If this is uncertain, the result is True.
     """
     place = data.find(b"true")
     while place >= 0:

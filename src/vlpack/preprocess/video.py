@@ -209,7 +209,7 @@ class VideoProcessor:
         """Reads the video settings of a checkpoint or package.
 
         The places are tried in transformers' order: `video_processor` inside processor_config.json,
-        video_preprocessor_config.json, preprocessor_config.json (in older checkpoints, for images and videos).
+        video_preprocessor_config.json, preprocessor_config.json (which older checkpoints use for images and videos).
 
         Raises:
             CheckpointError: there are no video settings, or a setting is out of range.

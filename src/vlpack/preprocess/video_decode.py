@@ -271,7 +271,7 @@ class FileClip:
                 raise InputError(f"{self.name} has more than {MAX_PACKETS} frames.", "Cut out the part that matters.")
         if len(stamps) + dropped < self._stream.frames:
             raise InputError(
-                f"{self.name} ends early: {len(stamps) + dropped} of its {self._stream.frames} frames are there.",
+                f"{self.name} ends early: it has {len(stamps) + dropped} of its {self._stream.frames} frames.",
                 "Copy or download it again.",
             )
         if not stamps:

@@ -1,1 +1,1 @@
-"""Quantization: the methods, one per file, and the policy that gives each weight its storage; independent of ONNX."""
+"""Quantization, independent of ONNX: the methods, one per file, and the policy that chooses each weight's storage."""

@@ -1,4 +1,4 @@
-"""The choice of the matrices that get 8 bits instead of 4, within a given average of bits per weight."""
+"""The choice of the matrices that get 8 bits instead of 4, within a given average number of bits per weight."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Candidate:
     Args:
         path: path of the matrix's module.
         weights: number of weights.
-        few: size in few bits, in bytes, scales included.
-        many: size in many bits, in bytes, scales included.
-        harm: harm that few bits do to the model, in a unit that can be added up; many bits are taken to do none.
+        few: size in bytes when stored in few bits, scales included.
+        many: size in bytes when stored in many bits, scales included.
+        harm: harm that few bits do to the model, in a unit that can be added up; many bits are assumed to do none.
     """
 
     path: str
@@ -26,12 +26,12 @@ class Candidate:
 
     @property
     def worth(self) -> float:
-        """Harm that is avoided per additional byte."""
+        """Harm that many bits avoid, per additional byte."""
         return self.harm / (self.many - self.few)
 
 
 def average_bits(candidates: Iterable[Candidate], chosen: Iterable[str] = ()) -> float:
-    """Average bits per weight of all candidates, when those whose paths are in ``chosen`` have many bits."""
+    """Average number of bits per weight of all candidates if those whose paths are in ``chosen`` have many bits."""
     taken, size, count = set(chosen), 0, 0
     for one in candidates:
         size += one.many if one.path in taken else one.few
@@ -42,8 +42,8 @@ def average_bits(candidates: Iterable[Candidate], chosen: Iterable[str] = ()) ->
 def choose(candidates: Sequence[Candidate], bits: float) -> list[str]:
     """Paths of the matrices to store in many bits, so that the average is at most ``bits`` and little harm is left.
 
-    The choice is greedy: matrices that avoid most harm per byte come first, and a matrix that no longer fits is
-    skipped. The space that remains unused is smaller than one matrix.
+    The choice is greedy: matrices with the most avoided harm per byte come first, and a matrix that no longer fits is
+    skipped. The space that remains unused is smaller than one matrix needs.
     """
     room = bits * sum(one.weights for one in candidates) / 8 - sum(one.few for one in candidates)
     chosen = []

@@ -1,7 +1,7 @@
-"""4- and 8-bit weights in blocks along the input dimension: the layout of ORT's MatMulNBits.
+"""4- and 8-bit weights in blocks along the input dimension: the layout of onnxruntime's MatMulNBits.
 
-A matrix [rows, cols] has ``n = ceil(cols / block_size)`` blocks per row, the last of which is padded with zeros. It
-becomes these arrays: ``qweight``, uint8 [rows, n, block_size · bits / 8], where the earlier of two 4-bit codes is in
+A matrix [rows, cols] has ``n = ceil(cols / block_size)`` blocks per row, the last of which is padded with zeros. It is
+stored as these arrays: ``qweight``, uint8 [rows, n, block_size · bits / 8], where the earlier of two 4-bit codes is in
 the lower half of a byte; ``scales`` [rows, n]; and for asymmetric blocks ``zero_points``, uint8
 [rows, ceil(n · bits / 8)], packed in the same way. Without zero points the code for zero is ``2 ** (bits - 1)``.
 """
@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class BlockShapes(NamedTuple):
-    """Shapes of the three arrays that a matrix is quantized to."""
+    """Shapes of the three arrays that a quantized matrix consists of."""
 
     qweight: tuple[int, ...]
     scales: tuple[int, ...]
@@ -29,7 +29,7 @@ class BlockShapes(NamedTuple):
 class QuantizedBlocks(NamedTuple):
     """A quantized matrix: codes, scales and, for asymmetric blocks, zero points, in the layout of this module.
 
-    Narrow scales are int8 [rows, n] and count multiples of their row's step, which is in ``steps``, float32 [rows, 1].
+    Narrow scales are int8 [rows, n], as multiples of their row's step, which is in ``steps``, float32 [rows, 1].
     """
 
     qweight: Array
@@ -39,7 +39,7 @@ class QuantizedBlocks(NamedTuple):
 
     @property
     def true_scales(self) -> Array:
-        """Scales as the values that codes are multiplied by, float32 [rows, n], whether they are narrow or not."""
+        """The scales that codes are multiplied by, float32 [rows, n], also if they are stored as narrow scales."""
         scales = self.scales.astype(np.float32)
         return scales if self.steps is None else scales * self.steps
 
@@ -52,35 +52,36 @@ def block_shapes(rows: int, cols: int, bits: int, block_size: int) -> BlockShape
 
 TILE = 33 << 12
 """Number of values that are rounded at a time: few enough for a core's cache, and enough that the cost of calls does
-not matter. It is no power of two, because the rows of the buffers would then compete for the same cache lines."""
+not matter. It is not a power of two, because the rows of the buffers would then compete for the same cache lines."""
 
 FACTORS, ROTATED_FACTORS = (1.0, 0.93, 1.05), (1.0, 0.93, 1.07, 1.14)
-"""Factors by which a 4-bit grid may be finer than the one that spans its block's range; above 1 the grid cuts off the
-block's ends. One of them is close to the best factor."""
+"""Factors by which the candidate 4-bit grids of a block are finer than the grid that spans the block's range, for plain
+and for rotated weights. Above 1, a grid cuts off the ends of the range. One factor is usually close to the best."""
 
 
 def quantize_blocks(
     weight: Array, bits: int, block_size: int, symmetric: bool, *, rotated: bool = False, narrow: bool = False
 ) -> QuantizedBlocks:
-    """Rounds each block of a matrix to ``scale · (code - zero_point)``, to the nearest code.
+    """Rounds each block of a matrix to ``scale · (code - zero_point)``, with the nearest code for each value.
 
-    The scale of an 8-bit block spans the block's values: ±127, or with a zero point 255 steps from the smallest to the
-    largest value. For 4 bits that grid is the first of several candidates (if it is symmetric, it puts the value of
-    largest magnitude, with its sign, on the code -8, and so uses 16 levels instead of 15); the others are finer or
-    coarser by `FACTORS`. Each squared error is weighted with its value's magnitude, ``e(s) = Σ |w| (w - s q)²``,
-    because models depend on their few large weights: minimizing the plain squared error rounds those worse and gives
-    worse answers (docs/results.md). For the codes q of one grid, e is smallest at ``s = Σ |w| w q / Σ |w| q²``, where
-    it is lower than at s = 0 by ``(Σ |w| w q)² / Σ |w| q²``. The grid with the smallest e is chosen, and w is rounded
-    once more with its s. Therefore no block has a larger e than the grid that spans its range would give it.
+    The scale of an 8-bit block is chosen so that the codes span the block's range: ±127, or with a zero point 255 steps
+    from the smallest to the largest value. For 4 bits, that grid is the first of several candidates (if it is
+    symmetric, it puts the value of largest magnitude, with its sign, on the code -8, and so uses 16 levels instead of
+    15); the other candidates are finer or coarser by `FACTORS`. The error of a grid is the sum of squared errors,
+    weighted by the values' magnitudes: ``e(s) = Σ |w| (w - s q)²`` for weights w, codes q and the scale s. It protects
+    the few large weights that models depend on; the plain squared error gives worse answers (docs/results.md). For the
+    codes of one grid, e is smallest at ``s = Σ |w| w q / Σ |w| q²``, where it is lower than at s = 0 by
+    ``(Σ |w| w q)² / Σ |w| q²``. The grid with the smallest e is chosen, and w is rounded once more with its s. So no
+    block has a larger e than with the grid that spans its range.
 
     Args:
         weight: matrix [rows, cols] in any float dtype; it is rounded as float32.
         bits: bits per code, 4 or 8.
         block_size: number of values that share a scale; a power of two.
         symmetric: whether blocks have no zero points, so that zero is the middle code.
-        rotated: whether values are nearly normally distributed, without a few large ones, so that the plain squared
-            error is minimized.
-        narrow: whether scales are stored in 8 bits: those of a row are multiples of a 127th of its largest one.
+        rotated: whether the matrix was rotated, so that its values are nearly normally distributed, without a few large
+            ones; then the plain squared error is minimized.
+        narrow: whether scales are stored in 8 bits, as multiples of 1/127 of the largest scale of their row.
     """
     rows, cols = weight.shape
     shapes = block_shapes(rows, cols, bits, block_size)

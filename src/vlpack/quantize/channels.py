@@ -32,7 +32,7 @@ def quantize_rows(weight: Array) -> tuple[Array, Array]:
 
 
 def unsigned(codes: Array) -> Array:
-    """Signed codes, int8, as unsigned ones, uint8 around `ZERO_POINT`."""
+    """Converts signed int8 codes to unsigned uint8 codes, which are larger by `ZERO_POINT`."""
     shifted: Array = codes.view(np.uint8) ^ np.uint8(ZERO_POINT)
     return shifted
 

@@ -69,8 +69,8 @@ def factor_hessian(hessian: Array) -> HessianFactor:
 def _factor(matrix: Array) -> None:
     """Replaces a positive definite matrix by its lower Cholesky factor, panel by panel from the left.
 
-    One product takes the contribution of all earlier columns from a panel, which is three times as fast as numpy's
-    own factorization of a large matrix.
+    One matrix product subtracts the contribution of all earlier columns from a panel, which is three times as fast as
+    numpy's own factorization of a large matrix.
 
     Raises:
         LinAlgError: the matrix is not positive definite.
@@ -91,7 +91,7 @@ def _factor(matrix: Array) -> None:
 def gptq_round_blocks(
     weight: Array, nearest: QuantizedBlocks, factor: HessianFactor, bits: int, block_size: int
 ) -> QuantizedBlocks:
-    """Rounds a matrix in blocks by GPTQ, with the scales and zero points of rounding to the nearest code.
+    """Rounds a matrix in blocks by GPTQ, with the scales and zero points that rounding to the nearest code has chosen.
 
     Args:
         weight: matrix ``[rows, cols]``, in any float dtype.
@@ -119,7 +119,7 @@ def gptq_round_rows(weight: Array, scales: Array, factor: HessianFactor) -> Arra
 
     Args:
         weight: matrix ``[rows, cols]``, in any float dtype.
-        scales: scales of rounding to the nearest code, float32 ``[rows]``.
+        scales: scales that rounding to the nearest code has chosen, float32 ``[rows]``.
         factor: Hessian factor of the matrix's inputs.
 
     Returns:
@@ -137,10 +137,10 @@ def _round_columns(
 ) -> None:
     """Fills ``steps [cols, rows]`` with each weight as a whole number of grid steps of its block.
 
-    Each column is rounded to its weights less the errors of the columns rounded before it, in proportion to how far
-    its inputs correlate with theirs: with ``H = U D Uᵀ`` and a unit upper triangular U, errors δ cost
-    ``Σ_k D_k ((δ U)_k)²``, and rounding the k-th column decides the k-th term. U consists of the columns of
-    ``factor.lower``, divided by its diagonal and in reverse order.
+    Before a column is rounded, the errors of the columns rounded earlier are subtracted from its weights, in proportion
+    to the correlation of their inputs with its own. This follows from ``H = U D Uᵀ`` with a unit upper triangular U:
+    errors δ cost ``Σ_k D_k ((δ U)_k)²``, and rounding the k-th column determines the k-th term. U consists of the
+    columns of ``factor.lower``, divided by its diagonal and in reverse order.
 
     Args:
         weight: matrix ``[rows, cols]``, in any float dtype.
@@ -153,7 +153,7 @@ def _round_columns(
     """
     rows, cols = weight.shape
     act_order, lower = factor
-    # weights of columns to come, and errors of columns that are rounded
+    # weights of the columns that are not rounded yet, and errors of those that are
     lost = np.ascontiguousarray(weight.T[act_order], np.float32)
     code = np.empty(rows, np.float32)
     for stop in range(cols, 0, -BLOCK):

@@ -1,4 +1,4 @@
-"""The precision policy, as data: the storage of each weight and the dtype of the activations.
+"""The precision policy of a package, as data: the storage of each weight and the dtype of the activations.
 
 A policy is a list of rules; the first rule that matches a weight decides. A rule matches a weight's *role*, which is
 ``text.`` or ``vision.`` followed by its purpose: ``linear``, ``embedding``, ``head``, ``candidates``, ``answers``,
@@ -40,7 +40,8 @@ LARGEST_ROTATION = 64
 """Largest number of channels in a block that the graph rotates; larger blocks cost more time (docs/results.md)."""
 
 BALANCE_TOLERANCE = 8.0
-"""Factor by which a channel of 4-bit weights may be out of proportion before it is rescaled (docs/results.md)."""
+"""Largest ratio, relative to the median, at which a channel of 4-bit weights is not rescaled; the tolerance of
+`vlpack.quantize.rotate.even_sizes` (docs/results.md)."""
 
 EXPERT_PROVIDERS = ("cpu", "cuda")
 """Execution providers that have kernels for ORT's MoE and QMoE operators in the form used here."""
@@ -93,26 +94,27 @@ class PrecisionFacts:
 
 @dataclass(frozen=True)
 class QuantizationOptions:
-    """The choices about quantized weights and about the key/value cache.
+    """The user's choices about quantized weights and the key/value cache.
 
     Args:
         block_size: number of values that share a scale, in all weights in blocks; None for `default_block_size`.
-        is_symmetric: whether blocks have no zero points; None means all but the blocks of calibrated 4-bit weights,
-            which are larger, so that zero points take no time on the CPU.
+        is_symmetric: whether blocks have no zero points; None gives zero points only to calibrated 4-bit weights on the
+            CPU, whose blocks are so large that zero points take no time.
         accuracy_level: accuracy level of MatMulNBits on the CPU: 1 computes with fp32 activations, 4 with 8-bit ones.
         weight_type: dtype of int8 matrices, ``int8`` or ``uint8``; see `vlpack.quantize.storage.ChannelInt8`.
-        mixed: selector → ``int4`` or ``int8`` for parts of the decoder, as the builder's ``matmul_mixed_precision``.
+        mixed: ``int4`` or ``int8`` for parts of the decoder, by selector, as in the builder's
+            ``matmul_mixed_precision``.
         vision: precision of the vision encoder; None to derive it from the package's precision.
         kv_cache: ``int8``, or None to keep keys and values in the dtype of the activations.
         calibrated: whether the decoder's 4-bit matrices, or in int8 packages its 8-bit ones, are rounded by GPTQ.
-        balance: whether channels are balanced (`vlpack.quantize.rotate`). True balances them where weights are floats,
-            too; None only where weights are quantized.
-        rotation: whether blocks of channels are rotated (`vlpack.quantize.rotate`). True rotates them where weights are
-            floats, too, which changes nothing but rounding; None only on the CPU and where weights are quantized.
-        eight_bits: matrices of an int4 package's decoder that have 8 bits: name in a layer, such as ``mlp.down_proj``,
-            or ``*`` for all, → layers; None for the default, `outer_layers` in packages for the CPU that are not
-            calibrated and have no mixed layers.
-        narrow_scales: whether scales of 4-bit blocks are stored in 8 bits on the CPU, except for those of experts.
+        balance: whether channels are balanced (`vlpack.quantize.rotate`). None balances the inputs of quantized weights
+            only; True those of float weights, too.
+        rotation: whether blocks of channels are rotated (`vlpack.quantize.rotate`). None rotates the inputs of
+            quantized weights on the CPU only; True those of float weights, too, which only changes rounding errors.
+        eight_bits: layers in which matrices of an int4 package's decoder have 8 bits, by the matrix's name in a layer,
+            such as ``mlp.down_proj``, or ``*`` for all matrices. None for the default: `outer_layers` in packages for
+            the CPU that are not calibrated and have no mixed layers, else no layers.
+        narrow_scales: whether scales of 4-bit blocks, except those of experts, are stored in 8 bits on the CPU.
     """
 
     block_size: int | None = None
@@ -166,16 +168,17 @@ class Policy:
         return rotation_size(cols, LARGEST_ROTATION) if wanted else 1
 
     def balance(self, storage: Storage | None) -> float | None:
-        """The balance of the channels that a weight of this storage reads; None where they are not balanced.
+        """The kind of balance of the input channels of a weight of this storage; None for no balance.
 
-        0 makes the readers' columns equally large; other numbers are tolerances of `vlpack.quantize.rotate.even_sizes`.
+        0 stands for `vlpack.quantize.rotate.equal_columns`; other numbers are tolerances of
+        `vlpack.quantize.rotate.even_sizes`.
         """
         quantized = isinstance(storage, Blocks | ChannelInt8)
         if self.options.balance is False or not (quantized or self.options.balance):
             return None
         if isinstance(storage, Blocks) and storage.bits == 4:
             return BALANCE_TOLERANCE
-        # if the sizes of the activations are measured, they and the weights are made equal, which harms both least
+        # calibration measures the sizes of activations; making them equal to those of the weights harms both least
         return 1.0 if isinstance(storage, ChannelInt8) and storage.calibrated else 0.0
 
     @property
@@ -197,7 +200,7 @@ class Policy:
 def make_policy(
     precision: str, provider: str, options: QuantizationOptions, facts: PrecisionFacts = PrecisionFacts()
 ) -> Policy:
-    """The policy of a precision on an execution provider, for a model with these facts.
+    """Makes the precision policy for an execution provider and a model with these facts.
 
     Raises:
         OptionError: the precision is not offered on the execution provider, or an option is not offered with them.
@@ -254,10 +257,10 @@ def _blocks(
     width: int = 0,
     calibrated: bool = False,
 ) -> Blocks:
-    """Storage in blocks. A default block size divides ``divided``, if that is given, or else ``width``, if possible."""
+    """Storage in blocks; a default block size divides ``divided`` if that is not 0, or else ``width`` if possible."""
     size = options.block_size or gcd(default_block_size(precision, provider, bits, calibrated=calibrated), divided)
     while not options.block_size and not divided and size > 32 and width % size:
-        size //= 2  # a block that reaches beyond the width would be padded
+        size //= 2  # a block that extends beyond the width would be padded
     # other providers have fp16 scales already, and narrow scales were not tried with the kernel for experts
     narrow = options.narrow_scales and bits == 4 and provider == "cpu" and dtype == "float32" and not divided
     symmetric = not (calibrated and provider == "cpu") if options.is_symmetric is None else options.is_symmetric
@@ -312,7 +315,7 @@ def layer_and_name(path: str) -> tuple[int | None, str]:
 
 
 def _eight_bit_rules(precision: str, provider: str, options: QuantizationOptions, facts: PrecisionFacts) -> list[Rule]:
-    """Rules for the 8-bit matrices of an int4 package: one scale per channel, the CPU's fastest 8-bit product."""
+    """Rules for the 8-bit matrices of an int4 package, with one scale per channel: the CPU's fastest 8-bit product."""
     chosen = options.eight_bits
     if chosen is None:
         as_it_comes = precision == "int4" and provider == "cpu" and not options.calibrated
@@ -325,7 +328,7 @@ def _eight_bit_rules(precision: str, provider: str, options: QuantizationOptions
 def outer_layers(num_hidden_layers: int) -> list[int]:
     """The layers that get 8 bits by default, because 4 bits usually harm them most: the first seventh and the last one.
 
-    Their additional bytes are about what 8-bit scales save (docs/results.md).
+    They take about as many additional bytes as 8-bit scales save (docs/results.md).
     """
     first = list(range(num_hidden_layers // 7))
     return [*first, num_hidden_layers - 1] if first else []
@@ -357,7 +360,7 @@ def _expert_rules(
 
 
 def _vision_rules(precision: str, provider: str, dtype: str, options: QuantizationOptions) -> list[Rule]:
-    # 4-bit vision changes what the model sees; with 8 bits no loss was found in the digits checkpoint or its features
+    # 4 bits change image features visibly; with 8 bits no loss was found in the digits checkpoint or its features
     default = {"int4": "int8" if provider == "cpu" else "fp16"}.get(precision, precision)
     vision = options.vision or default
     if vision not in OFFERED[provider]:
@@ -373,13 +376,13 @@ def _vision_rules(precision: str, provider: str, dtype: str, options: Quantizati
     kept = storage.dtype if isinstance(storage, Transposed) else dtype
     rules = [Rule("vision.table", Float("float32")), Rule("vision.patches", Transposed(kept))]
     if vision == "int8":
-        # the features are this matrix's output: its rounding would cause half of their error, for 1/40 of the products
+        # the features are this matrix's output: quantizing it would cause half of their error, for 1/40 of the products
         rules.append(Rule("vision.output", Transposed("float32")))
     return [*rules, Rule("vision.*", storage)]
 
 
 def sensitive_layers(num_hidden_layers: int) -> list[int]:
-    """The layers that llama.cpp keeps in more bits: the first and last eighth, and every third one between them."""
+    """The layers that llama.cpp stores in more bits: the first and last eighth, and every third one between them."""
     eighth = num_hidden_layers // 8
     return [
         layer

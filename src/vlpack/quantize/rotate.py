@@ -1,4 +1,4 @@
-"""Rotation and balance of the channels that a matrix multiplies, so that few bits hold weights and activations well.
+"""Rotation and balance of a matrix's input channels, which make weights and activations easier to quantize.
 
 The product ``y = x Wᵀ`` does not change if ``x`` becomes ``x S R`` and ``W`` becomes ``W S⁻¹ R``, for a diagonal ``S``
 and an orthogonal ``R``. *Balance* chooses ``S`` so that no channel is much larger than the others; ``S`` is merged into
@@ -31,7 +31,7 @@ def _is_paley(order: int) -> bool:
 
 
 def _core(order: int) -> int | None:
-    """The order of the matrix from which doubling makes a Hadamard matrix of ``order``; None where none is known."""
+    """The order of the matrix that is doubled to make a Hadamard matrix of ``order``; None if none is known."""
     while order > 1 and not _is_paley(order):
         if order % 2:
             return None

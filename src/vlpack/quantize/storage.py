@@ -30,17 +30,17 @@ SLAB = 1 << 22
 
 
 def slabs(rows: int, cols: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of at most `SLAB` elements that cover ``rows``."""
+    """Row ranges ``(start, stop)`` of at most `SLAB` elements each that together cover ``rows`` rows."""
     step = max(1, SLAB // max(cols, 1))
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
 
 def transposed(matrix: Array) -> Array:
-    """Transposed copy of a matrix, ``[rows, cols]`` → ``[cols, rows]``, made in strips that stay in the cache.
+    """Transposed copy of a matrix, ``[rows, cols]`` → ``[cols, rows]``, made in strips that fit into the cache.
 
-    The rows of a strip have a cache line of padding each. Without it their distance would mostly be a power of two, and
-    all values of a column would compete for the same few places in the cache.
+    Each row of a strip is padded by one cache line. Without padding, the distance between rows would often be a power
+    of two, and all values of a column would compete for the same few cache lines.
     """
     rows, cols = matrix.shape
     out = np.empty((cols, rows), matrix.dtype)
@@ -77,7 +77,7 @@ class Storage(Protocol):
 
 @dataclass(frozen=True)
 class Float:
-    """A weight as in the checkpoint, row by row, cast to ``dtype``: for embeddings, heads, norms, biases and tables."""
+    """A weight in the checkpoint's layout, cast to ``dtype``; used for embeddings, heads, norms, biases and tables."""
 
     dtype: str = "float32"
 
@@ -148,7 +148,7 @@ class ChannelInt8:
     def chunks(
         self, read: RowReader, rows: int, cols: int, factor: HessianFactor | None = None
     ) -> Iterator[tuple[str, Array]]:
-        """Chunks of the arrays, rounded to the nearest codes, or with ``factor`` by GPTQ and with the same scales."""
+        """Chunks of the arrays, rounded to the nearest codes, or with ``factor`` by GPTQ with the same scales."""
         whole = np.empty((rows, cols), np.int8)
         scales = np.empty(rows, np.float32)
         for start, stop in slabs(rows, cols):
@@ -210,7 +210,7 @@ class Blocks:
     def chunks(
         self, read: RowReader, rows: int, cols: int, factor: HessianFactor | None = None
     ) -> Iterator[tuple[str, Array]]:
-        """Chunks of the arrays, rounded to the nearest codes, or with ``factor`` by GPTQ and on the same grids."""
+        """Chunks of the arrays, rounded to the nearest codes, or by GPTQ on the same grids if ``factor`` is given."""
         specs = self.arrays(rows, cols)
         small = {name: np.empty(shape, dtype) for name, (dtype, shape) in specs.items() if name != "qweight"}
         for start, stop in slabs(rows, cols):

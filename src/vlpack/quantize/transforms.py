@@ -1,7 +1,7 @@
 """Transforms of weights before they are stored: balance and rotation of channels, which do not change the model.
 
 A `Channels` is a set of channels between the weight that computes them (that of a norm, or rows of a matrix) and the
-matrices that read them. A `Transform` is the change that this makes to one weight. Both are plain data. A
+matrices that read them. A `Transform` describes how balance and rotation change one weight. Both are plain data. A
 `ChannelScales` computes the scales that balance each set of channels, once for all weights that need them.
 """
 
@@ -39,8 +39,8 @@ class Channels:
         producer: weight of the norm, ``[channels, 1]``, or the matrix whose rows compute the channels.
         first: index of the producer's row that computes the first channel.
         readers: matrices that multiply the channels.
-        shape: ``(a, g, b)``, the shape of a reader's ``a · g · b`` columns, which belong to ``a · b`` channels: each
-            channel is repeated ``g`` times (query heads that share a value head, patches that are merged).
+        shape: ``(a, g, b)``, the shape of a reader's ``a · g · b`` columns, which belong to ``a · b`` channels. Each
+            channel is repeated ``g`` times, for query heads that share a value head or for patches that are merged.
         tolerance: tolerance of `vlpack.quantize.rotate.even_sizes`; None for `vlpack.quantize.rotate.equal_columns`.
     """
 
@@ -52,7 +52,7 @@ class Channels:
 
     @property
     def name(self) -> str:
-        """Name of the set, unique in a model: the tensor that computes the first channel, and the row there."""
+        """Name of the set, unique in a model: the tensor that computes the first channel, a colon and `first`."""
         return f"{next(self.producer.tensors()).name}:{self.first}"
 
     @property
@@ -71,7 +71,8 @@ class Channels:
         for reader in self.readers:
             for start, stop in slabs(reader.rows, reader.cols):
                 piece = reader.read(checkpoint, start, stop).astype(np.float32, copy=False)
-                # added row by row, an order that does not depend on the processor; sums of tiles are added in float64
+                # summed row by row, so that the order does not depend on the processor; sums of tiles are added in
+                # float64
                 for tile in range(0, len(piece), 64):
                     squares = np.square(piece[tile : tile + 64])
                     total += np.add.reduce(squares, axis=0).reshape(self.shape)
@@ -240,7 +241,7 @@ class Transform:
             ratio /= before.reads.along_columns(scales_before(before.reads))
         if self.input_rotation == before.input_rotation and (ratio == 1).all():
             return
-        # x becomes x M, for a block-diagonal matrix M
+        # x becomes x M for a block-diagonal matrix M
         size = math.lcm(before.input_rotation, self.input_rotation)
         back = np.kron(np.eye(size // before.input_rotation), rotation_matrix(before.input_rotation).T)
         there = np.kron(np.eye(size // self.input_rotation), rotation_matrix(self.input_rotation))

@@ -27,7 +27,7 @@ _INTEGERS = ("context_length", "vocab_size")
 
 RUNTIME = "runtime"
 VISION_PROVIDERS = ("cpu", RUNTIME)
-"""Where images are encoded: by vlpack in its own onnxruntime session on the CPU, or by onnxruntime-genai."""
+"""The places where images can be encoded: vlpack's own onnxruntime session on the CPU, or onnxruntime-genai."""
 
 
 def open_package(folder: Path) -> LoadedFiles:

@@ -330,7 +330,10 @@ class Model(Loaded):
 def as_messages(
     messages: str | Sequence[Message], images: Sequence[ImageSource], videos: Sequence[VideoSource]
 ) -> Sequence[Message]:
-    """A question given as a string as a conversation: images and videos go before it."""
+    """Turns a question into a conversation of one message, with images and videos before the text.
+
+    A conversation is returned unchanged.
+    """
     if not isinstance(messages, str):
         return messages
     parts = [*({"type": "image"} for _ in images), *({"type": "video"} for _ in videos)]

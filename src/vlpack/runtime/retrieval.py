@@ -49,7 +49,7 @@ def prompt_form(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> PlainPrompts | ChatPrompts:
-    """How a model's inputs become prompts.
+    """The form in which a model's inputs become prompts.
 
     Args:
         settings: a package's folder.
@@ -300,7 +300,7 @@ class Embedder(Encoder):
         return short
 
     def prompt(self, item: Input) -> Prompt:
-        """The prompt that `embed` makes of an input without an instruction, for `run`."""
+        """The prompt that `embed` makes from an input without an instruction, for `run`."""
         return self._form.embedding(item, None, self._chosen(None), "The input")
 
 
@@ -347,7 +347,7 @@ class Reranker(Encoder):
         return [float(score) for score in scores]
 
     def prompt(self, query: Input, document: Input) -> Prompt:
-        """The prompt that `score` makes of a query and a document without an instruction, for `run`."""
+        """The prompt that `score` makes from a query and a document without an instruction, for `run`."""
         return self._form.reranker(query, document, self._chosen(None), "The document")
 
 

@@ -10,7 +10,7 @@ from vlpack.errors import OptionError, option
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token of an answer is chosen. None stands for the package's own generation settings.
+    """Sampling parameters of an answer. None stands for the package's own generation settings.
 
     Args:
         temperature: randomness of the choice; 0 always takes the most likely token.

@@ -51,7 +51,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Answers:
-    """All results that need the package in its runtime, which is unloaded once they exist.
+    """All results that need the package loaded in its runtime; afterwards the runtime is unloaded.
 
     Args:
         asked: the cases with their prompts and answers.

@@ -50,7 +50,7 @@ def built_in(*, sees: bool, videos: bool = False) -> list[Case]:
     """The built-in cases: a short and a long text; one image, and two of unequal sizes; and a video.
 
     Args:
-        sees: whether the model has a vision encoder; images are asked about only then.
+        sees: whether the model has a vision encoder; only then are there cases with images.
         videos: whether the package takes videos.
     """
     long = "The river rose in the night, and by morning the lower fields stood under water. " * 6

@@ -70,7 +70,7 @@ def _other_video(one: Asked, arrays: Arrays, wanted: Sequence[ProcessedVideo]) -
     if mine != theirs:
         return f"the video's grid is {mine} patches in time, height and width; the checkpoint's settings make {theirs}."
     if [clip.timestamps for clip in one.prompt.videos] != [clip.timestamps for clip in wanted]:
-        return "the video's frames are taken at other times than the checkpoint's settings ask for."
+        return "the video's frames are taken at other times than with the checkpoint's settings."
     apart = difference(arrays["pixel_values_videos"], np.concatenate([clip.pixel_values for clip in wanted]))
     if apart.relative < PIXEL_TOLERANCE:
         return None

@@ -193,7 +193,7 @@ def _percent(share: float) -> str:
 
 
 def _visible(piece: str, token: int) -> str:
-    """A token as visible text, with marks for spaces and line breaks; its id if it is not text by itself."""
+    """A token as visible text, with marks for spaces and line breaks; its id if it is only a part of a character."""
     shown = piece.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
     if not shown or "\N{REPLACEMENT CHARACTER}" in shown:
         return f"#{token}"

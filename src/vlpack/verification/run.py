@@ -211,7 +211,7 @@ class _Comparison:
         return self.graphs.run(one.ids, one.prompt, self._positions(one), exact=exact)
 
     def _positions(self, one: Asked) -> Array:
-        """The position ids that vlpack makes. The runtime makes its own, which only the answer's tokens test."""
+        """The position ids that vlpack makes. The runtime makes its own; only the answer's tokens test those."""
         facts = self.architecture.vision
         if facts is None:
             return np.arange(one.ids.shape[1], dtype=np.int64)[None]
@@ -299,8 +299,8 @@ def _judge_weights(weights: Sequence[WeightResult]) -> list[Finding]:
     return [
         Finding(
             "weights",
-            f"{worst.path} in the {worst.part} graph is not what vlpack makes of the checkpoint: its relative error is "
-            f"{worst.error:.2g}, where {worst.storage} explains {worst.expected:.2g}.{more}",
+            f"{worst.path} in the {worst.part} graph is not what a build of the checkpoint stores: its relative error "
+            f"is {worst.error:.2g}, where {worst.storage} explains {worst.expected:.2g}.{more}",
         )
     ]
 

@@ -136,12 +136,12 @@ class Weights:
         return arrays
 
     def stored(self, part: str, weight: Weight) -> Array:
-        """The package's values of a weight, dequantized, balance and rotation undone, float32 ``[rows, cols]``."""
+        """A weight of the package after dequantization, without balance and rotation, float32 ``[rows, cols]``."""
         values = weight.storage.values(self.held(part, weight), weight.rows, weight.cols)
         return weight.transform.undo(values, self.scales)
 
     def compare(self) -> Iterator[WeightResult]:
-        """Compare every weight of the package with the checkpoint, and with what vlpack makes of the checkpoint."""
+        """Compares every weight of the package with the checkpoint, and with what a build would store."""
         for part, weight in self.all():
             held = self.held(part, weight)
             same, error = self._same(weight, held), self._error(weight, held)
@@ -163,7 +163,7 @@ class Weights:
         return True
 
     def _error(self, weight: Weight, arrays: Mapping[str, Array]) -> float:
-        """The relative L2 error of arrays against the checkpoint's values, both balanced and rotated.
+        """The relative L2 error of stored arrays against the checkpoint's values, after the same balance and rotation.
 
         Only a slab of rows is in memory at a time.
         """
