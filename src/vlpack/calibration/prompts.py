@@ -21,7 +21,7 @@ T = TypeVar("T")
 LENGTH = 128
 """Largest number of tokens of a text."""
 TEXTS = 8
-"""Largest number of texts that a model writes: more of them, which take long to write, gain nothing (docs/results.md)."""
+"""Largest number of texts that a model writes. They take long, and more of them gain nothing (docs/results.md)."""
 PIECES = 48
 """Largest number of pieces of a user's text, or of conversations of a user's file."""
 STACK = 2048
