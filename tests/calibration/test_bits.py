@@ -24,7 +24,13 @@ from vlpack.errors import OptionError
 from vlpack.export.graph import declare
 from vlpack.options import parse_extra_options
 from vlpack.quantize.allocation import Candidate, average_bits, choose
-from vlpack.quantize.policy import PrecisionFacts, QuantizationOptions, layer_and_name, make_policy, outer_layers
+from vlpack.quantize.policy import (
+    PrecisionFacts,
+    QuantizationOptions,
+    default_eight_bits,
+    layer_and_name,
+    make_policy,
+)
 
 SIZES = st.lists(st.tuples(st.integers(1, 50), st.floats(0, 1)), min_size=1, max_size=12)
 
@@ -57,21 +63,23 @@ def test_layers_by_path() -> None:
     assert layer_and_name("model.visual.blocks.3.mlp.linear_fc1") == (None, "model.visual.blocks.3.mlp.linear_fc1")
 
 
-def test_outer_layers_have_8_bits_by_default() -> None:
-    """Outer layers have 4 bits if matrices are calibrated, or the bits that other options choose."""
+LAYERS = (0, 2, 10, 11, 27)
+
+
+def test_sensitive_matrices_have_8_bits_by_default() -> None:
+    """They have 4 bits if matrices are calibrated, or the bits that other options choose."""
     facts = PrecisionFacts(num_hidden_layers=28)
-    path = "model.layers.{}.self_attn.qkv_proj"
 
-    def labels(**options: Any) -> list[str]:
+    def labels(name: str = "self_attn.qkv_proj", **options: Any) -> list[str]:
         policy = make_policy("int4", options.pop("provider", "cpu"), QuantizationOptions(**options), facts)
-        return [policy.storage("text.linear", path.format(layer)).label[:4] for layer in (0, 3, 4, 27)]
+        return [policy.storage("text.linear", f"model.layers.{layer}.{name}").label[:4] for layer in LAYERS]
 
-    assert outer_layers(28) == [0, 1, 2, 3, 27]
-    assert outer_layers(6) == []
-    assert labels() == ["int8", "int8", "int4", "int8"]
-    assert labels(calibrated=True) == labels(mixed={"mixed_layers": "int4"}) == labels(provider="cuda") == ["int4"] * 4
-    chosen = labels(calibrated=True, eight_bits={"self_attn.qkv_proj": [4]})
-    assert chosen == ["int4", "int4", "int8", "int4"]
+    assert default_eight_bits(6) == {}
+    assert labels() == ["int8", "int8", "int8", "int4", "int8"]
+    assert labels("mlp.down_proj") == ["int8", "int4", "int4", "int4", "int8"]
+    assert labels(calibrated=True) == labels(mixed={"mixed_layers": "int4"}) == labels(provider="cuda") == ["int4"] * 5
+    chosen = labels(calibrated=True, eight_bits={"self_attn.qkv_proj": [2]})
+    assert chosen == ["int4", "int8", "int4", "int4", "int4"]
 
 
 @pytest.fixture(scope="module")

@@ -313,6 +313,22 @@ def test_inputs_are_those_of_transformers(
                 assert apart < 0.1, f"{precision}, {path}: {apart:.3f}"
 
 
+def test_gate_and_up_share_a_hessian(helper: Callable[..., Any], checkpoint: Callable[[Tiny], Path]) -> None:
+    """The gate and up matrices multiply the same values, which the graph rotates once for each of them."""
+    folder = checkpoint(Tiny())
+    model, _ = helper(folder)
+    transforms = {weight.path: weight.transform for weight in Kept(folder, "int8").declared.values()}
+    declared = Kept(folder, "int4", calibrated=True).declared.values()
+    gate, up = (
+        next(weight for weight in declared if weight.path.endswith(f"layers.0.mlp.{name}_proj"))
+        for name in ("gate", "up")
+    )
+    with Checkpoint.open(folder) as checkpoint_as_it_lies:
+        _, opened = architecture_of(checkpoint_as_it_lies)
+        collect = layers.Calibration(model, [gate, up], transforms, opened, [model.show(np.arange(20, 50)[None])])
+        assert collect(gate) is collect(up)
+
+
 def test_texts_are_generated_by_the_model(
     helper: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vlpack.quantize.blocks import block_shapes, dequantize_blocks, quantize_blocks, unpack
 from vlpack.quantize.channels import dequantize_rows, quantize_rows
-from vlpack.quantize.storage import ChannelInt8
+from vlpack.quantize.storage import ChannelInt8, slabs
 
 SIZES = [16, 32, 64, 128, 256]
 FLOATS = st.floats(-1e4, 1e4, width=32, allow_subnormal=False)
@@ -29,6 +29,29 @@ def random(rows: int, cols: int, seed: int = 0) -> np.ndarray:
     weight[1] = 0
     weight[2] = np.abs(weight[2])
     return weight
+
+
+@given(st.integers(0, 300), st.integers(1, 40), st.integers(1, 500))
+def test_slabs_cover_a_matrix_in_as_few_equal_parts_as_fit(rows: int, cols: int, elements: int) -> None:
+    found = list(slabs(rows, cols, elements))
+    assert [row for start, stop in found for row in range(start, stop)] == list(range(rows))
+    most = max(1, elements // cols)
+    assert all(stop - start <= most for start, stop in found)
+    lengths = [stop - start for start, stop in found]
+    assert max(lengths, default=0) - min(lengths, default=0) <= len(found)
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_grids_alone_are_those_of_the_codes(symmetric: bool, narrow: bool) -> None:
+    weight = random(9, 200)
+    whole, grids = (
+        quantize_blocks(weight.copy(), 4, 32, symmetric, narrow=narrow, grids_only=only) for only in (False, True)
+    )
+    assert (grids.true_scales == whole.true_scales).all()
+    assert grids.qweight.shape == whole.qweight.shape
+    if not symmetric:
+        assert (grids.zero_points == whole.zero_points).all()
 
 
 @settings(deadline=None, max_examples=100)

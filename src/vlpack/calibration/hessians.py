@@ -22,7 +22,14 @@ from vlpack.calibration.teacher import CalibrationModel, Shown
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError, option
 from vlpack.export.graph import Weight
-from vlpack.ort.graph_edits import compute_all_rows, compute_all_tokens, load_graph, norm_input, open_session
+from vlpack.ort.graph_edits import (
+    compute_all_rows,
+    compute_all_tokens,
+    load_graph,
+    merge_equal_nodes,
+    norm_input,
+    open_session,
+)
 from vlpack.quantize.gptq import HessianFactor, factor_hessian
 from vlpack.quantize.transforms import IDENTITY, Channels, ChannelScales, Transform, packed_scales
 
@@ -77,6 +84,8 @@ class Calibration:
         self._graph = load_graph(self._file)
         compute_all_tokens(self._graph.graph)
         compute_all_rows(self._graph.graph)
+        # gate and up rotate the same input, each with nodes of its own: one Hessian is enough
+        merge_equal_nodes(self._graph)
         prefix, count = architecture.decoder.prefix, architecture.text.num_hidden_layers
         self._prefixes = [f"{prefix}.layers.{layer}." for layer in range(count)]
         norms = [*(f"{name}input_layernorm.weight" for name in self._prefixes), f"{prefix}.norm.weight"]

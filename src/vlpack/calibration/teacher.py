@@ -52,7 +52,14 @@ class CalibrationModel:
         self.folder, self.files, self.architecture = folder, files, architecture
         self.threads = available_cores()
         self.decoder_file = files["text" if "text" in files else "decoder"]
-        self._embedding = cpu_session(folder / files["embedding"], 1) if "embedding" in files else None
+        self._embedding: Any = None
+        self._open_embedding()
+
+    def _open_embedding(self) -> None:
+        """Opens the embedding graph anew: the pages of its mapped table in which a token was looked up are memory."""
+        if "embedding" in self.files:
+            self._embedding = None
+            self._embedding = cpu_session(self.folder / self.files["embedding"], 1)
 
     def show(self, ids: Array, prompt: Prompt | None = None, first: int = 0) -> Shown:
         """Decoder inputs for a batch of tokens.
@@ -147,6 +154,7 @@ class CalibrationModel:
             if all(over):
                 break
             if place % 16 == 15:
+                self._open_embedding()
                 progress(place)
         return [_until(text, len(opening), ends) for text, opening in zip(texts, openings, strict=True)]
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass
 
 from vlpack.errors import PackageError
 from vlpack.ort.session import ort, session_options
@@ -75,6 +76,11 @@ def call(session: ort.InferenceSession, inputs: Mapping[str, Array]) -> dict[str
         name: value.astype(np.float32) if value.dtype == np.float16 else value
         for name, value in zip(names, values, strict=True)
     }
+
+
+def merge_equal_nodes(model: ir.Model) -> None:
+    """Edit a graph so that nodes with the same operator, inputs and attributes become one, as in onnxruntime."""
+    CommonSubexpressionEliminationPass()(model)
 
 
 def norm_input(graph: ir.Graph, weight: str) -> ir.Value:

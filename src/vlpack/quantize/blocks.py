@@ -60,7 +60,14 @@ and for rotated weights. Above 1, a grid cuts off the ends of the range. One fac
 
 
 def quantize_blocks(
-    weight: Array, bits: int, block_size: int, symmetric: bool, *, rotated: bool = False, narrow: bool = False
+    weight: Array,
+    bits: int,
+    block_size: int,
+    symmetric: bool,
+    *,
+    rotated: bool = False,
+    narrow: bool = False,
+    grids_only: bool = False,
 ) -> QuantizedBlocks:
     """Rounds each block of a matrix to ``scale · (code - zero_point)``, with the nearest code for each value.
 
@@ -82,6 +89,8 @@ def quantize_blocks(
         rotated: whether the matrix was rotated, so that its values are nearly normally distributed, without a few large
             ones; then the plain squared error is minimized.
         narrow: whether scales are stored in 8 bits, as multiples of 1/127 of the largest scale of their row.
+        grids_only: whether only scales and zero points are needed, because the caller chooses the codes; ``qweight`` of
+            the result is then not initialized.
     """
     rows, cols = weight.shape
     shapes = block_shapes(rows, cols, bits, block_size)
@@ -91,6 +100,7 @@ def quantize_blocks(
     blocks = weight.reshape(count, block_size)
     qweight = np.empty((count, shapes.qweight[2]), np.uint8)
     scales, zeros = np.empty(count, np.float32), np.empty(count, np.float32)
+    levels, middle = np.float32((1 << bits) - 1), np.float32(1 << (bits - 1))
     step = max(1, TILE // block_size)
     buffers = np.empty((4, block_size, min(step, count)), np.float32)
     for start in range(0, count, step):
@@ -98,19 +108,20 @@ def quantize_blocks(
         # blocks are columns here, so that every operation runs along contiguous memory
         work = buffers[:, :, : tile.stop - start]
         _turn(blocks[tile], out=work[0], spare=work[1])
-        scales[tile], zeros[tile] = _encode(work, bits, symmetric, rotated)
-        if not narrow:
+        scales[tile], zeros[tile] = _grids(work, bits, symmetric, rotated)
+        if not (narrow or grids_only):
+            _round(work[0], np.float32(1), middle if symmetric else zeros[tile], levels, work[2])
             qweight[tile] = _packed(work[2], zeros[tile], bits).T
     steps = None
     if narrow:
         scales, steps = _narrowed(scales.reshape(rows, -1))
         true = (scales * steps).reshape(-1)
-        for start in range(0, count, step):
+        for start in range(0, 0 if grids_only else count, step):
             tile = slice(start, min(start + step, count))
             work = buffers[:, :, : tile.stop - start]
             _turn(blocks[tile], out=work[0], spare=work[1])
             work[0] /= true[tile]
-            _round(work[0], np.float32(1), zeros[tile], np.float32((1 << bits) - 1), work[2])
+            _round(work[0], np.float32(1), middle if symmetric else zeros[tile], levels, work[2])
             qweight[tile] = _packed(work[2], zeros[tile], bits).T
     zero_points = None if symmetric else pack(zeros.reshape(rows, -1).astype(np.uint8), bits)
     return QuantizedBlocks(qweight.reshape(shapes.qweight), scales.reshape(shapes.scales), zero_points, steps)
@@ -140,10 +151,10 @@ def _turn(blocks: Array, out: Array, spare: Array) -> None:
         out[...] = blocks.astype(np.float32, copy=False).T
 
 
-def _encode(work: Array, bits: int, symmetric: bool, rotated: bool) -> tuple[Array, Any]:
+def _grids(work: Array, bits: int, symmetric: bool, rotated: bool) -> tuple[Array, Any]:
     """Scales [blocks] and zero points ([blocks], or one number for all) of the blocks in ``work[0]``.
 
-    ``work`` is four arrays [block_size, blocks]. Afterwards the third holds the codes less their zero points; the
+    ``work`` is four arrays [block_size, blocks]. Afterwards the first holds the blocks divided by their scales; the
     other three are overwritten with intermediate values.
     """
     x, magnitudes, steps, products = work
@@ -192,7 +203,6 @@ def _encode(work: Array, bits: int, symmetric: bool, rotated: bool) -> tuple[Arr
                 np.putmask(zeros, better, these)
         scales *= ratio
         x /= ratio
-    _round(x, np.float32(1), zeros, levels, steps)
     return scales, zeros
 
 

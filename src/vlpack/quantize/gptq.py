@@ -26,6 +26,8 @@ PANEL = 256
 BLOCK, INNER = 128, 16
 """Numbers of columns to which errors are passed on at a time: those from later blocks to a block of 128 columns, those
 within that block to 16 columns, and those within the 16 to a single column."""
+STRIP = 64
+"""Number of rows of a matrix that are transposed at a time, so that they stay in the cache."""
 ROWS = 128
 """Number of rows of a matrix for which errors are passed on to 16 columns at a time."""
 
@@ -95,7 +97,7 @@ def gptq_round_blocks(
 
     Args:
         weight: matrix ``[rows, cols]``, in any float dtype.
-        nearest: the same matrix rounded to the nearest codes.
+        nearest: the same matrix rounded to the nearest codes, of which only the grids are used.
         factor: Hessian factor of the matrix's inputs.
         bits: bits per code, 4 or 8.
         block_size: number of values that share a scale; a power of two.
@@ -110,7 +112,7 @@ def gptq_round_blocks(
     steps = np.zeros((len(grid) * block_size, weight.shape[0]), np.int16)
     _round_columns(weight, factor, grid, -zeros, (1 << bits) - 1 - zeros, block_size, steps)
     codes = steps.reshape(len(grid), block_size, -1) + zeros[:, None].astype(np.int16)
-    codes = np.ascontiguousarray(codes.reshape(steps.shape).T.astype(np.uint8))
+    codes = np.ascontiguousarray(codes.reshape(steps.shape).astype(np.uint8).T)
     return nearest._replace(qweight=pack(codes, bits).reshape(nearest.qweight.shape))
 
 
@@ -154,7 +156,9 @@ def _round_columns(
     rows, cols = weight.shape
     act_order, lower = factor
     # weights of the columns that are not rounded yet, and errors of those that are
-    lost = np.ascontiguousarray(weight.T[act_order], np.float32)
+    lost = np.empty((cols, rows), np.float32)
+    for row in range(0, rows, STRIP):
+        lost[:, row : row + STRIP] = weight[row : row + STRIP].take(act_order, axis=1).T
     code = np.empty(rows, np.float32)
     for stop in range(cols, 0, -BLOCK):
         start = max(stop - BLOCK, 0)

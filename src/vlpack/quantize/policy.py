@@ -112,8 +112,8 @@ class QuantizationOptions:
         rotation: whether blocks of channels are rotated (`vlpack.quantize.rotate`). None rotates the inputs of
             quantized weights on the CPU only; True those of float weights, too, which only changes rounding errors.
         eight_bits: layers in which matrices of an int4 package's decoder have 8 bits, by the matrix's name in a layer,
-            such as ``mlp.down_proj``, or ``*`` for all matrices. None for the default: `outer_layers` in packages for
-            the CPU that are not calibrated and have no mixed layers, else no layers.
+            such as ``mlp.down_proj``, or ``*`` for all matrices. None for the default: `default_eight_bits` in
+            packages for the CPU that are not calibrated and have no mixed layers, else no layers.
         narrow_scales: whether scales of 4-bit blocks, except those of experts, are stored in 8 bits on the CPU.
     """
 
@@ -319,19 +319,23 @@ def _eight_bit_rules(precision: str, provider: str, options: QuantizationOptions
     chosen = options.eight_bits
     if chosen is None:
         as_it_comes = precision == "int4" and provider == "cpu" and not options.calibrated
-        outer = outer_layers(facts.num_hidden_layers)
-        chosen = {"*": outer} if as_it_comes and outer and "mixed_layers" not in options.mixed else {}
+        mixed = "mixed_layers" in options.mixed
+        chosen = default_eight_bits(facts.num_hidden_layers) if as_it_comes and not mixed else {}
     storage = replace(_channels(options), calibrated=options.calibrated)
     return [Rule("text.linear", storage, f"*.{name}", tuple(layers)) for name, layers in sorted(chosen.items())]
 
 
-def outer_layers(num_hidden_layers: int) -> list[int]:
-    """The layers that get 8 bits by default, because 4 bits usually harm them most: the first seventh and the last one.
+def default_eight_bits(num_hidden_layers: int) -> dict[str, Sequence[int]]:
+    """The matrices that get 8 bits by default, because 4 bits usually harm them most: name in a layer → layers.
 
-    They take about as many additional bytes as 8-bit scales save (docs/results.md).
+    They are all matrices of the first fourteenth of the layers and of the last layer, and attention, which is the
+    smaller part of a layer, in the first two fifths. They take about as many additional bytes as 8-bit scales save
+    (docs/results.md).
     """
-    first = list(range(num_hidden_layers // 7))
-    return [*first, num_hidden_layers - 1] if first else []
+    first = num_hidden_layers // 14
+    if not first:
+        return {}
+    return {"*": [*range(first), num_hidden_layers - 1], "self_attn.*": range(first, num_hidden_layers * 2 // 5)}
 
 
 def _expert_rules(

@@ -29,9 +29,14 @@ SLAB = 1 << 22
 """Number of elements handled at a time: 16 MiB in fp32, so that the working set is a few slabs of moderate size."""
 
 
-def slabs(rows: int, cols: int) -> Iterator[tuple[int, int]]:
-    """Row ranges ``(start, stop)`` of at most `SLAB` elements each that together cover ``rows`` rows."""
-    step = max(1, SLAB // max(cols, 1))
+GPTQ_SLAB = 2 * SLAB
+"""Number of elements that GPTQ rounds at a time: the more rows, the less its loop over columns costs."""
+
+
+def slabs(rows: int, cols: int, elements: int = SLAB) -> Iterator[tuple[int, int]]:
+    """Row ranges ``(start, stop)`` of about equal length, at most ``elements`` elements each, that cover ``rows``."""
+    most = max(1, elements // max(cols, 1))
+    step = max(1, -(-rows // max(1, -(-rows // most))))
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
@@ -151,7 +156,7 @@ class ChannelInt8:
         """Chunks of the arrays, rounded to the nearest codes, or with ``factor`` by GPTQ with the same scales."""
         whole = np.empty((rows, cols), np.int8)
         scales = np.empty(rows, np.float32)
-        for start, stop in slabs(rows, cols):
+        for start, stop in slabs(rows, cols, SLAB if factor is None else GPTQ_SLAB):
             weight = read(start, stop).astype(np.float32)
             spare = weight if factor is None else weight.copy()
             whole[start:stop], scales[start:stop] = quantize_rows(spare)
@@ -213,10 +218,16 @@ class Blocks:
         """Chunks of the arrays, rounded to the nearest codes, or by GPTQ on the same grids if ``factor`` is given."""
         specs = self.arrays(rows, cols)
         small = {name: np.empty(shape, dtype) for name, (dtype, shape) in specs.items() if name != "qweight"}
-        for start, stop in slabs(rows, cols):
+        for start, stop in slabs(rows, cols, SLAB if factor is None else GPTQ_SLAB):
             weight = read(start, stop)
             blocks = quantize_blocks(
-                weight, self.bits, self.block_size, self.symmetric, rotated=self.rotated, narrow=self.narrow
+                weight,
+                self.bits,
+                self.block_size,
+                self.symmetric,
+                rotated=self.rotated,
+                narrow=self.narrow,
+                grids_only=factor is not None,
             )
             if not self.narrow:
                 blocks = blocks._replace(scales=cast(blocks.scales, self.dtype))
