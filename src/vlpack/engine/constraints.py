@@ -153,6 +153,14 @@ class Constraint:
         self._check()
         return np.unpackbits(bits, bitorder="little", count=self._size).astype(np.bool_)
 
+    def forced(self) -> list[int]:
+        """The next tokens, as far as there is no choice of text; another way of cutting it may still be chosen."""
+        return list(self._matcher.compute_ff_tokens())
+
+    def valid(self, tokens: list[int]) -> list[int]:
+        """Those of these next tokens, from the first on, that the grammar allows."""
+        return tokens[: self._matcher.validate_tokens(tokens)] if tokens else tokens
+
     def push(self, token: int) -> bool:
         """Go on by one token; whether the answer is complete, so that nothing but an end could follow."""
         self._matcher.consume_token(token)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlpack.engine.constraints import Grammars, grammar_of
+from vlpack.engine.drafting import Drafter
 from vlpack.engine.graphs import Graphs
 from vlpack.engine.prefixes import tokens_of
 from vlpack.engine.queue import FairQueue
@@ -23,7 +24,7 @@ from vlpack.engine.request import EngineAnswer, Handle, Request
 from vlpack.engine.sampler import Sampler, choice_of
 from vlpack.engine.scheduler import Counters, Scheduler
 from vlpack.engine.slots import Slots, default_context
-from vlpack.errors import InputError, PackageError, option
+from vlpack.errors import InputError, OptionError, PackageError, option
 from vlpack.ort.saturation import warn_of_saturation
 from vlpack.package.genai import eos_ids
 from vlpack.package.manifest import graph_files
@@ -54,11 +55,14 @@ class Engine:
         queue: how many requests may wait for a slot.
         stall: how many times as long answers that have begun may take for a token, on average, while prompts of other
             requests are shown: at least 2. With infinity prompts go first, which is the fastest for all together.
+        speculation: guess next tokens by what followed the last ones before, in prompt or answer, and have several
+            judged by one step; answers stay the same. By default where the package and onnxruntime allow it.
         min_pixels: smallest image area, square pixels, instead of the package's.
         max_pixels: largest image area; smaller is faster.
 
     Attributes:
         cache_bytes: of keys and values, of all slots.
+        speculation: whether next tokens are guessed.
 
     Raises:
         OptionError: an option does not suit the package, or the cache does not fit the memory.
@@ -74,6 +78,7 @@ class Engine:
         threads: int | None = None,
         queue: int = 256,
         stall: float = 4.0,
+        speculation: bool | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> None:
@@ -108,6 +113,13 @@ class Engine:
             raise PackageError(f"{self.folder}: the engine cannot use this vision graph.", "Build the package again.")
         self._graphs = Graphs(self.folder, self._model, threads)
         files.check()  # nothing was replaced while it was loaded
+        if speculation and not self._graphs.packed:
+            raise OptionError(
+                f"{option('speculation')} is on, and steps of this package cannot judge several tokens of an answer: "
+                "that takes onnxruntime 1.32, and keys and values in full precision.",
+                f"Leave {option('speculation')} out.",
+            )
+        self.speculation = self._graphs.packed if speculation is None else speculation
         beside = sum(int(entry["bytes"]) for entry in files.manifest["files"].values())
         self.context = context or default_context(self._graphs.cache, slots, longest)
         self._slots = Slots(self._graphs, slots, self.context, beside)
@@ -280,6 +292,7 @@ class Engine:
                 logprobs,
                 client,
                 seconds,
+                Drafter(tokens.ids, min(max_tokens, room)) if self.speculation else None,
             )
             for index in range(n)
         ]

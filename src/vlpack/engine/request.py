@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlpack.engine.constraints import Constraint
+from vlpack.engine.drafting import Drafter
 from vlpack.engine.graphs import Array
 from vlpack.engine.prefixes import Tokens
 from vlpack.engine.sampler import Sampler, TokenLogprob, logprob_of
@@ -184,6 +185,7 @@ class Request:
         logprobs: number of likely tokens that are reported beside each token of the answer; None reports none.
         client: whose turn in the queue it takes.
         preprocess_seconds: that making the prompt took; None where it was ready.
+        drafter: guesses its next tokens; None where nobody does.
     """
 
     handle: Handle
@@ -199,6 +201,7 @@ class Request:
     logprobs: int | None = None
     client: object = None
     preprocess_seconds: float | None = None
+    drafter: Drafter | None = None
 
     slot: Slot | None = None
     features: Future[Array] | None = None
@@ -232,6 +235,20 @@ class Request:
         """Of the answer's last token, on all axes."""
         return self._next_position + len(self.answer.tokens) - 1
 
+    def draft(self, price: float, most: int) -> list[int]:
+        """Guesses of the next tokens, which a step may confirm or refute.
+
+        Args:
+            price: of each, in tokens.
+            most: how many at most.
+        """
+        most = min(most, self.max_tokens - len(self.answer.tokens) - 1)  # a step makes one token beside them
+        if self.drafter is None or most < 1:
+            return []
+        if self.constraint is None:
+            return self.drafter.draft(price, most)
+        return self.constraint.valid(self.drafter.draft(price, most, self.constraint.forced()))
+
     def choose(self, logits: Array) -> bool:
         """Take the next token from the logits ``[V]``; whether the answer is finished with it."""
         allowed = None if self.mask is None else self.mask.result()
@@ -248,6 +265,8 @@ class Request:
             self._first = now
             stats.first_token_seconds = (stats.preprocess_seconds or 0.0) + now - self._submitted
         answer.tokens.append(token)
+        if self.drafter is not None:
+            self.drafter.push(token)
         stats.new_tokens += 1
         stats.decode_seconds = now - self._first
         stopped = token in self.ends
