@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 from vlpack.errors import OptionError, PackageError, option
 
+_COUNTS = {f"{limit}{what}" for limit in ("min", "max") for what in ("Items", "Length", "Properties")}
+
 
 @dataclass(frozen=True)
 class Grammar:
@@ -90,8 +92,10 @@ def grammar_of(
         raise OptionError(
             f"{option('schema')} is {schema!r}; it must be a JSON schema or a pydantic class.", "A dict, for example."
         )
+    if plain is False:
+        raise OptionError(f"{option('schema')} is false, which no answer obeys.")
     try:
-        text = json.dumps(plain)
+        text = json.dumps(_whole_counts({} if plain is True else plain))
     except (TypeError, ValueError) as error:
         raise OptionError(f"{option('schema')} is not JSON: {error}.") from None
     # without white space between values a model cannot spend its tokens on it
@@ -175,6 +179,18 @@ class Constraint:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise OptionError(f"{option(self.grammar.kind)} cannot be followed further: {_reason(self._matcher)}")
+
+
+def _whole_counts(schema: Any) -> Any:
+    """The schema with numbers such as 2.0 as 2 where it counts: to JSON they are the same, to llguidance not."""
+    if isinstance(schema, Mapping):
+        return {
+            key: int(value)
+            if key in _COUNTS and isinstance(value, float) and value.is_integer()
+            else _whole_counts(value)
+            for key, value in schema.items()
+        }
+    return [_whole_counts(value) for value in schema] if isinstance(schema, list) else schema
 
 
 def _literal(character: str) -> str:
