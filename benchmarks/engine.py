@@ -5,16 +5,20 @@ seconds until all answers are finished, the total number of tokens per second, a
 answers are running. Before, the requests run one at a time in the same process, with only one of the two in memory.
 ``others`` is the number of cores that other programs kept busy meanwhile: repeat the run if it is above about 0.1.
 
+``decoding`` includes how many draft tokens were checked and accepted; ``--no-speculation`` turns drafting off.
+``seen_prefix`` is the time to the first token of a question whose conversation so far is in a slot already.
+
 With ``--long N`` a prompt of N tokens arrives while one answer is running; the times between that answer's tokens are
 measured before and during the processing of the prompt.
 
 Usage: python benchmarks/engine.py PACKAGE [--requests 1 2 4 8] [--prompt 512] [--new 64] [--threads N] [--image WxH]
-       [--long 2048] [--skip-alone] [--output result.json]
+       [--long 2048] [--no-speculation] [--skip-alone] [--output result.json]
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import time
 from itertools import pairwise
@@ -72,7 +76,7 @@ def together(engine: vlpack.Engine, asked: list[Prompt], new: int) -> dict[str, 
 
 def steps(engine: vlpack.Engine, asked: list[Prompt], new: int) -> dict[str, Any]:
     """Measures decoding alone: answers to prompts that the slots contain already."""
-    before = engine.counters.steps
+    before = dataclasses.replace(engine.counters)
     began = time.perf_counter()
     with Others() as others:
         handles = [engine.submit(prompt, max_tokens=new, sampling=GREEDY) for prompt in asked]
@@ -81,8 +85,24 @@ def steps(engine: vlpack.Engine, asked: list[Prompt], new: int) -> dict[str, Any
     return {
         "requests": len(asked),
         "tokens_per_second": round(tokens / seconds, 2),
-        "step_milliseconds": round(1e3 * seconds / max(1, engine.counters.steps - before), 1),
+        "step_milliseconds": round(1e3 * seconds / max(1, engine.counters.steps - before.steps), 1),
+        "guessed": engine.counters.drafted_tokens - before.drafted_tokens,
+        "right": engine.counters.accepted_tokens - before.accepted_tokens,
         "others": others.cores,
+    }
+
+
+def seen_prefix(engine: vlpack.Engine, size: int) -> dict[str, Any]:
+    """The first token of an answer to a second question, after a conversation of ``size`` tokens."""
+    asked = prompts(engine, 1, size, None, 77)[0]
+    answer = engine.submit(asked, max_tokens=8, sampling=GREEDY).result()
+    question = engine.prompts.tokenizer.encode(" And what else does it say?")[:8]
+    ids = np.concatenate([asked.input_ids[0], np.array([*answer.tokens, *question], asked.input_ids.dtype)])
+    handle = engine.submit(Prompt(ids[None], asked.num_image_tokens, None, None, ""), max_tokens=1, sampling=GREEDY)
+    stats = handle.result().stats
+    return {
+        "new_tokens": stats.prompt_tokens - stats.reused_tokens,
+        "first_token_seconds": round(stats.first_token_seconds, 3),
     }
 
 
@@ -117,6 +137,7 @@ def main() -> None:
     arguments.add_argument("--threads", type=int)
     arguments.add_argument("--image", metavar="WxH", help="a picture in each prompt, which is short then")
     arguments.add_argument("--long", type=int, help="tokens of a prompt that arrives while an answer is on its way")
+    arguments.add_argument("--no-speculation", action="store_true", help="guess no tokens")
     arguments.add_argument("--skip-alone", action="store_true", help="leave vlpack.load out")
     arguments.add_argument("--output", type=Path)
     given = arguments.parse_args()
@@ -135,12 +156,17 @@ def main() -> None:
         del model
     context = max(given.prompt + given.new, given.long or 0, 1024) + 1024
     result["together"], result["decoding"] = [], []
-    with vlpack.Engine(given.package, slots=max(given.requests), context=context, threads=given.threads) as engine:
+    options = {"slots": max(given.requests), "context": context, "threads": given.threads}
+    options |= {"speculation": False} if given.no_speculation else {}
+    with vlpack.Engine(given.package, **options) as engine:
         for number, count in enumerate(given.requests):
             asked = prompts(engine, count, size, given.image, 100 * (number + 1))
             for name, measure in (("together", together), ("decoding", steps)):
                 result[name].append(measure(engine, asked, given.new))
                 print(f"{name}:", json.dumps(result[name][-1]), flush=True)
+        if not given.image:
+            result["seen_prefix"] = seen_prefix(engine, size)
+            print("seen prefix:", json.dumps(result["seen_prefix"]), flush=True)
         if given.long:
             (short,), (long,) = (prompts(engine, 1, n, None, n) for n in (32, given.long))
             result["meanwhile"] = meanwhile(engine, short, long)

@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 from vlpack.errors import OptionError, PackageError, option
 
+_COUNTS = {f"{limit}{what}" for limit in ("min", "max") for what in ("Items", "Length", "Properties")}
+
 
 @dataclass(frozen=True)
 class Grammar:
@@ -90,8 +92,10 @@ def grammar_of(
         raise OptionError(
             f"{option('schema')} is {schema!r}; it must be a JSON schema or a pydantic class.", "A dict, for example."
         )
+    if plain is False:
+        raise OptionError(f"{option('schema')} is false, which no answer obeys.")
     try:
-        text = json.dumps(plain)
+        text = json.dumps(_whole_counts({} if plain is True else plain))
     except (TypeError, ValueError) as error:
         raise OptionError(f"{option('schema')} is not JSON: {error}.") from None
     # if white space between values were allowed, a model could fill the answer with it
@@ -155,6 +159,14 @@ class Constraint:
         self._check()
         return np.unpackbits(bits, bitorder="little", count=self._size).astype(np.bool_)
 
+    def forced(self) -> list[int]:
+        """The next tokens, as far as there is no choice of text; another way of cutting it may still be chosen."""
+        return list(self._matcher.compute_ff_tokens())
+
+    def valid(self, tokens: list[int]) -> list[int]:
+        """Those of these next tokens, from the first on, that the grammar allows."""
+        return tokens[: self._matcher.validate_tokens(tokens)] if tokens else tokens
+
     def push(self, token: int) -> bool:
         """Adds a token to the answer; returns whether only an end token could follow."""
         self._matcher.consume_token(token)
@@ -169,6 +181,18 @@ class Constraint:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise OptionError(f"{option(self.grammar.kind)} cannot be followed further: {_reason(self._matcher)}")
+
+
+def _whole_counts(schema: Any) -> Any:
+    """The schema with numbers such as 2.0 as 2 where it counts: to JSON they are the same, to llguidance not."""
+    if isinstance(schema, Mapping):
+        return {
+            key: int(value)
+            if key in _COUNTS and isinstance(value, float) and value.is_integer()
+            else _whole_counts(value)
+            for key, value in schema.items()
+        }
+    return [_whole_counts(value) for value in schema] if isinstance(schema, list) else schema
 
 
 def _literal(character: str) -> str:

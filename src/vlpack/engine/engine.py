@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlpack.engine.constraints import Grammars, grammar_of
+from vlpack.engine.drafting import Drafter
 from vlpack.engine.graphs import Graphs
 from vlpack.engine.prefixes import tokens_of
 from vlpack.engine.queue import FairQueue
@@ -23,7 +24,7 @@ from vlpack.engine.request import EngineAnswer, Handle, Request
 from vlpack.engine.sampler import Sampler, choice_of
 from vlpack.engine.scheduler import Counters, Scheduler
 from vlpack.engine.slots import Slots, default_context
-from vlpack.errors import InputError, PackageError, option
+from vlpack.errors import InputError, OptionError, PackageError, option
 from vlpack.ort.saturation import warn_of_saturation
 from vlpack.package.genai import eos_ids
 from vlpack.package.manifest import graph_files
@@ -56,11 +57,15 @@ class Engine:
         queue: largest number of requests that wait for a slot.
         stall: largest factor by which the average time per token of running answers may grow while prompts of other
             requests are processed; at least 2. With infinity, prompts come first, which gives the highest throughput.
+        speculation: whether next tokens are drafted: the tokens that followed the last ones earlier, in the prompt or the
+            answer, are checked several at a time by one step. Answers stay the same. By default on if the package and
+            onnxruntime allow it.
         min_pixels: smallest area of an image in pixels, instead of the package's.
         max_pixels: largest area of an image in pixels, instead of the package's; smaller is faster.
 
     Attributes:
         cache_bytes: size of the keys and values of all slots.
+        speculation: whether next tokens are drafted.
 
     Raises:
         OptionError: an option does not fit the package, or the cache does not fit into memory.
@@ -76,6 +81,7 @@ class Engine:
         threads: int | None = None,
         queue: int = 256,
         stall: float = 4.0,
+        speculation: bool | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> None:
@@ -110,6 +116,13 @@ class Engine:
             raise PackageError(f"{self.folder}: the engine cannot use this vision graph.", "Build the package again.")
         self._graphs = Graphs(self.folder, self._model, threads)
         files.check()  # raises an error if a file was replaced while the package was loaded
+        if speculation and not self._graphs.packed:
+            raise OptionError(
+                f"{option('speculation')} is on, and steps of this package cannot judge several tokens of an answer: "
+                "that takes onnxruntime 1.32, and keys and values in full precision.",
+                f"Leave {option('speculation')} out.",
+            )
+        self.speculation = self._graphs.packed if speculation is None else speculation
         beside = sum(int(entry["bytes"]) for entry in files.manifest["files"].values())
         self.context = context or default_context(self._graphs.cache, slots, longest)
         self._slots = Slots(self._graphs, slots, self.context, beside)
@@ -289,6 +302,7 @@ class Engine:
                 logprobs,
                 client,
                 seconds,
+                Drafter(tokens.ids, min(max_tokens, room)) if self.speculation else None,
             )
             for index in range(n)
         ]

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vlpack.engine.packing import PACKING_INPUTS, WANTED, Packing, packed
 from vlpack.errors import PackageError
-from vlpack.ort.session import cpu_session, ort
+from vlpack.ort.session import cpu_session, ort, session_options
 
 Array = npt.NDArray[Any]
 
@@ -54,6 +55,8 @@ class Graphs:
     Attributes:
         cache: the decoder's inputs for keys and values, layer by layer.
         image_width: number of channels of an image token's features in the embedding graph; 0 if it takes no images.
+        packed: whether a call takes any number of new tokens of each sequence; otherwise a call takes new tokens of one
+            sequence, or at most one new token of each.
 
     Raises:
         PackageError: onnxruntime cannot load a graph, or the decoder is not one that vlpack writes.
@@ -62,7 +65,7 @@ class Graphs:
     def __init__(self, folder: Path, model: dict[str, Any], threads: int) -> None:
         decoder = model["decoder"]
         self.path = folder / str(decoder["filename"])
-        self.decoder = _open(self.path, threads)
+        self.decoder, self.packed = _open_decoder(self.path, threads)
         self._ports = {port.name: port for port in self.decoder.get_inputs()}
         outputs = {port.name: port for port in self.decoder.get_outputs()}
         self.cache: list[CachePort] = []
@@ -73,12 +76,12 @@ class Graphs:
                     present = decoder["outputs"][f"present_{kind}_names"].replace("%d", str(layer))
                     self.cache.append(CachePort(past, outputs[present].name, self._ports[past]))
             self.logits = outputs["logits"]
-            known = {"attention_mask", "position_ids", *(port.past for port in self.cache)}
+            known = {"attention_mask", "position_ids", *PACKING_INPUTS, *(port.past for port in self.cache)}
             self.given = [name for name in self._ports if name not in known]  # tokens, as ids or as embeddings
             self.axes = len(self._ports["position_ids"].shape)
         except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
             raise PackageError(f"{self.path} is not a decoder as vlpack writes it: {error!r}.") from None
-        self.every_logit = self.logits.shape[1] != 1
+        self.every_logit = self.logits.shape[1] not in (1, WANTED)
         self.vocab_size = int(self.logits.shape[2])
         self.embedding, self.image_width, self._no_features = None, 0, np.zeros((0, 0), np.float32)
         if "input_ids" not in self._ports:
@@ -108,29 +111,42 @@ class Graphs:
             raise _failed(self._embedding_path, error) from error
         return dict(zip(self.given, values, strict=True))
 
-    def run(self, binding: Any, tokens: dict[str, Array], lengths: Array, positions: Array) -> Array:
-        """Runs the decoder once, on S new tokens of each of B sequences.
+    def run(
+        self, binding: Any, tokens: dict[str, Array], counts: Array, held: Array, positions: Array, wanted: Array
+    ) -> Array:
+        """Runs the decoder once, on N new tokens of B sequences.
 
         Args:
             binding: I/O binding in which the sequences' cached keys and values are bound as inputs and outputs.
-            tokens: decoder input for the new tokens, as `tokens` returns it.
-            lengths: number of valid keys of each sequence after the call, new tokens included, ``[B]``.
-            positions: positions of the new tokens, ``[axes, B, S]``.
+            tokens: decoder input for the new tokens of all sequences, one sequence after the other, ``[1, N]``, as
+                `tokens` returns it.
+            counts: number of new tokens of each sequence, ``[B]``. A graph that is not packed takes tokens of one
+                sequence only, or at most one of each; a sequence without a new token writes one key behind its own.
+            held: number of cached keys of each sequence before the call, ``[B]``.
+            positions: positions of the new tokens, ``[3, N]``.
+            wanted: indices of the tokens whose logits are returned, ``[K]``; for a graph that is not packed, the last
+                token of each sequence.
 
         Returns:
-            logits of the last new token of each sequence, fp32 ``[B, V]``.
+            logits of the wanted tokens, fp32 ``[K, V]``.
 
         Raises:
             PackageError: onnxruntime fails.
         """
-        _, rows, new = positions.shape
-        total = np.arange(int(lengths.max()))
-        given = {
-            **tokens,
-            "attention_mask": (total < lengths[:, None]).astype(np.int64),
-            "position_ids": np.ascontiguousarray(positions if self.axes == 3 else positions[0]),
-        }
-        logits = np.empty((rows, new if self.every_logit else 1, self.vocab_size), DTYPES[self.logits.type])
+        packing, new = Packing.of(counts), int(counts.max())
+        given = dict(tokens)
+        if self.packed:
+            lengths = np.where(counts > 0, held + counts, 1)
+            given |= packing.inputs(counts, wanted)
+            positions = positions[:, None]
+        else:
+            lengths = held + new
+            given = {name: array[0][packing.spread] for name, array in tokens.items()}
+            positions = positions[:, packing.spread]
+        given["attention_mask"] = (np.arange(int(lengths.max())) < lengths[:, None]).astype(np.int64)
+        given["position_ids"] = np.ascontiguousarray(positions if self.axes == 3 else positions[0])
+        size = positions.shape[2] if self.every_logit else len(wanted) if self.packed else 1
+        logits = np.empty((1 if self.packed else len(counts), size, self.vocab_size), DTYPES[self.logits.type])
         try:
             for name, array in given.items():
                 binding.bind_cpu_input(name, array)
@@ -138,15 +154,38 @@ class Graphs:
             self.decoder.run_with_iobinding(binding)
         except Exception as error:
             raise _failed(self.path, error) from error
-        last: Array = logits[:, -1].astype(np.float32, copy=False)
-        return last
+        chosen = logits[0] if self.packed else logits[counts > 0, -1]
+        if self.packed and self.every_logit:
+            chosen = chosen[wanted]
+        values: Array = chosen.astype(np.float32, copy=False)
+        return values
+
+
+def _open_decoder(path: Path, threads: int) -> tuple[Any, bool]:
+    """A session of the packed decoder and True; of the decoder as it is, and False, where it cannot be packed."""
+    try:
+        graph = packed(path)
+    except Exception as error:  # protobuf has its own error classes
+        raise PackageError(f"{path} cannot be read: {str(error)[:300]}") from error
+    if graph is None:
+        return _open(path, threads), False
+    options = session_options(threads)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    try:
+        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"]), True
+    except Exception as error:
+        raise _failed_to_load(path, error) from error
 
 
 def _open(path: Path, threads: int) -> Any:
     try:
         return cpu_session(path, threads)
     except Exception as error:
-        raise PackageError(f"onnxruntime cannot load {path}: {str(error).strip()[:500]}") from error
+        raise _failed_to_load(path, error) from error
+
+
+def _failed_to_load(path: Path, error: Exception) -> PackageError:
+    return PackageError(f"onnxruntime cannot load {path}: {str(error).strip()[:500]}")
 
 
 def _failed(path: Path, error: Exception) -> PackageError:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlpack.engine.constraints import Constraint
+from vlpack.engine.drafting import Drafter
 from vlpack.engine.graphs import Array
 from vlpack.engine.prefixes import Tokens
 from vlpack.engine.sampler import Sampler, TokenLogprob, logprob_of
@@ -185,6 +186,7 @@ class Request:
         logprobs: number of likely tokens reported with each token of the answer; None for no log-probabilities.
         client: identity of the client for turns in the queue.
         preprocess_seconds: time that making the prompt took, in seconds; None if the caller gave a finished prompt.
+        drafter: drafter of the answer's next tokens; None if none are drafted.
     """
 
     handle: Handle
@@ -200,6 +202,7 @@ class Request:
     logprobs: int | None = None
     client: object = None
     preprocess_seconds: float | None = None
+    drafter: Drafter | None = None
 
     slot: Slot | None = None
     features: Future[Array] | None = None
@@ -233,6 +236,20 @@ class Request:
         """The position of the answer's last token, which is the same on all axes."""
         return self._next_position + len(self.answer.tokens) - 1
 
+    def draft(self, price: float, most: int) -> list[int]:
+        """Guesses of the next tokens, which a step may confirm or refute.
+
+        Args:
+            price: of each, in tokens.
+            most: how many at most.
+        """
+        most = min(most, self.max_tokens - len(self.answer.tokens) - 1)  # a step makes one token beside them
+        if self.drafter is None or most < 1:
+            return []
+        if self.constraint is None:
+            return self.drafter.draft(price, most)
+        return self.constraint.valid(self.drafter.draft(price, most, self.constraint.forced()))
+
     def choose(self, logits: Array) -> bool:
         """Chooses the next token from logits ``[V]``; returns whether the answer is finished with it."""
         allowed = None if self.mask is None else self.mask.result()
@@ -249,6 +266,8 @@ class Request:
             self._first = now
             stats.first_token_seconds = (stats.preprocess_seconds or 0.0) + now - self._submitted
         answer.tokens.append(token)
+        if self.drafter is not None:
+            self.drafter.push(token)
         stats.new_tokens += 1
         stats.decode_seconds = now - self._first
         stopped = token in self.ends

@@ -16,6 +16,7 @@ from functools import partial
 
 import numpy as np
 
+from vlpack.engine.drafting import StepCost
 from vlpack.engine.graphs import Array, Graphs
 from vlpack.engine.queue import FairQueue
 from vlpack.engine.request import Request
@@ -46,6 +47,8 @@ class Counters:
         steps: number of calls of the decoder for the next token of one or more answers.
         chunks: number of calls of the decoder for a part of a prompt.
         idle_rows: number of rows without an active request that those steps computed.
+        drafted_tokens: number of draft tokens that steps have checked.
+        accepted_tokens: number of draft tokens that were accepted.
     """
 
     prompt_tokens: int = 0
@@ -54,6 +57,8 @@ class Counters:
     steps: int = 0
     chunks: int = 0
     idle_rows: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Scheduler:
@@ -83,6 +88,7 @@ class Scheduler:
         self._closing = False
         self._failure: BaseException | None = None
         self._chunk, self._step_seconds, self._waste = SMALLEST_CHUNK, 0.0, 0
+        self._cost = StepCost()
         self._owed = 0.0  # seconds for which steps must run before the next chunk, to balance the time that chunks took
         self._looking = ThreadPoolExecutor(1, "vlpack-vision")
         self._masking = ThreadPoolExecutor(1, "vlpack-masks")
@@ -236,7 +242,8 @@ class Scheduler:
             began = time.perf_counter()
             tokens = self._graphs.tokens(ids[None, start:end], features)
             binding = self._slots.binding(slot.row, slot.row + 1)
-            logits = self._graphs.run(binding, tokens, np.array([end]), request.positions[:, None, start:end])
+            counts, held, last = np.array([end - start]), np.array([start]), np.array([end - start - 1])
+            logits = self._graphs.run(binding, tokens, counts, held, request.positions[:, start:end], last)
             seconds = time.perf_counter() - began
             self._adapt(end - start, seconds)
             slot.write(ids[start:end])
@@ -254,6 +261,8 @@ class Scheduler:
             return
         if not request.handle.done:
             self._decoding.append(request)
+            if request.drafter is not None:
+                request.drafter.stake = self._cost.stake()
 
     def _features(self, request: Request, start: int, end: int) -> Array | None:
         """The image features of the placeholders between ``start`` and ``end`` in the prompt; None without images."""
@@ -273,16 +282,26 @@ class Scheduler:
         self._gather()
         slots = [request.slot for request in self._decoding if request.slot is not None]
         first, end = min(slot.row for slot in slots), max(slot.row for slot in slots) + 1
-        for request in self._decoding:
+        requests = sorted(self._decoding, key=lambda request: request.slot.row if request.slot is not None else 0)
+        price, drafts = self._drafts(requests)
+        counts, held = np.zeros(end - first, np.int64), np.array([slot.length for slot in self._slots.rows(first, end)])
+        for request, draft in zip(requests, drafts, strict=True):
             self._start_mask(request)
-        ids, positions = np.zeros((end - first, 1), np.int32), np.zeros((3, end - first, 1), np.int64)
-        lengths = np.array([slot.length + 1 for slot in self._slots.rows(first, end)])
-        for request, slot in zip(self._decoding, slots, strict=True):
-            ids[slot.row - first] = request.answer.tokens[-1]
-            positions[:, slot.row - first] = request.position
+            assert request.slot is not None, "it decodes"
+            counts[request.slot.row - first] = 1 + len(draft)
+        new = [[request.answer.tokens[-1], *draft] for request, draft in zip(requests, drafts, strict=True)]
+        ids = np.array([token for tokens in new for token in tokens], np.int32)
+        positions = [r.position + np.arange(len(tokens)) for r, tokens in zip(requests, new, strict=True)]
         began = time.perf_counter()
         try:
-            logits = self._graphs.run(self._slots.binding(first, end), self._graphs.tokens(ids), lengths, positions)
+            logits = self._graphs.run(
+                self._slots.binding(first, end),
+                self._graphs.tokens(ids[None]),
+                counts,
+                held,
+                np.tile(np.concatenate(positions), (3, 1)),
+                np.arange(len(ids)),
+            )
         except PackageError as error:
             for slot in self._slots.rows(
                 first, end
@@ -294,16 +313,49 @@ class Scheduler:
         seconds = time.perf_counter() - began
         self._step_seconds = 0.8 * self._step_seconds + 0.2 * seconds if self._step_seconds else seconds
         self._owed = max(0.0, self._owed - seconds)
+        self._cost.observe(len(ids), seconds)
         self.counters.steps += 1
         idle = end - first - len(slots)
         self.counters.idle_rows += idle
         self._waste += idle
-        for request, slot in zip(list(self._decoding), slots, strict=True):
-            slot.write(ids[slot.row - first])
-            try:
-                self._choose(request, logits[slot.row - first])
-            except Exception as error:  # this request's grammar failed
-                self._leave(request, error)
+        place = 0
+        for request, tokens in zip(requests, new, strict=True):
+            self._judge(request, tokens, logits[place : place + len(tokens)], price)
+            place += len(tokens)
+
+    def _drafts(self, requests: Sequence[Request]) -> tuple[float, list[list[int]]]:
+        """The price of a draft token, in tokens, and the draft tokens of each request."""
+        price = self._cost.price(len(requests))
+        room = self._slots.context - 1 - max(request.slot.length for request in requests if request.slot is not None)
+        most = min(room, self._cost.longest(len(requests)))
+        return price, [request.draft(price, most) for request in requests]
+
+    def _judge(self, request: Request, tokens: Sequence[int], logits: Array, price: float) -> None:
+        """Chooses the tokens that follow an answer's last token and its draft tokens, until a draft token is rejected.
+
+        Args:
+            request: request whose answer is continued.
+            tokens: the answer's last token, and the draft tokens.
+            logits: logits after each of ``tokens``, ``[tokens, V]``.
+            price: cost of a draft token, in tokens.
+        """
+        slot, right = request.slot, 0
+        assert slot is not None, "it decodes"
+        try:
+            for place, token in enumerate(tokens):
+                slot.write(np.array([token], np.int32))
+                over = self._choose(request, logits[place])
+                if over or place + 1 == len(tokens) or request.answer.tokens[-1] != tokens[place + 1]:
+                    break
+                right += 1
+                self._start_mask(request)
+        except Exception as error:  # this request's grammar failed
+            self._leave(request, error)
+        if len(tokens) > 1:
+            assert request.drafter is not None, "it made the guesses"
+            request.drafter.judge(len(tokens) - 1, right, price)
+            self.counters.drafted_tokens += len(tokens) - 1
+            self.counters.accepted_tokens += right
 
     def _gather(self) -> None:
         """Moves the last active row into the first gap between active rows, if steps have computed many idle rows."""
@@ -321,10 +373,13 @@ class Scheduler:
         if request.constraint is not None:
             request.mask = self._masking.submit(request.constraint.allowed)
 
-    def _choose(self, request: Request, logits: Array) -> None:
+    def _choose(self, request: Request, logits: Array) -> bool:
+        """Take an answer's next token; whether it is over with it."""
         self.counters.answer_tokens += 1
-        if request.choose(logits):
+        over = request.choose(logits)
+        if over:
             self._leave(request)
+        return over
 
     def _leave(self, request: Request, error: BaseException | None = None) -> None:
         """Frees the slot of a request and ends it."""

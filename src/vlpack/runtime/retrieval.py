@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from vlpack.preprocess.mrope import mrope_positions
 from vlpack.preprocess.retrieval_prompts import ChatPrompts, Input, PlainPrompts
 from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.runtime.limits import too_long
+from vlpack.runtime.shared_batches import SharedBatches
 from vlpack.system import checked_threads
 from vlpack.tasks import EMBEDDING, RERANKER, Loaded, check_package_task
 
@@ -75,6 +77,8 @@ def prompt_form(
 class Encoder(Loaded):
     """Base class of `Embedder` and `Reranker`: loads the graphs, and runs prompts through them in batches.
 
+    Any number of threads may call it at the same time; their prompts share batches.
+
     Args:
         folder: folder of the package.
         threads: number of threads of the runtime; None for all cores.
@@ -117,6 +121,7 @@ class Encoder(Loaded):
         self._form = prompt_form(settings, section["form"], self.image, min_pixels, max_pixels)
         warn_of_saturation(self.manifest)
         self._sessions = self._load_sessions(threads)
+        self._making, self._shared = threading.Lock(), SharedBatches(self._batch, _batches)
         files.check()  # nothing was replaced while it was loaded
         self.load_seconds = time.perf_counter() - started
 
@@ -178,7 +183,8 @@ class Encoder(Loaded):
     def run(self, prompts: Iterable[Prompt]) -> Floats:
         """Runs prompts through the model and returns one row of output for each, in their order.
 
-        Prompts of similar length share a batch, padded on the right. The padding does not change the results.
+        Prompts of similar length share a batch, padded on the right, also those of several threads that call at the
+        same time. The padding does not change the results.
 
         Raises:
             InputError: a prompt is longer than the model's context.
@@ -186,20 +192,20 @@ class Encoder(Loaded):
         """
         results: list[Floats] = []
         for window in self._windows(prompts):
-            rows: dict[int, Floats] = {}
-            for batch in _batches([prompt.input_ids.shape[1] for prompt in window]):
-                try:
-                    outputs = self._forward([window[index] for index in batch])
-                except Exception as error:  # onnxruntime's error classes have no common base
-                    raise PackageError(f"onnxruntime failed: {str(error).strip()[:500]}") from error
-                rows.update(zip(batch, outputs, strict=True))
-            results += [rows[index] for index in range(len(window))]
+            results += self._shared(window)
         return np.array(results, np.float32)
+
+    def _batch(self, prompts: Sequence[Prompt]) -> Floats:
+        """Runs one batch, as `_forward` does, with a message for what onnxruntime raises."""
+        try:
+            return self._forward(prompts)
+        except Exception as error:  # onnxruntime's error classes have no common base
+            raise PackageError(f"onnxruntime failed: {str(error).strip()[:500]}") from error
 
     def _windows(self, prompts: Iterable[Prompt]) -> Iterator[list[Prompt]]:
         window: list[Prompt] = []
         pixels = 0
-        for number, prompt in enumerate(prompts, start=1):
+        for number, prompt in enumerate(self._made(prompts), start=1):
             if prompt.input_ids.shape[1] > self.max_length:
                 raise too_long(f"{self.item} {number}", prompt, self.max_length)
             window.append(prompt)
@@ -209,6 +215,16 @@ class Encoder(Loaded):
                 window, pixels = [], 0
         if window:
             yield window
+
+    def _made(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
+        """The prompts, which are made one at a time: a processor or template is not promised to take two at once."""
+        source = iter(prompts)
+        while True:
+            with self._making:
+                prompt = next(source, None)
+            if prompt is None:
+                return
+            yield prompt
 
     def _forward(self, prompts: Sequence[Prompt]) -> Floats:
         """Runs one batch of prompts: float32 rows, one per prompt."""

@@ -1,0 +1,136 @@
+"""A decoder graph edited in memory so that sequences take part in a call with any number of new tokens each.
+
+A decoder as it is built takes ``[B, S]`` tokens, so many of every sequence. The packed one takes the N tokens of all
+sequences one after the other, ``[1, N]``. Only attention sees sequences: before it, tokens are spread over ``[B, S]``
+rows with padding on the right, and GroupQueryAttention is told how many of each row are tokens (``query_seqlens``, from
+onnxruntime 1.32 on); after it they are collected again. A sequence without new tokens costs nothing. The last layer
+and the head compute the tokens whose logits are wanted, be they the last ones of their sequences or not.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from vlpack.ort.session import ort
+
+Array = npt.NDArray[Any]
+
+NEWEST_INPUT = 16
+"""The place of ``query_seqlens`` among the inputs of GroupQueryAttention."""
+
+WANTED = "wanted"
+"""The input that says which tokens' logits are computed, and the name of their dimension."""
+
+PACKING_INPUTS: dict[str, tuple[int, list[str | int | None]]] = {
+    "query_seqlens": (TensorProto.INT32, ["rows"]),
+    "spread": (TensorProto.INT64, ["rows", "new", 2]),
+    "collect": (TensorProto.INT64, [1, "tokens", 2]),
+    WANTED: (TensorProto.INT64, [WANTED]),
+}
+
+
+class Packing(NamedTuple):
+    """Where the tokens of each sequence are.
+
+    Attributes:
+        spread: int64 ``[B, S]``, the place among all tokens of each sequence's s-th; its last one's where it has fewer,
+            and any where it has none.
+        collect: int64 ``[N, 2]``, sequence and number within it of each token.
+    """
+
+    spread: Array
+    collect: Array
+
+    @classmethod
+    def of(cls, counts: Array) -> Packing:
+        """The places, from the number of new tokens of each sequence, ``[B]``."""
+        ends = np.cumsum(counts)
+        within = np.minimum(np.arange(int(counts.max()))[None], np.maximum(counts, 1)[:, None] - 1)
+        spread = np.minimum((ends - counts)[:, None] + within, ends[-1] - 1)
+        rows = np.repeat(np.arange(len(counts)), counts)
+        return cls(spread.astype(np.int64), np.stack([rows, np.arange(ends[-1]) - (ends - counts)[rows]], axis=1))
+
+    def inputs(self, counts: Array, wanted: Array) -> dict[str, Array]:
+        """What a packed graph takes beside the inputs of the one that it was made from."""
+        return {
+            "query_seqlens": counts.astype(np.int32),
+            "spread": np.stack([np.zeros_like(self.spread), self.spread], axis=-1),
+            "collect": self.collect[None].astype(np.int64),
+            WANTED: wanted.astype(np.int64),
+        }
+
+
+def packed(path: Path) -> bytes | None:
+    """A decoder graph, packed, whose weights stay in its folder; None where it cannot be.
+
+    Args:
+        path: the decoder's file.
+    """
+    if tuple(map(int, re.findall(r"\d+", ort.__version__)[:2])) < (1, 32):
+        return None
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
+    attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    caches = [port.name for port in graph.input if port.name.startswith("past")]
+    # a cache of 8 bits attends within an If, and states that are not keys or values have no tokens to go back to
+    if not attention or len(caches) != 2 * len(attention) or any(len(node.input) > 7 for node in attention):
+        return None
+    _rename_dimensions(graph, set(caches))
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention":
+            nodes += _spread(node)
+        elif _takes_last(node, constants):
+            nodes.append(helper.make_node("Gather", [node.input[0], WANTED], node.output, axis=1))
+        else:
+            nodes.append(node)
+    del graph.node[:], graph.value_info[:]  # shapes that were known are those of [B, S] tokens
+    graph.node.extend(nodes)
+    graph.input.extend(helper.make_tensor_value_info(name, *port) for name, port in PACKING_INPUTS.items())
+    return bytes(model.SerializeToString())
+
+
+def _spread(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Attention over ``[B, S]`` rows, from and to ``[1, N]`` tokens."""
+    made, out = [], f"{node.output[0]}:rows"
+    for place in range(3):
+        name = f"{node.input[place]}:rows"
+        made.append(helper.make_node("GatherND", [node.input[place], "spread"], [name]))
+        node.input[place] = name
+    node.input.extend([""] * (NEWEST_INPUT - len(node.input)) + ["query_seqlens"])
+    collected = helper.make_node("GatherND", [out, "collect"], [node.output[0]])
+    node.output[0] = out
+    return [*made, node, collected]
+
+
+def _takes_last(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> bool:
+    """Whether a Slice selects the last token, as decoders are written: from -1 on, axis 1."""
+    if node.op_type != "Slice" or len(node.input) < 4:
+        return False
+    starts, axes = (constants.get(node.input[place]) for place in (1, 3))
+    found = [None if value is None else numpy_helper.to_array(value).tolist() for value in (starts, axes)]
+    return found == [[-1], [1]]
+
+
+def _rename_dimensions(graph: onnx.GraphProto, caches: set[str]) -> None:
+    """Call dimensions differently that are no longer the same: onnxruntime plans memory by their names."""
+    for port in [*graph.input, *graph.output]:
+        shape = port.type.tensor_type.shape.dim
+        if port.name == "attention_mask" or port.name in caches or port.name.startswith("present"):
+            shape[0].dim_param = "rows"
+        elif port.name == "logits":
+            shape[0].dim_value = 1
+            if shape[1].dim_value == 1:
+                shape[1].dim_param = WANTED
+        else:
+            for dimension in shape:
+                if dimension.dim_param == "batch_size":
+                    dimension.dim_value = 1
