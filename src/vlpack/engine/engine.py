@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,20 @@ from vlpack.runtime.model import NO_VIDEOS, as_messages, check_prompt
 from vlpack.runtime.sampling import Sampling, check_number, sampling_of
 from vlpack.runtime.stopping import StopTexts
 from vlpack.system import checked_threads
+
+
+class Occupancy(NamedTuple):
+    """How busy an engine is.
+
+    Attributes:
+        slots: how many requests it answers at a time.
+        busy: slots that are in use.
+        waiting: requests that wait for a slot.
+    """
+
+    slots: int
+    busy: int
+    waiting: int
 
 
 class Engine:
@@ -122,6 +136,11 @@ class Engine:
     def counters(self) -> Counters:
         """What was computed since the engine was made."""
         return self._scheduler.counters
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """How busy the engine is now."""
+        return Occupancy(len(self._slots), len(self._slots) - self._slots.free, self._scheduler.waiting)
 
     def close(self) -> None:
         """Interrupt all requests and end the engine's threads."""

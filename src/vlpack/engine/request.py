@@ -44,12 +44,14 @@ class Handle:
     Attributes:
         prompt: what is answered.
         on_cancel: for the engine: what ends the answer; None where it is over.
+        logprobs: of the tokens so far, where they were asked for. A token's is there before its text.
     """
 
     def __init__(self, prompt: Prompt, engine: object) -> None:
         self.prompt = prompt
         self._engine = engine  # which is closed when nobody has it any more
         self.on_cancel: Callable[[], None] | None = None
+        self.logprobs: list[TokenLogprob] = []
         self._pieces: list[str] = []
         self._answer: EngineAnswer | None = None
         self._error: BaseException | None = None
@@ -211,7 +213,7 @@ class Request:
     def __post_init__(self) -> None:
         self.answer = EngineAnswer("", [], "interrupted")
         if self.logprobs is not None:
-            self.answer.logprobs = []
+            self.answer.logprobs = self.handle.logprobs
         stats, prompt = self.answer.stats, self.prompt
         stats.prompt_tokens, stats.video_tokens = prompt.input_ids.shape[1], prompt.num_video_tokens
         stats.image_tokens = int(prompt.num_image_tokens.sum()) - stats.video_tokens

@@ -117,6 +117,8 @@ class Encoder(Loaded):
         self._form = prompt_form(settings, section["form"], self.image, min_pixels, max_pixels)
         warn_of_saturation(self.manifest)
         self._sessions = self._load_sessions(threads)
+        self.tokens = 0
+        """Number of tokens of all prompts that were run, without padding."""
         files.check()  # nothing was replaced while it was loaded
         self.load_seconds = time.perf_counter() - started
 
@@ -193,6 +195,7 @@ class Encoder(Loaded):
                 except Exception as error:  # onnxruntime's error classes have no common base
                     raise PackageError(f"onnxruntime failed: {str(error).strip()[:500]}") from error
                 rows.update(zip(batch, outputs, strict=True))
+                self.tokens += sum(window[index].input_ids.shape[1] for index in batch)
             results += [rows[index] for index in range(len(window))]
         return np.array(results, np.float32)
 
