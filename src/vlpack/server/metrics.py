@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -35,7 +36,7 @@ class Metrics(Collector):
         self._models = models
         self._registry = CollectorRegistry()
         self._registry.register(self)
-        names = {"registry": self._registry, "namespace": "vlpack"}
+        names: dict[str, Any] = {"registry": self._registry, "namespace": "vlpack"}
         self._requests = Counter("requests", "Requests by route and status.", ["route", "status"], **names)
         self._first = Histogram(
             "first_token_seconds",

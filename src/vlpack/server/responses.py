@@ -221,71 +221,7 @@ class _Events:
         self._number = -1
         self._open: _Item | None = None
 
-    def event(self, name: str, **more: Any) -> Event:
-        """An event of this name."""
-        self._number += 1
-        return name, {"type": name, "sequence_number": self._number, **more}
-
-    def piece(self, piece: Piece) -> Iterator[Event]:
-        """What a piece of the answer tells."""
-        kind = "call" if piece.kind in ("call", "arguments") else piece.kind
-        if self._open is None or self._open.kind != kind or piece.kind == "call":
-            yield from self.close()
-            yield from self.begin(kind, piece.text if kind == "call" else "")
-        if piece.kind == "call" or self._open is None:
-            return
-        self._open.text += piece.text
-        place = self._place(self._open)
-        if kind == "call":
-            yield self.event("response.function_call_arguments.delta", **place, delta=piece.text)
-        elif kind == "reasoning":
-            yield self.event("response.reasoning_text.delta", **place, content_index=0, delta=piece.text)
-        else:
-            content = {**place, "content_index": 0, "delta": piece.text, "logprobs": []}
-            yield self.event("response.output_text.delta", **content)
-
-    def begin(self, kind: str, name: str = "") -> Iterator[Event]:
-        """Tells of a new item."""
-        self._open = item = _item(kind, name)
-        self.items.append(item)
-        index = len(self.items) - 1
-        yield self.event("response.output_item.added", output_index=index, item=item.json("in_progress"))
-        if kind == "text":
-            yield self.event("response.content_part.added", **self._place(item), content_index=0, part=item.part())
-
-    def close(self, status: str = "completed") -> Iterator[Event]:
-        """Tells that the last item is over."""
-        item, self._open = self._open, None
-        if item is None:
-            return
-        place = self._place(item)
-        if item.kind == "call":
-            yield self.event("response.function_call_arguments.done", **place, name=item.name, arguments=item.text)
-        elif item.kind == "reasoning":
-            yield self.event("response.reasoning_text.done", **place, content_index=0, text=item.text)
-        else:
-            place["content_index"] = 0
-            yield self.event("response.output_text.done", **place, text=item.text, logprobs=item.logprobs)
-            yield self.event("response.content_part.done", **place, part=item.part())
-        index = self.items.index(item)
-        yield self.event("response.output_item.done", output_index=index, item=item.json(status))
-
-    def _place(self, item: _Item) -> dict[str, Any]:
-        return {"item_id": item.id, "output_index": self.items.index(item)}
-
-
-Event = tuple[str, dict[str, Any]]
-
-
-class _Events:
-    """The events of a response, numbered, and the items that they have told of."""
-
-    def __init__(self) -> None:
-        self.items: list[_Item] = []
-        self._number = -1
-        self._open: _Item | None = None
-
-    def event(self, name: str, **more: Any) -> Event:
+    def event(self, name: str, /, **more: Any) -> Event:
         """An event of this name."""
         self._number += 1
         return name, {"type": name, "sequence_number": self._number, **more}
