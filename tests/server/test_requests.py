@@ -28,7 +28,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
         ({"messages": [{"role": "user", "content": "x", "weight": 1}]}, 400, "the field 'weight'", None),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "'input_audio' is not", None),
         ({"temperature": "0"}, 400, "'temperature' is not usable", "temperature"),
-        ({"temperature": -1}, 400, "'temperature' is -1; it must be a number from 0 to 100.", "temperature"),
+        ({"temperature": -1}, 400, "'temperature' is -1.0; it must be a number from 0 to 100.", "temperature"),
         ({"temperature": 1, "top_p": 2}, 400, "'top_p' is 2", "top_p"),
         ({"seed": 2**40, "temperature": 1}, 400, "'seed' is", "seed"),
         ({"presence_penalty": 3}, 400, "'presence_penalty' is 3", "presence_penalty"),

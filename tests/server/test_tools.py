@@ -189,7 +189,7 @@ def test_reasoning_and_calls_apart() -> None:
     )
     assert (said.reasoning, said.text, said.reason) == ("Hm,\nwell", "I turn.", "tool_calls")
     assert [(call.name, call.arguments) for call in said.calls] == [("turn", '{"angle": 90}')]
-    assert pieces[0] == ("reasoning", "Hm,")
+    assert pieces[0] == ("reasoning", "Hm")
     _, said = followed(["<think>\na\n</think>\n\nb"])
     assert (said.reasoning, said.text, said.reason) == ("a", "b", "stop")
     _, said = followed(["\nb <tool_call> c"])

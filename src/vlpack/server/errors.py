@@ -67,9 +67,14 @@ def wrong(message: str, param: str | None = None, code: str | None = None) -> Ap
     return ApiError(400, message, param=param, code=code)
 
 
+def sentence(error: VlpackError) -> str:
+    """What an error of vlpack says, in the words of requests."""
+    return in_request(error.message if error.hint is None else f"{error.message} {error.hint}")
+
+
 def told(error: VlpackError) -> ApiError:
-    """An error of vlpack with its own sentence, in the words of requests."""
-    text = in_request(error.message if error.hint is None else f"{error.message} {error.hint}")
+    """An error of vlpack as an answer."""
+    text = sentence(error)
     if isinstance(error, QueueFullError):
         return busy(text)
     if isinstance(error, (InputError, OptionError)):

@@ -10,7 +10,7 @@ from vlpack.errors import VlpackError
 from vlpack.preprocess import ProcessedImages, ProcessedVideo, PromptBuilder, VideoOptions, load_image
 from vlpack.preprocess.fetch import fetch
 from vlpack.preprocess.image_source import data_uri_bytes
-from vlpack.server.errors import too_large, wrong
+from vlpack.server.errors import sentence, too_large, wrong
 from vlpack.server.settings import Settings
 
 LOW_DETAIL = 512 * 512
@@ -88,7 +88,7 @@ def read_image(part: ImagePart, settings: Settings) -> Image.Image:
         return load_image(read_bytes(part.url, settings, "image/*"), max_pixels=settings.max_image_pixels)
     except VlpackError as error:
         at_most = " pixels; at most" in error.message or "is larger than" in error.message
-        raise (too_large if at_most else wrong)(f"{part.where}: {error}".replace("\n", " "), part.where) from None
+        raise (too_large if at_most else wrong)(f"{part.where}: {sentence(error)}", part.where) from None
 
 
 class Media:
@@ -127,7 +127,7 @@ class Media:
         try:
             return self._prompts.processed_video(read_bytes(part.url, self._settings, "video/*"), part.options)
         except VlpackError as error:
-            raise wrong(f"{part.where}: {error}".replace("\n", " "), part.where) from None
+            raise wrong(f"{part.where}: {sentence(error)}", part.where) from None
 
 
 def check_images(count: int, settings: Settings) -> None:

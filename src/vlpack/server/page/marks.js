@@ -63,6 +63,8 @@ export function drawn(address, marks) {
 export function tree(value, key) {
   const name = key === undefined ? [] : [make("span", { className: "key" }, String(key)), ": "];
   if (value === null || typeof value !== "object") return make("div", { className: "leaf" }, ...name, JSON.stringify(value));
+  const plain = Array.isArray(value) && value.length < 9 && value.every((one) => one === null || typeof one === "number");
+  if (plain) return make("div", { className: "leaf" }, ...name, JSON.stringify(value).replaceAll(",", ", "));
   const entries = Object.entries(value);
   const kind = Array.isArray(value) ? `[${entries.length}]` : `{${entries.length}}`;
   const inside = entries.map(([one, item]) => tree(item, Array.isArray(value) ? Number(one) : one));
