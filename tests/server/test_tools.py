@@ -64,7 +64,7 @@ def test_calls_in_a_text(text: str, said: str, calls: Any, size: int) -> None:
 
 
 def tool(name: str, **schema: Any) -> dict[str, Any]:
-    parameters = {"type": "object", "properties": schema, "required": list(schema), "additionalProperties": False}
+    parameters = {"type": "object", "properties": schema, "required": list(schema)}
     return {"type": "function", "function": {"name": name, "parameters": parameters, "strict": True}}
 
 
@@ -143,6 +143,7 @@ def test_what_grammars_take(prompts: PromptBuilder, takes: Callable[[Any, str], 
     assert takes(required, f"{turn(90)}\n{turn(180)}")
     assert not takes(required, turn(91))
     assert not takes(required, "Hello")
+    assert not takes(required, turn(90).replace("90}", '90, "more": 1}'))  # it has what its schema names
     assert not takes(required, turn(90).replace("turn", "burn"))
     one = constraint(prompts, read_tools(TOOLS, "required", False, prompts))
     assert takes(one, turn(90))

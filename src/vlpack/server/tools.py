@@ -78,7 +78,7 @@ def _as_terminal(prompts: PromptBuilder, text: str) -> str:
 
 
 def _call_schema(function: Mapping[str, Any]) -> dict[str, Any]:
-    parameters = function.get("parameters") or {"type": "object"}
+    parameters = _closed(function.get("parameters") or {"type": "object"})
     definitions = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
     return {
         "type": "object",
@@ -88,6 +88,24 @@ def _call_schema(function: Mapping[str, Any]) -> dict[str, Any]:
         "x-guidance": _AS_TAUGHT,
         **definitions,
     }
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects have no properties beside those that it names, unless it says that they may.
+
+    A function takes the arguments that its schema names. Many clients do not say so, and a model could go on for ever.
+    """
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    done = {
+        key: value if key in ("const", "enum", "default", "examples") else _closed(value)
+        for key, value in schema.items()
+    }
+    if isinstance(schema.get("properties"), Mapping) and schema.get("type") == "object":
+        done.setdefault("additionalProperties", False)
+    return done
 
 
 def lark(rules: Mapping[str, str], prompts: PromptBuilder, *, thinks: bool) -> str:
