@@ -1,11 +1,13 @@
 """Errors, warnings and notes for users, which say what is wrong, where, and what to do.
 
 A message names an option with `option`, and each interface writes it in its own form: a keyword argument in Python
-(``max_pixels=…``), an option on the command line (``--max-pixels …``). `in_python` and `on_command_line` do so.
+(``max_pixels=…``), an option on the command line (``--max-pixels …``), a field of a request to the server
+(``"max_pixels": …``). `in_python`, `on_command_line` and `in_request` do so.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 
@@ -53,6 +55,30 @@ def on_command_line(text: str) -> str:
         return flag if value in (None, "True") else f"{flag} {value}"
 
     return _write(getattr(text, "raw", text), written)
+
+
+_OF_SERVER = ("allow_private_urls", "context", "queue", "slots", "special_tokens")
+"""Options that whoever runs the server chooses, and no request."""
+
+
+def in_request(text: str) -> str:
+    """A message with its options as fields of a request to ``vlpack serve``, or as options of that command."""
+
+    def written(name: str, value: str | None) -> str:
+        if name in _OF_SERVER:
+            return f"the server's --{name.replace('_', '-')}"
+        if value is None:
+            return f"'{name}'"
+        plain = value in ("True", "False", "None") or value.replace(".", "", 1).isdigit() or "…" in value
+        return f'"{name}": {value.lower() if plain else json.dumps(value)}'
+
+    return _write(text, written)
+
+
+def first_option(text: str) -> str | None:
+    """The name of the first option that a message has a placeholder for; None if it has none."""
+    found = _OPTION.search(text)
+    return None if found is None else found[1]
 
 
 class Note(str):

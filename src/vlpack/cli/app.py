@@ -21,6 +21,7 @@ from vlpack.cli import options as opt
 from vlpack.cli.commands import Command, Group, ImageCommand
 from vlpack.cli.console_build import build_progress
 from vlpack.cli.measure import bench, evaluate, verify
+from vlpack.cli.serving import serve
 from vlpack.cli.use import chat, embed, run, score
 from vlpack.errors import OptionError, VlpackError
 
@@ -187,6 +188,7 @@ def build(
 
 for verb in (run, chat, embed, score):
     app.command(cls=ImageCommand)(verb)
+app.command(cls=Command)(serve)
 
 
 @app.command(cls=Command)

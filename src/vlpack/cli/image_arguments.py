@@ -8,12 +8,13 @@ import re
 import sys
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
 from vlpack.errors import InputError, OptionError
-from vlpack.preprocess import ImageSource
+from vlpack.preprocess import ImageSource, load_image
 from vlpack.preprocess.image_source import FORMATS, MAX_ENCODED_BYTES
 
 STANDARD_INPUT = "-"
@@ -91,6 +92,36 @@ def check_question(question: str, given: Sequence[str] | None) -> None:
     """Raises an OptionError if a question or another text is really an image file, given after the first image."""
     if given and os.path.splitext(question)[1].lower() in endings() and os.path.isfile(os.path.expanduser(question)):
         raise OptionError(f"{question} is given as a text, but it is an image file.", REPEAT)
+
+
+def check_drawing(file: Path, images: Sequence[ImageSource]) -> None:
+    """Raises an OptionError if ``--draw`` has no image to draw on, or its file's name ends in no known format."""
+    if not images:
+        raise OptionError("--draw has no effect without an image.", "Give one with --image.")
+    if file.suffix.lower() not in endings():
+        raise OptionError(f"--draw {file}: the name must end in .png, .jpg or .webp.")
+    if not file.absolute().parent.is_dir():
+        raise OptionError(f"--draw {file}: there is no folder {file.absolute().parent}.")
+
+
+def draw_answer(text: str, source: ImageSource, file: Path, allow_private_urls: bool) -> None:
+    """Writes an image with the boxes and points that an answer names.
+
+    Raises:
+        InputError: it names none, or the file cannot be written.
+    """
+    from vlpack.runtime.marks import draw_marks, marks_of
+
+    marks = marks_of(text)
+    if not marks:
+        raise InputError(
+            f"The answer names no boxes or points, so {file} was not written.",
+            'Ask for them: "Locate every … and output the coordinates in JSON format."',
+        )
+    try:
+        draw_marks(load_image(source, allow_private_urls=allow_private_urls), marks).save(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be written: {error}.") from None
 
 
 REPEAT = "Write --image before each image (--image a.png --image b.png), or give a folder or a pattern once."

@@ -41,12 +41,16 @@ def run(
     vision_provider: opt.VisionProvider = None,
     allow_private_urls: opt.PrivateUrls = False,
     literal: opt.Literal = False,
+    draw: Annotated[
+        Path | None,
+        typer.Option("--draw", metavar="FILE", help="Write the last image with the boxes and points of the answer."),
+    ] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print a line of statistics on standard error.")] = False,
     as_json: opt.Json = False,
 ) -> None:
     """Ask a package a question, with or without images and videos."""
     opt.check_package(package)
-    from vlpack.cli.image_arguments import check_question, named_images
+    from vlpack.cli.image_arguments import check_drawing, check_question, draw_answer, named_images
     from vlpack.preprocess import VideoOptions
     from vlpack.runtime.model import Model
     from vlpack.runtime.sampling import Sampling
@@ -54,6 +58,8 @@ def run(
     images = [source for _, source in named_images(image, question)]
     question = console.question_from_stdin() if question is None else question
     check_question(question, image)
+    if draw is not None:
+        check_drawing(draw, images)
     if not question.strip():
         raise OptionError("The question is empty.", 'vlpack run PACKAGE [--image FILE] "question"')
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
@@ -87,7 +93,11 @@ def run(
         if vision_provider is not None:
             raise OptionError("--vision-provider has no effect on answers with --schema, --regex or --choice.")
         rules = {"schema": opt.json_schema(schema) if schema is not None else None, "regex": regex, "choices": choice}
-        _run_constrained(package, {"threads": threads, **pixels}, {**asked, **rules}, stats=stats, as_json=as_json)
+        text = _run_constrained(
+            package, {"threads": threads, **pixels}, {**asked, **rules}, stats=stats, as_json=as_json
+        )
+        if draw is not None:
+            draw_answer(text, images[-1], draw, allow_private_urls)
         return
     with console.waiting(f"loading {package}"):
         model = Model(package, threads=threads, vision_provider=vision_provider, **pixels)
@@ -96,12 +106,17 @@ def run(
     if max_pixels is None:
         console.note_large_images(model, stream.prompt)
     console.show_answer(stream, model.load_seconds, stats=stats, as_json=as_json)
+    if draw is not None:
+        draw_answer(stream.answer.text, images[-1], draw, allow_private_urls)
 
 
 def _run_constrained(
     package: Path, options: dict[str, Any], asked: dict[str, Any], *, stats: bool, as_json: bool
-) -> None:
-    """Answers with constrained decoding by the engine, which generates JSON without white space between values."""
+) -> str:
+    """Answers with constrained decoding by the engine, and returns the answer's text.
+
+    JSON is generated without white space between values.
+    """
     from vlpack.engine import Engine
     from vlpack.engine.constraints import grammar_of
 
@@ -113,7 +128,9 @@ def _run_constrained(
         engine = Engine(package, slots=1, **options)
     with engine:
         seconds = time.perf_counter() - started
-        console.show_answer(engine.submit(**asked), seconds, stats=stats, as_json=as_json)
+        handle = engine.submit(**asked)
+        console.show_answer(handle, seconds, stats=stats, as_json=as_json)
+        return handle.answer.text
 
 
 def chat(

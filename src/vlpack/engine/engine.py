@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,20 @@ from vlpack.runtime.stopping import StopTexts
 from vlpack.system import checked_threads
 
 
+class Occupancy(NamedTuple):
+    """How busy an engine is.
+
+    Attributes:
+        slots: how many requests it answers at a time.
+        busy: slots that are in use.
+        waiting: requests that wait for a slot.
+    """
+
+    slots: int
+    busy: int
+    waiting: int
+
+
 class Engine:
     """A loaded package that answers many requests at once.
 
@@ -57,9 +71,9 @@ class Engine:
         queue: largest number of requests that wait for a slot.
         stall: largest factor by which the average time per token of running answers may grow while prompts of other
             requests are processed; at least 2. With infinity, prompts come first, which gives the highest throughput.
-        speculation: whether next tokens are drafted: the tokens that followed the last ones earlier, in the prompt or the
-            answer, are checked several at a time by one step. Answers stay the same. By default on if the package and
-            onnxruntime allow it.
+        speculation: whether next tokens are drafted: the tokens that followed the last ones earlier, in the prompt or
+            in the answer, are checked several at a time by one step. Answers stay the same. By default on if the
+            package and onnxruntime allow it.
         min_pixels: smallest area of an image in pixels, instead of the package's.
         max_pixels: largest area of an image in pixels, instead of the package's; smaller is faster.
 
@@ -137,6 +151,11 @@ class Engine:
     def counters(self) -> Counters:
         """Counts of what the engine has computed since it was made."""
         return self._scheduler.counters
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """How busy the engine is now."""
+        return Occupancy(len(self._slots), len(self._slots) - self._slots.free, self._scheduler.waiting)
 
     def close(self) -> None:
         """Interrupts all requests and ends the engine's threads."""

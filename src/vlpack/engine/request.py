@@ -46,12 +46,14 @@ class Handle:
     Attributes:
         prompt: prompt of the request.
         on_cancel: set by the engine: function that cancels the request; None when the answer is finished.
+        logprobs: log-probabilities of the tokens so far, if they were requested; a token's is there before its text.
     """
 
     def __init__(self, prompt: Prompt, engine: object) -> None:
         self.prompt = prompt
         self._engine = engine  # keeps the engine alive, because garbage collection closes it
         self.on_cancel: Callable[[], None] | None = None
+        self.logprobs: list[TokenLogprob] = []
         self._pieces: list[str] = []
         self._answer: EngineAnswer | None = None
         self._error: BaseException | None = None
@@ -215,7 +217,7 @@ class Request:
     def __post_init__(self) -> None:
         self.answer = EngineAnswer("", [], "interrupted")
         if self.logprobs is not None:
-            self.answer.logprobs = []
+            self.answer.logprobs = self.handle.logprobs
         stats, prompt = self.answer.stats, self.prompt
         stats.prompt_tokens, stats.video_tokens = prompt.input_ids.shape[1], prompt.num_video_tokens
         stats.image_tokens = int(prompt.num_image_tokens.sum()) - stats.video_tokens

@@ -95,6 +95,12 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="vlpack-engine", daemon=True)
         self._thread.start()
 
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a slot."""
+        with self._changed:
+            return len(self._queue)
+
     def submit(self, requests: Sequence[Request], wait: bool = False) -> None:
         """Puts requests into the queue, all or none.
 

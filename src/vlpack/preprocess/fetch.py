@@ -25,7 +25,12 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 
 
 def fetch(
-    url: str, *, allow_private: bool = False, timeout: float = 30.0, max_bytes: int = MAX_DOWNLOAD_BYTES
+    url: str,
+    *,
+    allow_private: bool = False,
+    timeout: float = 30.0,
+    max_bytes: int = MAX_DOWNLOAD_BYTES,
+    accept: str = "image/*",
 ) -> bytes:
     """Downloads the file at an http(s) URL and returns its bytes.
 
@@ -38,6 +43,7 @@ def fetch(
         allow_private: whether to also connect to loopback, private, link-local and other reserved addresses.
         timeout: seconds for everything after the name look-up, redirects included.
         max_bytes: maximum length of the body, in bytes.
+        accept: media types that the server is asked for.
 
     Raises:
         InputError: the URL is refused or unreachable, or the answer is an error, too slow or too large.
@@ -47,7 +53,7 @@ def fetch(
     for _ in range(_MAX_REDIRECTS + 1):
         parts = _split(current)
         try:
-            body, location = _get(parts, allow_private, deadline, max_bytes)
+            body, location = _get(parts, allow_private, deadline, max_bytes, accept)
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = f"no complete answer within {timeout:g} s" if time.monotonic() >= deadline else f"{error}"
             raise InputError(f"{_name(parts)} cannot be fetched: {reason}.") from error
@@ -78,7 +84,9 @@ def _name(parts: SplitResult) -> str:
     return f"{parts.scheme}://{parts.netloc}{parts.path}"[:200]
 
 
-def _get(parts: SplitResult, allow_private: bool, deadline: float, max_bytes: int) -> tuple[bytes, str | None]:
+def _get(
+    parts: SplitResult, allow_private: bool, deadline: float, max_bytes: int, accept: str
+) -> tuple[bytes, str | None]:
     """Sends one request and returns (body, None), or (b"", location) where the server redirects to a location."""
     host = parts.hostname or ""
     port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -92,7 +100,7 @@ def _get(parts: SplitResult, allow_private: bool, deadline: float, max_bytes: in
             target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
             if parts.query:
                 target += "?" + quote(parts.query, safe="/%:@!$&'()*+,;=~?")
-            headers = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "vlpack"}
+            headers = {"Accept": accept, "Accept-Encoding": "identity", "User-Agent": "vlpack"}
             headers["Host"] = parts.netloc.encode("idna").decode() if not parts.netloc.isascii() else parts.netloc
             connection.request("GET", target, headers=headers)
             response = connection.getresponse()

@@ -32,7 +32,9 @@ ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDAr
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM", "TGA", "ICO", "PCX")
 
 
-def load_image(source: ImageSource, *, allow_private_urls: bool = False) -> Image.Image:
+def load_image(
+    source: ImageSource, *, allow_private_urls: bool = False, max_pixels: int = MAX_IMAGE_PIXELS
+) -> Image.Image:
     """Loads an image as upright RGB, as ``load_image`` in transformers/image_utils.py does.
 
     EXIF rotation is applied. Alpha is dropped, not composited. An animation gives its first frame.
@@ -41,6 +43,7 @@ def load_image(source: ImageSource, *, allow_private_urls: bool = False) -> Imag
         source: file path, http(s) URL, `data:` URI, base64 text, encoded bytes, PIL image, or uint8 array [H, W, 3].
             Do not pass paths or URLs from people you do not trust: a path can name any file that this user can read.
         allow_private_urls: whether to also fetch from loopback, private and link-local addresses.
+        max_pixels: maximum pixels of encoded bytes, at most `MAX_IMAGE_PIXELS`; they are checked before decoding.
 
     Returns:
         A decoded PIL image of mode RGB.
@@ -54,7 +57,7 @@ def load_image(source: ImageSource, *, allow_private_urls: bool = False) -> Imag
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(source), f"the {len(source)} bytes given")
+        return _decode(io.BytesIO(source), f"the {len(source)} bytes given", max_pixels)
     if isinstance(source, os.PathLike):
         return _from_file(os.fspath(source))
     if not isinstance(source, str):
@@ -74,7 +77,7 @@ def _from_text(source: str, allow_private_urls: bool) -> Image.Image:
     if "\0" not in source and os.path.lexists(source):
         return _from_file(source)
     if scheme.startswith("data:"):
-        return _decode(io.BytesIO(_from_data_uri(source)), "the data: URI")
+        return _decode(io.BytesIO(data_uri_bytes(source)), "the data: URI")
     if "://" in source[:32]:
         raise InputError(
             f"{_shorten(source)} cannot be fetched: only http, https and data: URLs are supported.", hint=_SOURCES_HINT
@@ -104,7 +107,12 @@ def _from_array(array: npt.NDArray[Any]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _from_data_uri(uri: str) -> bytes:
+def data_uri_bytes(uri: str) -> bytes:
+    """The bytes that a base64 ``data:`` URI holds.
+
+    Raises:
+        InputError: the URI is of another form, or holds more than `MAX_ENCODED_BYTES`.
+    """
     header, comma, payload = uri.partition(",")
     if not comma or not header.lower().endswith(";base64"):
         raise InputError("The data: URI is not base64.", hint="Write it as data:image/png;base64,....")
@@ -127,12 +135,13 @@ def _from_base64(text: str) -> bytes | None:
     return data if len(data) >= 8 else None
 
 
-def _decode(file: Any, name: str) -> Image.Image:
+def _decode(file: Any, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]
     try:
         # Pillow warns above half of MAX_IMAGE_PIXELS; that warning is left to the user's filters.
         with Image.open(file, formats=formats) as image:
+            _check_size(image.width, image.height, name, max_pixels)
             return _upright_rgb(image, name, owned=True)
     except InputError:
         raise
@@ -163,12 +172,12 @@ def _upright_rgb(image: Image.Image, name: str, *, owned: bool = False) -> Image
         raise InputError(f"{name} is a damaged or truncated image: {error}.") from error
 
 
-def _check_size(width: int, height: int, name: str) -> None:
+def _check_size(width: int, height: int, name: str, most: int = MAX_IMAGE_PIXELS) -> None:
     if width < 1 or height < 1:
         raise InputError(f"{name} is empty: {width}x{height} pixels.")
-    if width * height > MAX_IMAGE_PIXELS:
+    if width * height > most:
         raise InputError(
-            f"{name} has {width}x{height} = {width * height} pixels; at most {MAX_IMAGE_PIXELS} are decoded.",
+            f"{name} has {width}x{height} = {width * height} pixels; at most {most} are decoded.",
             hint="Scale the image down first.",
         )
 

@@ -122,6 +122,8 @@ class Encoder(Loaded):
         warn_of_saturation(self.manifest)
         self._sessions = self._load_sessions(threads)
         self._making, self._shared = threading.Lock(), SharedBatches(self._batch, _batches)
+        self.tokens = 0
+        """Number of tokens of all prompts that were run, without padding."""
         files.check()  # nothing was replaced while it was loaded
         self.load_seconds = time.perf_counter() - started
 
@@ -198,9 +200,11 @@ class Encoder(Loaded):
     def _batch(self, prompts: Sequence[Prompt]) -> Floats:
         """Runs one batch, as `_forward` does, with a message for what onnxruntime raises."""
         try:
-            return self._forward(prompts)
+            outputs = self._forward(prompts)
         except Exception as error:  # onnxruntime's error classes have no common base
             raise PackageError(f"onnxruntime failed: {str(error).strip()[:500]}") from error
+        self.tokens += sum(prompt.input_ids.shape[1] for prompt in prompts)
+        return outputs
 
     def _windows(self, prompts: Iterable[Prompt]) -> Iterator[list[Prompt]]:
         window: list[Prompt] = []

@@ -1,0 +1,117 @@
+"""Answers that come piece by piece: server-sent events, and noticing that nobody listens any more."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.types import Receive, Scope, Send
+
+from vlpack.errors import VlpackError
+from vlpack.server.errors import ApiError, failed, told
+
+log = logging.getLogger("vlpack.server")
+
+SEND_SECONDS = 60.0
+"""How long a client may take nothing of what is sent to it."""
+
+Result = TypeVar("Result")
+
+
+class ClientGoneError(Exception):
+    """Whoever asked has closed the connection."""
+
+
+async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of ``work``, which is cancelled where the client closes the connection; its body was read before.
+
+    Raises:
+        ClientGoneError: it did.
+    """
+    working = asyncio.create_task(work)
+    listening = asyncio.create_task(_until_gone(request.receive))
+    try:
+        await asyncio.wait({working, listening}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError
+        return working.result()
+    finally:
+        await _ended(working, listening)
+
+
+async def _ended(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class EventStream:
+    """An answer of server-sent events.
+
+    Args:
+        events: their data, each as JSON or as it is; or with the event's name before it.
+        kept: what the answer uses, closed when it is over, whatever ends it.
+    """
+
+    def __init__(self, events: AsyncIterator[Any], kept: AsyncExitStack) -> None:
+        self._events, self._kept = events, kept
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the events, as an ASGI application."""
+        sending = asyncio.create_task(self._send(send))
+        listening = asyncio.create_task(_until_gone(receive))
+        try:
+            await asyncio.wait({sending, listening}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            await _ended(sending, listening)
+            await self._kept.aclose()
+
+    async def _send(self, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
+        headers += [(b"x-accel-buffering", b"no")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+        async def write(data: bytes, more: bool = True) -> None:
+            message = {"type": "http.response.body", "body": data, "more_body": more}
+            await asyncio.wait_for(send(message), SEND_SECONDS)
+
+        try:
+            async for event in self._events:
+                await write(encoded(event))
+        except asyncio.TimeoutError:
+            return  # it takes nothing, so there is nobody to tell
+        except Exception as error:
+            await write(encoded(as_api_error(error).body))
+        await write(b"", more=False)
+
+
+def encoded(event: Any) -> bytes:
+    """An event on its way: a text as it is, JSON, or a pair of the event's name and its JSON."""
+    name = b""
+    if isinstance(event, tuple):
+        name, event = f"event: {event[0]}\n".encode(), event[1]
+    text = event if isinstance(event, str) else json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+    return name + b"data: " + text.encode("utf-8", "replace") + b"\n\n"
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Any error as the answer to a request; what is a fault of the server is logged."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, VlpackError):
+        answer = told(error)
+        if answer.status >= 500:
+            log.error("%s", error)
+        return answer
+    log.error("a request has failed", exc_info=error)
+    return failed()

@@ -1,0 +1,136 @@
+"""Images and videos of requests: ``data:`` URIs and http(s) URLs, never files of this machine."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from vlpack.errors import VlpackError
+from vlpack.preprocess import ProcessedImages, ProcessedVideo, PromptBuilder, VideoOptions, load_image
+from vlpack.preprocess.fetch import fetch
+from vlpack.preprocess.image_source import data_uri_bytes
+from vlpack.server.errors import sentence, too_large, wrong
+from vlpack.server.settings import Settings
+
+LOW_DETAIL = 512 * 512
+"""Square pixels of an image of which the request says ``"detail": "low"``."""
+
+
+class ImagePart(NamedTuple):
+    """An image of a message.
+
+    Attributes:
+        url: ``data:`` or http(s).
+        where: its place in the request, for errors.
+        low: whether few details are enough.
+    """
+
+    url: str
+    where: str
+    low: bool = False
+
+
+class VideoPart(NamedTuple):
+    """A video of a message; as an image, and which frames are looked at."""
+
+    url: str
+    where: str
+    options: VideoOptions | None
+
+
+def image_part(value: Any, where: str) -> ImagePart:
+    """What ``image_url`` of a part names: a URL, or an object with ``url`` and ``detail``."""
+    extra = dict(value) if isinstance(value, dict) else {"url": value}
+    url, detail = extra.pop("url", None), extra.pop("detail", None)
+    if extra:
+        raise wrong(f"{where}: 'image_url' has the unknown field {next(iter(extra))!r}.", where)
+    if detail not in (None, "auto", "low", "high", "original"):
+        raise wrong(f"{where}: 'detail' is {detail!r}; it must be auto, low or high.", where)
+    return ImagePart(_url(url, where, "image"), where, detail == "low")
+
+
+def video_part(value: Any, where: str) -> VideoPart:
+    """What ``video_url`` of a part names: a URL, or an object with ``url`` and fields of `VideoOptions`."""
+    extra = dict(value) if isinstance(value, dict) else {"url": value}
+    url = _url(extra.pop("url", None), where, "video")
+    unknown = [name for name in extra if name not in VideoOptions.__dataclass_fields__]
+    if unknown:
+        known = ", ".join(VideoOptions.__dataclass_fields__)
+        raise wrong(f"{where}: 'video_url' has the unknown field {unknown[0]!r}. It may have url, {known}.", where)
+    return VideoPart(url, where, VideoOptions(**extra) if extra else None)
+
+
+def _url(url: Any, where: str, kind: str) -> str:
+    if not isinstance(url, str) or not url[:8].lower().startswith(("http://", "https://", "data:")):
+        raise wrong(f"{where}: the {kind}'s 'url' must be an http(s) URL or a data: URI; files are not read.", where)
+    return url
+
+
+def read_bytes(url: str, settings: Settings, accept: str) -> bytes:
+    """The bytes behind a URL; blocks.
+
+    Raises:
+        InputError: it is not usable, or leads to this machine's network.
+    """
+    if url[:5].lower() == "data:":
+        return data_uri_bytes(url)
+    return fetch(url, allow_private=settings.allow_private_urls, max_bytes=settings.max_body, accept=accept)
+
+
+def read_image(part: ImagePart, settings: Settings) -> Image.Image:
+    """An image as upright RGB; blocks.
+
+    Raises:
+        ApiError: it is not usable; the error names its place.
+    """
+    try:
+        return load_image(read_bytes(part.url, settings, "image/*"), max_pixels=settings.max_image_pixels)
+    except VlpackError as error:
+        at_most = " pixels; at most" in error.message or "is larger than" in error.message
+        raise (too_large if at_most else wrong)(f"{part.where}: {sentence(error)}", part.where) from None
+
+
+class Media:
+    """The images and videos of one request as tensors; blocks while it is called.
+
+    Args:
+        prompts: of the package.
+        settings: of the server.
+        min_pixels: smallest image area, instead of the package's.
+        max_pixels: largest image area.
+    """
+
+    def __init__(
+        self, prompts: PromptBuilder, settings: Settings, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> None:
+        self._prompts, self._settings = prompts, settings
+        self._min, self._max = min_pixels, max_pixels
+        if prompts.image_processor is not None:
+            prompts.image_processor.with_pixel_limits(min_pixels, max_pixels)  # checks them
+
+    def image(self, part: ImagePart) -> ProcessedImages:
+        """An image as patches. It is processed here, and not with the prompt, so that no other prompt waits for it."""
+        self._prompts.check_takes(images=True)
+        processor = self._prompts.image_processor
+        assert processor is not None, "checked"
+        most = self._max
+        if part.low:
+            most = max(min(most or processor.max_pixels, LOW_DETAIL), self._min or processor.min_pixels)
+        if most is not None or self._min is not None:
+            processor = processor.with_pixel_limits(self._min, most)
+        return processor([read_image(part, self._settings)])
+
+    def video(self, part: VideoPart) -> ProcessedVideo:
+        """A video as patches and timestamps."""
+        self._prompts.check_takes(videos=True)
+        try:
+            return self._prompts.processed_video(read_bytes(part.url, self._settings, "video/*"), part.options)
+        except VlpackError as error:
+            raise wrong(f"{part.where}: {sentence(error)}", part.where) from None
+
+
+def check_images(count: int, settings: Settings) -> None:
+    """Raises an ApiError if a request has too many images and videos."""
+    if count > settings.max_images:
+        raise too_large(f"The request has {count} images and videos; this server takes {settings.max_images} at most.")

@@ -1,0 +1,208 @@
+"""The packages that a server answers for, by name: loaded at their first use, and closed where others need the room."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from vlpack.engine import Counters, Engine
+from vlpack.errors import OptionError
+from vlpack.package.manifest import MANIFEST, whole_package
+from vlpack.runtime.load import load
+from vlpack.runtime.retrieval import Embedder, Reranker
+from vlpack.server.errors import ApiError, wrong
+from vlpack.server.settings import Settings
+from vlpack.tasks import EMBEDDING, GENERATE, RERANKER, manifest_task
+
+_ROUTES = {
+    GENERATE: "generates text: ask /v1/chat/completions",
+    EMBEDDING: "embeds its inputs: ask /v1/embeddings",
+    RERANKER: "scores documents: ask /v1/rerank",
+}
+
+
+@dataclass(eq=False)
+class Served:
+    """A package with the name by which requests ask for it.
+
+    Attributes:
+        name: in requests.
+        folder: of the package.
+        task: generate, embedding or reranker.
+        created: seconds since 1970 when the package was built.
+        engine: of a package that generates, while it is loaded.
+        encoder: of an embedding model or reranker, while it is loaded.
+        users: requests that use it now.
+        used: when it was last used.
+        loading: loads it.
+        before: what engines of it have computed that are closed by now.
+    """
+
+    name: str
+    folder: Path
+    task: str
+    created: int
+    engine: Engine | None = None
+    encoder: Embedder | Reranker | None = None
+    users: int = 0
+    used: float = 0.0
+    loading: asyncio.Task[None] | None = None
+    before: Counters = field(default_factory=Counters)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it is in memory."""
+        return self.engine is not None or self.encoder is not None
+
+    @property
+    def counters(self) -> Counters:
+        """What was computed since the server began."""
+        now = self.before if self.engine is None else self.engine.counters
+        if now is self.before:
+            return now
+        return Counters(*(getattr(self.before, one.name) + getattr(now, one.name) for one in fields(Counters)))
+
+    @property
+    def chats(self) -> Engine:
+        """The engine of a loaded package that generates."""
+        assert self.engine is not None, "it was asked for its task"
+        return self.engine
+
+
+def named_folders(given: list[str]) -> dict[str, Path]:
+    """Names and folders of packages that were given as ``FOLDER`` or ``NAME=FOLDER``.
+
+    Raises:
+        OptionError: two have one name.
+    """
+    named: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or "/" in name or "\\" in name:
+            name, folder = "", text
+        path = Path(folder).expanduser()
+        name = name or path.resolve().name
+        if name in named:
+            raise OptionError(f"Two packages have the name {name!r}.", f"Give one another name: OTHER={folder}")
+        named[name] = path
+    return named
+
+
+class Models:
+    """All packages of a server.
+
+    Args:
+        packages: names and folders; the folders are checked now, and loaded when they are first asked for.
+        settings: of the server.
+
+    Raises:
+        PackageError: a folder is not a complete package.
+    """
+
+    def __init__(self, packages: Mapping[str, Path], settings: Settings) -> None:
+        self._settings = settings
+        self.served: dict[str, Served] = {}
+        for name, folder in packages.items():
+            manifest = whole_package(folder)
+            created = int((folder / MANIFEST).stat().st_mtime)
+            self.served[name] = Served(name, folder, manifest_task(folder, manifest), created)
+        self._changed = asyncio.Condition()
+        self._room = settings.keep_loaded or len(self.served)
+        self._held: set[str] = set()  # names that are loaded, or about to be
+
+    def named(self, name: str | None, task: str | None = None) -> Served:
+        """The package of a name; without a name the only one of the task.
+
+        Raises:
+            ApiError: there is none, or it is for another task.
+        """
+        if name is None:
+            fitting = [one for one in self.served.values() if task is None or one.task == task]
+            if len(fitting) != 1:
+                raise wrong(f"'model' is missing. This server has {self._names()}.", "model")
+            return fitting[0]
+        if name not in self.served:
+            raise ApiError(
+                404,
+                f"There is no model {name!r}. This server has {self._names()}.",
+                param="model",
+                code="model_not_found",
+            )
+        served = self.served[name]
+        if task is not None and served.task != task:
+            raise wrong(f"{name} {_ROUTES[served.task]}.", "model")
+        return served
+
+    def _names(self) -> str:
+        return ", ".join(self.served)
+
+    @asynccontextmanager
+    async def use(self, served: Served) -> AsyncIterator[Served]:
+        """Keep a package in memory while the block runs; load it before, where it is not.
+
+        Raises:
+            VlpackError: it cannot be loaded.
+        """
+        served.users += 1
+        try:
+            if not served.loaded:
+                if served.loading is None:
+                    served.loading = asyncio.create_task(self._load(served))
+                await asyncio.shield(served.loading)  # one client that leaves does not end it for the others
+            yield served
+        finally:
+            served.users -= 1
+            served.used = time.monotonic()
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def _load(self, served: Served) -> None:
+        async with self._changed:
+            while len(self._held) >= self._room:
+                idle = [one for one in self.served.values() if one.loaded and not one.users]
+                if idle:
+                    await self._unload(min(idle, key=lambda one: one.used))
+                else:
+                    await self._changed.wait()
+            self._held.add(served.name)
+        try:
+            await asyncio.to_thread(self._open, served)
+        except BaseException:
+            self._held.discard(served.name)
+            raise
+        finally:
+            served.loading = None
+            async with self._changed:
+                self._changed.notify_all()
+
+    def _open(self, served: Served) -> None:
+        settings = self._settings
+        if served.task == GENERATE:
+            served.engine = Engine(
+                served.folder,
+                slots=settings.slots,
+                context=settings.context,
+                threads=settings.threads,
+                queue=settings.queue,
+                stall=settings.stall,
+            )
+            return
+        encoder = load(served.folder, threads=settings.threads)
+        assert isinstance(encoder, (Embedder, Reranker)), "the manifest says so"
+        served.encoder = encoder
+
+    async def _unload(self, served: Served) -> None:
+        served.before = served.counters
+        engine, served.engine, served.encoder = served.engine, None, None
+        self._held.discard(served.name)
+        if engine is not None:
+            await asyncio.to_thread(engine.close)
+
+    async def close(self) -> None:
+        """Interrupt what is answered, and free the memory."""
+        for served in self.served.values():
+            await self._unload(served)

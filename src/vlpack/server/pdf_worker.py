@@ -1,0 +1,43 @@
+"""Draws the pages of a PDF on standard input, in a process of its own: PDFium is native code, and a PDF a stranger's.
+
+Each page is a line on standard output: a ``data:`` URI of a JPEG image. The process imports nothing of vlpack.
+"""
+
+import base64
+import contextlib
+import io
+import sys
+
+MAX_PAGES, MAX_EDGE, SCALE = 20, 2000, 2.0
+"""Pages that are drawn, pixels of a page's longer edge, and pixels to a point (1/72 inch) where a page is small."""
+
+MAX_MEMORY, MAX_CPU = 2 << 30, 60
+"""Bytes of address space, and seconds of the processor."""
+
+MISSING = 3
+"""The exit code where pypdfium2 is not installed."""
+
+
+def main() -> int:
+    """Reads, draws and writes; returns the exit code."""
+    try:
+        import pypdfium2
+    except ImportError:
+        return MISSING
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource  # not on Windows
+
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU, MAX_CPU))
+    document = pypdfium2.PdfDocument(sys.stdin.buffer.read())
+    for index in range(min(len(document), MAX_PAGES)):
+        page = document[index]
+        scale = min(SCALE, MAX_EDGE / max(page.get_size()))
+        file = io.BytesIO()
+        page.render(scale=scale).to_pil().convert("RGB").save(file, "JPEG", quality=90)
+        sys.stdout.write("data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode() + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""What whoever starts the server decides: where it listens, who may ask, and how much."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from dataclasses import dataclass
+
+from vlpack.errors import OptionError, option
+from vlpack.runtime.sampling import check_number
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server behaves. None stands for a default that depends on the packages or the machine.
+
+    Args:
+        host: address or name to listen at.
+        port: TCP port; 0 takes a free one.
+        api_key: what requests must carry as ``Authorization: Bearer …``; None asks for nothing.
+        no_auth: that no key is asked for although other machines can connect.
+        slots: answers of a package that are made at a time.
+        context: tokens of prompt and answer that a slot has room for.
+        threads: of onnxruntime.
+        queue: requests of a package that may wait for a slot.
+        stall: see `vlpack.Engine`.
+        keep_loaded: packages that stay in memory; the one that was not used for longest makes room for another.
+        max_body: largest body of a request, in bytes.
+        max_images: most images of a request.
+        max_image_pixels: largest image, in pixels, before it is resized.
+        max_prompt: most characters of the texts of a request.
+        drain_seconds: how long running answers may go on after SIGTERM.
+        allow_private_urls: let image URLs lead to this machine or its network.
+        allow_origins: origins of other web pages that may use the server from a browser.
+
+    Raises:
+        OptionError: a value is out of its range, or others could connect without a key.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    no_auth: bool = False
+    slots: int = 4
+    context: int | None = None
+    threads: int | None = None
+    queue: int = 64
+    stall: float = 4.0
+    keep_loaded: int | None = None
+    max_body: int = 32 * 2**20
+    max_images: int = 32
+    max_image_pixels: int = 64_000_000
+    max_prompt: int = 1_000_000
+    drain_seconds: float = 30.0
+    allow_private_urls: bool = False
+    allow_origins: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("port", 0, 65535),
+            ("slots", 1, 1024),
+            ("queue", 1, 100_000),
+            ("keep_loaded", 1, 1000),
+            ("max_body", 1024, 2**31),
+            ("max_images", 0, 10_000),
+            ("max_image_pixels", 1, 178_956_970),
+            ("max_prompt", 1, 12 * 2**20),
+        ):
+            check_number(name, getattr(self, name), low, high, whole=True)
+        check_number("stall", self.stall, 2, math.inf)
+        check_number("drain_seconds", self.drain_seconds, 0, 86400)
+        if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):
+            raise OptionError(f"{option('api_key')} must be a text of ASCII characters that is not empty.")
+        if self.api_key is not None and self.no_auth:
+            raise OptionError(f"{option('api_key')} and {option('no_auth')} exclude each other.", "Give one of them.")
+        if not self.is_local and self.api_key is None and not self.no_auth:
+            raise OptionError(
+                f"At {self.host} other machines can connect, and there is no key that they must know.",
+                f"Give one with {option('api_key')} or in the environment variable VLPACK_API_KEY, or say "
+                f"{option('no_auth', True)}.",
+            )
+        for origin in self.allow_origins:
+            if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
+                raise OptionError(
+                    f"{option('allow_origin')} is {origin!r}; it must be an origin.", "For example https://example.org"
+                )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False

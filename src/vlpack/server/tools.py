@@ -1,0 +1,312 @@
+"""Tools: what a request offers, grammars that force a call, and calls read from the text that a model writes.
+
+Qwen's models write ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``, one after another.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vlpack.preprocess import PromptBuilder
+from vlpack.preprocess.chat_template import CLOSE
+from vlpack.server.errors import wrong
+
+OPEN_CALL, CLOSE_CALL = "<tool_call>", "</tool_call>"
+
+_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+# as json.dumps writes, which is what the models were taught
+_AS_TAUGHT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The tools of a request.
+
+    Args:
+        tools: as chat templates take them, in OpenAI's form.
+        choice: ``none``, ``auto``, ``required``, or the name of a function that must be called.
+        parallel: whether an answer may have several calls.
+    """
+
+    tools: tuple[dict[str, Any], ...] = ()
+    choice: str = "none"
+    parallel: bool = True
+
+    @property
+    def offered(self) -> list[dict[str, Any]] | None:
+        """What the chat template is told of."""
+        return list(self.tools) if self.tools and self.choice != "none" else None
+
+    @property
+    def forced(self) -> bool:
+        """Whether the answer must be a call."""
+        return self.choice not in ("none", "auto")
+
+    def grammar(self, prompts: PromptBuilder) -> dict[str, str] | None:
+        """Rules of a Lark grammar, ``start`` among them; None where the answer is free.
+
+        A call must be to a tool that there is, with arguments as its schema says; text without calls is free, unless a
+        call is forced.
+        """
+        strict = any(tool["function"].get("strict") for tool in self.tools)
+        if not self.offered or not (self.forced or strict):
+            return None
+        named = [tool for tool in self.tools if self.choice in ("auto", "required", tool["function"]["name"])]
+        opened, closed = (_as_terminal(prompts, text) for text in (OPEN_CALL, CLOSE_CALL))
+        rules = {"call": f'{opened} "\\n" body "\\n" {closed}'}
+        rules["body"] = " | ".join(f"body_{index}" for index in range(len(named)))
+        for index, tool in enumerate(named):
+            rules[f"body_{index}"] = f"%json {json.dumps(_call_schema(tool['function']))}"
+        one = not self.parallel or self.choice not in ("auto", "required")
+        if self.forced:
+            rules["start"] = "call" if one else 'call ("\\n" call)*'
+        else:
+            rules["TEXT"] = r"/(?s:.*)/"
+            rules["start"] = f"TEXT (call {'' if one else 'TEXT'}){'?' if one else '*'}"
+        return rules
+
+
+def _as_terminal(prompts: PromptBuilder, text: str) -> str:
+    """A tag in a Lark grammar: a token of its own, where the tokenizer has it."""
+    token = prompts.tokenizer.token_id(text)
+    return text if token is not None and prompts.tokenizer.is_added_token(token) else json.dumps(text)
+
+
+def _call_schema(function: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = _closed(function.get("parameters") or {"type": "object"})
+    definitions = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function["name"]}, "arguments": parameters},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+        "x-guidance": _AS_TAUGHT,
+        **definitions,
+    }
+
+
+def _closed(schema: Any) -> Any:
+    """A schema whose objects have no properties beside those that it names, unless it says that they may.
+
+    A function takes the arguments that its schema names. Many clients do not say so, and a model could go on for ever.
+    """
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    done = {
+        key: value if key in ("const", "enum", "default", "examples") else _closed(value)
+        for key, value in schema.items()
+    }
+    if isinstance(schema.get("properties"), Mapping) and schema.get("type") == "object":
+        done.setdefault("additionalProperties", False)
+    return done
+
+
+def lark(rules: Mapping[str, str], prompts: PromptBuilder, *, thinks: bool) -> str:
+    """A grammar of these rules. Where the answer begins inside the reasoning, it holds from the end of that on."""
+    lines = [f"{name}: {rule}" for name, rule in rules.items() if name != "start"]
+    if thinks:
+        lines += [f'start: THOUGHT {_as_terminal(prompts, CLOSE)} "\\n\\n" answer', f"answer: {rules['start']}"]
+        lines.append(r"THOUGHT: /(?s:.*)/")
+    else:
+        lines.append(f"start: {rules['start']}")
+    return "\n".join(lines)
+
+
+def read_tools(tools: Sequence[Any], choice: Any, parallel: bool | None, prompts: PromptBuilder) -> Tools:
+    """Checks the tools of a request.
+
+    Raises:
+        ApiError: one is malformed, tool_choice names none of them, or the package's chat template takes none.
+    """
+    if not tools:
+        if choice not in (None, "none", "auto"):
+            raise wrong("'tool_choice' asks for a call, but there are no 'tools'.", "tool_choice")
+        return Tools()
+    names = [_checked(tool, f"tools[{place}]") for place, tool in enumerate(tools)]
+    if len(set(names)) < len(names):
+        raise wrong("Two of the 'tools' have the same name.", "tools")
+    if isinstance(choice, Mapping):
+        function = choice.get("function", choice)
+        chosen = function.get("name") if isinstance(function, Mapping) else None
+        if choice.get("type") != "function" or chosen not in names:
+            raise wrong(f"'tool_choice' must name a function of the 'tools': {', '.join(names)}.", "tool_choice")
+    else:
+        chosen = "auto" if choice is None else choice
+        if chosen not in ("none", "auto", "required"):
+            raise wrong(
+                "'tool_choice' must be none, auto, required, or an object that names a function.", "tool_choice"
+            )
+        if chosen in names:  # a function that is called "auto" can only be told by an object
+            raise wrong(f"A tool has the name {chosen!r}, which 'tool_choice' uses for something else.", "tools")
+    source = prompts.chat_template.source
+    if "tools" not in source or OPEN_CALL not in source:
+        raise wrong("The package's chat template takes no tools, so the model would not know of them.", "tools")
+    return Tools(tuple(dict(tool) for tool in tools), chosen, parallel is not False)
+
+
+def _checked(tool: Any, where: str) -> str:
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or tool.get("type") != "function":
+        raise wrong(f"{where} must be a function: an object with the 'type' function and 'function'.", where)
+    for name in (*(key for key in tool if key not in ("type", "function")),):
+        raise wrong(f"{where}: the field {name!r} is unknown.", where)
+    for name in function:
+        if name not in ("name", "description", "parameters", "strict"):
+            raise wrong(f"{where}.function: the field {name!r} is unknown.", where)
+    name, parameters = function.get("name"), function.get("parameters")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise wrong(f"{where}.function.name must have 1 to 64 letters, digits, '_', '.' and '-'.", where)
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise wrong(f"{where}.function.parameters must be a JSON schema.", where)
+    if not isinstance(function.get("description"), str | None) or not isinstance(function.get("strict"), bool | None):
+        raise wrong(f"{where}.function: 'description' must be a text, and 'strict' true or false.", where)
+    return name
+
+
+class Piece(NamedTuple):
+    """A piece of an answer.
+
+    Attributes:
+        kind: ``text``; ``reasoning``; ``call``, whose text is the name of a function; ``arguments`` of the last call.
+        text: that is added.
+    """
+
+    kind: str
+    text: str
+
+
+class CallStream:
+    """Separates the calls in a text that arrives in pieces from the text around them.
+
+    What stands between the tags and is no call stays text, tags and all.
+
+    Attributes:
+        calls: how many there were.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._held = ""
+        self._inside = False
+        self._arguments: _Value | None = None
+        self._begun = False  # whether there was text that is not white space
+
+    @property
+    def between(self) -> bool:
+        """Whether the text stands outside of a call now."""
+        return not self._inside
+
+    def push(self, piece: str) -> Iterator[Piece]:
+        """Adds a piece of text; the pieces that are certain by now."""
+        self._held += piece
+        while True:
+            before = (self._held, self._inside, self._arguments)
+            yield from (self._call() if self._inside else self._text())
+            if before == (self._held, self._inside, self._arguments):
+                return
+
+    def flush(self) -> Iterator[Piece]:
+        """The rest, at the end of the answer."""
+        held, self._held = self._held, ""
+        if not self._inside:
+            yield from self._said(held)
+        elif self._arguments is None:
+            yield from self._whole(held, ended=False)
+        self._inside, self._arguments = False, None
+
+    def _text(self) -> Iterator[Piece]:
+        before, tag, after = self._held.partition(OPEN_CALL)
+        if tag:
+            yield from self._said(before if not self.calls or before.strip() else "", last=True)
+            self._held, self._inside = after, True
+            return
+        # white space before a call belongs to it, and the beginning of a tag may become one
+        kept = next(
+            (n for n in range(min(len(OPEN_CALL) - 1, len(before)), 0, -1) if before.endswith(OPEN_CALL[:n])), 0
+        )
+        end = len(before[: len(before) - kept].rstrip())
+        yield from self._said(before[:end])
+        self._held = before[end:]
+
+    def _said(self, text: str, *, last: bool = False) -> Iterator[Piece]:
+        text = text.rstrip() if last else text
+        if self.calls and not self._begun_after_call(text):
+            return
+        if text:
+            yield Piece("text", text)
+
+    def _begun_after_call(self, text: str) -> bool:
+        self._begun = self._begun or bool(text.strip())
+        return self._begun
+
+    def _call(self) -> Iterator[Piece]:
+        if self._arguments is None:
+            head = _HEAD.match(self._held)
+            if head is not None:
+                self.calls += 1
+                self._begun = False
+                self._arguments, self._held = _Value(), self._held[head.end() :]
+                yield Piece("call", json.loads(head[1]))
+                return
+            body, tag, after = self._held.partition(CLOSE_CALL)
+            if tag:
+                yield from self._whole(body)
+                self._held, self._inside = after, False
+            return
+        taken = self._arguments.take(self._held)
+        if taken:
+            yield Piece("arguments", self._held[:taken])
+            self._held = self._held[taken:]
+        if self._arguments.over:
+            _, tag, after = self._held.partition(CLOSE_CALL)
+            if tag:
+                self._held, self._inside, self._arguments = after, False, None
+
+    def _whole(self, body: str, *, ended: bool = True) -> Iterator[Piece]:
+        """A call that is written in another order than usual, or no call."""
+        try:
+            call = json.loads(body)
+            name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
+            if not isinstance(name, str) or not isinstance(arguments, dict) or not ended:
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            yield Piece("text", OPEN_CALL + body + (CLOSE_CALL if ended else ""))
+            return
+        self.calls += 1
+        self._begun = False
+        yield Piece("call", name)
+        yield Piece("arguments", json.dumps(arguments, ensure_ascii=False))
+
+
+class _Value:
+    """Finds the end of a JSON object that arrives in pieces."""
+
+    def __init__(self) -> None:
+        self.over = False
+        self._depth = 0
+        self._quoted = self._escaped = False
+
+    def take(self, text: str) -> int:
+        """How many characters of a text belong to the object."""
+        for place, character in enumerate(text):
+            if self.over:
+                return place
+            if self._escaped:
+                self._escaped = False
+            elif self._quoted:
+                self._escaped, self._quoted = character == "\\", character != '"'
+            elif character == '"':
+                self._quoted = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                self.over = self._depth == 0
+        return len(text)
