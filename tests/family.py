@@ -80,6 +80,11 @@ class Member:
         return hash(self.name)
 
     @property
+    def offset_norms(self) -> bool:
+        """Whether the family stores the weights of norms as differences from 1."""
+        return self.model_class.startswith(("Qwen3_5", "Qwen3Next"))
+
+    @property
     def model(self) -> Any:
         """The class in transformers."""
         import transformers
@@ -105,6 +110,8 @@ def make_member(folder: Path, member: Member) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_values(name, parameter, tiny))
+            if member.offset_norms and "norm" in name and "linear_attn" not in name and "visual" not in name:
+                parameter -= 1.0
         model.lm_head.weight[FIRST_SPECIAL:] *= 0.1
     folder.mkdir(parents=True)
     model.save_pretrained(folder)

@@ -147,7 +147,9 @@ def _values(name: str, parameter: Any, tiny: Tiny) -> Any:
     """Random values by the kind of parameter, in scales that keep every branch's share in the result alike."""
     import torch
 
-    if name.endswith("q_norm.weight"):
+    if name.endswith("A_log"):
+        mean, spread = -2.0, 1.5  # some heads of linear attention remember few tokens, some hundreds
+    elif name.endswith("q_norm.weight"):
         mean, spread = tiny.peak, 0.3 * tiny.peak
     elif name.endswith("bias"):
         mean, spread = 0.0, 0.3

@@ -2,7 +2,8 @@
 
 A policy is a list of rules; the first rule that matches a weight decides. A rule matches a weight's *role*, which is
 ``text.`` or ``vision.`` followed by its purpose: ``linear``, ``embedding``, ``head``, ``answers``, ``router``,
-``expert``, ``output`` (the last matrix of a vision encoder), ``table`` or ``patches``. A rule can also match the path
+``expert``, ``gate`` (few rows that decide how much of something is used), ``output`` (the last matrix of a vision
+encoder), ``table`` or ``patches``. A rule can also match the path
 of the weight's module. Paths are the checkpoint's, with q/k/v and gate/up joined:
 ``model.language_model.layers.3.self_attn.qkv_proj``.
 """
@@ -29,7 +30,7 @@ OFFERED: Mapping[str, tuple[str, ...]] = {
 }
 """Execution provider → precisions offered on it. int8 needs DynamicQuantizeMatMul, which only the CPU has."""
 
-ROLES = tuple(f"text.{kind}" for kind in ("linear", "embedding", "head", "answers", "router", "expert"))
+ROLES = tuple(f"text.{kind}" for kind in ("linear", "embedding", "head", "answers", "router", "expert", "gate"))
 ROLES += tuple(f"vision.{kind}" for kind in ("linear", "output", "table", "patches"))
 """All roles that a weight can have."""
 
@@ -83,12 +84,14 @@ class PrecisionFacts:
         expert_size: number of features that the block size of experts' weights must divide; None without experts.
         scores: whether the model is a reranker, whose score depends on two rows of the head.
         width: common divisor of the numbers of input features of the decoder's matrices; 0 where it is not known.
+        gates: whether the decoder has weights of the role ``gate``.
     """
 
     num_hidden_layers: int = 1
     expert_size: int | None = None
     scores: bool = False
     width: int = 0
+    gates: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,8 @@ def make_policy(
     rules = (
         *_vision_rules(precision, provider, dtype, options),
         *([Rule("text.answers", Float("float32"))] if facts.scores else []),
+        # gates decide for how long a state remembers: their errors grow exponentially, and they are small
+        *([Rule("text.gate", Transposed("float32"))] if facts.gates else []),
         *_eight_bit_rules(precision, provider, options, facts),
         *_sensitive_rules(precision, provider, dtype, options, facts),
         *_expert_rules(precision, provider, dtype, options, facts.expert_size),
@@ -291,6 +296,8 @@ def _sensitive_rules(
     # the CPU's QMoE requires the same number of bits for all matrices of a layer's experts
     experts = _blocks(precision, provider, dtype, options, bits, facts.expert_size or 0)
     names = {"self_attn.qkv_proj": storage, "mlp.down_proj": storage, "mlp.experts.*": experts}
+    if facts.gates:
+        names["linear_attn.in_proj_qkv"] = storage
     layers = sensitive_layers(facts.num_hidden_layers)
     return [Rule("text.*", kept, f"*.layers.{layer}.{name}") for layer in layers for name, kept in names.items()]
 
