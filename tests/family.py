@@ -121,7 +121,7 @@ def make_member(folder: Path, member: Member) -> Path:
         settings = json.loads((EXAMPLE / "preprocessor_config.json").read_text(encoding="utf-8"))
         settings |= {"patch_size": 8, "size": {"shortest_edge": 256, "longest_edge": 1 << 18}}
         (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    if member.old and "deepstack_visual_indexes" in (member.vision or {}):
+    if member.old and {"deepstack_visual_indexes", "num_position_embeddings"} & (member.vision or {}).keys():
         _to_version_4(folder / "config.json")
     elif member.old:
         _age(folder)

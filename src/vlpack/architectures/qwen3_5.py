@@ -20,6 +20,7 @@ from vlpack.checkpoint.config import Section
 from vlpack.errors import CheckpointError
 from vlpack.layers.delta_net import DeltaNetSizes
 from vlpack.layers.rope import MropeLayout, interleaved_axes
+from vlpack.quantize.policy import STATE_PROVIDERS
 
 LINEAR, FULL = "linear_attention", "full_attention"
 """The kinds of layers in ``layer_types``."""
@@ -118,7 +119,7 @@ class Qwen35Text(Architecture):
 
     models = "Qwen3.5 and Qwen3.6, text only"
     needs = "onnxruntime 1.31 (for linear attention)"
-    providers = ("cpu",)
+    providers = STATE_PROVIDERS
     genai_type = genai_text_type = "qwen3_5_text"
     ignored: Mapping[str, str] = {**DRAFTS, "model.visual.*": "the vision encoder, because this is a text model"}
 
@@ -132,7 +133,7 @@ class Qwen35(Architecture):
 
     models = "Qwen3.5 0.8B, 2B, 4B, 9B, 27B; Qwen3.6 27B"
     needs = "onnxruntime 1.31 (for linear attention)"
-    providers = ("cpu",)
+    providers = STATE_PROVIDERS
     genai_type = "qwen3_5"
     genai_text_type = "qwen3_5_text"
     normalize_flag = "qwen3_vl"

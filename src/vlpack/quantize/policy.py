@@ -47,6 +47,10 @@ EXPERT_PROVIDERS = ("cpu", "cuda")
 """Execution providers that have kernels for ORT's MoE and QMoE operators in the form used here."""
 
 
+STATE_PROVIDERS = ("cpu",)
+"""Execution providers on which linear attention has been run."""
+
+
 @dataclass(frozen=True)
 class Rule:
     """A rule of a policy: the storage of the weights whose role and module path match two fnmatch patterns.
@@ -206,6 +210,12 @@ def make_policy(
         hint = f"{provider} has {', '.join(OFFERED[provider])}"
         hint += f"; {precision} is offered on {', '.join(where)}." if where else "."
         raise OptionError(f"Precision '{precision}' is not offered on {provider}.", hint)
+    if facts.gates and provider not in STATE_PROVIDERS:
+        raise OptionError(
+            f"Models with linear attention are not offered on {provider}: vlpack has not been run with its operators "
+            "there.",
+            f"Offered: {', '.join(STATE_PROVIDERS)}.",
+        )
     dtype = "float16" if precision == "fp16" or (precision == "int4" and provider != "cpu") else "float32"
     if options.mixed and precision != "int4":
         raise OptionError(
