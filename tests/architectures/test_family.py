@@ -54,21 +54,6 @@ QWEN3_VL: dict[str, Any] = {
 QWEN3_VL |= {"deepstack_visual_indexes": [2, 0], "hidden_act": "gelu_pytorch_tanh"}
 
 QWEN3_5 = {name: value for name, value in QWEN3_VL.items() if name != "deepstack_visual_indexes"}
-
-
-def member(family: str, kind: str, *, old: bool = False, fused: bool = False, **settings: Any) -> Member:
-    """A small model of a family; with ``old``, it has the tensor names of older checkpoints and a tied head."""
-    text, vision = settings.get("text", {}), settings.get("vision")
-    kinds = [
-        k for k in ("attention_bias", "mlp_bias", "attention_factor") if k in text | text.get("rope_parameters", {})
-    ]
-    yarn = ["yarn"] if text.get("rope_parameters", ROPE)["rope_type"] == "yarn" else []
-    kinds += [k for k in ("norm_topk_prob", "decoder_sparse_step") if k in text] + ["fused"] * fused
-    name = " ".join([family, *(["old"] if old else []), *yarn, *kinds])
-    config = settings.get("config", f"{family}Config")
-    return Member(name, config, f"{family}{kind}", text, vision, tied=old, old=old, fused=fused)
-
-
 HYBRID: dict[str, Any] = {
     "head_dim": 32,
     "linear_num_key_heads": 2,
@@ -93,7 +78,21 @@ SHORT_HYBRID = HYBRID | {
     "linear_key_head_dim": 32,
     "linear_num_value_heads": 2,
 }
+SHARED = EXPERTS | {"shared_expert_intermediate_size": 48}
 QWEN3_5_TEXT = "Qwen3_5TextConfig"
+
+
+def member(family: str, kind: str, *, old: bool = False, fused: bool = False, **settings: Any) -> Member:
+    """A small model of a family; with ``old``, it has the tensor names of older checkpoints and a tied head."""
+    text, vision = settings.get("text", {}), settings.get("vision")
+    kinds = [
+        k for k in ("attention_bias", "mlp_bias", "attention_factor") if k in text | text.get("rope_parameters", {})
+    ]
+    yarn = ["yarn"] if text.get("rope_parameters", ROPE)["rope_type"] == "yarn" else []
+    kinds += [k for k in ("norm_topk_prob", "decoder_sparse_step") if k in text] + ["fused"] * fused
+    name = " ".join([family, *(["old"] if old else []), *yarn, *kinds])
+    config = settings.get("config", f"{family}Config")
+    return Member(name, config, f"{family}{kind}", text, vision, tied=old, old=old, fused=fused)
 
 
 CAUSAL, CONDITIONAL = "ForCausalLM", "ForConditionalGeneration"
@@ -114,6 +113,7 @@ TEXT_MEMBERS = [
     member("Qwen3Moe", CAUSAL, text=EXPERTS | {"decoder_sparse_step": 2, "attention_bias": True}, fused=True),
     member("Qwen3_5", CAUSAL, text=HYBRID | {"hidden_act": "gelu", "attention_bias": True}, config=QWEN3_5_TEXT),
     member("Qwen3_5", CAUSAL, text=ODD_HYBRID, config=QWEN3_5_TEXT),
+    member("Qwen3_5Moe", CAUSAL, text=SHORT_HYBRID | SHARED, config="Qwen3_5MoeTextConfig"),
 ]
 LAST_OF_FAMILY = list({each.model_class: each for each in TEXT_MEMBERS}.values())
 CHUNKED = {"rope_parameters": MROPE}
@@ -128,6 +128,8 @@ VISION_MEMBERS = [
     member("Qwen3VLMoe", CONDITIONAL, text=EXPERTS | INTERLEAVED, vision=QWEN3_VL, fused=True),
     member("Qwen3_5", CONDITIONAL, text=SHORT_HYBRID, vision=QWEN3_5),
     member("Qwen3_5", CONDITIONAL, text=ODD_HYBRID, vision=QWEN3_5, old=True),
+    member("Qwen3_5Moe", CONDITIONAL, text=ODD_HYBRID | SHARED, vision=QWEN3_5, fused=True),
+    member("Qwen3_5Moe", CONDITIONAL, text=SHORT_HYBRID | SHARED, vision=QWEN3_5, old=True),
 ]
 IDS: dict[str, Any] = {"ids": lambda member: member.name}
 # whole windows are 8 patches (4 tokens) wide: fewer, just one, several, and edges that do not fill one

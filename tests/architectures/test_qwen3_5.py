@@ -260,7 +260,8 @@ def test_conversations(member: Member, count: int, made: Made) -> None:
         answer = chat.ask(text)
         assert answer.tokens == hybrid.generated(prompt.input_ids, count)
         reused.append(answer.stats.reused_tokens)
-    assert any(reused) == (count < 12)  # longer answers of random weights come out as other tokens when tokenized again
+    # most long answers of random weights come out as other tokens when they are tokenized again
+    assert not all(reused[1:]) if count == 12 else any(reused)
 
 
 def test_going_back_is_wrong(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +301,7 @@ def test_the_engine_refuses(made: Made) -> None:
         Engine(made(SEES).build("last"))
 
 
-@pytest.mark.parametrize(("precision", "others"), [("int8", "int8 per channel"), ("int4", "int4"), ("fp16", "float16")])
+@pytest.mark.parametrize(("precision", "others"), [("int8", "int8"), ("int4", "int4"), ("fp16", "float16")])
 def test_what_is_kept_in_fp32(precision: str, others: str, made: Made) -> None:
     folder = made(SEES).build(precision, precision=precision)
     manifest = json.loads((folder / "vlpack.json").read_text(encoding="utf-8"))

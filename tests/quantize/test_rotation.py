@@ -27,7 +27,7 @@ from architectures.test_parity_parts import TINIES, TINY, check
 from family import Member, make_member
 from kept import Kept
 from outliers import permute, plant, plant_values
-from parity import Package, Reference, make_inputs, relative
+from parity import Package, Reference, make_inputs, nothing_yet, relative
 from retrieval import BIASED, Recipe, make_text, make_vision
 from tiny import IMAGE, Tiny, make_checkpoint
 from vlpack.options import parse_extra_options

@@ -122,9 +122,10 @@ class Qwen35Text(Architecture):
     providers = STATE_PROVIDERS
     genai_type = genai_text_type = "qwen3_5_text"
     ignored: Mapping[str, str] = {**DRAFTS, "model.visual.*": "the vision encoder, because this is a text model"}
+    text_defaults: Mapping[str, Any] = TEXT_DEFAULTS
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        root = Section(config).with_defaults(TEXT_DEFAULTS)
+        root = Section(config).with_defaults(self.text_defaults)
         self.decoder = read_hybrid(root, root, prefix="model")
 
 
