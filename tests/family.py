@@ -81,6 +81,11 @@ class Member:
         return hash(self.name)
 
     @property
+    def offset_norms(self) -> bool:
+        """Whether the family stores the weights of norms as differences from 1."""
+        return self.model_class.startswith(("Qwen3_5", "Qwen3Next"))
+
+    @property
     def model(self) -> Any:
         """The model's class in transformers."""
         import transformers
@@ -106,6 +111,8 @@ def make_member(folder: Path, member: Member) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_values(name, parameter, tiny))
+            if member.offset_norms and "norm" in name and "linear_attn" not in name and "visual" not in name:
+                parameter -= 1.0
         model.lm_head.weight[FIRST_SPECIAL:] *= 0.1
     folder.mkdir(parents=True)
     model.save_pretrained(folder)
@@ -115,7 +122,7 @@ def make_member(folder: Path, member: Member) -> Path:
         settings = json.loads((EXAMPLE / "preprocessor_config.json").read_text(encoding="utf-8"))
         settings |= {"patch_size": 8, "size": {"shortest_edge": 256, "longest_edge": 1 << 18}}
         (folder / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    if member.old and "deepstack_visual_indexes" in (member.vision or {}):
+    if member.old and {"deepstack_visual_indexes", "num_position_embeddings"} & (member.vision or {}).keys():
         _to_version_4(folder / "config.json")
     elif member.old:
         _age(folder)

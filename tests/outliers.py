@@ -13,8 +13,15 @@ import numpy as np
 Tensors = dict[str, np.ndarray]
 
 READERS = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj", "mlp.gate"),
+    "input_layernorm": (
+        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        *("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+        *("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"),
+    ),
+    "post_attention_layernorm": (
+        *("mlp.gate_proj", "mlp.up_proj", "mlp.gate"),
+        *("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert_gate"),
+    ),
     "norm1": ("attn.qkv",),
     "norm2": ("mlp.linear_fc1", "mlp.fc1", "mlp.gate_proj", "mlp.up_proj"),
     "norm": ("linear_fc1",),
@@ -74,6 +81,7 @@ def plant(
         seed: seed of the choice of channels and factors.
     """
     changed, random = dict(tensors), np.random.default_rng(seed)
+    offset = float(any("linear_attn." in name for name in tensors))  # these store norms as differences from 1
 
     def factors(size: int, count: int) -> np.ndarray:
         chosen = random.permutation(size)[:count]
@@ -95,9 +103,12 @@ def plant(
         readers = list(_readers(tensors, parent, own))
         if readers:
             by = factors(len(tensors[name]), channels)
-            for vector in (name, f"{parent}.{own}.bias"):
-                if vector in tensors:
-                    multiply(vector, by, 0)
+            if offset and own.endswith("layernorm"):
+                changed[name] = ((changed[name] + offset) * by - offset).astype(changed[name].dtype)
+            else:
+                multiply(name, by, 0)
+            if f"{parent}.{own}.bias" in tensors:
+                multiply(f"{parent}.{own}.bias", by, 0)
             for reader, axis in readers:
                 multiply(reader, 1 / by, axis)
         elif own == "up_proj" and tensors[name].ndim == 2 and ".experts." not in name:

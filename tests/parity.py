@@ -157,6 +157,11 @@ def dtype_of(port: Any) -> type[np.generic]:
     return np.int8 if port.type == "tensor(int8)" else np.float32
 
 
+def nothing_yet(port: Any, batch: int) -> np.ndarray:
+    """What a decoder's input of a cache or a state is before the first token: no keys, or zeros."""
+    return np.zeros([batch, *(0 if isinstance(size, str) else size for size in port.shape[1:])], dtype_of(port))
+
+
 class Package:
     """The graphs of a built package, each in a session on the CPU."""
 
@@ -206,8 +211,9 @@ class Package:
         """The logits, and the cache for the next call; ``tokens`` are ids or outputs of `embed`."""
         batch, length = positions.shape[1:]
         ports = [p for p in self.sessions["decoder"].get_inputs() if p.name.startswith("past_key_values")]
-        past = past or {p.name: np.zeros((batch, p.shape[1], 0, p.shape[3]), dtype_of(p)) for p in ports}
-        mask = np.ones((batch, length + past[ports[0].name].shape[2]), np.int64)
+        past = past or {p.name: nothing_yet(p, batch) for p in ports}
+        keys = next(p.name for p in ports if p.name.endswith(".key"))
+        mask = np.ones((batch, length + past[keys].shape[2]), np.int64)
         out = self.run("decoder", **tokens, attention_mask=mask, position_ids=positions, **past)
         logits = out.pop("logits")
         return logits, {name.replace("present", "past_key_values"): value for name, value in out.items()}

@@ -147,7 +147,9 @@ def _values(name: str, parameter: Any, tiny: Tiny) -> Any:
     """Random values for each kind of parameter, scaled so that every branch contributes similarly to the result."""
     import torch
 
-    if name.endswith("q_norm.weight"):
+    if name.endswith("A_log"):
+        mean, spread = -2.0, 1.5  # some heads of linear attention remember few tokens, some hundreds
+    elif name.endswith("q_norm.weight"):
         mean, spread = tiny.peak, 0.3 * tiny.peak
     elif name.endswith("bias"):
         mean, spread = 0.0, 0.3
@@ -171,10 +173,12 @@ def _to_version_4(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     text, vision = config["text_config"], config["vision_config"]
     rope = text.pop("rope_parameters")
-    text["rope_theta"] = rope.pop("rope_theta")
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:
+            text[name] = rope.pop(name)
     text["rope_scaling"] = rope
     vision.pop("rope_parameters", None)
-    vision["model_type"] = "qwen3_vl"
+    vision["model_type"] = config["model_type"]
     config["torch_dtype"] = text["dtype"] = config.pop("dtype")
     text["tie_word_embeddings"] = config["tie_word_embeddings"]
     config["transformers_version"] = "4.57.0.dev0"

@@ -18,7 +18,7 @@ from vlpack.calibration.options import check_bits, check_calibration
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.hub import ResolvedSource
 from vlpack.errors import OptionError, option
-from vlpack.export.check import check_tensors
+from vlpack.export.check import check_tensors, ignored_notes
 from vlpack.export.graph import Graph, Weight, trace
 from vlpack.export.preflight import check_settings, resolve_checked
 from vlpack.export.retrieval import encoder_section
@@ -201,6 +201,7 @@ def plan_build(source: Place, output: Path, options: BuildOptions, stack: ExitSt
         notes=(
             *_unused_hub_options([source, *places], options.cache_dir, extra),
             *reasons,
+            *ignored_notes(architecture, base),
             *_check_sharing(architecture, policy, extra),
             *adapter_notes(merged, found, weights),
         ),

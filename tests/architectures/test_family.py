@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from family import ROPE, Member, make_member
-from parity import Inputs, Package, make_inputs, relative
+from parity import Inputs, Package, make_inputs, nothing_yet, relative
 from tiny import IMAGE, Tiny
 from vlpack.architectures import ARCHITECTURES
 from vlpack.builder import build
@@ -53,6 +53,34 @@ QWEN3_VL: dict[str, Any] = {
 }
 QWEN3_VL |= {"deepstack_visual_indexes": [2, 0], "hidden_act": "gelu_pytorch_tanh"}
 
+QWEN3_5 = {name: value for name, value in QWEN3_VL.items() if name != "deepstack_visual_indexes"}
+HYBRID: dict[str, Any] = {
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "num_hidden_layers": 4,
+    "rope_parameters": ROPE | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25},
+}
+ODD_HYBRID = HYBRID | {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_hidden_layers": 3,
+    "linear_conv_kernel_dim": 3,
+    "linear_key_head_dim": 32,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 3,
+    "rope_parameters": ROPE | {"mrope_section": [3, 3, 2], "partial_rotary_factor": 0.5, "rope_theta": 1e6},
+}
+SHORT_HYBRID = HYBRID | {
+    "layer_types": ["full_attention", "linear_attention", "linear_attention"],
+    "num_hidden_layers": 3,
+    "linear_key_head_dim": 32,
+    "linear_num_value_heads": 2,
+}
+SHARED = EXPERTS | {"shared_expert_intermediate_size": 48}
+QWEN3_5_TEXT = "Qwen3_5TextConfig"
+
 
 def member(family: str, kind: str, *, old: bool = False, fused: bool = False, **settings: Any) -> Member:
     """A small model of a family; with ``old``, it has the tensor names of older checkpoints and a tied head."""
@@ -63,7 +91,8 @@ def member(family: str, kind: str, *, old: bool = False, fused: bool = False, **
     yarn = ["yarn"] if text.get("rope_parameters", ROPE)["rope_type"] == "yarn" else []
     kinds += [k for k in ("norm_topk_prob", "decoder_sparse_step") if k in text] + ["fused"] * fused
     name = " ".join([family, *(["old"] if old else []), *yarn, *kinds])
-    return Member(name, f"{family}Config", f"{family}{kind}", text, vision, tied=old, old=old, fused=fused)
+    config = settings.get("config", f"{family}Config")
+    return Member(name, config, f"{family}{kind}", text, vision, tied=old, old=old, fused=fused)
 
 
 CAUSAL, CONDITIONAL = "ForCausalLM", "ForConditionalGeneration"
@@ -82,6 +111,9 @@ TEXT_MEMBERS = [
     member("Qwen3Moe", CAUSAL, text=EXPERTS),
     member("Qwen3Moe", CAUSAL, text=FEW, old=True),
     member("Qwen3Moe", CAUSAL, text=EXPERTS | {"decoder_sparse_step": 2, "attention_bias": True}, fused=True),
+    member("Qwen3_5", CAUSAL, text=HYBRID | {"hidden_act": "gelu", "attention_bias": True}, config=QWEN3_5_TEXT),
+    member("Qwen3_5", CAUSAL, text=ODD_HYBRID, config=QWEN3_5_TEXT),
+    member("Qwen3_5Moe", CAUSAL, text=SHORT_HYBRID | SHARED, config="Qwen3_5MoeTextConfig"),
 ]
 LAST_OF_FAMILY = list({each.model_class: each for each in TEXT_MEMBERS}.values())
 CHUNKED = {"rope_parameters": MROPE}
@@ -94,6 +126,10 @@ VISION_MEMBERS = [
     member("Qwen3VLMoe", CONDITIONAL, text=EXPERTS | INTERLEAVED, vision=QWEN3_VL),
     member("Qwen3VLMoe", CONDITIONAL, text=EXPERTS | INTERLEAVED, vision=QWEN3_VL, old=True),
     member("Qwen3VLMoe", CONDITIONAL, text=EXPERTS | INTERLEAVED, vision=QWEN3_VL, fused=True),
+    member("Qwen3_5", CONDITIONAL, text=SHORT_HYBRID, vision=QWEN3_5),
+    member("Qwen3_5", CONDITIONAL, text=ODD_HYBRID, vision=QWEN3_5, old=True),
+    member("Qwen3_5Moe", CONDITIONAL, text=ODD_HYBRID | SHARED, vision=QWEN3_5, fused=True),
+    member("Qwen3_5Moe", CONDITIONAL, text=SHORT_HYBRID | SHARED, vision=QWEN3_5, old=True),
 ]
 IDS: dict[str, Any] = {"ids": lambda member: member.name}
 # whole windows are 8 patches (4 tokens) wide: fewer, just one, several, and edges that do not fill one
@@ -156,15 +192,12 @@ def test_text_logits(member: Member, family: Any) -> None:
     with torch.no_grad():
         wanted = made.reference(torch.tensor(ids)).logits.numpy()
     session = made.package.sessions["decoder"]
-    past = {
-        port.name: np.zeros((1, port.shape[1], 0, port.shape[3]), np.float32)
-        for port in session.get_inputs()
-        if port.name.startswith("past")
-    }
+    past = {port.name: nothing_yet(port, 1) for port in session.get_inputs() if port.name.startswith("past")}
+    axes = next(port.shape[:-2] for port in session.get_inputs() if port.name == "position_ids")  # M-RoPE has 3
     parts, position = [], 0
     for step in (60, 29, 1):  # prefill, a second chunk, and one token
         chunk = slice(position, position + step)
-        positions = np.broadcast_to(np.arange(90)[chunk], (1, step))
+        positions = np.broadcast_to(np.arange(90)[chunk], (*axes, 1, step))
         mask = np.ones((1, position + step), np.int64)
         out = made.package.run(
             "decoder", input_ids=ids[:, chunk], attention_mask=mask, position_ids=positions.astype(np.int64), **past

@@ -27,7 +27,7 @@ from architectures.test_parity_parts import TINIES, TINY, check
 from family import Member, make_member
 from kept import Kept
 from outliers import permute, plant, plant_values
-from parity import Package, Reference, make_inputs, relative
+from parity import Package, Reference, make_inputs, nothing_yet, relative
 from retrieval import BIASED, Recipe, make_text, make_vision
 from tiny import IMAGE, Tiny, make_checkpoint
 from vlpack.options import parse_extra_options
@@ -407,9 +407,10 @@ def test_families(member: Member, tmp_path: Path) -> None:
             logits = package.logits(inputs, positions.numpy())
         else:
             ports = [p for p in package.sessions["decoder"].get_inputs() if p.name.startswith("past")]
-            past = {p.name: np.zeros((1, p.shape[1], 0, p.shape[3]), np.float32) for p in ports}
+            past = {p.name: nothing_yet(p, 1) for p in ports}
             given = {"input_ids": inputs.ids, "attention_mask": np.ones_like(inputs.ids)}
-            places = np.arange(ids.shape[1])[None]
+            axes = next(p.shape[:-2] for p in package.sessions["decoder"].get_inputs() if p.name == "position_ids")
+            places = np.ascontiguousarray(np.broadcast_to(np.arange(ids.shape[1]), (*axes, 1, ids.shape[1])))
             logits = package.run("decoder", **given, position_ids=places, **past)["logits"]
         assert relative(logits, wanted) < EXACT
 

@@ -9,6 +9,8 @@ from vlpack.architectures.qwen2 import Qwen2
 from vlpack.architectures.qwen2_5_vl import Qwen25VL
 from vlpack.architectures.qwen2_vl import Qwen2VL
 from vlpack.architectures.qwen3 import Qwen3
+from vlpack.architectures.qwen3_5 import Qwen35, Qwen35Text
+from vlpack.architectures.qwen3_5_moe import Qwen35Moe, Qwen35MoeText
 from vlpack.architectures.qwen3_moe import Qwen3Moe
 from vlpack.architectures.qwen3_vl import Qwen3VL
 from vlpack.architectures.qwen3_vl_moe import Qwen3VLMoe
@@ -23,6 +25,10 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "Qwen3VLMoeForConditionalGeneration": Qwen3VLMoe,
     "Qwen2_5_VLForConditionalGeneration": Qwen25VL,
     "Qwen2VLForConditionalGeneration": Qwen2VL,
+    "Qwen3_5ForConditionalGeneration": Qwen35,
+    "Qwen3_5ForCausalLM": Qwen35Text,
+    "Qwen3_5MoeForConditionalGeneration": Qwen35Moe,
+    "Qwen3_5MoeForCausalLM": Qwen35MoeText,
     "Qwen3ForCausalLM": Qwen3,
     "Qwen3MoeForCausalLM": Qwen3Moe,
     "Qwen2ForCausalLM": Qwen2,

@@ -45,6 +45,8 @@ class Architecture(ABC):
     """Token ids of yes and no if the model is a reranker; `architecture_of` sets them."""
     renamed: Mapping[str, str] = {}
     """Maps prefixes of tensor names in older checkpoints to today's prefixes."""
+    ignored: Mapping[str, str] = {}
+    """Maps patterns of tensor names that a package has no use for to what they are, as a note for the user says it."""
     decoder: TextDecoder
     vision: VisionFacts | None = None
     """Sizes and token ids of the vision part; None for a text model."""
@@ -71,7 +73,14 @@ class Architecture(ABC):
         """The facts about the model that a precision policy depends on."""
         text = self.text
         width = gcd(text.hidden_size, text.num_attention_heads * text.head_size)
-        return PrecisionFacts(text.num_hidden_layers, scores=self.yes_no_ids is not None, width=width)
+        if text.delta_net is not None:
+            width = gcd(width, text.delta_net.value_width)
+        return PrecisionFacts(
+            text.num_hidden_layers,
+            scores=self.yes_no_ids is not None,
+            width=width,
+            gates=text.delta_net is not None,
+        )
 
     def vision_model(self, options: GraphOptions) -> nn.Module:
         """The vision encoder: ``pixel_values``, ``image_grid_thw`` → ``image_features``."""

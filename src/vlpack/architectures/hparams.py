@@ -6,12 +6,17 @@ from dataclasses import dataclass
 
 from vlpack.checkpoint.config import Section
 from vlpack.errors import CheckpointError
+from vlpack.layers.delta_net import DeltaNetSizes
 from vlpack.layers.vision import patch_size, pixels_of, temporal_patch_size
 
 
 @dataclass(frozen=True)
 class TextFacts:
-    """The decoder's sizes, with the names that genai_config.json has for them."""
+    """The decoder's sizes, with the names that genai_config.json has for them.
+
+    ``linear_layers`` are the layers with linear attention, whose sizes are ``delta_net``; the others have a key/value
+    cache.
+    """
 
     hidden_size: int
     head_size: int
@@ -20,6 +25,8 @@ class TextFacts:
     num_hidden_layers: int
     vocab_size: int
     context_length: int
+    linear_layers: tuple[int, ...] = ()
+    delta_net: DeltaNetSizes | None = None
 
     @classmethod
     def read(cls, config: Section) -> TextFacts:

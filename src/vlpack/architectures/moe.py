@@ -21,12 +21,13 @@ class MixtureOfExperts(Architecture):
     providers = EXPERT_PROVIDERS
     layout = Layout.SEPARATE
 
-    def add_experts(self, text: Section, norm_topk_prob: bool) -> None:
+    def add_experts(self, text: Section, norm_topk_prob: bool, shared: int = 0) -> None:
         """Replace the feed-forward modules of those layers that have experts according to the config.
 
         Args:
             text: the decoder's settings.
             norm_topk_prob: whether the shares of a token's chosen experts sum to 1 (`SparseMoe`).
+            shared: width of the expert that all tokens share; 0 for none.
 
         Raises:
             CheckpointError: a value is missing or not supported.
@@ -41,7 +42,7 @@ class MixtureOfExperts(Architecture):
         text.choice("hidden_act", ["silu"], "silu")  # the only activation that vlpack writes for MoE and QMoE
         step = text.integer("decoder_sparse_step", 1)
         dense = text.integers("mlp_only_layers", []) if text.values.get("mlp_only_layers") else []
-        self.norm_topk_prob = norm_topk_prob
+        self.norm_topk_prob, self.shared = norm_topk_prob, shared
         self.sparse = [layer not in dense and (layer + 1) % step == 0 for layer in range(self.text.num_hidden_layers)]
         make_dense = self.decoder.make_mlp
         self.decoder = replace(
@@ -49,7 +50,7 @@ class MixtureOfExperts(Architecture):
         )
 
     def _sparse(self) -> nn.Module:
-        return SparseMoe(self.sizes, self.layout, self.norm_topk_prob)
+        return SparseMoe(self.sizes, self.layout, self.norm_topk_prob, self.shared)
 
     def observe(self, tensors: Mapping[str, TensorInfo]) -> None:
         if True in self.sparse:
@@ -61,4 +62,5 @@ class MixtureOfExperts(Architecture):
         return PrecisionFacts(
             self.text.num_hidden_layers,
             gcd(self.sizes.hidden_size, self.sizes.moe_intermediate_size) if True in self.sparse else None,
+            gates=self.text.delta_net is not None,
         )

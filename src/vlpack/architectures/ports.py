@@ -102,14 +102,26 @@ def decoder_part(
     if deepstack is not None and deepstack.levels:
         inputs.append(Port(CHANNEL, options.dtype, (*tokens, deepstack.channel_width)))
     outputs = [Port("logits", options.dtype, ("batch_size", 1 if options.last_logits else tokens[1], text.vocab_size))]
-    dtype, size = options.cache_of(text)
     for layer in range(text.num_hidden_layers):
-        for kind in ("key", "value"):
-            cache = ("batch_size", text.num_key_value_heads, "past_sequence_length", size)
-            inputs.append(Port(f"past_key_values.{layer}.{kind}", dtype, cache))
-            cache = ("batch_size", text.num_key_value_heads, "total_sequence_length", size)
-            outputs.append(Port(f"present.{layer}.{kind}", dtype, cache))
+        for kind, dtype, past, present in _kept(text, options, layer):
+            inputs.append(Port(f"past_key_values.{layer}.{kind}", dtype, ("batch_size", *past)))
+            outputs.append(Port(f"present.{layer}.{kind}", dtype, ("batch_size", *present)))
     return Part(name, module, tuple(inputs), tuple(outputs))
+
+
+Shape = tuple[int | str, ...]
+
+
+def _kept(text: TextFacts, options: GraphOptions, layer: int) -> list[tuple[str, ir.DataType, Shape, Shape]]:
+    """What a layer keeps of the tokens so far: name, dtype, and the shapes before and after, without the batch."""
+    if layer in text.linear_layers:
+        assert text.delta_net is not None, "linear layers have sizes"
+        # states are fp32 in every precision: errors in them add up over a sequence
+        return [(kind, ir.DataType.FLOAT, shape, shape) for kind, shape in text.delta_net.states.items()]
+    dtype, size = options.cache_of(text)
+    heads = text.num_key_value_heads
+    past, present = (heads, "past_sequence_length", size), (heads, "total_sequence_length", size)
+    return [(kind, dtype, past, present) for kind in ("key", "value")]
 
 
 def vision_part(module: nn.Module, pixels: int, deepstack: SideChannel, options: GraphOptions) -> Part:

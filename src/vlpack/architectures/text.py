@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 from onnxscript import OpBuilder, nn
@@ -16,6 +16,7 @@ from vlpack.layers.attention import Attention, MakeBackend, grouped_query, mask_
 from vlpack.layers.candidates import Candidates
 from vlpack.layers.decoder import CausalLM, DecoderLayer, TextModel
 from vlpack.layers.deepstack import SideChannel
+from vlpack.layers.delta_net import DeltaNetSizes, GatedDeltaNet
 from vlpack.layers.int8_kv_cache import int8_kv_cache
 from vlpack.layers.linear import Embedding, Linear
 from vlpack.layers.mlp import ACTIVATIONS, GatedMLP
@@ -41,6 +42,9 @@ class TextDecoder:
         frequencies: frequencies of the rotary embedding, and the position axis of each.
         position_axes: 3 for M-RoPE's positions ``[3, B, S]``, 0 for ``[B, S]``.
         make_mlp: makes the feed-forward module of a layer.
+        hidden_act: activation of the feed-forward modules and of linear attention's convolution.
+        norm_offset: number that is added to the checkpoint's weights of RMS norms, all but linear attention's.
+        output_gate: whether the output of every attention head is multiplied by a gate.
     """
 
     facts: TextFacts
@@ -53,6 +57,9 @@ class TextDecoder:
     frequencies: Frequencies
     position_axes: int
     make_mlp: MakeMLP
+    hidden_act: str = "silu"
+    norm_offset: float = 0.0
+    output_gate: bool = False
 
     @classmethod
     def read(
@@ -69,6 +76,7 @@ class TextDecoder:
         mlp_bias: bool = False,
         mrope_layout: MropeLayout | None = None,
         sections: tuple[int, int, int] = (0, 0, 0),
+        rotated_share: float | None = None,
     ) -> TextDecoder:
         """Read the settings from a config.json and its text part.
 
@@ -84,6 +92,7 @@ class TextDecoder:
             mlp_bias: whether the feed-forward matrices have biases.
             mrope_layout: how M-RoPE's three axes share the frequencies; None for plain positions.
             sections: M-RoPE's sections for a config without them.
+            rotated_share: share of a head's channels that are rotated, for a config without one; None if always all.
 
         Raises:
             CheckpointError: a value is missing or not supported.
@@ -100,10 +109,15 @@ class TextDecoder:
             qkv_bias=qkv_bias,
             o_bias=o_bias,
             qk_norm=qk_norm,
-            frequencies=read_frequencies(text, facts.head_size, theta, mrope_layout, sections),
+            frequencies=read_frequencies(text, facts.head_size, theta, mrope_layout, sections, rotated_share),
             position_axes=3 if mrope_layout else 0,
             make_mlp=lambda layer: GatedMLP(size, intermediate, act, mlp_bias),
+            hidden_act=act,
         )
+
+    def with_linear_layers(self, layers: Sequence[int], sizes: DeltaNetSizes) -> TextDecoder:
+        """This decoder with linear attention in the given layers."""
+        return replace(self, facts=replace(self.facts, linear_layers=tuple(layers), delta_net=sizes))
 
     def embed_tokens(self) -> Embedding:
         """The module of the token embedding."""
@@ -157,12 +171,16 @@ class TextDecoder:
     def _text_model(self) -> TextModel:
         facts = self.facts
         layers = [
-            DecoderLayer(self._attention(), self.make_mlp(layer), facts.hidden_size, self.eps)
+            DecoderLayer(self._attention(layer), self.make_mlp(layer), facts.hidden_size, self.eps, self.norm_offset)
             for layer in range(facts.num_hidden_layers)
         ]
-        return TextModel(layers, facts.hidden_size, self.eps, self.prefix)
+        return TextModel(layers, facts.hidden_size, self.eps, self.prefix, self.norm_offset)
 
-    def _attention(self) -> Attention:
+    def _attention(self, layer: int) -> Attention | GatedDeltaNet:
+        sizes = self.facts.delta_net
+        if layer in self.facts.linear_layers:
+            assert sizes is not None, "linear layers have sizes"
+            return GatedDeltaNet(self.facts.hidden_size, sizes, self.eps, self.hidden_act)
         return Attention(
             self.facts.hidden_size,
             self.facts.num_attention_heads,
@@ -171,6 +189,8 @@ class TextDecoder:
             qkv_bias=self.qkv_bias,
             o_bias=self.o_bias,
             qk_norm_eps=self.eps if self.qk_norm else None,
+            norm_offset=self.norm_offset,
+            output_gate=self.output_gate,
         )
 
     def _int8_kv_cache_backend(self) -> MakeBackend:

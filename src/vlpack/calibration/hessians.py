@@ -25,6 +25,7 @@ from vlpack.export.graph import Weight
 from vlpack.ort.graph_edits import (
     compute_all_rows,
     compute_all_tokens,
+    empty_past,
     load_graph,
     merge_equal_nodes,
     norm_input,
@@ -233,11 +234,10 @@ class Calibration:
         part = ir.convenience.extract(graph, starts, outputs)
         session = open_session(ir.Model(part, ir_version=self._graph.ir_version), self._file, self._threads)
         ports = {port.name: port for port in session.get_inputs()}
-        caches = {name: port.shape for name, port in ports.items() if name.startswith("past_")}
+        caches = {name: port for name, port in ports.items() if name.startswith("past_")}
         for text, given in enumerate(self._shown):
             batch = len(given["attention_mask"])
-            empty = {name: np.zeros((batch, shape[1], 0, shape[3]), np.float32) for name, shape in caches.items()}
-            feeds = {**given, **empty}
+            feeds = {**given, **{name: empty_past(port, batch) for name, port in caches.items()}}
             if border is not None:
                 feeds[str(border.name)] = self._hidden[text]
             yield session.run(None, {name: x for name, x in feeds.items() if name in ports})

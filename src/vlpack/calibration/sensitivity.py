@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from vlpack.calibration.teacher import CalibrationModel, Shown
-from vlpack.ort.graph_edits import compute_all_tokens, load_graph, make_exact, norm_input, open_session
+from vlpack.ort.graph_edits import compute_all_tokens, empty_past, load_graph, make_exact, norm_input, open_session
 
 Array = npt.NDArray[Any]
 
@@ -157,8 +157,7 @@ class _Stages:
         fed = {}
         for port in session.get_inputs():
             if port.name.startswith("past_"):
-                kind = np.int8 if port.type == "tensor(int8)" else np.float32
-                fed[port.name] = np.zeros((batch, port.shape[1], 0, port.shape[3]), kind)
+                fed[port.name] = empty_past(port, batch)
             else:
                 fed[port.name] = feeds[port.name]
         result: Array = session.run(None, fed)[0]

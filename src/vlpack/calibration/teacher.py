@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vlpack.architectures import Architecture
-from vlpack.ort.graph_edits import call
+from vlpack.ort.graph_edits import call, empty_past
 from vlpack.ort.session import cpu_session, ort
 from vlpack.preprocess.mrope import mrope_positions
 from vlpack.preprocess.prompt import Prompt
@@ -138,7 +138,7 @@ class CalibrationModel:
         over = [False] * len(texts)
         binding = decoder.io_binding()
         binding.bind_output("logits")
-        _bind_cache(decoder, binding, len(texts), length)
+        states = _bind_cache(decoder, binding, len(texts), length)
         ports = {port.name for port in decoder.get_inputs()}
         for place in range(length - 1):
             shown = self.show(np.array([[text[-1]] for text in texts], np.int64), first=place)
@@ -146,6 +146,7 @@ class CalibrationModel:
             for name, array in given.items():
                 binding.bind_cpu_input(name, array)
             decoder.run_with_iobinding(binding)
+            _carry_states(binding, states)
             chosen = choose(binding.get_outputs()[0].numpy()[:, -1], random)
             for row, (text, opening) in enumerate(zip(texts, openings, strict=True)):
                 given_here = place + 1 < len(opening)
@@ -165,13 +166,31 @@ def _until(text: list[int], start: int, ends: set[int]) -> list[int]:
     return text[: stop + 1]
 
 
-def _bind_cache(decoder: Any, binding: Any, batch: int, length: int) -> None:
-    """Binds a key/value cache for ``length`` tokens to every layer; each step writes its keys and values in place."""
+def _bind_cache(decoder: Any, binding: Any, batch: int, length: int) -> dict[str, list[Any]]:
+    """Binds a key/value cache for ``length`` tokens to every layer; each step adds to it in place.
+
+    Returns:
+        the states of linear attention before and after the next step, by input; `_carry_states` exchanges them.
+    """
+    states = {}
     for port in decoder.get_inputs():
         if port.name.startswith("past_key_values"):
-            room = ort.OrtValue.ortvalue_from_numpy(np.zeros((batch, port.shape[1], length, port.shape[3]), np.float32))
+            room = ort.OrtValue.ortvalue_from_numpy(empty_past(port, batch, length))
+            grows = any(isinstance(size, str) for size in port.shape[1:])
+            after = room if grows else ort.OrtValue.ortvalue_from_numpy(empty_past(port, batch))
             binding.bind_ortvalue_input(port.name, room)
-            binding.bind_ortvalue_output(port.name.replace("past_key_values", "present"), room)
+            binding.bind_ortvalue_output(port.name.replace("past_key_values", "present"), after)
+            if not grows:
+                states[port.name] = [room, after]
+    return states
+
+
+def _carry_states(binding: Any, states: Mapping[str, list[Any]]) -> None:
+    """Makes the states after a step those before the next one."""
+    for name, pair in states.items():
+        pair.reverse()
+        binding.bind_ortvalue_input(name, pair[0])
+        binding.bind_ortvalue_output(name.replace("past_key_values", "present"), pair[1])
 
 
 def choose(logits: Array, random: np.random.Generator) -> Array:

@@ -80,6 +80,13 @@ class Section:
             raise self._fail(name, value, "one of " + ", ".join(choices))
         return str(value)
 
+    def words(self, name: str, choices: Sequence[str], count: int) -> list[str]:
+        """A list of ``count`` strings that must all be among ``choices``."""
+        value = self._get(name, None)
+        if not isinstance(value, (list, tuple)) or len(value) != count or not all(one in choices for one in value):
+            raise self._fail(name, value, f"a list of {count} words, each one of " + ", ".join(choices))
+        return list(value)
+
     def integers(
         self, name: str, default: Sequence[int] | None = None, *, low: int = 0, high: int = _LIMIT
     ) -> list[int]:
@@ -96,6 +103,10 @@ class Section:
     def with_defaults(self, defaults: Mapping[str, Any]) -> Section:
         """A copy of this section with ``defaults`` for absent names; a name whose value is null stays null."""
         return Section({**defaults, **self.values}, self.where)
+
+    def without(self, name: str) -> Section:
+        """A copy of this section without ``name``."""
+        return Section({key: value for key, value in self.values.items() if key != name}, self.where)
 
     def section(self, name: str, *, required: bool = True) -> Section:
         """The object ``name`` inside this one; an empty section if it is absent and not ``required``."""

@@ -1,4 +1,5 @@
-"""Views of a checkpoint's tensors as the rows of one matrix: whole, sliced, transposed, stacked or interleaved.
+"""Views of a checkpoint's tensors as the rows of one matrix: whole, sliced, transposed, stacked, interleaved
+or shifted.
 
 A `Rows` is plain data: a frozen dataclass, equal to another one with the same rows. It reads any range of rows without
 the others, as far as the checkpoint's layout allows. A NaN or infinite value is an error that names the tensor.
@@ -149,6 +150,28 @@ def stacked(parts: Iterable[Rows]) -> Rows:
     """Stacks matrices vertically; a single matrix is returned unchanged."""
     parts = tuple(parts)
     return parts[0] if len(parts) == 1 else Stacked(parts)
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """Another matrix with a number added to every value, in fp32: a norm's weights stored as differences from 1."""
+
+    whole: Rows
+    offset: float
+
+    @property
+    def rows(self) -> int:
+        return self.whole.rows
+
+    @property
+    def cols(self) -> int:
+        return self.whole.cols
+
+    def tensors(self) -> Iterator[Source]:
+        return self.whole.tensors()
+
+    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> Array:
+        return self.whole.read(checkpoint, start, stop).astype(np.float32) + np.float32(self.offset)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from vlpack.engine.scheduler import Counters, Scheduler
 from vlpack.engine.slots import Slots, default_context
 from vlpack.errors import InputError, OptionError, PackageError, option
 from vlpack.ort.saturation import warn_of_saturation
-from vlpack.package.genai import eos_ids
+from vlpack.package.genai import eos_ids, keeps_states
 from vlpack.package.manifest import graph_files
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder, VideoOptions, VideoSource
 from vlpack.preprocess.images import check_pixel_limits
@@ -37,7 +37,7 @@ from vlpack.preprocess.prompt_builder import check_vision_start
 from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.runtime.genai_model import open_package, read_config, vision_encoder
 from vlpack.runtime.limits import too_long
-from vlpack.runtime.model import NO_VIDEOS, as_messages, check_prompt
+from vlpack.runtime.model import NO_VIDEOS, VIDEO_TYPES, as_messages, check_prompt
 from vlpack.runtime.sampling import Sampling, check_number, sampling_of
 from vlpack.runtime.stopping import StopTexts
 from vlpack.system import checked_threads
@@ -118,7 +118,7 @@ class Engine:
             video_token_id=self._model.get("video_token_id"),
             min_pixels=min_pixels,
             max_pixels=max_pixels,
-            no_videos=None if self._model.get("type") == "qwen3_vl" else NO_VIDEOS,
+            no_videos=None if self._model.get("type") in VIDEO_TYPES else NO_VIDEOS,
         )
         if "image_token_id" in self._model:
             check_vision_start(self.prompts.tokenizer, self._model.get("vision_start_token_id"))
@@ -415,6 +415,12 @@ def _check_runnable(folder: Path, manifest: dict[str, Any], config: dict[str, An
         raise PackageError(
             f"{folder} holds only a part of a model and does not run by itself.",
             f"Build it with {option('part', 'all')}.",
+        )
+    if keeps_states(config):
+        raise PackageError(
+            f"{folder} has layers with linear attention, whose states requests cannot share; the engine does not run "
+            "such models yet.",
+            "Load it with vlpack.load, which answers one request at a time.",
         )
     if not config.get("search", {}).get("past_present_share_buffer"):
         raise PackageError(

@@ -51,7 +51,7 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
             )
     if architecture.tied and HEAD in checkpoint.tensors:
         check_equal(checkpoint, f"{architecture.decoder.prefix}.embed_tokens.weight")
-    unused = (*UNUSED, HEAD) if architecture.tied else UNUSED
+    unused = (*UNUSED, *architecture.ignored, *([HEAD] if architecture.tied else []))
     extra = [
         name
         for name in checkpoint.tensors
@@ -62,6 +62,15 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
             f"{checkpoint.folder}: the model has no place for {_some(extra)}.",
             "The config and the weights do not belong together, or this is another model.",
         )
+
+
+def ignored_notes(architecture: Architecture, checkpoint: Checkpoint) -> list[str]:
+    """Notes for the user on tensors of the checkpoint that are not part of the package."""
+    return [
+        f"The package leaves out the checkpoint's tensors {pattern}: {what}."
+        for pattern, what in architecture.ignored.items()
+        if any(fnmatchcase(name, pattern) for name in checkpoint.tensors)
+    ]
 
 
 def check_equal(checkpoint: Checkpoint, embedding: str) -> None:

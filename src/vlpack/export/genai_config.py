@@ -101,6 +101,7 @@ def _decoder(
         tokens = {"input_ids": "input_ids"}
     else:
         tokens = {"inputs_embeds": "inputs_embeds", **architecture.deepstack.genai_names()}
+    states = {"conv": "conv_state", "recurrent": "recurrent_state"} if text.linear_layers else {}
     return {
         "session_options": session,
         "filename": files.get("text") or files["decoder"],
@@ -115,11 +116,13 @@ def _decoder(
             "position_ids": "position_ids",
             "past_key_names": "past_key_values.%d.key",
             "past_value_names": "past_key_values.%d.value",
+            **{f"past_{kind}_names": f"past_key_values.%d.{name}" for kind, name in states.items()},
         },
         "outputs": {
             "logits": "logits",
             "present_key_names": "present.%d.key",
             "present_value_names": "present.%d.value",
+            **{f"present_{kind}_names": f"present.%d.{name}" for kind, name in states.items()},
         },
     }
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 
 from vlpack.architectures.ports import Part
-from vlpack.checkpoint.rows import Rows, Source, stacked
+from vlpack.checkpoint.rows import Rows, Shifted, Source, stacked
 from vlpack.layers import ops
 from vlpack.layers.channels import NormChannels, RowChannels
 from vlpack.layers.linear import Linear, Stored
@@ -115,7 +115,7 @@ def declare(part: Part, policy: Policy) -> list[Weight]:
             assert (source.rows, source.cols) == (child.rows, child.cols), path
             parameters[child] = child.store(chosen)
         elif "weight" in dict(child.named_parameters(recurse=False)):
-            sources[child] = Source(f"{path}.weight", parameter_shape(dict(child.named_parameters())["weight"]))
+            sources[child] = parameter_source(child, path, "weight")
     transforms = plan_transforms([child for _, child in modules], sources, policy)
     weights = []
     for path, child in modules:
@@ -134,8 +134,8 @@ def declare(part: Part, policy: Policy) -> list[Weight]:
                 )
         else:
             for name, parameter in child.named_parameters(recurse=False):
-                vector = Source(f"{path}.{name}", parameter_shape(parameter))
-                weights.append(Weight(vector.name, vector, VECTOR, {"weight": parameter}, transform))
+                vector = parameter_source(child, path, name)
+                weights.append(Weight(f"{path}.{name}", vector, VECTOR, {"weight": parameter}, transform))
     return weights
 
 
@@ -182,6 +182,13 @@ def plan_transforms(
                 change(link.reader, input_rotation=size)
                 link.reader.rotation = 1
     return plans
+
+
+def parameter_source(module: nn.Module, path: str, name: str) -> Rows:
+    """The rows of a bare parameter: the checkpoint's tensor of that name, plus the module's ``offset`` if it has one."""
+    source = Source(f"{path}.{name}", parameter_shape(dict(module.named_parameters(recurse=False))[name]))
+    offset = getattr(module, "offset", 0.0)
+    return Shifted(source, offset) if offset else source
 
 
 def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -64,6 +64,7 @@ def write_manifest(
         "execution_provider": policy.provider,
         "activations": policy.dtype,
         "cache": policy.cache,
+        **({"states": "float32"} if _keeps_states(graphs) else {}),
         "policy": policy.described(),
         "quantization": asdict(policy.options),
         **({} if calibration is None else {"calibration": dict(calibration)}),
@@ -74,6 +75,12 @@ def write_manifest(
         },
     }
     (folder / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
+
+
+def _keeps_states(graphs: Mapping[str, Graph]) -> bool:
+    """Whether layers of linear attention keep states."""
+    names = (str(value.name) for graph in graphs.values() for value in graph.model.graph.inputs)
+    return any(name.endswith(".recurrent_state") for name in names)
 
 
 def _part(graph: Graph, written: dict[tuple[str, int], str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import onnx_ir as ir
@@ -15,7 +16,8 @@ from vlpack.layers.norm import NormWeight, rms_norm
 from vlpack.layers.rope import Rope
 
 Past = tuple[ir.Value, ir.Value]
-"""The keys and values of the tokens so far, ``[B, kv_heads, P, D]`` each."""
+"""What a layer keeps of the tokens so far: keys and values ``[B, kv_heads, P, D]``, or the two states of a
+linear-attention layer (`vlpack.layers.delta_net`)."""
 
 
 class Heads(NamedTuple):
@@ -43,7 +45,7 @@ class Heads(NamedTuple):
         if norm is not None:
             split = rms_norm(op, op.Reshape(x, [0, 0, count, self.size]), norm, self.eps)
             x = op.Reshape(split, [0, 0, count * self.size])
-        return ops.rotary(op, x, rope.rows, rope.cos, rope.sin, count)
+        return ops.rotary(op, x, rope.rows, rope.cos, rope.sin, count, rope.channels)
 
 
 class AttentionBackend(Protocol):
@@ -151,8 +153,15 @@ def has_grouped_kernel(provider: str, dtype: ir.DataType) -> bool:
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and, in Qwen3, an RMS norm on every query and key head.
 
-    Source: Ainslie et al. 2023 (arXiv:2305.13245); transformers' ``Qwen3VLTextAttention``.
+    With ``output_gate``, q_proj computes for each head its query and then a gate, by whose sigmoid the head's output is
+    multiplied.
+
+    Source: Ainslie et al. 2023 (arXiv:2305.13245); transformers' ``Qwen3VLTextAttention`` and, with the gate,
+    ``Qwen3_5Attention``.
     """
+
+    place = "self_attn"
+    """Name of the module in a decoder layer."""
 
     def __init__(
         self,
@@ -163,16 +172,19 @@ class Attention(nn.Module):
         qkv_bias: bool,
         o_bias: bool,
         qk_norm_eps: float | None,
+        norm_offset: float = 0.0,
+        output_gate: bool = False,
     ) -> None:
         super().__init__()
         self.heads = Heads(num_attention_heads, num_key_value_heads, head_dim, None, qk_norm_eps or 0.0)
         q_size, kv_size = num_attention_heads * head_dim, num_key_value_heads * head_dim
-        sizes = (q_size, kv_size, kv_size)
+        sizes = (2 * q_size if output_gate else q_size, kv_size, kv_size)
         stacked = list(zip(("q_proj", "k_proj", "v_proj"), sizes, strict=True))
         self.qkv_proj = Linear(hidden_size, sum(sizes), bias=qkv_bias, stacked=stacked)
-        self.q_norm = NormWeight(head_dim) if qk_norm_eps is not None else None
-        self.k_norm = NormWeight(head_dim) if qk_norm_eps is not None else None
+        self.q_norm = NormWeight(head_dim, norm_offset) if qk_norm_eps is not None else None
+        self.k_norm = NormWeight(head_dim, norm_offset) if qk_norm_eps is not None else None
         self.o_proj = Linear(q_size, hidden_size, bias=o_bias)
+        self.output_gate = output_gate
 
     def forward(
         self, op: OpBuilder, x: ir.Value, backend: AttentionBackend, past: Past, select_tokens: SelectTokens
@@ -180,8 +192,23 @@ class Attention(nn.Module):
         heads = self.heads
         if self.q_norm is not None and self.k_norm is not None:
             heads = heads._replace(norms=(self.q_norm(op), self.k_norm(op)))
-        y, key, value = backend(op, self.qkv_proj(op, x), heads, past)
-        return self.o_proj(op, select_tokens(op, y)), key, value
+        qkv, gate = self.qkv_proj(op, x), None
+        if self.output_gate:
+            qkv, gate = self._split_gate(op, qkv)
+        y, key, value = backend(op, qkv, heads, past)
+        y = select_tokens(op, y)
+        if gate is not None:
+            gate = op.Sigmoid(ops.cast(op, select_tokens(op, gate), ops.FLOAT))
+            y = op.Mul(ops.cast(op, y, ops.FLOAT), gate)
+        return self.o_proj(op, y), key, value
+
+    def _split_gate(self, op: OpBuilder, projected: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The joint projection of queries, keys and values without the gates, and the gates ``[B, S, heads · D]``."""
+        queries, keys, size = self.heads[:3]
+        q, kv = op.Split(projected, [2 * queries * size, 2 * keys * size], axis=-1, _outputs=2)
+        q, gate = op.Split(op.Reshape(q, [0, 0, queries, 2 * size]), [size, size], axis=-1, _outputs=2)
+        q, gate = (op.Reshape(half, [0, 0, queries * size]) for half in (q, gate))
+        return op.Concat(q, kv, axis=-1), gate
 
     @property
     def readers(self) -> list[Stored]:
@@ -191,4 +218,6 @@ class Attention(nn.Module):
     def channels(self) -> list[RowChannels]:
         """The channels that can be rescaled or rotated within the weights (`vlpack.layers.channels`)."""
         heads = self.heads
-        return [value_channels(self.qkv_proj, self.o_proj, heads.queries, heads.keys, heads.size)]
+        values = value_channels(self.qkv_proj, self.o_proj, heads.queries, heads.keys, heads.size)
+        # a gate is multiplied to each channel by itself, so gated channels can be rescaled but not mixed
+        return [replace(values, mixes=not self.output_gate)]

@@ -12,6 +12,7 @@ from vlpack.layers.attention import Attention, AttentionBackend, MakeBackend, Pa
 from vlpack.layers.candidates import Candidates
 from vlpack.layers.channels import NormChannels, readers_of
 from vlpack.layers.deepstack import SideChannel
+from vlpack.layers.delta_net import GatedDeltaNet
 from vlpack.layers.linear import Embedding, Linear
 from vlpack.layers.norm import RMSNorm
 from vlpack.layers.rope import Rope
@@ -31,28 +32,45 @@ def last_token(op: OpBuilder, x: ir.Value) -> ir.Value:
 
 
 class DecoderLayer(nn.Module):
-    """A decoder layer: attention and feed-forward, each with a norm before it and a residual around it (pre-norm)."""
+    """A decoder layer: attention and feed-forward, each with a norm before it and a residual around it (pre-norm).
 
-    def __init__(self, attention: Attention, mlp: nn.Module, hidden_size: int, eps: float) -> None:
+    The attention may be linear. ``norm_offset`` is added to the weights of the norms (`RMSNorm`).
+    """
+
+    def __init__(
+        self,
+        attention: Attention | GatedDeltaNet,
+        mlp: nn.Module,
+        hidden_size: int,
+        eps: float,
+        norm_offset: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.self_attn = attention
+        self.place = attention.place
+        setattr(self, attention.place, attention)  # both kinds have the checkpoint's name
         self.mlp = mlp
-        self.input_layernorm = RMSNorm(hidden_size, eps)
-        self.post_attention_layernorm = RMSNorm(hidden_size, eps)
+        self.input_layernorm = RMSNorm(hidden_size, eps, norm_offset)
+        self.post_attention_layernorm = RMSNorm(hidden_size, eps, norm_offset)
+
+    @property
+    def attention(self) -> Attention | GatedDeltaNet:
+        """The layer's attention."""
+        found: Attention | GatedDeltaNet = getattr(self, self.place)
+        return found
 
     def forward(
         self, op: OpBuilder, x: ir.Value, backend: AttentionBackend, past: Past, select_tokens: SelectTokens
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """The layer's output for the tokens that ``select_tokens`` keeps, and the keys and values of all tokens."""
+        """The layer's output for the tokens that ``select_tokens`` keeps, and what it keeps of all tokens (`Past`)."""
         # the residual stream x [B, S, H] stays in fp32: trained models reach values that fp16 cannot hold
-        y, key, value = self.self_attn(op, self.input_layernorm(op, x), backend, past, select_tokens)
+        y, key, value = self.attention(op, self.input_layernorm(op, x), backend, past, select_tokens)
         x = op.Add(select_tokens(op, x), ops.cast(op, y, ops.FLOAT))
         y = self.mlp(op, self.post_attention_layernorm(op, x))
         return op.Add(x, ops.cast(op, y, ops.FLOAT)), key, value
 
     def channels(self) -> list[NormChannels]:
         """The channels that can be rescaled within the weights (`vlpack.layers.channels`)."""
-        pairs = (self.input_layernorm, self.self_attn), (self.post_attention_layernorm, self.mlp)
+        pairs = (self.input_layernorm, self.attention), (self.post_attention_layernorm, self.mlp)
         return [NormChannels(norm, readers_of(module)) for norm, module in pairs]
 
 
@@ -64,10 +82,12 @@ class TextModel(nn.Module):
     which are most of a layer's work. The module's name is the prefix of its tensors in the checkpoint.
     """
 
-    def __init__(self, layers: Sequence[DecoderLayer], hidden_size: int, eps: float, name: str) -> None:
+    def __init__(
+        self, layers: Sequence[DecoderLayer], hidden_size: int, eps: float, name: str, norm_offset: float = 0.0
+    ) -> None:
         super().__init__(name)
         self.layers = nn.ModuleList(list(layers))
-        self.norm = RMSNorm(hidden_size, eps)
+        self.norm = RMSNorm(hidden_size, eps, norm_offset)
 
     def forward(
         self,

@@ -132,7 +132,7 @@ class Int8KVCache(NamedTuple):
         batch, (queries, kv_heads, size) = ops.shape_of(past[0])[0], heads[:3]
         wide, groups, scale = size + EXTRA_CHANNELS, queries // kv_heads + 2, size**-0.5 / QUERY_SCALE
         assert heads.norms is not None, "the 8-bit cache needs normalized keys"
-        step, selector = _key_steps(op, heads.norms[1], size, self.scaling)
+        step, selector = _key_steps(op, heads.norms[1], size, self.rope.channels or size, self.scaling)
         q_weight, k_weight = op.Mul(heads.norms[0], op.Mul(step, QUERY_SCALE)), op.Div(heads.norms[1], step)
         repeated = [op.Expand(weight, [n, kv_heads, size]) for weight, n in ((q_weight, groups - 2), (k_weight, 1))]
         weights = op.Concat(*repeated, axis=0)  # [groups - 1, kv_heads, D]
@@ -143,7 +143,8 @@ class Int8KVCache(NamedTuple):
             # onnxruntime's norm is slow if every head has its own weights, so these are multiplied afterwards
             qk = op.Mul(rms_norm(op, qk, self.constants.ones, heads.eps), weights)
             # the rotary operator takes each head for a token and each group for a head
-            qk = ops.rotary(op, qk, self.decode_rope.rows, self.decode_rope.cos, self.decode_rope.sin, groups - 1)
+            cos, sin, rows, channels = self.decode_rope
+            qk = ops.rotary(op, qk, rows, cos, sin, groups - 1, channels)
             extended = self._extended(op, qk, v, 1, selector, self.constants.extra)
             new = op.Reshape(extended, [0, 1, groups * kv_heads * wide])
             y, *present = ops.group_query_attention_int8(
@@ -223,19 +224,23 @@ def _branch(op: OpBuilder, trace: Callable[[OpBuilder], list[ir.Value]]) -> ir.G
     return op.builder.subgraph(scoped, [], [ir.Value(name="") for _ in range(3)], name=trace.__name__)
 
 
-def _key_steps(op: OpBuilder, weight: ir.Value, size: int, scaling: float) -> tuple[ir.Value, ir.Value]:
+def _key_steps(op: OpBuilder, weight: ir.Value, size: int, rotated: int, scaling: float) -> tuple[ir.Value, ir.Value]:
     """The quantization step of each key channel, for keys that were normalized, scaled by ``weight [D]`` and rotated.
 
-    onnxruntime folds all of it into constants when it loads the graph.
+    Only the first ``rotated`` channels turn, and only those are multiplied by ``scaling``. onnxruntime folds all of it
+    into constants when it loads the graph.
 
     Returns:
         steps ``[D]``, and a matrix ``[D, EXTRA_CHANNELS]`` of zeros and ones that selects the channels whose rounding
         remainders are kept. Its first column, the exponent's place, is zeros.
     """
-    halves = op.Reshape(op.Abs(weight), [2, size // 2])
-    larger = op.ReduceMax(halves, [0], keepdims=0)
+    weight, still = op.Abs(weight), None
+    if rotated < size:
+        weight, still = op.Split(weight, [rotated, size - rotated], axis=0, _outputs=2)
+    larger = op.ReduceMax(op.Reshape(weight, [2, rotated // 2]), [0], keepdims=0)
     half = op.Add(op.Mul(larger, scaling * size**0.5 / 127), 1e-20)  # a channel of weight 0 has codes of 0
-    step = op.Concat(half, half, axis=0)
+    rest = [] if still is None else [op.Add(op.Mul(still, size**0.5 / 127), 1e-20)]
+    step = op.Concat(half, half, *rest, axis=0)
     _, places = op.TopK(step, [min(EXTRA_CHANNELS - 1, size)], _outputs=2)
     chosen = op.Equal(op.Unsqueeze(op.Range(0, size, 1), [1]), places)  # [D, EXTRA_CHANNELS - 1]
     return step, op.Pad(op.Cast(chosen, to=ops.FLOAT), [0, 1, 0, EXTRA_CHANNELS - 1 - min(EXTRA_CHANNELS - 1, size)])
@@ -257,7 +262,7 @@ def int8_kv_cache(heads: int, kv_heads: int, size: int, scaling: float) -> MakeB
         start = op.Sub(op.Reshape(op.Cast(lengths.total, to=ops.INT64), [1]), new)
         # the operator requires at least as many rows as tokens, even if all tokens use the same row
         cos, sin = (op.Pad(table, [0, 0, kv_heads, 0]) for table in (rope.cos, rope.sin))
-        decode_rope = Rope(cos, sin, op.Expand(op.Slice(rope.rows, [0], [1], [1]), [1, kv_heads]))
+        decode_rope = rope._replace(cos=cos, sin=sin, rows=op.Expand(op.Slice(rope.rows, [0], [1], [1]), [1, kv_heads]))
         decoding = op.Squeeze(op.Equal(new, 1))
         return Int8KVCache(lengths, rope, decode_rope, decoding, start, scaling, constants(op, heads, kv_heads, size))
 

@@ -13,6 +13,7 @@ from onnxscript import OpBuilder, nn
 from vlpack.checkpoint.rows import Alternating, Part, Rows, Source, Stacked, TransposedRows
 from vlpack.layers import ops
 from vlpack.layers.linear import Linear, Stored
+from vlpack.layers.mlp import GatedMLP
 from vlpack.layers.rotation import rotate
 
 if TYPE_CHECKING:
@@ -117,21 +118,32 @@ class SparseMoe(nn.Module):
         layout: layout of the experts in the checkpoint.
         norm_topk_prob: whether the shares of the chosen experts sum to 1; otherwise they are the softmax over all
             experts.
+        shared: width of an expert that all tokens go through in addition, times the sigmoid of a gate; 0 for none.
 
-    Source: transformers' ``Qwen3MoeSparseMoeBlock``; Fedus et al. 2021 (arXiv:2101.03961).
+    Source: transformers' ``Qwen3MoeSparseMoeBlock`` and, with the shared expert, ``Qwen3_5MoeSparseMoeBlock``; Fedus et
+    al. 2021 (arXiv:2101.03961).
     """
 
-    def __init__(self, sizes: ExpertSizes, layout: Layout, norm_topk_prob: bool) -> None:
+    def __init__(self, sizes: ExpertSizes, layout: Layout, norm_topk_prob: bool, shared: int = 0) -> None:
         super().__init__()
         self.gate = Linear(sizes.hidden_size, sizes.num_experts, role="router")
         self.experts = Experts(sizes, layout)
         self.k, self.normalize, self.num_experts = sizes.num_experts_per_tok, norm_topk_prob, sizes.num_experts
+        self.shared_expert = GatedMLP(sizes.hidden_size, shared, "silu") if shared else None
+        self.shared_expert_gate = Linear(sizes.hidden_size, 1, role="gate") if shared else None
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         logits = op.Reshape(self.gate(op, x), [-1, self.num_experts])  # [B · S, E]
-        return self.experts(op, x, logits, self.k, self.normalize)
+        y = self.experts(op, x, logits, self.k, self.normalize)
+        if self.shared_expert is None or self.shared_expert_gate is None:
+            return y
+        share = op.Sigmoid(ops.cast(op, self.shared_expert_gate(op, x), ops.FLOAT))
+        shared = op.Mul(ops.cast(op, self.shared_expert(op, x), ops.FLOAT), share)
+        return op.Add(ops.cast(op, y, ops.FLOAT), shared)
 
     @property
     def readers(self) -> list[Stored]:
         """The matrices that multiply the module's input."""
-        return [self.gate, self.experts.gate_up_proj]
+        shared = [] if self.shared_expert is None else self.shared_expert.readers
+        gate = [] if self.shared_expert_gate is None else [self.shared_expert_gate]
+        return [self.gate, self.experts.gate_up_proj, *shared, *gate]

@@ -22,23 +22,33 @@ class RMSNorm(nn.Module):
     """RMS normalization ``x / sqrt(mean(x²) + eps) · weight`` over the last dimension; the result is fp32.
 
     Source: Zhang and Sennrich 2019 (arXiv:1910.07467); transformers' ``Qwen3VLTextRMSNorm``.
+
+    Args:
+        size: size of the last dimension.
+        eps: epsilon.
+        offset: number that is added to the checkpoint's weights when they are written. Some models store the weight's
+            difference from 1 (``Qwen3_5RMSNorm``).
     """
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter([size], name="weight")
-        self.eps = eps
+        self.eps, self.offset = eps, offset
 
     def forward(self, op: OpBuilder, x: ir.Value) -> ir.Value:
         return rms_norm(op, x, self.weight, self.eps)
 
 
 class NormWeight(nn.Module):
-    """The weight of an RMS norm that another module computes; this module only gives the tensor its name."""
+    """The weight of an RMS norm that another module computes; this module only gives the tensor its name.
 
-    def __init__(self, size: int) -> None:
+    ``offset`` is that of `RMSNorm`.
+    """
+
+    def __init__(self, size: int, offset: float = 0.0) -> None:
         super().__init__()
         self.weight = nn.Parameter([size], name="weight")
+        self.offset = offset
 
     def forward(self, op: OpBuilder) -> ir.Value:
         return self.weight

@@ -186,9 +186,15 @@ def experts(
     return typed(y, dtype, shape_of(x))
 
 
-def rotary(op: OpBuilder, x: ir.Value, rows: ir.Value, cos: ir.Value, sin: ir.Value, num_heads: int) -> ir.Value:
-    """Rotary embedding of each head of ``x [B, S, heads · D]``; ``rows`` selects each token's row of cos and sin."""
-    y = microsoft(op).RotaryEmbedding(x, rows, cos, sin, num_heads=num_heads)
+def rotary(
+    op: OpBuilder, x: ir.Value, rows: ir.Value, cos: ir.Value, sin: ir.Value, num_heads: int, channels: int = 0
+) -> ir.Value:
+    """Rotary embedding of each head of ``x [B, S, heads · D]``; ``rows`` selects each token's row of cos and sin.
+
+    Only the first ``channels`` of each head are rotated; 0 means all.
+    """
+    some = {"rotary_embedding_dim": channels} if channels else {}
+    y = microsoft(op).RotaryEmbedding(x, rows, cos, sin, num_heads=num_heads, **some)
     return typed(y, dtype_of(x), shape_of(x))
 
 
@@ -287,3 +293,80 @@ def group_query_attention_int8(
     size = shape_of(past[0])[-1]
     assert isinstance(size, int), "the cache's head size is known"
     return typed(y, dtype_of(qkv), last_dim(qkv, num_heads * size)), key, value
+
+
+def causal_convolution(
+    op: OpBuilder, x: ir.Value, kernel: ir.Value, state: ir.Value, silu: bool
+) -> tuple[ir.Value, ir.Value]:
+    """Causal convolution of each channel of fp32 ``x [B, C, S]`` by itself, with SiLU after it if ``silu``.
+
+    Args:
+        op: the graph under construction.
+        x: the new tokens.
+        kernel: weights ``[C, 1, K]``; the last one multiplies the current token.
+        state: the inputs of the last K - 1 tokens, ``[B, C, K - 1]``.
+        silu: whether SiLU is applied to the result.
+
+    Returns:
+        output ``[B, C, S]``, and the state after the new tokens.
+    """
+    act = "silu" if silu else "none"
+    y, present = microsoft(op).CausalConvWithState(x, kernel, None, state, activation=act, ndim=1, _outputs=2)
+    return typed(y, FLOAT, shape_of(x)), typed(present, FLOAT, shape_of(state))
+
+
+def linear_attention_gate(
+    op: OpBuilder, a: ir.Value, dt_bias: ir.Value, scale: ir.Value, b: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """The gates of the delta rule for ``a`` and ``b`` fp32 ``[B, S, heads]``.
+
+    Returns:
+        logarithm of the decay ``scale · softplus(a + dt_bias)``, and update rate ``sigmoid(b)``.
+    """
+    g, beta = microsoft(op).LinearAttentionGate(a, dt_bias, scale, b, _outputs=2)
+    return typed(g, FLOAT, shape_of(a)), typed(beta, FLOAT, shape_of(b))
+
+
+def linear_attention(
+    op: OpBuilder,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    state: ir.Value,
+    g: ir.Value,
+    beta: ir.Value,
+    key_heads: int,
+    value_heads: int,
+) -> tuple[ir.Value, ir.Value]:
+    """The gated delta rule in fp32, token by token (`vlpack.layers.delta_net`).
+
+    Args:
+        op: the graph under construction.
+        q: queries of length 1, ``[B, S, key_heads · D]``; they are multiplied by ``1 / sqrt(D)``.
+        k: keys of length 1, of the same shape; each serves ``value_heads / key_heads`` neighbouring value heads.
+        v: values ``[B, S, value_heads · E]``.
+        state: state before the new tokens, ``[B, value_heads, D, E]``.
+        g: logarithms of the decay, ``[B, S, value_heads]``.
+        beta: update rates, ``[B, S, value_heads]``.
+        key_heads: number of query and key heads.
+        value_heads: number of value heads.
+
+    Returns:
+        output ``[B, S, value_heads · E]``, and the state after the new tokens.
+    """
+    size = shape_of(state)[2]
+    assert isinstance(size, int), "the state's sizes are known"
+    y, present = microsoft(op).LinearAttention(
+        *(q, k, v, state, g, beta),
+        q_num_heads=key_heads,
+        kv_num_heads=value_heads,
+        update_rule="gated_delta",
+        scale=size**-0.5,
+        _outputs=2,
+    )
+    return typed(y, FLOAT, shape_of(v)), typed(present, FLOAT, shape_of(state))
+
+
+def gated_rms_norm(op: OpBuilder, x: ir.Value, weight: ir.Value, gate: ir.Value, eps: float) -> ir.Value:
+    """RMS norm of each head of fp32 ``x [B, S, heads · D]``, times ``weight [D]`` and the SiLU of ``gate``."""
+    return typed(microsoft(op).GatedRMSNorm(x, weight, gate, epsilon=eps), FLOAT, shape_of(x))

@@ -26,6 +26,7 @@ class Rope(NamedTuple):
     cos: ir.Value  # [B · S, D / 2]
     sin: ir.Value  # [B · S, D / 2]
     rows: ir.Value  # int64 [B, S]
+    channels: int = 0  # number of channels of each head that are rotated, the first ones; 0 for all
 
 
 def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
@@ -55,6 +56,12 @@ class Frequencies(NamedTuple):
     inverse: np.ndarray  # float32 [D / 2]: the inverse frequencies
     axis_of: np.ndarray  # int64 [D / 2]: the position axis that each frequency uses
     scaling: float  # factor of cosine and sine; 1 except in YaRN
+    partial: bool = False  # whether a head has more channels than are rotated
+
+    @property
+    def channels(self) -> int:
+        """The number of channels of each head that are rotated; 0 for all."""
+        return 2 * len(self.inverse) if self.partial else 0
 
 
 MropeLayout = Callable[[Sequence[int]], np.ndarray]
@@ -62,7 +69,12 @@ MropeLayout = Callable[[Sequence[int]], np.ndarray]
 
 
 def read_frequencies(
-    text: Section, head_dim: int, theta: float, mrope_layout: MropeLayout | None, sections: Sequence[int]
+    text: Section,
+    head_dim: int,
+    theta: float,
+    mrope_layout: MropeLayout | None,
+    sections: Sequence[int],
+    share: float | None = None,
 ) -> Frequencies:
     """Read the rotary settings of a config, ``rope_parameters`` (transformers 5) or ``rope_scaling`` (4).
 
@@ -72,6 +84,8 @@ def read_frequencies(
         theta: theta for a config without one.
         mrope_layout: how M-RoPE's axes share the frequencies; None for plain positions.
         sections: M-RoPE's sections for a config without them.
+        share: share of a head's channels that are rotated (``partial_rotary_factor``) for a config without one; None
+            for families that always rotate all.
 
     Raises:
         CheckpointError: the kind of scaling is not supported, or the sections do not fit.
@@ -83,23 +97,38 @@ def read_frequencies(
         )
     rope = text.section("rope_parameters" if "rope_parameters" in text else "rope_scaling", required=False)
     theta = rope.number("rope_theta", text.number("rope_theta", theta))
-    axis_of = np.zeros(head_dim // 2, np.int64)
+    rotated, where = head_dim, f"head_dim ({head_dim})"
+    if share is not None:
+        name = "partial_rotary_factor"
+        share = rope.number(name, text.number(name, share))
+        rope, text = rope.without(name), text.without(name)  # the scalings refuse it, and count rotated channels only
+        rotated, where = int(head_dim * share), f"the {int(head_dim * share)} channels that rotate"
+        if not 0 < rotated <= head_dim or rotated % 2:
+            raise CheckpointError(
+                f"{rope.where}: {name} is {share:g}, so that {rotated} of {head_dim} channels would rotate; it must be "
+                "an even number of them."
+            )
+    axis_of = np.zeros(rotated // 2, np.int64)
     if mrope_layout is not None:
         sections = rope.integers("mrope_section", sections)
-        if len(sections) != 3 or sum(sections) != head_dim // 2:
+        if len(sections) != 3 or sum(sections) != rotated // 2:
             raise CheckpointError(
-                f"{rope.where}: mrope_section {list(sections)} must be three numbers whose sum is half of head_dim "
-                f"({head_dim})."
+                f"{rope.where}: mrope_section {list(sections)} must be three numbers whose sum is half of {where}."
             )
         axis_of = mrope_layout(sections)
+    inverse, scaling = _inverse_and_scaling(rope, text, rotated, theta)
+    return Frequencies(inverse, axis_of, scaling, rotated < head_dim)
+
+
+def _inverse_and_scaling(rope: Section, text: Section, head_dim: int, theta: float) -> tuple[np.ndarray, float]:
+    """Inverse frequencies, and the factor of cosine and sine, of the kind of scaling that the settings name."""
     kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if kind in ("default", "mrope"):  # the first Qwen2-VL checkpoints call plain M-RoPE "mrope"
-        return Frequencies(inverse_frequencies(head_dim, theta), axis_of, 1.0)
+        return inverse_frequencies(head_dim, theta), 1.0
     if kind == "yarn":
-        inverse, scaling = _yarn(rope, text, head_dim, theta)
-        return Frequencies(inverse, axis_of, scaling)
+        return _yarn(rope, text, head_dim, theta)
     if kind == "llama3":
-        return Frequencies(_llama3(rope, text, head_dim, theta), axis_of, 1.0)
+        return _llama3(rope, text, head_dim, theta), 1.0
     raise CheckpointError(
         f"{rope.where}: rope_type '{kind}' is not supported; vlpack would compute wrong positions.",
         "Supported: default, yarn and llama3.",
@@ -118,7 +147,8 @@ def angles_from_positions(op: OpBuilder, position_ids: ir.Value, frequencies: Fr
     shape = op.Shape(position_ids, start=-2)  # B, S
     count = op.ReduceProd(shape, keepdims=0)
     rows = ops.typed(op.Reshape(op.Range(0, count, 1), shape), ops.INT64, ["batch_size", "sequence_length"])
-    return tables(op, op.Reshape(angles, [-1, len(frequencies.inverse)]), rows, frequencies.scaling)
+    rope = tables(op, op.Reshape(angles, [-1, len(frequencies.inverse)]), rows, frequencies.scaling)
+    return rope._replace(channels=frequencies.channels)
 
 
 def _yarn(rope: Section, text: Section, head_dim: int, theta: float) -> tuple[np.ndarray, float]:

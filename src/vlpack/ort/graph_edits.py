@@ -83,6 +83,18 @@ def merge_equal_nodes(model: ir.Model) -> None:
     CommonSubexpressionEliminationPass()(model)
 
 
+def empty_past(port: Any, batch: int, room: int = 0) -> Array:
+    """What a decoder's input ``past_key_values.…`` is before the first token: zeros of the port's dtype.
+
+    Args:
+        port: the input, as onnxruntime describes it.
+        batch: number of sequences.
+        room: number of tokens that keys and values have room for; states of linear attention have a fixed size.
+    """
+    dtype = np.int8 if port.type == "tensor(int8)" else np.float16 if port.type == "tensor(float16)" else np.float32
+    return np.zeros([batch, *(size if isinstance(size, int) else room for size in port.shape[1:])], dtype)
+
+
 def norm_input(graph: ir.Graph, weight: str) -> ir.Value:
     """The input of the norm that has the given weight.
 

@@ -2,8 +2,9 @@
 
 A policy is a list of rules; the first rule that matches a weight decides. A rule matches a weight's *role*, which is
 ``text.`` or ``vision.`` followed by its purpose: ``linear``, ``embedding``, ``head``, ``candidates``, ``answers``,
-``router``, ``expert``, ``output`` (the last matrix of a vision encoder), ``table`` or ``patches``. A rule can also
-match the path of the weight's module. Paths are the checkpoint's, with q/k/v and gate/up joined:
+``router``, ``expert``, ``gate`` (few rows that decide how much of something is used), ``output`` (the last matrix of a
+vision encoder), ``table`` or ``patches``. A rule can also match the path of the weight's module. Paths are the
+checkpoint's, with q/k/v and gate/up joined:
 ``model.language_model.layers.3.self_attn.qkv_proj``.
 """
 
@@ -29,7 +30,9 @@ OFFERED: Mapping[str, tuple[str, ...]] = {
 }
 """Execution provider → precisions offered on it. int8 needs DynamicQuantizeMatMul, which only the CPU has."""
 
-ROLES = tuple(f"text.{kind}" for kind in ("linear", "embedding", "head", "candidates", "answers", "router", "expert"))
+ROLES = tuple(
+    f"text.{kind}" for kind in ("linear", "embedding", "head", "candidates", "answers", "router", "expert", "gate")
+)
 ROLES += tuple(f"vision.{kind}" for kind in ("linear", "output", "table", "patches"))
 """All roles that a weight can have."""
 
@@ -45,6 +48,10 @@ BALANCE_TOLERANCE = 8.0
 
 EXPERT_PROVIDERS = ("cpu", "cuda")
 """Execution providers that have kernels for ORT's MoE and QMoE operators in the form used here."""
+
+
+STATE_PROVIDERS = ("cpu",)
+"""Execution providers on which linear attention has been run."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +91,14 @@ class PrecisionFacts:
         expert_size: number of features that the block size of experts' weights must divide; None without experts.
         scores: whether the model is a reranker, whose score depends on two rows of the head.
         width: common divisor of the numbers of input features of the decoder's matrices; 0 where it is not known.
+        gates: whether the decoder has weights of the role ``gate``.
     """
 
     num_hidden_layers: int = 1
     expert_size: int | None = None
     scores: bool = False
     width: int = 0
+    gates: bool = False
 
 
 @dataclass(frozen=True)
@@ -212,6 +221,12 @@ def make_policy(
         hint = f"{provider} has {', '.join(OFFERED[provider])}"
         hint += f"; {precision} is offered on {', '.join(where)}." if where else "."
         raise OptionError(f"Precision '{precision}' is not offered on {provider}.", hint)
+    if facts.gates and provider not in STATE_PROVIDERS:
+        raise OptionError(
+            f"Models with linear attention are not offered on {provider}: vlpack has not been run with its operators "
+            "there.",
+            f"Offered: {', '.join(STATE_PROVIDERS)}.",
+        )
     dtype = "float16" if precision == "fp16" or (precision == "int4" and provider != "cpu") else "float32"
     if options.mixed and precision != "int4":
         raise OptionError(
@@ -225,6 +240,8 @@ def make_policy(
     rules = (
         *_vision_rules(precision, provider, dtype, options),
         *([Rule("text.answers", Float("float32"))] if facts.scores else []),
+        # gates decide for how long a state remembers: their errors grow exponentially, and they are small
+        *([Rule("text.gate", Transposed("float32"))] if facts.gates else []),
         *_eight_bit_rules(precision, provider, options, facts),
         *_sensitive_rules(precision, provider, dtype, options, facts),
         *_expert_rules(precision, provider, dtype, options, facts.expert_size),
@@ -304,6 +321,8 @@ def _sensitive_rules(
     # the CPU's QMoE requires the same number of bits for all matrices of a layer's experts
     experts = _blocks(precision, provider, dtype, options, bits, facts.expert_size or 0)
     names = {"self_attn.qkv_proj": storage, "mlp.down_proj": storage, "mlp.experts.*": experts}
+    if facts.gates:
+        names["linear_attn.in_proj_qkv"] = storage
     layers = sensitive_layers(facts.num_hidden_layers)
     return [Rule("text.*", kept, f"*.layers.{layer}.{name}") for layer in layers for name, kept in names.items()]
 

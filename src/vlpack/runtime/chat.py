@@ -3,7 +3,8 @@
 The prompt of each turn is the whole conversation, as in transformers. The runtime's generator is rewound to the first
 token at which its sequence and the new prompt differ, and processes only the rest. A turn with a new image needs a new
 generator, since the runtime accepts images only at the start; the vision encoder (`vlpack.runtime.vision`) keeps the
-features of earlier images.
+features of earlier images. So does a turn of a model with linear attention whose prompt is not a continuation of the
+generator's sequence: the states of such layers cannot be taken back, and the runtime would corrupt them silently.
 """
 
 from __future__ import annotations
@@ -294,14 +295,14 @@ class Chat:
         needed = len(ids) + room
         alike = len(seen) == len(self._shown) and all(map(lambda a, b: a is b, seen, self._shown))
         if generator is not None and alike and needed <= self._capacity:
-            cached = np.asarray(generator.get_sequence(0))[:-1]  # the last token is sampled but not in the cache yet
-            shared = min(len(cached), len(ids) - 1)
-            differs = np.flatnonzero(cached[:shared] != ids[:shared])
-            keep = int(differs[0]) if len(differs) else shared
+            keep = self._common(generator, ids)
             places = np.flatnonzero(ids == self.model.prompts.image_token_id)
             if keep > (places[-1] if len(places) else 0):
                 self._generator = generator  # set first: after Control-C its computed part is still valid
-                generator.rewind_to(keep)
+                if self.model.keeps_states:
+                    generator.get_logits()  # computes the last token, which may only have been sampled
+                else:
+                    generator.rewind_to(keep)
                 append(generator, prompt.input_ids[:, keep:], self._options)
                 generator.generate_next_token()
                 return Begun(generator, 0.0, keep)
@@ -310,6 +311,17 @@ class Chat:
         begun = self.model.begin(prompt, {**self._options, "max_length": capacity})
         self._generator, self._capacity, self._shown = begun.generator, capacity, seen
         return begun
+
+    def _common(self, generator: og.Generator, ids: Any) -> int:
+        """The number of tokens of a prompt ``[S]`` that a generator has seen and need not compute again."""
+        sequence = np.asarray(generator.get_sequence(0))
+        if self.model.keeps_states:  # states cannot be taken back, so the prompt must continue the whole sequence
+            length = len(sequence)
+            return length if length < len(ids) and np.array_equal(sequence, ids[:length]) else 0
+        cached = sequence[:-1]  # the last token is sampled but not in the cache yet
+        shared = min(len(cached), len(ids) - 1)
+        differs = np.flatnonzero(cached[:shared] != ids[:shared])
+        return int(differs[0]) if len(differs) else shared
 
     def _resume(self, messages: Sequence[Message]) -> None:
         roles = [message.get("role") for message in messages]

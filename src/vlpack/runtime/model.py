@@ -11,7 +11,7 @@ from typing import Any
 
 from vlpack.errors import InputError, OptionError, option
 from vlpack.ort.saturation import warn_of_saturation
-from vlpack.package.genai import eos_ids
+from vlpack.package.genai import eos_ids, keeps_states
 from vlpack.package.manifest import graph_files
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder, VideoOptions, VideoSource
 from vlpack.preprocess.images import check_pixel_limits
@@ -33,8 +33,11 @@ NO_VIDEOS = (
     "Videos of Qwen2-VL and Qwen2.5-VL are not supported: the runtime would give a video, and the text after it, other "
     "positions than the model expects."
 )
-"""The reason why videos are refused for models other than Qwen3-VL. Qwen3-VL gives every temporal patch the positions
-of a single image, which the runtime computes correctly."""
+"""The reason why videos are refused for models other than those of `VIDEO_TYPES`."""
+
+VIDEO_TYPES = ("qwen3_vl", "qwen3_5", "qwen3_5_moe")
+"""The runtime's types of models that take videos: they give every temporal patch the positions of a single image, which
+the runtime computes correctly."""
 
 
 class Model(Loaded):
@@ -85,7 +88,7 @@ class Model(Loaded):
             video_token_id=model.get("video_token_id"),
             min_pixels=min_pixels,
             max_pixels=max_pixels,
-            no_videos=None if model.get("type") == "qwen3_vl" else NO_VIDEOS,
+            no_videos=None if model.get("type") in VIDEO_TYPES else NO_VIDEOS,
         )
         self.tokenizer = self.prompts.tokenizer
         if "image_token_id" in model:
@@ -103,10 +106,18 @@ class Model(Loaded):
         """Whether the model takes videos."""
         return self.prompts.video_processor is not None
 
+    @property
+    def keeps_states(self) -> bool:
+        """Whether some layers keep a state (linear attention), so that a generator cannot go back to earlier tokens."""
+        return keeps_states(self.config)
+
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of the key/value cache for a number of tokens; the runtime allocates it before it generates."""
         decoder = self.config["model"]["decoder"]
-        sizes = (int(decoder[name]) for name in SIZES)
+        sizes = [int(decoder[name]) for name in SIZES]
+        if self.keeps_states:  # only some layers have keys and values
+            ports = (name for part in self.manifest["parts"].values() for name in part.get("inputs", ()))
+            sizes[0] = sum(name.endswith(".key") for name in ports)
         dtype = self.manifest.get("cache", self.manifest.get("activations"))
         return 2 * math.prod(sizes) * tokens * (1 if dtype == "int8" else 2 if dtype == "float16" else 4)
 
@@ -351,7 +362,7 @@ def check_prompt(prompt: Prompt, given: dict[str, Any], model: dict[str, Any]) -
             )
     if prompt.has_images and "vision" not in model:
         raise InputError("The prompt has images, but the package has no vision part.", "Send text only.")
-    if prompt.videos and model.get("type") != "qwen3_vl":
+    if prompt.videos and model.get("type") not in VIDEO_TYPES:
         raise InputError(NO_VIDEOS, "Send single images.")
     if prompt.input_ids.max(initial=0) >= model["vocab_size"]:
         raise InputError(

@@ -19,7 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from vlpack.ort.graph_edits import call, compute_all_tokens, load_graph, make_exact, norm_input, open_session
+from vlpack.ort.graph_edits import (
+    call,
+    compute_all_tokens,
+    empty_past,
+    load_graph,
+    make_exact,
+    norm_input,
+    open_session,
+)
 from vlpack.ort.session import ort
 from vlpack.preprocess import Prompt
 
@@ -108,8 +116,7 @@ class Graphs:
                 del inputs["position_ids"]
             for port in decoder.get_inputs():
                 if port.name.startswith("past_key_values"):
-                    dtype = np.int8 if port.type == "tensor(int8)" else np.float32
-                    inputs[port.name] = np.zeros((1, port.shape[1], 0, port.shape[3]), dtype)
+                    inputs[port.name] = empty_past(port, 1)
             out = call(decoder, inputs)
         merged, levels = None, []
         if features is not None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from vlpack.architectures import Architecture
 from vlpack.architectures.ports import GraphOptions, Part
 from vlpack.checkpoint.checkpoint import Checkpoint
-from vlpack.checkpoint.rows import Source, Stacked
+from vlpack.checkpoint.rows import Shifted, Source, Stacked
 from vlpack.errors import PackageError, VerifyError, VlpackError
 from vlpack.export.graph import Weight, declare
 from vlpack.export.weights import encode
@@ -127,7 +127,9 @@ class Weights:
         arrays = {}
         initializers = self.graphs[part].graph.initializers
         for name, (dtype, shape) in weight.storage.arrays(weight.rows, weight.cols).items():
-            own = weight.path if name == "weight" and weight.cols == 1 else f"{weight.path}.{name}"
+            own = f"{weight.path}.{name}"
+            if weight.path in initializers:  # a parameter by itself, which has no module below which it is stored
+                own = weight.path
             value = initializers.get(own)
             array = None if value is None or value.const_value is None else value.const_value.numpy()
             if array is None or array.dtype != dtype or array.size != np.prod(shape):
@@ -261,6 +263,8 @@ class Parameters:
         if self._last is None or self._last[0] != key:
             self._last = None
             values = self.weights.stored(part, weight) if self.from_package else self.weights.original(weight)
+            if isinstance(weight.source, Shifted):  # transformers adds the offset itself
+                values = values - np.float32(weight.source.offset)
             self._last = (key, values)
         return self._last[1]
 
@@ -268,7 +272,7 @@ class Parameters:
 def _named_rows(weight: Weight) -> Iterator[tuple[str, int, int]]:
     """The checkpoint's tensors that make a weight: name, first row and end row of each."""
     source = weight.source
-    own = weight.path if weight.cols == 1 else f"{weight.path}.weight"
+    own = weight.path if isinstance(source, Shifted) or weight.cols == 1 else f"{weight.path}.weight"
     parts = source.parts if isinstance(source, Stacked) else (source,)
     first = 0
     for part in parts:
