@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from math import gcd
 from typing import Any
@@ -417,7 +417,7 @@ def test_int4_is_exact_with_its_dequantized_weights(options, name, images, chann
     runs = package(tiny, *extra, *CHANNELS[channels], precision="int4", vision_precision=vision)
     options = {**options, "vision": vision}
     weights = dequantized("int4", tiny=tiny, **options) if channels == "plain" else kept(tiny, "int4", **options)
-    again = nullcontext()
+    again: AbstractContextManager[None] = nullcontext()
     if "last_matmul" in options.get("mixed", {}):
         plain = {} if channels != "plain" else {"balance": False, "rotation": False}
         rows = kept(tiny, "int4", **options, **plain).weights["lm_head_candidates.weight"]
