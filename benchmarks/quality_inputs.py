@@ -1,8 +1,8 @@
 """What every quality script measures with: two checkpoints of one real model, texts, fp32 logits, calibration texts.
 
 The model is SmolLM2-135M-Instruct (tests/smollm2.py). The texts are those in benchmarks/texts, which were written for
-this and are held out: neither vlpack nor a peer is calibrated on them. The calibration texts are what the fp32 model
-itself writes after vlpack's openings, so that each peer sees the kind of text that `--calibrate self` makes.
+this and are held out: neither vlpack nor a peer is calibrated on them. The calibration texts of the peers are what the
+fp32 model itself writes, of the kind that `--calibrate self` makes, but four times as many and as long.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from quality_scores import CALIBRATION, MODELS, TOKENS, Array, reference_file
 
-from vlpack.calibration.prompts import LENGTH, openings, prompt_builder
+from vlpack.calibration.prompts import prompt_builder
 from vlpack.preprocess.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -24,6 +24,27 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 TEXTS = Path(__file__).parent / "texts"
 COUNT = 256
 """Tokens of each text, from its beginning."""
+LENGTH = 256
+"""Tokens of each calibration text at most."""
+QUESTIONS = (
+    "Explain to a child why the sky is blue.",
+    "Write a short story about a lighthouse keeper and a lost dog.",
+    "Give me a recipe for a vegetable soup, with amounts.",
+    "Write a Python function that merges two sorted lists, and test it.",
+    "Fasse die Geschichte der Eisenbahn in wenigen Sätzen zusammen.",
+    "用中文介绍一下长城的历史。",
+    "A train leaves at 9:40 and arrives at 13:05. How long does it travel? Think step by step.",
+    "List the planets with their radius as a Markdown table.",
+    "Écris un courriel pour demander un rendez-vous chez le médecin.",
+    "What should a contract for renting a flat contain?",
+    "Turn this into JSON: Anna is 31 and lives in Oslo, Ben is 28 and lives in Rome.",
+    "Compare TCP and UDP, and say when each is used.",
+)
+OPENINGS = (
+    *("The", "In", "A", "When", "I", "It is", "Once upon a time", "According to", "# Introduction\n\n", "import"),
+    *("<html>", "Dear", "La", "Die", "人", "2.", "Question:", "Chapter 1\n", "def", "We"),
+)
+"""What the calibration texts answer, and how those begin that are no answers."""
 LEAST_SHARE = 0.05
 """Tokens less likely than this share of the likeliest are not written, as vlpack's calibration has it."""
 
@@ -105,7 +126,9 @@ def calibration(checkpoint: Path) -> dict[str, Any]:
     import torch
 
     tokenizer = Tokenizer.from_folder(checkpoint)
-    begun = openings(prompt_builder(checkpoint, None), tokenizer)
+    begun = [tokenizer.encode(text) for text in OPENINGS]
+    if (prompts := prompt_builder(checkpoint, None)) is not None:
+        begun += [prompts([{"role": "user", "content": text}]).input_ids[0].tolist() for text in QUESTIONS]
     model = load_model(checkpoint)
     torch.manual_seed(0)
     end = model.config.eos_token_id
