@@ -545,3 +545,15 @@ def test_a_large_image_is_announced(
     shown.truncate(0)
     console.note_large_images(model, model.prompt("Hello"))
     assert "--max-pixels" not in shown.getvalue()
+
+
+def test_a_build_leaves_the_cores_to_its_own_threads(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number of BLAS threads that the user has set stays."""
+    for given, wanted in (("", "1"), ("3", "3")):
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", given)
+        if not given:
+            monkeypatch.delenv("OPENBLAS_NUM_THREADS")
+        assert vlpack(capsys, "build").code
+        assert os.environ["OPENBLAS_NUM_THREADS"] == wanted

@@ -19,9 +19,10 @@ from vlpack.tasks import EMBEDDING
 T = TypeVar("T")
 
 LENGTH = 128
-"""Largest number of tokens of a text."""
-TEXTS = 8
-"""Largest number of texts that a model generates. Generating is slow, and more texts gain nothing (docs/results.md)."""
+"""Number of tokens of a piece of a user's text."""
+TEXTS, WRITTEN = 8, 64
+"""Largest numbers of texts that a model generates, and of tokens of each text, its opening included. Generating is
+slow, and more texts gain little (docs/results.md)."""
 PIECES = 48
 """Largest number of pieces of a user's text, or of conversations of a user's file."""
 STACK = 2048

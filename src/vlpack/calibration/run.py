@@ -12,7 +12,7 @@ import numpy as np
 from vlpack.calibration.hessians import Calibration
 from vlpack.calibration.options import SELF, ReportProgress
 from vlpack.calibration.prompts import (
-    LENGTH,
+    WRITTEN,
     conversations_of,
     of_one_length,
     openings,
@@ -80,11 +80,11 @@ def start_calibration(
         begun = openings(prompts, tokenizer)
 
         def written(tokens: int) -> None:
-            progress("writing calibration texts", tokens, len(begun) * LENGTH)
+            progress("writing calibration texts", tokens, len(begun) * WRITTEN)
 
         written(0)
         ends = eos_ids(json.loads((model.folder / "genai_config.json").read_text(encoding="utf-8")))
-        texts = model.write(begun, LENGTH, ends, SEED, written) + passages(prompts, tokenizer)
+        texts = model.write(begun, WRITTEN, ends, SEED, written) + passages(prompts, tokenizer)
     elif task != GENERATE and Path(source).suffix.lower() == JSONL:
         raise OptionError(
             f"{source} contains conversations, which a model for the task {task} cannot use.",

@@ -137,6 +137,9 @@ def build(
     as_json: opt.Json = False,
 ) -> None:
     """Build a package from a checkpoint."""
+    if not verify_it:
+        # the build has a thread for each core; those of numpy's BLAS would compete with them, and wait by spinning
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from vlpack.builder import build as run_build
     from vlpack.options import parse_extra_options
 
