@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from vlpack.engine.constraints import Grammars, grammar_of
+from vlpack.engine.counters import Counters
 from vlpack.engine.drafting import Drafter
 from vlpack.engine.graphs import Graphs
 from vlpack.engine.prefixes import tokens_of
 from vlpack.engine.queue import FairQueue
 from vlpack.engine.request import EngineAnswer, Handle, Request
 from vlpack.engine.sampler import Sampler, choice_of
-from vlpack.engine.scheduler import Counters, Scheduler
+from vlpack.engine.scheduler import Scheduler
 from vlpack.engine.slots import Slots, default_context
 from vlpack.errors import InputError, OptionError, PackageError, option
 from vlpack.ort.saturation import warn_of_saturation

@@ -8,20 +8,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
+from vlpack.engine.counters import Counters
 from vlpack.engine.drafting import StepCost
 from vlpack.engine.graphs import Array, Graphs
+from vlpack.engine.parts import SHORT, Part, short_ends
 from vlpack.engine.queue import FairQueue
 from vlpack.engine.request import Request
 from vlpack.engine.slots import Slots
 from vlpack.errors import PackageError, VlpackError
 from vlpack.preprocess import Prompt
 
-LARGEST_CHUNK, SMALLEST_CHUNK = 512, 16
+LARGEST_CHUNK, SMALLEST_CHUNK = 512, SHORT
 """Tokens of a prompt that are shown at a time. More than the largest is slower, as attention computes all scores of a
 call; fewer than the smallest cost as much as these, as the weights are read for them all the same."""
 
@@ -31,31 +33,6 @@ long is some fifty tokens, for which reading the weights is a quarter of the wor
 
 WASTE = 16
 """Rows that nobody decodes and that steps have computed, before rows are exchanged so that they lie together."""
-
-
-@dataclass
-class Counters:
-    """What the engine has computed.
-
-    Attributes:
-        prompt_tokens: of prompts, computed.
-        reused_tokens: of prompts that slots held already.
-        answer_tokens: chosen.
-        steps: calls of the decoder for the next token of one or more answers.
-        chunks: calls of the decoder for parts of prompts.
-        idle_rows: rows in those steps that nobody decoded.
-        drafted_tokens: guesses of answers' tokens that steps have judged.
-        accepted_tokens: of these, those that were right.
-    """
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    answer_tokens: int = 0
-    steps: int = 0
-    chunks: int = 0
-    idle_rows: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
 
 
 class Scheduler:
@@ -219,54 +196,65 @@ class Scheduler:
             self._changed.notify_all()
 
     def _prefill(self, request: Request) -> None:
-        """Show one chunk of a prompt; after the last one the answer's first token is there."""
-        slot, ids = request.slot, request.tokens.ids
+        """Show one chunk of a prompt; with its last one the short ends of others, too. Then their answers begin."""
+        slot = request.slot
         assert slot is not None, "it was admitted"
-        self._prefilling.remove(request)
+        self._reused(request, self._slots.catch_up(slot, request.tokens))
+        most = self._chunk if self._limited else LARGEST_CHUNK
+        parts = [Part(request, slot.length, min(len(request.tokens.ids), slot.length + most))]
+        if self._graphs.packed and parts[0].last and request.features is None:
+            parts += short_ends(parts[0], self._prefilling, most - parts[0].size, self._slots.context)
+        parts.sort(key=lambda part: part.request.slot.row if part.request.slot is not None else 0)
+        slots = [part.request.slot for part in parts if part.request.slot is not None]
+        for part in parts:
+            self._prefilling.remove(part.request)
+            if part.last:
+                self._start_mask(part.request)
+        first = slots[0].row
+        counts = np.zeros(slots[-1].row + 1 - first, np.int64)
+        counts[[slot.row - first for slot in slots]] = [part.size for part in parts]
         try:
-            self._reused(request, self._slots.catch_up(slot, request.tokens))
-            start = slot.length
-            end = min(len(ids), start + (self._chunk if self._limited else LARGEST_CHUNK))
-            if end == len(ids):
-                self._start_mask(request)
-            features = self._features(request, start, end)
+            features = parts[0].features() if len(parts) == 1 else None
             began = time.perf_counter()
-            tokens = self._graphs.tokens(ids[None, start:end], features)
-            binding = self._slots.binding(slot.row, slot.row + 1)
-            counts, held, last = np.array([end - start]), np.array([start]), np.array([end - start - 1])
-            logits = self._graphs.run(binding, tokens, counts, held, request.positions[:, start:end], last)
+            ids = np.concatenate([part.request.tokens.ids[part.start : part.end] for part in parts])
+            logits = self._graphs.run(
+                self._slots.binding(first, first + len(counts)),
+                self._graphs.tokens(ids[None], features),
+                counts,
+                np.array([slot.length for slot in self._slots.rows(first, first + len(counts))]),
+                np.concatenate([part.request.positions[:, part.start : part.end] for part in parts], axis=1),
+                np.cumsum([part.size for part in parts]) - 1,
+            )
             seconds = time.perf_counter() - began
-            self._adapt(end - start, seconds)
-            slot.write(ids[start:end])
-            self.counters.chunks += 1
-            self.counters.prompt_tokens += end - start
-            stats = request.answer.stats
-            stats.prefill_seconds = (stats.prefill_seconds or 0.0) + seconds
-            if end < len(ids):
-                self._prefilling.append(request)  # behind the others, so that a short prompt is soon through
-                return
-            request.features = None
-            self._choose(request, logits[0])
         except Exception as error:
-            self._leave(request, error)
+            for part in parts:
+                self._leave(part.request, error)
             return
+        self._adapt(len(ids), seconds)
+        self.counters.chunks += 1
+        self.counters.prompt_tokens += len(ids)
+        for part, values in zip(parts, logits, strict=True):
+            self._shown(part, values, seconds)
+
+    def _shown(self, part: Part, logits: Array, seconds: float) -> None:
+        """Go on after a part of a prompt was shown: with its next one, or with the answer's first token."""
+        request = part.request
+        stats, slot = request.answer.stats, request.slot
+        assert slot is not None, "it was admitted"
+        slot.write(request.tokens.ids[part.start : part.end])
+        stats.prefill_seconds = (stats.prefill_seconds or 0.0) + seconds
+        if not part.last:
+            self._prefilling.append(request)  # behind the others, so that a short prompt is soon through
+            return
+        request.features = None
+        try:
+            self._choose(request, logits)
+        except Exception as error:  # of this request's grammar
+            self._leave(request, error)
         if not request.handle.done:
             self._decoding.append(request)
             if request.drafter is not None:
                 request.drafter.stake = self._cost.stake()
-
-    def _features(self, request: Request, start: int, end: int) -> Array | None:
-        """Those of the placeholders in a part of the prompt."""
-        if request.features is None:
-            return None
-        features = request.features.result()
-        before = int(request.prompt.num_image_tokens[: request.first_image].sum())  # placeholders without features here
-        images, counts = request.tokens.images, request.prompt.num_image_tokens
-        first, last = (
-            sum(min(max(place - image.start, 0), int(count)) for image, count in zip(images, counts, strict=True))
-            for place in (start, end)
-        )
-        return features[first - before : last - before]
 
     def _step(self) -> None:
         """The next token of every answer that has begun."""
