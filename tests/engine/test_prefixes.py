@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.conftest import TINY
+from engine.conftest import PACKED, TINY
 from vlpack import Engine, Sampling
 from vlpack.engine.prefixes import SeenImage, Tokens, common_prefix
 from vlpack.runtime.model import Model
@@ -133,6 +133,7 @@ def test_the_slot_that_was_not_used_for_longest_is_taken(built: Callable[..., Pa
         ]
 
 
+@PACKED
 def test_short_ends_of_prompts_share_a_call(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
     made = engine(slots=5)
     long = "What is this, and " * 10
