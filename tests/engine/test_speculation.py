@@ -215,6 +215,10 @@ def test_the_price_of_a_token() -> None:
     assert cost.price(8) == pytest.approx(8 * 16 / 168, rel=0.01)
     assert cost.longest(1) == drafting.LONGEST
     assert cost.longest(8) == 5  # half of 168 more
+    assert cost.paid(1, 4, 0.056 + 4 * 0.016) == pytest.approx(cost.price(1), rel=0.01)
+    assert cost.paid(1, 4, 0.056 + 4 * 0.032) == pytest.approx(2 * cost.price(1), rel=0.01)
+    assert cost.paid(1, 4, 0.01) == cost.price(1)
+    assert cost.paid(1, 4, 9) == 3 * cost.price(1)
 
 
 @pytest.mark.parametrize("why", ["kv_cache=int8", "onnxruntime 1.31"])

@@ -292,6 +292,8 @@ class Scheduler:
         seconds = time.perf_counter() - began
         self._step_seconds = 0.8 * self._step_seconds + 0.2 * seconds if self._step_seconds else seconds
         self._owed = max(0.0, self._owed - seconds)
+        if len(ids) > len(requests):
+            price = self._cost.paid(len(requests), len(ids) - len(requests), seconds)
         self._cost.observe(len(ids), seconds)
         self.counters.steps += 1
         idle = end - first - len(slots)
