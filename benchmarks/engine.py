@@ -12,7 +12,7 @@ With ``--long N`` a prompt of N tokens arrives while one answer is running; the 
 measured before and during the processing of the prompt.
 
 Usage: python benchmarks/engine.py PACKAGE [--requests 1 2 4 8] [--prompt 512] [--new 64] [--threads N] [--image WxH]
-       [--long 2048] [--no-speculation] [--skip-alone] [--output result.json]
+       [--long 2048] [--stall 4] [--no-speculation] [--skip-alone] [--output result.json]
 """
 
 from __future__ import annotations
@@ -137,6 +137,7 @@ def main() -> None:
     arguments.add_argument("--threads", type=int)
     arguments.add_argument("--image", metavar="WxH", help="a picture in each prompt, which is short then")
     arguments.add_argument("--long", type=int, help="tokens of a prompt that arrives while an answer is on its way")
+    arguments.add_argument("--stall", type=float, default=4.0, help="as of Engine; inf is the fastest for all together")
     arguments.add_argument("--no-speculation", action="store_true", help="guess no tokens")
     arguments.add_argument("--skip-alone", action="store_true", help="leave vlpack.load out")
     arguments.add_argument("--output", type=Path)
@@ -156,7 +157,7 @@ def main() -> None:
         del model
     context = max(given.prompt + given.new, given.long or 0, 1024) + 1024
     result["together"], result["decoding"] = [], []
-    options = {"slots": max(given.requests), "context": context, "threads": given.threads}
+    options = {"slots": max(given.requests), "context": context, "threads": given.threads, "stall": given.stall}
     options |= {"speculation": False} if given.no_speculation else {}
     with vlpack.Engine(given.package, **options) as engine:
         for number, count in enumerate(given.requests):

@@ -361,7 +361,8 @@ def test_memory(built: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, eng
     # by default the cache takes half of the memory
     assert engine(slots=1000, context=None).cache_bytes == pytest.approx(1e9, rel=0.01)
     assert engine(slots=1, context=None).context == 4096  # the model's context
-    for options, named in (({"slots": 0}, "slots"), ({"context": 5000}, "context"), ({"queue": 0}, "queue")):
+    wrong: list[tuple[dict[str, Any], str]] = [({"slots": 0}, "slots"), ({"context": 5000}, "context")]
+    for options, named in [*wrong, ({"queue": 0}, "queue")]:
         with pytest.raises(OptionError, match=named):
             Engine(built(TINY), **options)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.conftest import TINY
+from engine.conftest import PACKED, TINY
 from vlpack import Engine, Sampling
 from vlpack.engine.prefixes import SeenImage, Tokens, common_prefix
 from vlpack.runtime.model import Model
@@ -131,3 +131,22 @@ def test_the_least_recently_used_slot_is_overwritten(built: Callable[..., Path])
         assert [reused(word) > 1 for word in ("alpha", "beta", "alpha", "gamma", "alpha", "beta")] == [
             *(True, True, False, True, False, True)
         ]
+
+
+@PACKED
+def test_short_ends_of_prompts_share_a_call(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
+    made = engine(slots=5)
+    long = "What is this, and " * 10
+    made.submit([SYSTEM, user(long)], max_tokens=1, sampling=GREEDY).result(30)
+    prompts = [made.prompt([SYSTEM, user(long + end)]) for end in ("who", "the river rose", "night", "and who", "who")]
+    before = made.counters.chunks, made.counters.prompt_tokens
+    with made._scheduler._changed:  # all come between two steps
+        handles = [made.submit(prompt, max_tokens=12, sampling=GREEDY) for prompt in prompts]
+    for prompt, handle in zip(prompts, handles, strict=True):
+        assert handle.result(30).tokens == alone().generate(prompt, max_tokens=12, sampling=GREEDY).tokens
+    assert handles[4].result().stats.reused_tokens == prompts[4].input_ids.size - 1  # of the first, which it waited for
+    assert made.counters.chunks - before[0] == 2
+    left = [handle.result().stats.prompt_tokens - handle.result().stats.reused_tokens for handle in handles]
+    assert made.counters.prompt_tokens - before[1] == sum(left)
+    assert max(left) < 16
+    assert left[:4] != [1] * 4

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.conftest import TINY
+from engine.conftest import PACKED, TINY
 from engine.test_concurrency import WORDS, check
 from engine.test_constraints import SCHEMAS, closed
 from tiny import Tiny
@@ -37,6 +37,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "WASTE", 3)
 
 
+@PACKED
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("part", ["all", "text"])
 @pytest.mark.parametrize("extra", [(), ("prune_lm_head=false",)], ids=["last logits", "all logits"])
@@ -80,6 +81,7 @@ def requests(made: Engine) -> list[dict[str, Any]]:
     return [request | option for request, option in zip(asked, options, strict=True)]
 
 
+@PACKED
 @pytest.mark.usefixtures("eager")
 def test_all_that_can_be_asked_is_as_without(engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llguidance")
@@ -111,6 +113,7 @@ def test_all_that_can_be_asked_is_as_without(engine: Callable[..., Engine], monk
     assert made.counters.steps < plain.counters.steps
 
 
+@PACKED
 @pytest.mark.usefixtures("eager")
 def test_slots_hold_what_was_accepted(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
     """A conversation goes on from keys and values that a judged step wrote."""
@@ -124,6 +127,7 @@ def test_slots_hold_what_was_accepted(engine: Callable[..., Engine], alone: Call
     assert made.counters.drafted_tokens > 0
 
 
+@PACKED
 def test_what_a_grammar_leaves_no_choice_of(engine: Callable[..., Engine]) -> None:
     pytest.importorskip("llguidance")
     made = engine(slots=1)
@@ -133,6 +137,7 @@ def test_what_a_grammar_leaves_no_choice_of(engine: Callable[..., Engine]) -> No
     assert made.counters.steps < len(answer.tokens) / 2
 
 
+@PACKED
 @pytest.mark.parametrize(("weights", "token"), [(72, 9), (40, 16)], ids=["int8", "int4"])
 @pytest.mark.parametrize("slots", [1, 4, 8])
 @pytest.mark.parametrize("length", [32, 300])
@@ -210,6 +215,10 @@ def test_the_price_of_a_token() -> None:
     assert cost.price(8) == pytest.approx(8 * 16 / 168, rel=0.01)
     assert cost.longest(1) == drafting.LONGEST
     assert cost.longest(8) == 5  # half of 168 more
+    assert cost.paid(1, 4, 0.056 + 4 * 0.016) == pytest.approx(cost.price(1), rel=0.01)
+    assert cost.paid(1, 4, 0.056 + 4 * 0.032) == pytest.approx(2 * cost.price(1), rel=0.01)
+    assert cost.paid(1, 4, 0.01) == cost.price(1)
+    assert cost.paid(1, 4, 9) == 3 * cost.price(1)
 
 
 @pytest.mark.parametrize("why", ["kv_cache=int8", "onnxruntime 1.31"])

@@ -4,10 +4,10 @@ Requests take slots of one shared key/value cache. A scheduler runs them, with s
 """
 
 from vlpack.engine.constraints import Grammar
+from vlpack.engine.counters import Counters
 from vlpack.engine.engine import Engine, Occupancy
 from vlpack.engine.queue import QueueFullError
 from vlpack.engine.request import EngineAnswer, Handle
 from vlpack.engine.sampler import TokenLogprob
-from vlpack.engine.scheduler import Counters
 
 __all__ = ["Counters", "Engine", "EngineAnswer", "Grammar", "Handle", "Occupancy", "QueueFullError", "TokenLogprob"]

@@ -77,6 +77,18 @@ class StepCost:
         whole = self.seconds(tokens)
         return tokens * self.slope / whole if whole else 1.0
 
+    def paid(self, tokens: int, guesses: int, seconds: float) -> float:
+        """What each guess did cost in a step that judged some: at least its price, and more where the step took longer.
+
+        Args:
+            tokens: that the step would have made without guesses.
+            guesses: how many there were.
+            seconds: that it took.
+        """
+        price, whole = self.price(tokens), self.seconds(tokens)
+        taken = tokens * (seconds - whole) / (whole * guesses) if whole else price
+        return min(max(price, taken), 3 * price)  # other programs may have had the cores
+
     def stake(self) -> float:
         """What the next answer may lose at first, in tokens."""
         stake = min(self._left, FIRST_STAKE)

@@ -16,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from vlpack.engine.constraints import Grammars, grammar_of
+from vlpack.engine.counters import Counters
 from vlpack.engine.drafting import Drafter
 from vlpack.engine.graphs import Graphs
 from vlpack.engine.prefixes import tokens_of
 from vlpack.engine.queue import FairQueue
 from vlpack.engine.request import EngineAnswer, Handle, Request
 from vlpack.engine.sampler import Sampler, choice_of
-from vlpack.engine.scheduler import Counters, Scheduler
+from vlpack.engine.scheduler import Scheduler
 from vlpack.engine.slots import Slots, default_context
 from vlpack.errors import InputError, OptionError, PackageError, option
 from vlpack.ort.saturation import warn_of_saturation
@@ -407,7 +408,7 @@ def _check_runnable(folder: Path, manifest: dict[str, Any], config: dict[str, An
     provider = manifest.get("execution_provider")
     if provider != "cpu":
         raise PackageError(
-            f"{folder} is for {provider}; the engine runs packages for the CPU.", "Build it with -e cpu."
+            f"{folder} is for {provider}; the engine runs packages for the CPU.", f"Build it with {option('execution_provider', 'cpu')}."
         )
     model = config["model"]
     embeds = "input_ids" not in model.get("decoder", {}).get("inputs", {})

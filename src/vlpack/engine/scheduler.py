@@ -11,20 +11,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
+from vlpack.engine.counters import Counters
 from vlpack.engine.drafting import StepCost
 from vlpack.engine.graphs import Array, Graphs
+from vlpack.engine.parts import SHORT, Part, short_ends
 from vlpack.engine.queue import FairQueue
 from vlpack.engine.request import Request
 from vlpack.engine.slots import Slots
 from vlpack.errors import PackageError, VlpackError
 from vlpack.preprocess import Prompt
 
-LARGEST_CHUNK, SMALLEST_CHUNK = 512, 16
+LARGEST_CHUNK, SMALLEST_CHUNK = 512, SHORT
 """Bounds of the number of a prompt's tokens that are processed in one call. Larger calls are slower per token, because
 attention computes all scores of a call; smaller calls take as long as the smallest, because they read all weights."""
 
@@ -34,31 +36,6 @@ time about fifty tokens are processed, and reading the weights is a quarter of t
 
 WASTE = 16
 """Number of idle rows that steps have computed before two rows are exchanged, so that the active ones lie together."""
-
-
-@dataclass
-class Counters:
-    """Counts of what the engine has computed.
-
-    Attributes:
-        prompt_tokens: number of prompt tokens that were computed.
-        reused_tokens: number of prompt tokens whose keys and values were in a slot already.
-        answer_tokens: number of generated tokens.
-        steps: number of calls of the decoder for the next token of one or more answers.
-        chunks: number of calls of the decoder for a part of a prompt.
-        idle_rows: number of rows without an active request that those steps computed.
-        drafted_tokens: number of draft tokens that steps have checked.
-        accepted_tokens: number of draft tokens that were accepted.
-    """
-
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    answer_tokens: int = 0
-    steps: int = 0
-    chunks: int = 0
-    idle_rows: int = 0
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
 
 
 class Scheduler:
@@ -234,54 +211,65 @@ class Scheduler:
             self._changed.notify_all()
 
     def _prefill(self, request: Request) -> None:
-        """Processes one chunk of a prompt; after the last chunk, chooses the answer's first token."""
-        slot, ids = request.slot, request.tokens.ids
+        """Processes one chunk of a prompt; with its last chunk, the short ends of other prompts, too."""
+        slot = request.slot
         assert slot is not None, "it was admitted"
-        self._prefilling.remove(request)
+        self._reused(request, self._slots.catch_up(slot, request.tokens))
+        most = self._chunk if self._limited else LARGEST_CHUNK
+        parts = [Part(request, slot.length, min(len(request.tokens.ids), slot.length + most))]
+        if self._graphs.packed and parts[0].last and request.features is None:
+            parts += short_ends(parts[0], self._prefilling, most - parts[0].size, self._slots.context)
+        parts.sort(key=lambda part: part.request.slot.row if part.request.slot is not None else 0)
+        slots = [part.request.slot for part in parts if part.request.slot is not None]
+        for part in parts:
+            self._prefilling.remove(part.request)
+            if part.last:
+                self._start_mask(part.request)
+        first = slots[0].row
+        counts = np.zeros(slots[-1].row + 1 - first, np.int64)
+        counts[[slot.row - first for slot in slots]] = [part.size for part in parts]
         try:
-            self._reused(request, self._slots.catch_up(slot, request.tokens))
-            start = slot.length
-            end = min(len(ids), start + (self._chunk if self._limited else LARGEST_CHUNK))
-            if end == len(ids):
-                self._start_mask(request)
-            features = self._features(request, start, end)
+            features = parts[0].features() if len(parts) == 1 else None
             began = time.perf_counter()
-            tokens = self._graphs.tokens(ids[None, start:end], features)
-            binding = self._slots.binding(slot.row, slot.row + 1)
-            counts, held, last = np.array([end - start]), np.array([start]), np.array([end - start - 1])
-            logits = self._graphs.run(binding, tokens, counts, held, request.positions[:, start:end], last)
+            ids = np.concatenate([part.request.tokens.ids[part.start : part.end] for part in parts])
+            logits = self._graphs.run(
+                self._slots.binding(first, first + len(counts)),
+                self._graphs.tokens(ids[None], features),
+                counts,
+                np.array([slot.length for slot in self._slots.rows(first, first + len(counts))]),
+                np.concatenate([part.request.positions[:, part.start : part.end] for part in parts], axis=1),
+                np.cumsum([part.size for part in parts]) - 1,
+            )
             seconds = time.perf_counter() - began
-            self._adapt(end - start, seconds)
-            slot.write(ids[start:end])
-            self.counters.chunks += 1
-            self.counters.prompt_tokens += end - start
-            stats = request.answer.stats
-            stats.prefill_seconds = (stats.prefill_seconds or 0.0) + seconds
-            if end < len(ids):
-                self._prefilling.append(request)  # prompts take turns, so that a short one is finished soon
-                return
-            request.features = None
-            self._choose(request, logits[0])
         except Exception as error:
-            self._leave(request, error)
+            for part in parts:
+                self._leave(part.request, error)
             return
+        self._adapt(len(ids), seconds)
+        self.counters.chunks += 1
+        self.counters.prompt_tokens += len(ids)
+        for part, values in zip(parts, logits, strict=True):
+            self._shown(part, values, seconds)
+
+    def _shown(self, part: Part, logits: Array, seconds: float) -> None:
+        """Go on after a part of a prompt was shown: with its next one, or with the answer's first token."""
+        request = part.request
+        stats, slot = request.answer.stats, request.slot
+        assert slot is not None, "it was admitted"
+        slot.write(request.tokens.ids[part.start : part.end])
+        stats.prefill_seconds = (stats.prefill_seconds or 0.0) + seconds
+        if not part.last:
+            self._prefilling.append(request)  # behind the others, so that a short prompt is soon through
+            return
+        request.features = None
+        try:
+            self._choose(request, logits)
+        except Exception as error:  # of this request's grammar
+            self._leave(request, error)
         if not request.handle.done:
             self._decoding.append(request)
             if request.drafter is not None:
                 request.drafter.stake = self._cost.stake()
-
-    def _features(self, request: Request, start: int, end: int) -> Array | None:
-        """The image features of the placeholders between ``start`` and ``end`` in the prompt; None without images."""
-        if request.features is None:
-            return None
-        features = request.features.result()
-        before = int(request.prompt.num_image_tokens[: request.first_image].sum())  # placeholders of skipped images
-        images, counts = request.tokens.images, request.prompt.num_image_tokens
-        first, last = (
-            sum(min(max(place - image.start, 0), int(count)) for image, count in zip(images, counts, strict=True))
-            for place in (start, end)
-        )
-        return features[first - before : last - before]
 
     def _step(self) -> None:
         """Computes the next token of every answer that has begun."""
@@ -319,6 +307,8 @@ class Scheduler:
         seconds = time.perf_counter() - began
         self._step_seconds = 0.8 * self._step_seconds + 0.2 * seconds if self._step_seconds else seconds
         self._owed = max(0.0, self._owed - seconds)
+        if len(ids) > len(requests):
+            price = self._cost.paid(len(requests), len(ids) - len(requests), seconds)
         self._cost.observe(len(ids), seconds)
         self.counters.steps += 1
         idle = end - first - len(slots)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from vlpack.preprocess import Prompt
@@ -37,7 +37,7 @@ class SharedBatches:
 
     def __init__(
         self,
-        forward: Callable[[Sequence[Prompt]], Sequence[Any]],
+        forward: Callable[[Sequence[Prompt]], Iterable[Any]],
         batches: Callable[[Sequence[int]], Iterator[list[int]]],
     ) -> None:
         self._forward, self._batches = forward, batches
