@@ -47,6 +47,9 @@ HELLO = [{"role": "user", "content": "Hello"}]
         ({"tools": [{"type": "function", "function": {"name": "a"}}]}, 400, "chat template takes no tools", "tools"),
         ({"tool_choice": "required"}, 400, "there are no 'tools'", "tool_choice"),
         ({"chat_template_kwargs": {"messages": []}}, 400, "may not have 'messages'", "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, 400, "has no variable 'enable_thinking'", None),
+        ({"n": 65}, 400, "'n' is 65; this server makes 64 answers at most.", "n"),
+        ({"reasoning_effort": "high"}, 400, "'reasoning_effort' is not usable", "reasoning_effort"),
         ({"max_pixels": 1}, 400, "'max_pixels' is 1", "max_pixels"),
         ({"messages": [{"role": "user", "content": "word " * 700}]}, 400, "has room for 600, answer included", None),
         ({"model": "other"}, 404, "There is no model 'other'. This server has digits", "model"),
@@ -100,7 +103,15 @@ def test_what_clients_send_without_need(running: Running) -> None:
         {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "tool_calls": None},
         {"role": "user", "content": "And?"},
     ]
-    asked = {"top_p": 0.9, "top_k": 5, "user": "me", "service_tier": "auto", "store": False, "model": "tools"}
+    asked = {
+        "top_p": 0.9,
+        "top_k": 5,
+        "reasoning_effort": "none",
+        "user": "me",
+        "service_tier": "auto",
+        "store": False,
+        "model": "tools",
+    }
     assert running.chat(messages, **asked).status == 200
 
 

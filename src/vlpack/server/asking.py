@@ -18,7 +18,7 @@ from vlpack.preprocess import Prompt
 from vlpack.preprocess.literal import literal_pieces
 from vlpack.runtime.reasoning import opens_reasoning
 from vlpack.server.errors import wrong
-from vlpack.server.media import Media
+from vlpack.server.media import Downloads, Media, is_remote
 from vlpack.server.messages import Conversation
 from vlpack.server.reading import Fields
 from vlpack.server.settings import Settings
@@ -93,6 +93,7 @@ class Ask:
         variables: of the chat template.
         min_pixels: smallest image area.
         max_pixels: largest image area.
+        silent: whether the model must not think.
     """
 
     conversation: Conversation | str
@@ -105,6 +106,20 @@ class Ask:
     variables: dict[str, Any] = field(default_factory=dict)
     min_pixels: int | None = None
     max_pixels: int | None = None
+    silent: bool = False
+
+    @property
+    def remote(self) -> bool:
+        """Whether something has yet to be fetched."""
+        asked = self.conversation
+        return not isinstance(asked, str) and any(map(is_remote, (*asked.images, *asked.videos)))
+
+    def fetch(self, settings: Settings) -> None:
+        """Fetches what has URLs; blocks."""
+        assert not isinstance(self.conversation, str), "a text has no URLs"
+        fetched = Downloads(settings)
+        self.conversation.images[:] = map(fetched, self.conversation.images)
+        self.conversation.videos[:] = map(fetched, self.conversation.videos)
 
 
 @dataclass
@@ -140,9 +155,13 @@ def make_prompt(engine: Engine, ask: Ask, tools: Tools, settings: Settings) -> P
     for name in ask.variables:
         if name in _OURS or name in _OURS_TOO:
             raise wrong(f"'chat_template_kwargs' may not have {name!r}.", "chat_template_kwargs")
+        if name not in engine.prompts.chat_template.source:
+            raise wrong(f"The package's chat template has no variable {name!r}.", "chat_template_kwargs")
     variables = dict(ask.variables)
-    if (tools.forced or ask.schema is not None) and "enable_thinking" in engine.prompts.chat_template.source:
-        variables.setdefault("enable_thinking", False)  # what must be JSON from the first token on is no thought
+    # what must be JSON from the first token on is no thought
+    silent = ask.silent or tools.forced or ask.schema is not None
+    if silent and "enable_thinking" in engine.prompts.chat_template.source:
+        variables.setdefault("enable_thinking", False)
     media = Media(engine.prompts, settings, ask.min_pixels, ask.max_pixels)
     return engine.prompt(
         ask.conversation.messages,
@@ -169,9 +188,13 @@ def submit(engine: Engine, ask: Ask, settings: Settings) -> Asked:
         ApiError: something about it is wrong.
         VlpackError: the same, told by the engine.
     """
+    if ask.n > settings.queue:
+        raise wrong(f"'n' is {ask.n}; this server makes {settings.queue} answers at most.", "n")
     tools = read_tools(ask.tools, ask.tool_choice, ask.parallel, engine.prompts)
     prompt = make_prompt(engine, ask, tools, settings)
     thinks = not isinstance(ask.conversation, str) and opens_reasoning(prompt.text)
+    if thinks and ask.silent:
+        raise wrong("The model always thinks, so it cannot be asked not to.", "reasoning_effort")
     options = ask.options | _constraint(engine, ask, tools, thinks)
     options.setdefault("max_tokens", engine.context)
     return Asked(engine, engine.submit_n(ask.n, prompt, **options), tools, thinks, prompt)
