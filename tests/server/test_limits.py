@@ -117,7 +117,7 @@ def test_files_of_the_machine_are_never_read(running: Running, tmp_path: Path) -
 def test_urls_of_the_private_network_are_not_fetched(running: Running) -> None:
     for host in ("127.0.0.1", "localhost", "2130706433"):
         wrong(running.chat(asked(f"http://{host}:{running.port}/favicon.ico")), 400, "which is not public")
-    wrong(running.chat(asked("http://127.0.0.1/")), 400, "the server's --allow-private-urls")
+    wrong(running.chat(asked("http://127.0.0.1/")), 400, "--allow-private-urls of the server")
 
 
 def test_urls_are_fetched_where_that_is_allowed(start: Callable[..., Running]) -> None:

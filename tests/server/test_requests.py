@@ -65,7 +65,7 @@ def test_what_is_refused(fields: Any, status: int, said: str, param: str | None,
 def test_a_prompt_that_is_too_long_has_the_code_that_clients_know(running: Running) -> None:
     reply = running.chat([{"role": "user", "content": "word " * 700}])
     assert reply.json["error"]["code"] == "context_length_exceeded"
-    assert "the server's --context" in reply.message
+    assert "--context of the server" in reply.message
 
 
 @pytest.mark.parametrize(
