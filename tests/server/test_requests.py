@@ -75,13 +75,19 @@ def test_a_prompt_that_is_too_long_has_the_code_that_clients_know(running: Runni
         (b"[]", "must be a JSON object"),
         (b'{"n": NaN}', "NaN is not a JSON number"),
         (b"\xff", "not valid JSON"),
+        (b'{"metadata": {"a": "\\ud83d\\ude00 \\ud800"}}', "surrogates not allowed"),
         (b'{"messages": ' + b"[" * 100 + b"]" * 100 + b"}", "nested more than 64 deep"),
         (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested"),
     ],
-    ids=["cut", "list", "nan", "bytes", "deep", "deeper"],
+    ids=["cut", "list", "nan", "bytes", "surrogate", "deep", "deeper"],
 )
 def test_what_is_no_json(data: bytes, said: str, running: Running) -> None:
     wrong(running.ask("/v1/chat/completions", data), 400, said)
+
+
+def test_errors_do_not_repeat_long_requests(running: Running) -> None:
+    reply = running.chat(HELLO, **{"x" * 100_000: 1})
+    assert (reply.status, len(reply.data) < 4000) == (400, True)
 
 
 def test_addresses_and_types(running: Running) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from vlpack.server import chat, completions, pages, responses, retrieval, tokens
@@ -99,7 +100,7 @@ class Server:
             path = request.scope["route"].path
             try:
                 response = await answer(request)
-            except ClientGoneError:
+            except (ClientGoneError, ClientDisconnect):
                 response = Response(status_code=499)  # which nobody reads
             except Exception as error:
                 response = as_api_error(error).response()
