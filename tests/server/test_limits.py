@@ -19,6 +19,7 @@ from PIL import Image
 from samples import IMAGES
 from server.conftest import Running, seen, wrong
 from vlpack.errors import OptionError
+from vlpack.server.asking import submit
 from vlpack.server.settings import Settings
 
 LONG = [{"role": "user", "content": "Hello"}]
@@ -194,6 +195,26 @@ def test_a_client_that_leaves_frees_its_slot(stream: bool, running: Running) -> 
     running.idle("tools")
     assert engine.counters.answer_tokens - before < 4 * 550
     assert running.server.models.served["tools"].users == 0
+
+
+def test_a_client_that_leaves_while_its_prompt_is_made(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that makes it goes on and submits it, and what it submitted is cancelled."""
+    entered, left = threading.Event(), threading.Event()
+    asked: list[Any] = []
+
+    def slow(*arguments: Any) -> Any:
+        entered.set()
+        assert left.wait(20)
+        asked.append(submit(*arguments))
+        return asked[0]
+
+    monkeypatch.setattr("vlpack.server.app.submit", slow)
+    leaving(running, {}, entered.is_set)
+    served = running.server.models.served["tools"]
+    _until(lambda: served.users == 0)
+    left.set()
+    _until(lambda: bool(asked))
+    assert asked[0].handles[0].result(20).finish_reason == "interrupted"
 
 
 def test_a_client_that_leaves_while_its_package_loads(start: Callable[..., Running]) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -229,17 +229,16 @@ class Preparing:
             work: the function.
             undo: takes its result where nobody waits for it any more.
         """
-        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        future = self._pool.submit(work)
         try:
-            return await asyncio.shield(future)
+            return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            future.cancel()
 
-            def forget(done: asyncio.Future[Result]) -> None:
+            def forget(done: Future[Result]) -> None:
                 if not done.cancelled() and done.exception() is None and undo is not None:
                     undo(done.result())
 
-            future.add_done_callback(forget)
+            future.add_done_callback(forget)  # in its thread, which cannot be interrupted
             raise
 
     def close(self) -> None:
