@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from vlpack.engine import Engine, Handle
-from vlpack.preprocess import Prompt
+from vlpack.preprocess import Prompt, PromptBuilder
 from vlpack.preprocess.literal import literal_pieces
 from vlpack.runtime.reasoning import opens_reasoning
 from vlpack.server.errors import wrong
@@ -25,8 +26,8 @@ from vlpack.server.settings import Settings
 from vlpack.server.tools import Tools, lark, read_tools
 
 _OFF = 2**31 - 1  # the k of top_k that limits nothing
-_OURS = ("messages", "tools", "add_generation_prompt", "documents", "special_tokens", "allow_private_urls")
-_OURS_TOO = ("video_options", "images", "videos")
+_OURS = frozenset(inspect.signature(PromptBuilder.__call__).parameters)
+"""Names that are no variables of a chat template for a request to choose, because prompts have them otherwise."""
 
 WORKERS = 4
 """Requests whose images and texts are made tensors at a time. Others wait, so that their memory is bounded."""
@@ -131,7 +132,6 @@ class Asked:
         handles: one for each.
         tools: that they may call.
         thinks: whether they begin inside the model's reasoning.
-        prompt: that they answer.
         submitted: when they were, by `time.perf_counter`.
     """
 
@@ -139,7 +139,6 @@ class Asked:
     handles: list[Handle]
     tools: Tools
     thinks: bool
-    prompt: Prompt
     submitted: float = field(default_factory=time.perf_counter)
 
     def cancel(self) -> None:
@@ -153,7 +152,7 @@ def make_prompt(engine: Engine, ask: Ask, tools: Tools, settings: Settings) -> P
     if isinstance(ask.conversation, str):
         return text_prompt(engine, ask.conversation)
     for name in ask.variables:
-        if name in _OURS or name in _OURS_TOO:
+        if name in _OURS:
             raise wrong(f"'chat_template_kwargs' may not have {name!r}.", "chat_template_kwargs")
         if name not in engine.prompts.chat_template.source:
             raise wrong(f"The package's chat template has no variable {name!r}.", "chat_template_kwargs")
@@ -197,7 +196,7 @@ def submit(engine: Engine, ask: Ask, settings: Settings) -> Asked:
         raise wrong("The model always thinks, so it cannot be asked not to.", "reasoning_effort")
     options = ask.options | _constraint(engine, ask, tools, thinks)
     options.setdefault("max_tokens", engine.context)
-    return Asked(engine, engine.submit_n(ask.n, prompt, **options), tools, thinks, prompt)
+    return Asked(engine, engine.submit_n(ask.n, prompt, **options), tools, thinks)
 
 
 def _constraint(engine: Engine, ask: Ask, tools: Tools, thinks: bool) -> dict[str, Any]:

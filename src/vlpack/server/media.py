@@ -152,6 +152,9 @@ class Media:
         self._min, self._max = min_pixels, max_pixels
         if prompts.image_processor is not None:
             prompts.image_processor.with_pixel_limits(min_pixels, max_pixels)  # checks them
+        elif min_pixels is not None or max_pixels is not None:
+            name = "max_pixels" if min_pixels is None else "min_pixels"
+            raise wrong(f"{name!r} has no effect: the package takes no images.", name)
 
     def image(self, part: ImagePart) -> ProcessedImages:
         """An image as patches. It is processed here, and not with the prompt, so that no other prompt waits for it."""
