@@ -113,7 +113,7 @@ class Ask:
     def remote(self) -> bool:
         """Whether something has yet to be fetched."""
         asked = self.conversation
-        return not isinstance(asked, str) and any(map(is_remote, (*asked.images, *asked.videos)))
+        return not isinstance(asked, str) and (any(map(is_remote, asked.images)) or any(map(is_remote, asked.videos)))
 
     def fetch(self, settings: Settings) -> None:
         """Fetches what has URLs; blocks."""
