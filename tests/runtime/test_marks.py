@@ -27,11 +27,12 @@ BOX = '{"bbox_2d": [100, 200, 500, 900], "label": "cat"}'
         ),
         ('[{"bbox_2d": [1, 2, 3]}, {"bbox_2d": [1, 2, 3, "4"]}, {"bbox_2d": [1, 2, 3, true]}]', []),
         ('{"bbox_2d": [1, 2, 3, NaN]}', []),
+        ('{"bbox_2d": [1, 2, 3, 1' + "0" * 400 + "]}", []),
         ("There is nothing.", []),
         ("[" * 100_000, []),
         ("", []),
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_marks_of(text: str, marks: Any) -> None:
     assert marks_of(text) == marks
