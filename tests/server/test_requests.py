@@ -216,8 +216,10 @@ def test_control_tokens_in_texts_stay_text(running: Running) -> None:
 
 def test_health(running: Running) -> None:
     assert running.ask("/health").json == {"status": "ok"}
+    assert running.ask("/ready").json == {"status": "ready"}
     running.chat(HELLO)
-    assert "digits" in running.ask("/ready").json["loaded"]
+    (digits, *_) = running.ask("/v1/models").json["data"]
+    assert (digits["loaded"], digits["context"], digits["task"]) == (True, 600, "generate")
 
 
 def test_metrics(running: Running) -> None:

@@ -241,8 +241,7 @@ class Server:
     async def _ready(self, _: Request) -> Any:
         if self.guard.draining:
             raise ApiError(503, "The server ends.", code="unavailable")
-        loaded = [one.name for one in self.models.served.values() if one.loaded]
-        return {"status": "ready", "loaded": loaded}
+        return {"status": "ready"}
 
     async def _metrics(self, _: Request) -> Any:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
