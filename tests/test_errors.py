@@ -8,7 +8,7 @@ import pytest
 
 from samples import DIGITS, vlpack
 from vlpack.builder import build
-from vlpack.errors import Note, OptionError, VlpackWarning, in_python, on_command_line, option
+from vlpack.errors import Note, OptionError, VlpackWarning, first_option, in_python, in_request, on_command_line, option
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,21 @@ def test_a_sentence_in_both_interfaces(sentence: str, python: str, command_line:
     assert in_python(sentence) == str(OptionError(sentence)) == Note(sentence) == python
     assert str(VlpackWarning(sentence)) == python
     assert on_command_line(sentence) == on_command_line(Note(sentence)) == command_line
+
+
+@pytest.mark.parametrize(
+    ("sentence", "asked", "first"),
+    [
+        (f"{option('top_p')} is 2.", "'top_p' is 2.", "top_p"),
+        (f"Say {option('temperature', 0)}.", 'Say "temperature": 0.', "temperature"),
+        (f"Say {option('task', 'x')}.", 'Say "task": "x".', "task"),
+        (f"Make it with a larger {option('context')}.", "Make it with a larger --context of the server.", "context"),
+        ("No option at all.", "No option at all.", None),
+    ],
+)
+def test_a_sentence_in_a_request(sentence: str, asked: str, first: str | None) -> None:
+    assert in_request(sentence) == asked
+    assert first_option(sentence) == first
 
 
 def test_one_mistake_in_both_interfaces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

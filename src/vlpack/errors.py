@@ -66,7 +66,7 @@ def in_request(text: str) -> str:
 
     def written(name: str, value: str | None) -> str:
         if name in _OF_SERVER:
-            return f"the server's --{name.replace('_', '-')}"
+            return f"--{name.replace('_', '-')} of the server"
         if value is None:
             return f"'{name}'"
         plain = value in ("True", "False", "None") or value.replace(".", "", 1).isdigit() or "…" in value

@@ -20,6 +20,18 @@ def request(name: str, client: object = None) -> Any:
     return SimpleNamespace(name=name, client=client)
 
 
+def test_occupancy_and_probabilities_on_the_way(engine: Callable[..., Engine]) -> None:
+    made = engine(slots=2)
+    handles = made.submit_n(3, "Hello", max_tokens=300, temperature=0, logprobs=0)
+    while not all(handle.logprobs for handle in handles[:2]):
+        time.sleep(0.005)
+    assert tuple(made.occupancy) == (2, 2, 1)
+    answers = [handle.result(60) for handle in handles]
+    assert tuple(made.occupancy) == (2, 0, 0)
+    for handle, answer in zip(handles, answers, strict=True):
+        assert [one.token for one in handle.logprobs] == answer.tokens
+
+
 def test_clients_take_turns() -> None:
     queue = FairQueue(9)
     asked = [request(f"a{n}", "a") for n in range(3)] + [request("b0", "b"), request("c0"), request("b1", "b")]

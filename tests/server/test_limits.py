@@ -19,6 +19,7 @@ from PIL import Image
 from samples import IMAGES
 from server.conftest import Running, seen, wrong
 from vlpack.errors import OptionError
+from vlpack.server.asking import submit
 from vlpack.server.settings import Settings
 
 LONG = [{"role": "user", "content": "Hello"}]
@@ -117,7 +118,7 @@ def test_files_of_the_machine_are_never_read(running: Running, tmp_path: Path) -
 def test_urls_of_the_private_network_are_not_fetched(running: Running) -> None:
     for host in ("127.0.0.1", "localhost", "2130706433"):
         wrong(running.chat(asked(f"http://{host}:{running.port}/favicon.ico")), 400, "which is not public")
-    wrong(running.chat(asked("http://127.0.0.1/")), 400, "the server's --allow-private-urls")
+    wrong(running.chat(asked("http://127.0.0.1/")), 400, "--allow-private-urls of the server")
 
 
 def test_urls_are_fetched_where_that_is_allowed(start: Callable[..., Running]) -> None:
@@ -194,6 +195,26 @@ def test_a_client_that_leaves_frees_its_slot(stream: bool, running: Running) -> 
     running.idle("tools")
     assert engine.counters.answer_tokens - before < 4 * 550
     assert running.server.models.served["tools"].users == 0
+
+
+def test_a_client_that_leaves_while_its_prompt_is_made(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that makes it goes on and submits it, and what it submitted is cancelled."""
+    entered, left = threading.Event(), threading.Event()
+    asked: list[Any] = []
+
+    def slow(*arguments: Any) -> Any:
+        entered.set()
+        assert left.wait(20)
+        asked.append(submit(*arguments))
+        return asked[0]
+
+    monkeypatch.setattr("vlpack.server.app.submit", slow)
+    leaving(running, {}, entered.is_set)
+    served = running.server.models.served["tools"]
+    _until(lambda: served.users == 0)
+    left.set()
+    _until(lambda: bool(asked))
+    assert asked[0].handles[0].result(20).finish_reason == "interrupted"
 
 
 def test_a_client_that_leaves_while_its_package_loads(start: Callable[..., Running]) -> None:

@@ -74,7 +74,7 @@ def _png() -> str:
 def test_a_question_about_an_image(page: Browser, running: Running) -> None:
     ask(page, "Read the digits.", IMAGES / "00.png")
     said = last(page)
-    assert said.split("\n")[1:3] == ANSWERS["00.png"]["read"].split()
+    assert said.split()[1:3] == ANSWERS["00.png"]["read"].split()
     assert "tokens · first after" in said
     page.value(
         "[...document.querySelectorAll('article.assistant button')].find((b) => b.innerText === 'Again').click()"
@@ -98,9 +98,11 @@ def test_stop(page: Browser, running: Running) -> None:
     page.value("document.getElementById('question').focus()")
     page.type("Hello")
     page.press("Enter", 13, "\r")
-    page.until("document.querySelectorAll('article.assistant').length === 1")
+    page.until("document.getElementById('status').textContent === 'Answering …'")
     page.press("Escape", 27)
-    page.until("document.getElementById('stop').hidden")
+    page.until("document.getElementById('status').textContent === 'Stopped.'")
+    assert page.value("document.getElementById('stop').hidden")
+    assert len(last(page)) > 20
     running.idle("tools")
 
 

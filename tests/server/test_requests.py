@@ -47,6 +47,9 @@ HELLO = [{"role": "user", "content": "Hello"}]
         ({"tools": [{"type": "function", "function": {"name": "a"}}]}, 400, "chat template takes no tools", "tools"),
         ({"tool_choice": "required"}, 400, "there are no 'tools'", "tool_choice"),
         ({"chat_template_kwargs": {"messages": []}}, 400, "may not have 'messages'", "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, 400, "has no variable 'enable_thinking'", None),
+        ({"n": 65}, 400, "'n' is 65; this server makes 64 answers at most.", "n"),
+        ({"reasoning_effort": "high"}, 400, "'reasoning_effort' is not usable", "reasoning_effort"),
         ({"max_pixels": 1}, 400, "'max_pixels' is 1", "max_pixels"),
         ({"messages": [{"role": "user", "content": "word " * 700}]}, 400, "has room for 600, answer included", None),
         ({"model": "other"}, 404, "There is no model 'other'. This server has digits", "model"),
@@ -62,7 +65,7 @@ def test_what_is_refused(fields: Any, status: int, said: str, param: str | None,
 def test_a_prompt_that_is_too_long_has_the_code_that_clients_know(running: Running) -> None:
     reply = running.chat([{"role": "user", "content": "word " * 700}])
     assert reply.json["error"]["code"] == "context_length_exceeded"
-    assert "the server's --context" in reply.message
+    assert "--context of the server" in reply.message
 
 
 @pytest.mark.parametrize(
@@ -72,13 +75,19 @@ def test_a_prompt_that_is_too_long_has_the_code_that_clients_know(running: Runni
         (b"[]", "must be a JSON object"),
         (b'{"n": NaN}', "NaN is not a JSON number"),
         (b"\xff", "not valid JSON"),
+        (b'{"metadata": {"a": "\\ud83d\\ude00 \\ud800"}}', "surrogates not allowed"),
         (b'{"messages": ' + b"[" * 100 + b"]" * 100 + b"}", "nested more than 64 deep"),
         (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested"),
     ],
-    ids=["cut", "list", "nan", "bytes", "deep", "deeper"],
+    ids=["cut", "list", "nan", "bytes", "surrogate", "deep", "deeper"],
 )
 def test_what_is_no_json(data: bytes, said: str, running: Running) -> None:
     wrong(running.ask("/v1/chat/completions", data), 400, said)
+
+
+def test_errors_do_not_repeat_long_requests(running: Running) -> None:
+    reply = running.chat(HELLO, **{"x" * 100_000: 1})
+    assert (reply.status, len(reply.data) < 4000) == (400, True)
 
 
 def test_addresses_and_types(running: Running) -> None:
@@ -100,7 +109,15 @@ def test_what_clients_send_without_need(running: Running) -> None:
         {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "tool_calls": None},
         {"role": "user", "content": "And?"},
     ]
-    asked = {"top_p": 0.9, "top_k": 5, "user": "me", "service_tier": "auto", "store": False, "model": "tools"}
+    asked = {
+        "top_p": 0.9,
+        "top_k": 5,
+        "reasoning_effort": "none",
+        "user": "me",
+        "service_tier": "auto",
+        "store": False,
+        "model": "tools",
+    }
     assert running.chat(messages, **asked).status == 200
 
 
@@ -199,8 +216,10 @@ def test_control_tokens_in_texts_stay_text(running: Running) -> None:
 
 def test_health(running: Running) -> None:
     assert running.ask("/health").json == {"status": "ok"}
+    assert running.ask("/ready").json == {"status": "ready"}
     running.chat(HELLO)
-    assert "digits" in running.ask("/ready").json["loaded"]
+    (digits, *_) = running.ask("/v1/models").json["data"]
+    assert (digits["loaded"], digits["context"], digits["task"]) == (True, 600, "generate")
 
 
 def test_metrics(running: Running) -> None:

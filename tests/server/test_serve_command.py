@@ -81,7 +81,7 @@ def test_what_the_command_refuses(
     for arguments, said in (
         ([folder, "--host", "0.0.0.0"], "Give one with --api-key"),
         ([folder, folder], "Two packages have the name 'digits'"),
-        ([tmp_path], "is not a package"),
+        ([tmp_path], "is not a vlpack package"),
         ([folder, "--slots", "0"], "--slots is 0"),
         ([folder, "--stall", "1"], "--stall is 1"),
         ([folder, "--api-key", "a", "--no-auth"], "--api-key and --no-auth exclude each other"),

@@ -56,6 +56,9 @@ def read(text: str, size: int) -> tuple[str, list[tuple[str, str]]]:
         ('<tool_call>{"name": 5, "arguments": {}}</tool_call>',) * 2 + ([],),
         ('<tool_call>\n{"name": "f", "arguments": {"a": "x', "", [("f", '{"a": "x')]),
         ("<tool_call>\n{", "<tool_call>\n{", []),
+        ('<tool_call>{"name": "\\q", "arguments": {}}</tool_call>',) * 2 + ([],),
+        ('<tool_call>{"name": "\\ud800", "arguments": {}}</tool_call>',) * 2 + ([],),
+        ('<tool_call>{"arguments": {"a": "é"}, "name": "g"}</tool_call>', "", [("g", '{"a": "\\u00e9"}')]),
         ("It ends with <tool", "It ends with <tool", []),
     ],
 )
@@ -175,7 +178,7 @@ def followed(pieces: list[str], *, thinks: bool = False, tools: Tools | None = N
     said = Said()
 
     async def run() -> list[Any]:
-        asked = Asked(None, [handle], tools or Tools(), thinks, None)  # type: ignore[arg-type]
+        asked = Asked(None, [handle], tools or Tools(), thinks)  # type: ignore[arg-type]
         return [tuple(piece) async for piece in follow(asked, handle, said)]
 
     return asyncio.run(run()), said

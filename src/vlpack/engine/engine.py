@@ -408,7 +408,8 @@ def _check_runnable(folder: Path, manifest: dict[str, Any], config: dict[str, An
     provider = manifest.get("execution_provider")
     if provider != "cpu":
         raise PackageError(
-            f"{folder} is for {provider}; the engine runs packages for the CPU.", f"Build it with {option('execution_provider', 'cpu')}."
+            f"{folder} is for {provider}; the engine runs packages for the CPU.",
+            f"Build it with {option('execution_provider', 'cpu')}.",
         )
     model = config["model"]
     embeds = "input_ids" not in model.get("decoder", {}).get("inputs", {})

@@ -7,7 +7,6 @@ coordinates from 0 to 1000 on both axes.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -52,16 +51,15 @@ def _marks(value: Any) -> Iterator[Mark]:
             given = value.get(key)
             several = isinstance(given, list) and given and isinstance(given[0], list)
             for place in given if several and isinstance(given, list) else [given]:
-                if _is_place(place, count):
+                if isinstance(place, list) and _is_place(place, count):
                     yield Mark(tuple(place), label)
         for key, item in value.items():
             if key not in ("bbox_2d", "point_2d"):
                 yield from _marks(item)
 
 
-def _is_place(value: Any, count: int) -> bool:
-    numbers = isinstance(value, list) and len(value) == count
-    return numbers and all(type(v) in (int, float) and math.isfinite(v) for v in value)
+def _is_place(value: list[Any], count: int) -> bool:
+    return len(value) == count and all(type(v) in (int, float) and -1e9 < v < 1e9 for v in value)
 
 
 def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:

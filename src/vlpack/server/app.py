@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from vlpack.server import chat, completions, pages, responses, retrieval, tokens
@@ -50,6 +52,7 @@ class Server:
         self.models = Models(packages, settings)
         self.metrics = Metrics(self.models)
         self._preparing = Preparing()
+        self._fetching = Preparing(16)  # slow servers of others do not keep requests without URLs waiting
         self._encoding = Preparing(1)  # embedding models and rerankers take one call at a time
         # no pages of FastAPI's own: they load scripts from other servers
         app = FastAPI(title="vlpack", openapi_url=None, docs_url=None, redoc_url=None, lifespan=self._life)
@@ -87,6 +90,7 @@ class Server:
         finally:
             self._preparing.close()
             self._encoding.close()
+            self._fetching.close()
             await self.models.close()
 
     def _told(self, answer: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Any]]:
@@ -96,7 +100,7 @@ class Server:
             path = request.scope["route"].path
             try:
                 response = await answer(request)
-            except ClientGoneError:
+            except (ClientGoneError, ClientDisconnect):
                 response = Response(status_code=499)  # which nobody reads
             except Exception as error:
                 response = as_api_error(error).response()
@@ -124,6 +128,8 @@ class Server:
         async def begin() -> Asked:
             await kept.enter_async_context(self.models.use(served))
             wanted = ask()
+            if wanted.remote:
+                await self._fetching.run(lambda: wanted.fetch(self.settings))
             asked = await self._preparing.run(
                 lambda: submit(served.chats, wanted, self.settings), undo=lambda done: done.cancel()
             )
@@ -182,40 +188,41 @@ class Server:
         fields = await self._fields(request, retrieval.EmbeddingFields)
         served = self.models.named(fields.model, EMBEDDING)
         given = fields.input if isinstance(fields.input, list) else [fields.input]
-
-        async def work() -> dict[str, Any]:
-            async with self.models.use(served):
-                inputs = await self._preparing.run(
-                    lambda: retrieval.read_inputs(given, "input", self.settings, instruction=True)
-                )
-                return await self._encoding.run(lambda: retrieval.embeddings(served, fields, inputs))
-
-        return JSONResponse(await while_connected(request, work()))
+        asked = retrieval.read_inputs(given, "input", self.settings, instruction=True)
+        return await self._encode(request, served, asked, partial(retrieval.embeddings, served, fields))
 
     async def _rerank(self, request: Request) -> Any:
         fields = await self._fields(request, retrieval.RerankFields)
         served = self.models.named(fields.model, RERANKER)
+        asked = retrieval.read_inputs([fields.query], "query", self.settings, instruction=False)
+        asked += retrieval.read_inputs(fields.documents, "documents", self.settings, instruction=False)
+        return await self._encode(request, served, asked, partial(retrieval.ranking, served, fields))
 
-        def inputs() -> tuple[list[Any], list[Any]]:
-            return (
-                retrieval.read_inputs([fields.query], "query", self.settings, instruction=False),
-                retrieval.read_inputs(fields.documents, "documents", self.settings, instruction=False),
-            )
+    async def _encode(
+        self, request: Request, served: Served, asked: list[Any], answer: Callable[[list[Any]], dict[str, Any]]
+    ) -> Any:
+        """Answers a request to an encoder, which takes one call at a time."""
 
         async def work() -> dict[str, Any]:
             async with self.models.use(served):
-                (query,), documents = await self._preparing.run(inputs)
-                return await self._encoding.run(lambda: retrieval.ranking(served, fields, query, documents))
+                inputs = asked
+                if any("image" in one for one in inputs):
+                    found = await self._fetching.run(lambda: retrieval.fetched(asked, self.settings))
+                    inputs = await self._preparing.run(lambda: retrieval.decoded(found, self.settings))
+                return await self._encoding.run(lambda: answer(inputs))
 
         return JSONResponse(await while_connected(request, work()))
 
     async def _tokenize(self, request: Request) -> Any:
         fields = await self._fields(request, tokens.TokenizeFields)
         served = self.models.named(fields.model, GENERATE)
+        ask = tokens.asked_for(fields, self.settings)
 
         async def count() -> dict[str, Any]:
             async with self.models.use(served):
-                return await self._preparing.run(lambda: tokens.tokenized(served.chats, fields, self.settings))
+                if ask.remote:
+                    await self._fetching.run(lambda: ask.fetch(self.settings))
+                return await self._preparing.run(lambda: tokens.tokenized(served.chats, ask, fields, self.settings))
 
         return JSONResponse(await while_connected(request, count()))
 
@@ -234,8 +241,7 @@ class Server:
     async def _ready(self, _: Request) -> Any:
         if self.guard.draining:
             raise ApiError(503, "The server ends.", code="unavailable")
-        loaded = [one.name for one in self.models.served.values() if one.loaded]
-        return {"status": "ready", "loaded": loaded}
+        return {"status": "ready"}
 
     async def _metrics(self, _: Request) -> Any:
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -14,19 +15,19 @@ import numpy as np
 from pydantic import Field
 
 from vlpack.engine import Engine, Handle
-from vlpack.preprocess import Prompt
+from vlpack.preprocess import Prompt, PromptBuilder
 from vlpack.preprocess.literal import literal_pieces
 from vlpack.runtime.reasoning import opens_reasoning
 from vlpack.server.errors import wrong
-from vlpack.server.media import Media
+from vlpack.server.media import Downloads, Media, is_remote
 from vlpack.server.messages import Conversation
 from vlpack.server.reading import Fields
 from vlpack.server.settings import Settings
 from vlpack.server.tools import Tools, lark, read_tools
 
 _OFF = 2**31 - 1  # the k of top_k that limits nothing
-_OURS = ("messages", "tools", "add_generation_prompt", "documents", "special_tokens", "allow_private_urls")
-_OURS_TOO = ("video_options", "images", "videos")
+_OURS = frozenset(inspect.signature(PromptBuilder.__call__).parameters)
+"""Names that are no variables of a chat template for a request to choose, because prompts have them otherwise."""
 
 WORKERS = 4
 """Requests whose images and texts are made tensors at a time. Others wait, so that their memory is bounded."""
@@ -93,6 +94,7 @@ class Ask:
         variables: of the chat template.
         min_pixels: smallest image area.
         max_pixels: largest image area.
+        silent: whether the model must not think.
     """
 
     conversation: Conversation | str
@@ -105,6 +107,20 @@ class Ask:
     variables: dict[str, Any] = field(default_factory=dict)
     min_pixels: int | None = None
     max_pixels: int | None = None
+    silent: bool = False
+
+    @property
+    def remote(self) -> bool:
+        """Whether something has yet to be fetched."""
+        asked = self.conversation
+        return not isinstance(asked, str) and (any(map(is_remote, asked.images)) or any(map(is_remote, asked.videos)))
+
+    def fetch(self, settings: Settings) -> None:
+        """Fetches what has URLs; blocks."""
+        assert not isinstance(self.conversation, str), "a text has no URLs"
+        fetched = Downloads(settings)
+        self.conversation.images[:] = map(fetched, self.conversation.images)
+        self.conversation.videos[:] = map(fetched, self.conversation.videos)
 
 
 @dataclass
@@ -116,7 +132,6 @@ class Asked:
         handles: one for each.
         tools: that they may call.
         thinks: whether they begin inside the model's reasoning.
-        prompt: that they answer.
         submitted: when they were, by `time.perf_counter`.
     """
 
@@ -124,7 +139,6 @@ class Asked:
     handles: list[Handle]
     tools: Tools
     thinks: bool
-    prompt: Prompt
     submitted: float = field(default_factory=time.perf_counter)
 
     def cancel(self) -> None:
@@ -138,11 +152,15 @@ def make_prompt(engine: Engine, ask: Ask, tools: Tools, settings: Settings) -> P
     if isinstance(ask.conversation, str):
         return text_prompt(engine, ask.conversation)
     for name in ask.variables:
-        if name in _OURS or name in _OURS_TOO:
+        if name in _OURS:
             raise wrong(f"'chat_template_kwargs' may not have {name!r}.", "chat_template_kwargs")
+        if name not in engine.prompts.chat_template.source:
+            raise wrong(f"The package's chat template has no variable {name!r}.", "chat_template_kwargs")
     variables = dict(ask.variables)
-    if (tools.forced or ask.schema is not None) and "enable_thinking" in engine.prompts.chat_template.source:
-        variables.setdefault("enable_thinking", False)  # what must be JSON from the first token on is no thought
+    # what must be JSON from the first token on is no thought
+    silent = ask.silent or tools.forced or ask.schema is not None
+    if silent and "enable_thinking" in engine.prompts.chat_template.source:
+        variables.setdefault("enable_thinking", False)
     media = Media(engine.prompts, settings, ask.min_pixels, ask.max_pixels)
     return engine.prompt(
         ask.conversation.messages,
@@ -169,12 +187,16 @@ def submit(engine: Engine, ask: Ask, settings: Settings) -> Asked:
         ApiError: something about it is wrong.
         VlpackError: the same, told by the engine.
     """
+    if ask.n > settings.queue:
+        raise wrong(f"'n' is {ask.n}; this server makes {settings.queue} answers at most.", "n")
     tools = read_tools(ask.tools, ask.tool_choice, ask.parallel, engine.prompts)
     prompt = make_prompt(engine, ask, tools, settings)
     thinks = not isinstance(ask.conversation, str) and opens_reasoning(prompt.text)
+    if thinks and ask.silent:
+        raise wrong("The model always thinks, so it cannot be asked not to.", "reasoning_effort")
     options = ask.options | _constraint(engine, ask, tools, thinks)
     options.setdefault("max_tokens", engine.context)
-    return Asked(engine, engine.submit_n(ask.n, prompt, **options), tools, thinks, prompt)
+    return Asked(engine, engine.submit_n(ask.n, prompt, **options), tools, thinks)
 
 
 def _constraint(engine: Engine, ask: Ask, tools: Tools, thinks: bool) -> dict[str, Any]:
@@ -206,17 +228,16 @@ class Preparing:
             work: the function.
             undo: takes its result where nobody waits for it any more.
         """
-        future = asyncio.get_running_loop().run_in_executor(self._pool, work)
+        future = self._pool.submit(work)
         try:
-            return await asyncio.shield(future)
+            return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
-            future.cancel()
 
-            def forget(done: asyncio.Future[Result]) -> None:
+            def forget(done: Future[Result]) -> None:
                 if not done.cancelled() and done.exception() is None and undo is not None:
                     undo(done.result())
 
-            future.add_done_callback(forget)
+            future.add_done_callback(forget)  # in its thread, which cannot be interrupted
             raise
 
     def close(self) -> None:

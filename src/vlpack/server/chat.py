@@ -57,9 +57,6 @@ def asked_for(fields: ChatFields, settings: Settings, client: object) -> Ask:
         if value < 1:
             raise wrong(f"{name!r} is {value}; it must be at least 1.", name)
         options["max_tokens"] = value
-    variables = dict(fields.chat_template_kwargs)
-    if fields.reasoning_effort == "none":
-        variables.setdefault("enable_thinking", False)
     return Ask(
         read_messages(fields.messages, settings),
         options,
@@ -68,9 +65,10 @@ def asked_for(fields: ChatFields, settings: Settings, client: object) -> Ask:
         fields.tool_choice,
         fields.parallel_tool_calls,
         schema_of(fields.response_format, "response_format", "json_schema"),
-        variables,
+        fields.chat_template_kwargs,
         fields.min_pixels,
         fields.max_pixels,
+        fields.reasoning_effort == "none",
     )
 
 

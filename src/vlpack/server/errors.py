@@ -13,6 +13,9 @@ from vlpack.errors import InputError, OptionError, VlpackError, first_option, in
 RETRY_SECONDS = 2
 """What Retry-After says where too much is asked at once."""
 
+LONGEST = 1000
+"""Characters of an error's message."""
+
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -36,8 +39,10 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = message if len(message) <= LONGEST else f"{message[:LONGEST]}…"  # it may quote the request
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.code = status, message, code
+        self.param = param if param is None else param[:LONGEST]
         self.headers = dict(headers or {})
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import time
+from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
 
@@ -17,6 +18,10 @@ LOW_DETAIL = 512 * 512
 """Square pixels of an image of which the request says ``"detail": "low"``."""
 
 
+FETCH_SECONDS = 30.0
+"""How long all URLs of a request may take to be fetched."""
+
+
 class ImagePart(NamedTuple):
     """An image of a message.
 
@@ -24,11 +29,13 @@ class ImagePart(NamedTuple):
         url: ``data:`` or http(s).
         where: its place in the request, for errors.
         low: whether few details are enough.
+        data: of the URL, where it was fetched before.
     """
 
     url: str
     where: str
     low: bool = False
+    data: bytes | None = None
 
 
 class VideoPart(NamedTuple):
@@ -37,6 +44,7 @@ class VideoPart(NamedTuple):
     url: str
     where: str
     options: VideoOptions | None
+    data: bytes | None = None
 
 
 def image_part(value: Any, where: str) -> ImagePart:
@@ -67,27 +75,63 @@ def _url(url: Any, where: str, kind: str) -> str:
     return url
 
 
-def read_bytes(url: str, settings: Settings, accept: str) -> bytes:
-    """The bytes behind a URL; blocks.
+Part = TypeVar("Part", ImagePart, VideoPart)
+
+
+def is_remote(part: ImagePart | VideoPart) -> bool:
+    """Whether a part has yet to be fetched."""
+    return part.data is None and part.url[:5].lower() != "data:"
+
+
+class Downloads:
+    """Fetches the URLs of one request, all of them within the time and the bytes of one; blocks.
+
+    Args:
+        settings: of the server.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._left, self._end = settings.max_body, time.monotonic() + FETCH_SECONDS
+
+    def __call__(self, part: Part) -> Part:
+        """A part with its data.
+
+        Raises:
+            ApiError: the URL is not usable, or leads to this machine's network.
+        """
+        if not is_remote(part):
+            return part
+        private, accept = self._settings.allow_private_urls, "image/*" if isinstance(part, ImagePart) else "video/*"
+        seconds = max(0.01, self._end - time.monotonic())
+        try:
+            data = fetch(part.url, allow_private=private, timeout=seconds, max_bytes=self._left, accept=accept)
+        except VlpackError as error:
+            at_most = "is larger than" in error.message
+            raise (too_large if at_most else wrong)(f"{part.where}: {sentence(error)}", part.where) from None
+        self._left -= len(data)
+        return part._replace(data=data)
+
+
+def read_bytes(part: ImagePart | VideoPart) -> bytes:
+    """The bytes of a part that was fetched, or is a ``data:`` URI.
 
     Raises:
-        InputError: it is not usable, or leads to this machine's network.
+        InputError: the URI is not usable.
     """
-    if url[:5].lower() == "data:":
-        return data_uri_bytes(url)
-    return fetch(url, allow_private=settings.allow_private_urls, max_bytes=settings.max_body, accept=accept)
+    return data_uri_bytes(part.url) if part.data is None else part.data
 
 
 def read_image(part: ImagePart, settings: Settings) -> Image.Image:
-    """An image as upright RGB; blocks.
+    """An image as upright RGB, decoded.
 
     Raises:
         ApiError: it is not usable; the error names its place.
     """
     try:
-        return load_image(read_bytes(part.url, settings, "image/*"), max_pixels=settings.max_image_pixels)
+        return load_image(read_bytes(part), max_pixels=settings.max_image_pixels)
     except VlpackError as error:
-        at_most = " pixels; at most" in error.message or "is larger than" in error.message
+        at_most = " pixels; at most" in error.message
         raise (too_large if at_most else wrong)(f"{part.where}: {sentence(error)}", part.where) from None
 
 
@@ -108,6 +152,9 @@ class Media:
         self._min, self._max = min_pixels, max_pixels
         if prompts.image_processor is not None:
             prompts.image_processor.with_pixel_limits(min_pixels, max_pixels)  # checks them
+        elif min_pixels is not None or max_pixels is not None:
+            name = "max_pixels" if min_pixels is None else "min_pixels"
+            raise wrong(f"{name!r} has no effect: the package takes no images.", name)
 
     def image(self, part: ImagePart) -> ProcessedImages:
         """An image as patches. It is processed here, and not with the prompt, so that no other prompt waits for it."""
@@ -125,7 +172,7 @@ class Media:
         """A video as patches and timestamps."""
         self._prompts.check_takes(videos=True)
         try:
-            return self._prompts.processed_video(read_bytes(part.url, self._settings, "video/*"), part.options)
+            return self._prompts.processed_video(read_bytes(part), part.options)
         except VlpackError as error:
             raise wrong(f"{part.where}: {sentence(error)}", part.where) from None
 

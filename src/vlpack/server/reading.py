@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any, NoReturn, TypeVar
 
 from fastapi import Request
@@ -17,6 +18,8 @@ MAX_DEPTH = 64
 
 BODY_SECONDS = 60.0
 """How long the body of a request may take to arrive."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # of which half alone is no character
 
 _IN_THREAD = 256 * 1024  # bytes of JSON whose parsing would hold the event loop up
 
@@ -117,6 +120,8 @@ def parse_json(data: bytes | str) -> Any:
 
     try:
         value = json.loads(data, parse_constant=constant)
+        if isinstance(data, bytes) and _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     level = [value]

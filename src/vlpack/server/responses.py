@@ -66,9 +66,6 @@ def asked_for(fields: ResponseFields, settings: Settings, client: object) -> Ask
         options["logprobs"] = fields.top_logprobs or 0
     if fields.max_output_tokens is not None:
         options["max_tokens"] = fields.max_output_tokens
-    variables = dict(fields.chat_template_kwargs)
-    if fields.reasoning is not None and fields.reasoning.effort == "none":
-        variables.setdefault("enable_thinking", False)
     form = None if fields.text is None else fields.text.format
     return Ask(
         read_messages(chat_messages(fields.input, fields.instructions), settings),
@@ -78,9 +75,10 @@ def asked_for(fields: ResponseFields, settings: Settings, client: object) -> Ask
         fields.tool_choice,
         fields.parallel_tool_calls,
         schema_of(form, "text.format", None),
-        variables,
+        fields.chat_template_kwargs,
         fields.min_pixels,
         fields.max_pixels,
+        fields.reasoning is not None and fields.reasoning.effort == "none",
     )
 
 

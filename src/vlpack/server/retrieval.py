@@ -11,7 +11,7 @@ from pydantic import Field
 
 from vlpack.runtime.retrieval import Embedder, Reranker
 from vlpack.server.errors import too_large, wrong
-from vlpack.server.media import check_images, image_part, read_image
+from vlpack.server.media import Downloads, check_images, image_part, read_image
 from vlpack.server.models import Served
 from vlpack.server.reading import Fields
 from vlpack.server.settings import Settings
@@ -46,12 +46,12 @@ class RerankFields(Fields):
 
 
 def read_inputs(given: list[Any], name: str, settings: Settings, *, instruction: bool) -> list[Any]:
-    """Inputs as `vlpack.runtime.retrieval` takes them, their images decoded; blocks.
+    """Inputs as objects with ``text``, ``image`` (a list of `ImagePart`) and ``instruction``.
 
-    An input is a text, or an object with ``text``, ``image`` (a URL or a list of URLs) and ``instruction``.
+    In a request an input is a text, or an object whose ``image`` is a URL or a list of URLs.
 
     Raises:
-        ApiError: one is of another form, or an image is not usable.
+        ApiError: one is of another form, or they exceed a limit of the server.
     """
     if not given:
         raise wrong(f"'{name}' is empty.", name)
@@ -78,10 +78,19 @@ def read_inputs(given: list[Any], name: str, settings: Settings, *, instruction:
     if size > settings.max_prompt:
         raise too_large(f"'{name}' has {size} characters; this server takes {settings.max_prompt} at most.", name)
     check_images(images, settings)
-    return [
-        {**part, "image": [read_image(one, settings) for one in part["image"]]} if "image" in part else dict(part)
-        for part in parts
-    ]
+    return parts
+
+
+def fetched(inputs: list[Any], settings: Settings) -> list[Any]:
+    """Inputs whose images were fetched; blocks."""
+    download = Downloads(settings)
+    return [{**one, **({"image": [*map(download, one["image"])]} if "image" in one else {})} for one in inputs]
+
+
+def decoded(inputs: list[Any], settings: Settings) -> list[Any]:
+    """Inputs with images as `vlpack.runtime.retrieval` takes them; blocks."""
+    images = [[read_image(part, settings) for part in one.get("image", ())] for one in inputs]
+    return [{**one, **({"image": found} if found else {})} for one, found in zip(inputs, images, strict=True)]
 
 
 def embeddings(served: Served, fields: EmbeddingFields, inputs: list[Any]) -> dict[str, Any]:
@@ -110,8 +119,15 @@ def embeddings(served: Served, fields: EmbeddingFields, inputs: list[Any]) -> di
     return {"object": "list", "model": served.name, "data": data, "usage": tokens}
 
 
-def ranking(served: Served, fields: RerankFields, query: Any, documents: list[Any]) -> dict[str, Any]:
-    """The answer of ``/v1/rerank``, the best first; blocks, one call at a time."""
+def ranking(served: Served, fields: RerankFields, inputs: list[Any]) -> dict[str, Any]:
+    """The answer of ``/v1/rerank``, the best first; blocks, one call at a time.
+
+    Args:
+        served: a loaded reranker.
+        fields: of the request.
+        inputs: the query, then the documents.
+    """
+    query, *documents = inputs
     model = served.encoder
     assert isinstance(model, Reranker), "it was asked for its task"
     before = model.tokens

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from vlpack.engine import Engine
 from vlpack.server.answers import bytes_of
-from vlpack.server.asking import Ask, make_prompt, text_prompt
+from vlpack.server.asking import Ask, make_prompt
 from vlpack.server.errors import too_large, wrong
 from vlpack.server.messages import read_messages
 from vlpack.server.reading import Fields
@@ -29,8 +29,8 @@ class TokenizeFields(Fields):
     return_token_strs: bool = False
 
 
-def tokenized(engine: Engine, fields: TokenizeFields, settings: Settings) -> dict[str, Any]:
-    """The route's answer; blocks.
+def asked_for(fields: TokenizeFields, settings: Settings) -> Ask:
+    """A text or a conversation whose tokens are asked for.
 
     Raises:
         ApiError: the request has neither or both of prompt and messages, or they are not usable.
@@ -40,14 +40,20 @@ def tokenized(engine: Engine, fields: TokenizeFields, settings: Settings) -> dic
     if fields.prompt is not None:
         if len(fields.prompt) > settings.max_prompt:
             raise too_large(f"The prompt has more than {settings.max_prompt} characters.", "prompt")
-        ids = text_prompt(engine, fields.prompt).input_ids if fields.prompt else None
-    else:
-        tools = read_tools(fields.tools, None, None, engine.prompts)
-        conversation = read_messages(fields.messages or [], settings)
-        ask = Ask(conversation, {}, variables=fields.chat_template_kwargs)
-        ask.min_pixels, ask.max_pixels = fields.min_pixels, fields.max_pixels
-        ids = make_prompt(engine, ask, tools, settings).input_ids
-    tokens = [] if ids is None else [int(token) for token in ids[0]]
+        for name in ("tools", "chat_template_kwargs", "min_pixels", "max_pixels"):
+            if name in fields.model_fields_set:
+                raise wrong(f"{name!r} has no effect on a text.", name)
+        return Ask(fields.prompt, {})
+    ask = Ask(read_messages(fields.messages or [], settings), {}, tools=fields.tools)
+    ask.variables, ask.min_pixels, ask.max_pixels = fields.chat_template_kwargs, fields.min_pixels, fields.max_pixels
+    return ask
+
+
+def tokenized(engine: Engine, ask: Ask, fields: TokenizeFields, settings: Settings) -> dict[str, Any]:
+    """The route's answer; blocks."""
+    tools = read_tools(ask.tools, None, None, engine.prompts)
+    prompt = make_prompt(engine, ask, tools, settings) if ask.conversation else None
+    tokens = [] if prompt is None else [int(token) for token in prompt.input_ids[0]]
     answer: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": engine.context}
     if fields.return_token_strs:
         tokenizer = engine.prompts.tokenizer

@@ -249,11 +249,12 @@ class CallStream:
     def _call(self) -> Iterator[Piece]:
         if self._arguments is None:
             head = _HEAD.match(self._held)
-            if head is not None:
+            name = None if head is None else _name(head[1])
+            if head is not None and name is not None:
                 self.calls += 1
                 self._begun = False
                 self._arguments, self._held = _Value(), self._held[head.end() :]
-                yield Piece("call", json.loads(head[1]))
+                yield Piece("call", name)
                 return
             body, tag, after = self._held.partition(CLOSE_CALL)
             if tag:
@@ -274,7 +275,7 @@ class CallStream:
         try:
             call = json.loads(body)
             name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
-            if not isinstance(name, str) or not isinstance(arguments, dict) or not ended:
+            if not isinstance(name, str) or not isinstance(arguments, dict) or not ended or not _name(json.dumps(name)):
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             yield Piece("text", OPEN_CALL + body + (CLOSE_CALL if ended else ""))
@@ -282,7 +283,17 @@ class CallStream:
         self.calls += 1
         self._begun = False
         yield Piece("call", name)
-        yield Piece("arguments", json.dumps(arguments, ensure_ascii=False))
+        yield Piece("arguments", json.dumps(arguments))
+
+
+def _name(text: str) -> str | None:
+    """The name that a JSON text says; None where it is none."""
+    try:
+        name = str(json.loads(text))
+        name.encode()
+    except ValueError:  # a wrong escape, or half a surrogate pair
+        return None
+    return name
 
 
 class _Value:

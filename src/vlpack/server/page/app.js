@@ -173,7 +173,7 @@ async function answer() {
   say("Reading the question …");
   show();
   const began = performance.now();
-  let first = 0, drawing = false, reason = "";
+  let first = 0, drawing = false, reason = "", end = "Answered.";
   const draw = () => {
     drawing = false;
     if (current === conversation && running === mine) showLast();
@@ -196,19 +196,21 @@ async function answer() {
       if (event.usage) turn.told = told(event.usage, first - began, performance.now() - first);
     }
     if (reason === "length") turn.told += " · cut off at the longest answer";
-    say("Answered.");
   } catch (error) {
-    if (error.name === "AbortError") say("Stopped.");
-    else {
+    end = "Stopped.";
+    if (error.name !== "AbortError") {
       turn.error = error.message;
-      say("That did not work.");
+      end = "That did not work.";
     }
   } finally {
     if (running === mine) running = null;
     $("stop").hidden = running === null;
     $("send").disabled = running !== null;
-    await store.keep(conversation).catch((error) => say(`The conversation is not kept: ${error}`));
-    if (current === conversation) show();
+    await store.keep(conversation).catch((error) => { end += ` The conversation is not kept: ${error}`; });
+    if (current === conversation) {
+      show();
+      say(end);
+    }
     list();
   }
 }
