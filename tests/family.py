@@ -111,7 +111,7 @@ def make_member(folder: Path, member: Member) -> Path:
         for name, parameter in model.named_parameters():
             parameter.copy_(_values(name, parameter, tiny))
             if member.offset_norms and "norm" in name and "linear_attn" not in name and "visual" not in name:
-                parameter -= 1.0
+                parameter.sub_(1.0)
         model.lm_head.weight[FIRST_SPECIAL:] *= 0.1
     folder.mkdir(parents=True)
     model.save_pretrained(folder)

@@ -166,9 +166,7 @@ class TextDecoder:
     def _text_model(self) -> TextModel:
         facts = self.facts
         layers = [
-            DecoderLayer(
-                self._attention(layer), self.make_mlp(layer), facts.hidden_size, self.eps, self.norm_offset
-            )
+            DecoderLayer(self._attention(layer), self.make_mlp(layer), facts.hidden_size, self.eps, self.norm_offset)
             for layer in range(facts.num_hidden_layers)
         ]
         return TextModel(layers, facts.hidden_size, self.eps, self.prefix, self.norm_offset)

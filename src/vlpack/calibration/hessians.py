@@ -21,7 +21,14 @@ from vlpack.calibration.teacher import CalibrationModel, Shown
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError, option
 from vlpack.export.graph import Weight
-from vlpack.ort.graph_edits import compute_all_rows, compute_all_tokens, empty_past, load_graph, norm_input, open_session
+from vlpack.ort.graph_edits import (
+    compute_all_rows,
+    compute_all_tokens,
+    empty_past,
+    load_graph,
+    norm_input,
+    open_session,
+)
 from vlpack.quantize.gptq import HessianFactor, factor_hessian
 from vlpack.quantize.transforms import IDENTITY, Channels, ChannelScales, Transform, packed_scales
 

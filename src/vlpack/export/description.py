@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vlpack.architectures import Part, architecture_of, read_settings
+from vlpack.architectures.hparams import TextFacts, VisionFacts
 from vlpack.architectures.ports import GraphOptions
 from vlpack.architectures.task import decide_task
 from vlpack.checkpoint.checkpoint import Checkpoint
@@ -52,12 +54,20 @@ def inspect_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
             "notes": [Note(note) for note in notes],
             "task": task,
             "tied": architecture.tied,
-            "text": vars(architecture.text),
-            "vision": vars(architecture.vision) if architecture.vision else None,
+            "text": _sizes(architecture.text),
+            "vision": _sizes(architecture.vision) if architecture.vision else None,
             "deepstack_levels": architecture.deepstack.levels,
             "parts": [part.name for part in parts],
             "graphs": {part.name: _ports(part) for part in parts},
         }
+
+
+def _sizes(facts: TextFacts | VisionFacts) -> dict[str, Any]:
+    """Sizes as JSON; a model without linear attention has none of it."""
+    sizes = asdict(facts)
+    if sizes.get("delta_net", 0) is None:
+        del sizes["delta_net"], sizes["linear_layers"]
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in sizes.items()}
 
 
 def _dtypes(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:

@@ -185,7 +185,7 @@ def plan_transforms(
 
 
 def parameter_source(module: nn.Module, path: str, name: str) -> Rows:
-    """The rows of a bare parameter: the checkpoint's tensor of that name, plus the module's ``offset`` if it has one."""
+    """The rows of a bare parameter: the checkpoint's tensor of that name, plus the module's ``offset`` if any."""
     source = Source(f"{path}.{name}", parameter_shape(dict(module.named_parameters(recurse=False))[name]))
     offset = getattr(module, "offset", 0.0)
     return Shifted(source, offset) if offset else source

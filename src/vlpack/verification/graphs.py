@@ -19,7 +19,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from vlpack.ort.graph_edits import call, compute_all_tokens, empty_past, load_graph, make_exact, norm_input, open_session
+from vlpack.ort.graph_edits import (
+    call,
+    compute_all_tokens,
+    empty_past,
+    load_graph,
+    make_exact,
+    norm_input,
+    open_session,
+)
 from vlpack.ort.session import ort
 from vlpack.preprocess import Prompt
 
