@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from vlpack.errors import VerifyError
 from vlpack.preprocess import Prompt
+from vlpack.verification.hybrid import watched
 
 Array = npt.NDArray[Any]
 GetParameter = Callable[[str, tuple[int, ...]], Array]
@@ -73,6 +74,7 @@ class Trace:
         levels: DeepStack's features, ``[tokens, H]`` for each level.
         embeds: embeddings with the image features in place, ``[S, H]``.
         layers: input of each decoder layer after the first, and of the final norm, ``[S, H]``.
+        inner: the stages inside of decoder layers, ``[S, C]`` (`vlpack.verification.hybrid`).
         result: logits ``[S, V]``; the vector ``[H]`` of an embedding model; the probabilities of yes and no of a
             reranker.
     """
@@ -84,6 +86,7 @@ class Trace:
     levels: list[Array] = field(default_factory=list)
     embeds: Array | None = None
     layers: list[Array] = field(default_factory=list)
+    inner: dict[str, Array] = field(default_factory=dict)
 
 
 def in_prompt_order(trace: Trace, prompt: Prompt) -> Trace:
@@ -184,7 +187,8 @@ class Reference:
         arguments: dict[str, Any] = {name: torch.tensor(array) for name, array in arrays.items() if self.sees}
         arguments |= {"input_ids": torch.tensor(arrays["input_ids"]), "use_cache": False}
         arguments["position_ids"] = torch.tensor(trace.positions)
-        with self._watched(trace, arrays.get("image_grid_thw")), torch.no_grad():
+        layers = self.model.get_submodule(self.prefix).layers
+        with watched(layers, trace.inner), self._watched(trace, arrays.get("image_grid_thw")), torch.no_grad():
             if self.head is None:
                 trace.result = self.model(**arguments).logits[0].numpy()
             else:
