@@ -218,6 +218,15 @@ def chunked(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def early_kernel(patch: pytest.MonkeyPatch) -> None:
+    def causal_convolution(op: Any, x: Any, *rest: Any) -> Any:
+        later = op.Concat(op.Slice(x, [1], [2**62], [2]), op.Slice(x, [-1], [2**62], [2]), axis=2)
+        return right(op, ops.typed(later, ops.FLOAT, ops.shape_of(x)), *rest)
+
+    right = ops.causal_convolution
+    patch.setattr(ops, "causal_convolution", causal_convolution)
+
+
 FAULTS = [no_gate, unscaled, no_one, late_state, other_heads, chunked]
 
 
@@ -439,22 +448,48 @@ def test_bits_by_halves_of_layers(made: Made, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 @pytest.mark.parametrize("member", **MEMBERS)
 def test_verified(member: Member, precision: str, made: Made) -> None:
+    """In exact arithmetic with the package's weights, all stages are the reference's, those inside of layers too."""
     hybrid = made(member)
     sees = member.vision is not None
     cases = built_in(sees=sees, videos=sees)
     report = verify(hybrid.build(precision, precision=precision), hybrid.checkpoint, cases=cases[-2:], tokens=8)
-    assert not report.findings
     assert all(weight.same for weight in report.weights)
+    stages = [stage for case in report.cases for stage in case.stages if stage.graph]
+    assert max(stage.graph.relative for stage in stages if stage.graph) < 1e-4
+    names = {stage.name.partition(": ")[2] for stage in stages}
+    assert names >= {"convolution", "gates", "recurrence", "gated norm", "gated attention"}
+    if precision == "fp32":  # what rounding does to random weights is not judged here
+        assert not report.findings
+
+
+@pytest.mark.parametrize(
+    ("fault", "stage"),
+    [
+        (no_gate, "gated attention"),
+        (other_heads, "recurrence"),
+        (early_kernel, "convolution"),
+    ],
+)
+def test_verify_names_the_stage(
+    fault: Callable[[pytest.MonkeyPatch], None], stage: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hybrid = made(TEXT)
+    with monkeypatch.context() as patched:
+        fault(patched)
+        build(hybrid.checkpoint, tmp_path / "p", precision="fp32")
+    report = verify(tmp_path / "p", hybrid.checkpoint, tokens=1, cases=built_in(sees=False)[:1])
+    assert report.findings[0].stage.endswith(stage)
 
 
 def test_an_altered_norm_is_found(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package whose norms lack the 1 is not what vlpack makes, and its first stage says where."""
+    """A package whose norms lack the 1 is not what vlpack makes of the checkpoint."""
     hybrid = made(TEXT)
     with monkeypatch.context() as patched:
         no_one(patched)
         build(hybrid.checkpoint, tmp_path / "p", precision="fp32")
     report = verify(tmp_path / "p", hybrid.checkpoint, tokens=1, cases=built_in(sees=False)[:1])
-    assert any("norm" in finding.text for finding in report.findings)
+    assert report.findings[0].stage == "weights"
+    assert "norm" in report.findings[0].message
 
 
 def test_text_alone(made: Made, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def inner_values(graph: ir.Graph, layers: int) -> dict[str, list[ir.Value]]:
         (node,) = {use.node for use in state.uses()}
         _, _, v, _, g, beta = node.inputs
         split = v.producer()  # type: ignore[union-attr]
-        (norm,) = {use.node for use in node.outputs[0].uses()}
+        (norm,) = {use.node for use in node.outputs[0].uses() if use.node.op_type == "GatedRMSNorm"}
         stages = {CONVOLUTION: [split.inputs[0]], GATES: [g, beta]}  # type: ignore[union-attr]
         stages |= {RECURRENCE: [node.outputs[0]], GATED_NORM: [norm.outputs[0]]}
         for stage, values in stages.items():

@@ -149,9 +149,11 @@ class Reference:
         self.model = self.model.float().eval()
         for name, module in self.model.named_modules():
             if module._parameters:
-                module.register_forward_pre_hook(_load_parameters(name, parameters))
+                # the module around a convolution of linear attention uses its weight without calling it
+                owner = self.model.get_submodule(name.rpartition(".")[0]) if name.endswith(".conv1d") else module
+                owner.register_forward_pre_hook(_load_parameters(name, parameters, module))
                 if streamed:
-                    module.register_forward_hook(_unload_parameters)
+                    owner.register_forward_hook(_unload_parameters(module))
 
     @property
     def sees(self) -> bool:
@@ -248,10 +250,10 @@ def _keep_input(keep: Callable[[Array], None]) -> Any:
     return lambda module, inputs: keep(inputs[0].numpy().copy())
 
 
-def _load_parameters(name: str, parameters: GetParameter) -> Any:
+def _load_parameters(name: str, parameters: GetParameter, module: Any) -> Any:
     import torch
 
-    def hook(module: Any, inputs: Any) -> None:
+    def hook(caller: Any, inputs: Any) -> None:
         for own, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 values = parameters(f"{name}.{own}" if name else own, tuple(parameter.shape))
@@ -260,7 +262,10 @@ def _load_parameters(name: str, parameters: GetParameter) -> Any:
     return hook
 
 
-def _unload_parameters(module: Any, inputs: Any, output: Any) -> None:
-    for own, parameter in module._parameters.items():
-        if parameter is not None:
-            module._parameters[own] = parameter.to("meta")
+def _unload_parameters(module: Any) -> Any:
+    def hook(caller: Any, inputs: Any, output: Any) -> None:
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[own] = parameter.to("meta")
+
+    return hook

@@ -53,6 +53,9 @@ RESULTS = {GENERATE: "logits", EMBEDDING: "vector", RERANKER: "score"}
 """Name of the last stage, by task."""
 VECTOR_SLACK = 1.5
 """Factor of the error bound of an embedding: it is one vector, and other results are averaged over many positions."""
+INNER_SLACK = 4.0
+"""Factor of the error bound of stages inside of a layer: a norm over what a state gives magnifies errors, of which the
+residual stream gets a share only."""
 TIE = 1e-3
 """Largest gap between the reference's two best logits that counts as a tie, of which either token may win."""
 
@@ -232,7 +235,13 @@ class _Comparison:
         if self.policy.dtype == "float32" and "fp16" in (self.policy.options.vision, self.policy.precision):
             tolerance = GRAPH_TOLERANCE["float16"]
         stages = [
-            Stage(name, None if name == POSITIONS else exact, whole, tolerance, limit)
+            Stage(
+                name,
+                None if name == POSITIONS else exact,
+                whole,
+                tolerance,
+                limit * (INNER_SLACK if name in run.inner else 1),
+            )
             for (name, exact), (_, whole) in zip(graph, total, strict=True)
         ]
         if self.result == RESULTS[EMBEDDING]:
