@@ -557,15 +557,16 @@ def test_published_configs(size: str, vision_type: str, old: bool, tmp_path: Pat
     config = published(size, vision_type, old)
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     described = inspect_checkpoint(tmp_path, weights=False)
-    assert described["text"]["linear_layers"] == [
-        i for i in range(config["text_config"]["num_hidden_layers"]) if i % 4 < 3
-    ]
+    layers = config["text_config"]["num_hidden_layers"]
+    assert described["text"]["linear_layers"] == layers * 3 // 4
+    assert described["text"]["linear_value_heads"] == config["text_config"]["linear_num_value_heads"]
     assert described["parts"] == ["decoder", "vision", "embedding"]
     heads = config["text_config"]["linear_num_value_heads"]
     inputs = described["graphs"]["decoder"]["inputs"]
     assert inputs["past_key_values.*.recurrent_state"][1] == ["batch_size", heads, 128, 128]
     assert inputs["past_key_values.*.conv_state"][1] == ["batch_size", 4096 + 128 * heads, 3]
     architecture = ARCHITECTURES[config["architectures"][0]](config)
+    assert architecture.text.linear_layers == tuple(layer for layer in range(layers) if layer % 4 < 3)
     frequencies = architecture.decoder.frequencies
     assert frequencies.channels == 64
     assert frequencies.inverse[1] == pytest.approx(1e7 ** (-2 / 64))

@@ -63,11 +63,12 @@ def inspect_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
 
 
 def _sizes(facts: TextFacts | VisionFacts) -> dict[str, Any]:
-    """Sizes as JSON; a model without linear attention has none of it."""
+    """Sizes as JSON: those of linear attention are beside the others, and absent if there is none."""
     sizes = asdict(facts)
-    if sizes.get("delta_net", 0) is None:
-        del sizes["delta_net"], sizes["linear_layers"]
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in sizes.items()}
+    linear, layers = sizes.pop("delta_net", None), sizes.pop("linear_layers", ())
+    if linear is None:
+        return sizes
+    return {**sizes, "linear_layers": len(layers), **{f"linear_{name}": value for name, value in linear.items()}}
 
 
 def _dtypes(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
