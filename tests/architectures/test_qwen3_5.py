@@ -278,6 +278,30 @@ def test_conversations(member: Member, count: int, made: Made) -> None:
     assert not all(reused[1:]) if count == 12 else any(reused)
 
 
+THINKING = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+"""A template that thinks by default and leaves the reasoning of earlier turns out, as published ones do."""
+
+
+def test_thinking_by_default(made: Made, tmp_path: Path) -> None:
+    hybrid = made(SEES)
+    source = shutil.copytree(hybrid.checkpoint, tmp_path / "source")
+    (source / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
+    build(source, tmp_path / "p", precision="fp32")
+    model = Model(tmp_path / "p", threads=1)
+    chat = model.chat(max_tokens=6, sampling=GREEDY)
+    for number, text in enumerate(TURNS[:3]):
+        prompt = model.prompt([*chat.messages, {"role": "user", "content": text}])
+        assert prompt.text.endswith("<think>\n")
+        answer = chat.ask(text)
+        assert answer.tokens == hybrid.generated(prompt.input_ids, 6)
+        assert chat.messages[-1]["reasoning_content"]  # all of it, because random weights do not close it
+        assert not chat.messages[-1]["content"]
+        assert answer.stats.reused_tokens == 0, number
+
+
 def test_going_back_is_wrong(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtime's own way of taking tokens back, which vlpack must not take, changes the answer."""
     hybrid = made(SEES)
