@@ -114,6 +114,8 @@ TEXT_MEMBERS = [
     member("Qwen3_5", CAUSAL, text=HYBRID | {"hidden_act": "gelu", "attention_bias": True}, config=QWEN3_5_TEXT),
     member("Qwen3_5", CAUSAL, text=ODD_HYBRID, config=QWEN3_5_TEXT),
     member("Qwen3_5Moe", CAUSAL, text=SHORT_HYBRID | SHARED, config="Qwen3_5MoeTextConfig"),
+    member("Qwen3Next", CAUSAL, text=HYBRID | SHARED | {"mlp_only_layers": [1]}),
+    member("Qwen3Next", CAUSAL, text=ODD_HYBRID | SHARED | {"norm_topk_prob": False}, fused=True),
 ]
 LAST_OF_FAMILY = list({each.model_class: each for each in TEXT_MEMBERS}.values())
 CHUNKED = {"rope_parameters": MROPE}

@@ -25,12 +25,15 @@ from vlpack.builder import build
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.engine import Engine
 from vlpack.errors import CheckpointError, OptionError, VlpackError
+from vlpack.export.description import inspect_checkpoint
 from vlpack.layers import ops
 from vlpack.layers.attention import Attention
 from vlpack.layers.rope import chunked_axes
 from vlpack.options import parse_extra_options
 from vlpack.runtime.model import Model
 from vlpack.runtime.sampling import Sampling
+from vlpack.verification.cases import built_in
+from vlpack.verification.run import verify
 
 og = pytest.importorskip("onnxruntime_genai")
 torch = pytest.importorskip("torch")
@@ -215,6 +218,15 @@ def chunked(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def early_kernel(patch: pytest.MonkeyPatch) -> None:
+    def causal_convolution(op: Any, x: Any, *rest: Any) -> Any:
+        later = op.Concat(op.Slice(x, [1], [2**62], [2]), op.Slice(x, [-1], [2**62], [2]), axis=2)
+        return right(op, ops.typed(later, ops.FLOAT, ops.shape_of(x)), *rest)
+
+    right = ops.causal_convolution
+    patch.setattr(ops, "causal_convolution", causal_convolution)
+
+
 FAULTS = [no_gate, unscaled, no_one, late_state, other_heads, chunked]
 
 
@@ -264,6 +276,30 @@ def test_conversations(member: Member, count: int, made: Made) -> None:
         reused.append(answer.stats.reused_tokens)
     # most long answers of random weights come out as other tokens when they are tokenized again
     assert not all(reused[1:]) if count == 12 else any(reused)
+
+
+THINKING = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+"""A template that thinks by default and leaves the reasoning of earlier turns out, as published ones do."""
+
+
+def test_thinking_by_default(made: Made, tmp_path: Path) -> None:
+    hybrid = made(SEES)
+    source = shutil.copytree(hybrid.checkpoint, tmp_path / "source")
+    (source / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
+    build(source, tmp_path / "p", precision="fp32")
+    model = Model(tmp_path / "p", threads=1)
+    chat = model.chat(max_tokens=6, sampling=GREEDY)
+    for number, text in enumerate(TURNS[:3]):
+        prompt = model.prompt([*chat.messages, {"role": "user", "content": text}])
+        assert prompt.text.endswith("<think>\n")
+        answer = chat.ask(text)
+        assert answer.tokens == hybrid.generated(prompt.input_ids, 6)
+        assert chat.messages[-1]["reasoning_content"]  # all of it, because random weights do not close it
+        assert not chat.messages[-1]["content"]
+        assert answer.stats.reused_tokens == 0, number
 
 
 def test_going_back_is_wrong(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,3 +408,193 @@ def test_what_is_not_offered(made: Made, tmp_path: Path) -> None:
     for task in ("embedding", "reranker"):
         with pytest.raises(CheckpointError, match=f"not offered for the task {task}"):
             build(checkpoint, tmp_path / "package", task=task)
+
+
+TARGETS = ["in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj", "q_proj", "o_proj", "down_proj"]
+
+
+def test_adapters_in_layers_of_both_kinds(made: Made, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    hybrid, ids = made(TEXT), random_ids(40)
+    live = TEXT.model.from_pretrained(hybrid.checkpoint, dtype=torch.float32, attn_implementation="eager")
+    adapted = peft.get_peft_model(live, peft.LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        wanted = adapted.merge_and_unload().eval()(torch.tensor(ids)).logits.numpy()
+    assert relative(wanted, hybrid.wanted(ids)) > 0.02  # it matters
+    extra = parse_extra_options(["prune_lm_head=false"])
+    build(hybrid.checkpoint, tmp_path / "p", precision="fp32", lora=tmp_path / "adapter", extra_options=extra)
+    assert relative(in_steps(Package(tmp_path / "p"), ids, 40), wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("member", [TEXT, SEES], ids=lambda member: member.name)
+def test_an_8_bit_cache(member: Member, made: Made) -> None:
+    """Keys and values are in 8 bits, also of heads that are rotated in part; states stay fp32."""
+    hybrid, ids = made(member), random_ids(70)
+    package = Package(hybrid.build("cache", "kv_cache=int8", "prune_lm_head=false"))
+    types = {port.name.rpartition(".")[2]: port.type for port in package.sessions["decoder"].get_inputs()}
+    assert (types["key"], types["value"]) == ("tensor(int8)", "tensor(int8)")
+    assert (types["conv_state"], types["recurrent_state"]) == ("tensor(float)", "tensor(float)")
+    wanted = in_steps(hybrid.package, ids, 70)
+    for steps in ((70,), (40, *[1] * 10, 20)):
+        assert relative(in_steps(package, ids, *steps), wanted) < 0.01
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_calibration(precision: str, made: Made, tmp_path: Path) -> None:
+    """A calibrated package is nearer to the model than one of the same bits and blocks that is not."""
+    hybrid, ids = made(TEXT), random_ids(200, seed=9)
+    extra = ["prune_lm_head=false"]
+    if precision == "int4":
+        extra += ["block_size=32", "is_symmetric=true", "matmul_mixed_precision=mixed_layers:int4"]
+    wanted, errors = hybrid.wanted(ids), []
+    for number, options in enumerate(({}, {"calibrate": "self"})):
+        folder = tmp_path / str(number)
+        build(hybrid.checkpoint, folder, precision=precision, extra_options=parse_extra_options(extra), **options)
+        errors.append(relative(in_steps(Package(folder), ids, 200), wanted))
+    print(errors)
+    assert errors[1] < (0.95 if precision == "int4" else 1.05) * errors[0]
+    report = verify(tmp_path / "1", hybrid.checkpoint, tokens=4, cases=built_in(sees=False)[:1])
+    assert all(weight.same for weight in report.weights)
+
+
+def test_bits_by_halves_of_layers(made: Made, tmp_path: Path) -> None:
+    build(made(TEXT).checkpoint, tmp_path / "p", calibrate="self", bits=6.0)
+    manifest = json.loads((tmp_path / "p" / "vlpack.json").read_text(encoding="utf-8"))
+    assert any("linear_attn" in rule["modules"] or "mlp" in rule["modules"] for rule in manifest["policy"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("member", **MEMBERS)
+def test_verified(member: Member, precision: str, made: Made) -> None:
+    """In exact arithmetic with the package's weights, all stages are the reference's, those inside of layers too."""
+    hybrid = made(member)
+    sees = member.vision is not None
+    cases = built_in(sees=sees, videos=sees)
+    report = verify(hybrid.build(precision, precision=precision), hybrid.checkpoint, cases=cases[-2:], tokens=8)
+    assert all(weight.same for weight in report.weights)
+    stages = [stage for case in report.cases for stage in case.stages if stage.graph]
+    assert max(stage.graph.relative for stage in stages if stage.graph) < 1e-4
+    names = {stage.name.partition(": ")[2] for stage in stages}
+    assert names >= {"convolution", "gates", "recurrence", "gated norm", "gated attention"}
+    if precision == "fp32":  # what rounding does to random weights is not judged here
+        assert not report.findings
+
+
+@pytest.mark.parametrize(
+    ("fault", "stage"),
+    [
+        (no_gate, "gated attention"),
+        (other_heads, "recurrence"),
+        (early_kernel, "convolution"),
+    ],
+)
+def test_verify_names_the_stage(
+    fault: Callable[[pytest.MonkeyPatch], None], stage: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hybrid = made(TEXT)
+    with monkeypatch.context() as patched:
+        fault(patched)
+        build(hybrid.checkpoint, tmp_path / "p", precision="fp32")
+    report = verify(tmp_path / "p", hybrid.checkpoint, tokens=1, cases=built_in(sees=False)[:1])
+    assert report.findings[0].stage.endswith(stage)
+
+
+def test_an_altered_norm_is_found(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package whose norms lack the 1 is not what vlpack makes of the checkpoint."""
+    hybrid = made(TEXT)
+    with monkeypatch.context() as patched:
+        no_one(patched)
+        build(hybrid.checkpoint, tmp_path / "p", precision="fp32")
+    report = verify(tmp_path / "p", hybrid.checkpoint, tokens=1, cases=built_in(sees=False)[:1])
+    assert report.findings[0].stage == "weights"
+    assert "norm" in report.findings[0].message
+
+
+def test_text_alone(made: Made, tmp_path: Path) -> None:
+    """A checkpoint with vision as a text package answers texts as the whole model does."""
+    hybrid = made(SEES)
+    build(hybrid.checkpoint, tmp_path / "p", precision="fp32", part="text")
+    config = json.loads((tmp_path / "p" / "genai_config.json").read_text(encoding="utf-8"))
+    assert config["model"]["type"] == "qwen3_5_text"
+    model = Model(tmp_path / "p", threads=1)
+    answer = model.generate("What is here?", max_tokens=TOKENS, sampling=GREEDY)
+    assert answer.tokens == hybrid.generated(model.prompt("What is here?").input_ids, TOKENS)
+
+
+HUB_LINEAR = {
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_value_head_dim": 128,
+    "mamba_ssm_dtype": "float32",
+    "attn_output_gate": True,
+    "full_attention_interval": 4,
+    "mtp_num_hidden_layers": 1,
+    "mlp_only_layers": [],
+    "head_dim": 256,
+    "hidden_act": "silu",
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-06,
+    "vocab_size": 248320,
+    "eos_token_id": 248044,
+}
+HUB_ROPE = {"mrope_interleaved": True, "mrope_section": [11, 11, 10], "rope_type": "default"}
+HUB_SIZES: dict[str, dict[str, Any]] = {
+    "9B": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "num_attention_heads": 16,
+           "num_key_value_heads": 4, "linear_num_value_heads": 32},
+    "27B": {"hidden_size": 5120, "intermediate_size": 17408, "num_hidden_layers": 64, "num_attention_heads": 24,
+            "num_key_value_heads": 4, "linear_num_value_heads": 48, "output_gate_type": "swish"},
+    "35B-A3B": {"hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 16, "num_key_value_heads": 2,
+                "linear_num_value_heads": 32, "num_experts": 256, "num_experts_per_tok": 8,
+                "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512},
+}  # fmt: skip
+"""Sizes of published config.json files."""
+
+
+def published(size: str, vision_type: str, old: bool) -> dict[str, Any]:
+    """A config.json as published; ``old`` has the rotary settings of transformers 4."""
+    text = HUB_LINEAR | HUB_SIZES[size]
+    kinds = [*["linear_attention"] * 3, "full_attention"]
+    text["layer_types"] = kinds * (text["num_hidden_layers"] // 4)
+    if old:
+        text |= {"rope_theta": 10000000, "partial_rotary_factor": 0.25, "rope_scaling": HUB_ROPE}
+    else:
+        text["rope_parameters"] = HUB_ROPE | {"rope_theta": 10000000, "partial_rotary_factor": 0.25}
+    vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "in_channels": 3}
+    vision |= {"num_position_embeddings": 2304, "out_hidden_size": text["hidden_size"], "patch_size": 16}
+    vision |= {"spatial_merge_size": 2, "temporal_patch_size": 2, "hidden_act": "gelu_pytorch_tanh"}
+    vision |= {"deepstack_visual_indexes": [], "model_type": vision_type}
+    name = "Qwen3_5MoeForConditionalGeneration" if "A" in size else "Qwen3_5ForConditionalGeneration"
+    return {"architectures": [name], "text_config": text, "vision_config": vision, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("vision_type", ["qwen3_5", "qwen3_5_vision", "qwen3_5_moe"])
+@pytest.mark.parametrize("size", HUB_SIZES)
+def test_published_configs(size: str, vision_type: str, old: bool, tmp_path: Path) -> None:
+    config = published(size, vision_type, old)
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    described = inspect_checkpoint(tmp_path, weights=False)
+    layers = config["text_config"]["num_hidden_layers"]
+    assert described["text"]["linear_layers"] == layers * 3 // 4
+    assert described["text"]["linear_value_heads"] == config["text_config"]["linear_num_value_heads"]
+    assert described["parts"] == ["decoder", "vision", "embedding"]
+    heads = config["text_config"]["linear_num_value_heads"]
+    inputs = described["graphs"]["decoder"]["inputs"]
+    assert inputs["past_key_values.*.recurrent_state"][1] == ["batch_size", heads, 128, 128]
+    assert inputs["past_key_values.*.conv_state"][1] == ["batch_size", 4096 + 128 * heads, 3]
+    architecture = ARCHITECTURES[config["architectures"][0]](config)
+    assert architecture.text.linear_layers == tuple(layer for layer in range(layers) if layer % 4 < 3)
+    frequencies = architecture.decoder.frequencies
+    assert frequencies.channels == 64
+    assert frequencies.inverse[1] == pytest.approx(1e7 ** (-2 / 64))
+    assert frequencies.axis_of[:6].tolist() == [0, 1, 2, 0, 1, 2]
+    assert np.bincount(frequencies.axis_of).tolist() == [11, 11, 10]
+    assert architecture.vision is not None
+    assert architecture.vision.image_token_id == 248056  # the default: the config has none

@@ -12,6 +12,7 @@ from vlpack.architectures.qwen3 import Qwen3
 from vlpack.architectures.qwen3_5 import Qwen35, Qwen35Text
 from vlpack.architectures.qwen3_5_moe import Qwen35Moe, Qwen35MoeText
 from vlpack.architectures.qwen3_moe import Qwen3Moe
+from vlpack.architectures.qwen3_next import Qwen3Next
 from vlpack.architectures.qwen3_vl import Qwen3VL
 from vlpack.architectures.qwen3_vl_moe import Qwen3VLMoe
 from vlpack.architectures.task import with_names_for, yes_no_token_ids
@@ -29,6 +30,7 @@ ARCHITECTURES: dict[str, type[Architecture]] = {
     "Qwen3_5ForCausalLM": Qwen35Text,
     "Qwen3_5MoeForConditionalGeneration": Qwen35Moe,
     "Qwen3_5MoeForCausalLM": Qwen35MoeText,
+    "Qwen3NextForCausalLM": Qwen3Next,
     "Qwen3ForCausalLM": Qwen3,
     "Qwen3MoeForCausalLM": Qwen3Moe,
     "Qwen2ForCausalLM": Qwen2,

@@ -45,6 +45,7 @@ def read_hybrid(
     *,
     prefix: str,
     mrope_layout: MropeLayout | None = interleaved_axes,
+    grouped: bool = False,
 ) -> TextDecoder:
     """Read the settings of a decoder with linear and full attention from a config.json and its text part.
 
@@ -52,7 +53,8 @@ def read_hybrid(
         root: the whole config.
         text: the part with the decoder's sizes; the whole config if it is flat.
         prefix: prefix of the decoder's tensors in the checkpoint.
-        mrope_layout: how M-RoPE's three axes share the frequencies; None for plain positions.
+        mrope_layout: how M-RoPE's three axes share the frequencies; None if the first axis has them all.
+        grouped: whether the projections of linear attention are grouped (`DeltaNetSizes`).
 
     Raises:
         CheckpointError: a value is missing or not supported.
@@ -73,8 +75,9 @@ def read_hybrid(
     if not text.flag("attn_output_gate", True):
         raise CheckpointError(f"{text.where}: attention without an output gate (attn_output_gate) is not supported.")
     text.choice("output_gate_type", ("swish", "silu"), "silu")  # of the gated norm; two names of one function
-    layers, sizes = linear_layers(text, decoder.facts.num_hidden_layers), read_sizes(text)
-    return replace(decoder.with_linear_layers(layers, sizes), norm_offset=1.0, output_gate=True)
+    layers, sizes = linear_layers(text, decoder.facts.num_hidden_layers), read_sizes(text, grouped=grouped)
+    # the runtime gives such models three rows of positions, whether they use them or not
+    return replace(decoder.with_linear_layers(layers, sizes), norm_offset=1.0, output_gate=True, position_axes=3)
 
 
 def linear_layers(text: Section, count: int) -> list[int]:
@@ -93,8 +96,8 @@ def linear_layers(text: Section, count: int) -> list[int]:
     return [layer for layer, kind in enumerate(kinds) if kind == LINEAR]
 
 
-def read_sizes(text: Section) -> DeltaNetSizes:
-    """Read the sizes of linear attention.
+def read_sizes(text: Section, *, grouped: bool = False) -> DeltaNetSizes:
+    """Read the sizes of linear attention, whose projections may be ``grouped`` (`DeltaNetSizes`).
 
     Raises:
         CheckpointError: a size is out of range or does not fit another.
@@ -105,6 +108,7 @@ def read_sizes(text: Section) -> DeltaNetSizes:
         key_size=text.integer("linear_key_head_dim", 128, high=1 << 12),
         value_size=text.integer("linear_value_head_dim", 128, high=1 << 12),
         kernel=text.integer("linear_conv_kernel_dim", 4, low=2, high=1 << 8),
+        grouped=grouped,
     )
     if sizes.value_heads % sizes.key_heads:
         raise CheckpointError(

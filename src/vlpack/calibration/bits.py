@@ -79,7 +79,8 @@ def spend_bits(
 def _half(path: str) -> Half:
     layer, name = layer_and_name(path)
     assert layer is not None, "candidates are in layers"
-    return Half(layer, name.partition(".")[0])
+    module = name.partition(".")[0]
+    return Half(layer, "self_attn" if module == "linear_attn" else module)
 
 
 def _with_eight_bits(policy: Policy, facts: PrecisionFacts, layers: Mapping[str, list[int]]) -> Policy:

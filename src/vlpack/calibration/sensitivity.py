@@ -31,7 +31,7 @@ TOKENS_IN = ("input_ids", "inputs_embeds")
 
 
 class Half(NamedTuple):
-    """One half of a layer: attention (``self_attn``) or feed-forward (``mlp``)."""
+    """One half of a layer: attention (``self_attn``, also if it is linear) or feed-forward (``mlp``)."""
 
     layer: int
     module: str

@@ -71,7 +71,7 @@ class CalibrationModel:
         """
         positions: Array = np.broadcast_to(np.arange(first, first + ids.shape[1]), ids.shape).astype(np.int64)
         vision = self.architecture.vision
-        if vision is not None:
+        if self.architecture.decoder.position_axes:
             positions = np.broadcast_to(positions, (3, *ids.shape))
         features = of_images = None
         if prompt is not None and prompt.has_images:

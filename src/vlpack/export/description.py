@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from vlpack.architectures import Part, architecture_of, read_settings
+from vlpack.architectures.hparams import TextFacts, VisionFacts
 from vlpack.architectures.ports import GraphOptions
 from vlpack.architectures.task import decide_task
 from vlpack.checkpoint.checkpoint import Checkpoint
@@ -52,12 +54,21 @@ def inspect_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
             "notes": [Note(note) for note in notes],
             "task": task,
             "tied": architecture.tied,
-            "text": vars(architecture.text),
-            "vision": vars(architecture.vision) if architecture.vision else None,
+            "text": _sizes(architecture.text),
+            "vision": _sizes(architecture.vision) if architecture.vision else None,
             "deepstack_levels": architecture.deepstack.levels,
             "parts": [part.name for part in parts],
             "graphs": {part.name: _ports(part) for part in parts},
         }
+
+
+def _sizes(facts: TextFacts | VisionFacts) -> dict[str, Any]:
+    """Sizes as JSON: those of linear attention are beside the others, and absent if there is none."""
+    sizes = asdict(facts)
+    linear, layers = sizes.pop("delta_net", None), sizes.pop("linear_layers", ())
+    if linear is None:
+        return sizes
+    return {**sizes, "linear_layers": len(layers), **{f"linear_{name}": value for name, value in linear.items()}}
 
 
 def _dtypes(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:

@@ -37,6 +37,8 @@ class DeltaNetSizes:
         key_size: channels of a query or key head.
         value_size: channels of a value head.
         kernel: number of tokens that the convolution sees.
+        grouped: whether the checkpoint has one projection for queries, keys, values and z, and one for b and a, whose
+            rows are grouped by key head (Qwen3-Next).
     """
 
     key_heads: int
@@ -44,6 +46,7 @@ class DeltaNetSizes:
     key_size: int
     value_size: int
     kernel: int
+    grouped: bool = False
 
     @property
     def key_width(self) -> int:
@@ -84,7 +87,8 @@ class GatedDeltaNet(nn.Module):
     """The linear-attention layer: projections, causal convolution, gated delta rule, gated norm, output projection.
 
     Everything between the projections is fp32 in every precision, because errors of gates and states add up over a
-    sequence. Modules are named as in the checkpoint, except that ``in_proj_b`` and ``in_proj_a`` are one matrix.
+    sequence. Modules are named as in the checkpoint, except that ``in_proj_b`` and ``in_proj_a`` are one matrix,
+    ``in_proj_ba``, which is its name in Qwen3-Next too.
     """
 
     place = "linear_attn"
@@ -93,11 +97,13 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         self.sizes, self.eps, self.hidden_act = sizes, eps, hidden_act
         heads = sizes.value_heads
-        self.in_proj_qkv = Linear(hidden_size, sizes.channels)
-        self.in_proj_z = Linear(hidden_size, sizes.value_width)
-        self.in_proj_ba = Linear(
-            hidden_size, 2 * heads, stacked=[("in_proj_b", heads), ("in_proj_a", heads)], role="gate"
-        )
+        if sizes.grouped:
+            self.in_proj_qkvz = Linear(hidden_size, sizes.channels + sizes.value_width)
+        else:
+            self.in_proj_qkv = Linear(hidden_size, sizes.channels)
+            self.in_proj_z = Linear(hidden_size, sizes.value_width)
+        stacked = [] if sizes.grouped else [("in_proj_b", heads), ("in_proj_a", heads)]
+        self.in_proj_ba = Linear(hidden_size, 2 * heads, stacked=stacked, role="gate")
         self.conv1d = Kernel(sizes.channels, sizes.kernel)
         self.A_log = nn.Parameter([heads], name="A_log")
         self.dt_bias = nn.Parameter([heads], name="dt_bias")
@@ -112,16 +118,34 @@ class GatedDeltaNet(nn.Module):
         ``past`` are the states before: ``[B, C, K - 1]`` and ``[B, value_heads, key_size, value_size]``.
         """
         sizes = self.sizes
-        qkv, z, ba = (ops.cast(op, reader(op, x), ops.FLOAT) for reader in self.readers)
+        qkv, z, b, a = self._project(op, x)
         mixed, conv_state = self._convolve(op, qkv, past[0])
         widths = [sizes.key_width, sizes.key_width, sizes.value_width]
         q, k, v = op.Split(mixed, widths, axis=-1, _outputs=3)
-        b, a = op.Split(ba, [sizes.value_heads, sizes.value_heads], axis=-1, _outputs=2)
         g, beta = ops.linear_attention_gate(op, a, self.dt_bias, op.Neg(op.Exp(self.A_log)), b)
         q, k = self._unit(op, q), self._unit(op, k)
         y, state = ops.linear_attention(op, q, k, v, past[1], g, beta, sizes.key_heads, sizes.value_heads)
         y, z = select_tokens(op, y), select_tokens(op, z)
         return self.out_proj(op, ops.gated_rms_norm(op, y, self.norm(op), z, self.eps)), conv_state, state
+
+    def _project(self, op: OpBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+        """Queries, keys and values together ``[B, S, C]``, z ``[B, S, heads · D]``, b and a ``[B, S, heads]``; fp32."""
+        sizes, projected = self.sizes, [ops.cast(op, reader(op, x), ops.FLOAT) for reader in self.readers]
+        if not sizes.grouped:
+            qkv, z, ba = projected
+            b, a = op.Split(ba, [sizes.value_heads, sizes.value_heads], axis=-1, _outputs=2)
+            return qkv, z, b, a
+        count = sizes.value_heads // sizes.key_heads  # of value heads that share a key head
+        values = count * sizes.value_size
+        q, k, v, z = self._by_key_head(op, projected[0], [sizes.key_size, sizes.key_size, values, values])
+        b, a = self._by_key_head(op, projected[1], [count, count])
+        return op.Concat(q, k, v, axis=-1), z, b, a
+
+    def _by_key_head(self, op: OpBuilder, x: ir.Value, parts: list[int]) -> list[ir.Value]:
+        """The parts of every group in ``x [B, S, groups · sum(parts)]``, each with the groups side by side."""
+        groups = op.Reshape(x, [0, 0, self.sizes.key_heads, sum(parts)])
+        split = op.Split(groups, parts, axis=-1, _outputs=len(parts))
+        return [op.Reshape(part, [0, 0, self.sizes.key_heads * n]) for part, n in zip(split, parts, strict=True)]
 
     def _convolve(self, op: OpBuilder, x: ir.Value, state: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The causal convolution of ``x [B, S, C]`` with its activation, and the state after it."""
@@ -141,6 +165,8 @@ class GatedDeltaNet(nn.Module):
     @property
     def readers(self) -> list[Stored]:
         """The matrices that multiply the module's input."""
+        if self.sizes.grouped:
+            return [self.in_proj_qkvz, self.in_proj_ba]
         return [self.in_proj_qkv, self.in_proj_z, self.in_proj_ba]
 
     def channels(self) -> list[NormChannels]:

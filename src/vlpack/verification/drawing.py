@@ -127,7 +127,7 @@ def _axis(stages: Sequence[Stage], x: Callable[[float], float]) -> dict[str, Any
     """The labels of the x axis: some of the blocks' and layers' numbers, and a name below each run with enough room."""
     every = math.ceil(len(stages) / LABELS)
     numbers, spans = [], []
-    named = [re.fullmatch(r"(?:input of )?(.*\D)(\d+)", stage.name) for stage in stages]
+    named = [re.fullmatch(r"(?:input of )?(.*\D)(\d+)(?:: .*)?", stage.name) for stage in stages]
     for kind, run in groupby(enumerate(named), key=lambda pair: pair[1] and pair[1][1].strip()):
         members = [(index, match[2]) for index, match in run if match]
         if kind and len(members) >= max(2, len(stages) / 8):

@@ -9,9 +9,9 @@ stay in the package's files.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,11 @@ from vlpack.ort.graph_edits import (
 )
 from vlpack.ort.session import ort
 from vlpack.preprocess import Prompt
+from vlpack.verification.hybrid import collect, inner_values
 
 Array = npt.NDArray[Any]
 _PROBE = "probe:"
+_INNER = "inner:"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Run:
     embeds: Array
     layers: list[Array]
     result: Array
+    inner: dict[str, Array] = field(default_factory=dict)
 
 
 class Graphs:
@@ -63,6 +66,8 @@ class Graphs:
         num_hidden_layers: number of the decoder's layers.
         depth: number of the vision encoder's blocks; 0 if there is none.
         threads: number of threads of onnxruntime.
+        factors: (layer, name of a matrix in it) → the factors ``[C]`` by which the package multiplies what the matrix
+            reads; None for none.
     """
 
     def __init__(
@@ -74,9 +79,10 @@ class Graphs:
         num_hidden_layers: int,
         depth: int,
         threads: int,
+        factors: Callable[[int, str], Array | None] = lambda layer, name: None,
     ) -> None:
         self.folder, self.files, self.threads = folder, files, threads
-        self.hidden_size = hidden_size
+        self.hidden_size, self.factors, self.num_hidden_layers = hidden_size, factors, num_hidden_layers
         self.norms = [f"{prefix}.layers.{layer}.input_layernorm.weight" for layer in range(1, num_hidden_layers)]
         self.norms.append(f"{prefix}.norm.weight")
         self.block_norms = [f"model.visual.blocks.{block}.norm1.weight" for block in range(depth)]
@@ -117,13 +123,18 @@ class Graphs:
             for port in decoder.get_inputs():
                 if port.name.startswith("past_key_values"):
                     inputs[port.name] = empty_past(port, 1)
+                if port.name == "position_ids" and len(port.shape) > positions.ndim:  # M-RoPE of a text model
+                    inputs[port.name] = np.broadcast_to(positions, (3, *positions.shape))
             out = call(decoder, inputs)
         merged, levels = None, []
         if features is not None:
             split = np.split(features, features.shape[1] // self.hidden_size, axis=1)
             merged, levels = split[0], split[1:]
         layers = [out[_PROBE + name][0] for name in self.norms]
-        return Run(positions, blocks, merged, levels, embeds[0], layers, _result(out))
+        inner: dict[str, list[Array]] = {}
+        for name in sorted((name for name in out if name.startswith(_INNER)), key=lambda name: int(name.split(":")[1])):
+            inner.setdefault(name.split(":", 2)[2], []).append(out[name])
+        return Run(positions, blocks, merged, levels, embeds[0], layers, _result(out), collect(inner, self.factors))
 
     def _vision(self, prompt: Prompt, exact: bool) -> tuple[list[Array], Array]:
         features, blocks = [], []
@@ -138,7 +149,11 @@ class Graphs:
     def _session(self, part: str, norms: list[str], exact: bool) -> Iterator[ort.InferenceSession]:
         model = self.load(part)
         compute_all_tokens(model.graph)
-        _probe(model.graph, norms)
+        _probe(model.graph, {_PROBE + name: norm_input(model.graph, name) for name in norms})
+        if part in ("text", "decoder"):
+            inner = inner_values(model.graph, self.num_hidden_layers)
+            pairs = [(name, value) for name, values in inner.items() for value in values]
+            _probe(model.graph, {f"{_INNER}{number}:{name}": value for number, (name, value) in enumerate(pairs)})
         if exact:
             make_exact(model.graph)
         # for 8-bit experts, this variable is the only way to fp32 activations
@@ -164,10 +179,9 @@ def _result(out: Mapping[str, Array]) -> Array:
     return result
 
 
-def _probe(graph: ir.Graph, norms: list[str]) -> None:
-    """Make the input of each norm an output of the graph; a norm is found by the name of its weight."""
-    for name in norms:
-        value = norm_input(graph, name)
-        output = ir.Value(name=_PROBE + name, shape=value.shape, type=value.type)
-        graph.append(ir.node("Identity", [value], outputs=[output], name=_PROBE + name))
+def _probe(graph: ir.Graph, values: Mapping[str, ir.Value]) -> None:
+    """Make values outputs of the graph, under the given names."""
+    for name, value in values.items():
+        output = ir.Value(name=name, shape=value.shape, type=value.type)
+        graph.append(ir.node("Identity", [value], outputs=[output], name=name))
         graph.outputs.append(output)

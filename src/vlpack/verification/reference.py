@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from vlpack.errors import VerifyError
 from vlpack.preprocess import Prompt
+from vlpack.verification.hybrid import watched
 
 Array = npt.NDArray[Any]
 GetParameter = Callable[[str, tuple[int, ...]], Array]
@@ -73,6 +74,7 @@ class Trace:
         levels: DeepStack's features, ``[tokens, H]`` for each level.
         embeds: embeddings with the image features in place, ``[S, H]``.
         layers: input of each decoder layer after the first, and of the final norm, ``[S, H]``.
+        inner: the stages inside of decoder layers, ``[S, C]`` (`vlpack.verification.hybrid`).
         result: logits ``[S, V]``; the vector ``[H]`` of an embedding model; the probabilities of yes and no of a
             reranker.
     """
@@ -84,6 +86,7 @@ class Trace:
     levels: list[Array] = field(default_factory=list)
     embeds: Array | None = None
     layers: list[Array] = field(default_factory=list)
+    inner: dict[str, Array] = field(default_factory=dict)
 
 
 def in_prompt_order(trace: Trace, prompt: Prompt) -> Trace:
@@ -146,9 +149,11 @@ class Reference:
         self.model = self.model.float().eval()
         for name, module in self.model.named_modules():
             if module._parameters:
-                module.register_forward_pre_hook(_load_parameters(name, parameters))
+                # the module around a convolution of linear attention uses its weight without calling it
+                owner = self.model.get_submodule(name.rpartition(".")[0]) if name.endswith(".conv1d") else module
+                owner.register_forward_pre_hook(_load_parameters(name, parameters, module))
                 if streamed:
-                    module.register_forward_hook(_unload_parameters)
+                    owner.register_forward_hook(_unload_parameters(module))
 
     @property
     def sees(self) -> bool:
@@ -184,7 +189,8 @@ class Reference:
         arguments: dict[str, Any] = {name: torch.tensor(array) for name, array in arrays.items() if self.sees}
         arguments |= {"input_ids": torch.tensor(arrays["input_ids"]), "use_cache": False}
         arguments["position_ids"] = torch.tensor(trace.positions)
-        with self._watched(trace, arrays.get("image_grid_thw")), torch.no_grad():
+        layers = self.model.get_submodule(self.prefix).layers
+        with watched(layers, trace.inner), self._watched(trace, arrays.get("image_grid_thw")), torch.no_grad():
             if self.head is None:
                 trace.result = self.model(**arguments).logits[0].numpy()
             else:
@@ -244,10 +250,10 @@ def _keep_input(keep: Callable[[Array], None]) -> Any:
     return lambda module, inputs: keep(inputs[0].numpy().copy())
 
 
-def _load_parameters(name: str, parameters: GetParameter) -> Any:
+def _load_parameters(name: str, parameters: GetParameter, module: Any) -> Any:
     import torch
 
-    def hook(module: Any, inputs: Any) -> None:
+    def hook(caller: Any, inputs: Any) -> None:
         for own, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 values = parameters(f"{name}.{own}" if name else own, tuple(parameter.shape))
@@ -256,7 +262,10 @@ def _load_parameters(name: str, parameters: GetParameter) -> Any:
     return hook
 
 
-def _unload_parameters(module: Any, inputs: Any, output: Any) -> None:
-    for own, parameter in module._parameters.items():
-        if parameter is not None:
-            module._parameters[own] = parameter.to("meta")
+def _unload_parameters(module: Any) -> Any:
+    def hook(caller: Any, inputs: Any, output: Any) -> None:
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[own] = parameter.to("meta")
+
+    return hook

@@ -30,6 +30,7 @@ from vlpack.tasks import EMBEDDING, GENERATE, RERANKER, manifest_task
 from vlpack.verification.answers import Answers, Asked, ask
 from vlpack.verification.cases import Case
 from vlpack.verification.graphs import Graphs, Run
+from vlpack.verification.hybrid import stage_name
 from vlpack.verification.metrics import (
     GRAPH_TOLERANCE,
     KL_TOLERANCE,
@@ -52,6 +53,9 @@ RESULTS = {GENERATE: "logits", EMBEDDING: "vector", RERANKER: "score"}
 """Name of the last stage, by task."""
 VECTOR_SLACK = 1.5
 """Factor of the error bound of an embedding: it is one vector, and other results are averaged over many positions."""
+INNER_SLACK = 4.0
+"""Factor of the error bound of stages inside of a layer: a norm over what a state gives magnifies errors, of which the
+residual stream gets a share only."""
 TIE = 1e-3
 """Largest gap between the reference's two best logits that counts as a tie, of which either token may win."""
 
@@ -161,9 +165,16 @@ class _Comparison:
             text.num_hidden_layers,
             architecture.vision.depth if architecture.vision else 0,
             checked_threads(threads),
+            self._factors,
         )
         loaded = {part: self.graphs.load(part) for part in files}
         self.weights = Weights(architecture, checkpoint, policy, loaded, manifest.get("calibration"))
+
+    def _factors(self, layer: int, name: str) -> Array | None:
+        """The factors by which the package multiplies the inputs of a matrix in a layer; None for none."""
+        path = f"{self.architecture.decoder.prefix}.layers.{layer}.{name}"
+        reads = next((weight.transform.reads for _, weight in self.weights.all() if weight.path == path), None)
+        return None if reads is None else reads.along_columns(self.weights.scales(reads))
 
     def compare_weights(self) -> list[WeightResult]:
         """Compare every weight of the package with the checkpoint."""
@@ -224,7 +235,13 @@ class _Comparison:
         if self.policy.dtype == "float32" and "fp16" in (self.policy.options.vision, self.policy.precision):
             tolerance = GRAPH_TOLERANCE["float16"]
         stages = [
-            Stage(name, None if name == POSITIONS else exact, whole, tolerance, limit)
+            Stage(
+                name,
+                None if name == POSITIONS else exact,
+                whole,
+                tolerance,
+                limit * (INNER_SLACK if name in run.inner else 1),
+            )
             for (name, exact), (_, whole) in zip(graph, total, strict=True)
         ]
         if self.result == RESULTS[EMBEDDING]:
@@ -285,6 +302,8 @@ def _differences(run: Run, trace: Trace, result: str) -> list[tuple[str, Differe
     if run.embeds.size:
         stages.append(("embedding", run.embeds, trace.embeds))
     for index, (value, wanted) in enumerate(zip(run.layers, trace.layers, strict=True)):
+        inner = [name for name in run.inner if name.startswith(stage_name(index, ""))]
+        stages += [(name, run.inner[name], trace.inner[name]) for name in inner]
         stages.append((f"layer {index}", value, wanted[-len(value) :]))
     stages.append((result, run.result, trace.result))
     return [(name, difference(value, wanted)) for name, value, wanted in stages]
