@@ -46,11 +46,11 @@ BALANCE_TOLERANCE = 8.0
 """Largest ratio, relative to the median, at which a channel of 4-bit weights is not rescaled; the tolerance of
 `vlpack.quantize.rotate.even_sizes` (docs/results.md)."""
 
-EXPERT_PROVIDERS = ("cpu", "cuda")
+EXPERT_PROVIDERS: tuple[str, ...] = ("cpu", "cuda")
 """Execution providers that have kernels for ORT's MoE and QMoE operators in the form used here."""
 
 
-STATE_PROVIDERS = ("cpu",)
+STATE_PROVIDERS: tuple[str, ...] = ("cpu",)
 """Execution providers on which linear attention has been run."""
 
 
