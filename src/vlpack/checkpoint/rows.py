@@ -171,7 +171,8 @@ class Shifted:
         return self.whole.tensors()
 
     def read(self, checkpoint: Checkpoint, start: int, stop: int) -> Array:
-        return self.whole.read(checkpoint, start, stop).astype(np.float32) + np.float32(self.offset)
+        shifted: Array = self.whole.read(checkpoint, start, stop).astype(np.float32) + np.float32(self.offset)
+        return shifted
 
 
 @dataclass(frozen=True)
