@@ -18,7 +18,7 @@ from vlpack.quantize.policy import EXPERT_PROVIDERS, PrecisionFacts
 class MixtureOfExperts(Architecture):
     """A mixture-of-experts architecture; a subclass calls `add_experts` once its decoder has been read."""
 
-    providers = EXPERT_PROVIDERS
+    providers: tuple[str, ...] = EXPERT_PROVIDERS
     layout = Layout.SEPARATE
 
     def add_experts(self, text: Section, norm_topk_prob: bool, shared: int = 0) -> None:

@@ -122,7 +122,7 @@ class Qwen35Text(Architecture):
     """``Qwen3_5ForCausalLM``, the decoder by itself."""
 
     models = "Qwen3.5 and Qwen3.6, text only"
-    needs = "onnxruntime 1.31 (for linear attention)"
+    needs = "onnxruntime 1.31"
     providers = STATE_PROVIDERS
     genai_type = genai_text_type = "qwen3_5_text"
     ignored: Mapping[str, str] = {**DRAFTS, "model.visual.*": "the vision encoder, because this is a text model"}
@@ -137,7 +137,7 @@ class Qwen35(Architecture):
     """``Qwen3_5ForConditionalGeneration``, the models 0.8B, 2B, 4B, 9B, 27B."""
 
     models = "Qwen3.5 0.8B, 2B, 4B, 9B, 27B; Qwen3.6 27B"
-    needs = "onnxruntime 1.31 (for linear attention)"
+    needs = "onnxruntime 1.31"
     providers = STATE_PROVIDERS
     genai_type = "qwen3_5"
     genai_text_type = "qwen3_5_text"

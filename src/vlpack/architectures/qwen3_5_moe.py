@@ -56,7 +56,7 @@ class Qwen35MoeText(_Experts, Qwen35Text):
 class Qwen35Moe(_Experts, Qwen35):
     """``Qwen3_5MoeForConditionalGeneration``, the models 35B-A3B, 122B-A10B, 397B-A17B."""
 
-    models = "Qwen3.5 35B-A3B, 122B-A10B, 397B-A17B; Qwen3.6 35B-A3B"
+    models = "Qwen3.5 35B-A3B to 397B-A17B; Qwen3.6 35B-A3B"
     genai_type = "qwen3_5_moe"
     genai_text_type = "qwen3_5_moe_text"
     text_defaults: Mapping[str, Any] = DEFAULTS

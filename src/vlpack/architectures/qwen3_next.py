@@ -29,7 +29,7 @@ class Qwen3Next(MixtureOfExperts):
     """``Qwen3NextForCausalLM``, the models 80B-A3B; Instruct and Thinking."""
 
     models = "Qwen3-Next 80B-A3B; Instruct and Thinking"
-    needs = "onnxruntime 1.31 (for linear attention)"
+    needs = "onnxruntime 1.31"
     providers = STATE_PROVIDERS
     # the runtime does not know the name; inputs and outputs are those of Qwen3.5's decoder
     genai_type = genai_text_type = "qwen3_5_moe_text"

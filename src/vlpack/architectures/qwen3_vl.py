@@ -144,7 +144,7 @@ class Qwen3VL(Architecture):
     """``Qwen3VLForConditionalGeneration``, the models 2B, 4B, 8B, 32B; Instruct and Thinking."""
 
     models = "Qwen3-VL 2B, 4B, 8B, 32B; Instruct and Thinking"
-    needs = "onnxruntime-genai 0.18 (for DeepStack)"
+    needs = "onnxruntime-genai 0.18 (DeepStack)"
     genai_type = "qwen3_vl"
     genai_text_type = "qwen3_vl_text"
     normalize_flag = "qwen3_vl"

@@ -171,8 +171,8 @@ class Shifted:
         return self.whole.tensors()
 
     def read(self, checkpoint: Checkpoint, start: int, stop: int) -> Array:
-        values: Array = self.whole.read(checkpoint, start, stop).astype(np.float32) + np.float32(self.offset)
-        return values
+        shifted: Array = self.whole.read(checkpoint, start, stop).astype(np.float32) + np.float32(self.offset)
+        return shifted
 
 
 @dataclass(frozen=True)
