@@ -29,8 +29,10 @@ from quality_scores import MODELS, TOKENS, Row, save, score
 
 BUILDS = (
     "--precision int8",
+    "--precision int8 --calibrate self",
     "--precision int4",
     "--precision int4 --calibrate self",
+    "--precision int4 --calibrate self --bits 5.6 --extra-options block_size=32",
     "--precision int4 --calibrate self --extra-options block_size=64",
     "--precision int4 --calibrate self --extra-options block_size=32",
 )

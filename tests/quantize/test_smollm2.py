@@ -115,7 +115,6 @@ def test_as_llama(checkpoint: Path, ids: np.ndarray, wanted: np.ndarray, tmp_pat
     ("precision", "extra", "calibrate", "kl", "top1"),
     [
         ("int8", [], None, 0.005, 0.9),
-        ("int8", [], "self", 0.005, 0.9),
         ("int4", [], None, 0.4, 0.6),
         ("int4", ["is_symmetric=false"], None, 0.45, 0.55),
         ("int4", [], "self", 0.26, 0.65),  # blocks of 128, for which rounding to the nearest codes gives 0.39
@@ -176,16 +175,13 @@ def outlying(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory:
 
 
 @pytest.fixture(scope="module")
-def mild(
-    checkpoint: Path, ids: np.ndarray, wanted: np.ndarray, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, float]:
-    """The divergence of each precision for the model without planted outliers."""
-    folder = tmp_path_factory.mktemp("mild") / "package"
-    return {name: divergence(logits(checkpoint, name, ids, folder), wanted) for name in ("int8", "int4")}
+def mild(checkpoint: Path, ids: np.ndarray, wanted: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """The divergence of int8 for the model without planted outliers."""
+    return divergence(logits(checkpoint, "int8", ids, tmp_path_factory.mktemp("mild") / "package"), wanted)
 
 
 def test_outliers_do_not_harm_int8(
-    outlying: Path, mild: dict[str, float], ids: np.ndarray, wanted: np.ndarray, tmp_path: Path
+    outlying: Path, mild: float, ids: np.ndarray, wanted: np.ndarray, tmp_path: Path
 ) -> None:
     """Balance and rotation together remove the effect of outliers on int8; either alone does not."""
     assert relative(logits(outlying, "fp32", ids, tmp_path / "package"), wanted) < 1e-4
@@ -194,19 +190,7 @@ def test_outliers_do_not_harm_int8(
         for extra in ([], ["balance=false"], ["rotation=false"], ["balance=false", "rotation=false"])
     }
     told = ", ".join(f"{extra or 'as it comes'} {value:.4f}" for extra, value in cost.items())
-    print(f"int8, outliers: mild {mild['int8']:.4f}; {told}")
-    assert cost[""] < 1.5 * mild["int8"]
-    assert min(cost["balance=false"], cost["rotation=false"]) > 4 * mild["int8"]
-    assert cost["balance=false rotation=false"] > 50 * mild["int8"]
-
-
-def test_outliers_cost_int4_little(
-    outlying: Path, mild: dict[str, float], ids: np.ndarray, wanted: np.ndarray, tmp_path: Path
-) -> None:
-    cost, plain = (
-        divergence(logits(outlying, "int4", ids, tmp_path / "package", *extra), wanted)
-        for extra in ([], ["balance=false", "rotation=false"])
-    )
-    print(f"int4, outliers: mild {mild['int4']:.4f}; as it comes {cost:.4f}, without balance and rotation {plain:.4f}")
-    assert cost < 1.5 * mild["int4"]
-    assert plain > 1.5 * mild["int4"]
+    print(f"int8, outliers: mild {mild:.4f}; {told}")
+    assert cost[""] < 1.5 * mild
+    assert min(cost["balance=false"], cost["rotation=false"]) > 4 * mild
+    assert cost["balance=false rotation=false"] > 50 * mild

@@ -50,6 +50,7 @@ CASE = Case("a sentence", "The capital of France is Paris, and the capital of It
         ("int8", ["balance=false"], False),
         ("int8", ["balance=false", "rotation=false"], False),
         ("int4", [], True),
+        ("int4", ["balance=false", "rotation=false"], False),
     ],
 )
 def test_outliers(planted: Path, precision: str, extra: list[str], passes: bool, tmp_path: Path) -> None:
