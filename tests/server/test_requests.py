@@ -86,7 +86,8 @@ def test_what_is_no_json(data: bytes, said: str, running: Running) -> None:
 
 
 def test_errors_do_not_repeat_long_requests(running: Running) -> None:
-    reply = running.chat(HELLO, **{"x" * 100_000: 1})
+    long: dict[str, Any] = {"x" * 100_000: 1}
+    reply = running.chat(HELLO, **long)
     assert (reply.status, len(reply.data) < 4000) == (400, True)
 
 
@@ -98,7 +99,8 @@ def test_addresses_and_types(running: Running) -> None:
 
 def test_null_is_the_default(running: Running) -> None:
     names = ("top_p", "top_k", "seed", "stop", "tools", "tool_choice", "response_format", "logit_bias", "user", "n")
-    assert running.chat(seen(), **dict.fromkeys(names)).json["choices"][0]["message"]["content"]
+    nothing: dict[str, Any] = dict.fromkeys(names)
+    assert running.chat(seen(), **nothing).json["choices"][0]["message"]["content"]
 
 
 def test_what_clients_send_without_need(running: Running) -> None:
@@ -109,7 +111,7 @@ def test_what_clients_send_without_need(running: Running) -> None:
         {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "tool_calls": None},
         {"role": "user", "content": "And?"},
     ]
-    asked = {
+    asked: dict[str, Any] = {
         "top_p": 0.9,
         "top_k": 5,
         "reasoning_effort": "none",
@@ -122,7 +124,7 @@ def test_what_clients_send_without_need(running: Running) -> None:
 
 
 def test_n_seed_and_penalties(running: Running) -> None:
-    asked = {"model": "tools", "temperature": 1.2, "seed": 5, "n": 3, "max_tokens": 12}
+    asked: dict[str, Any] = {"model": "tools", "temperature": 1.2, "seed": 5, "n": 3, "max_tokens": 12}
     first, again = (running.chat(HELLO, **asked).json for _ in range(2))
     texts = [choice["message"]["content"] for choice in first["choices"]]
     assert texts == [choice["message"]["content"] for choice in again["choices"]]
@@ -135,7 +137,8 @@ def test_n_seed_and_penalties(running: Running) -> None:
     assert joined == texts
     plain = running.chat(HELLO, model="tools", max_tokens=40).json["choices"][0]
     assert plain["finish_reason"] == "length"
-    for penalty in ({"repetition_penalty": 5}, {"frequency_penalty": 2}, {"presence_penalty": 2}):
+    penalties: list[dict[str, Any]] = [{"repetition_penalty": 5}, {"frequency_penalty": 2}, {"presence_penalty": 2}]
+    for penalty in penalties:
         other = running.chat(HELLO, model="tools", max_tokens=40, **penalty).json["choices"][0]
         assert other["message"]["content"] != plain["message"]["content"], penalty
 
