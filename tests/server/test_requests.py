@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from typing import Any
 
+import av
 import jsonschema
+import numpy as np
 import pytest
 
 from samples import ANSWERS, IMAGES
@@ -184,6 +188,33 @@ def test_several_images_and_their_sizes(running: Running) -> None:
     low = seen()
     low[0]["content"][0]["image_url"]["detail"] = "low"
     assert running.chat(low).json["choices"][0]["message"]["content"].split() == ANSWERS["00.png"]["read"].split()
+
+
+def video(frames: int) -> str:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width = stream.height = 64
+        for number in range(frames):
+            picture = np.full((64, 64, 3), 20 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return "data:video/mp4;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def test_videos(running: Running) -> None:
+    def ask(url: str, **options: Any) -> Any:
+        part = {"type": "video_url", "video_url": {"url": url, **options}}
+        return running.chat(
+            [{"role": "user", "content": [part, {"type": "text", "text": "What moves?"}]}], model="tools"
+        )
+
+    plain = running.chat([{"role": "user", "content": "What moves?"}], model="tools").json["usage"]["prompt_tokens"]
+    tokens = {count: ask(video(8), num_frames=count).json["usage"]["prompt_tokens"] for count in (2, 8)}
+    assert plain < tokens[2] < tokens[8]
+    wrong(ask(video(8), speed=2), 400, "'video_url' has the unknown field 'speed'", "messages[0].content[0]")
+    wrong(ask(video(8), num_frames=2, fps=1), 400, "'num_frames' and 'fps' exclude each other")
+    wrong(ask("data:video/mp4;base64,AAAAAAAAAAAAAAAAAAAA"), 400, "messages[0].content[0]: ")
 
 
 def test_the_template_takes_variables(running: Running) -> None:
