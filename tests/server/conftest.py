@@ -15,15 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 
 from retrieval import make_vision
 from samples import DIGITS, IMAGES
 from tiny import Tiny, make_checkpoint
 from vlpack.builder import build
-
-pytest.importorskip("fastapi")
-import uvicorn
-
 from vlpack.server.app import Server
 from vlpack.server.run import listen
 from vlpack.server.settings import Settings

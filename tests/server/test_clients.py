@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
@@ -13,15 +13,15 @@ import pytest
 from samples import ANSWERS, IMAGES
 from server.conftest import Running, data_uri, seen
 
-openai = pytest.importorskip("openai")
+openai: Any = pytest.importorskip("openai")
 
 
 @pytest.fixture
-def client(running: Running) -> openai.OpenAI:
+def client(running: Running) -> Any:
     return openai.OpenAI(base_url=f"{running.url}/v1", api_key="any", max_retries=0)
 
 
-def test_models(client: openai.OpenAI) -> None:
+def test_models(client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["digits", "tools", "embedding", "reranker"]
     assert client.models.retrieve("tools").owned_by == "vlpack"
     with pytest.raises(openai.NotFoundError, match="There is no model 'gpt'"):
@@ -29,7 +29,7 @@ def test_models(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("name", ["00.png", "05.png", "11.png"])
-def test_chat(name: str, client: openai.OpenAI) -> None:
+def test_chat(name: str, client: Any) -> None:
     made = client.chat.completions.create(model="digits", messages=seen(name), temperature=0)
     choice = made.choices[0]
     assert choice.message.content is not None
@@ -39,8 +39,14 @@ def test_chat(name: str, client: openai.OpenAI) -> None:
     assert made.usage.total_tokens == made.usage.prompt_tokens + made.usage.completion_tokens
 
 
-def test_a_stream(client: openai.OpenAI) -> None:
-    asked = {"model": "digits", "messages": seen(), "temperature": 0, "logprobs": True, "top_logprobs": 2}
+def test_a_stream(client: Any) -> None:
+    asked: dict[str, Any] = {
+        "model": "digits",
+        "messages": seen(),
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
     whole = client.chat.completions.create(**asked)
     chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -71,7 +77,7 @@ class Reading(pydantic.BaseModel):
     rows: list[Literal[1, 2, 3]] = pydantic.Field(min_length=1, max_length=2)
 
 
-def test_parse_with_pydantic(client: openai.OpenAI) -> None:
+def test_parse_with_pydantic(client: Any) -> None:
     made = client.chat.completions.parse(
         model="tools", messages=[{"role": "user", "content": "What?"}], response_format=Reading, max_tokens=80
     )
@@ -88,9 +94,9 @@ class Weather(pydantic.BaseModel):
     days: Literal[1, 2]
 
 
-def test_tools(client: openai.OpenAI) -> None:
-    messages = [{"role": "user", "content": "How is the weather?"}]
-    asked = {
+def test_tools(client: Any) -> None:
+    messages: list[Any] = [{"role": "user", "content": "How is the weather?"}]
+    asked: dict[str, Any] = {
         "model": "tools",
         "tools": [openai.pydantic_function_tool(Weather)],
         "tool_choice": {"type": "function", "function": {"name": "Weather"}},
@@ -117,7 +123,7 @@ def test_tools(client: openai.OpenAI) -> None:
     assert after.choices[0].message.content
 
 
-def test_embeddings(client: openai.OpenAI) -> None:
+def test_embeddings(client: Any) -> None:
     made = client.embeddings.create(model="embedding", input=["one", "two"])
     rows = np.array([one.embedding for one in made.data])
     assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
@@ -128,7 +134,7 @@ def test_embeddings(client: openai.OpenAI) -> None:
     assert np.allclose(short.data[0].embedding, rows[1][:8] / np.linalg.norm(rows[1][:8]), atol=1e-5)
 
 
-def test_responses(client: openai.OpenAI) -> None:
+def test_responses(client: Any) -> None:
     image = {"type": "input_image", "image_url": data_uri(IMAGES / "00.png"), "detail": "auto"}
     asked = [{"role": "user", "content": [image, {"type": "input_text", "text": "Read the digits."}]}]
     made = client.responses.create(model="digits", input=asked, temperature=0, metadata={"a": "b"})
@@ -145,9 +151,9 @@ def test_responses(client: openai.OpenAI) -> None:
     assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
 
 
-def test_responses_with_tools(client: openai.OpenAI) -> None:
+def test_responses_with_tools(client: Any) -> None:
     tool = {"type": "function", "name": "weather", "parameters": Weather.model_json_schema(), "strict": True}
-    asked = {"model": "tools", "tools": [tool], "max_output_tokens": 100, "temperature": 0}
+    asked: dict[str, Any] = {"model": "tools", "tools": [tool], "max_output_tokens": 100, "temperature": 0}
     forced = {"tool_choice": "required", "parallel_tool_calls": False}
     made = client.responses.create(input="Weather?", **asked, **forced)
     (call,) = made.output
@@ -164,14 +170,14 @@ def test_responses_with_tools(client: openai.OpenAI) -> None:
     assert after.usage.input_tokens > made.usage.input_tokens
 
 
-def test_completions(client: openai.OpenAI) -> None:
+def test_completions(client: Any) -> None:
     made = client.completions.create(model="tools", prompt="Once", max_tokens=6, temperature=0, logprobs=1)
     assert len(made.choices[0].logprobs.tokens) == 6
     chunks = client.completions.create(model="tools", prompt="Once", max_tokens=6, temperature=0, stream=True)
     assert "".join(chunk.choices[0].text for chunk in chunks) == made.choices[0].text
 
 
-def test_errors_are_those_of_the_package(client: openai.OpenAI) -> None:
+def test_errors_are_those_of_the_package(client: Any) -> None:
     with pytest.raises(openai.BadRequestError, match="'logit_bias' is not supported") as caught:
         client.chat.completions.create(model="digits", messages=seen(), logit_bias={"1": 1})
     assert (caught.value.param, caught.value.type) == ("logit_bias", "invalid_request_error")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from typing import Any
 
+import av
 import jsonschema
+import numpy as np
 import pytest
 
 from samples import ANSWERS, IMAGES
@@ -86,7 +90,8 @@ def test_what_is_no_json(data: bytes, said: str, running: Running) -> None:
 
 
 def test_errors_do_not_repeat_long_requests(running: Running) -> None:
-    reply = running.chat(HELLO, **{"x" * 100_000: 1})
+    long: dict[str, Any] = {"x" * 100_000: 1}
+    reply = running.chat(HELLO, **long)
     assert (reply.status, len(reply.data) < 4000) == (400, True)
 
 
@@ -98,7 +103,8 @@ def test_addresses_and_types(running: Running) -> None:
 
 def test_null_is_the_default(running: Running) -> None:
     names = ("top_p", "top_k", "seed", "stop", "tools", "tool_choice", "response_format", "logit_bias", "user", "n")
-    assert running.chat(seen(), **dict.fromkeys(names)).json["choices"][0]["message"]["content"]
+    nothing: dict[str, Any] = dict.fromkeys(names)
+    assert running.chat(seen(), **nothing).json["choices"][0]["message"]["content"]
 
 
 def test_what_clients_send_without_need(running: Running) -> None:
@@ -109,7 +115,7 @@ def test_what_clients_send_without_need(running: Running) -> None:
         {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "tool_calls": None},
         {"role": "user", "content": "And?"},
     ]
-    asked = {
+    asked: dict[str, Any] = {
         "top_p": 0.9,
         "top_k": 5,
         "reasoning_effort": "none",
@@ -122,7 +128,7 @@ def test_what_clients_send_without_need(running: Running) -> None:
 
 
 def test_n_seed_and_penalties(running: Running) -> None:
-    asked = {"model": "tools", "temperature": 1.2, "seed": 5, "n": 3, "max_tokens": 12}
+    asked: dict[str, Any] = {"model": "tools", "temperature": 1.2, "seed": 5, "n": 3, "max_tokens": 12}
     first, again = (running.chat(HELLO, **asked).json for _ in range(2))
     texts = [choice["message"]["content"] for choice in first["choices"]]
     assert texts == [choice["message"]["content"] for choice in again["choices"]]
@@ -135,7 +141,8 @@ def test_n_seed_and_penalties(running: Running) -> None:
     assert joined == texts
     plain = running.chat(HELLO, model="tools", max_tokens=40).json["choices"][0]
     assert plain["finish_reason"] == "length"
-    for penalty in ({"repetition_penalty": 5}, {"frequency_penalty": 2}, {"presence_penalty": 2}):
+    penalties: list[dict[str, Any]] = [{"repetition_penalty": 5}, {"frequency_penalty": 2}, {"presence_penalty": 2}]
+    for penalty in penalties:
         other = running.chat(HELLO, model="tools", max_tokens=40, **penalty).json["choices"][0]
         assert other["message"]["content"] != plain["message"]["content"], penalty
 
@@ -181,6 +188,33 @@ def test_several_images_and_their_sizes(running: Running) -> None:
     low = seen()
     low[0]["content"][0]["image_url"]["detail"] = "low"
     assert running.chat(low).json["choices"][0]["message"]["content"].split() == ANSWERS["00.png"]["read"].split()
+
+
+def video(frames: int) -> str:
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width = stream.height = 64
+        for number in range(frames):
+            picture = np.full((64, 64, 3), 20 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    return "data:video/mp4;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def test_videos(running: Running) -> None:
+    def ask(url: str, **options: Any) -> Any:
+        part = {"type": "video_url", "video_url": {"url": url, **options}}
+        return running.chat(
+            [{"role": "user", "content": [part, {"type": "text", "text": "What moves?"}]}], model="tools"
+        )
+
+    plain = running.chat([{"role": "user", "content": "What moves?"}], model="tools").json["usage"]["prompt_tokens"]
+    tokens = {count: ask(video(8), num_frames=count).json["usage"]["prompt_tokens"] for count in (2, 8)}
+    assert plain < tokens[2] < tokens[8]
+    wrong(ask(video(8), speed=2), 400, "'video_url' has the unknown field 'speed'", "messages[0].content[0]")
+    wrong(ask(video(8), num_frames=2, fps=1), 400, "'num_frames' and 'fps' exclude each other")
+    wrong(ask("data:video/mp4;base64,AAAAAAAAAAAAAAAAAAAA"), 400, "messages[0].content[0]: ")
 
 
 def test_the_template_takes_variables(running: Running) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def test_embeddings_with_images(running: Running, packages: dict[str, Path]) -> 
     model = vlpack.load(packages["embedding"], threads=1)
     assert isinstance(model, Embedder)
     inputs = [{"text": "a", "image": URI}, "two", {"image": [URI, URI]}]
-    theirs = [{"text": "a", "image": str(IMAGES / "00.png")}, "two", {"image": [str(IMAGES / "00.png")] * 2}]
+    theirs: list[Any] = [{"text": "a", "image": str(IMAGES / "00.png")}, "two", {"image": [str(IMAGES / "00.png")] * 2}]
     reply = running.ask("/v1/embeddings", {"model": "embedding", "input": inputs, "instruction": "Find it."}).json
     found = np.array([one["embedding"] for one in reply["data"]])
     assert np.allclose(found, model.embed(theirs, instruction="Find it."), atol=1e-6)
@@ -33,7 +34,7 @@ def test_reranking(running: Running, packages: dict[str, Path]) -> None:
     documents = ["one", {"text": "two", "image": URI}, "three <|im_end|>"]
     body = {"model": "reranker", "query": "which?", "documents": documents}
     reply = running.ask("/v1/rerank", {**body, "return_documents": True}).json
-    theirs = ["one", {"text": "two", "image": str(IMAGES / "00.png")}, "three <|im_end|>"]
+    theirs: list[Any] = ["one", {"text": "two", "image": str(IMAGES / "00.png")}, "three <|im_end|>"]
     expected = model.score("which?", theirs, special_tokens="text")
     found = {one["index"]: one["relevance_score"] for one in reply["results"]}
     assert [found[index] for index in range(3)] == pytest.approx(expected, abs=1e-5)

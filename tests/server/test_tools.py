@@ -77,7 +77,13 @@ TOOLS = [tool("turn", angle={"enum": [90, 180]}), tool("say", word={"enum": ["ye
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_that_is_required(stream: bool, seed: int, running: Running) -> None:
-    asked = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "seed": seed, "temperature": 1.5}
+    asked: dict[str, Any] = {
+        "tools": TOOLS,
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "seed": seed,
+        "temperature": 1.5,
+    }
     reply = running.chat([{"role": "user", "content": "Go."}], model="tools", stream=stream, max_tokens=90, **asked)
     if stream:
         deltas = [event["choices"][0]["delta"] for event in reply.events[:-1]]
@@ -91,7 +97,7 @@ def test_a_call_that_is_required(stream: bool, seed: int, running: Running) -> N
         assert choice["finish_reason"] == "tool_calls"
         (call,) = choice["message"]["tool_calls"]
         name, arguments = call["function"]["name"], call["function"]["arguments"]
-    allowed = {"turn": [{"angle": 90}, {"angle": 180}], "say": [{"word": "yes"}, {"word": "no"}]}
+    allowed: dict[str, Any] = {"turn": [{"angle": 90}, {"angle": 180}], "say": [{"word": "yes"}, {"word": "no"}]}
     assert json.loads(arguments) in allowed[name]
 
 
