@@ -175,6 +175,15 @@ def no_gate(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Attention, "_split_gate", lambda self, op, x: (split(self, op, x)[0], None))
 
 
+def other_gate(patch: pytest.MonkeyPatch) -> None:
+    def split_gate(self: Attention, op: Any, projected: Any) -> Any:
+        qkv, gate = right(self, op, projected)
+        return qkv, op.Neg(gate)
+
+    right = Attention._split_gate
+    patch.setattr(Attention, "_split_gate", split_gate)
+
+
 def unscaled(patch: pytest.MonkeyPatch) -> None:
     def linear_attention(op: Any, q: Any, *rest: Any) -> Any:
         return right(op, op.Mul(q, 4.0), *rest)
@@ -497,7 +506,7 @@ def test_verified(member: Member, precision: str, made: Made) -> None:
 @pytest.mark.parametrize(
     ("fault", "stage"),
     [
-        (no_gate, "gated attention"),
+        (other_gate, "gated attention"),
         (other_heads, "recurrence"),
         (early_kernel, "convolution"),
     ],
