@@ -70,14 +70,14 @@ class Settings:
         check_number("stall", self.stall, 2, math.inf)
         check_number("drain_seconds", self.drain_seconds, 0, 86400)
         if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):
-            raise OptionError(f"{option('api_key')} must be a text of ASCII characters that is not empty.")
+            raise OptionError(f"{option('api_key')} must be ASCII text that is not empty.")
         if self.api_key is not None and self.no_auth:
             raise OptionError(f"{option('api_key')} and {option('no_auth')} exclude each other.", "Give one of them.")
         if not self.is_local and self.api_key is None and not self.no_auth:
             raise OptionError(
-                f"At {self.host} other machines can connect, and there is no key that they must know.",
-                f"Give one with {option('api_key')} or in the environment variable VLPACK_API_KEY, or say "
-                f"{option('no_auth', True)}.",
+                f"Other machines can connect to {self.host}, but no key is set.",
+                f"Set one with {option('api_key')} or the environment variable VLPACK_API_KEY, or allow access without "
+                f"one with {option('no_auth', True)}.",
             )
         for origin in self.allow_origins:
             if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
