@@ -45,12 +45,12 @@ from vlpack.system import checked_threads
 
 
 class Occupancy(NamedTuple):
-    """How busy an engine is.
+    """The occupancy of an engine at one moment.
 
     Attributes:
-        slots: how many requests it answers at a time.
-        busy: slots that are in use.
-        waiting: requests that wait for a slot.
+        slots: number of requests that it answers at a time.
+        busy: number of slots in use.
+        waiting: number of requests that wait for a slot.
     """
 
     slots: int

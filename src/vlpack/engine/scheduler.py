@@ -74,7 +74,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for a slot."""
+        """The number of requests that wait for a slot."""
         with self._changed:
             return len(self._queue)
 
