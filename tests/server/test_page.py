@@ -75,7 +75,7 @@ def test_a_question_about_an_image(page: Browser, running: Running) -> None:
     ask(page, "Read the digits.", IMAGES / "00.png")
     said = last(page)
     assert said.split()[1:3] == ANSWERS["00.png"]["read"].split()
-    assert "tokens · first after" in said
+    assert "tokens · first token after" in said
     page.value(
         "[...document.querySelectorAll('article.assistant button')].find((b) => b.innerText === 'Regenerate').click()"
     )
