@@ -135,11 +135,13 @@ def main() -> None:
     arguments.add_argument("--prompt", type=int, default=512, help="tokens of each prompt without an image")
     arguments.add_argument("--new", type=int, default=64, help="tokens of each answer")
     arguments.add_argument("--threads", type=int)
-    arguments.add_argument("--image", metavar="WxH", help="a picture in each prompt, which is short then")
-    arguments.add_argument("--long", type=int, help="tokens of a prompt that arrives while an answer is on its way")
-    arguments.add_argument("--stall", type=float, default=4.0, help="as of Engine; inf is the fastest for all together")
-    arguments.add_argument("--no-speculation", action="store_true", help="guess no tokens")
-    arguments.add_argument("--skip-alone", action="store_true", help="leave vlpack.load out")
+    arguments.add_argument("--image", metavar="WxH", help="size of an image in each prompt, whose text is then short")
+    arguments.add_argument("--long", type=int, help="tokens of a prompt that arrives while an answer is running")
+    arguments.add_argument(
+        "--stall", type=float, default=4.0, help="as in vlpack.Engine; inf gives the highest throughput"
+    )
+    arguments.add_argument("--no-speculation", action="store_true", help="turn speculation off")
+    arguments.add_argument("--skip-alone", action="store_true", help="do not measure vlpack.load")
     arguments.add_argument("--output", type=Path)
     given = arguments.parse_args()
     size = 16 if given.image else given.prompt

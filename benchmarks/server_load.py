@@ -1,10 +1,10 @@
-"""Asks a server many things at once, some of them wrong or broken off, and says how much memory it takes.
+"""Sends many requests to a server at once, some of them invalid or aborted, and measures the server's memory.
 
 Usage: python benchmarks/server_load.py PACKAGE [--requests 2000] [--clients 32] [--output load.json]
 
-PACKAGE is one that reads the shipped images (vlpack demo --output digits). Starts `vlpack serve` in a process of its
-own. Fails where an answer is wrong, where a slot stays in use, or where the memory after all requests is more than 5%
-above that after the first tenth.
+PACKAGE must be a package that reads the shipped images (vlpack demo --output digits). The script starts `vlpack serve`
+in its own process. It fails if an answer is wrong, if a slot stays in use, or if the memory after all requests is more
+than 5% above that after the first tenth.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def message(name: str, url: str | None = None) -> list[dict[str, Any]]:
 
 
 class Client:
-    """Sends requests of many kinds to a server at a port of this machine."""
+    """A client that sends requests of many kinds to a server on this machine."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -105,7 +105,7 @@ class Client:
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that a process has now (Linux)."""
+    """The resident memory of a process in bytes (Linux)."""
     found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
@@ -157,7 +157,7 @@ def main() -> None:
     if given.output:
         given.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
     if unexpected or result["slots_busy"] or code or result["growth"] > 0.05:
-        sys.exit("The server did not do what it should.")
+        sys.exit("The server did not behave as expected.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Where the time of one decoding step goes: a package's decoder in plain onnxruntime, by operator.
+"""Measures the time of one decoding step by operator: a package's decoder in plain onnxruntime.
 
 Products with weights read every weight once, so their time is bound by memory. All other operators are overhead that a
 faster memory would not remove. The runtime's own overhead is the difference between the time of a token in

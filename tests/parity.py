@@ -158,7 +158,7 @@ def dtype_of(port: Any) -> type[np.generic]:
 
 
 def nothing_yet(port: Any, batch: int) -> np.ndarray:
-    """What a decoder's input of a cache or a state is before the first token: no keys, or zeros."""
+    """The value of a decoder's cache or state input before the first token: no keys, or zeros."""
     return np.zeros([batch, *(0 if isinstance(size, str) else size for size in port.shape[1:])], dtype_of(port))
 
 

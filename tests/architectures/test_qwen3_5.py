@@ -1,6 +1,6 @@
-"""Qwen3.5: states over chunks and long prompts, planted faults, conversations, and what is kept in fp32.
+"""Qwen3.5: states over chunks and long prompts, planted faults, conversations, and weights kept in fp32.
 
-Parts, whole, greedy tokens and precisions of its checkpoints are tested with all other families' in test_family.
+test_family tests the parts, the whole graph, greedy tokens and precisions, together with all other families.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Made = Callable[[Member], "Hybrid"]
 
 
 class Hybrid:
-    """A checkpoint, its package, and the reference."""
+    """A checkpoint with its packages and the reference model."""
 
     def __init__(self, member: Member, folder: Path) -> None:
         self.member, self.checkpoint, self.folder = member, make_member(folder / "checkpoint", member), folder
@@ -61,7 +61,7 @@ class Hybrid:
         self._package: Package | None = None
 
     def build(self, name: str, *extra: str, precision: str = "fp32", **options: Any) -> Path:
-        """The folder of a package, built once for each name."""
+        """Builds a package once for each name and returns its folder."""
         folder = self.folder / name
         if not folder.exists():
             options["extra_options"] = parse_extra_options(extra)
@@ -70,7 +70,7 @@ class Hybrid:
 
     @property
     def package(self) -> Package:
-        """The sessions of the fp32 package, with the logits of all tokens."""
+        """The sessions of the fp32 package, built to return the logits of all tokens."""
         if self._package is None:
             self._package = Package(self.build("all", "prune_lm_head=false"))
         return self._package
@@ -82,7 +82,7 @@ class Hybrid:
         return logits
 
     def generated(self, ids: np.ndarray, count: int) -> list[int]:
-        """The reference's greedy answer; its end is ignored."""
+        """The first ``count`` tokens of the reference's greedy answer, without stopping at an end token."""
         given = torch.tensor(ids).long()
         out = self.reference.generate(
             given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=count, eos_token_id=None
@@ -109,7 +109,7 @@ def random_ids(count: int, seed: int = 0) -> np.ndarray:
 
 
 def in_steps(package: Package, ids: np.ndarray, *steps: int) -> np.ndarray:
-    """The logits of all tokens of a text, given to the decoder in steps of so many tokens."""
+    """The logits of all tokens of a text that the decoder processes in calls with these numbers of tokens."""
     assert sum(steps) == ids.shape[1]
     past, first, found = None, 0, []
     for step in steps:
@@ -273,7 +273,7 @@ TURNS = ["What is this?", "And its colour?", "Which is older, and why is it so?"
 @pytest.mark.parametrize("count", [1, 2, 12])
 @pytest.mark.parametrize("member", **MEMBERS)
 def test_conversations(member: Member, count: int, made: Made) -> None:
-    """Turn by turn the answer is transformers', whether the prompt continues what was seen or not."""
+    """In every turn the answer equals transformers', whether or not the prompt continues the earlier sequence."""
     hybrid = made(member)
     model = Model(hybrid.build("last"), threads=1)
     chat = model.chat(max_tokens=count, sampling=GREEDY)
@@ -283,7 +283,7 @@ def test_conversations(member: Member, count: int, made: Made) -> None:
         answer = chat.ask(text)
         assert answer.tokens == hybrid.generated(prompt.input_ids, count)
         reused.append(answer.stats.reused_tokens)
-    # most long answers of random weights come out as other tokens when they are tokenized again
+    # most long answers of random weights have other tokens when they are tokenized again
     assert not all(reused[1:]) if count == 12 else any(reused)
 
 
@@ -291,7 +291,7 @@ THINKING = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
-"""A template that thinks by default and leaves the reasoning of earlier turns out, as published ones do."""
+"""A template that, like published ones, thinks by default and omits the reasoning of earlier turns."""
 
 
 def test_thinking_by_default(made: Made, tmp_path: Path) -> None:
@@ -306,13 +306,13 @@ def test_thinking_by_default(made: Made, tmp_path: Path) -> None:
         assert prompt.text.endswith("<think>\n")
         answer = chat.ask(text)
         assert answer.tokens == hybrid.generated(prompt.input_ids, 6)
-        assert chat.messages[-1]["reasoning_content"]  # all of it, because random weights do not close it
+        assert chat.messages[-1]["reasoning_content"]  # the whole answer: random weights do not end it
         assert not chat.messages[-1]["content"]
         assert answer.stats.reused_tokens == 0, number
 
 
 def test_going_back_is_wrong(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The runtime's own way of taking tokens back, which vlpack must not take, changes the answer."""
+    """The runtime's own rewinding changes the answer, so vlpack must not use it."""
     hybrid = made(SEES)
     model = Model(hybrid.build("last"), threads=1)
     monkeypatch.setattr(Model, "keeps_states", False)
@@ -365,7 +365,7 @@ def test_what_is_kept_in_fp32(precision: str, others: str, made: Made) -> None:
 
 
 def with_more(checkpoint: Path, folder: Path, *names: str) -> Path:
-    """A copy of a checkpoint with more tensors of these names."""
+    """A copy of a checkpoint with additional tensors of these names."""
     shutil.copytree(checkpoint, folder)
     tensors = load_file(folder / WEIGHTS)
     save_file(tensors | {name: np.ones((4, 4), np.float32) for name in names}, folder / WEIGHTS)
@@ -435,7 +435,7 @@ def test_adapters_in_layers_of_both_kinds(made: Made, tmp_path: Path) -> None:
     adapted.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         wanted = adapted.merge_and_unload().eval()(torch.tensor(ids)).logits.numpy()
-    assert relative(wanted, hybrid.wanted(ids)) > 0.02  # it matters
+    assert relative(wanted, hybrid.wanted(ids)) > 0.02  # the adapters change the result
     extra = parse_extra_options(["prune_lm_head=false"])
     build(hybrid.checkpoint, tmp_path / "p", precision="fp32", lora=tmp_path / "adapter", extra_options=extra)
     assert relative(in_steps(Package(tmp_path / "p"), ids, 40), wanted) < TOLERANCE
@@ -443,7 +443,7 @@ def test_adapters_in_layers_of_both_kinds(made: Made, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("member", [TEXT, SEES], ids=lambda member: member.name)
 def test_an_8_bit_cache(member: Member, made: Made) -> None:
-    """Keys and values are in 8 bits, also of heads that are rotated in part; states stay fp32."""
+    """Keys and values have 8 bits, including those of partially rotated heads; states stay fp32."""
     hybrid, ids = made(member), random_ids(70)
     package = Package(hybrid.build("cache", "kv_cache=int8", "prune_lm_head=false"))
     types = {port.name.rpartition(".")[2]: port.type for port in package.sessions["decoder"].get_inputs()}
@@ -489,7 +489,7 @@ def test_bits_by_halves_of_layers(made: Made, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 @pytest.mark.parametrize("member", **MEMBERS)
 def test_verified(member: Member, precision: str, made: Made) -> None:
-    """In exact arithmetic with the package's weights, all stages are the reference's, those inside of layers too."""
+    """In exact arithmetic with the package's weights, all stages equal the reference's, also those inside layers."""
     hybrid = made(member)
     sees = member.vision is not None
     cases = built_in(sees=sees, videos=sees)
@@ -499,7 +499,7 @@ def test_verified(member: Member, precision: str, made: Made) -> None:
     assert max(stage.graph.relative for stage in stages if stage.graph) < 1e-4
     names = {stage.name.partition(": ")[2] for stage in stages}
     assert names >= {"convolution", "gates", "recurrence", "gated norm", "gated attention"}
-    if precision == "fp32":  # what rounding does to random weights is not judged here
+    if precision == "fp32":  # the effect of rounding on random weights is not checked here
         assert not report.findings
 
 
@@ -523,7 +523,7 @@ def test_verify_names_the_stage(
 
 
 def test_an_altered_norm_is_found(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package whose norms lack the 1 is not what vlpack makes of the checkpoint."""
+    """Verification reports a package whose norm weights lack the added 1."""
     hybrid = made(TEXT)
     with monkeypatch.context() as patched:
         no_one(patched)
@@ -534,7 +534,7 @@ def test_an_altered_norm_is_found(made: Made, tmp_path: Path, monkeypatch: pytes
 
 
 def test_text_alone(made: Made, tmp_path: Path) -> None:
-    """A checkpoint with vision as a text package answers texts as the whole model does."""
+    """A text package of a checkpoint with vision gives the same answers to texts as the complete model."""
     hybrid = made(SEES)
     build(hybrid.checkpoint, tmp_path / "p", precision="fp32", part="text")
     config = json.loads((tmp_path / "p" / "genai_config.json").read_text(encoding="utf-8"))
@@ -620,4 +620,4 @@ def test_published_configs(size: str, vision_type: str, old: bool, tmp_path: Pat
     assert frequencies.axis_of[:6].tolist() == [0, 1, 2, 0, 1, 2]
     assert np.bincount(frequencies.axis_of).tolist() == [11, 11, 10]
     assert architecture.vision is not None
-    assert architecture.vision.image_token_id == 248056  # the default: the config has none
+    assert architecture.vision.image_token_id == 248056  # the default, because the config has no such id

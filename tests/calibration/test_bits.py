@@ -67,7 +67,7 @@ LAYERS = (0, 2, 10, 11, 27)
 
 
 def test_sensitive_matrices_have_8_bits_by_default() -> None:
-    """They have 4 bits if matrices are calibrated, or the bits that other options choose."""
+    """The default applies unless matrices are calibrated, which then have 4 bits, or other options choose the bits."""
     facts = PrecisionFacts(num_hidden_layers=28)
 
     def labels(name: str = "self_attn.qkv_proj", **options: Any) -> list[str]:

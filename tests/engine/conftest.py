@@ -16,7 +16,7 @@ from vlpack.runtime.model import Model
 TINY = Tiny(seed=1)
 PACKED = pytest.mark.skipif(
     tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 32),
-    reason="steps judge several tokens of an answer from onnxruntime 1.32 on",
+    reason="steps check several tokens of an answer from onnxruntime 1.32 on",
 )
 
 

@@ -140,11 +140,12 @@ def test_short_ends_of_prompts_share_a_call(engine: Callable[..., Engine], alone
     made.submit([SYSTEM, user(long)], max_tokens=1, sampling=GREEDY).result(30)
     prompts = [made.prompt([SYSTEM, user(long + end)]) for end in ("who", "the river rose", "night", "and who", "who")]
     before = made.counters.chunks, made.counters.prompt_tokens
-    with made._scheduler._changed:  # all come between two steps
+    with made._scheduler._changed:  # all are submitted between two steps
         handles = [made.submit(prompt, max_tokens=12, sampling=GREEDY) for prompt in prompts]
     for prompt, handle in zip(prompts, handles, strict=True):
         assert handle.result(30).tokens == alone().generate(prompt, max_tokens=12, sampling=GREEDY).tokens
-    assert handles[4].result().stats.reused_tokens == prompts[4].input_ids.size - 1  # of the first, which it waited for
+    # the last request waited for the first one's prompt and reused it
+    assert handles[4].result().stats.reused_tokens == prompts[4].input_ids.size - 1
     assert made.counters.chunks - before[0] == 2
     left = [handle.result().stats.prompt_tokens - handle.result().stats.reused_tokens for handle in handles]
     assert made.counters.prompt_tokens - before[1] == sum(left)

@@ -1,4 +1,4 @@
-"""JSON-Schema-Test-Suite's schemas: every answer validates by jsonschema, or the schema is refused by a sentence."""
+"""The schemas of JSON-Schema-Test-Suite: answers validate with jsonschema, or the schema is refused with a message."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_the_suite(engine: Callable[..., Engine]) -> None:
             wrong = [error.message for error in validator.iter_errors(answer.parsed)]
             assert not wrong, (case, answer.text)
             ended.add((case["group"], case["description"]))
-        else:  # a random model may not come to an end of what a schema leaves open
+        else:  # a random model may never end an answer if the schema does not bound it
             assert (answer.finish_reason, answer.parsed) == ("length", None)
     taken = {(case["group"], case["description"]) for case, _ in asked}
     assert len(taken) > 160
     assert len(ended) > 0.95 * len(taken)
-    # what llguidance does not know is said, not left out
+    # keywords that llguidance does not support are reported, not ignored
     for key in ("not", "if", "contains", "uniqueItems", "dependentRequired", "propertyNames", "unevaluatedProperties"):
         assert any(f'"{key}"' in said for group in refused.values() for said in group), key
     known = {"const", "enum", "required", "items", "pattern", "type", "properties", "prefixItems", "minLength"}

@@ -1,4 +1,4 @@
-"""Guesses change when tokens come, and never which."""
+"""Speculation changes how fast tokens arrive, but never which tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GREEDY = Sampling(temperature=0)
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guesses are made wherever something can be guessed, however seldom they are right."""
+    """Drafts tokens wherever possible, even if they are seldom accepted."""
     monkeypatch.setattr(StepCost, "price", lambda *_: 0.001)
     monkeypatch.setattr(StepCost, "longest", lambda *_: drafting.LONGEST)
     monkeypatch.setattr(drafting, "LEAST_MATCH", 1)
@@ -53,12 +53,12 @@ def test_the_stock_runtimes_answers(
     check(alone(TINY, *extra, part=part), made, 32, images=part == "all", videos=part == "all")
     counters = made.counters
     assert counters.accepted_tokens > 5
-    assert counters.drafted_tokens > 2 * counters.accepted_tokens  # most are wrong
+    assert counters.drafted_tokens > 2 * counters.accepted_tokens  # most are rejected
     assert counters.steps < counters.answer_tokens
 
 
 def requests(made: Engine) -> list[dict[str, Any]]:
-    """Of all kinds, with texts that repeat themselves."""
+    """Requests with all kinds of options and with texts that repeat themselves."""
     rng = random.Random(7)
     asked: list[dict[str, Any]] = []
     for number in range(24):
@@ -71,7 +71,7 @@ def requests(made: Engine) -> list[dict[str, Any]]:
         {"temperature": 0, "repetition_penalty": 1.3, "frequency_penalty": 0.3, "logprobs": 2},
         {"temperature": 0, "stop": ["e", "  "]},
         {"temperature": 0, "stop_token_ids": [*range(300, 500)]},
-        {"temperature": 0, "max_tokens": 10**6},  # up to the context's end
+        {"temperature": 0, "max_tokens": 10**6},  # until the slot is full
         *({"temperature": 0, "schema": closed(schema)} for schema in SCHEMAS),
         {"temperature": 0.7, "seed": 3, "schema": closed(SCHEMAS[4])},
         {"temperature": 0, "regex": "(ab|cd){3}e*f?"},
@@ -116,7 +116,7 @@ def test_all_that_can_be_asked_is_as_without(engine: Callable[..., Engine], monk
 @PACKED
 @pytest.mark.usefixtures("eager")
 def test_slots_hold_what_was_accepted(engine: Callable[..., Engine], alone: Callable[..., Model]) -> None:
-    """A conversation goes on from keys and values that a judged step wrote."""
+    """A conversation continues with keys and values that were written by a step with draft tokens."""
     made = engine(slots=1)
     messages: list[dict[str, Any]] = [{"role": "user", "content": "one two " * 9}]
     for _ in range(3):
@@ -149,14 +149,14 @@ def test_wrong_guesses_cost_little(
     engine: Callable[..., Engine],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By a clock that counts milliseconds of a 2B model; the same answers would take so many steps without guesses."""
+    """Measured by a simulated clock with a 2B model's times, and compared with the steps without speculation."""
     made = engine(slots=slots)
     run, now = graphs.Graphs.run, [0.0]
     spent = {"as it is": 0.0, "without": 0.0}
 
     def timed(self: Any, binding: Any, tokens: Any, counts: Any, *rest: Any) -> Any:
         now[0] += 1e-3 * (weights + token * int(counts.sum()))
-        if len(rest[-1]) == counts.sum():  # no part of a prompt
+        if len(rest[-1]) == counts.sum():  # not a part of a prompt
             spent["as it is"] += weights + token * int(counts.sum())
             spent["without"] += weights + token * int((counts > 0).sum())
         return run(self, binding, tokens, counts, *rest)
@@ -203,7 +203,7 @@ def test_what_repeats_is_continued() -> None:
     assert found([4, 5, 6, 4, 5], 1) == [6]
     assert found([4, 5, 6, 4, 5], 4) == [6, 4, 5, 6]
     assert found([4, 5, 6, 4, 5], 7, stake=0) == []
-    assert found([4, 5, 6, 4, 5], 7, price=1.5, stake=4) == [6]  # what wrong ones may cost allows one
+    assert found([4, 5, 6, 4, 5], 7, price=1.5, stake=4) == [6]  # the stake allows one
 
 
 def test_the_price_of_a_token() -> None:
@@ -214,7 +214,7 @@ def test_the_price_of_a_token() -> None:
     assert cost.price(1) == pytest.approx(16 / 56, rel=0.01)
     assert cost.price(8) == pytest.approx(8 * 16 / 168, rel=0.01)
     assert cost.longest(1) == drafting.LONGEST
-    assert cost.longest(8) == 5  # half of 168 more
+    assert cost.longest(8) == 5  # half of a step's 168 ms
     assert cost.paid(1, 4, 0.056 + 4 * 0.016) == pytest.approx(cost.price(1), rel=0.01)
     assert cost.paid(1, 4, 0.056 + 4 * 0.032) == pytest.approx(2 * cost.price(1), rel=0.01)
     assert cost.paid(1, 4, 0.01) == cost.price(1)

@@ -1,4 +1,4 @@
-"""Boxes and points in answers, and where they are drawn."""
+"""Boxes and points are read from answers and drawn at their places."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_drawing() -> None:
     marks = [Mark((250, 250, 750, 750), ""), Mark((900, 500), "far"), Mark((-50, 0, 2000, 1000), "")]
     drawn = draw_marks(white, marks)
     assert drawn.size == white.size
-    assert set(np.asarray(white).ravel()) == {255}  # the picture itself stays
+    assert set(np.asarray(white).ravel()) == {255}  # the original image is not changed
     for x, y in ((100, 100), (200, 50), (299, 100), (200, 149)):
         assert colour(drawn, x, y) == HUES[0]
     assert colour(drawn, 200, 100) == "#ffffff"
     assert colour(drawn, 359, 99) == HUES[1]
     for x, y in ((0, 100), (399, 100), (200, 0), (200, 199)):
-        assert colour(drawn, x, y) == HUES[0]  # what lies outside is drawn at the edge
+        assert colour(drawn, x, y) == HUES[0]  # marks outside of the image are drawn at its edge
     labelled = draw_marks(white, [Mark((0, 0, 1000, 1000), "label\n" * 50)])
     assert np.count_nonzero(np.asarray(labelled) != np.asarray(draw_marks(white, [Mark((0, 0, 1000, 1000), "")]))) > 500

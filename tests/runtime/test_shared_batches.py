@@ -1,4 +1,4 @@
-"""What several threads ask of an embedding model or reranker is computed together, and is as alone."""
+"""Prompts of several threads share batches, with the same results as separate calls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def prompt(length: int, value: int = 0) -> Prompt:
 
 
 def items(images: bool) -> list[Any]:
-    """Texts of very different lengths and, for models that see, images among them."""
+    """Texts of very different lengths and, for models with vision, images among them."""
     made: list[Any] = [f"{number} {text}" for number, text in enumerate(TEXTS * 3)]
     if images:
         made[1::3] = [{"image": picture(32 + 16 * n, 48, n), "text": text} for n, text in enumerate(made[1::3])]
@@ -68,7 +68,7 @@ def test_many_threads(sees: bool, task: str, tmp_path: Path, monkeypatch: pytest
 
 
 class Slow:
-    """A model whose first batch takes until all have asked; its row of a prompt is its first token."""
+    """A model whose first batch waits until all callers have called; the row of a prompt is its first token."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -87,7 +87,7 @@ class Slow:
 def shared(
     monkeypatch: pytest.MonkeyPatch, jobs: list[list[int]], make: Callable[[], Slow] = Slow
 ) -> tuple[Slow, list[Any]]:
-    """What several threads are given who ask, one after the other, while the first one's prompt is computed."""
+    """The results of several threads that call one after the other while the first one's prompt is computed."""
     monkeypatch.setattr("vlpack.runtime.retrieval.BATCH_TOKENS", 40)
     model = make()
     batches = SharedBatches(model, _batches)
@@ -119,8 +119,8 @@ def test_callers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.batches[0] == [1]
     assert all(len(batch) <= 4 for batch in model.batches)
     last = max(number for number, batch in enumerate(model.batches) if {2, 3, 4} & set(batch))
-    assert last <= 4  # of 7: nobody waits for all of the many
-    assert any(len({value >= 100 for value in batch}) == 2 for batch in model.batches)  # of several callers
+    assert last <= 4  # of 7 batches: no caller waits for all prompts of the largest one
+    assert any(len({value >= 100 for value in batch}) == 2 for batch in model.batches)  # of several callers together
 
 
 def test_what_fails_fails_for_its_caller_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""A page in headless Chromium, driven over its debugging pipe: no driver and no package is needed for it."""
+"""A page in headless Chromium, controlled over its debugging pipe, which needs neither a driver nor a package."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Browser:
     """A browser with one page.
 
     Args:
-        profile: a folder for what it keeps.
+        profile: folder for the browser's profile.
 
     Attributes:
-        console: what pages wrote to the console, and errors of the browser, such as blocked scripts.
-        requests: addresses that were asked for.
+        console: messages of pages on the console, and errors of the browser, such as blocked scripts.
+        requests: addresses that the browser requested.
     """
 
     def __init__(self, profile: Path) -> None:
@@ -52,7 +52,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> Any:
-        """Calls a method of the debugging protocol."""
+        """Calls a method of the debugging protocol and returns its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -83,13 +83,13 @@ class Browser:
         return found
 
     def open(self, url: str, width: int = 1200, height: int = 800, scheme: str = "light") -> None:
-        """Opens a page in a window of a size, in a colour scheme."""
+        """Opens a page in a window of this size, in pixels, and with this colour scheme."""
         self.size(width, height, scheme)
         self.call("Page.navigate", url=url)
         self.until("document.readyState === 'complete'")
 
     def size(self, width: int, height: int, scheme: str) -> None:
-        """Changes the window."""
+        """Changes the window's size and colour scheme."""
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
         )
@@ -97,7 +97,7 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=[feature])
 
     def value(self, script: str) -> Any:
-        """What an expression is in the page; promises are waited for."""
+        """Evaluates an expression in the page and returns its value; waits for promises."""
         found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
@@ -110,27 +110,27 @@ class Browser:
             time.sleep(0.05)
 
     def type(self, text: str) -> None:
-        """Types a text where the focus is."""
+        """Types a text into the focused element."""
         self.call("Input.insertText", text=text)
 
     def press(self, key: str, code: int, text: str = "", modifiers: int = 0) -> None:
-        """Presses a key."""
+        """Presses and releases a key."""
         parameters = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
         self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **parameters)
         self.call("Input.dispatchKeyEvent", type="keyUp", **parameters)
 
     def choose(self, selector: str, *files: Path) -> None:
-        """Chooses files in an input."""
+        """Selects files in a file input."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
 
     def picture(self, file: Path) -> None:
-        """Writes a screenshot."""
+        """Writes a screenshot of the page to a file."""
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends the browser."""
         self._process.kill()
         self._process.wait()
         os.close(self._in)

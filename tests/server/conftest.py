@@ -1,4 +1,4 @@
-"""A server on a free port of this machine, over packages that are made for the tests."""
+"""Fixtures: servers on free ports of this machine, with packages that are built for the tests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Call one so: <tool_call>{"name": NAME, "arguments": OBJECT}</tool_call><|im_end|
 {% endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-"""A chat template that takes tools, in the way of Qwen3's."""
+"""A chat template that supports tools in the same way as Qwen3's."""
 
 
 def data_uri(path: Path, kind: str = "image/png") -> str:
@@ -57,7 +57,7 @@ def seen(name: str = "00.png", question: str = "Read the digits.") -> list[dict[
 
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Packages by name: one that reads digits, one whose template takes tools, an embedding model, a reranker."""
+    """Packages by name: one that reads digits, one whose template supports tools, an embedding model, a reranker."""
     folder = tmp_path_factory.mktemp("served")
     build(DIGITS, folder / "digits", precision="fp32", threads=1)
     source = make_checkpoint(folder / "source", Tiny(seed=1))
@@ -72,7 +72,7 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @dataclass
 class Reply:
-    """An answer over HTTP."""
+    """A response over HTTP."""
 
     status: int
     headers: Any
@@ -88,7 +88,7 @@ class Reply:
 
     @property
     def events(self) -> list[Any]:
-        """The data of server-sent events."""
+        """The data of all server-sent events in the response."""
         lines = [line[6:] for line in self.data.decode().split("\n") if line.startswith("data: ")]
         return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
@@ -97,8 +97,8 @@ class Running:
     """A server that runs in a thread of this process.
 
     Attributes:
-        url: where it listens.
-        server: itself.
+        url: address of the server.
+        server: the server object.
     """
 
     def __init__(self, packages: dict[str, Path], settings: Settings) -> None:
@@ -113,7 +113,7 @@ class Running:
             time.sleep(0.01)
 
     def ask(self, path: str, body: Any = None, **headers: str) -> Reply:
-        """POST of JSON (or bytes as they are), or GET without a body."""
+        """Sends a POST request with JSON, or with bytes unchanged; without a body, a GET request."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         given = {"Content-Type": "application/json"} if data is not None else {}
         given |= {name.replace("_", "-"): value for name, value in headers.items()}
@@ -129,7 +129,7 @@ class Running:
         return self.ask("/v1/chat/completions", body)
 
     def idle(self, model: str = "digits") -> None:
-        """Waits until nothing is answered; fails where a slot stays in use."""
+        """Waits until no request is running; fails if a slot stays in use."""
         engine = self.server.models.served[model].chats
         end = time.monotonic() + 20
         while engine.occupancy.busy or engine.occupancy.waiting:
@@ -145,7 +145,7 @@ class Running:
 
 @pytest.fixture(scope="session")
 def running(packages: dict[str, Path]) -> Iterator[Running]:
-    """A server of all packages."""
+    """A server with all packages."""
     made = Running(packages, Settings(port=0, context=600, threads=1))
     yield made
     made.close()
@@ -153,7 +153,7 @@ def running(packages: dict[str, Path]) -> Iterator[Running]:
 
 @pytest.fixture
 def start(packages: dict[str, Path]) -> Iterator[Callable[..., Running]]:
-    """Starts a server of packages of these names with other settings, which ends with the test."""
+    """Returns a function that starts a server with these packages and settings; it ends after the test."""
     made: list[Running] = []
 
     def get(*names: str, **settings: Any) -> Running:
@@ -167,7 +167,7 @@ def start(packages: dict[str, Path]) -> Iterator[Callable[..., Running]]:
 
 
 def wrong(reply: Reply, status: int, said: str, param: str | None = None) -> None:
-    """Checks an error in OpenAI's form."""
+    """Checks that a response is an error in OpenAI's format with this status, text and param."""
     assert reply.status == status, reply.data
     error = reply.json["error"]
     assert said in error["message"], error

@@ -1,4 +1,4 @@
-"""The openai package, unchanged, against a server: what most programs use."""
+"""The unchanged openai package as the client of a server, because most programs use it."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_tools(client: Any) -> None:
         (streamed,) = stream.get_final_completion().choices[0].message.tool_calls
     assert "tool_calls.function.arguments.delta" in kinds
     assert (streamed.function.name, streamed.function.arguments) == (call.function.name, call.function.arguments)
-    # and the conversation goes on with what the tool says
+    # the conversation continues with the tool's result
     messages += [message.model_dump(exclude={"parsed"}), {"role": "tool", "tool_call_id": call.id, "content": "Rain."}]
     after = client.chat.completions.create(
         model="tools", messages=messages, tools=asked["tools"], temperature=0, max_tokens=5

@@ -1,4 +1,4 @@
-"""The curl lines of docs/serve.md do what the page says."""
+"""The curl commands in docs/serve.md work as the page says."""
 
 from __future__ import annotations
 

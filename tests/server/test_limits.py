@@ -1,4 +1,4 @@
-"""Who may ask, for how much, and what a server does with clients that leave or do not listen."""
+"""Access and limits of a server, and its behaviour when clients disconnect or do not read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_key(start: Callable[..., Running]) -> None:
 
 
 def test_other_machines_need_a_key() -> None:
-    with pytest.raises(OptionError, match="no key that they must know"):
+    with pytest.raises(OptionError, match="no key is set"):
         Settings(host="0.0.0.0")
     with pytest.raises(OptionError, match="exclude each other"):
         Settings(api_key="a", no_auth=True)
@@ -53,7 +53,7 @@ def test_web_pages_of_others(start: Callable[..., Running]) -> None:
     assert made.ask("/health", Origin=made.url).status == 200
     wrong(made.ask("/health", Origin="https://theirs.example"), 403, "may not use this server")
     wrong(made.ask("/health", Origin="null"), 403, "may not use this server")
-    wrong(made.ask("/health", Host="rebound.example"), 403, "localhost or 127.0.0.1")
+    wrong(made.ask("/health", Host="rebound.example"), 403, "localhost and 127.0.0.1")
     allowed = made.ask("/health", Origin="https://ours.example")
     assert allowed.headers["Access-Control-Allow-Origin"] == "https://ours.example"
     connection = http.client.HTTPConnection("127.0.0.1", made.port)
@@ -112,7 +112,7 @@ def test_files_of_the_machine_are_never_read(running: Running, tmp_path: Path) -
         assert running.chat([{"role": "user", "content": [part]}]).status == 400
     for item in (str(path), {"image": str(path)}):
         reply = running.ask("/v1/embeddings", {"model": "embedding", "input": [item]})
-        assert reply.status == (200 if isinstance(item, str) else 400)  # a path is a text like any other
+        assert reply.status == (200 if isinstance(item, str) else 400)  # a path in a message is only text
 
 
 def test_urls_of_the_private_network_are_not_fetched(running: Running) -> None:
@@ -176,7 +176,7 @@ def _until(true: Callable[[], bool], seconds: float = 20) -> None:
 
 
 def leaving(running: Running, body: dict[str, Any], after: Callable[[], bool]) -> None:
-    """Sends a request and closes the connection when something is true."""
+    """Sends a request and closes the connection as soon as ``after`` returns true."""
     data = json.dumps({"model": "tools", "messages": LONG, "max_tokens": 550, **body}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(data)}\r\n"
     connection = socket.create_connection(("127.0.0.1", running.port))
@@ -198,7 +198,7 @@ def test_a_client_that_leaves_frees_its_slot(stream: bool, running: Running) -> 
 
 
 def test_a_client_that_leaves_while_its_prompt_is_made(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread that makes it goes on and submits it, and what it submitted is cancelled."""
+    """The thread that makes the prompt continues and submits the request, which is then cancelled."""
     entered, left = threading.Event(), threading.Event()
     asked: list[Any] = []
 
@@ -226,7 +226,7 @@ def test_a_client_that_leaves_while_its_package_loads(start: Callable[..., Runni
 
 
 def test_a_client_that_does_not_read(running: Running) -> None:
-    """Its answer is made all the same, and its slot is free then."""
+    """The client's answer is generated anyway, and its slot is free afterwards."""
     body = json.dumps({"model": "tools", "messages": LONG, "max_tokens": 500, "stream": True}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
     with socket.socket() as connection:

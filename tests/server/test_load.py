@@ -1,4 +1,4 @@
-"""Many clients at once, some of which leave, do not listen or send nonsense: the others get their right answers."""
+"""Many clients at once: some disconnect, do not read or send invalid requests, and the others get correct answers."""
 
 from __future__ import annotations
 

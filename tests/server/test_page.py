@@ -1,4 +1,4 @@
-"""The page in a real browser: asking, what answers look like, and that nothing of an answer can do harm."""
+"""The web page in a real browser: sending messages, rendering answers, and the safety of hostile answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, running: Running) -> Browser:
-    """The page, just opened, without conversations."""
+    """The page after opening, without stored conversations."""
     browser.open(f"{running.url}/health")
     browser.value("indexedDB.deleteDatabase('vlpack'); localStorage.clear(); sessionStorage.clear()")
     browser.console.clear()
@@ -52,7 +52,7 @@ def last(page: Browser) -> str:
 
 
 def shown(page: Browser, text: str, **turn: Any) -> None:
-    """Opens a conversation with this answer to the question about an image."""
+    """Opens a conversation in which ``text`` is the answer to a message with an image."""
     picture = {"kind": "image", "name": "a.png", "url": "data:image/png;base64," + _png()}
     turns = [{"role": "user", "text": "?", "media": [picture]}, {"role": "assistant", "text": text, **turn}]
     made = json.dumps({"id": "made", "title": "Made", "turns": turns})
@@ -75,13 +75,13 @@ def test_a_question_about_an_image(page: Browser, running: Running) -> None:
     ask(page, "Read the digits.", IMAGES / "00.png")
     said = last(page)
     assert said.split()[1:3] == ANSWERS["00.png"]["read"].split()
-    assert "tokens · first after" in said
+    assert "tokens · first token after" in said
     page.value(
-        "[...document.querySelectorAll('article.assistant button')].find((b) => b.innerText === 'Again').click()"
+        "[...document.querySelectorAll('article.assistant button')].find((b) => b.innerText === 'Regenerate').click()"
     )
     page.until("document.getElementById('status').textContent === 'Answered.'")
     assert page.value("document.querySelectorAll('article').length") == 2
-    page.call("Page.reload")  # it is kept
+    page.call("Page.reload")  # the conversation is kept
     page.until("document.querySelectorAll('#list li').length === 1")
     page.value("document.querySelector('#list button').click()")
     page.until("document.querySelectorAll('article').length === 2")

@@ -1,4 +1,4 @@
-"""Embeddings and reranking over HTTP are those of `vlpack.load`."""
+"""Embeddings and scores over HTTP are the same as those of `vlpack.load`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command itself: what it says, which packages it keeps, and how it ends."""
+"""The command ``vlpack serve``: its messages, which packages it keeps in memory, and its shutdown."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def test_packages_are_loaded_when_they_are_first_asked_for(start: Callable[..., 
     assert made.chat(seen()).json["choices"] == first.json["choices"]
     text = made.ask("/metrics").data.decode()
     tokens = first.json["usage"]["completion_tokens"]
-    assert f'vlpack_answer_tokens_total{{model="digits"}} {2 * tokens}.0' in text  # those before it was closed, too
+    # tokens from before the package was closed are included
+    assert f'vlpack_answer_tokens_total{{model="digits"}} {2 * tokens}.0' in text
 
 
 def test_a_package_in_use_stays(start: Callable[..., Running]) -> None:
@@ -67,7 +68,7 @@ def test_a_package_that_cannot_be_loaded(
     wrong(made.chat(seen()), 500, "is damaged")
     assert made.chat(HELLO, model="tools").status == 200
     shutil.copyfile(packages["digits"] / "tokenizer.json", tmp_path / "broken" / "tokenizer.json")
-    assert made.chat(seen()).status == 200  # it is tried again
+    assert made.chat(seen()).status == 200  # loading is tried again
 
 
 def test_what_the_command_refuses(
@@ -96,7 +97,7 @@ def test_what_the_command_refuses(
 
 @pytest.fixture
 def command(packages: dict[str, Path]) -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
-    """`vlpack serve` in a process of its own, and its address."""
+    """Returns a function that runs `vlpack serve` in its own process and returns the process and its address."""
     made: list[subprocess.Popen[str]] = []
 
     def get(*arguments: str) -> tuple[subprocess.Popen[str], str]:
@@ -124,7 +125,7 @@ def stream(address: str, tokens: int) -> Any:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no such signals")
 def test_it_drains(packages: dict[str, Path], command: Callable[..., Any]) -> None:
-    """What is being answered is answered to its end after SIGTERM, and nothing new is taken."""
+    """After SIGTERM, running answers are finished and new requests are refused."""
     process, address = command(f"other={packages['tools']}")
     with stream(address, 600) as reply:
         reply.readline()

@@ -1,4 +1,4 @@
-"""Calls of tools: read from what a model writes, whatever the pieces, and forced by grammars."""
+"""Tool calls: parsed from generated text in pieces of any size, and forced by grammars."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ARGUMENTS = '{"a": "x}\\"y", "b": [1, {"c": 2}]}'
 
 
 def read(text: str, size: int) -> tuple[str, list[tuple[str, str]]]:
-    """The text and the calls of an answer that arrives in pieces of a size."""
+    """The text and the calls of an answer that arrives in pieces of ``size`` characters."""
     stream, said, calls = CallStream(), "", []
     pieces = [text[start : start + size] for start in range(0, len(text), size)]
     for found in [*(one for piece in pieces for one in stream.push(piece)), *stream.flush()]:
@@ -102,7 +102,7 @@ def test_a_call_that_is_required(stream: bool, seed: int, running: Running) -> N
 
 
 def test_tools_that_must_not_be_called(running: Running) -> None:
-    """With "none" the model is not told of them, so that the prompt is the one without tools."""
+    """With "none", the prompt is the same as without tools."""
     messages = [{"role": "user", "content": "Go."}]
     plain = running.chat(messages, model="tools").json
     none = running.chat(messages, model="tools", tools=TOOLS, tool_choice="none").json
@@ -117,7 +117,7 @@ def prompts(packages: dict[str, Path]) -> PromptBuilder:
 
 @pytest.fixture(scope="module")
 def takes(packages: dict[str, Path], prompts: PromptBuilder) -> Callable[[Any, str], bool]:
-    """Whether an answer that ends there obeys options of the engine."""
+    """Returns a function that checks whether a whole answer satisfies the constraint in options of the engine."""
     grammars = Grammars(packages["tools"] / "tokenizer.json", 2176, {2050})
 
     def check(options: Any, text: str) -> bool:
@@ -152,7 +152,8 @@ def test_what_grammars_take(prompts: PromptBuilder, takes: Callable[[Any, str], 
     assert takes(required, f"{turn(90)}\n{turn(180)}")
     assert not takes(required, turn(91))
     assert not takes(required, "Hello")
-    assert not takes(required, turn(90).replace("90}", '90, "more": 1}'))  # it has what its schema names
+    # only properties that the schema names are allowed
+    assert not takes(required, turn(90).replace("90}", '90, "more": 1}'))
     assert not takes(required, turn(90).replace("turn", "burn"))
     one = constraint(prompts, read_tools(TOOLS, "required", False, prompts))
     assert takes(one, turn(90))
@@ -176,7 +177,7 @@ def test_what_grammars_take(prompts: PromptBuilder, takes: Callable[[Any, str], 
 
 
 def followed(pieces: list[str], *, thinks: bool = False, tools: Tools | None = None) -> tuple[list[Any], Said]:
-    """What is made of pieces that an engine would give."""
+    """The pieces and the final state of an answer whose text the engine generates in these pieces."""
     handle = Handle(None, None)  # type: ignore[arg-type]
     for piece in pieces:
         handle.push(piece)

@@ -113,7 +113,7 @@ Shape = tuple[int | str, ...]
 
 
 def _kept(text: TextFacts, options: GraphOptions, layer: int) -> list[tuple[str, ir.DataType, Shape, Shape]]:
-    """What a layer keeps of the tokens so far: name, dtype, and the shapes before and after, without the batch."""
+    """The caches or states of a layer: name, dtype, and the shapes before and after a call, without the batch."""
     if layer in text.linear_layers:
         assert text.delta_net is not None, "linear layers have sizes"
         # states are fp32 in every precision: errors in them add up over a sequence

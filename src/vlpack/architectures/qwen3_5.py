@@ -1,6 +1,6 @@
-"""Qwen3.5 and Qwen3.6: decoders whose layers have linear attention, and some full attention; perhaps with vision.
+"""Qwen3.5 and Qwen3.6: decoders with linear attention in most layers and full attention in the others.
 
-The vision encoder is Qwen3-VL's without DeepStack. Source: transformers' ``modeling_qwen3_5.py``.
+They have Qwen3-VL's vision encoder without DeepStack, or none. Source: transformers' ``modeling_qwen3_5.py``.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from vlpack.layers.rope import MropeLayout, interleaved_axes
 from vlpack.quantize.policy import STATE_PROVIDERS
 
 LINEAR, FULL = "linear_attention", "full_attention"
-"""The kinds of layers in ``layer_types``."""
+"""Names of the two kinds of layers in ``layer_types``."""
 
 TEXT_DEFAULTS: Mapping[str, Any] = {"head_dim": 256, "num_key_value_heads": 4}
-"""Default values of this family, for configs without them, that differ from those of other text models."""
+"""Values of this family for configs that lack them, where they differ from those of other text models."""
 
 IDS: Mapping[str, int] = {
     "image_token_id": 248056,
@@ -34,7 +34,7 @@ IDS: Mapping[str, int] = {
     "vision_start_token_id": 248053,
     "vision_end_token_id": 248054,
 }
-"""Default ids of the tokens around and for images, for configs without them."""
+"""Ids of the tokens for and around images, for configs that lack them."""
 
 DRAFTS = {"mtp.*": "a layer that drafts tokens, which neither transformers nor the runtime uses with these models"}
 
@@ -47,7 +47,7 @@ def read_hybrid(
     mrope_layout: MropeLayout | None = interleaved_axes,
     grouped: bool = False,
 ) -> TextDecoder:
-    """Read the settings of a decoder with linear and full attention from a config.json and its text part.
+    """Reads the settings of a decoder with linear and full attention from a config.json and its text part.
 
     Args:
         root: the whole config.
@@ -74,14 +74,16 @@ def read_hybrid(
     )
     if not text.flag("attn_output_gate", True):
         raise CheckpointError(f"{text.where}: attention without an output gate (attn_output_gate) is not supported.")
-    text.choice("output_gate_type", ("swish", "silu"), "silu")  # of the gated norm; two names of one function
+    text.choice(
+        "output_gate_type", ("swish", "silu"), "silu"
+    )  # activation of the gated norm; both names mean the same function
     layers, sizes = linear_layers(text, decoder.facts.num_hidden_layers), read_sizes(text, grouped=grouped)
     # the runtime gives such models three rows of positions, whether they use them or not
     return replace(decoder.with_linear_layers(layers, sizes), norm_offset=1.0, output_gate=True, position_axes=3)
 
 
 def linear_layers(text: Section, count: int) -> list[int]:
-    """The indexes of the layers with linear attention, of ``count`` layers.
+    """The indices of those of a model's ``count`` layers that have linear attention.
 
     Raises:
         CheckpointError: a layer is of another kind, or none has full attention.
@@ -97,7 +99,7 @@ def linear_layers(text: Section, count: int) -> list[int]:
 
 
 def read_sizes(text: Section, *, grouped: bool = False) -> DeltaNetSizes:
-    """Read the sizes of linear attention, whose projections may be ``grouped`` (`DeltaNetSizes`).
+    """Reads the sizes of linear attention; ``grouped`` is as in `DeltaNetSizes`.
 
     Raises:
         CheckpointError: a size is out of range or does not fit another.
@@ -119,7 +121,7 @@ def read_sizes(text: Section, *, grouped: bool = False) -> DeltaNetSizes:
 
 
 class Qwen35Text(Architecture):
-    """``Qwen3_5ForCausalLM``, the decoder by itself."""
+    """``Qwen3_5ForCausalLM``: a model that is only the decoder."""
 
     models = "Qwen3.5 and Qwen3.6, text only"
     needs = "onnxruntime 1.31"
@@ -134,7 +136,7 @@ class Qwen35Text(Architecture):
 
 
 class Qwen35(Architecture):
-    """``Qwen3_5ForConditionalGeneration``, the models 0.8B, 2B, 4B, 9B, 27B."""
+    """``Qwen3_5ForConditionalGeneration``: the models 0.8B, 2B, 4B, 9B and 27B, with vision."""
 
     models = "Qwen3.5 0.8B, 2B, 4B, 9B, 27B; Qwen3.6 27B"
     needs = "onnxruntime 1.31"
@@ -147,12 +149,12 @@ class Qwen35(Architecture):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         root = Section(config).with_defaults(IDS)
-        # transformers knows no DeepStack in this family, whatever the config says; published ones say []
+        # transformers ignores DeepStack in this family, whatever the config says; published configs have []
         vision = {**root.section("vision_config").values, "deepstack_visual_indexes": []}
         self.vision_config = Section(vision, f"{root.where}: vision_config")
         self.decoder = read_hybrid(root, root.section("text_config").with_defaults(self.text_defaults), prefix=TEXT)
         self.vision = VisionFacts.read(root, self.vision_config)
-        output_width(self.vision_config, "out_hidden_size", self.text)  # only for its check
+        output_width(self.vision_config, "out_hidden_size", self.text)  # raises an error if the width does not fit
 
     def vision_model(self, options: GraphOptions) -> nn.Module:
         return VisionModel(self.vision_config, options.dtype, self.deepstack)

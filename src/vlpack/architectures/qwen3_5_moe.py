@@ -1,4 +1,4 @@
-"""Qwen3.5-MoE and Qwen3.6-MoE: Qwen3.5 with experts, one of them shared by all tokens, in every feed-forward layer.
+"""Qwen3.5-MoE and Qwen3.6-MoE: Qwen3.5 with experts in every layer, one of which is shared by all tokens.
 
 Source: transformers' ``modeling_qwen3_5_moe.py``.
 """
@@ -19,30 +19,30 @@ DEFAULTS: Mapping[str, Any] = {
     "num_experts": 256,
     "moe_intermediate_size": 512,
     "shared_expert_intermediate_size": 512,
-    "intermediate_size": 1,  # of dense layers, which there are none of
+    "intermediate_size": 1,  # size of dense layers, which these models do not have
 }
-"""Default values of this family, for configs without them, that differ from those of other text models."""
+"""Values of this family for configs that lack them, where they differ from those of other text models."""
 
 
 class _Experts(MixtureOfExperts):
-    """The experts of Qwen3.5-MoE."""
+    """Mixin that adds the experts of Qwen3.5-MoE to a decoder."""
 
     providers = STATE_PROVIDERS
 
     def add_shared(self, text: Section) -> None:
-        """Give every layer experts and a shared one, as a config describes them.
+        """Gives every layer its experts and a shared expert, as the config describes them.
 
         Raises:
             CheckpointError: a value is missing or not supported.
         """
         text = text.with_defaults(DEFAULTS)
-        # transformers makes all layers sparse, and normalizes the shares, whatever a config says
+        # transformers makes all layers sparse and normalizes the experts' shares, whatever a config says
         text = Section({**text.values, "mlp_only_layers": [], "decoder_sparse_step": 1}, text.where)
         self.add_experts(text, norm_topk_prob=True, shared=text.integer("shared_expert_intermediate_size"))
 
 
 class Qwen35MoeText(_Experts, Qwen35Text):
-    """``Qwen3_5MoeForCausalLM``, the decoder by itself."""
+    """``Qwen3_5MoeForCausalLM``: a model that is only the decoder."""
 
     models = "Qwen3.5 and Qwen3.6 with experts, text only"
     genai_type = genai_text_type = "qwen3_5_moe_text"
@@ -54,7 +54,7 @@ class Qwen35MoeText(_Experts, Qwen35Text):
 
 
 class Qwen35Moe(_Experts, Qwen35):
-    """``Qwen3_5MoeForConditionalGeneration``, the models 35B-A3B, 122B-A10B, 397B-A17B."""
+    """``Qwen3_5MoeForConditionalGeneration``: the models 35B-A3B, 122B-A10B and 397B-A17B, with vision."""
 
     models = "Qwen3.5 35B-A3B to 397B-A17B; Qwen3.6 35B-A3B"
     genai_type = "qwen3_5_moe"

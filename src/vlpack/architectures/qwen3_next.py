@@ -22,16 +22,16 @@ DEFAULTS: Mapping[str, Any] = {
     "moe_intermediate_size": 512,
     "shared_expert_intermediate_size": 512,
 }
-"""Default values of this family, for configs without them, that differ from those of other text models."""
+"""Values of this family for configs that lack them, where they differ from those of other text models."""
 
 
 class Qwen3Next(MixtureOfExperts):
-    """``Qwen3NextForCausalLM``, the models 80B-A3B; Instruct and Thinking."""
+    """``Qwen3NextForCausalLM``: the models 80B-A3B Instruct and 80B-A3B Thinking."""
 
     models = "Qwen3-Next 80B-A3B; Instruct and Thinking"
     needs = "onnxruntime 1.31"
     providers = STATE_PROVIDERS
-    # the runtime does not know the name; inputs and outputs are those of Qwen3.5's decoder
+    # the runtime has no type qwen3_next, but inputs and outputs are those of Qwen3.5's decoder
     genai_type = genai_text_type = "qwen3_5_moe_text"
     ignored: Mapping[str, str] = DRAFTS
 

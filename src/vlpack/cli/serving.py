@@ -1,4 +1,4 @@
-"""The command that serves packages: serve."""
+"""The command ``vlpack serve``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from vlpack.errors import OptionError
 def serve(
     packages: Annotated[
         list[str],
-        typer.Argument(metavar="PACKAGE…", help="Folders of packages; NAME=FOLDER gives one another name in requests."),
+        typer.Argument(
+            metavar="PACKAGE…", help="Folders of packages; NAME=FOLDER sets the name of a package in requests."
+        ),
     ],
     host: Annotated[
-        str, typer.Option("--host", help="Address to listen at; others can connect to 0.0.0.0.")
+        str, typer.Option("--host", help="Address to listen at; 0.0.0.0 lets other machines connect.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port to listen at; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option("--port", help="Port to listen at; 0 chooses a free one.")] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -28,37 +30,43 @@ def serve(
             envvar="VLPACK_API_KEY",
             show_envvar=False,
             metavar="KEY",
-            help="Key that requests must carry. The environment variable VLPACK_API_KEY does the same, and others on "
-            "this machine do not see it.",
+            help="Key that requests must send. The environment variable VLPACK_API_KEY does the same, but other users "
+            "of this machine cannot see it.",
         ),
     ] = None,
     no_auth: Annotated[
-        bool, typer.Option("--no-auth", help="Ask for no key although other machines can connect.")
+        bool, typer.Option("--no-auth", help="Accept requests without a key although other machines can connect.")
     ] = False,
-    slots: Annotated[int, typer.Option("--slots", help="Answers of a package that are made at a time.")] = 4,
+    slots: Annotated[int, typer.Option("--slots", help="Number of answers that each package generates at a time.")] = 4,
     context: Annotated[
         int | None,
         typer.Option(
             "--context",
-            help="Tokens of a prompt with its answer. (default: what the model and half of the memory allow)",
+            help="Tokens of prompt and answer together. (default: what the model and half of the memory allow)",
         ),
     ] = None,
-    queue: Annotated[int, typer.Option("--queue", help="Requests of a package that may wait.")] = 64,
+    queue: Annotated[int, typer.Option("--queue", help="Largest number of waiting requests per package.")] = 64,
     stall: Annotated[
         float,
-        typer.Option("--stall", help="How many times as long tokens may take while prompts are read; at least 2."),
+        typer.Option(
+            "--stall", help="Largest slowdown of running answers while prompts are processed, as a factor; at least 2."
+        ),
     ] = 4.0,
     keep_loaded: Annotated[
-        int | None, typer.Option("--keep-loaded", help="Packages that stay in memory. (default: all)")
+        int | None, typer.Option("--keep-loaded", help="Number of packages kept in memory. (default: all)")
     ] = None,
     max_body: Annotated[int, typer.Option("--max-body", help="Largest request, in bytes.")] = 32 * 2**20,
-    max_images: Annotated[int, typer.Option("--max-images", help="Most images and videos of a request.")] = 32,
+    max_images: Annotated[
+        int, typer.Option("--max-images", help="Largest number of images and videos of a request.")
+    ] = 32,
     max_image_pixels: Annotated[
         int, typer.Option("--max-image-pixels", help="Largest image before it is resized, in pixels.")
     ] = 64_000_000,
-    max_prompt: Annotated[int, typer.Option("--max-prompt", help="Most characters of a request.")] = 1_000_000,
+    max_prompt: Annotated[
+        int, typer.Option("--max-prompt", help="Largest number of characters in the texts of a request.")
+    ] = 1_000_000,
     drain_seconds: Annotated[
-        float, typer.Option("--drain-seconds", help="How long answers may go on after SIGTERM.")
+        float, typer.Option("--drain-seconds", help="Seconds that running answers may continue after SIGTERM.")
     ] = 30.0,
     allow_private_urls: opt.PrivateUrls = False,
     allow_origin: Annotated[
@@ -67,7 +75,7 @@ def serve(
     ] = None,
     threads: opt.Threads = None,
 ) -> None:
-    """Serve packages over OpenAI's protocol, with a page to talk to them in a browser."""
+    """Serve packages over OpenAI's protocol, with a web page for conversations."""
     require()
     from vlpack.server.models import named_folders
     from vlpack.server.run import serve as run_server
@@ -103,10 +111,10 @@ def serve(
 
 
 def require() -> None:
-    """Checks that what the server needs is installed.
+    """Checks that the server's dependencies are installed.
 
     Raises:
-        OptionError: something is missing.
+        OptionError: a dependency is missing.
     """
     names = ("fastapi", "uvicorn", "prometheus_client", "llguidance", "pypdfium2")
     missing = [name for name in names if importlib.util.find_spec(name) is None]

@@ -160,11 +160,11 @@ class Constraint:
         return np.unpackbits(bits, bitorder="little", count=self._size).astype(np.bool_)
 
     def forced(self) -> list[int]:
-        """The next tokens, as far as there is no choice of text; another way of cutting it may still be chosen."""
+        """The next tokens that the grammar forces; the model may still choose other tokens for the same text."""
         return list(self._matcher.compute_ff_tokens())
 
     def valid(self, tokens: list[int]) -> list[int]:
-        """Those of these next tokens, from the first on, that the grammar allows."""
+        """The longest prefix of ``tokens`` that the grammar allows next."""
         return tokens[: self._matcher.validate_tokens(tokens)] if tokens else tokens
 
     def push(self, token: int) -> bool:
@@ -184,7 +184,7 @@ class Constraint:
 
 
 def _whole_counts(schema: Any) -> Any:
-    """The schema with numbers such as 2.0 as 2 where it counts: to JSON they are the same, to llguidance not."""
+    """Replaces counts such as 2.0 by 2 in a schema: JSON schemas treat them as equal, but llguidance rejects 2.0."""
     if isinstance(schema, Mapping):
         return {
             key: int(value)

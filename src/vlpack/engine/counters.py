@@ -1,4 +1,4 @@
-"""What an engine has computed, in numbers."""
+"""The counters of an engine: how many tokens it computed, and in how many calls of the decoder."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass
 class Counters:
-    """What the engine has computed.
+    """Counts of what an engine has computed since it was made.
 
     Attributes:
-        prompt_tokens: of prompts, computed.
-        reused_tokens: of prompts that slots held already.
-        answer_tokens: chosen.
-        steps: calls of the decoder for the next token of one or more answers.
-        chunks: calls of the decoder for parts of prompts.
-        idle_rows: rows in those steps that nobody decoded.
-        drafted_tokens: guesses of answers' tokens that steps have judged.
-        accepted_tokens: of these, those that were right.
+        prompt_tokens: number of prompt tokens that were computed.
+        reused_tokens: number of prompt tokens that were not computed, because slots held them already.
+        answer_tokens: number of tokens that were chosen for answers.
+        steps: number of decoder calls that computed next tokens of answers.
+        chunks: number of decoder calls that processed parts of prompts.
+        idle_rows: number of rows that steps computed for slots without a running answer.
+        drafted_tokens: number of draft tokens that steps have checked.
+        accepted_tokens: number of draft tokens that were accepted.
     """
 
     prompt_tokens: int = 0

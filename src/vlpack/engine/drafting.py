@@ -1,9 +1,9 @@
-"""Speculation: guesses of an answer's next tokens, which one step of the decoder confirms or refutes together.
+"""Speculation: drafts an answer's next tokens, so that one step of the decoder checks several of them at once.
 
-Guesses are what followed the last tokens where they occurred before, in prompt or answer (prompt lookup decoding,
-Saxena 2023), and what a grammar leaves no choice of. Every token of the answer is still chosen from its own logits, so
-that guesses change when tokens come, and not which. How many are worth their time depends on how often this answer's
-guesses were right, and on what a token more costs in a step, which is measured.
+Draft tokens are those that followed an earlier occurrence of the last tokens in the prompt or answer (prompt lookup
+decoding, Saxena 2023), or those that a grammar forces. Every token of the answer is still chosen from its own logits,
+so drafts change how fast tokens arrive, but not which ones. The number of draft tokens depends on how often drafts of
+this answer were accepted and on the cost of an additional token in a step, which is measured.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import numpy as np
 import numpy.typing as npt
 
 LONGEST = 16
-"""Tokens that are guessed at a time at most."""
+"""Largest number of draft tokens of an answer in one step."""
 
 LEAST_MATCH, LONGEST_MATCH = 2, 6
-"""How many last tokens must have occurred before, and from which number on more of them make no difference."""
+"""Smallest number of last tokens that must have occurred before, and the number from which on more are not compared."""
 
 EXPECTED = {0: 0.9, 2: 0.25, 3: 0.4, 4: 0.55, 5: 0.65, 6: 0.75}
-"""How often guesses are right before this answer's are known, by the number of tokens that occurred before; 0 are those
-of a grammar."""
+"""Assumed acceptance rate of draft tokens before any of the answer were checked, by the number of last tokens that
+occurred before; 0 stands for tokens that a grammar forces."""
 
 FIRST_STAKE, SHARE, MOST = 0.5, 0.02, 4.0
-"""What an answer may lose by wrong guesses, in tokens: at first, as far as others have left it, more with every token,
-and at most at a time."""
+"""Stake of an answer, that is the cost of rejected draft tokens that it may still cause, measured in tokens: largest
+stake at its beginning, increase with every token, and largest stake at any time."""
 
 LEFT = 0.01
-"""What each token leaves for the first stakes of answers to come."""
+"""Amount, in tokens, that each token of any answer adds to the fund from which new answers get their first stakes."""
 
 TOGETHER = 0.5
-"""By what part of itself one answer's guesses may prolong a step that others wait for."""
+"""Largest share by which the draft tokens of one answer may prolong a step of several answers."""
 
 
 class StepCost:
-    """What a token more costs in a step: seconds by number of tokens, a line through the latest steps."""
+    """The measured time of a step by its number of tokens: a regression line through the latest steps."""
 
     decay = 0.95
 
@@ -47,10 +47,10 @@ class StepCost:
         self._slope = 0.0
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Learn from one step."""
+        """Updates the line with the time of one step."""
         self._left = min(self._left + LEFT * tokens, MOST)
         if self._weight:
-            seconds = min(seconds, 3 * self.seconds(tokens))  # other programs had the cores
+            seconds = min(seconds, 3 * self.seconds(tokens))  # outliers: other programs used the cores
         self._weight = self.decay * self._weight + 1
         share = 1 / self._weight
         before = tokens - self._tokens, seconds - self._seconds
@@ -60,57 +60,57 @@ class StepCost:
         self._variance = keep * (self._variance + share * before[0] ** 2)
         self._covariance = keep * (self._covariance + share * before[0] * before[1])
         if self._variance > 0.05:
-            # a step is at least as long as its tokens, and the first one costs most
+            # the line crosses zero tokens at 0 seconds or above, because the first token costs most
             self._slope = min(max(self._covariance / self._variance, 0.0), self._seconds / max(self._tokens, 1.0))
 
     def seconds(self, tokens: int) -> float:
-        """What a step of so many tokens takes."""
+        """The expected seconds of a step with this number of tokens."""
         return max(self._seconds + self.slope * (tokens - self._tokens), 0.1 * self._seconds)
 
     @property
     def slope(self) -> float:
-        """Seconds of a token more; until steps of different sizes were seen, as if weights took as long as 4."""
+        """Seconds per additional token; assumes that reading weights takes as long as 4 tokens until sizes differ."""
         return self._slope or self._seconds / (self._tokens + 4)
 
     def price(self, tokens: int) -> float:
-        """What a token more costs in a step that makes so many tokens, in tokens that could be made meanwhile."""
+        """The cost of an additional token in a step of ``tokens`` tokens, as tokens that could be made in that time."""
         whole = self.seconds(tokens)
         return tokens * self.slope / whole if whole else 1.0
 
     def paid(self, tokens: int, guesses: int, seconds: float) -> float:
-        """What each guess did cost in a step that judged some: at least its price, and more where the step took longer.
+        """The cost in tokens of each draft token in a finished step: its price, or more if the step took longer.
 
         Args:
-            tokens: that the step would have made without guesses.
-            guesses: how many there were.
-            seconds: that it took.
+            tokens: number of tokens of the step without draft tokens.
+            guesses: number of draft tokens.
+            seconds: time of the step in seconds.
         """
         price, whole = self.price(tokens), self.seconds(tokens)
         taken = tokens * (seconds - whole) / (whole * guesses) if whole else price
-        return min(max(price, taken), 3 * price)  # other programs may have had the cores
+        return min(max(price, taken), 3 * price)  # bounded, because other programs may have used the cores
 
     def stake(self) -> float:
-        """What the next answer may lose at first, in tokens."""
+        """Takes the first stake of a new answer out of the fund and returns it, in tokens."""
         stake = min(self._left, FIRST_STAKE)
         self._left -= stake
         return stake
 
     def longest(self, tokens: int) -> int:
-        """How many guesses of one answer a step of so many tokens has room for."""
+        """The largest number of draft tokens of one answer in a step that has ``tokens`` tokens without them."""
         if tokens == 1 or not self.slope:
             return LONGEST
         return max(1, int(TOGETHER * self.seconds(tokens) / self.slope))
 
 
 class Drafter:
-    """Guesses the tokens of one answer.
+    """Drafts the next tokens of one answer.
 
     Args:
-        prompt: its tokens.
-        room: of the answer at most.
+        prompt: tokens of the prompt, int32 ``[S]``.
+        room: largest number of tokens of the answer.
 
     Attributes:
-        stake: what it may lose by wrong guesses, in tokens.
+        stake: cost of rejected draft tokens that the answer may still cause, in tokens.
     """
 
     def __init__(self, prompt: npt.NDArray[np.int32], room: int) -> None:
@@ -123,18 +123,18 @@ class Drafter:
         self._kind = 0
 
     def push(self, token: int) -> None:
-        """Note the answer's next token."""
+        """Records the answer's next token."""
         self._ids[self._length] = token
         self._length += 1
         self.stake = min(self.stake + SHARE, MOST)
 
     def draft(self, price: float, most: int, forced: Sequence[int] = ()) -> list[int]:
-        """Guesses of the next tokens, as many as are worth their price.
+        """Drafts the next tokens, as many as are likely to save more time than they cost.
 
         Args:
-            price: of each, in tokens.
-            most: how many at most.
-            forced: what a grammar leaves no choice of.
+            price: cost of each draft token, in tokens.
+            most: largest number of draft tokens.
+            forced: next tokens that a grammar forces; if there are any, only they are drafted.
         """
         if most < 1 or self.stake < price:
             return []
@@ -142,18 +142,18 @@ class Drafter:
         if not found:
             return []
         chance = self._chance(self._kind)
-        # the k-th is right if all before it are; one more is worth it as long as that is likelier than its price
+        # the k-th token is accepted with probability chance ** k; it pays as long as this exceeds its price
         worth = LONGEST if price <= 0 else int(math.log(price) / math.log(chance)) if price < 1 else 0
-        # one guess that is not worth it tells whether that is still so; what wrong ones may cost bounds how often
+        # one token is drafted even if it does not pay, to notice changes; the stake bounds how often
         return found[: min(most, LONGEST, max(worth, 1), int(self.stake / price) if price > 0 else LONGEST)]
 
     def judge(self, drafted: int, right: int, price: float) -> None:
-        """Learn how many of the last guesses were right.
+        """Updates the stake and the acceptance rate after a step has checked the last draft.
 
         Args:
-            drafted: how many there were.
-            right: how many of them, from the first on.
-            price: of each, in tokens.
+            drafted: number of draft tokens.
+            right: number of accepted ones, from the first on.
+            price: cost of each draft token, in tokens.
         """
         kind = self._kind
         self.stake = min(self.stake - drafted * price + right, MOST)
@@ -161,11 +161,11 @@ class Drafter:
         self._tried[kind] = 0.9 * self._tried.get(kind, 0.0) + min(right + 1, drafted)
 
     def _chance(self, kind: int) -> float:
-        """How likely a guess is right where the ones before it are."""
+        """The estimated probability that a draft token of this kind is accepted if those before it were."""
         return min((self._right.get(kind, 0.0) + 2 * EXPECTED[kind]) / (self._tried.get(kind, 0.0) + 2), 0.99)
 
     def _looked_up(self, most: int) -> tuple[int, list[int]]:
-        """What followed the longest, and of these the latest, earlier occurrence of the last tokens."""
+        """The length of the longest earlier match of the last tokens, and the tokens after its latest occurrence."""
         ids = self._ids[: self._length]
         places = np.flatnonzero(ids[:-1] == ids[-1])
         match = 1
@@ -178,5 +178,5 @@ class Drafter:
         if match < LEAST_MATCH or not len(places):
             return match, []
         followed = ids[places[-1] + 1 :]
-        # what reaches the answer's end repeats itself
+        # a match that reaches the end of the answer is repeated, because the answer repeats itself
         return match, np.resize(followed, most).tolist() if len(followed) < most else followed[:most].tolist()

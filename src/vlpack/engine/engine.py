@@ -45,12 +45,12 @@ from vlpack.system import checked_threads
 
 
 class Occupancy(NamedTuple):
-    """How busy an engine is.
+    """The occupancy of an engine at one moment.
 
     Attributes:
-        slots: how many requests it answers at a time.
-        busy: slots that are in use.
-        waiting: requests that wait for a slot.
+        slots: number of requests that it answers at a time.
+        busy: number of slots in use.
+        waiting: number of requests that wait for a slot.
     """
 
     slots: int
@@ -133,7 +133,7 @@ class Engine:
         files.check()  # raises an error if a file was replaced while the package was loaded
         if speculation and not self._graphs.packed:
             raise OptionError(
-                f"{option('speculation')} is on, and steps of this package cannot judge several tokens of an answer: "
+                f"{option('speculation')} is on, but steps of this package cannot check several tokens of an answer: "
                 "that takes onnxruntime 1.32, and keys and values in full precision.",
                 f"Leave {option('speculation')} out.",
             )

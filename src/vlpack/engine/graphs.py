@@ -162,7 +162,7 @@ class Graphs:
 
 
 def _open_decoder(path: Path, threads: int) -> tuple[Any, bool]:
-    """A session of the packed decoder and True; of the decoder as it is, and False, where it cannot be packed."""
+    """Opens the packed decoder and returns it with True, or the original with False if it cannot be packed."""
     try:
         graph = packed(path)
     except Exception as error:  # protobuf has its own error classes

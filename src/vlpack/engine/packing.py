@@ -1,10 +1,10 @@
-"""A decoder graph edited in memory so that sequences take part in a call with any number of new tokens each.
+"""Packed decoder graphs, which are edited in memory so that each sequence can have any number of new tokens in a call.
 
-A decoder as it is built takes ``[B, S]`` tokens, so many of every sequence. The packed one takes the N tokens of all
-sequences one after the other, ``[1, N]``. Only attention sees sequences: before it, tokens are spread over ``[B, S]``
-rows with padding on the right, and GroupQueryAttention is told how many of each row are tokens (``query_seqlens``, from
-onnxruntime 1.32 on); after it they are collected again. A sequence without new tokens costs nothing. The last layer
-and the head compute the tokens whose logits are wanted, be they the last ones of their sequences or not.
+A decoder as it is built takes tokens ``[B, S]``, the same number S of each sequence. The packed one takes the N tokens
+of all sequences one after the other, ``[1, N]``. Only attention distinguishes sequences: before it, tokens are spread
+over ``[B, S]`` rows with padding on the right, and GroupQueryAttention gets the number of tokens in each row as
+``query_seqlens`` (from onnxruntime 1.32 on); after it, the tokens are collected again. A sequence without new tokens
+costs nothing. The last layer and the head compute only the tokens whose logits are wanted, at any place of a sequence.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from vlpack.ort.session import ort
 Array = npt.NDArray[Any]
 
 NEWEST_INPUT = 16
-"""The place of ``query_seqlens`` among the inputs of GroupQueryAttention."""
+"""Index of ``query_seqlens`` among the inputs of GroupQueryAttention."""
 
 WANTED = "wanted"
-"""The input that says which tokens' logits are computed, and the name of their dimension."""
+"""Name of the input with the indices of the tokens whose logits are computed, and of its dimension."""
 
 PACKING_INPUTS: dict[str, tuple[int, list[str | int | None]]] = {
     "query_seqlens": (TensorProto.INT32, ["rows"]),
@@ -37,12 +37,12 @@ PACKING_INPUTS: dict[str, tuple[int, list[str | int | None]]] = {
 
 
 class Packing(NamedTuple):
-    """Where the tokens of each sequence are.
+    """Indices that map between the packed tokens ``[1, N]`` and the rows ``[B, S]`` of their sequences.
 
     Attributes:
-        spread: int64 ``[B, S]``, the place among all tokens of each sequence's s-th; its last one's where it has fewer,
-            and any where it has none.
-        collect: int64 ``[N, 2]``, sequence and number within it of each token.
+        spread: int64 ``[B, S]``, index among the N tokens of each sequence's s-th token; padding repeats the index of
+            the sequence's last token, and rows without tokens have any index.
+        collect: int64 ``[N, 2]``, row and column of each token.
     """
 
     spread: Array
@@ -50,7 +50,7 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(cls, counts: Array) -> Packing:
-        """The places, from the number of new tokens of each sequence, ``[B]``."""
+        """Makes the indices from the number of new tokens of each sequence, ``[B]``."""
         ends = np.cumsum(counts)
         within = np.minimum(np.arange(int(counts.max()))[None], np.maximum(counts, 1)[:, None] - 1)
         spread = np.minimum((ends - counts)[:, None] + within, ends[-1] - 1)
@@ -58,7 +58,7 @@ class Packing(NamedTuple):
         return cls(spread.astype(np.int64), np.stack([rows, np.arange(ends[-1]) - (ends - counts)[rows]], axis=1))
 
     def inputs(self, counts: Array, wanted: Array) -> dict[str, Array]:
-        """What a packed graph takes beside the inputs of the one that it was made from."""
+        """The inputs that a packed graph has in addition to those of the original graph."""
         return {
             "query_seqlens": counts.astype(np.int32),
             "spread": np.stack([np.zeros_like(self.spread), self.spread], axis=-1),
@@ -68,10 +68,13 @@ class Packing(NamedTuple):
 
 
 def packed(path: Path) -> bytes | None:
-    """A decoder graph, packed, whose weights stay in its folder; None where it cannot be.
+    """Makes the packed graph of a decoder, whose weights stay in their files.
 
     Args:
-        path: the decoder's file.
+        path: path of the decoder's graph.
+
+    Returns:
+        the serialized model; None if the decoder cannot be packed or onnxruntime is older than 1.32.
     """
     if tuple(map(int, re.findall(r"\d+", ort.__version__)[:2])) < (1, 32):
         return None
@@ -79,7 +82,7 @@ def packed(path: Path) -> bytes | None:
     graph = model.graph
     attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
     caches = [port.name for port in graph.input if port.name.startswith("past")]
-    # a cache of 8 bits attends within an If, and states that are not keys or values have no tokens to go back to
+    # not packed: an int8 cache, whose attention is inside an If node, and recurrent states, which cannot be rewound
     if not attention or len(caches) != 2 * len(attention) or any(len(node.input) > 7 for node in attention):
         return None
     _rename_dimensions(graph, set(caches))
@@ -92,14 +95,14 @@ def packed(path: Path) -> bytes | None:
             nodes.append(helper.make_node("Gather", [node.input[0], WANTED], node.output, axis=1))
         else:
             nodes.append(node)
-    del graph.node[:], graph.value_info[:]  # shapes that were known are those of [B, S] tokens
+    del graph.node[:], graph.value_info[:]  # the inferred shapes are those of [B, S] tokens
     graph.node.extend(nodes)
     graph.input.extend(helper.make_tensor_value_info(name, *port) for name, port in PACKING_INPUTS.items())
     return bytes(model.SerializeToString())
 
 
 def _spread(node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    """Attention over ``[B, S]`` rows, from and to ``[1, N]`` tokens."""
+    """The nodes of attention over rows ``[B, S]`` whose inputs and output are packed tokens ``[1, N]``."""
     made, out = [], f"{node.output[0]}:rows"
     for place in range(3):
         name = f"{node.input[place]}:rows"
@@ -112,7 +115,7 @@ def _spread(node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _takes_last(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> bool:
-    """Whether a Slice selects the last token, as decoders are written: from -1 on, axis 1."""
+    """Whether a node is the Slice of a decoder's graph that selects the last token: from -1 on, along axis 1."""
     if node.op_type != "Slice" or len(node.input) < 4:
         return False
     starts, axes = (constants.get(node.input[place]) for place in (1, 3))
@@ -121,7 +124,7 @@ def _takes_last(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) ->
 
 
 def _rename_dimensions(graph: onnx.GraphProto, caches: set[str]) -> None:
-    """Call dimensions differently that are no longer the same: onnxruntime plans memory by their names."""
+    """Renames dimensions that are no longer equal, because onnxruntime reuses memory for shapes with equal names."""
     for port in [*graph.input, *graph.output]:
         shape = port.type.tensor_type.shape.dim
         if port.name == "attention_mask" or port.name in caches or port.name.startswith("present"):

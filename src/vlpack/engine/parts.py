@@ -1,4 +1,4 @@
-"""Parts of prompts, which are shown to the decoder one after the other, and which of them share a call."""
+"""Parts of prompts: each is processed in one call of the decoder, and short ones share a call."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vlpack.engine.prefixes import common_prefix
 from vlpack.engine.request import Request
 
 SHORT = 16
-"""Fewer tokens of a prompt cost as much as so many, as the weights are read for them all the same."""
+"""Number of tokens below which a call is not cheaper, because it must read all weights anyway."""
 
 
 class Part(NamedTuple):
-    """A part of a prompt that is shown in one call: the tokens from ``start`` to ``end``."""
+    """A part of a prompt that is processed in one call: the tokens from index ``start`` to before ``end``."""
 
     request: Request
     start: int
@@ -22,25 +22,25 @@ class Part(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many tokens it has."""
+        """The number of tokens of the part."""
         return self.end - self.start
 
     @property
     def last(self) -> bool:
-        """Whether the prompt ends with it."""
+        """Whether the part is the last one of its prompt."""
         return self.end == len(self.request.tokens.ids)
 
     def features(self) -> Array | None:
-        """Those of its placeholders, ``[F, W]``; None where all images of the prompt were shown before.
+        """The image features of the part's placeholders, ``[F, W]``; None if no image had to be encoded.
 
         Raises:
-            VlpackError: the images could not be looked at.
+            VlpackError: the vision encoder failed.
         """
         request = self.request
         if request.features is None:
             return None
         features = request.features.result()
-        before = int(request.prompt.num_image_tokens[: request.first_image].sum())  # placeholders without features here
+        before = int(request.prompt.num_image_tokens[: request.first_image].sum())  # placeholders of reused images
         images, counts = request.tokens.images, request.prompt.num_image_tokens
         first, last = (
             sum(min(max(place - image.start, 0), int(count)) for image, count in zip(images, counts, strict=True))
@@ -50,13 +50,15 @@ class Part(NamedTuple):
 
 
 def short_ends(first: Part, waiting: Iterable[Request], room: int, context: int) -> list[Part]:
-    """The last tokens of other prompts, where these are few and none gains by waiting until another was shown.
+    """The short last parts of other prompts that can share a call with a given part.
+
+    A prompt that could reuse tokens of another part in this call is left out, because waiting saves more.
 
     Args:
-        first: what is shown anyway.
-        waiting: requests whose prompts are being shown.
-        room: how many tokens may be shown beside it.
-        context: tokens of a slot, which have to take the longest of these parts, padding included.
+        first: part that is processed in this call anyway.
+        waiting: requests whose prompts are being processed.
+        room: largest number of additional tokens in the call.
+        context: number of tokens of a slot, which must also hold the padding up to the longest part.
     """
     parts, held = [first], first.start
     for request in waiting:

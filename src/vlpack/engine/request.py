@@ -239,13 +239,15 @@ class Request:
         return self._next_position + len(self.answer.tokens) - 1
 
     def draft(self, price: float, most: int) -> list[int]:
-        """Guesses of the next tokens, which a step may confirm or refute.
+        """Drafts the next tokens, which a step checks.
 
         Args:
-            price: of each, in tokens.
-            most: how many at most.
+            price: cost of each draft token, in tokens.
+            most: largest number of draft tokens.
         """
-        most = min(most, self.max_tokens - len(self.answer.tokens) - 1)  # a step makes one token beside them
+        most = min(
+            most, self.max_tokens - len(self.answer.tokens) - 1
+        )  # a step makes one token in addition to accepted draft tokens
         if self.drafter is None or most < 1:
             return []
         if self.constraint is None:

@@ -74,7 +74,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for a slot."""
+        """The number of requests that wait for a slot."""
         with self._changed:
             return len(self._queue)
 
@@ -252,19 +252,19 @@ class Scheduler:
             self._shown(part, values, seconds)
 
     def _shown(self, part: Part, logits: Array, seconds: float) -> None:
-        """Go on after a part of a prompt was shown: with its next one, or with the answer's first token."""
+        """Continues after a part of a prompt was processed: with its next part, or with the answer's first token."""
         request = part.request
         stats, slot = request.answer.stats, request.slot
         assert slot is not None, "it was admitted"
         slot.write(request.tokens.ids[part.start : part.end])
         stats.prefill_seconds = (stats.prefill_seconds or 0.0) + seconds
         if not part.last:
-            self._prefilling.append(request)  # behind the others, so that a short prompt is soon through
+            self._prefilling.append(request)  # after the others, so that a short prompt is finished soon
             return
         request.features = None
         try:
             self._choose(request, logits)
-        except Exception as error:  # of this request's grammar
+        except Exception as error:  # this request's grammar failed on its first token
             self._leave(request, error)
         if not request.handle.done:
             self._decoding.append(request)
@@ -348,7 +348,7 @@ class Scheduler:
         except Exception as error:  # this request's grammar failed
             self._leave(request, error)
         if len(tokens) > 1:
-            assert request.drafter is not None, "it made the guesses"
+            assert request.drafter is not None, "it made the draft tokens"
             request.drafter.judge(len(tokens) - 1, right, price)
             self.counters.drafted_tokens += len(tokens) - 1
             self.counters.accepted_tokens += right
@@ -370,7 +370,7 @@ class Scheduler:
             request.mask = self._masking.submit(request.constraint.allowed)
 
     def _choose(self, request: Request, logits: Array) -> bool:
-        """Take an answer's next token; whether it is over with it."""
+        """Chooses an answer's next token and ends the answer if it is finished; returns whether it is."""
         self.counters.answer_tokens += 1
         over = request.choose(logits)
         if over:

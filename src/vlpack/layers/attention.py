@@ -16,7 +16,7 @@ from vlpack.layers.norm import NormWeight, rms_norm
 from vlpack.layers.rope import Rope
 
 Past = tuple[ir.Value, ir.Value]
-"""What a layer keeps of the tokens so far: keys and values ``[B, kv_heads, P, D]``, or the two states of a
+"""The cache of a layer for the tokens so far: keys and values ``[B, kv_heads, P, D]``, or the two states of a
 linear-attention layer (`vlpack.layers.delta_net`)."""
 
 

@@ -24,7 +24,7 @@ from vlpack.layers.mlp import activation
 from vlpack.layers.norm import NormWeight, rms_norm
 
 L2_EPS = 1e-6
-"""Epsilon in the lengths of queries and keys, which the config does not contain."""
+"""Epsilon in the normalization of queries and keys to length 1, which the config does not contain."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class DeltaNetSizes:
 
     @property
     def states(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of a sequence's states, by the names that the runtime has for them."""
+        """The shapes of a sequence's states, by the names that the runtime uses for them."""
         return {
             "conv_state": (self.channels, self.kernel - 1),
             "recurrent_state": (self.value_heads, self.key_size, self.value_size),
@@ -73,7 +73,7 @@ class DeltaNetSizes:
 
 
 class Kernel(nn.Module):
-    """The kernel ``[C, 1, K]`` of a convolution that works on each channel by itself, in fp32."""
+    """The fp32 kernel ``[C, 1, K]`` of a depthwise convolution."""
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Kernel(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """The linear-attention layer: projections, causal convolution, gated delta rule, gated norm, output projection.
+    """A linear-attention layer: projections, causal convolution, gated delta rule, gated norm, output projection.
 
     Everything between the projections is fp32 in every precision, because errors of gates and states add up over a
     sequence. Modules are named as in the checkpoint, except that ``in_proj_b`` and ``in_proj_a`` are one matrix,
@@ -113,9 +113,9 @@ class GatedDeltaNet(nn.Module):
     def forward(
         self, op: OpBuilder, x: ir.Value, backend: AttentionBackend, past: Past, select_tokens: SelectTokens
     ) -> tuple[ir.Value, ir.Value, ir.Value]:
-        """The outputs of the tokens that ``select_tokens`` keeps, and both states after all tokens.
+        """Returns the outputs of the tokens that ``select_tokens`` keeps, and both states after all tokens.
 
-        ``past`` are the states before: ``[B, C, K - 1]`` and ``[B, value_heads, key_size, value_size]``.
+        ``past`` has the states before the call: ``[B, C, K - 1]`` and ``[B, value_heads, key_size, value_size]``.
         """
         sizes = self.sizes
         qkv, z, b, a = self._project(op, x)
@@ -129,27 +129,27 @@ class GatedDeltaNet(nn.Module):
         return self.out_proj(op, ops.gated_rms_norm(op, y, self.norm(op), z, self.eps)), conv_state, state
 
     def _project(self, op: OpBuilder, x: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
-        """Queries, keys and values together ``[B, S, C]``, z ``[B, S, heads · D]``, b and a ``[B, S, heads]``; fp32."""
+        """Queries, keys and values joined ``[B, S, C]``, z ``[B, S, heads · D]``, b and a ``[B, S, heads]``; fp32."""
         sizes, projected = self.sizes, [ops.cast(op, reader(op, x), ops.FLOAT) for reader in self.readers]
         if not sizes.grouped:
             qkv, z, ba = projected
             b, a = op.Split(ba, [sizes.value_heads, sizes.value_heads], axis=-1, _outputs=2)
             return qkv, z, b, a
-        count = sizes.value_heads // sizes.key_heads  # of value heads that share a key head
+        count = sizes.value_heads // sizes.key_heads  # number of value heads that share a key head
         values = count * sizes.value_size
         q, k, v, z = self._by_key_head(op, projected[0], [sizes.key_size, sizes.key_size, values, values])
         b, a = self._by_key_head(op, projected[1], [count, count])
         return op.Concat(q, k, v, axis=-1), z, b, a
 
     def _by_key_head(self, op: OpBuilder, x: ir.Value, parts: list[int]) -> list[ir.Value]:
-        """The parts of every group in ``x [B, S, groups · sum(parts)]``, each with the groups side by side."""
+        """Splits ``x [B, S, groups · sum(parts)]``; each result joins one part of all groups."""
         groups = op.Reshape(x, [0, 0, self.sizes.key_heads, sum(parts)])
         split = op.Split(groups, parts, axis=-1, _outputs=len(parts))
         return [op.Reshape(part, [0, 0, self.sizes.key_heads * n]) for part, n in zip(split, parts, strict=True)]
 
     def _convolve(self, op: OpBuilder, x: ir.Value, state: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The causal convolution of ``x [B, S, C]`` with its activation, and the state after it."""
-        silu = self.hidden_act == "silu"  # the only activation that the operator has
+        silu = self.hidden_act == "silu"  # the only activation that the operator supports
         y, state = ops.causal_convolution(op, op.Transpose(x, perm=[0, 2, 1]), self.conv1d(op), state, silu)
         y = op.Transpose(y, perm=[0, 2, 1])
         return (y if silu else activation(op, y, self.hidden_act)), state

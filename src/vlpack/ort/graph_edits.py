@@ -84,7 +84,7 @@ def merge_equal_nodes(model: ir.Model) -> None:
 
 
 def empty_past(port: Any, batch: int, room: int = 0) -> Array:
-    """What a decoder's input ``past_key_values.…`` is before the first token: zeros of the port's dtype.
+    """The value of a decoder's input ``past_key_values.…`` before the first token: zeros of the port's dtype.
 
     Args:
         port: the input, as onnxruntime describes it.

@@ -1,4 +1,4 @@
-"""Boxes and points that an answer names, and a picture with them drawn on it.
+"""Boxes and points in an answer, read from its JSON and drawn on the image.
 
 Qwen3-VL answers in JSON: ``{"bbox_2d": [x1, y1, x2, y2], "label": …}`` and ``{"point_2d": [x, y], "label": …}``, with
 coordinates from 0 to 1000 on both axes.
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 SCALE = 1000
-"""The coordinate of the right and of the lower edge."""
+"""Coordinate of the right and of the lower edge of an image."""
 
 HUES = ("#c2255c", "#1864ab", "#2b8a3e", "#a3540a", "#5f3dc4", "#0b7285", "#846358", "#495057")
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
@@ -28,7 +28,7 @@ class Mark(NamedTuple):
 
 
 def marks_of(text: str) -> list[Mark]:
-    """All boxes and points of an answer that is JSON, or has a block of JSON; an empty list where there are none."""
+    """All boxes and points of an answer that is JSON or contains a block of JSON; an empty list if there are none."""
     fence = _FENCE.search(text)
     for candidate in (text, fence[1] if fence else ""):
         if not candidate.lstrip().startswith(("{", "[")):
@@ -63,7 +63,7 @@ def _is_place(value: list[Any], count: int) -> bool:
 
 
 def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> Image.Image:
-    """A copy of a picture with marks drawn on it, those of one label in one colour."""
+    """A copy of an image with marks drawn on it; marks with the same label have the same colour."""
     drawn = image.convert("RGB")
     if drawn is image:
         drawn = image.copy()

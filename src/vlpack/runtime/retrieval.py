@@ -124,7 +124,7 @@ class Encoder(Loaded):
         self._making, self._shared = threading.Lock(), SharedBatches(self._batch, _batches)
         self.tokens = 0
         """Number of tokens of all prompts that were run, without padding."""
-        files.check()  # nothing was replaced while it was loaded
+        files.check()  # raises an error if a file was replaced during loading
         self.load_seconds = time.perf_counter() - started
 
     def _checked_section(self) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class Encoder(Loaded):
             yield window
 
     def _made(self, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
-        """The prompts, which are made one at a time: a processor or template is not promised to take two at once."""
+        """Yields the prompts, made one at a time, because processors and templates may not be thread-safe."""
         source = iter(prompts)
         while True:
             with self._making:

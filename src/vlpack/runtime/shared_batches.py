@@ -1,4 +1,4 @@
-"""Prompts of several threads, computed in batches that they share."""
+"""Batches that are shared by several threads: prompts of all callers are computed together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlpack.preprocess import Prompt
 
 
 class _Job:
-    """What one caller waits for."""
+    """The prompts of one caller and the results that have been computed for them."""
 
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         self.prompts = prompts
@@ -27,12 +27,12 @@ class _Job:
 class SharedBatches:
     """Computes prompts for callers in any number of threads, one batch at a time.
 
-    There is no thread of its own: whoever waits computes the next batch, for itself and for others. Callers take turns,
-    so that a single prompt does not wait for all of somebody's thousand.
+    It has no thread of its own: a waiting caller computes the next batch, for itself and for others. Callers take
+    turns, so that a single prompt does not wait for all prompts of a caller with thousands.
 
     Args:
-        forward: computes a batch: one row for each of its prompts.
-        batches: groups prompts by their lengths: yields indices.
+        forward: function that computes a batch and returns one row for each prompt.
+        batches: function that groups prompts by their lengths into batches of indices.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class SharedBatches:
         self._busy = False
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Any]:
-        """The row of each prompt.
+        """Computes prompts and returns one row for each; blocks.
 
         Raises:
-            Exception: what ``forward`` raises for a batch with one of them.
+            Exception: the exception of ``forward`` for one of these prompts.
         """
         job = _Job(prompts)
         with self._changed:
@@ -58,7 +58,7 @@ class SharedBatches:
             while True:
                 with self._changed:
                     while self._busy and not job.done:
-                        self._changed.wait(0.5)  # Windows hears no interruption in a wait without an end
+                        self._changed.wait(0.5)  # on Windows, Ctrl+C does not interrupt a wait without a timeout
                     if job.done:
                         break
                     self._busy, batch = True, self._next()
@@ -72,7 +72,7 @@ class SharedBatches:
         return [job.rows[index] for index in range(len(prompts))]
 
     def _next(self) -> list[tuple[_Job, int]]:
-        """The batch with the longest prompt of the caller whose turn it is; prompts of others fill it."""
+        """The next batch: it has the longest prompt of the caller whose turn it is, and others' prompts fill it."""
         waiting = [(job, index) for job in self._jobs for index in job.waiting]
         first = self._jobs[0]
         lengths = [job.prompts[index].input_ids.shape[1] for job, index in waiting]
@@ -88,7 +88,7 @@ class SharedBatches:
         return taken
 
     def _compute(self, batch: list[tuple[_Job, int]]) -> None:
-        """Compute a batch, and where that fails the part of each caller by itself: one's prompts fail no other's."""
+        """Computes a batch; if it fails, computes each caller's part separately, so that only one caller fails."""
         parts, missing = [batch], dict.fromkeys(batch)
         try:
             while parts:
@@ -108,7 +108,10 @@ class SharedBatches:
                     del missing[each]
         finally:
             with self._changed:
-                for job, index in missing:  # this thread was interrupted: others have theirs computed by somebody else
+                for (
+                    job,
+                    index,
+                ) in missing:  # interrupted: other threads compute theirs
                     job.waiting[index] = None
                     if job not in self._jobs:
                         self._jobs.append(job)

@@ -1,4 +1,4 @@
-"""The server: OpenAI's protocol over HTTP for packages, on `vlpack.Engine`, and a page to talk to them.
+"""An HTTP server for packages: OpenAI's protocol on top of `vlpack.Engine`, and a web page for conversations.
 
 It needs the extra ``serve``.
 """

@@ -1,4 +1,4 @@
-"""Answers as they come: reasoning, text and calls apart, logarithmic probabilities, and the tokens that they took."""
+"""Answers while they are generated: separates reasoning, text and tool calls, and counts tokens and probabilities."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vlpack.server.tools import CallStream, Piece
 
 @dataclass
 class Call:
-    """A call of a tool."""
+    """A tool call in an answer: name of the function, and its arguments as JSON text."""
 
     name: str
     arguments: str = ""
@@ -27,14 +27,14 @@ class Call:
 
 @dataclass
 class Said:
-    """What an answer says so far, and how it ended.
+    """The parts of an answer that have arrived so far, and how the answer ended.
 
     Attributes:
-        text: of the answer.
-        reasoning: before it; None where there is none.
-        calls: of tools.
-        answer: of the engine, when it is over.
-        reason: why it ended: ``stop``, ``length`` or ``tool_calls``.
+        text: text of the answer.
+        reasoning: reasoning before the text; None if there is none.
+        calls: tool calls in their order.
+        answer: the engine's answer; None until it is finished.
+        reason: OpenAI's finish_reason: ``stop``, ``length`` or ``tool_calls``.
     """
 
     text: str = ""
@@ -44,7 +44,7 @@ class Said:
     reason: str = "stop"
 
     def add(self, piece: Piece) -> None:
-        """Adds a piece."""
+        """Adds the next piece of the answer."""
         if piece.kind == "text":
             self.text += piece.text
         elif piece.kind == "reasoning":
@@ -56,17 +56,17 @@ class Said:
 
     @property
     def over(self) -> EngineAnswer:
-        """The engine's answer."""
+        """The engine's answer, which must be finished."""
         assert self.answer is not None, "it is over"
         return self.answer
 
 
 async def follow(asked: Asked, handle: Handle, said: Said) -> AsyncIterator[Piece]:
-    """The pieces of an answer as they come, added to ``said``; at the end it knows why the answer ended.
+    """Yields the pieces of an answer as they arrive and adds them to ``said``, in the end with the finish_reason.
 
     Raises:
-        ApiError: the answer was interrupted, because the server ends.
-        VlpackError: it failed.
+        ApiError: the answer was interrupted, because the server is shutting down.
+        VlpackError: the engine failed.
     """
     reasoning = ReasoningStream(asked.thinks)
     calls = CallStream() if asked.tools.offered else None
@@ -76,7 +76,7 @@ async def follow(asked: Asked, handle: Handle, said: Said) -> AsyncIterator[Piec
         nonlocal newlines, begun
         pieces: list[Piece] = []
         for thinking, piece in found:
-            if thinking:  # without the line breaks at its beginning and end
+            if thinking:  # line breaks at the beginning and end of the reasoning are dropped
                 text = newlines + piece if said.reasoning or pieces else piece.lstrip("\n")
                 kept = text.rstrip("\n")
                 newlines = text[len(kept) :]
@@ -109,12 +109,12 @@ async def follow(asked: Asked, handle: Handle, said: Said) -> AsyncIterator[Piec
     said.answer = await handle
     reason = said.answer.finish_reason
     if reason == "interrupted" and not cut:
-        raise ApiError(503, "The answer was interrupted, because the server ends.", code="unavailable")
+        raise ApiError(503, "The answer was interrupted, because the server is shutting down.", code="unavailable")
     said.reason = "length" if reason == "length" else "tool_calls" if said.calls else "stop"
 
 
 async def whole(asked: Asked) -> list[Said]:
-    """All answers, when they are over."""
+    """Waits for all answers of a request and returns them."""
 
     async def one(handle: Handle) -> Said:
         said = Said()
@@ -126,9 +126,9 @@ async def whole(asked: Asked) -> list[Said]:
 
 
 async def together(asked: Asked) -> AsyncIterator[tuple[int, Said, Piece | None]]:
-    """The pieces of all answers as they come: the number of the answer, what it says so far, and the piece.
+    """Yields the pieces of all answers as they arrive: index of the answer, its parts so far, and the new piece.
 
-    None in place of a piece says that the answer is over.
+    None in place of a piece means that the answer is finished.
     """
     waiting: asyncio.Queue[tuple[int, Said, Piece | None] | Exception] = asyncio.Queue()
 
@@ -157,7 +157,7 @@ async def together(asked: Asked) -> AsyncIterator[tuple[int, Said, Piece | None]
 
 
 def reasoning_tokens(said: Said, tokenizer: Tokenizer) -> int:
-    """How many tokens of an answer are of its reasoning, with the tag that ends it."""
+    """The number of tokens of an answer's reasoning, including the tag that ends it."""
     if said.reasoning is None:
         return 0
     tokens, close = said.over.tokens, tokenizer.token_id(CLOSE)
@@ -166,14 +166,14 @@ def reasoning_tokens(said: Said, tokenizer: Tokenizer) -> int:
 
 @cache
 def _letters() -> dict[str, int]:
-    """The characters by which byte-level tokenizers write bytes."""
+    """The characters with which byte-level tokenizers represent bytes, each with its byte."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 def bytes_of(token: int, tokenizer: Tokenizer) -> bytes:
-    """The bytes that a token stands for, which may be a part of a character."""
+    """The UTF-8 bytes of a token; they may be only a part of a character."""
     text = tokenizer.token(token) or ""
     letters = _letters()
     if not tokenizer.is_added_token(token) and all(letter in letters for letter in text):
@@ -182,11 +182,11 @@ def bytes_of(token: int, tokenizer: Tokenizer) -> bytes:
 
 
 def logprob(found: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A token's logarithmic probability in OpenAI's form."""
+    """The log-probability of a token, and of its likeliest alternatives, in OpenAI's format."""
 
     def entry(token: int, value: float) -> dict[str, Any]:
         raw = bytes_of(token, tokenizer)
-        # JSON has no infinity; a token that is impossible is as likely as none
+        # JSON has no infinity, so the log-probability of an impossible token is -9999
         return {"token": raw.decode("utf-8", "replace"), "logprob": max(value, -9999.0), "bytes": list(raw)}
 
     top = [entry(token, value) for token, value in found.top]

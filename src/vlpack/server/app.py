@@ -28,20 +28,20 @@ from vlpack.server.settings import Settings
 from vlpack.tasks import EMBEDDING, GENERATE, RERANKER
 
 BESIDE = 64
-"""Requests that may be on their way beside those that packages answer or keep waiting: bodies are read before."""
+"""Number of POST requests accepted beyond those with a slot or in a queue, because their bodies are read first."""
 
 
 class Server:
-    """Packages behind the routes of OpenAI's protocol.
+    """The server: packages behind the routes of OpenAI's protocol.
 
     Args:
-        packages: names and folders.
-        settings: who may ask, and how much.
+        packages: name → folder of each package.
+        settings: settings of the server.
 
     Attributes:
         app: the ASGI application.
-        models: the packages.
-        guard: the outermost part of the application.
+        models: packages that the server has.
+        guard: outermost layer of the application, which checks every request first.
 
     Raises:
         PackageError: a folder is not a complete package.
@@ -52,7 +52,7 @@ class Server:
         self.models = Models(packages, settings)
         self.metrics = Metrics(self.models)
         self._preparing = Preparing()
-        self._fetching = Preparing(16)  # slow servers of others do not keep requests without URLs waiting
+        self._fetching = Preparing(16)  # separate, so that slow downloads do not delay requests without URLs
         self._encoding = Preparing(1)  # embedding models and rerankers take one call at a time
         # no pages of FastAPI's own: they load scripts from other servers
         app = FastAPI(title="vlpack", openapi_url=None, docs_url=None, redoc_url=None, lifespan=self._life)
@@ -94,14 +94,14 @@ class Server:
             await self.models.close()
 
     def _told(self, answer: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Any]]:
-        """A route whose errors are answers in OpenAI's form, and which is counted."""
+        """A route that returns errors in OpenAI's format and counts its responses."""
 
         async def route(request: Request) -> Any:
             path = request.scope["route"].path
             try:
                 response = await answer(request)
             except (ClientGoneError, ClientDisconnect):
-                response = Response(status_code=499)  # which nobody reads
+                response = Response(status_code=499)  # only for the metrics, because the client is gone
             except Exception as error:
                 response = as_api_error(error).response()
             self.metrics.answered(path, response.status_code if isinstance(response, Response) else 200)
@@ -120,7 +120,7 @@ class Server:
         answer: Callable[[str, Asked, list[Said]], Any],
         events: Callable[[str, Asked], AsyncIterator[Any]],
     ) -> Any:
-        """Answers a request that generates, whole or as events."""
+        """Responds to a request that generates text, with one JSON object or with a stream of events."""
         served = self.models.named(fields.model, GENERATE)
         kept = AsyncExitStack()
         began = time.perf_counter()
@@ -201,7 +201,7 @@ class Server:
     async def _encode(
         self, request: Request, served: Served, asked: list[Any], answer: Callable[[list[Any]], dict[str, Any]]
     ) -> Any:
-        """Answers a request to an encoder, which takes one call at a time."""
+        """Responds to a request to an embedding model or reranker, which runs one call at a time."""
 
         async def work() -> dict[str, Any]:
             async with self.models.use(served):
@@ -240,7 +240,7 @@ class Server:
 
     async def _ready(self, _: Request) -> Any:
         if self.guard.draining:
-            raise ApiError(503, "The server ends.", code="unavailable")
+            raise ApiError(503, "The server is shutting down.", code="unavailable")
         return {"status": "ready"}
 
     async def _metrics(self, _: Request) -> Any:
@@ -248,7 +248,7 @@ class Server:
 
 
 class _Streamed(Response):
-    """An `EventStream` as FastAPI takes it."""
+    """An `EventStream` as a response that FastAPI accepts."""
 
     def __init__(self, stream: EventStream) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ class _Streamed(Response):
 
 
 def _client(request: Request, fields: Generation) -> object:
-    """Whoever asks: clients take turns in the queue."""
+    """The identity of the client for its turns in the queue: its address, and the user that the request names."""
     return (request.client.host if request.client else None, fields.asker)
 
 

@@ -1,4 +1,4 @@
-"""Requests that generate, in the engine's terms: from fields and messages to handles that answers come through."""
+"""Requests that generate text: turns their fields and messages into prompts and submits them to the engine."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from vlpack.server.reading import Fields
 from vlpack.server.settings import Settings
 from vlpack.server.tools import Tools, lark, read_tools
 
-_OFF = 2**31 - 1  # the k of top_k that limits nothing
+_OFF = 2**31 - 1  # a top_k that excludes no token
 _OURS = frozenset(inspect.signature(PromptBuilder.__call__).parameters)
-"""Names that are no variables of a chat template for a request to choose, because prompts have them otherwise."""
+"""Variables of chat templates that a request may not set, because they are set from other fields."""
 
 WORKERS = 4
-"""Requests whose images and texts are made tensors at a time. Others wait, so that their memory is bounded."""
+"""Number of requests whose images and texts are preprocessed at a time; others wait, which bounds the memory."""
 
 Result = TypeVar("Result")
 
 
 class Generation(Fields):
-    """What all routes that generate take."""
+    """Fields of a request that all routes which generate text share."""
 
     model: str | None = None
     stream: bool = False
@@ -53,27 +53,27 @@ class Generation(Fields):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     user: str | None = None
     safety_identifier: str | None = None
-    prompt_cache_key: str | None = None  # beginnings of prompts are reused in any case
+    prompt_cache_key: str | None = None  # has no effect, because prefixes of prompts are always reused
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
 
     def choosing(self) -> dict[str, Any]:
-        """How tokens are chosen, as options of `vlpack.Engine.submit`."""
+        """The sampling parameters as options of `vlpack.Engine.submit`."""
         top_k = _OFF if self.top_k in (0, -1) else self.top_k
         options = {"top_p": self.top_p, "top_k": top_k, "min_p": self.min_p}
-        if self.temperature == 0:  # the likeliest token is among any so likely ones
+        if self.temperature == 0:  # the likeliest token passes each of these limits
             options = {}
         names = ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
         return options | {name: getattr(self, name) for name in names}
 
     @property
     def asker(self) -> str | None:
-        """Whoever asks, as far as the request says it."""
+        """The user whom the request names; None if it names none."""
         return self.safety_identifier or self.user
 
 
 class StreamOptions(Fields):
-    """How an answer is streamed."""
+    """Options of a streamed response."""
 
     include_usage: bool = False
     include_obfuscation: Literal[False] | None = None
@@ -81,20 +81,20 @@ class StreamOptions(Fields):
 
 @dataclass
 class Ask:
-    """A request that generates.
+    """A request for generated text, before its prompt is made and its tools are checked.
 
     Args:
-        conversation: what is asked; or a text that is continued as it is.
-        options: of `vlpack.Engine.submit_n`.
-        n: how many answers.
-        tools: in OpenAI's form, not checked yet.
-        tool_choice: see `read_tools`.
-        parallel: whether an answer may have several calls.
-        schema: the answer is JSON that it describes; None where it is free.
-        variables: of the chat template.
-        min_pixels: smallest image area.
-        max_pixels: largest image area.
-        silent: whether the model must not think.
+        conversation: messages of the request, or a text that is continued without a chat template.
+        options: options of `vlpack.Engine.submit_n`.
+        n: number of answers.
+        tools: tools in OpenAI's format.
+        tool_choice: the request's ``tool_choice``, which `read_tools` checks.
+        parallel: whether an answer may contain several tool calls; None for the default.
+        schema: JSON schema that the answer matches, or True for any JSON; None for free text.
+        variables: variables of the chat template.
+        min_pixels: smallest area of an image in pixels; None for the package's.
+        max_pixels: largest area of an image in pixels; None for the package's.
+        silent: whether the model must answer without reasoning.
     """
 
     conversation: Conversation | str
@@ -111,12 +111,12 @@ class Ask:
 
     @property
     def remote(self) -> bool:
-        """Whether something has yet to be fetched."""
+        """Whether the request has images or videos that must be downloaded first."""
         asked = self.conversation
         return not isinstance(asked, str) and (any(map(is_remote, asked.images)) or any(map(is_remote, asked.videos)))
 
     def fetch(self, settings: Settings) -> None:
-        """Fetches what has URLs; blocks."""
+        """Downloads the images and videos that are given as URLs; blocks."""
         assert not isinstance(self.conversation, str), "a text has no URLs"
         fetched = Downloads(settings)
         self.conversation.images[:] = map(fetched, self.conversation.images)
@@ -125,14 +125,14 @@ class Ask:
 
 @dataclass
 class Asked:
-    """Answers on their way.
+    """A request that was submitted to the engine.
 
     Attributes:
-        engine: that makes them.
-        handles: one for each.
-        tools: that they may call.
-        thinks: whether they begin inside the model's reasoning.
-        submitted: when they were, by `time.perf_counter`.
+        engine: engine that generates the answers.
+        handles: handle of each answer.
+        tools: tools that the answers may call.
+        thinks: whether the prompt ends inside the model's reasoning, so that the answers begin with it.
+        submitted: time of submission by `time.perf_counter`, in seconds.
     """
 
     engine: Engine
@@ -142,13 +142,13 @@ class Asked:
     submitted: float = field(default_factory=time.perf_counter)
 
     def cancel(self) -> None:
-        """Free the slots."""
+        """Cancels all answers, which frees their slots."""
         for handle in self.handles:
             handle.cancel()
 
 
 def make_prompt(engine: Engine, ask: Ask, tools: Tools, settings: Settings) -> Prompt:
-    """The prompt of a request; blocks. All of its texts are plain texts: none becomes a control token."""
+    """Makes the prompt of a request; blocks. Special tokens in its texts stay plain text."""
     if isinstance(ask.conversation, str):
         return text_prompt(engine, ask.conversation)
     for name in ask.variables:
@@ -157,7 +157,7 @@ def make_prompt(engine: Engine, ask: Ask, tools: Tools, settings: Settings) -> P
         if name not in engine.prompts.chat_template.source:
             raise wrong(f"The package's chat template has no variable {name!r}.", "chat_template_kwargs")
     variables = dict(ask.variables)
-    # what must be JSON from the first token on is no thought
+    # an answer that must be JSON from its first token on leaves no place for reasoning
     silent = ask.silent or tools.forced or ask.schema is not None
     if silent and "enable_thinking" in engine.prompts.chat_template.source:
         variables.setdefault("enable_thinking", False)
@@ -173,7 +173,7 @@ def make_prompt(engine: Engine, ask: Ask, tools: Tools, settings: Settings) -> P
 
 
 def text_prompt(engine: Engine, text: str) -> Prompt:
-    """A text as a prompt by itself, without a chat template and without control tokens."""
+    """Makes a prompt of a text alone, without a chat template; special tokens in it stay plain text."""
     ids = engine.prompts.tokenizer.encode(literal_pieces(engine.prompts.tokenizer, text))
     if not ids:
         raise wrong("'prompt' is empty.", "prompt")
@@ -181,11 +181,11 @@ def text_prompt(engine: Engine, text: str) -> Prompt:
 
 
 def submit(engine: Engine, ask: Ask, settings: Settings) -> Asked:
-    """Puts a request into the engine's queue; blocks while its images are read.
+    """Makes the prompt of a request and submits it to the engine; blocks while images are decoded.
 
     Raises:
-        ApiError: something about it is wrong.
-        VlpackError: the same, told by the engine.
+        ApiError: a field or message is invalid.
+        VlpackError: the engine refuses the request.
     """
     if ask.n > settings.queue:
         raise wrong(f"'n' is {ask.n}; this server makes {settings.queue} answers at most.", "n")
@@ -200,7 +200,7 @@ def submit(engine: Engine, ask: Ask, settings: Settings) -> Asked:
 
 
 def _constraint(engine: Engine, ask: Ask, tools: Tools, thinks: bool) -> dict[str, Any]:
-    """What the answer must be like, as options of the engine."""
+    """The constraint on the answer, as options of `vlpack.Engine.submit_n`; empty if it is free."""
     rules = tools.grammar(engine.prompts)
     if ask.schema is not None and not tools.forced:
         if not tools.offered and not thinks and not ask.options.get("stop"):
@@ -208,7 +208,7 @@ def _constraint(engine: Engine, ask: Ask, tools: Tools, thinks: bool) -> dict[st
         compact = {"x-guidance": {"whitespace_flexible": False}}
         schema = {**compact, **ask.schema} if isinstance(ask.schema, Mapping) else ask.schema
         json_rules = {"json": f"%json {json.dumps(schema)}", "start": "json"}
-        if tools.offered:  # either calls, or the answer in its form
+        if tools.offered:  # either tool calls, or text that matches the schema
             forced = Tools(tools.tools, "required", tools.parallel).grammar(engine.prompts) or {}
             json_rules = {**forced, **json_rules, "start": f"json | {forced['start']}"}
         rules = json_rules
@@ -216,17 +216,21 @@ def _constraint(engine: Engine, ask: Ask, tools: Tools, thinks: bool) -> dict[st
 
 
 class Preparing:
-    """Threads for what blocks, a few at a time."""
+    """A small pool of threads for blocking work.
+
+    Args:
+        workers: number of threads.
+    """
 
     def __init__(self, workers: int = WORKERS) -> None:
         self._pool = ThreadPoolExecutor(workers, "vlpack-server")
 
     async def run(self, work: Callable[[], Result], undo: Callable[[Result], object] | None = None) -> Result:
-        """Runs a function that blocks.
+        """Runs a blocking function in one of the threads and returns its result.
 
         Args:
-            work: the function.
-            undo: takes its result where nobody waits for it any more.
+            work: function to run.
+            undo: function that receives the result if the caller was cancelled in the meantime.
         """
         future = self._pool.submit(work)
         try:
@@ -241,5 +245,5 @@ class Preparing:
             raise
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads after their current work."""
         self._pool.shutdown(wait=False, cancel_futures=True)

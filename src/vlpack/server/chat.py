@@ -1,4 +1,4 @@
-"""``/v1/chat/completions``."""
+"""The route ``/v1/chat/completions``: its fields, responses and events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlpack.server.settings import Settings
 
 
 class ChatFields(Generation):
-    """What the route takes."""
+    """Fields of a request to ``/v1/chat/completions``."""
 
     messages: list[Any]
     stream_options: StreamOptions | None = None
@@ -37,10 +37,10 @@ class ChatFields(Generation):
 
 
 def asked_for(fields: ChatFields, settings: Settings, client: object) -> Ask:
-    """A request of this route as the engine takes it.
+    """Checks a request of this route and returns it in the form that `submit` accepts.
 
     Raises:
-        ApiError: fields contradict each other, or a message is not usable.
+        ApiError: fields contradict each other, or a message is invalid.
     """
     if fields.top_logprobs is not None and not fields.logprobs:
         raise wrong("'top_logprobs' has no effect without 'logprobs': true.", "top_logprobs")
@@ -73,12 +73,12 @@ def asked_for(fields: ChatFields, settings: Settings, client: object) -> Ask:
 
 
 def schema_of(form: dict[str, Any] | None, name: str, inner: str | None) -> dict[str, Any] | bool | None:
-    """The JSON schema that an answer's form asks for; None where it is free.
+    """The JSON schema that a response format requires, or True for any JSON; None for free text.
 
     Args:
-        form: ``{"type": "text" | "json_object" | "json_schema", …}``.
-        name: of the field, for errors.
-        inner: the key of the object that holds the schema; None where the form itself does.
+        form: response format, ``{"type": "text" | "json_object" | "json_schema", …}``.
+        name: name of the field, for error messages.
+        inner: key of the object that contains the schema; None if ``form`` itself contains it.
     """
     kind = "text" if form is None else form.get("type")
     if kind == "text":
@@ -95,7 +95,7 @@ def schema_of(form: dict[str, Any] | None, name: str, inner: str | None) -> dict
 
 
 def usage(asked: Asked, said: list[Said]) -> dict[str, Any]:
-    """The tokens that answers took."""
+    """The token counts of a request and its answers, in OpenAI's format."""
     tokenizer = asked.engine.prompts.tokenizer
     prompt, new = said[0].over.stats.prompt_tokens, sum(one.over.stats.new_tokens for one in said)
     return {
@@ -112,12 +112,12 @@ def _head(kind: str, model: str) -> dict[str, Any]:
 
 
 def call_id() -> str:
-    """A new name of a call."""
+    """A new random id for a tool call."""
     return f"call_{uuid.uuid4().hex[:24]}"
 
 
 def completion(model: str, asked: Asked, said: list[Said]) -> dict[str, Any]:
-    """The route's answer."""
+    """The response of the route, with all answers."""
     tokenizer = asked.engine.prompts.tokenizer
     choices = []
     for index, one in enumerate(said):
@@ -138,7 +138,7 @@ def completion(model: str, asked: Asked, said: list[Said]) -> dict[str, Any]:
 
 
 def _logprobs(said: Said, asked: Asked, tokenizer: Tokenizer, first: int) -> dict[str, Any]:
-    """Those of a whole answer from a token on, without the token that ends it."""
+    """The log-probabilities of an answer's tokens from index ``first`` on, without an end token."""
     found = said.over.logprobs or []
     if found and said.over.finish_reason == "stop" and not tokenizer.decode([found[-1].token]):
         found = found[:-1]
@@ -146,7 +146,7 @@ def _logprobs(said: Said, asked: Asked, tokenizer: Tokenizer, first: int) -> dic
 
 
 async def chunks(model: str, asked: Asked, fields: ChatFields) -> AsyncIterator[Any]:
-    """The route's answer as events."""
+    """Yields the response of the route as the data of events."""
     head, tokenizer = _head("chat.completion.chunk", model), asked.engine.prompts.tokenizer
     counted = fields.stream_options is not None and fields.stream_options.include_usage
     finished: dict[int, Said] = {}

@@ -1,4 +1,4 @@
-"""``/v1/completions``: texts that are continued as they are, without a chat template."""
+"""The route ``/v1/completions``, which continues a text without a chat template."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlpack.server.settings import Settings
 
 
 class CompletionFields(Generation):
-    """What the route takes."""
+    """Fields of a request to ``/v1/completions``."""
 
     prompt: str | list[str]
     stream_options: StreamOptions | None = None
@@ -30,10 +30,10 @@ class CompletionFields(Generation):
 
 
 def asked_for(fields: CompletionFields, settings: Settings, client: object) -> Ask:
-    """A request of this route as the engine takes it.
+    """Checks a request of this route and returns it in the form that `submit` accepts.
 
     Raises:
-        ApiError: there are several prompts, or one is too long.
+        ApiError: there are several prompts, the prompt is too long, or fields contradict each other.
     """
     prompts = [fields.prompt] if isinstance(fields.prompt, str) else fields.prompt
     if len(prompts) != 1:
@@ -56,7 +56,7 @@ def _head(model: str) -> dict[str, Any]:
 
 
 def completion(model: str, asked: Asked, said: list[Said], fields: CompletionFields) -> dict[str, Any]:
-    """The route's answer."""
+    """The response of the route, with all answers."""
     choices = [
         {"index": index, "text": one.over.text, "logprobs": _logprobs(one, asked), "finish_reason": one.reason}
         for index, one in enumerate(said)
@@ -83,7 +83,7 @@ def _logprobs(said: Said, asked: Asked) -> dict[str, Any] | None:
 
 
 async def chunks(model: str, asked: Asked, fields: CompletionFields) -> AsyncIterator[Any]:
-    """The route's answer as events; logarithmic probabilities come with the last one of an answer."""
+    """Yields the response as the data of events; log-probabilities are part of an answer's last event."""
     head = _head(model)
     counted = fields.stream_options is not None and fields.stream_options.include_usage
     more: dict[str, Any] = {"usage": None} if counted else {}

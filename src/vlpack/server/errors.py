@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form: ``{"error": {"message": …, "type": …, "param": …, "code": …}}``."""
+"""Errors in OpenAI's format: ``{"error": {"message": …, "type": …, "param": …, "code": …}}``."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from vlpack.engine import QueueFullError
 from vlpack.errors import InputError, OptionError, VlpackError, first_option, in_request
 
 RETRY_SECONDS = 2
-"""What Retry-After says where too much is asked at once."""
+"""Seconds that the header Retry-After tells a client to wait if the server is busy."""
 
 LONGEST = 1000
-"""Characters of an error's message."""
+"""Largest number of characters of an error message; longer ones are cut off."""
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Args:
-        status: of HTTP.
-        message: what is wrong and what to do.
-        param: the field of the request that it is about, if any.
-        code: a word for programs.
-        headers: of the answer.
+        status: HTTP status.
+        message: message that says what is wrong and what to do.
+        param: field of the request that is wrong; None if it is not about a field.
+        code: short identifier of the error for programs; None if there is none.
+        headers: additional headers of the response.
     """
 
     def __init__(
@@ -47,17 +47,17 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The answer's JSON."""
+        """The JSON object of the response."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The answer."""
+        """The HTTP response."""
         return JSONResponse(self.body, self.status, self.headers)
 
 
 def busy(message: str, status: int = 429) -> ApiError:
-    """The error for a request that may be sent again a little later."""
+    """The error for a request that may succeed if the client sends it again later."""
     headers = {"Retry-After": str(RETRY_SECONDS)}
     return ApiError(status, message, code="rate_limit_exceeded" if status == 429 else "unavailable", headers=headers)
 
@@ -68,17 +68,17 @@ def too_large(message: str, param: str | None = None) -> ApiError:
 
 
 def wrong(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """The error for a request that cannot be answered as it is."""
+    """The error for an invalid request, with status 400."""
     return ApiError(400, message, param=param, code=code)
 
 
 def sentence(error: VlpackError) -> str:
-    """What an error of vlpack says, in the words of requests."""
+    """The message and hint of a vlpack error as one text, with the names that options have in requests."""
     return in_request(error.message if error.hint is None else f"{error.message} {error.hint}")
 
 
 def told(error: VlpackError) -> ApiError:
-    """An error of vlpack as an answer."""
+    """The error response for an error of vlpack."""
     text = sentence(error)
     if isinstance(error, QueueFullError):
         return busy(text)
@@ -89,5 +89,5 @@ def told(error: VlpackError) -> ApiError:
 
 
 def failed() -> ApiError:
-    """The error for a fault of the server itself, whose particulars are in its log and not told to others."""
-    return ApiError(500, "The server has failed at this request; its log says why.", code="server_error")
+    """The error for an internal failure; its details are logged, but not sent to the client."""
+    return ApiError(500, "The server failed to process this request; its log says why.", code="server_error")

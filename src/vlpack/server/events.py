@@ -1,4 +1,4 @@
-"""Answers that come piece by piece: server-sent events, and noticing that nobody listens any more."""
+"""Streamed responses as server-sent events, and the detection of clients that have disconnected."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from vlpack.server.errors import ApiError, failed, told
 log = logging.getLogger("vlpack.server")
 
 SEND_SECONDS = 60.0
-"""How long a client may take nothing of what is sent to it."""
+"""Seconds after which a client that reads nothing of a stream is disconnected."""
 
 Result = TypeVar("Result")
 
 
 class ClientGoneError(Exception):
-    """Whoever asked has closed the connection."""
+    """The client has closed the connection."""
 
 
 async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
@@ -33,10 +33,10 @@ async def _until_gone(receive: Callable[[], Awaitable[Any]]) -> None:
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of ``work``, which is cancelled where the client closes the connection; its body was read before.
+    """Runs ``work`` and returns its result; cancels it if the client disconnects. The body must have been read.
 
     Raises:
-        ClientGoneError: it did.
+        ClientGoneError: the client disconnected.
     """
     working = asyncio.create_task(work)
     listening = asyncio.create_task(_until_gone(request.receive))
@@ -56,18 +56,18 @@ async def _ended(*tasks: asyncio.Task[Any]) -> None:
 
 
 class EventStream:
-    """An answer of server-sent events.
+    """A response of server-sent events, as an ASGI application.
 
     Args:
-        events: their data, each as JSON or as it is; or with the event's name before it.
-        kept: what the answer uses, closed when it is over, whatever ends it.
+        events: the events, each as `encoded` takes it.
+        kept: resources of the response, which are closed when it ends for any reason.
     """
 
     def __init__(self, events: AsyncIterator[Any], kept: AsyncExitStack) -> None:
         self._events, self._kept = events, kept
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Sends the events, as an ASGI application."""
+        """Sends all events to the client."""
         sending = asyncio.create_task(self._send(send))
         listening = asyncio.create_task(_until_gone(receive))
         try:
@@ -89,14 +89,14 @@ class EventStream:
             async for event in self._events:
                 await write(encoded(event))
         except asyncio.TimeoutError:
-            return  # it takes nothing, so there is nobody to tell
+            return  # the client does not read, so an error could not be sent either
         except Exception as error:
             await write(encoded(as_api_error(error).body))
         await write(b"", more=False)
 
 
 def encoded(event: Any) -> bytes:
-    """An event on its way: a text as it is, JSON, or a pair of the event's name and its JSON."""
+    """The bytes of an event: ``event`` is its data as text or JSON, or a pair of its name and its JSON."""
     name = b""
     if isinstance(event, tuple):
         name, event = f"event: {event[0]}\n".encode(), event[1]
@@ -105,7 +105,7 @@ def encoded(event: Any) -> bytes:
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Any error as the answer to a request; what is a fault of the server is logged."""
+    """The error response for any exception; unexpected ones are logged."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, VlpackError):
@@ -113,5 +113,5 @@ def as_api_error(error: Exception) -> ApiError:
         if answer.status >= 500:
             log.error("%s", error)
         return answer
-    log.error("a request has failed", exc_info=error)
+    log.error("a request failed", exc_info=error)
     return failed()

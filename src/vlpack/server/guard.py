@@ -1,4 +1,4 @@
-"""What every request passes first: who asks, from where, and whether there is room for it."""
+"""Checks that every request passes first: its key, its origin, and the number of requests in progress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlpack.server.errors import ApiError, busy
 from vlpack.server.settings import Settings
 
 OPEN_PATHS = ("/", "/health", "/ready", "/favicon.ico")
-"""Paths for which no key is needed, beside the files of the page: a browser asks for these without one."""
+"""Paths that need no key, besides the files of the page: browsers and health checks request them without one."""
 
 PAGE = "/page/"
 
@@ -30,19 +30,19 @@ _LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 class Guard:
-    """An ASGI application around another one.
+    """An ASGI application that checks requests before another one responds to them.
 
-    Requests without the key are refused, compared in constant time. A server that only this machine can reach also
-    refuses other names than its own, by which a foreign web page could reach it (DNS rebinding). Requests from web
-    pages of other origins are refused unless those are allowed.
+    Requests without the right key are refused; keys are compared in constant time. A server that only this machine can
+    reach also refuses requests for other host names, because a foreign web page could reach it through one (DNS
+    rebinding). Requests from web pages of other origins are refused unless the settings allow the origin.
 
     Args:
-        app: that answers.
-        settings: of the server.
-        most: requests that may be on their way at a time.
+        app: application that responds to accepted requests.
+        settings: settings of the server.
+        most: largest number of POST requests in progress.
 
     Attributes:
-        draining: whether the server ends, so that it takes no new requests.
+        draining: whether the server is shutting down and refuses new requests.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, most: int) -> None:
@@ -52,7 +52,7 @@ class Guard:
         self.draining = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answers a request, or has it answered."""
+        """Responds to a request with an error, or passes it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -103,7 +103,7 @@ class Guard:
         host = headers.get("host", "")
         name = urlsplit(f"//{host}").hostname if host.count("[") <= 1 else None
         if self._settings.is_local and name not in (*_LOCAL, self._settings.host):
-            raise ApiError(403, "This server is asked for as localhost or 127.0.0.1 only.", code="wrong_host")
+            raise ApiError(403, "This server responds only to the names localhost and 127.0.0.1.", code="wrong_host")
         if origin is not None and allowed is None and urlsplit(origin).netloc != host:
             raise ApiError(
                 403, f"Web pages of {origin[:100]} may not use this server (--allow-origin).", code="wrong_origin"
@@ -118,5 +118,5 @@ _PREFLIGHT = (
 
 
 def _digest(key: bytes) -> bytes:
-    """A key's hash, so that keys of any length are compared in the same time."""
+    """The hash of a key, so that comparing keys takes the same time whatever their lengths."""
     return hashlib.sha256(key).digest()

@@ -1,4 +1,4 @@
-"""Images and videos of requests: ``data:`` URIs and http(s) URLs, never files of this machine."""
+"""Images and videos of requests, given as ``data:`` URIs or http(s) URLs; files of this machine are never read."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from vlpack.server.errors import sentence, too_large, wrong
 from vlpack.server.settings import Settings
 
 LOW_DETAIL = 512 * 512
-"""Square pixels of an image of which the request says ``"detail": "low"``."""
+"""Largest area, in pixels, of an image that the request gives with ``"detail": "low"``."""
 
 
 FETCH_SECONDS = 30.0
-"""How long all URLs of a request may take to be fetched."""
+"""Largest number of seconds for the downloads of one request."""
 
 
 class ImagePart(NamedTuple):
     """An image of a message.
 
     Attributes:
-        url: ``data:`` or http(s).
-        where: its place in the request, for errors.
-        low: whether few details are enough.
-        data: of the URL, where it was fetched before.
+        url: ``data:`` URI or http(s) URL.
+        where: place of the image in the request, for error messages.
+        low: whether the request asks for low detail.
+        data: downloaded bytes; None if the URL was not downloaded.
     """
 
     url: str
@@ -39,7 +39,14 @@ class ImagePart(NamedTuple):
 
 
 class VideoPart(NamedTuple):
-    """A video of a message; as an image, and which frames are looked at."""
+    """A video of a message.
+
+    Attributes:
+        url: ``data:`` URI or http(s) URL.
+        where: place of the video in the request, for error messages.
+        options: sampling of frames; None for the package's.
+        data: downloaded bytes; None if the URL was not downloaded.
+    """
 
     url: str
     where: str
@@ -48,7 +55,7 @@ class VideoPart(NamedTuple):
 
 
 def image_part(value: Any, where: str) -> ImagePart:
-    """What ``image_url`` of a part names: a URL, or an object with ``url`` and ``detail``."""
+    """Reads a message part's ``image_url``: a URL, or an object with ``url`` and ``detail``."""
     extra = dict(value) if isinstance(value, dict) else {"url": value}
     url, detail = extra.pop("url", None), extra.pop("detail", None)
     if extra:
@@ -59,7 +66,7 @@ def image_part(value: Any, where: str) -> ImagePart:
 
 
 def video_part(value: Any, where: str) -> VideoPart:
-    """What ``video_url`` of a part names: a URL, or an object with ``url`` and fields of `VideoOptions`."""
+    """Reads a message part's ``video_url``: a URL, or an object with ``url`` and fields of `VideoOptions`."""
     extra = dict(value) if isinstance(value, dict) else {"url": value}
     url = _url(extra.pop("url", None), where, "video")
     unknown = [name for name in extra if name not in VideoOptions.__dataclass_fields__]
@@ -79,15 +86,15 @@ Part = TypeVar("Part", ImagePart, VideoPart)
 
 
 def is_remote(part: ImagePart | VideoPart) -> bool:
-    """Whether a part has yet to be fetched."""
+    """Whether an image or video must still be downloaded."""
     return part.data is None and part.url[:5].lower() != "data:"
 
 
 class Downloads:
-    """Fetches the URLs of one request, all of them within the time and the bytes of one; blocks.
+    """Downloads the URLs of one request; all of them together may take `FETCH_SECONDS` and ``max_body`` bytes.
 
     Args:
-        settings: of the server.
+        settings: settings of the server.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -95,10 +102,10 @@ class Downloads:
         self._left, self._end = settings.max_body, time.monotonic() + FETCH_SECONDS
 
     def __call__(self, part: Part) -> Part:
-        """A part with its data.
+        """Returns the part with its data, downloaded if it must be; blocks.
 
         Raises:
-            ApiError: the URL is not usable, or leads to this machine's network.
+            ApiError: the download fails or is too large, or the URL leads to this machine or its network.
         """
         if not is_remote(part):
             return part
@@ -114,19 +121,19 @@ class Downloads:
 
 
 def read_bytes(part: ImagePart | VideoPart) -> bytes:
-    """The bytes of a part that was fetched, or is a ``data:`` URI.
+    """The bytes of an image or video that was downloaded or is a ``data:`` URI.
 
     Raises:
-        InputError: the URI is not usable.
+        InputError: the URI is invalid.
     """
     return data_uri_bytes(part.url) if part.data is None else part.data
 
 
 def read_image(part: ImagePart, settings: Settings) -> Image.Image:
-    """An image as upright RGB, decoded.
+    """Decodes an image as upright RGB.
 
     Raises:
-        ApiError: it is not usable; the error names its place.
+        ApiError: the image is invalid or too large; the error names its place in the request.
     """
     try:
         return load_image(read_bytes(part), max_pixels=settings.max_image_pixels)
@@ -136,13 +143,17 @@ def read_image(part: ImagePart, settings: Settings) -> Image.Image:
 
 
 class Media:
-    """The images and videos of one request as tensors; blocks while it is called.
+    """Preprocesses the images and videos of one request; its methods block.
 
     Args:
-        prompts: of the package.
-        settings: of the server.
-        min_pixels: smallest image area, instead of the package's.
-        max_pixels: largest image area.
+        prompts: prompt builder of the package.
+        settings: settings of the server.
+        min_pixels: smallest area of an image in pixels; None for the package's.
+        max_pixels: largest area of an image in pixels; None for the package's.
+
+    Raises:
+        ApiError: pixel limits were given, but the package takes no images.
+        OptionError: the pixel limits are out of their range.
     """
 
     def __init__(
@@ -157,7 +168,7 @@ class Media:
             raise wrong(f"{name!r} has no effect: the package takes no images.", name)
 
     def image(self, part: ImagePart) -> ProcessedImages:
-        """An image as patches. It is processed here, and not with the prompt, so that no other prompt waits for it."""
+        """Turns an image into patches, before its prompt is made, so that other prompts do not wait for this work."""
         self._prompts.check_takes(images=True)
         processor = self._prompts.image_processor
         assert processor is not None, "checked"
@@ -169,7 +180,7 @@ class Media:
         return processor([read_image(part, self._settings)])
 
     def video(self, part: VideoPart) -> ProcessedVideo:
-        """A video as patches and timestamps."""
+        """Turns a video into patches and timestamps."""
         self._prompts.check_takes(videos=True)
         try:
             return self._prompts.processed_video(read_bytes(part), part.options)
@@ -178,6 +189,6 @@ class Media:
 
 
 def check_images(count: int, settings: Settings) -> None:
-    """Raises an ApiError if a request has too many images and videos."""
+    """Raises an ApiError if a request has more images and videos than the server allows."""
     if count > settings.max_images:
         raise too_large(f"The request has {count} images and videos; this server takes {settings.max_images} at most.")

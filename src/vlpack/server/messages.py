@@ -1,4 +1,4 @@
-"""Messages in OpenAI's form, as vlpack and chat templates take them, with their images and videos taken out."""
+"""Reads messages in OpenAI's format: makes messages for chat templates, and collects their images and videos."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _FIELDS = {
     "tool": ("tool_call_id", "name"),
 }
 _EMPTY = ("refusal", "audio", "function_call", "annotations", "name", "tool_calls")
-"""Fields that clients send back with an answer; they are taken where they are empty."""
+"""Fields that clients send back with an earlier answer; they are accepted if they are empty."""
 
 
 @dataclass
 class Conversation:
-    """Messages for a chat template, and what is shown in them, in order."""
+    """Messages for a chat template, and their images and videos in order."""
 
     messages: list[dict[str, Any]] = field(default_factory=list)
     images: list[ImagePart] = field(default_factory=list)
@@ -32,10 +32,10 @@ class Conversation:
 
 
 def read_messages(given: Sequence[Any], settings: Settings) -> Conversation:
-    """Checks the messages of a request.
+    """Checks the messages of a request and returns them for a chat template.
 
     Raises:
-        ApiError: one is malformed, or they exceed a limit of the server.
+        ApiError: a message is invalid, or the messages exceed a limit of the server.
     """
     if not given:
         raise wrong("'messages' is empty.", "messages")
@@ -86,7 +86,7 @@ def _content(content: Any, where: str, role: str, read: Conversation) -> str | l
     if not isinstance(content, list):
         raise wrong(f"{where}: 'content' must be a text or a list of parts.", f"{where}.content")
     parts = [_part(part, f"{where}.content[{place}]", role, read) for place, part in enumerate(content)]
-    if all(part["type"] == "text" for part in parts):  # the templates of text models take no parts
+    if all(part["type"] == "text" for part in parts):  # the templates of text models accept only strings
         return "".join(part["text"] for part in parts)
     return parts
 
@@ -101,7 +101,7 @@ def _part(part: Any, where: str, role: str, read: Conversation) -> dict[str, Any
     if kind not in ("image_url", "video_url"):
         raise wrong(f"{where}: the type {kind!r} is not supported; text, image_url and video_url are.", where)
     if role not in ("user", "tool"):
-        raise wrong(f"{where}: a message of the role {role} cannot show anything; a user's can.", where)
+        raise wrong(f"{where}: a message of the role {role} cannot have images or videos; a user's can.", where)
     _only(part, (kind,), where)
     if kind == "image_url":
         read.images.append(image_part(part.get(kind), where))
@@ -117,7 +117,7 @@ def _only(part: Mapping[str, Any], names: Sequence[str], where: str) -> None:
 
 
 def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls of an earlier answer, with arguments as objects, which all templates take."""
+    """The tool calls of an earlier answer, with arguments as objects, which all templates accept."""
     done = []
     for place, call in enumerate(calls if isinstance(calls, list) else [None]):
         at = f"{where}.tool_calls[{place}]"
@@ -127,7 +127,7 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
         name, arguments = _text(function.get("name"), f"{at}.function.name"), function.get("arguments") or "{}"
         try:
             parsed = parse_json(_text(arguments, f"{at}.function.arguments"))
-        except ValueError:  # an answer that was cut off; the model may see what it wrote
+        except ValueError:  # the answer was cut off; the template gets the incomplete text
             parsed = arguments
         function = {"name": name, "arguments": parsed}
         done.append({"id": str(call.get("id") or ""), "type": "function", "function": function})

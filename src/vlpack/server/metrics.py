@@ -1,4 +1,4 @@
-"""``/metrics``: what the server has done and does, for Prometheus."""
+"""The route ``/metrics``: counters, gauges and histograms of the server in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _RATES = (1, 2, 5, 10, 20, 30, 50, 75, 100, 200, 500, 1000)
 
 _COUNTED = {
-    "prompt_tokens": "Tokens of prompts that were computed.",
-    "reused_tokens": "Tokens of prompts that the cache held already.",
-    "answer_tokens": "Tokens of answers.",
-    "steps": "Calls of the decoder for the next tokens of answers.",
-    "chunks": "Calls of the decoder for parts of prompts.",
+    "prompt_tokens": "Prompt tokens that were computed.",
+    "reused_tokens": "Prompt tokens that were found in the cache.",
+    "answer_tokens": "Generated tokens.",
+    "steps": "Calls of the decoder that generate tokens.",
+    "chunks": "Calls of the decoder that process a chunk of a prompt.",
 }
 
 
 class Metrics(Collector):
-    """Figures of a server.
+    """The metrics of a server.
 
     Args:
-        models: the packages, whose engines are asked when figures are wanted.
+        models: packages of the server, whose engines are read whenever metrics are collected.
     """
 
     def __init__(self, models: Models) -> None:
@@ -40,29 +40,35 @@ class Metrics(Collector):
         self._requests = Counter("requests", "Requests by route and status.", ["route", "status"], **names)
         self._first = Histogram(
             "first_token_seconds",
-            "From a request to the first token of its answer.",
+            "Seconds from a request to the first token of its answer.",
             ["model"],
             buckets=_SECONDS,
             **names,
         )
-        self._whole = Histogram("answer_seconds", "From a request to its end.", ["model"], buckets=_SECONDS, **names)
+        self._whole = Histogram(
+            "answer_seconds", "Seconds from a request to the end of its answers.", ["model"], buckets=_SECONDS, **names
+        )
         self._rate = Histogram(
-            "answer_tokens_per_second", "Of answers, after their first token.", ["model"], buckets=_RATES, **names
+            "answer_tokens_per_second",
+            "Generated tokens per second of each answer, after its first token.",
+            ["model"],
+            buckets=_RATES,
+            **names,
         )
 
     def answered(self, route: str, status: int) -> None:
-        """Notes the answer to a request; of a stream, that it has begun."""
+        """Counts the response to a request; a stream is counted when it begins."""
         self._requests.labels(route, str(status)).inc()
 
     def generated(self, served: Served, asked: Asked, began: float) -> None:
-        """Notes answers that are over; those that were cancelled say how long they took, and no more."""
+        """Records the times of a request that has ended; of cancelled answers only the total time is recorded."""
         self._whole.labels(served.name).observe(time.perf_counter() - began)
         for handle in asked.handles:
             if not handle.done:
                 continue
             try:
                 stats = handle.result(0).stats
-            except Exception:  # it failed, which was told
+            except Exception:  # the answer failed, and the client has received the error
                 continue
             if stats.new_tokens:
                 self._first.labels(served.name).observe(asked.submitted - began + stats.first_token_seconds)
@@ -70,10 +76,12 @@ class Metrics(Collector):
                 self._rate.labels(served.name).observe(stats.tokens_per_second)
 
     def collect(self) -> Iterator[Metric]:
-        """The figures of the engines now; prometheus_client calls this."""
+        """Yields the engines' current values; prometheus_client calls this method."""
         gauges = {
             "loaded": GaugeMetricFamily("vlpack_loaded", "Whether a package is in memory.", labels=["model"]),
-            "slots": GaugeMetricFamily("vlpack_slots", "Answers that are made at a time.", labels=["model"]),
+            "slots": GaugeMetricFamily(
+                "vlpack_slots", "Number of slots, each of which generates one answer at a time.", labels=["model"]
+            ),
             "busy": GaugeMetricFamily("vlpack_slots_busy", "Slots that are in use.", labels=["model"]),
             "waiting": GaugeMetricFamily("vlpack_requests_waiting", "Requests that wait for a slot.", labels=["model"]),
         }
@@ -93,5 +101,5 @@ class Metrics(Collector):
         yield from counters.values()
 
     def text(self) -> bytes:
-        """All figures in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return bytes(generate_latest(self._registry))

@@ -1,4 +1,4 @@
-"""The packages that a server answers for, by name: loaded at their first use, and closed where others need the room."""
+"""The packages of a server by name: they are loaded at their first use, and closed if others need the memory."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _ROUTES = {
 
 @dataclass(eq=False)
 class Served:
-    """A package with the name by which requests ask for it.
+    """A package of the server, with the name by which requests select it.
 
     Attributes:
-        name: in requests.
-        folder: of the package.
-        task: generate, embedding or reranker.
-        created: seconds since 1970 when the package was built.
-        engine: of a package that generates, while it is loaded.
-        encoder: of an embedding model or reranker, while it is loaded.
-        users: requests that use it now.
-        used: when it was last used.
-        loading: loads it.
-        before: what engines of it have computed that are closed by now.
+        name: name of the package in requests.
+        folder: folder of the package.
+        task: task of the package: generate, embedding or reranker.
+        created: time when the package was built, in seconds since 1970.
+        engine: engine of a package that generates text; None while it is not loaded.
+        encoder: loaded embedding model or reranker; None while it is not loaded.
+        users: number of requests that use the package now.
+        used: time of the last use by `time.monotonic`, in seconds.
+        loading: task that loads the package; None if it is not being loaded.
+        before: counts of this package's engines that were closed.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Served:
 
     @property
     def loaded(self) -> bool:
-        """Whether it is in memory."""
+        """Whether the package is in memory."""
         return self.engine is not None or self.encoder is not None
 
     @property
     def counters(self) -> Counters:
-        """What was computed since the server began."""
+        """Counts of what was computed for this package since the server started."""
         now = self.before if self.engine is None else self.engine.counters
         if now is self.before:
             return now
@@ -68,16 +68,16 @@ class Served:
 
     @property
     def chats(self) -> Engine:
-        """The engine of a loaded package that generates."""
+        """The engine of a loaded package that generates text."""
         assert self.engine is not None, "it was asked for its task"
         return self.engine
 
 
 def named_folders(given: list[str]) -> dict[str, Path]:
-    """Names and folders of packages that were given as ``FOLDER`` or ``NAME=FOLDER``.
+    """Parses packages given as ``FOLDER`` or ``NAME=FOLDER`` into a mapping of names to folders.
 
     Raises:
-        OptionError: two have one name.
+        OptionError: two packages have the same name.
     """
     named: dict[str, Path] = {}
     for text in given:
@@ -93,11 +93,11 @@ def named_folders(given: list[str]) -> dict[str, Path]:
 
 
 class Models:
-    """All packages of a server.
+    """All packages of a server, and which of them are in memory.
 
     Args:
-        packages: names and folders; the folders are checked now, and loaded when they are first asked for.
-        settings: of the server.
+        packages: name → folder of each package; folders are checked at once and loaded at the first request.
+        settings: settings of the server.
 
     Raises:
         PackageError: a folder is not a complete package.
@@ -115,10 +115,10 @@ class Models:
         self._held: set[str] = set()  # names that are loaded, or about to be
 
     def named(self, name: str | None, task: str | None = None) -> Served:
-        """The package of a name; without a name the only one of the task.
+        """The package with this name, or without a name the only package for the task.
 
         Raises:
-            ApiError: there is none, or it is for another task.
+            ApiError: there is no such package, or it is for another task.
         """
         if name is None:
             fitting = [one for one in self.served.values() if task is None or one.task == task]
@@ -142,17 +142,17 @@ class Models:
 
     @asynccontextmanager
     async def use(self, served: Served) -> AsyncIterator[Served]:
-        """Keep a package in memory while the block runs; load it before, where it is not.
+        """Loads a package if it is not in memory, and keeps it there while the block runs.
 
         Raises:
-            VlpackError: it cannot be loaded.
+            VlpackError: the package cannot be loaded.
         """
         served.users += 1
         try:
             if not served.loaded:
                 if served.loading is None:
                     served.loading = asyncio.create_task(self._load(served))
-                await asyncio.shield(served.loading)  # one client that leaves does not end it for the others
+                await asyncio.shield(served.loading)  # a client that disconnects must not stop it for others
             yield served
         finally:
             served.users -= 1
@@ -203,6 +203,6 @@ class Models:
             await asyncio.to_thread(engine.close)
 
     async def close(self) -> None:
-        """Interrupt what is answered, and free the memory."""
+        """Interrupts all answers and unloads all packages."""
         for served in self.served.values():
             await self._unload(served)

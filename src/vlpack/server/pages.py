@@ -1,4 +1,4 @@
-"""The page at ``/`` and what it needs: its files, and the pages of a PDF as images."""
+"""The web page at ``/``: its files, and the route that turns a PDF into images for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parent / "page"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 PDF_SECONDS = 60.0
-"""How long the pages of a PDF may take to be drawn."""
+"""Largest number of seconds for rendering a PDF."""
 
 
 def _send(name: str) -> Response:
@@ -32,25 +32,25 @@ def _send(name: str) -> Response:
 
 
 async def index(_: Request) -> Response:
-    """The page itself."""
+    """The HTML file of the page."""
     return _send("index.html")
 
 
 async def icon(_: Request) -> Response:
-    """Its icon."""
+    """The icon of the page."""
     return _send("icon.svg")
 
 
 async def file(request: Request) -> Response:
-    """A file of the page."""
+    """Any file of the page, by name."""
     return _send(request.path_params["name"])
 
 
 async def pdf(request: Request, settings: Settings) -> Any:
-    """The pages of a PDF, as ``data:`` URIs of JPEG images.
+    """Renders a PDF and responds with its pages as ``data:`` URIs of JPEG images.
 
     Raises:
-        ApiError: it is no PDF, or is too much for a process of limited memory and time.
+        ApiError: the body is not a valid PDF, or rendering it exceeds the limits of memory or time.
     """
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/pdf":
         raise ApiError(415, "The request must have the header Content-Type: application/pdf.")
@@ -63,7 +63,7 @@ def _drawn(data: bytes) -> list[str]:
     try:
         done = subprocess.run(command, input=data, capture_output=True, timeout=PDF_SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        raise wrong(f"The PDF's pages were not drawn within {PDF_SECONDS:g} seconds.") from None
+        raise wrong(f"The PDF's pages were not rendered within {PDF_SECONDS:g} seconds.") from None
     if done.returncode == pdf_worker.MISSING:
         raise ApiError(501, "PDFs need pypdfium2 on the server: pip install 'vlpack[serve]'.")
     if done.returncode:

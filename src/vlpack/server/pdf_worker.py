@@ -1,6 +1,6 @@
-"""Draws the pages of a PDF on standard input, in a process of its own: PDFium is native code, and a PDF a stranger's.
+"""A script that renders the PDF on standard input, in its own process: PDFium is native code, and PDFs are untrusted.
 
-Each page is a line on standard output: a ``data:`` URI of a JPEG image. The process imports nothing of vlpack.
+It writes each page as a line to standard output: a ``data:`` URI of a JPEG image. It imports nothing of vlpack.
 """
 
 import base64
@@ -9,17 +9,17 @@ import io
 import sys
 
 MAX_PAGES, MAX_EDGE, SCALE = 20, 2000, 2.0
-"""Pages that are drawn, pixels of a page's longer edge, and pixels to a point (1/72 inch) where a page is small."""
+"""Largest number of pages, largest longer edge of a page in pixels, and usual pixels per point (1/72 inch)."""
 
 MAX_MEMORY, MAX_CPU = 2 << 30, 60
-"""Bytes of address space, and seconds of the processor."""
+"""Limits of the process: bytes of address space, and seconds of processor time."""
 
 MISSING = 3
-"""The exit code where pypdfium2 is not installed."""
+"""Exit code if pypdfium2 is not installed."""
 
 
 def main() -> int:
-    """Reads, draws and writes; returns the exit code."""
+    """Renders the PDF; returns the exit code."""
     try:
         import pypdfium2
     except ImportError:

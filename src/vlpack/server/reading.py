@@ -1,4 +1,4 @@
-"""The JSON of requests: read within limits, and checked against the fields that a route takes."""
+"""Reads the JSON of requests within limits and checks it against the fields of a route."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from vlpack.server.errors import ApiError, too_large, wrong
 from vlpack.server.settings import Settings
 
 MAX_DEPTH = 64
-"""How deeply the JSON of a request may be nested."""
+"""Largest nesting depth of a request's JSON."""
 
 BODY_SECONDS = 60.0
-"""How long the body of a request may take to arrive."""
+"""Largest number of seconds until the body of a request has arrived."""
 
-_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # of which half alone is no character
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a surrogate pair alone is not a character
 
-_IN_THREAD = 256 * 1024  # bytes of JSON whose parsing would hold the event loop up
+_IN_THREAD = 256 * 1024  # larger JSON, in bytes, is parsed in a thread, so that the event loop is not blocked
 
 
 class Fields(BaseModel):
-    """Base class of what routes take: no field beside those that it names, and no value of another type."""
+    """Base class for the fields of a route; it rejects unknown fields and values of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -33,31 +33,31 @@ class Fields(BaseModel):
 Body = TypeVar("Body", bound=Fields)
 
 UNSUPPORTED = {
-    "audio": "models of vlpack make no sound",
+    "audio": "models of vlpack generate no audio",
     "function_call": "it was replaced by tool_choice",
     "functions": "it was replaced by tools",
     "logit_bias": "tokens cannot be weighted one by one",
-    "prediction": "nothing can be drafted by a request",
-    "web_search_options": "there is no search",
-    "background": "answers are not kept, so they cannot be fetched later",
-    "conversation": "conversations are not kept: send all messages",
-    "previous_response_id": "answers are not kept: send all messages",
-    "prompt": "there are no stored prompts",
+    "prediction": "requests cannot provide draft tokens",
+    "web_search_options": "the server has no web search",
+    "background": "responses are not stored, so they cannot be fetched later",
+    "conversation": "conversations are not stored: send all messages",
+    "previous_response_id": "responses are not stored: send all messages",
+    "prompt": "prompts are not stored",
     "max_tool_calls": "tools are called by the client",
-    "suffix": "models of vlpack do not fill gaps",
+    "suffix": "models of vlpack only continue texts",
     "best_of": "ask for n answers instead",
 }
-"""Parameters of OpenAI's protocol that are known and not supported, and why."""
+"""Parameters of OpenAI's protocol that the server does not support, and the reason."""
 
 
 async def read(request: Request, kind: type[Body], settings: Settings) -> Body:
-    """The body of a request as the fields of its route.
+    """Reads the body of a request and checks the fields of its route.
 
     Raises:
-        ApiError: it is too large or slow, no JSON, or has a field that is unknown, unsupported or of another type.
+        ApiError: the body is too large, too slow or not JSON, or has an unknown, unsupported or invalid field.
     """
     kind_of = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind_of != "application/json":  # other types could be sent by any web page, without asking
+    if kind_of != "application/json":  # any web page may send other types without a preflight request
         raise ApiError(415, "The request must have the header Content-Type: application/json.")
     data = await read_bytes(request, settings.max_body)
     try:
@@ -66,7 +66,7 @@ async def read(request: Request, kind: type[Body], settings: Settings) -> Body:
         raise wrong(f"The request is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
         raise wrong("The request must be a JSON object.")
-    # like an absent one, null is the default
+    # null means the default, as if the field were absent
     given = {name: item for name, item in value.items() if item is not None}
     for name in given:
         if name not in kind.model_fields:
@@ -81,10 +81,10 @@ async def read(request: Request, kind: type[Body], settings: Settings) -> Body:
 
 
 async def read_bytes(request: Request, most: int) -> bytes:
-    """The body of a request.
+    """Reads the body of a request.
 
     Raises:
-        ApiError: it is larger than ``most`` bytes, or does not come in time.
+        ApiError: the body is larger than ``most`` bytes, or does not arrive in time.
     """
     said = request.headers.get("content-length", "")
     if said.isdigit() and int(said) > most:
@@ -105,14 +105,14 @@ async def read_bytes(request: Request, most: int) -> bytes:
 
 
 def _too_large(most: int) -> NoReturn:
-    raise too_large(f"The request has more than {most} bytes, which is the most that this server takes (--max-body).")
+    raise too_large(f"The request has more than {most} bytes, which is this server's limit (--max-body).")
 
 
 def parse_json(data: bytes | str) -> Any:
-    """A JSON value.
+    """Parses JSON strictly.
 
     Raises:
-        ValueError: it is not valid, or nested more than `MAX_DEPTH` deep.
+        ValueError: the text is not valid JSON, or is nested more than `MAX_DEPTH` levels deep.
     """
 
     def constant(text: str) -> NoReturn:
@@ -134,11 +134,11 @@ def parse_json(data: bytes | str) -> Any:
         ]
         if not level:
             return value
-    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
 
 
 def _wrong_field(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with the fields, as a sentence."""
+    """The error response for the first invalid field that pydantic reports."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     places = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in places).lstrip(".")

@@ -1,4 +1,4 @@
-"""The items that ``/v1/responses`` takes, as the messages and tools of a chat."""
+"""Converts the items and tools of ``/v1/responses`` into messages and tools of chat completions."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from vlpack.server.errors import wrong
 
 
 def chat_tool(tool: Any, where: str) -> dict[str, Any]:
-    """A tool as a chat takes it, which has the function in an object of its own.
+    """Converts a tool into the format of chat completions, which puts the function into an object of its own.
 
     Raises:
-        ApiError: it is no function.
+        ApiError: the tool is not a function.
     """
     if not isinstance(tool, Mapping) or tool.get("type") != "function":
         raise wrong(f"{where} must have the type function; this server has no tools of its own.", where)
@@ -21,14 +21,14 @@ def chat_tool(tool: Any, where: str) -> dict[str, Any]:
 
 
 def chat_messages(given: str | list[Any], instructions: str | None) -> list[dict[str, Any]]:
-    """The items of an input as messages of a chat: calls that follow each other are one message.
+    """Converts the items of an input into chat messages; consecutive tool calls become one message.
 
     Args:
-        given: a question, or items.
-        instructions: what goes before them as a system message.
+        given: text of a user's message, or a list of items.
+        instructions: text of a system message before them; None for none.
 
     Raises:
-        ApiError: an item is of an unknown type.
+        ApiError: an item has an unknown type.
     """
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     found = _Messages()
@@ -38,21 +38,21 @@ def chat_messages(given: str | list[Any], instructions: str | None) -> list[dict
     if instructions is not None:
         first = messages[0] if messages else {}
         if first.get("role") in ("system", "developer") and isinstance(first.get("content"), str):
-            first["content"] = f"{instructions}\n\n{first['content']}"  # templates know one system message
+            first["content"] = f"{instructions}\n\n{first['content']}"  # chat templates accept one system message
         else:
             messages.insert(0, {"role": "system", "content": instructions})
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 class _Messages:
-    """Messages as items are added."""
+    """A list of chat messages that grows with every added item."""
 
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
         self._thought: str | None = None
 
     def add(self, item: Any, where: str) -> None:
-        """Adds an item."""
+        """Adds an item as a message or a part of one."""
         if not isinstance(item, Mapping):
             raise wrong(f"{where} must be an object.", where)
         kind = item.get("type", "message")
@@ -79,7 +79,7 @@ class _Messages:
 
 
 def _content(content: Any, where: str) -> Any:
-    """Content of an item as that of a message: its parts have other names here."""
+    """Converts the content of an item into that of a chat message, whose parts have other names."""
     if not isinstance(content, list):
         return content
     return [_part(part, f"{where}.content[{place}]") for place, part in enumerate(content)]

@@ -1,4 +1,4 @@
-"""``/v1/responses``: OpenAI's newer protocol, without anything that would have to be kept between requests."""
+"""The route ``/v1/responses``, OpenAI's newer protocol, without the functions that store responses."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from vlpack.server.tools import Piece
 
 
 class TextForm(Fields):
-    """What the text of an answer is like."""
+    """The field ``text``: format and verbosity of the answer."""
 
     format: dict[str, Any] | None = None
     verbosity: Literal["medium"] | None = None
 
 
 class Reasoning(Fields):
-    """How much the model thinks."""
+    """The field ``reasoning``: how much the model reasons."""
 
     effort: Literal["none"] | None = None
     summary: None = None
 
 
 class ResponseFields(Generation):
-    """What the route takes."""
+    """Fields of a request to ``/v1/responses``."""
 
     input: str | list[Any]
     instructions: str | None = None
@@ -53,10 +53,10 @@ class ResponseFields(Generation):
 
 
 def asked_for(fields: ResponseFields, settings: Settings, client: object) -> Ask:
-    """A request of this route as the engine takes it.
+    """Checks a request of this route and returns it in the form that `submit` accepts.
 
     Raises:
-        ApiError: an item is not usable.
+        ApiError: an item is invalid, or fields contradict each other.
     """
     wants = "message.output_text.logprobs" in fields.include
     if fields.top_logprobs is not None and not wants:
@@ -88,13 +88,15 @@ def _new(kind: str) -> str:
 
 @dataclass
 class _Item:
-    """An item of the output as it grows.
+    """An item of the output, whose text grows while the answer is generated.
 
     Attributes:
         kind: ``text``, ``reasoning`` or ``call``.
-        id: of the item.
-        text: of the message or the reasoning, or arguments of the call.
-        name: of the function that is called.
+        id: id of the item.
+        text: text of the message or reasoning, or arguments of the tool call.
+        name: name of the called function.
+        call: id of the tool call.
+        logprobs: log-probabilities of the message's tokens in OpenAI's format.
     """
 
     kind: str
@@ -105,13 +107,13 @@ class _Item:
     logprobs: list[Any] = field(default_factory=list)
 
     def part(self) -> dict[str, Any]:
-        """The content that the item has."""
+        """The item's text as a content part."""
         if self.kind == "reasoning":
             return {"type": "reasoning_text", "text": self.text}
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": self.logprobs}
 
     def json(self, status: str) -> dict[str, Any]:
-        """The item in OpenAI's form."""
+        """The item in OpenAI's format."""
         if self.kind == "call":
             return {
                 "id": self.id, "type": "function_call", "status": status,
@@ -129,7 +131,7 @@ def _item(kind: str, name: str = "") -> _Item:
 
 
 def _frame(model: str, fields: ResponseFields) -> dict[str, Any]:
-    """A response without its output: what was asked for."""
+    """A response in progress, without output: its ids and the parameters of the request."""
     form = fields.text.format if fields.text is not None and fields.text.format is not None else {"type": "text"}
     effort = None if fields.reasoning is None else fields.reasoning.effort
     return {
@@ -180,7 +182,7 @@ def _ended(frame: dict[str, Any], asked: Asked, said: Said, items: list[_Item]) 
 
 
 def _with_logprobs(items: list[_Item], asked: Asked, said: Said) -> None:
-    """Puts the probabilities of all tokens into the message, if there is one."""
+    """Puts the log-probabilities of all tokens into the message item, if there is one."""
     found = said.over.logprobs
     message = next((item for item in items if item.kind == "text"), None)
     if found is None or message is None:
@@ -192,7 +194,7 @@ def _with_logprobs(items: list[_Item], asked: Asked, said: Said) -> None:
 
 
 def response(model: str, asked: Asked, said: list[Said], fields: ResponseFields) -> dict[str, Any]:
-    """The route's answer."""
+    """The complete response of the route."""
     (one,) = said
     items = []
     if one.reasoning is not None:
@@ -212,7 +214,7 @@ Event = tuple[str, dict[str, Any]]
 
 
 class _Events:
-    """The events of a response, numbered, and the items that they have told of."""
+    """Makes the numbered events of a response, and keeps the items that they have announced."""
 
     def __init__(self) -> None:
         self.items: list[_Item] = []
@@ -220,12 +222,12 @@ class _Events:
         self._open: _Item | None = None
 
     def event(self, name: str, /, **more: Any) -> Event:
-        """An event of this name."""
+        """An event with this name and the next sequence number."""
         self._number += 1
         return name, {"type": name, "sequence_number": self._number, **more}
 
     def piece(self, piece: Piece) -> Iterator[Event]:
-        """What a piece of the answer tells."""
+        """Yields the events for a new piece of the answer."""
         kind = "call" if piece.kind in ("call", "arguments") else piece.kind
         if self._open is None or self._open.kind != kind or piece.kind == "call":
             yield from self.close()
@@ -243,7 +245,7 @@ class _Events:
             yield self.event("response.output_text.delta", **content)
 
     def begin(self, kind: str, name: str = "") -> Iterator[Event]:
-        """Tells of a new item."""
+        """Yields the events that announce a new item."""
         self._open = item = _item(kind, name)
         self.items.append(item)
         index = len(self.items) - 1
@@ -252,7 +254,7 @@ class _Events:
             yield self.event("response.content_part.added", **self._place(item), content_index=0, part=item.part())
 
     def close(self, status: str = "completed") -> Iterator[Event]:
-        """Tells that the last item is over."""
+        """Yields the events that complete the last item."""
         item, self._open = self._open, None
         if item is None:
             return
@@ -273,7 +275,7 @@ class _Events:
 
 
 async def events(model: str, asked: Asked, fields: ResponseFields) -> AsyncIterator[Event]:
-    """The route's answer as events."""
+    """Yields the response of the route as named events."""
     frame, made = _frame(model, fields), _Events()
     yield made.event("response.created", response=frame)
     yield made.event("response.in_progress", response=frame)
@@ -282,7 +284,7 @@ async def events(model: str, asked: Asked, fields: ResponseFields) -> AsyncItera
             for event in made.piece(piece):
                 yield event
             continue
-        if not made.items:  # an answer without a word is a message without a word
+        if not made.items:  # an empty answer is a message with an empty text
             for event in made.begin("text"):
                 yield event
         _with_logprobs(made.items, asked, said)

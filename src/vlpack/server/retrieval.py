@@ -1,4 +1,4 @@
-"""``/v1/embeddings`` and ``/v1/rerank``."""
+"""The routes ``/v1/embeddings`` and ``/v1/rerank``: their fields and responses."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vlpack.server.reading import Fields
 from vlpack.server.settings import Settings
 
 MAX_INPUTS = 2048
-"""Inputs or documents of a request."""
+"""Largest number of inputs or documents of a request."""
 
 
 class EmbeddingFields(Fields):
-    """What ``/v1/embeddings`` takes."""
+    """Fields of a request to ``/v1/embeddings``."""
 
     model: str | None = None
     input: str | list[Any] | dict[str, Any]
@@ -33,7 +33,7 @@ class EmbeddingFields(Fields):
 
 
 class RerankFields(Fields):
-    """What ``/v1/rerank`` takes."""
+    """Fields of a request to ``/v1/rerank``."""
 
     model: str | None = None
     query: str | dict[str, Any]
@@ -46,12 +46,12 @@ class RerankFields(Fields):
 
 
 def read_inputs(given: list[Any], name: str, settings: Settings, *, instruction: bool) -> list[Any]:
-    """Inputs as objects with ``text``, ``image`` (a list of `ImagePart`) and ``instruction``.
+    """Checks inputs and returns them as objects with ``text``, ``image`` (a list of `ImagePart`) and ``instruction``.
 
-    In a request an input is a text, or an object whose ``image`` is a URL or a list of URLs.
+    An input of a request is a text, or an object whose ``image`` is a URL or a list of URLs.
 
     Raises:
-        ApiError: one is of another form, or they exceed a limit of the server.
+        ApiError: an input is invalid, or the inputs exceed a limit of the server.
     """
     if not given:
         raise wrong(f"'{name}' is empty.", name)
@@ -82,19 +82,19 @@ def read_inputs(given: list[Any], name: str, settings: Settings, *, instruction:
 
 
 def fetched(inputs: list[Any], settings: Settings) -> list[Any]:
-    """Inputs whose images were fetched; blocks."""
+    """Downloads the images of inputs that are given as URLs; blocks."""
     download = Downloads(settings)
     return [{**one, **({"image": [*map(download, one["image"])]} if "image" in one else {})} for one in inputs]
 
 
 def decoded(inputs: list[Any], settings: Settings) -> list[Any]:
-    """Inputs with images as `vlpack.runtime.retrieval` takes them; blocks."""
+    """Decodes the images of inputs for `vlpack.runtime.retrieval`; blocks."""
     images = [[read_image(part, settings) for part in one.get("image", ())] for one in inputs]
     return [{**one, **({"image": found} if found else {})} for one, found in zip(inputs, images, strict=True)]
 
 
 def embeddings(served: Served, fields: EmbeddingFields, inputs: list[Any]) -> dict[str, Any]:
-    """The answer of ``/v1/embeddings``; blocks, one call at a time."""
+    """Computes the response of ``/v1/embeddings``; blocks, and must not be called twice at the same time."""
     model = served.encoder
     assert isinstance(model, Embedder), "it was asked for its task"
     before = model.tokens
@@ -120,12 +120,12 @@ def embeddings(served: Served, fields: EmbeddingFields, inputs: list[Any]) -> di
 
 
 def ranking(served: Served, fields: RerankFields, inputs: list[Any]) -> dict[str, Any]:
-    """The answer of ``/v1/rerank``, the best first; blocks, one call at a time.
+    """Computes the response of ``/v1/rerank``, best document first; blocks; only one call at a time.
 
     Args:
-        served: a loaded reranker.
-        fields: of the request.
-        inputs: the query, then the documents.
+        served: loaded reranker.
+        fields: fields of the request.
+        inputs: query, followed by the documents.
     """
     query, *documents = inputs
     model = served.encoder

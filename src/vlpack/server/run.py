@@ -1,4 +1,4 @@
-"""``vlpack serve``: listens, answers, and drains when it is told to end."""
+"""Runs the server of ``vlpack serve``: listens, responds to requests, and lets running answers end at shutdown."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def listen(settings: Settings) -> socket.socket:
     """A socket that listens at the settings' host and port.
 
     Raises:
-        OptionError: the port is in use, or the host is no address of this machine.
+        OptionError: the port is in use, or the host is not an address of this machine.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         sock = socket.socket(family, kind, protocol)
-        if hasattr(signal, "SIGHUP"):  # on Windows this option would let two servers have one port
+        if hasattr(signal, "SIGHUP"):  # on Windows this option would let two servers share a port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(2048)
@@ -41,12 +41,12 @@ def listen(settings: Settings) -> socket.socket:
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn's server, which tells when it is told to end."""
+    """uvicorn's server with a callback for the beginning of its shutdown."""
 
     ending: Callable[[], None] = staticmethod(lambda: None)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Takes a signal: the first one lets answers end, the second one does not."""
+        """Handles a signal: after the first one, running answers may end; a second one interrupts them."""
         self.ending()
         if self.should_exit:
             self.force_exit = True
@@ -54,15 +54,15 @@ class _Uvicorn(uvicorn.Server):
 
 
 def serve(packages: Mapping[str, Path], settings: Settings, ready: Callable[[str], object]) -> None:
-    """Answers requests until SIGINT or SIGTERM; then it takes no more, and ends when those that it has are answered.
+    """Serves packages until SIGINT or SIGTERM, then accepts no new requests and returns when running ones have ended.
 
     Args:
-        packages: names and folders.
-        settings: of the server.
-        ready: called with the server's address when it listens.
+        packages: name → folder of each package.
+        settings: settings of the server.
+        ready: function that is called with the server's address when it listens.
 
     Raises:
-        OptionError: it cannot listen there.
+        OptionError: the server cannot listen at the host and port.
         PackageError: a folder is not a complete package.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)

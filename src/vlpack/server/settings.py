@@ -1,4 +1,4 @@
-"""What whoever starts the server decides: where it listens, who may ask, and how much."""
+"""The settings of a server: its address, access, and limits."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from vlpack.runtime.sampling import check_number
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server behaves. None stands for a default that depends on the packages or the machine.
+    """The settings of a server. None stands for a default that depends on the packages or the machine.
 
     Args:
-        host: address or name to listen at.
-        port: TCP port; 0 takes a free one.
-        api_key: what requests must carry as ``Authorization: Bearer …``; None asks for nothing.
-        no_auth: that no key is asked for although other machines can connect.
-        slots: answers of a package that are made at a time.
-        context: tokens of prompt and answer that a slot has room for.
-        threads: of onnxruntime.
-        queue: requests of a package that may wait for a slot.
-        stall: see `vlpack.Engine`.
-        keep_loaded: packages that stay in memory; the one that was not used for longest makes room for another.
+        host: address or host name to listen at.
+        port: TCP port; 0 chooses a free one.
+        api_key: key that requests must send as ``Authorization: Bearer …``; None accepts requests without a key.
+        no_auth: whether no key is required although other machines can connect.
+        slots: number of answers that each package generates at a time.
+        context: number of tokens of prompt and answer together that fit into a slot.
+        threads: number of threads of onnxruntime.
+        queue: largest number of requests per package that wait for a slot.
+        stall: largest slowdown of running answers by prompts, as in `vlpack.Engine`.
+        keep_loaded: number of packages in memory; the least recently used one is closed to load another.
         max_body: largest body of a request, in bytes.
-        max_images: most images of a request.
-        max_image_pixels: largest image, in pixels, before it is resized.
-        max_prompt: most characters of the texts of a request.
-        drain_seconds: how long running answers may go on after SIGTERM.
-        allow_private_urls: let image URLs lead to this machine or its network.
+        max_images: largest number of images and videos of a request.
+        max_image_pixels: largest area of an image before it is resized, in pixels.
+        max_prompt: largest number of characters of the texts of a request.
+        drain_seconds: largest number of seconds that running answers continue after SIGTERM.
+        allow_private_urls: whether image URLs may lead to this machine or its network.
         allow_origins: origins of other web pages that may use the server from a browser.
 
     Raises:
@@ -70,14 +70,14 @@ class Settings:
         check_number("stall", self.stall, 2, math.inf)
         check_number("drain_seconds", self.drain_seconds, 0, 86400)
         if self.api_key is not None and (not self.api_key.strip() or not self.api_key.isascii()):
-            raise OptionError(f"{option('api_key')} must be a text of ASCII characters that is not empty.")
+            raise OptionError(f"{option('api_key')} must be ASCII text that is not empty.")
         if self.api_key is not None and self.no_auth:
             raise OptionError(f"{option('api_key')} and {option('no_auth')} exclude each other.", "Give one of them.")
         if not self.is_local and self.api_key is None and not self.no_auth:
             raise OptionError(
-                f"At {self.host} other machines can connect, and there is no key that they must know.",
-                f"Give one with {option('api_key')} or in the environment variable VLPACK_API_KEY, or say "
-                f"{option('no_auth', True)}.",
+                f"Other machines can connect to {self.host}, but no key is set.",
+                f"Set one with {option('api_key')} or the environment variable VLPACK_API_KEY, or allow access without "
+                f"one with {option('no_auth', True)}.",
             )
         for origin in self.allow_origins:
             if not origin.startswith(("http://", "https://")) or origin.count("/") != 2:

@@ -1,4 +1,4 @@
-"""``/tokenize``: the tokens of a text or of a conversation."""
+"""The route ``/tokenize``, which returns the tokens of a text or of a conversation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlpack.server.tools import read_tools
 
 
 class TokenizeFields(Fields):
-    """What the route takes."""
+    """Fields of a request to ``/tokenize``."""
 
     model: str | None = None
     prompt: str | None = None
@@ -30,10 +30,10 @@ class TokenizeFields(Fields):
 
 
 def asked_for(fields: TokenizeFields, settings: Settings) -> Ask:
-    """A text or a conversation whose tokens are asked for.
+    """Checks a request of this route and returns its text or conversation.
 
     Raises:
-        ApiError: the request has neither or both of prompt and messages, or they are not usable.
+        ApiError: the request has neither or both of prompt and messages, or they are invalid.
     """
     if (fields.prompt is None) == (fields.messages is None):
         raise wrong("Give either 'prompt' or 'messages'.", "prompt")
@@ -50,7 +50,7 @@ def asked_for(fields: TokenizeFields, settings: Settings) -> Ask:
 
 
 def tokenized(engine: Engine, ask: Ask, fields: TokenizeFields, settings: Settings) -> dict[str, Any]:
-    """The route's answer; blocks."""
+    """Computes the response of the route; blocks."""
     tools = read_tools(ask.tools, None, None, engine.prompts)
     prompt = make_prompt(engine, ask, tools, settings) if ask.conversation else None
     tokens = [] if prompt is None else [int(token) for token in prompt.input_ids[0]]

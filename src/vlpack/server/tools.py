@@ -1,6 +1,6 @@
-"""Tools: what a request offers, grammars that force a call, and calls read from the text that a model writes.
+"""Tools of requests, grammars that force tool calls, and a parser of the tool calls in generated text.
 
-Qwen's models write ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``, one after another.
+Qwen's models write each call as ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OPEN_CALL, CLOSE_CALL = "<tool_call>", "</tool_call>"
 
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-# as json.dumps writes, which is what the models were taught
+# the format of json.dumps, on which the models were trained
 _AS_TAUGHT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -28,9 +28,9 @@ class Tools:
     """The tools of a request.
 
     Args:
-        tools: as chat templates take them, in OpenAI's form.
+        tools: tools in OpenAI's format, which chat templates accept.
         choice: ``none``, ``auto``, ``required``, or the name of a function that must be called.
-        parallel: whether an answer may have several calls.
+        parallel: whether an answer may contain several tool calls.
     """
 
     tools: tuple[dict[str, Any], ...] = ()
@@ -39,19 +39,19 @@ class Tools:
 
     @property
     def offered(self) -> list[dict[str, Any]] | None:
-        """What the chat template is told of."""
+        """The tools for the chat template; None if there are none, or the model must not call them."""
         return list(self.tools) if self.tools and self.choice != "none" else None
 
     @property
     def forced(self) -> bool:
-        """Whether the answer must be a call."""
+        """Whether the answer must be a tool call."""
         return self.choice not in ("none", "auto")
 
     def grammar(self, prompts: PromptBuilder) -> dict[str, str] | None:
-        """Rules of a Lark grammar, ``start`` among them; None where the answer is free.
+        """The rules of a Lark grammar for the answer, by name, including ``start``; None if the answer is free.
 
-        A call must be to a tool that there is, with arguments as its schema says; text without calls is free, unless a
-        call is forced.
+        The grammar allows only calls of offered tools with arguments that match their schemas. Unless a call is forced,
+        it also allows any text around them.
         """
         strict = any(tool["function"].get("strict") for tool in self.tools)
         if not self.offered or not (self.forced or strict):
@@ -72,7 +72,7 @@ class Tools:
 
 
 def _as_terminal(prompts: PromptBuilder, text: str) -> str:
-    """A tag in a Lark grammar: a token of its own, where the tokenizer has it."""
+    """A tag as a terminal of a Lark grammar: its special token if the tokenizer has one, else its text."""
     token = prompts.tokenizer.token_id(text)
     return text if token is not None and prompts.tokenizer.is_added_token(token) else json.dumps(text)
 
@@ -91,9 +91,10 @@ def _call_schema(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _closed(schema: Any) -> Any:
-    """A schema whose objects have no properties beside those that it names, unless it says that they may.
+    """Copies a schema with additionalProperties set to false in each object with properties, unless it is set already.
 
-    A function takes the arguments that its schema names. Many clients do not say so, and a model could go on for ever.
+    Functions accept only the arguments that their schemas name, but many clients omit additionalProperties, and a model
+    could then write arguments without end.
     """
     if isinstance(schema, list):
         return [_closed(item) for item in schema]
@@ -109,7 +110,7 @@ def _closed(schema: Any) -> Any:
 
 
 def lark(rules: Mapping[str, str], prompts: PromptBuilder, *, thinks: bool) -> str:
-    """A grammar of these rules. Where the answer begins inside the reasoning, it holds from the end of that on."""
+    """Joins rules to a Lark grammar; with ``thinks`` it allows any reasoning first and applies after its end."""
     lines = [f"{name}: {rule}" for name, rule in rules.items() if name != "start"]
     if thinks:
         lines += [f'start: THOUGHT {_as_terminal(prompts, CLOSE)} "\\n\\n" answer', f"answer: {rules['start']}"]
@@ -120,10 +121,10 @@ def lark(rules: Mapping[str, str], prompts: PromptBuilder, *, thinks: bool) -> s
 
 
 def read_tools(tools: Sequence[Any], choice: Any, parallel: bool | None, prompts: PromptBuilder) -> Tools:
-    """Checks the tools of a request.
+    """Checks the tools of a request and returns them.
 
     Raises:
-        ApiError: one is malformed, tool_choice names none of them, or the package's chat template takes none.
+        ApiError: a tool is invalid, tool_choice names none of them, or the package's chat template has no tools.
     """
     if not tools:
         if choice not in (None, "none", "auto"):
@@ -143,11 +144,11 @@ def read_tools(tools: Sequence[Any], choice: Any, parallel: bool | None, prompts
             raise wrong(
                 "'tool_choice' must be none, auto, required, or an object that names a function.", "tool_choice"
             )
-        if chosen in names:  # a function that is called "auto" can only be told by an object
-            raise wrong(f"A tool has the name {chosen!r}, which 'tool_choice' uses for something else.", "tools")
+        if chosen in names:  # a function named "auto" could be selected only by an object
+            raise wrong(f"A tool has the name {chosen!r}, which has another meaning in 'tool_choice'.", "tools")
     source = prompts.chat_template.source
     if "tools" not in source or OPEN_CALL not in source:
-        raise wrong("The package's chat template takes no tools, so the model would not know of them.", "tools")
+        raise wrong("The package's chat template does not support tools, so the model would not see them.", "tools")
     return Tools(tuple(dict(tool) for tool in tools), chosen, parallel is not False)
 
 
@@ -174,8 +175,8 @@ class Piece(NamedTuple):
     """A piece of an answer.
 
     Attributes:
-        kind: ``text``; ``reasoning``; ``call``, whose text is the name of a function; ``arguments`` of the last call.
-        text: that is added.
+        kind: ``text``, ``reasoning``, ``call`` (a new call) or ``arguments`` (of the last call).
+        text: text to add; for ``call``, the name of the function.
     """
 
     kind: str
@@ -183,12 +184,12 @@ class Piece(NamedTuple):
 
 
 class CallStream:
-    """Separates the calls in a text that arrives in pieces from the text around them.
+    """Separates tool calls from the text around them, in generated text that arrives in pieces.
 
-    What stands between the tags and is no call stays text, tags and all.
+    If the text between the tags is not a valid call, it stays text, including its tags.
 
     Attributes:
-        calls: how many there were.
+        calls: number of calls so far.
     """
 
     def __init__(self) -> None:
@@ -196,15 +197,15 @@ class CallStream:
         self._held = ""
         self._inside = False
         self._arguments: _Value | None = None
-        self._begun = False  # whether there was text that is not white space
+        self._begun = False  # whether there was text other than white space
 
     @property
     def between(self) -> bool:
-        """Whether the text stands outside of a call now."""
+        """Whether the end of the text so far is outside of a call."""
         return not self._inside
 
     def push(self, piece: str) -> Iterator[Piece]:
-        """Adds a piece of text; the pieces that are certain by now."""
+        """Adds generated text; yields the pieces that are certain by now."""
         self._held += piece
         while True:
             before = (self._held, self._inside, self._arguments)
@@ -213,7 +214,7 @@ class CallStream:
                 return
 
     def flush(self) -> Iterator[Piece]:
-        """The rest, at the end of the answer."""
+        """Yields the remaining pieces at the end of the answer."""
         held, self._held = self._held, ""
         if not self._inside:
             yield from self._said(held)
@@ -227,7 +228,7 @@ class CallStream:
             yield from self._said(before if not self.calls or before.strip() else "", last=True)
             self._held, self._inside = after, True
             return
-        # white space before a call belongs to it, and the beginning of a tag may become one
+        # white space before a call is dropped, and the end may be the beginning of a tag, so both must wait
         kept = next(
             (n for n in range(min(len(OPEN_CALL) - 1, len(before)), 0, -1) if before.endswith(OPEN_CALL[:n])), 0
         )
@@ -271,7 +272,7 @@ class CallStream:
                 self._held, self._inside, self._arguments = after, False, None
 
     def _whole(self, body: str, *, ended: bool = True) -> Iterator[Piece]:
-        """A call that is written in another order than usual, or no call."""
+        """Yields a call whose keys are in an unusual order, or the text if it is not a call."""
         try:
             call = json.loads(body)
             name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
@@ -287,17 +288,17 @@ class CallStream:
 
 
 def _name(text: str) -> str | None:
-    """The name that a JSON text says; None where it is none."""
+    """The name in a JSON string; None if it is invalid."""
     try:
         name = str(json.loads(text))
         name.encode()
-    except ValueError:  # a wrong escape, or half a surrogate pair
+    except ValueError:  # invalid escape, or half a surrogate pair
         return None
     return name
 
 
 class _Value:
-    """Finds the end of a JSON object that arrives in pieces."""
+    """A scanner that finds the end of a JSON object that arrives in pieces."""
 
     def __init__(self) -> None:
         self.over = False
@@ -305,7 +306,7 @@ class _Value:
         self._quoted = self._escaped = False
 
     def take(self, text: str) -> int:
-        """How many characters of a text belong to the object."""
+        """Scans the next piece; returns how many of its characters belong to the object."""
         for place, character in enumerate(text):
             if self.over:
                 return place

@@ -1,6 +1,6 @@
-"""The stages inside of layers that have linear attention or output gates, in a package's graph and in the reference.
+"""The stages inside layers with linear attention or output gates, in a package's graph and in the reference.
 
-Of each stage only some channels are kept, evenly chosen, because a layer has many stages and verification holds all
+Only some channels of each stage are kept, evenly spaced, because a layer has many stages and verification holds all
 layers of several cases at once.
 """
 
@@ -18,27 +18,27 @@ import onnx_ir as ir
 Array = npt.NDArray[Any]
 
 WIDTH = 256
-"""Largest number of channels of a stage that are compared."""
+"""Largest number of compared channels per stage."""
 CONVOLUTION, GATES, RECURRENCE = "convolution", "gates", "recurrence"
 GATED_NORM, GATED_ATTENTION = "gated norm", "gated attention"
 READERS = {GATED_NORM: "linear_attn.out_proj", GATED_ATTENTION: "self_attn.o_proj"}
-"""The matrices that multiply a stage's values, whose channels may be balanced in the package."""
+"""The matrices that multiply a stage's values; the package may have balanced these channels."""
 KERNELS = {CONVOLUTION: "causal_conv1d_fn", GATES: "torch_chunk_gated_delta_rule"}
 """Functions of transformers that compute a stage, or take its values as arguments."""
 
 
 def stage_name(layer: int, stage: str) -> str:
-    """The name of a stage inside of a decoder layer."""
+    """The name of a stage inside a decoder layer."""
     return f"layer {layer}: {stage}"
 
 
 def thinned(rows: Array) -> Array:
-    """At most `WIDTH` channels of ``rows [S, C]``, evenly chosen."""
+    """At most `WIDTH` channels of ``rows [S, C]``, evenly spaced."""
     return np.array(rows[:, :: -(-rows.shape[1] // WIDTH)], np.float32)
 
 
 def inner_values(graph: ir.Graph, layers: int) -> dict[str, list[ir.Value]]:
-    """The values of a decoder's graph that make up its inner stages, each ``[1, S, C]``, by the stage's name."""
+    """The values of a decoder's graph that form its inner stages, each ``[1, S, C]``, by the stage's name."""
     inputs = {str(value.name): value for value in graph.inputs}
     found: dict[str, list[ir.Value]] = {}
     for layer in range(layers):
@@ -68,12 +68,12 @@ def _gated_attention(graph: ir.Graph, layer: int) -> ir.Value | None:
 
 
 def collect(values: Mapping[str, list[Array]], factors: Callable[[int, str], Array | None]) -> dict[str, Array]:
-    """The inner stages as the reference has them.
+    """The values of inner stages in the scale of the reference.
 
     Args:
-        values: stage's name → the arrays of `inner_values`.
-        factors: (layer, name of a matrix in it) → the factors ``[C]`` by which the package multiplies what the matrix
-            reads; None for none.
+        values: name of the stage → arrays of `inner_values`.
+        factors: function (layer, name of a matrix) → factors ``[C]`` by which the package multiplies the matrix's
+            input; None if it is not changed.
     """
     found = {}
     for name, arrays in values.items():
@@ -86,7 +86,7 @@ def collect(values: Mapping[str, list[Array]], factors: Callable[[int, str], Arr
 
 @contextmanager
 def watched(layers: Any, found: dict[str, Array]) -> Iterator[None]:
-    """Write the inner stages of a forward pass of transformers' decoder layers into ``found``."""
+    """While the block runs, records the inner stages of transformers' decoder layers in ``found``."""
     hooks: list[Any] = []
     kernels: list[tuple[str, Any]] = []
     tokens = 0
@@ -111,7 +111,9 @@ def watched(layers: Any, found: dict[str, Array]) -> Iterator[None]:
             hooks.append(layer.linear_attn.norm.register_forward_hook(seen))
         else:
             attention = layer.self_attn
-            if attention.q_proj.out_features == 2 * attention.o_proj.in_features:  # queries and gates
+            if (
+                attention.q_proj.out_features == 2 * attention.o_proj.in_features
+            ):  # the projection has queries and gates
 
                 def read(module: Any, inputs: Any, index: int = index) -> None:
                     keep(index, GATED_ATTENTION, inputs[0])

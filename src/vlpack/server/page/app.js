@@ -1,14 +1,14 @@
-// The page: a conversation with a package over the server's own /v1/chat/completions.
+// The page: conversations with the server's models over its route /v1/chat/completions.
 import { make, markdown } from "/page/markdown.js";
 import { drawn, jsonOf, marksOf, tree } from "/page/marks.js";
 import * as store from "/page/store.js";
 
 const $ = (id) => document.getElementById(id);
 const fields = $("settings").querySelector("form").elements;
-const LARGEST = 22 << 20; // bytes of a file; in base64 it is a third longer, and the server takes 32 MiB
+const LARGEST = 22 << 20; // bytes of a file; base64 makes it a third longer, and the server accepts 32 MiB
 let current = fresh();
-let pending = []; // pictures and videos of the next question
-let running = null; // an AbortController while an answer comes
+let pending = []; // images and videos of the next message
+let running = null; // an AbortController while an answer is streamed
 
 function fresh() {
   return { id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`, title: "", turns: [] };
@@ -30,7 +30,7 @@ async function call(path, options = {}) {
   throw new Error(told?.error?.message ?? `The server answered with status ${reply.status}.`);
 }
 
-// -- what is shown
+// -- rendering
 
 function pictures(media) {
   return make("div", { className: "pictures" }, ...media.map((one) => one.kind === "video"
@@ -51,7 +51,7 @@ function body(turn, index) {
     const marks = marksOf(value);
     const shown = current.turns.slice(0, index).flatMap((one) => one.media ?? []).filter((one) => one.kind === "image");
     if (marks.length && shown.length) parts.push(...onPicture(shown, marks));
-    const raw = make("details", {}, make("summary", {}, "As it was written"), make("pre", { tabIndex: 0 }, turn.text));
+    const raw = make("details", {}, make("summary", {}, "Raw text"), make("pre", { tabIndex: 0 }, turn.text));
     parts.push(make("div", { className: "tree" }, tree(value)), raw);
   } else parts.push(make("div", { className: "text" }, markdown(turn.text)));
   if (turn.error) parts.push(make("p", { className: "error" }, turn.error));
@@ -64,7 +64,7 @@ function onPicture(shown, marks) {
   const pick = make("select", {}, ...shown.map((one, index) => make("option", { value: index }, `${index + 1}: ${one.name}`)));
   pick.value = shown.length - 1;
   pick.onchange = () => place.replaceChildren(drawn(shown[pick.value].url, marks));
-  return [make("label", {}, "Drawn on picture ", pick), place];
+  return [make("label", {}, "Drawn on image ", pick), place];
 }
 
 function button(text, action) {
@@ -78,7 +78,7 @@ function article(turn, index) {
   else {
     if (turn.told) tools.append(make("span", {}, turn.told));
     tools.append(button("Copy", () => navigator.clipboard?.writeText(turn.text).then(() => say("Copied."))));
-    if (index === current.turns.length - 1) tools.append(button("Again", () => again(index)));
+    if (index === current.turns.length - 1) tools.append(button("Regenerate", () => again(index)));
     tools.append(button("Branch", () => branch(index)));
   }
   const made = make("article", { className: turn.role }, make("h2", {}, mine ? "You" : turn.model || "Answer"), ...body(turn, index));
@@ -87,7 +87,7 @@ function article(turn, index) {
 }
 
 function show() {
-  const empty = make("p", { className: "empty" }, "Ask something. Pictures, videos and PDFs can be dropped here.");
+  const empty = make("p", { className: "empty" }, "Type a message. Images, videos and PDFs can be dropped here.");
   $("log").replaceChildren(...(current.turns.length ? current.turns.map(article) : [empty]));
   $("log").scrollTop = $("log").scrollHeight;
 }
@@ -97,7 +97,7 @@ function showLast() {
   const low = log.scrollHeight - log.scrollTop - log.clientHeight < 80;
   const index = current.turns.length - 1;
   log.lastElementChild.replaceWith(article(current.turns[index], index));
-  if (low) log.scrollTop = log.scrollHeight; // whoever reads further up is left there
+  if (low) log.scrollTop = log.scrollHeight; // scrolls only if the end was visible
 }
 
 async function list() {
@@ -125,7 +125,7 @@ function use(conversation) {
   $("question").focus();
 }
 
-// -- asking
+// -- requests
 
 function content(turn) {
   if (!turn.media?.length) return turn.text;
@@ -170,7 +170,7 @@ async function answer() {
   const mine = running;
   $("stop").hidden = false;
   $("send").disabled = true;
-  say("Reading the question …");
+  say("Processing the prompt …");
   show();
   const began = performance.now();
   let first = 0, drawing = false, reason = "", end = "Answered.";
@@ -195,18 +195,18 @@ async function answer() {
       reason = choice?.finish_reason ?? reason;
       if (event.usage) turn.told = told(event.usage, first - began, performance.now() - first);
     }
-    if (reason === "length") turn.told += " · cut off at the longest answer";
+    if (reason === "length") turn.told += " · cut off at the limit of tokens";
   } catch (error) {
     end = "Stopped.";
     if (error.name !== "AbortError") {
       turn.error = error.message;
-      end = "That did not work.";
+      end = "The request failed.";
     }
   } finally {
     if (running === mine) running = null;
     $("stop").hidden = running === null;
     $("send").disabled = running !== null;
-    await store.keep(conversation).catch((error) => { end += ` The conversation is not kept: ${error}`; });
+    await store.keep(conversation).catch((error) => { end += ` The conversation could not be saved: ${error}`; });
     if (current === conversation) {
       show();
       say(end);
@@ -216,8 +216,8 @@ async function answer() {
 }
 
 function told(usage, wait, time) {
-  const rate = usage.completion_tokens > 1 && time > 0 ? ` · ${((usage.completion_tokens - 1) / time * 1000).toFixed(1)} tokens a second` : "";
-  return `${usage.prompt_tokens} + ${usage.completion_tokens} tokens · first after ${(wait / 1000).toFixed(2)} s${rate}`;
+  const rate = usage.completion_tokens > 1 && time > 0 ? ` · ${((usage.completion_tokens - 1) / time * 1000).toFixed(1)} tokens/s` : "";
+  return `${usage.prompt_tokens} + ${usage.completion_tokens} tokens · first token after ${(wait / 1000).toFixed(2)} s${rate}`;
 }
 
 function send() {
@@ -237,7 +237,7 @@ function again(index) {
   answer();
 }
 
-// What was said before an edit stays as a conversation of its own.
+// An edit begins a new conversation, so that the old one is kept.
 function branch(index) {
   use({ ...fresh(), title: current.title, turns: structuredClone(current.turns.slice(0, index + 1)) });
   store.keep(current).then(list);
@@ -253,12 +253,12 @@ function edit(index) {
   showPending();
 }
 
-// -- pictures, videos and PDFs
+// -- images, videos and PDFs
 
 function showPending() {
   $("media").replaceChildren(...pending.map((one, index) => {
     const away = button("×", () => { pending.splice(index, 1); showPending(); });
-    away.setAttribute("aria-label", `Take ${one.name} away`);
+    away.setAttribute("aria-label", `Remove ${one.name}`);
     return make("li", {}, ...(one.kind === "image" ? [make("img", { src: one.url, alt: "" })] : []), one.name, away);
   }));
 }
@@ -275,18 +275,18 @@ function dataUri(file) {
 async function take(files) {
   for (const file of files) {
     try {
-      if (file.size > LARGEST) throw new Error(`it has ${(file.size / 2 ** 20).toFixed(0)} MiB, and at most 22 are sent`);
+      if (file.size > LARGEST) throw new Error(`it has ${(file.size / 2 ** 20).toFixed(0)} MiB; the limit is 22 MiB`);
       if (file.type === "application/pdf") {
-        say(`Drawing the pages of ${file.name} …`);
+        say(`Rendering the pages of ${file.name} …`);
         const reply = await call("/pdf", { method: "POST", headers: { "Content-Type": "application/pdf" }, body: file });
         const { pages } = await reply.json();
         pages.forEach((url, index) => pending.push({ kind: "image", url, name: `${file.name}, page ${index + 1}` }));
       } else if (/^(image|video)\//.test(file.type)) {
         pending.push({ kind: file.type.slice(0, 5), url: await dataUri(file), name: file.name || "pasted" });
-      } else throw new Error("it is no picture, video or PDF");
+      } else throw new Error("it is not an image, video or PDF");
       say("");
     } catch (error) {
-      say(`${file.name || "What was pasted"} is not taken: ${error.message}.`);
+      say(`${file.name || "The pasted file"} was not added: ${error.message}.`);
     }
   }
   showPending();
@@ -308,7 +308,7 @@ for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
   });
 }
 
-// -- the rest
+// -- controls and settings
 
 $("ask").onsubmit = (event) => { event.preventDefault(); send(); };
 $("question").onkeydown = (event) => {
@@ -336,7 +336,7 @@ async function models() {
     const fitting = data.filter((one) => one.task === "generate");
     $("model").replaceChildren(...fitting.map((one) => make("option", { value: one.id }, one.id)));
     if (fitting.some((one) => one.id === before)) $("model").value = before;
-    say(fitting.length ? "" : "This server has no model that generates.");
+    say(fitting.length ? "" : "This server has no model that generates text.");
   } catch (error) {
     say(error.message);
   }

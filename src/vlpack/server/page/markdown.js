@@ -1,4 +1,4 @@
-// Markdown as elements. No text ever becomes HTML: every node is made by createElement, every text is a text node.
+// Renders Markdown as elements. Text is never parsed as HTML: nodes are made by createElement, texts are text nodes.
 
 const INLINE = /(`+)([\s\S]*?[^`])\1(?!`)|\*\*([^\s*](?:[\s\S]*?[^\s*])?)\*\*|\*([^\s*](?:[^*]*?[^\s*])?)\*|\[([^\]\n]+)\]\(([^()\s]+)\)|(https?:\/\/[^\s<>()]+[^\s<>().,;:!?'"])/;
 
@@ -9,7 +9,7 @@ export function make(name, properties = {}, ...children) {
 }
 
 function link(text, address) {
-  // only what a reader expects of a link: a "javascript:" address would run in this page
+  // only web and mail links: a "javascript:" address would run in this page
   if (!/^(https?:\/\/|mailto:)/i.test(address)) return document.createTextNode(text);
   return make("a", { href: address, target: "_blank", rel: "noopener noreferrer" }, text);
 }

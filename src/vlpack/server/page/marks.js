@@ -1,10 +1,10 @@
-// Boxes and points that an answer names, drawn on a picture; and JSON as a tree.
+// Draws the boxes and points of an answer on an image, and shows JSON as a tree.
 // Qwen3-VL writes {"bbox_2d": [x1, y1, x2, y2], "label": …} and {"point_2d": [x, y], …}, from 0 to 1000 on both axes.
 import { make } from "/page/markdown.js";
 
 const HUES = ["#c2255c", "#1864ab", "#2b8a3e", "#a3540a", "#5f3dc4", "#0b7285", "#846358", "#495057"];
 
-// The JSON of an answer: all of it, or what stands in a block of code; undefined where there is none.
+// The JSON value of an answer: its whole text, or a block of code in it; undefined if there is none.
 export function jsonOf(text) {
   const fence = /```(?:json)?\s*\n([\s\S]*?)```/.exec(text);
   for (const candidate of [text, fence && fence[1]]) {
@@ -20,7 +20,7 @@ export function jsonOf(text) {
 
 const numbers = (value, count) => Array.isArray(value) && value.length === count && value.every(Number.isFinite);
 
-// All marks in a JSON value, wherever they stand in it.
+// All boxes and points at any depth of a JSON value.
 export function marksOf(value, found = []) {
   if (Array.isArray(value)) value.forEach((one) => marksOf(one, found));
   else if (value && typeof value === "object") {
@@ -37,7 +37,7 @@ export function marksOf(value, found = []) {
 const percent = (value) => `${Math.min(1000, Math.max(0, value)) / 10}%`;
 
 export function drawn(address, marks) {
-  const frame = make("div", { className: "drawn" }, make("img", { src: address, alt: `The picture with ${marks.length} marks` }));
+  const frame = make("div", { className: "drawn" }, make("img", { src: address, alt: `The image with ${marks.length} marks` }));
   const labels = [...new Set(marks.map((mark) => mark.label))];
   for (const mark of marks) {
     const shape = make("div", { className: mark.box ? "box" : "point" });

@@ -1,4 +1,4 @@
-// Conversations in this browser's IndexedDB, and settings in its localStorage; nothing of them is kept on the server.
+// Stores conversations in this browser's IndexedDB and settings in its localStorage; the server stores neither.
 
 function opened() {
   return new Promise((done, failed) => {
@@ -29,6 +29,6 @@ export const forget = (id) => run("readwrite", (store) => store.delete(id));
 export const settings = () => JSON.parse(localStorage.getItem("vlpack") || "{}");
 export function keepSettings({ key, ...others }) {
   localStorage.setItem("vlpack", JSON.stringify(others));
-  sessionStorage.setItem("vlpack-key", key || ""); // until the tab is closed
+  sessionStorage.setItem("vlpack-key", key || ""); // kept until the tab is closed
 }
 export const key = () => sessionStorage.getItem("vlpack-key") || "";
