@@ -76,7 +76,7 @@ def measured(package: Path, ids: Array, stops: list[int]) -> list[dict[str, Arra
     """The states and logits of a text package after each number of tokens, which it gets one by one."""
     config = json.loads((package / "genai_config.json").read_text(encoding="utf-8"))
     options = ort.SessionOptions()
-    options.intra_op_num_threads = 2
+    options.intra_op_num_threads = 1
     path = package / config["model"]["decoder"]["filename"]
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     past = {

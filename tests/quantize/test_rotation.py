@@ -254,7 +254,8 @@ def check_manifest(folder: Path, checkpoint: Path) -> None:
         # the output of attention is multiplied by a gate before o_proj, so no rotation passes between them
         gated = any("linear_attn" in path for path in part["weights"])
         for path, entry in part["weights"].items():
-            own, matrix = path.rpartition(".")[2], len(entry["shape"]) == 2
+            own = path.rpartition(".")[2]
+            matrix = len(entry["shape"]) == 2 and not path.endswith("conv1d.weight")
             if matrix and not path.endswith(SPECIAL):
                 size = rotation_size(entry["shape"][1], LARGEST_ROTATION)
                 head = own in ("o_proj", "proj") and "attn" in path
@@ -266,7 +267,7 @@ def check_manifest(folder: Path, checkpoint: Path) -> None:
                 assert "columns" in entry["balanced"], path
             if own in ("qkv_proj", "qkv", "up_proj"):
                 assert "rows" in entry["balanced"], path
-                assert own == "up_proj" or gated != (entry.get("rows_rotated", 1) > 1), path
+                assert own == "up_proj" or ("rows_rotated" not in entry if gated else entry["rows_rotated"] > 1), path
             if own == "down_proj" and "experts" not in path:
                 assert entry["balanced"] == ["columns"], path
             vector = path.removesuffix(".weight").rpartition(".")[2]
