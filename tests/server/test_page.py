@@ -182,6 +182,7 @@ def test_widths_and_colours(width: int, scheme: str, page: Browser) -> None:
     )
     page.size(width, 700, scheme)
     assert page.value("document.documentElement.scrollWidth") <= width
+    assert page.value("document.getElementById('log').scrollWidth - document.getElementById('log').clientWidth") == 0
     assert (
         page.value("Math.max(...[...document.querySelectorAll('article')].map((e) => e.getBoundingClientRect().right))")
         <= width
