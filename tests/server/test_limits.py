@@ -186,10 +186,17 @@ def leaving(running: Running, body: dict[str, Any], after: Callable[[], bool]) -
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_slot(stream: bool, running: Running) -> None:
+def test_a_client_that_leaves_frees_its_slot(stream: bool, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     running.chat(LONG, model="tools", max_tokens=1)
     engine = running.server.models.served["tools"].chats
     running.idle("tools")
+    step = engine._graphs.run
+
+    def slow(*arguments: Any) -> Any:  # the tiny model would be through before a busy machine closes the connection
+        time.sleep(0.02)
+        return step(*arguments)
+
+    monkeypatch.setattr(engine._graphs, "run", slow)
     before = engine.counters.answer_tokens
     leaving(running, {"stream": stream, "n": 4}, lambda: engine.occupancy.busy == 4)
     running.idle("tools")
