@@ -22,7 +22,7 @@ def request(name: str, client: object = None) -> Any:
 
 def test_occupancy_and_probabilities_on_the_way(engine: Callable[..., Engine]) -> None:
     made = engine(slots=2)
-    handles = made.submit_n(3, "Hello", max_tokens=300, temperature=0, logprobs=0)
+    handles = made.submit_n(3, "Hello", max_tokens=450, temperature=0, logprobs=0)
     while not all(handle.logprobs for handle in handles[:2]):
         time.sleep(0.005)
     assert tuple(made.occupancy) == (2, 2, 1)

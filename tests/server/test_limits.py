@@ -18,6 +18,7 @@ from PIL import Image
 
 from samples import IMAGES
 from server.conftest import Running, seen, wrong
+from vlpack import Engine
 from vlpack.errors import OptionError
 from vlpack.server.asking import submit
 from vlpack.server.settings import Settings
@@ -142,12 +143,24 @@ def test_urls_are_fetched_where_that_is_allowed(start: Callable[..., Running]) -
     assert reply.json["usage"]["prompt_tokens"] > 20
 
 
-def test_a_full_queue(start: Callable[..., Running]) -> None:
+def slowly(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes steps of an engine slow: a tiny model would be through before a busy machine looks at what it does."""
+    step = engine._graphs.run
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.02)
+        return step(*arguments)
+
+    monkeypatch.setattr(engine._graphs, "run", slow)
+
+
+def test_a_full_queue(start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
     made = start("tools", slots=1, queue=1)
-    body = {"model": "tools", "messages": LONG, "max_tokens": 400}
+    made.chat(LONG, model="tools", max_tokens=1)
+    slowly(made.server.models.served["tools"].chats, monkeypatch)
+    body = {"model": "tools", "messages": LONG, "max_tokens": 150}
     threads = [threading.Thread(target=made.ask, args=("/v1/chat/completions", body)) for _ in range(2)]
     threads[0].start()
-    _until(lambda: made.server.models.served["tools"].engine is not None)
     engine = made.server.models.served["tools"].chats
     _until(lambda: engine.occupancy.busy == 1)
     threads[1].start()
@@ -186,10 +199,11 @@ def leaving(running: Running, body: dict[str, Any], after: Callable[[], bool]) -
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_slot(stream: bool, running: Running) -> None:
+def test_a_client_that_leaves_frees_its_slot(stream: bool, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     running.chat(LONG, model="tools", max_tokens=1)
     engine = running.server.models.served["tools"].chats
     running.idle("tools")
+    slowly(engine, monkeypatch)
     before = engine.counters.answer_tokens
     leaving(running, {"stream": stream, "n": 4}, lambda: engine.occupancy.busy == 4)
     running.idle("tools")

@@ -126,7 +126,7 @@ def test_markdown(page: Browser) -> None:
     assert page.value(f"{inside}.querySelector('a').rel") == "noopener noreferrer"
 
 
-HARM = "document.title = 'harmed'"
+HARM = "document.title='harmed'"  # without white space, at which a link would end
 
 
 @pytest.mark.parametrize(
@@ -182,6 +182,7 @@ def test_widths_and_colours(width: int, scheme: str, page: Browser) -> None:
     )
     page.size(width, 700, scheme)
     assert page.value("document.documentElement.scrollWidth") <= width
+    assert page.value("document.getElementById('log').scrollWidth - document.getElementById('log').clientWidth") == 0
     assert (
         page.value("Math.max(...[...document.querySelectorAll('article')].map((e) => e.getBoundingClientRect().right))")
         <= width
