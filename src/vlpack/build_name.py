@@ -61,8 +61,11 @@ class Wanted:
         """The package that is in the cache already, or None; the network is not used."""
         return find(self.repository, self.revision, str(self.options.precision), self.key_options)
 
-    def resolve(self) -> Key:
-        """Asks the Hub which commit the revision means now, and downloads config.json.
+    def resolve(self) -> tuple[Key, Path]:
+        """Asks the Hub which commit the revision means now, and downloads config.json into the Hugging Face cache.
+
+        Returns:
+            The key of the package, and the folder with config.json.
 
         Raises:
             CheckpointError: the Hub cannot be asked and the commit is not in the Hugging Face cache.
@@ -79,7 +82,7 @@ class Wanted:
                 f"The commit of {self.repository} in {found.folder} is not known.",
                 f"Give the package's folder with {option('output')}.",
             )
-        return Key(self.repository, found.commit, str(self.options.precision), self.key_options)
+        return Key(self.repository, found.commit, str(self.options.precision), self.key_options), found.folder
 
 
 @dataclass(frozen=True)
@@ -101,23 +104,25 @@ class Costs:
     address: str
 
 
-def costs(wanted: Wanted, key: Key) -> Costs:
+def costs(wanted: Wanted, key: Key, folder: Path) -> Costs:
     """The costs of making a package, of which only config.json has been downloaded.
+
+    Args:
+        wanted: the package that is wanted.
+        key: commit and options of the package.
+        folder: folder of the checkpoint in the Hugging Face cache, perhaps without weights.
 
     Raises:
         VlpackError: the checkpoint cannot be built with these options, or the Hub cannot be asked for sizes.
     """
     options = wanted.options
-    place = {"cache_dir": options.cache_dir, "token": options.extra.hf_token}
-    folder = resolve(wanted.repository, revision=key.commit, patterns=_FIRST, **place).folder  # type: ignore[arg-type]
-    settings = Checkpoint.open_settings(folder)
-    architecture = read_settings(settings, None if options.task == AUTO else options.task)
+    architecture = read_settings(Checkpoint.open_settings(folder), None if options.task == AUTO else options.task)
     package = planned_size(architecture, options.part, options.policy(architecture.precision_facts))
     if Checkpoint.has_weights(folder):
         with Checkpoint.open(folder) as checkpoint:
             weights = checkpoint.total_bytes()
-        return Costs(0, package, weights / _BYTES_PER_SECOND, str(Path(folder).parents[2]), "")
-    download = plan_download(wanted.repository, key.commit, **place)  # type: ignore[arg-type]
+        return Costs(0, package, weights / _BYTES_PER_SECOND, str(folder.parents[2]), "")
+    download = plan_download(wanted.repository, key.commit, cache_dir=options.cache_dir, token=options.extra.hf_token)
     return Costs(download.missing, package, download.weights / _BYTES_PER_SECOND, download.cache, download.address)
 
 

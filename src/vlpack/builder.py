@@ -186,7 +186,7 @@ def build_by_name(
     if package is not None:
         package.note_use()
         return _existing(package)
-    key = key or wanted.resolve()
+    key = key or wanted.resolve()[0]
     say = tell or (progress.say if progress else lambda text: None)
     with reserve(key, wanted.revision, say) as place:
         there = None if force else place.note_revision()

@@ -6,6 +6,7 @@ A Hub id whose package is not in the cache yet is built, after the user was aske
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ from vlpack.errors import OptionError
 from vlpack.package.manifest import check_folder, read_manifest
 
 if TYPE_CHECKING:
-    from vlpack.build_name import Costs, Wanted
+    from vlpack.build_name import Costs
     from vlpack.store.packages import Key
 
 
@@ -83,16 +84,16 @@ def check_options(precision: str | None, *, update: bool, what: str) -> None:
 def _build(given: str, precision: str | None, *, yes: bool) -> Path:
     """Builds the package of a Hub id, unless the cache has one of the commit that the Hub names now."""
     # imported late, because using a package that is there needs none of it
-    from vlpack.build_name import Wanted
+    from vlpack.build_name import Wanted, costs
     from vlpack.build_plan import BuildOptions
     from vlpack.builder import build_by_name
     from vlpack.cli.console_build import build_progress
     from vlpack.store.packages import named
 
     wanted = Wanted.read(given, BuildOptions(precision=precision))
-    key = wanted.resolve()
+    key, folder = wanted.resolve()
     if named(key.name) is None:
-        _ask(given, wanted, key, yes=yes)
+        _ask(_sentences(given, key, costs(wanted, key, folder)), yes=yes)
     with build_progress(console.err) as progress:
         result = build_by_name(wanted, key=key, progress=progress, tell=say)
     return result.folder
@@ -103,16 +104,13 @@ def say(text: str) -> None:
     console.err.print(console.escape(text))
 
 
-def _ask(given: str, wanted: Wanted, key: Key, *, yes: bool) -> None:
+def _ask(sentences: Sequence[str], *, yes: bool) -> None:
     """Says what a build downloads and stores, and asks whether to go on.
 
     Raises:
         OptionError: there is no terminal to ask at, and ``yes`` is false.
         typer.Exit: the answer is no.
     """
-    from vlpack.build_name import costs
-
-    sentences = _sentences(given, key, costs(wanted, key))
     if yes:
         for sentence in sentences if console.err.is_terminal else ():
             say(sentence)

@@ -36,13 +36,9 @@ def rm(
     ],
 ) -> None:
     """Remove packages from the cache. Files in the Hugging Face cache and other folders are not touched."""
-    for name in names:
-        size = 0
-        for package in packages():
-            if package.name == name:
-                size = package.bytes
-        removed = remove(name)
-        console.print_plain(f"Removed {removed.name}" + (f" ({console.size(size)})." if size else "."))
+    for given in names:
+        name, size = remove(given)
+        console.print_plain(f"Removed {name} ({console.size(size)}).")
 
 
 def _described(package: Package) -> dict[str, Any]:

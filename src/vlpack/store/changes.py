@@ -98,7 +98,7 @@ def reserve(key: Key, revision: str | None, tell: Callable[[str], None]) -> Iter
         yield Place(folder, read_package(folder), key, revision or MAIN)
 
 
-def remove(name: str) -> Package:
+def remove(name: str) -> tuple[str, int]:
     """Removes a package from the cache.
 
     Processes that use it go on: on Linux and macOS, files that are open remain until they are closed. On Windows the
@@ -106,6 +106,9 @@ def remove(name: str) -> Package:
 
     Args:
         name: name of the package, or the Hub id of a repository of which there is only one package.
+
+    Returns:
+        The name of the package, and the size of its files in bytes.
 
     Raises:
         OptionError: there is no package of this name, it is being built, it contains files that are not its own, or it
@@ -117,6 +120,7 @@ def remove(name: str) -> Package:
         if read_package(package.folder) is None:
             raise OptionError(f"{package.name} was removed by another process.")
         _refuse_foreign_files(package)
+        size = package.bytes
         gone = cache / f".{package.name}.removed-{secrets.token_hex(4)}"
         try:
             os.rename(package.folder, gone)
@@ -128,7 +132,7 @@ def remove(name: str) -> Package:
             ) from None
         shutil.rmtree(gone, ignore_errors=True)
         remove_leftovers(cache, package.name)
-    return package
+    return package.name, size
 
 
 def remove_leftovers(cache: Path, held: str) -> None:
