@@ -89,6 +89,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         yield Machine(hub, tmp_path)
 
 
+@pytest.mark.slow
 def test_without_a_terminal_nothing_is_downloaded_unless_yes_is_given(machine: Machine) -> None:
     machine.hub.sizes["model.safetensors"] = 30_000_000_000
     for verb, *rest in (("run", "Hello"), ("chat",), ("embed", "words"), ("score", "query", "words"), ("serve",)):
@@ -105,6 +106,7 @@ def test_without_a_terminal_nothing_is_downloaded_unless_yes_is_given(machine: M
     assert not machine.packages.exists()
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_built_once_and_then_used_without_the_network(machine: Machine, answer: str) -> None:
     first = machine.run("run", "org/name", *ASK, "--yes")
     assert (first.returncode, first.stdout) == (0, answer)
@@ -127,6 +129,7 @@ def test_a_hub_id_is_built_once_and_then_used_without_the_network(machine: Machi
     assert machine.run("rm", NAME).returncode == 2
 
 
+@pytest.mark.slow
 def test_offline(machine: Machine) -> None:
     offline = {"HF_HUB_OFFLINE": "1"}
     done = machine.run("run", "org/name", "Hello", "--yes", **offline)
@@ -141,6 +144,7 @@ def test_offline(machine: Machine) -> None:
     assert machine.hub.asked == []
 
 
+@pytest.mark.slow
 def test_update_builds_the_newest_commit(machine: Machine, answer: str) -> None:
     assert machine.run("build", "org/name").returncode == 0
     machine.hub.commit = SECOND
@@ -170,6 +174,7 @@ def test_folders_come_first_and_have_no_options_of_hub_ids(machine: Machine, ans
     assert machine.hub.asked == []
 
 
+@pytest.mark.slow
 def test_two_processes_build_a_package_once(machine: Machine, answer: str) -> None:
     first, go = machine.blocked("build", "org/name")
     second = machine.start(machine.command("run", "org/name", "--yes", *ASK))
@@ -206,6 +211,7 @@ def test_a_killed_build_leaves_no_lock_and_no_half_package(number: int, machine:
     assert {path.name for path in machine.packages.iterdir()} == {".locks", NAME, f"{NAME}.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a terminal of Unix")
 def test_a_terminal_is_asked_before_a_download(machine: Machine, answer: str) -> None:
     import pexpect
