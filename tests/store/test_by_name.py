@@ -175,6 +175,20 @@ def test_folders_come_first_and_have_no_options_of_hub_ids(machine: Machine, ans
 
 
 @pytest.mark.slow
+def test_embed_and_score_build_for_their_task(machine: Machine) -> None:
+    done = machine.run("embed", "org/name", "words", "more", "--json", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["embeddings"]) == 2
+    (name,) = machine.listed()
+    assert name.startswith(f"{NAME}-embedding-")
+    machine.hub.asked.clear()
+    assert machine.run("embed", "org/name", "words").returncode == 0
+    assert machine.hub.asked == []
+    asked = machine.run("score", "org/name", "query", "words")  # the embedding model is not taken for a reranker
+    assert "Nothing has to be downloaded" in asked.stderr
+
+
+@pytest.mark.slow
 def test_two_processes_build_a_package_once(machine: Machine, answer: str) -> None:
     first, go = machine.blocked("build", "org/name")
     second = machine.start(machine.command("run", "org/name", "--yes", *ASK))

@@ -16,19 +16,23 @@ from vlpack.checkpoint.hub import hub_id, is_folder, is_hub_id, is_offline
 from vlpack.cli import console
 from vlpack.errors import OptionError
 from vlpack.package.manifest import check_folder, read_manifest
+from vlpack.tasks import AUTO, manifest_task
 
 if TYPE_CHECKING:
     from vlpack.build_name import Costs
-    from vlpack.store.packages import Key
+    from vlpack.store.packages import Key, Package
 
 
-def package_folder(given: str, precision: str | None = None, *, update: bool = False, yes: bool = False) -> Path:
+def package_folder(
+    given: str, precision: str | None = None, *, task: str = AUTO, update: bool = False, yes: bool = False
+) -> Path:
     """The folder of a package, which is checked before the libraries that run it are imported.
 
     Args:
         given: folder of a package; Hub id of a checkpoint, whose package is found in the cache or built there; or name
             of a package in the cache. A folder takes precedence.
         precision: precision of the package of a Hub id; None for int8.
+        task: task for which the package of a Hub id is built, or auto.
         update: whether to ask the Hub for the newest commit, instead of using the package that is there.
         yes: whether to download and build without asking.
 
@@ -37,7 +41,7 @@ def package_folder(given: str, precision: str | None = None, *, update: bool = F
             be asked.
         VlpackError: there is no package, or it cannot be built.
     """
-    folder = _package_folder(given, precision, update=update, yes=yes)
+    folder = _package_folder(given, precision, task, update=update, yes=yes)
     check_folder(folder)
     read_manifest(folder)
     return folder
@@ -48,7 +52,7 @@ def is_by_name(given: str) -> bool:
     return is_hub_id(given) and not is_folder(given)
 
 
-def _package_folder(given: str, precision: str | None, *, update: bool, yes: bool) -> Path:
+def _package_folder(given: str, precision: str | None, task: str, *, update: bool, yes: bool) -> Path:
     if not is_by_name(given):
         check_options(precision, update=update, what=given)
         if not is_folder(given):
@@ -59,16 +63,26 @@ def _package_folder(given: str, precision: str | None, *, update: bool, yes: boo
                 package.note_use()
                 return package.folder
         return Path(given)
-    from vlpack.store.packages import find
-
-    repository, revision = hub_id(given)
     if update and is_offline():
         raise OptionError("--update needs the network, which HF_HUB_OFFLINE forbids.", "Leave out one of them.")
-    there = None if update else find(repository, revision, (precision or "int8").lower())
+    there = None if update else _find(given, (precision or "int8").lower(), task)
     if there is not None:
         there.note_use()
         return there.folder
-    return _build(given, precision, yes=yes)
+    return _build(given, precision, task, yes=yes)
+
+
+def _find(given: str, precision: str, task: str) -> Package | None:
+    """The package of a Hub id in the cache: one that was built for the task, or that turned out to be for it."""
+    from vlpack.store.packages import find
+
+    repository, revision = hub_id(given)
+    if task == AUTO:
+        return find(repository, revision, precision)
+    plain = find(repository, revision, precision)
+    if plain is not None and manifest_task(plain.folder, read_manifest(plain.folder)) == task:
+        return plain
+    return find(repository, revision, precision, {"task": task})
 
 
 def check_options(precision: str | None, *, update: bool, what: str) -> None:
@@ -81,7 +95,7 @@ def check_options(precision: str | None, *, update: bool, what: str) -> None:
             )
 
 
-def _build(given: str, precision: str | None, *, yes: bool) -> Path:
+def _build(given: str, precision: str | None, task: str, *, yes: bool) -> Path:
     """Builds the package of a Hub id, unless the cache has one of the commit that the Hub names now."""
     # imported late, because using a package that is there needs none of it
     from vlpack.build_name import Wanted, costs
@@ -90,7 +104,7 @@ def _build(given: str, precision: str | None, *, yes: bool) -> Path:
     from vlpack.cli.console_build import build_progress
     from vlpack.store.packages import named
 
-    wanted = Wanted.read(given, BuildOptions(precision=precision))
+    wanted = Wanted.read(given, BuildOptions(precision=precision, task=task))
     key, folder = wanted.resolve()
     if named(key.name) is None:
         _ask(_sentences(given, key, costs(wanted, key, folder)), yes=yes)

@@ -12,6 +12,7 @@ from vlpack.cli import console
 from vlpack.cli import options as opt
 from vlpack.cli.by_name import package_folder
 from vlpack.errors import OptionError
+from vlpack.tasks import EMBEDDING, RERANKER
 
 
 def run(
@@ -240,7 +241,7 @@ def embed(
     as_json: opt.Json = False,
 ) -> None:
     """Embed texts and images with an embedding model's package, and compare them."""
-    folder = package_folder(package, precision, update=update, yes=yes)
+    folder = package_folder(package, precision, task=EMBEDDING, update=update, yes=yes)
     from vlpack.cli.image_arguments import check_question, named_images
     from vlpack.runtime.retrieval import Embedder
 
@@ -281,7 +282,7 @@ def score(
     as_json: opt.Json = False,
 ) -> None:
     """Score documents for a query with a reranker's package: 0 to 1, the best first."""
-    folder = package_folder(package, precision, update=update, yes=yes)
+    folder = package_folder(package, precision, task=RERANKER, update=update, yes=yes)
     from vlpack.cli.image_arguments import check_question, named_images
     from vlpack.runtime.retrieval import Reranker
 

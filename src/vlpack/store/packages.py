@@ -81,9 +81,10 @@ class Key:
         Options are represented by a word, if there is one, and by a hash.
         """
         words = [self.precision]
-        provider = self.options.get("execution_provider")
-        if isinstance(provider, str) and _WORD.fullmatch(provider):
-            words.append(provider)
+        for name in ("execution_provider", "task"):
+            value = self.options.get(name)
+            if isinstance(value, str) and _WORD.fullmatch(value):
+                words.append(value)
         if "calibrate" in self.options:
             words.append("calibrated")
         if self.options:
