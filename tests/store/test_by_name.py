@@ -92,6 +92,9 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
 @pytest.mark.slow
 def test_without_a_terminal_nothing_is_downloaded_unless_yes_is_given(machine: Machine) -> None:
     machine.hub.sizes["model.safetensors"] = 30_000_000_000
+    for other in ("pytorch_model.bin", "consolidated.pth"):  # files that vlpack does not need count for nothing
+        (machine.hub.folder / other).touch()
+        machine.hub.sizes[other] = 5_000_000_000
     for verb, *rest in (("run", "Hello"), ("chat",), ("embed", "words"), ("score", "query", "words"), ("serve",)):
         done = machine.run(verb, "org/name", *rest)
         assert done.returncode == 2

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 
 from vlpack.checkpoint.hub import IGNORED, PATTERNS, is_offline, reported
 
@@ -44,7 +46,6 @@ def plan_download(
         CheckpointError: the Hub cannot be asked.
     """
     from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
-    from huggingface_hub.utils import filter_repo_objects
 
     cache = str(constants.HF_HUB_CACHE if cache_dir is None else os.path.expanduser(cache_dir))
     offline = is_offline()
@@ -53,7 +54,7 @@ def plan_download(
             raise errors.OfflineModeIsEnabled("offline")
         files = HfApi().model_info(repo_id, revision=commit, files_metadata=True, token=token).siblings or []
     sizes = {file.rfilename: file.size or 0 for file in files}
-    needed = list(filter_repo_objects(sizes, allow_patterns=list(PATTERNS), ignore_patterns=list(IGNORED)))
+    needed = [name for name in sizes if _matches(name, PATTERNS) and not _matches(name, IGNORED)]
     missing = [
         name
         for name in needed
@@ -65,3 +66,8 @@ def plan_download(
         cache=cache,
         address=str(constants.ENDPOINT),
     )
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a file's path in the repository matches one of the patterns, as the Hub library matches them."""
+    return any(fnmatch(name, pattern) for pattern in patterns)
