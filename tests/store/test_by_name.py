@@ -102,7 +102,7 @@ def test_without_a_terminal_nothing_is_downloaded_unless_yes_is_given(machine: M
         assert "There is no int8 package of org/name" in done.stderr
         assert "30.00 GB will be downloaded" in done.stderr
         assert str(machine.home / "hf" / "hub") in done.stderr
-        assert f"about 15.7 MB in {machine.packages}, until `vlpack rm {NAME}`" in done.stderr
+        assert f"about 15.7 MB in {machine.packages}, until `vlpack rm {NAME}" in done.stderr
         assert "about 2 minutes" in done.stderr
         assert "--yes" in done.stderr.splitlines()[-1]
     assert set(machine.hub.fetched) == {"config.json"}
