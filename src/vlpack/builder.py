@@ -15,17 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlpack.architectures.ports import GraphOptions
+from vlpack.build_name import Wanted
 from vlpack.build_plan import PARTS, BuildOptions, BuildPlan, plan_build, trace_graphs
 from vlpack.calibration.options import BESIDE, BESIDE_4, ReportProgress, report_nothing
 from vlpack.checkpoint.checkpoint import Checkpoint
-from vlpack.errors import Note
+from vlpack.errors import Note, option
 from vlpack.export.assets import write_beside
 from vlpack.export.folder import check_free, check_space, output_folder
 from vlpack.export.graph import Graph, Weight, declare
 from vlpack.export.manifest import write_manifest
 from vlpack.export.weights import DataFiles, planned_bytes
 from vlpack.options import ExtraOptions
+from vlpack.package.manifest import graph_files, whole_package
 from vlpack.quantize.policy import QuantizationOptions, make_policy
+from vlpack.store.changes import reserve
+from vlpack.store.packages import Key, Package
 from vlpack.system import available_cores, peak_memory_bytes
 from vlpack.tasks import AUTO
 
@@ -90,7 +94,7 @@ class Written:
 
 def build(
     source: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     *,
     precision: str | None = None,
     execution_provider: str = "cpu",
@@ -111,7 +115,8 @@ def build(
 
     Args:
         source: folder of a checkpoint, or a Hub id.
-        output: folder of the package; it must not exist, unless it is a package that ``force`` replaces.
+        output: folder of the package; it must not exist, unless it is a package that ``force`` replaces. None puts the
+            package of a Hub id into vlpack's cache of packages, or finds it there if it was built before.
         precision: fp32, fp16, int8 or int4; by default int8 on the CPU and fp16 elsewhere.
         execution_provider: cpu, cuda, dml or webgpu.
         part: ``all``; ``text`` for a decoder that runs by itself; or ``vision`` or ``embedding`` for that graph alone.
@@ -120,7 +125,7 @@ def build(
         extra_options: detailed options.
         revision: branch, tag or commit of a Hub id.
         cache_dir: folder in which files from the Hub are kept.
-        force: whether to replace an existing package.
+        force: whether to replace an existing package; for one in the cache, to build the newest commit.
         threads: number of threads that encode weights; by default the number of cores, at most 8.
         progress: observer of the build's progress.
         lora: LoRA adapters of peft, as folders or Hub ids, which are merged one after another into the weights while
@@ -135,7 +140,6 @@ def build(
         VlpackError: the package cannot be built; the message says why and what to do. Nothing new is left at
             ``output``.
     """
-    started = time.perf_counter()
     options = BuildOptions(
         precision=precision,
         execution_provider=execution_provider,
@@ -150,7 +154,73 @@ def build(
         calibrate=calibrate,
         bits=bits,
     )
-    output = Path(os.path.expanduser(output))
+    if output is None:
+        return build_by_name(Wanted.read(source, options), force=force, progress=progress)
+    return _build(source, Path(os.path.expanduser(output)), options, force=force, progress=progress)
+
+
+def build_by_name(
+    wanted: Wanted,
+    *,
+    key: Key | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> BuildResult:
+    """Finds the package of a Hub id in the cache of packages, or builds it there.
+
+    If several processes want the same package, the first builds it, and the others wait for it.
+
+    Args:
+        wanted: the package that is wanted.
+        key: commit and options of the package, if the Hub was asked already; the package of another commit is then not
+            used. None to use a package that is there without asking the Hub.
+        force: whether to build the newest commit even if its package is there.
+        progress: observer of the build's progress.
+        tell: function that receives a sentence before this process waits for another; None for the observer's.
+
+    Raises:
+        VlpackError: the package cannot be built, or the cache cannot be written.
+    """
+    package = wanted.find() if key is None and not force else None
+    if package is not None:
+        package.note_use()
+        return _existing(package)
+    key = key or wanted.resolve()[0]
+    say = tell or (progress.say if progress else lambda text: None)
+    with reserve(key, wanted.revision, say) as place:
+        there = None if force else place.note_revision()
+        if there is not None:
+            return _existing(there)
+        with place.building() as record:
+            options = replace(wanted.options, revision=key.commit)
+            # a package without a usable sidecar is replaced; nothing else ever is
+            result = _build(wanted.repository, place.folder, options, force=True, progress=progress)
+            record(result.source_bytes)
+    return result
+
+
+def _existing(package: Package) -> BuildResult:
+    """The result of a build that is not done, because its package is in the cache."""
+    folder = package.folder
+    manifest = whole_package(folder)
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(package.created))
+    return BuildResult(
+        folder=folder,
+        parts={part: (name, _size(folder, name), {}) for part, name in graph_files(folder, manifest).items()},
+        total_bytes=package.bytes,
+        source_bytes=package.source_bytes,
+        seconds=0.0,
+        peak_memory=peak_memory_bytes(),
+        notes=(Note(f"The package was built on {since}; {option('force', True)} builds the newest commit."),),
+    )
+
+
+def _build(
+    source: str | os.PathLike[str], output: Path, options: BuildOptions, *, force: bool, progress: Progress | None
+) -> BuildResult:
+    """Builds a package at ``output``, as `build` does."""
+    started = time.perf_counter()
     check_free(output, force=force)
     with ExitStack() as stack:
         plan = plan_build(source, output, options, stack)

@@ -10,6 +10,8 @@ import pytest
 from samples import DIGITS, IMAGES, READ, vlpack
 from vlpack.architectures import ARCHITECTURES
 from vlpack.builder import build
+from vlpack.errors import PackageError
+from vlpack.runtime.load import load
 
 Capsys = pytest.CaptureFixture[str]
 
@@ -33,13 +35,26 @@ def test_names_of_architectures_are_not_cut_at_80_columns(capsys: Capsys, monkey
 
 def test_a_checkpoint_in_place_of_a_package(tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for place in (DIGITS, "Qwen/Qwen3-VL-2B-Instruct"):
-        for verb in ("run", "chat"):
-            done = vlpack(capsys, verb, place, *(["Hello"] if verb == "run" else []))
-            assert done.code == 2
-            assert f"vlpack build {place} -o PACKAGE" in flat(done.err).replace("- ", "-"), done.err
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("VLPACK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for verb in ("run", "chat"):
+        question = ["Hello"] if verb == "run" else []
+        done = vlpack(capsys, verb, DIGITS, *question)
+        assert done.code == 2
+        assert f"vlpack build {DIGITS} -o PACKAGE" in flat(done.err).replace("- ", "-"), done.err
+        done = vlpack(capsys, verb, "org/a-model", *question)
+        assert done.code == 2
+        assert "org/a-model is not, or not completely, in the Hugging Face cache" in flat(done.err)
     done = vlpack(capsys, "run", tmp_path / "nowhere", "Hello")
     assert "Hub" not in done.err
+
+
+def test_load_says_how_a_hub_id_becomes_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PackageError, match="There is no folder 'org/name'") as caught:
+        load("org/name")
+    assert "vlpack.build('org/name').folder" in str(caught.value.hint)
 
 
 def test_an_answer_that_is_cut_off_is_marked(package: Path, capsys: Capsys) -> None:

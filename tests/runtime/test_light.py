@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 
 from samples import DIGITS, IMAGES, READ
 from vlpack.builder import build
+from vlpack.store.packages import Key, write_sidecar
+from vlpack.store.place import packages_folder
 
 SCRIPT = """
 import json, sys
@@ -45,6 +48,19 @@ def loaded(*arguments: object, given: str = "") -> list[object]:
 def test_commands_do_not_import_modules_for_building(arguments: list[object], package: Path) -> None:
     verb, *rest = arguments
     assert loaded(verb, package, *rest, given=f"{READ}\n") == [0, []]
+
+
+def test_packages_by_name_need_no_modules_for_building(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Hub id whose package is in the cache, and the commands for the cache."""
+    monkeypatch.setenv("VLPACK_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    key = Key("org/name", "0" * 40, "int8")
+    shutil.copytree(package, packages_folder() / key.name)
+    write_sidecar(packages_folder() / key.name, key, {"main": 1.0})
+    for command in (["run", "org/name", "--image", IMAGES / "02.png", READ], ["list"], ["rm", "org/name"]):
+        assert loaded(*command) == [0, []], command
 
 
 @pytest.mark.parametrize("verb", ["embed", "score"])

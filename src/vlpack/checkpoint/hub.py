@@ -6,7 +6,8 @@ import errno
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,6 +80,25 @@ def resolve(
             )
         return ResolvedSource(folder, *_origin(folder))
 
+    repo_id, revision = hub_id(source, revision)
+    downloaded = _download(
+        repo_id, revision, cache_dir=cache_dir, token=token, offline=is_offline(offline), patterns=list(patterns)
+    )
+    return ResolvedSource(downloaded, repo_id, _origin(downloaded)[1])
+
+
+def hub_id(source: str | os.PathLike[str], revision: str | None = None) -> tuple[str, str | None]:
+    """The repository and the revision of a source that is not an existing folder.
+
+    Args:
+        source: a Hub id `org/name`, optionally with `@revision`.
+        revision: the revision, if it is given separately.
+
+    Raises:
+        CheckpointError: the source is not a Hub id, or the revision is not one.
+        OptionError: two different revisions are given.
+    """
+    text = os.fspath(source)
     match = _HUB_ID.fullmatch(text)
     is_path = isinstance(source, os.PathLike) or _looks_like_path(text)
     if match is None or is_path:
@@ -95,10 +115,7 @@ def resolve(
     revision = in_source if revision is None else revision
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise CheckpointError(f"{revision!r} is not a revision.", "Give a branch, a tag or a commit's 40 digits.")
-    downloaded = _download(
-        repo_id, revision, cache_dir=cache_dir, token=token, offline=_is_offline(offline), patterns=list(patterns)
-    )
-    return ResolvedSource(downloaded, repo_id, _origin(downloaded)[1])
+    return repo_id, revision
 
 
 def is_folder(source: str | os.PathLike[str]) -> bool:
@@ -110,6 +127,17 @@ def is_hub_id(source: str | os.PathLike[str]) -> bool:
     """Whether a source has the form of a Hub id, ``org/name`` or ``org/name@revision``."""
     text = os.fspath(source)
     return _HUB_ID.fullmatch(text) is not None and not _looks_like_path(text)
+
+
+def is_offline(offline: bool | None = None) -> bool:
+    """Whether the network must not be used: ``offline`` if it is given, or else the value of `HF_HUB_OFFLINE`."""
+    if offline is not None:
+        return offline
+    from huggingface_hub import constants
+
+    # The library reads the variable once, when it is imported; a program may set it later.
+    in_environment = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+    return in_environment or bool(constants.HF_HUB_OFFLINE)
 
 
 def _existing_folder(text: str) -> Path | None:
@@ -147,16 +175,6 @@ def _origin(folder: Path) -> tuple[str | None, str | None]:
     return "/".join(names), snapshot.name
 
 
-def _is_offline(offline: bool | None) -> bool:
-    if offline is not None:
-        return offline
-    from huggingface_hub import constants
-
-    # The library reads the variable once, when it is imported; a program may set it later.
-    in_environment = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    return in_environment or bool(constants.HF_HUB_OFFLINE)
-
-
 def _download(
     repo_id: str,
     revision: str | None,
@@ -167,19 +185,30 @@ def _download(
     patterns: list[str],
 ) -> Path:
     # Imported here, because it is slow to import and a build from a folder does not need it.
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
+
+    with reported(repo_id, revision, offline=offline):
+        return Path(
+            snapshot_download(
+                repo_id,
+                revision=revision,
+                cache_dir=None if cache_dir is None else os.path.expanduser(cache_dir),
+                token=token,
+                local_files_only=offline,
+                allow_patterns=patterns,
+                ignore_patterns=list(IGNORED),
+            )
+        )
+
+
+@contextmanager
+def reported(repo_id: str, revision: str | None, *, offline: bool) -> Iterator[None]:
+    """Turns errors of the Hub library in the block into a CheckpointError that says what to do."""
+    from huggingface_hub import errors
 
     what = repo_id if revision is None else f"{repo_id} at revision {revision}"
     try:
-        folder = snapshot_download(
-            repo_id,
-            revision=revision,
-            cache_dir=None if cache_dir is None else os.path.expanduser(cache_dir),
-            token=token,
-            local_files_only=offline,
-            allow_patterns=patterns,
-            ignore_patterns=list(IGNORED),
-        )
+        yield
     except errors.GatedRepoError as error:  # caught before RepositoryNotFoundError, its base class
         raise CheckpointError(
             f"{repo_id} is gated: its authors require that you accept their terms.",
@@ -220,7 +249,6 @@ def _download(
         raise CheckpointError(
             f"{what} could not be downloaded: {type(error).__name__}: {_short(error)}", hint
         ) from error
-    return Path(folder)
 
 
 def _short(error: Exception) -> str:

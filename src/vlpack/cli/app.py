@@ -22,6 +22,7 @@ from vlpack.cli.commands import Command, Group, ImageCommand
 from vlpack.cli.console_build import build_progress
 from vlpack.cli.measure import bench, evaluate, verify
 from vlpack.cli.serving import serve
+from vlpack.cli.stored import list_packages, rm
 from vlpack.cli.use import chat, embed, run, score
 from vlpack.errors import OptionError, VlpackError
 
@@ -70,7 +71,10 @@ def build(
     input_folder: Annotated[
         str | None, typer.Option("-i", "--input", help="Checkpoint folder, as the builder takes it.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the package.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="Folder of the package. (default for a Hub id: a place in the cache)"),
+    ] = None,
     precision: Annotated[
         str | None,
         typer.Option("-p", "--precision", help="fp32, fp16, int8 or int4. (default: int8 on cpu, else fp16)"),
@@ -149,7 +153,7 @@ def build(
             "Give one checkpoint." if given else "Which checkpoint?",
             "Write vlpack build SOURCE -o OUTPUT, or -i FOLDER or -m HUB_ID in place of SOURCE.",
         )
-    if output is None or output == Path():
+    if output == Path():
         raise OptionError("Where should the package go?", "Give its folder with -o.")
     if verify_it:
         from vlpack.verification.reference import require
@@ -180,8 +184,8 @@ def build(
         from vlpack.verification.card import record
 
         source_name = f"{given[0]}@{revision}" if revision else str(given[0])
-        report = run_verify(output, source_name, threads=threads, lora=lora or (), progress=console.say_progress)
-        record(output, report)
+        report = run_verify(result.folder, source_name, threads=threads, lora=lora or (), progress=console.say_progress)
+        record(result.folder, report)
     console.show_build(result, report, as_json=as_json)
     if report and not as_json:
         console_measure.show_verification(report, None, as_json=False)
@@ -192,6 +196,8 @@ def build(
 for verb in (run, chat, embed, score):
     app.command(cls=ImageCommand)(verb)
 app.command(cls=Command)(serve)
+app.command(name="list", cls=Command)(list_packages)
+app.command(cls=Command)(rm)
 
 
 @app.command(cls=Command)

@@ -14,7 +14,18 @@ from vlpack.errors import CheckpointError, InputError, OptionError
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Number of threads. (default: all cores)")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
-Package = Annotated[Path, typer.Argument(help="Folder of a package.")]
+Package = Annotated[
+    str,
+    typer.Argument(help="Folder of a package, or Hub id of a checkpoint, whose package is built once and kept."),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option("-p", "--precision", help="Of the package of a Hub id: fp32, fp16, int8 or int4. (default: int8)"),
+]
+Update = Annotated[
+    bool, typer.Option("--update", help="Ask the Hub whether a Hub id has a newer commit, and build that.")
+]
+Yes = Annotated[bool, typer.Option("-y", "--yes", help="Download and build the package of a Hub id without asking.")]
 IMAGES = "Image file, URL, folder of images, pattern ('*.png'), or - for standard input; repeat the option for more."
 """The part of a help text that says which values ``--image`` takes."""
 Images = Annotated[list[str] | None, typer.Option("--image", metavar="IMAGE", help=IMAGES)]
@@ -107,18 +118,6 @@ def json_schema(given: str) -> dict[str, Any]:
         return read_json(path, path, strict=True)
     except CheckpointError as error:
         raise InputError(error.message, "Give --schema a JSON schema, or a file with one.") from None
-
-
-def check_package(folder: Path) -> None:
-    """Checks that a folder is a package, before the libraries that run it are imported, which takes a second.
-
-    Raises:
-        PackageError: the folder does not exist or is not a package.
-    """
-    from vlpack.package.manifest import check_folder, read_manifest
-
-    check_folder(folder)
-    read_manifest(folder)
 
 
 def check_video_options(options: dict[str, float | None], videos: Sequence[str] | None) -> None:

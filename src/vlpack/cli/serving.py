@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vlpack.checkpoint.hub import is_folder
 from vlpack.cli import console
 from vlpack.cli import options as opt
+from vlpack.cli.by_name import check_options, is_by_name, package_folder
 from vlpack.errors import OptionError
 
 
@@ -16,9 +19,13 @@ def serve(
     packages: Annotated[
         list[str],
         typer.Argument(
-            metavar="PACKAGE…", help="Folders of packages; NAME=FOLDER sets the name of a package in requests."
+            metavar="PACKAGE…",
+            help="Folders of packages, or Hub ids; NAME=FOLDER sets the name of a package in requests.",
         ),
     ],
+    precision: opt.Precision = None,
+    update: opt.Update = False,
+    yes: opt.Yes = False,
     host: Annotated[
         str, typer.Option("--host", help="Address to listen at; 0.0.0.0 lets other machines connect.")
     ] = "127.0.0.1",
@@ -100,7 +107,17 @@ def serve(
         allow_private_urls=allow_private_urls,
         allow_origins=tuple(allow_origin or ()),
     )
-    named = named_folders(packages)
+
+    def by_name(text: str) -> Path | None:
+        if is_folder(text):
+            return None
+        if is_by_name(text):
+            return package_folder(text, precision, update=update, yes=yes)
+        return package_folder(text)
+
+    if not any(map(is_by_name, (text.partition("=")[2] or text for text in packages))):
+        check_options(precision, update=update, what=packages[0])
+    named = named_folders(packages, by_name)
 
     def ready(address: str) -> None:
         console.print_plain(

@@ -10,7 +10,9 @@ import typer
 
 from vlpack.cli import console
 from vlpack.cli import options as opt
+from vlpack.cli.by_name import package_folder
 from vlpack.errors import OptionError
+from vlpack.tasks import EMBEDDING, RERANKER
 
 
 def run(
@@ -18,6 +20,9 @@ def run(
     question: Annotated[
         str | None, typer.Argument(help="The question; read from standard input if it is left out.")
     ] = None,
+    precision: opt.Precision = None,
+    update: opt.Update = False,
+    yes: opt.Yes = False,
     image: opt.Images = None,
     video: opt.Videos = None,
     fps: opt.Fps = None,
@@ -49,7 +54,7 @@ def run(
     as_json: opt.Json = False,
 ) -> None:
     """Ask a package a question, with or without images and videos."""
-    opt.check_package(package)
+    folder = package_folder(package, precision, update=update, yes=yes)
     from vlpack.cli.image_arguments import check_drawing, check_question, draw_answer, named_images
     from vlpack.preprocess import VideoOptions
     from vlpack.runtime.model import Model
@@ -94,13 +99,13 @@ def run(
             raise OptionError("--vision-provider has no effect on answers with --schema, --regex or --choice.")
         rules = {"schema": opt.json_schema(schema) if schema is not None else None, "regex": regex, "choices": choice}
         text = _run_constrained(
-            package, {"threads": threads, **pixels}, {**asked, **rules}, stats=stats, as_json=as_json
+            folder, {"threads": threads, **pixels}, {**asked, **rules}, stats=stats, as_json=as_json
         )
         if draw is not None:
             draw_answer(text, images[-1], draw, allow_private_urls)
         return
     with console.waiting(f"loading {package}"):
-        model = Model(package, threads=threads, vision_provider=vision_provider, **pixels)
+        model = Model(folder, threads=threads, vision_provider=vision_provider, **pixels)
     with console.waiting("preparing the question"):
         stream = model.stream(**asked, timing=stats or as_json)  # type: ignore[arg-type]
     if max_pixels is None:
@@ -111,7 +116,7 @@ def run(
 
 
 def _run_constrained(
-    package: Path, options: dict[str, Any], asked: dict[str, Any], *, stats: bool, as_json: bool
+    folder: Path, options: dict[str, Any], asked: dict[str, Any], *, stats: bool, as_json: bool
 ) -> str:
     """Answers with constrained decoding by the engine, and returns the answer's text.
 
@@ -124,8 +129,8 @@ def _run_constrained(
         schema=asked["schema"], regex=asked["regex"], choices=asked["choices"]
     )  # errors are reported before the model is loaded
     started = time.perf_counter()
-    with console.waiting(f"loading {package}"):
-        engine = Engine(package, slots=1, **options)
+    with console.waiting(f"loading {folder}"):
+        engine = Engine(folder, slots=1, **options)
     with engine:
         seconds = time.perf_counter() - started
         handle = engine.submit(**asked)
@@ -135,6 +140,9 @@ def _run_constrained(
 
 def chat(
     package: opt.Package,
+    precision: opt.Precision = None,
+    update: opt.Update = False,
+    yes: opt.Yes = False,
     image: opt.Images = None,
     video: opt.Videos = None,
     fps: opt.Fps = None,
@@ -167,7 +175,7 @@ def chat(
     literal: opt.Literal = False,
 ) -> None:
     """Chat with a package in the terminal; /help lists the commands. Lines of a pipe are questions too."""
-    opt.check_package(package)
+    folder = package_folder(package, precision, update=update, yes=yes)
     from vlpack.cli.chat_terminal import Terminal
     from vlpack.cli.conversations import read_messages
     from vlpack.cli.image_arguments import STANDARD_INPUT, named_images
@@ -186,7 +194,7 @@ def chat(
     before = read_messages(messages) if messages else []
     with console.waiting(f"loading {package}"):
         model = Model(
-            package, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
+            folder, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
         )
     conversation = model.chat(
         system=system,
@@ -208,11 +216,16 @@ NamedPrompt = Annotated[
 
 
 def embed(
-    package: Annotated[Path, typer.Argument(help="Folder of an embedding model's package.")],
+    package: Annotated[
+        str, typer.Argument(help="Folder of an embedding model's package, or Hub id of an embedding model.")
+    ],
     texts: Annotated[
         list[str] | None,
         typer.Argument(metavar="TEXT…", help="Texts to embed; without any, the lines of standard input."),
     ] = None,
+    precision: opt.Precision = None,
+    update: opt.Update = False,
+    yes: opt.Yes = False,
     image: Annotated[
         list[str] | None,
         typer.Option("--image", metavar="IMAGE", help=f"A separate input after the texts. {opt.IMAGES}"),
@@ -228,7 +241,7 @@ def embed(
     as_json: opt.Json = False,
 ) -> None:
     """Embed texts and images with an embedding model's package, and compare them."""
-    opt.check_package(package)
+    folder = package_folder(package, precision, task=EMBEDDING, update=update, yes=yes)
     from vlpack.cli.image_arguments import check_question, named_images
     from vlpack.runtime.retrieval import Embedder
 
@@ -237,7 +250,7 @@ def embed(
     images = named_images(image)
     texts = texts or ([] if images else console.lines_from_stdin())
     with console.waiting(f"loading {package}"):
-        model = Embedder(package, threads=threads, max_pixels=max_pixels)
+        model = Embedder(folder, threads=threads, max_pixels=max_pixels)
     inputs: list[Any] = [*texts, *({"image": source} for _, source in images)]
     special_tokens = opt.special_tokens(literal)
     with console.waiting(f"embedding {len(inputs)} input{'s' * (len(inputs) != 1)}"):
@@ -248,12 +261,15 @@ def embed(
 
 
 def score(
-    package: Annotated[Path, typer.Argument(help="Folder of a reranker's package.")],
+    package: Annotated[str, typer.Argument(help="Folder of a reranker's package, or Hub id of a reranker.")],
     query: Annotated[str, typer.Argument(help="Query for which the documents are scored.")],
     documents: Annotated[
         list[str] | None,
         typer.Argument(metavar="DOCUMENT…", help="Texts to score; without any, the lines of standard input."),
     ] = None,
+    precision: opt.Precision = None,
+    update: opt.Update = False,
+    yes: opt.Yes = False,
     image: Annotated[
         list[str] | None,
         typer.Option("--image", metavar="IMAGE", help=f"A separate document after the texts. {opt.IMAGES}"),
@@ -266,7 +282,7 @@ def score(
     as_json: opt.Json = False,
 ) -> None:
     """Score documents for a query with a reranker's package: 0 to 1, the best first."""
-    opt.check_package(package)
+    folder = package_folder(package, precision, task=RERANKER, update=update, yes=yes)
     from vlpack.cli.image_arguments import check_question, named_images
     from vlpack.runtime.retrieval import Reranker
 
@@ -275,7 +291,7 @@ def score(
     images = named_images(image)
     documents = documents or ([] if images else console.lines_from_stdin())
     with console.waiting(f"loading {package}"):
-        model = Reranker(package, threads=threads, max_pixels=max_pixels)
+        model = Reranker(folder, threads=threads, max_pixels=max_pixels)
     scored: list[Any] = [*documents, *({"image": source} for _, source in images)]
     special_tokens = opt.special_tokens(literal)
     with console.waiting(f"scoring {len(scored)} document{'s' * (len(scored) != 1)}"):

@@ -77,12 +77,25 @@ def check_settings(
     storage = policy(architecture.precision_facts)
     if not room or part not in ("all", "text"):
         return
-    # without the embedding, which may share its bytes with the head
-    parts = [p for p in architecture.parts(GraphOptions.of_policy(storage)) if p.name != "embedding"]
-    wanted = [p for p in parts if part == "all" or p.name in ("text", "decoder")]
     with suppress(OSError, ValueError):  # a path that cannot be written is reported when the folder is created
         place = next(parent for parent in Path(os.path.realpath(output)).parents if parent.is_dir())
-        check_space(place / output.name, sum(planned_bytes(declare(p, storage)) for p in wanted), where=place)
+        check_space(place / output.name, planned_size(architecture, part, storage), where=place)
+
+
+def planned_size(architecture: Architecture, part: str, policy: Policy) -> int:
+    """The size of a package's weights in bytes, of which those that several parts share count once.
+
+    Args:
+        architecture: the architecture of the model.
+        part: the part of the package to build, or all.
+        policy: the precision policy.
+    """
+    options = GraphOptions.of_policy(policy)
+    parts = [architecture.text_part(options)] if part == "text" else architecture.parts(options)
+    weights = {
+        weight.key: weight for each in parts if part in ("all", "text", each.name) for weight in declare(each, policy)
+    }
+    return planned_bytes(list(weights.values()))
 
 
 def check_sees(architecture: Architecture, checkpoint: Checkpoint, part: str, vision_precision: str | None) -> None:

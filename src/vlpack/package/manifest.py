@@ -75,7 +75,10 @@ def check_folder(folder: Path) -> None:
     """Raises a PackageError, with a hint what to do, if the folder of a package does not exist."""
     hint = "Give the folder of a package that `vlpack build` made."
     if is_hub_id(folder):
-        hint += f" If {folder} is a checkpoint of the Hub, build it first: `vlpack build {folder} -o PACKAGE`."
+        hint += (
+            f" If {folder} is a checkpoint of the Hub, build it first and give the folder of its package: "
+            f"`vlpack build {folder}` prints it, and in Python it is `vlpack.build({str(folder)!r}).folder`."
+        )
     existing_folder(folder, PackageError, hint)
 
 

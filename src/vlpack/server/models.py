@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -73,8 +73,13 @@ class Served:
         return self.engine
 
 
-def named_folders(given: list[str]) -> dict[str, Path]:
+def named_folders(given: list[str], by_name: Callable[[str], Path | None] = lambda text: None) -> dict[str, Path]:
     """Parses packages given as ``FOLDER`` or ``NAME=FOLDER`` into a mapping of names to folders.
+
+    Args:
+        given: texts of these forms.
+        by_name: function that returns the folder of a package that is given in place of a folder, by a Hub id for
+            example, whose name in requests is then that id; None if the text is a folder.
 
     Raises:
         OptionError: two packages have the same name.
@@ -84,8 +89,11 @@ def named_folders(given: list[str]) -> dict[str, Path]:
         name, equals, folder = text.partition("=")
         if not equals or "/" in name or "\\" in name:
             name, folder = "", text
-        path = Path(folder).expanduser()
-        name = name or path.resolve().name
+        path = by_name(folder)
+        if path is None:
+            path = Path(folder).expanduser()
+            name = name or path.resolve().name
+        name = name or folder
         if name in named:
             raise OptionError(f"Two packages have the name {name!r}.", f"Give one another name: OTHER={folder}")
         named[name] = path
