@@ -89,7 +89,7 @@ def alter_eps(patch: pytest.MonkeyPatch) -> None:
     from vlpack.layers.norm import RMSNorm
 
     init = RMSNorm.__init__
-    patch.setattr(RMSNorm, "__init__", lambda self, size, eps: init(self, size, 1e-3))
+    patch.setattr(RMSNorm, "__init__", lambda self, size, eps, *offset: init(self, size, 1e-3, *offset))
 
 
 def swap_gelu(patch: pytest.MonkeyPatch) -> None:
