@@ -77,7 +77,7 @@ class Graphs:
                     self.cache.append(CachePort(past, outputs[present].name, self._ports[past]))
             self.logits = outputs["logits"]
             known = {"attention_mask", "position_ids", *PACKING_INPUTS, *(port.past for port in self.cache)}
-            self.given = [name for name in self._ports if name not in known]  # tokens, as ids or as embeddings
+            self.given = [name for name in self._ports if name not in known]  # inputs for ids or embeddings
             self.axes = len(self._ports["position_ids"].shape)
         except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
             raise PackageError(f"{self.path} is not a decoder as vlpack writes it: {error!r}.") from None

@@ -241,7 +241,7 @@ class Preparing:
                 if not done.cancelled() and done.exception() is None and undo is not None:
                     undo(done.result())
 
-            future.add_done_callback(forget)  # in its thread, which cannot be interrupted
+            future.add_done_callback(forget)  # called in the worker thread, which cannot be interrupted
             raise
 
     def close(self) -> None:

@@ -176,7 +176,7 @@ async def chunks(model: str, asked: Asked, fields: ChatFields) -> AsyncIterator[
             delta = {"reasoning_content" if piece.kind == "reasoning" else "content": piece.text}
         found = None
         if fields.logprobs:
-            # the last one may be of the token that ends the answer, and is sent when that is known
+            # the last one may belong to an end token, so it is sent only when the answer has finished
             new = asked.handles[index].logprobs[told[index] : -1]
             told[index] += len(new)
             found = {"content": [logprob(one, tokenizer) for one in new], "refusal": None} if new else None

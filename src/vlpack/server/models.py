@@ -104,7 +104,7 @@ class Models:
     """All packages of a server, and which of them are in memory.
 
     Args:
-        packages: name → folder of each package; folders are checked at once and loaded at the first request.
+        packages: name → folder of each package; folders are checked now, and packages loaded when first requested.
         settings: settings of the server.
 
     Raises:
