@@ -89,6 +89,12 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         yield Machine(hub, tmp_path)
 
 
+def test_a_question_is_checked_before_anything_is_downloaded(machine: Machine) -> None:
+    done = machine.run("run", "org/name", "--yes", " ")
+    assert (done.returncode, machine.hub.fetched) == (2, [])
+    assert "The question is empty." in done.stderr
+
+
 @pytest.mark.slow
 def test_without_a_terminal_nothing_is_downloaded_unless_yes_is_given(machine: Machine) -> None:
     machine.hub.sizes["model.safetensors"] = 30_000_000_000

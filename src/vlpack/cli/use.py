@@ -10,7 +10,7 @@ import typer
 
 from vlpack.cli import console
 from vlpack.cli import options as opt
-from vlpack.cli.by_name import package_folder
+from vlpack.cli.by_name import is_by_name, package_folder
 from vlpack.errors import OptionError
 from vlpack.tasks import EMBEDDING, RERANKER
 
@@ -54,7 +54,7 @@ def run(
     as_json: opt.Json = False,
 ) -> None:
     """Ask a package a question, with or without images and videos."""
-    folder = package_folder(package, precision, update=update, yes=yes)
+    folder = None if is_by_name(package) else package_folder(package, precision, update=update)
     from vlpack.cli.image_arguments import check_drawing, check_question, draw_answer, named_images
     from vlpack.preprocess import VideoOptions
     from vlpack.runtime.model import Model
@@ -67,6 +67,8 @@ def run(
         check_drawing(draw, images)
     if not question.strip():
         raise OptionError("The question is empty.", 'vlpack run PACKAGE [--image FILE] "question"')
+    if folder is None:  # after the checks, because it may be downloaded and built
+        folder = package_folder(package, precision, update=update, yes=yes)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     seen = [*({"type": "image"} for _ in images), *({"type": "video"} for _ in video or [])]
     messages.append({"role": "user", "content": [*seen, {"type": "text", "text": question}] if seen else question})
