@@ -57,7 +57,7 @@ class Machine:
         process = self.start(self.command(*arguments), **more)
         out, err = process.communicate(timeout=100)
         assert "Traceback" not in err, err
-        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+        return subprocess.CompletedProcess([*map(str, arguments)], process.returncode, out, err)
 
     def listed(self) -> list[str]:
         return [entry["name"] for entry in json.loads(self.run("list", "--json").stdout)]
@@ -78,7 +78,7 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What the shipped checkpoint answers as a package in a folder."""
     folder = build(DIGITS, tmp_path_factory.mktemp("package") / "digits").folder
     done = subprocess.run(
-        [sys.executable, "-m", "vlpack", "run", folder, *ASK], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "vlpack", "run", str(folder), *map(str, ASK)], capture_output=True, text=True, check=True
     )
     return done.stdout
 
