@@ -93,6 +93,24 @@ def test_a_question_about_an_image(page: Browser, running: Running) -> None:
     assert all(url.startswith((running.url, "data:", "blob:")) for url in page.requests)
 
 
+@pytest.mark.parametrize(
+    "event", ["new DragEvent('drop', {dataTransfer: data,", "new ClipboardEvent('paste', {clipboardData: data,"]
+)
+def test_files_are_dropped_and_pasted(event: str, page: Browser) -> None:
+    page.value(
+        f"""{{
+        const bytes = Uint8Array.from(atob('{_png()}'), (character) => character.charCodeAt(0));
+        const data = new DataTransfer();
+        data.items.add(new File([bytes], 'a.png', {{type: 'image/png'}}));
+        data.items.add(new File(['words'], 'a.txt', {{type: 'text/plain'}}));
+        document.getElementById('question').dispatchEvent({event} bubbles: true, cancelable: true}}));
+        }}"""
+    )
+    page.until("document.querySelectorAll('#media li').length === 1")
+    assert page.value("document.querySelector('#media img').naturalWidth") == 400
+    assert "a.txt was not added" in page.value("document.getElementById('status').textContent")
+
+
 def test_stop(page: Browser, running: Running) -> None:
     page.value("document.getElementById('model').value = 'tools'")
     page.value("document.getElementById('question').focus()")

@@ -80,7 +80,7 @@ def test_what_the_command_refuses(
         done = vlpack(capsys, "serve", folder, "--port", port)
         assert (done.code, f"cannot listen at port {port}" in done.err, "--port" in done.err) == (2, True, True)
     for arguments, said in (
-        ([folder, "--host", "0.0.0.0"], "Give one with --api-key"),
+        ([folder, "--host", "0.0.0.0"], "Set one with --api-key"),
         ([folder, folder], "Two packages have the name 'digits'"),
         ([tmp_path], "is not a vlpack package"),
         ([folder, "--slots", "0"], "--slots is 0"),
