@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 
 from tiny import FIRST_SPECIAL, IMAGE, VISION_END, VISION_START, Tiny
+from vlpack.layers.candidates import CANDIDATES
 
 Grid = tuple[int, int, int]
 
@@ -150,6 +151,23 @@ class Reference:
             for name, parameter in self.model.named_parameters():
                 parameter.data = old[name]
             self._seen = seen
+
+    @contextmanager
+    def with_candidates(self, weight: np.ndarray) -> Iterator[None]:
+        """A context in which the likeliest tokens have the logits that the head's ``weight [V, H]`` gives them."""
+        import torch
+
+        rows = torch.tensor(weight)
+
+        def again(module: Any, inputs: Any, logits: Any) -> Any:
+            ids = logits.topk(CANDIDATES, dim=-1).indices
+            return logits.scatter(-1, ids, (inputs[0] @ rows.T).gather(-1, ids))
+
+        hook = self.model.lm_head.register_forward_hook(again)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def dtype_of(port: Any) -> type[np.generic]:

@@ -14,7 +14,6 @@ import pytest
 from kept import Kept, rounded
 from parity import Grid, Inputs, Package, Reference, make_inputs, relative
 from tiny import IMAGE, VIDEO, Tiny
-from vlpack.layers.candidates import CANDIDATES
 from vlpack.quantize.policy import OFFERED, PrecisionFacts, QuantizationOptions, default_block_size, make_policy
 
 EXACT = 1e-5
@@ -389,24 +388,6 @@ def as_strings(accuracy_level=4, block_size=None, is_symmetric=None, mixed=None)
     return strings + [f"matmul_mixed_precision={k}:{v}" for k, v in (mixed or {}).items()]
 
 
-@contextmanager
-def candidates_scored_by(reference: Reference, weight: np.ndarray):
-    """A context in which the likeliest tokens of the reference's head have the logits that ``weight [V, H]`` gives."""
-    import torch
-
-    rows = torch.tensor(weight)
-
-    def again(module, inputs, logits):
-        ids = logits.topk(CANDIDATES, dim=-1).indices
-        return logits.scatter(-1, ids, (inputs[0] @ rows.T).gather(-1, ids))
-
-    hook = reference.model.lm_head.register_forward_hook(again)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 @pytest.mark.parametrize("images", ["text", "two unequal"])
 @pytest.mark.parametrize("name", ["v5", "v4, untied, bias, sharded, bf16", "odd widths"])
 @pytest.mark.parametrize("options", INT4)
@@ -421,7 +402,7 @@ def test_int4_is_exact_with_its_dequantized_weights(options, name, images, chann
     if "last_matmul" in options.get("mixed", {}):
         plain = {} if channels != "plain" else {"balance": False, "rotation": False}
         rows = kept(tiny, "int4", **options, **plain).weights["lm_head_candidates.weight"]
-        again = candidates_scored_by(reference(tiny), rows)
+        again = reference(tiny).with_candidates(rows)
     with reference(tiny).with_weights(weights), again:
         check(tiny, runs, reference, inputs_of(tiny, images), EXACT)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -465,21 +467,26 @@ def test_retrieval(name: str, task: str, tmp_path: Path) -> None:
 # --- packages with balance and rotation ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["int4", "int8"])
+@pytest.mark.parametrize(
+    "mixed", [{}, {"mixed_layers": "int8"}, {"last_matmul": "int4"}], ids=["int4", "int8", "head in 4 bits"]
+)
 def test_quantized_packages_are_exact_with_their_dequantized_weights(
-    precision: str, outlying: Callable[[Tiny], Path], tmp_path: Path
+    mixed: dict[str, str], outlying: Callable[[Tiny], Path], tmp_path: Path
 ) -> None:
     """With outliers, the scales of 4-bit weights have an effect, too. Activations are fp32, which excludes int8."""
     tiny = SHAPES["untied, bias"]
-    options: dict[str, Any] = {"accuracy_level": 1}
-    if precision == "int8":
-        options["matmul_mixed_precision"] = {"mixed_layers": "int8"}
-    extra = vlpack.ExtraOptions(**options, prune_lm_head=False)
-    checkpoint = outlying(tiny)
+    extra = vlpack.ExtraOptions(accuracy_level=1, matmul_mixed_precision=mixed or None, prune_lm_head=False)
+    checkpoint = Path(shutil.copytree(outlying(tiny), tmp_path / "checkpoint"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    scales = np.where(np.arange(tiny.hidden_size) % 16, 1, 64).astype(np.float32)  # of the channels that the head reads
+    tensors["model.language_model.norm.weight"] *= scales
+    tensors["lm_head.weight"] /= scales
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
     vlpack.build(checkpoint, tmp_path / "package", precision="int4", vision_precision="int4", extra_options=extra)
-    mixed: dict[str, Any] = {"mixed": {"mixed_layers": "int8"}} if precision == "int8" else {}
-    kept, live = Kept(checkpoint, "int4", vision="int4", **mixed), Reference(checkpoint)
-    with live.with_weights(kept):
+    kept, live = Kept(checkpoint, "int4", vision="int4", mixed=mixed), Reference(checkpoint)
+    candidates = kept.weights.get("lm_head_candidates.weight")
+    assert (candidates is not None) == ("last_matmul" in mixed)
+    with live.with_weights(kept), nullcontext() if candidates is None else live.with_candidates(candidates):
         package = Package(tmp_path / "package")
         for images in ((), ((1, 4, 6), (1, 8, 2))):
             check(tiny, package, lambda _: live, make_inputs(tiny, images), EXACT)
