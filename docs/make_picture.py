@@ -25,6 +25,9 @@ import pyte
 import vlpack
 from vlpack.shipped import examples_folder
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from chromium import OPTIONS, PROGRAM
+
 COLUMNS, LINES = 64, 20
 FIRST, SECOND = "01.png", "23.png"
 TYPED = ("Read the digits.", "/reset", f"/image {SECOND}", "Read the digits.")
@@ -87,8 +90,7 @@ class Terminal:
 
 def main() -> None:
     examples = examples_folder()
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
+    if PROGRAM is None:
         sys.exit("error: chromium is not installed.")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -109,9 +111,9 @@ def main() -> None:
         page.write_text(PAGE.format(screen=terminal.as_html(head), images=images), encoding="utf-8")
         terminal.child.close(force=True)
         output = Path(__file__).with_name("chat.png")
-        options = ["--headless", "--no-sandbox", "--hide-scrollbars", "--force-device-scale-factor=2"]
+        command = [PROGRAM, *OPTIONS, "--force-device-scale-factor=2", "--window-size=1000,400"]
         subprocess.run(
-            [chromium, *options, "--window-size=1000,400", f"--screenshot={output}", page.as_uri()],
+            [*command, f"--screenshot={output}", page.as_uri()],
             check=True,
             capture_output=True,
         )

@@ -5,13 +5,12 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+from chromium import OPTIONS, PROGRAM
 
 
 class Browser:
@@ -31,8 +30,7 @@ class Browser:
         self._in, theirs_out = os.pipe()
         os.set_inheritable(theirs_in, True)
         os.set_inheritable(theirs_out, True)
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
-        options += ["--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+        options = [*OPTIONS, "--disable-dev-shm-usage", "--remote-debugging-pipe", f"--user-data-dir={profile}"]
         # the browser reads from 3 and writes to 4
         script = f'exec 3<&{theirs_in} 4>&{theirs_out}; exec "$@"'
         self._process = subprocess.Popen(

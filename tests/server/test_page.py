@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from chromium import PROGRAM
 from samples import ANSWERS, IMAGES
-from server.browser import PROGRAM, Browser
+from server.browser import Browser
 from server.conftest import Running, wrong
 
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import html as escaping
 import json
 import re
-import shutil
 import subprocess
 from typing import Any
 
 import pytest
 
+from chromium import OPTIONS, PROGRAM
 from verification.reports import REPORTS
 from vlpack.verification.report import html, verdict
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FRAMES = [(name, width, scheme) for name in REPORTS for width in (400, 1280) for scheme in ("light", "dark")]
 FRAMES = [
     frame for frame in FRAMES if frame[0] != "huge" or frame[1:] == (400, "dark")
@@ -58,7 +57,7 @@ addEventListener("load", () => {
 @pytest.fixture(scope="module")
 def looked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     """The layout of every page in a browser, on a phone and a desktop screen, light and dark, and the browser's log."""
-    if BROWSER is None:
+    if PROGRAM is None:
         pytest.skip("there is no Chromium to look at the page with")
     folder = tmp_path_factory.mktemp("browser")
     page = folder / "frames.html"
@@ -71,8 +70,8 @@ def looked(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], st
         ),
         encoding="utf-8",
     )
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}"]
-    command += ["--hide-scrollbars", "--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom"]
+    command = [PROGRAM, *OPTIONS, f"--user-data-dir={folder / 'profile'}"]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--dump-dom"]
     done = subprocess.run([*command, page.as_uri()], capture_output=True, encoding="utf-8", timeout=180, check=True)
     found = re.search(r"<title>(\[.*?\])</title>", done.stdout, re.DOTALL)
     assert found, done.stdout[:500] + done.stderr[-2000:]
