@@ -14,11 +14,13 @@ import onnxruntime as ort
 import pytest
 
 from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ, content, copy_digits, vlpack
+from vlpack.build_plan import BuildOptions
 from vlpack.builder import build
 from vlpack.cli.app import spread_extra_options
 from vlpack.errors import OptionError
 from vlpack.options import _PARSERS, ExtraOptions, parse_extra_options
 from vlpack.quantize.policy import OFFERED, PRECISIONS, QuantizationOptions, make_policy
+from vlpack.quantize.storage import Blocks
 from vlpack.runtime.model import Model
 from vlpack.runtime.sampling import Sampling
 
@@ -202,6 +204,30 @@ def test_matmul_mixed_precision(make: Make) -> None:
     assert mixed["model.language_model.layers.2.self_attn.qkv_proj"] == INT8
     assert mixed["model.language_model.layers.2.mlp.gate_proj"] == INT4
     assert right(folder) >= 6
+
+
+@pytest.mark.parametrize(
+    ("options", "mixed", "bits"),
+    [
+        ({"precision": "int4"}, {}, 4),
+        ({"precision": "int4", "execution_provider": "cuda"}, {}, 8),
+        ({"precision": "int4", "calibrate": None}, {}, 8),
+        ({"precision": "int8"}, {}, 8),
+        ({"bits": 5.5}, {}, 8),
+        ({"bits": 5.5}, {"last_matmul": "int4"}, 4),
+        ({"precision": "int4"}, {"last_matmul": "int8"}, 8),
+        ({"precision": "int4"}, {"mixed_layers": "int8"}, 4),
+    ],
+)
+def test_the_head_has_4_bits_only_in_calibrated_int4_packages(
+    options: dict[str, Any], mixed: dict[str, str], bits: int
+) -> None:
+    chosen = {"calibrate": "self", "extra": ExtraOptions(matmul_mixed_precision=mixed or None), **options}
+    policy = BuildOptions(**chosen).policy()
+    head = policy.storage("text.head")
+    assert isinstance(head, Blocks)
+    assert head.bits == bits
+    assert policy.scores_candidates == (bits == 4)
 
 
 def test_exclude_embeds(make: Make) -> None:

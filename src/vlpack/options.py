@@ -67,14 +67,19 @@ class ExtraOptions:
             elif value is not None:
                 parse(name, str(value))
 
-    def quantization(self, vision: str | None = None, *, calibrated: bool = False) -> QuantizationOptions:
+    def quantization(
+        self, vision: str | None = None, *, calibrated: bool = False, head: str | None = None
+    ) -> QuantizationOptions:
         """The quantization options from which a precision policy is made.
 
         Args:
             vision: precision of the vision encoder; None if it was not given.
             calibrated: whether the build calibrates the weights.
+            head: precision of the head if these options do not choose it, ``int4`` or ``int8``; None for the policy's
+                own default.
         """
-        mixed = {"last_matmul": "int8"} if self.algo_config == "rtn_last" else {}
+        mixed = {} if head is None else {"last_matmul": head}
+        mixed |= {"last_matmul": "int8"} if self.algo_config == "rtn_last" else {}
         given: dict[str, Any] = {
             "block_size": self.block_size,
             "is_symmetric": self.is_symmetric,
