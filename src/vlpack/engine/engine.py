@@ -15,16 +15,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vlpack.decoding.graphs import Graphs
+from vlpack.decoding.prefixes import tokens_of
+from vlpack.decoding.slots import Slots, default_context
 from vlpack.engine.constraints import Grammars, grammar_of
 from vlpack.engine.counters import Counters
 from vlpack.engine.drafting import Drafter
-from vlpack.engine.graphs import Graphs
-from vlpack.engine.prefixes import tokens_of
 from vlpack.engine.queue import FairQueue
 from vlpack.engine.request import EngineAnswer, Handle, Request
-from vlpack.engine.sampler import Sampler, choice_of
 from vlpack.engine.scheduler import Scheduler
-from vlpack.engine.slots import Slots, default_context
 from vlpack.errors import InputError, OptionError, PackageError, option
 from vlpack.ort.saturation import warn_of_saturation
 from vlpack.package.genai import eos_ids, keeps_states
@@ -39,6 +38,7 @@ from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.runtime.genai_model import open_package, read_config, vision_encoder
 from vlpack.runtime.limits import too_long
 from vlpack.runtime.model import NO_VIDEOS, VIDEO_TYPES, as_messages, check_prompt
+from vlpack.runtime.sampler import Sampler, choice_of
 from vlpack.runtime.sampling import Sampling, check_number, sampling_of
 from vlpack.runtime.stopping import StopTexts
 from vlpack.system import checked_threads

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from vlpack.engine.graphs import Array
-from vlpack.engine.prefixes import common_prefix
+from vlpack.decoding.graphs import Array
+from vlpack.decoding.prefixes import common_prefix
 from vlpack.engine.request import Request
 
 SHORT = 16

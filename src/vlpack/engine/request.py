@@ -10,15 +10,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlpack.decoding.graphs import Array
+from vlpack.decoding.prefixes import Tokens
+from vlpack.decoding.slots import Slot
 from vlpack.engine.constraints import Constraint
 from vlpack.engine.drafting import Drafter
-from vlpack.engine.graphs import Array
-from vlpack.engine.prefixes import Tokens
-from vlpack.engine.sampler import Sampler, TokenLogprob, logprob_of
-from vlpack.engine.slots import Slot
 from vlpack.errors import VlpackError
 from vlpack.preprocess import Prompt, TextStream
 from vlpack.runtime.answer import Answer
+from vlpack.runtime.sampler import Sampler, TokenLogprob, logprob_of
 from vlpack.runtime.stopping import StopTexts
 from vlpack.system import peak_memory_bytes
 

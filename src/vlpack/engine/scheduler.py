@@ -16,13 +16,13 @@ from functools import partial
 
 import numpy as np
 
+from vlpack.decoding.graphs import Array, Graphs
+from vlpack.decoding.slots import Slots
 from vlpack.engine.counters import Counters
 from vlpack.engine.drafting import StepCost
-from vlpack.engine.graphs import Array, Graphs
 from vlpack.engine.parts import SHORT, Part, short_ends
 from vlpack.engine.queue import FairQueue
 from vlpack.engine.request import Request
-from vlpack.engine.slots import Slots
 from vlpack.errors import PackageError, VlpackError
 from vlpack.preprocess import Prompt
 

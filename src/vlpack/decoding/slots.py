@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from vlpack.engine.graphs import Array, CachePort, Graphs
-from vlpack.engine.prefixes import SeenImage, Tokens, common_prefix
+from vlpack.decoding.graphs import Array, CachePort, Graphs
+from vlpack.decoding.prefixes import SeenImage, Tokens, common_prefix
 from vlpack.errors import OptionError, option
 from vlpack.ort.session import ort
 from vlpack.system import total_memory_bytes

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vlpack.engine.packing import PACKING_INPUTS, WANTED, Packing, packed
+from vlpack.decoding.packing import PACKING_INPUTS, WANTED, Packing, packed
 from vlpack.errors import PackageError
 from vlpack.ort.session import cpu_session, ort, session_options
 
