@@ -21,8 +21,9 @@ from family import Member, make_member
 from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ
 from tiny import Tiny
 from vlpack import Engine, Sampling
-from vlpack.decoding import graphs, scheduler
+from vlpack.decoding import graphs
 from vlpack.decoding.slots import Slots
+from vlpack.engine import scheduler
 from vlpack.errors import OptionError, PackageError, VlpackError
 from vlpack.runtime.model import Model
 from vlpack.sample_images import picture

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlpack.decoding.graphs import Array
+from vlpack.decoding.images import Unseen
 from vlpack.decoding.prefixes import Tokens
 from vlpack.decoding.slots import Slot
 from vlpack.engine.constraints import Constraint
@@ -208,8 +209,8 @@ class Request:
 
     slot: Slot | None = None
     features: Future[Array] | None = None
-    """Image features of the images from `first_image` on, which the vision encoder computes in another thread."""
-    first_image: int = 0
+    """Features of the images of `unseen`, which the vision encoder computes in another thread."""
+    unseen: Unseen | None = None
     cancelled: bool = False
     mask: Future[Array] | None = None
     answer: EngineAnswer = field(init=False)
