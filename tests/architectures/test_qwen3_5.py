@@ -23,8 +23,8 @@ from tiny import IMAGE, VIDEO, Tiny
 from vlpack.architectures import ARCHITECTURES, qwen3_5
 from vlpack.builder import build
 from vlpack.checkpoint.checkpoint import Checkpoint
-from vlpack.engine import Engine
-from vlpack.errors import CheckpointError, OptionError, VlpackError
+from vlpack.decoding.slots import BACK, WORTH
+from vlpack.errors import CheckpointError, OptionError
 from vlpack.export.description import inspect_checkpoint
 from vlpack.layers import ops
 from vlpack.layers.attention import Attention
@@ -270,11 +270,36 @@ def test_planted_faults_are_seen(
 TURNS = ["What is this?", "And its colour?", "Which is older, and why is it so?", "Thank you.", "Go on."]
 
 
+LONG_TURNS = [text + " river stone" * words for text, words in zip(TURNS, (45, 60, 5, 70, 1), strict=True)]
+
+
 @pytest.mark.parametrize("count", [1, 2, 12])
 @pytest.mark.parametrize("member", **MEMBERS)
 def test_conversations(member: Member, count: int, made: Made) -> None:
-    """In every turn the answer equals transformers', whether or not the prompt continues the earlier sequence."""
+    """In every turn the answer equals transformers', and earlier turns are not computed again."""
     hybrid = made(member)
+    chat = Model(hybrid.build("last"), threads=1, lazy=True).chat(max_tokens=count, sampling=GREEDY)
+    reused, before = [], 0
+    for text in LONG_TURNS:
+        prompt = chat.model.prompt([*chat.messages, {"role": "user", "content": text}])
+        answer = chat.ask(text)
+        assert answer.tokens == hybrid.generated(prompt.input_ids, count)
+        if before:  # all but the end of the latest prompt with a snapshot
+            assert answer.stats.reused_tokens >= before - BACK - WORTH
+        reused.append(answer.stats.reused_tokens)
+        before = prompt.input_ids.size
+    assert reused[0] == 0
+    assert all(reused[1:])
+    chat.drop(2)  # another beginning: what was kept does not fit
+    prompt = chat.model.prompt([*chat.messages, {"role": "user", "content": "And now?"}])
+    assert chat.ask("And now?").tokens == hybrid.generated(prompt.input_ids, count)
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_conversations_in_the_runtime(count: int, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where vlpack does not decode itself, turns that do not continue the sequence are computed from the beginning."""
+    hybrid = made(SEES)
+    monkeypatch.setattr(Model, "kept_conversation", lambda *_: None)
     model = Model(hybrid.build("last"), threads=1)
     chat = model.chat(max_tokens=count, sampling=GREEDY)
     reused = []
@@ -300,15 +325,17 @@ def test_thinking_by_default(made: Made, tmp_path: Path) -> None:
     (source / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
     build(source, tmp_path / "p", precision="fp32")
     model = Model(tmp_path / "p", threads=1)
-    chat = model.chat(max_tokens=6, sampling=GREEDY)
-    for number, text in enumerate(TURNS[:3]):
+    chat, before = model.chat(max_tokens=6, sampling=GREEDY), 0
+    for text in LONG_TURNS[:3]:
         prompt = model.prompt([*chat.messages, {"role": "user", "content": text}])
         assert prompt.text.endswith("<think>\n")
         answer = chat.ask(text)
         assert answer.tokens == hybrid.generated(prompt.input_ids, 6)
         assert chat.messages[-1]["reasoning_content"]  # the whole answer: random weights do not end it
         assert not chat.messages[-1]["content"]
-        assert answer.stats.reused_tokens == 0, number
+        assert bool(answer.stats.reused_tokens) == bool(before)
+        assert answer.stats.reused_tokens >= before - BACK
+        before = prompt.input_ids.size
 
 
 def test_going_back_is_wrong(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +343,7 @@ def test_going_back_is_wrong(made: Made, monkeypatch: pytest.MonkeyPatch) -> Non
     hybrid = made(SEES)
     model = Model(hybrid.build("last"), threads=1)
     monkeypatch.setattr(Model, "keeps_states", False)
+    monkeypatch.setattr(Model, "kept_conversation", lambda *_: None)
     chat, answers, wanted = model.chat(max_tokens=12, sampling=GREEDY), [], []
     for text in TURNS:
         prompt = model.prompt([*chat.messages, {"role": "user", "content": text}])
@@ -341,11 +369,6 @@ def test_images_in_a_conversation(made: Made) -> None:
             eos_token_id=None,
         )  # fmt: skip
         assert chat.ask(text, images).tokens == out[0, prompt.input_ids.size :].tolist()
-
-
-def test_the_engine_refuses(made: Made) -> None:
-    with pytest.raises(VlpackError, match="linear attention"):
-        Engine(made(SEES).build("last"))
 
 
 @pytest.mark.parametrize(("precision", "others"), [("int8", "int8"), ("int4", "int4"), ("fp16", "float16")])

@@ -21,8 +21,9 @@ from family import Member, make_member
 from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ
 from tiny import Tiny
 from vlpack import Engine, Sampling
-from vlpack.engine import graphs, scheduler
-from vlpack.engine.slots import Slots
+from vlpack.decoding import graphs
+from vlpack.decoding.slots import Slots
+from vlpack.engine import scheduler
 from vlpack.errors import OptionError, PackageError, VlpackError
 from vlpack.runtime.model import Model
 from vlpack.sample_images import picture
@@ -355,7 +356,7 @@ def test_closing(built: Callable[..., Path]) -> None:
 
 def test_memory(built: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, engine: Callable[..., Engine]) -> None:
     assert engine(slots=3, context=100).cache_bytes == 3 * 100 * TINY.layers * TINY.kv_heads * TINY.head_dim * 2 * 4
-    monkeypatch.setattr("vlpack.engine.slots.total_memory_bytes", lambda: 2 * 10**9)
+    monkeypatch.setattr("vlpack.decoding.slots.total_memory_bytes", lambda: 2 * 10**9)
     with pytest.raises(OptionError, match=r"1024 slots with 4096 tokens each take 8\.6 GB.*this machine has 2\.0 GB"):
         Engine(built(TINY), slots=1024, context=4096)
     # by default the cache takes half of the memory

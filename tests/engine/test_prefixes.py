@@ -11,7 +11,7 @@ import pytest
 
 from engine.conftest import PACKED, TINY
 from vlpack import Engine, Sampling
-from vlpack.engine.prefixes import SeenImage, Tokens, common_prefix
+from vlpack.decoding.prefixes import SeenImage, Tokens, common_prefix
 from vlpack.runtime.model import Model
 from vlpack.runtime.vision import VisionEncoder
 from vlpack.sample_images import picture

@@ -10,9 +10,9 @@ import pytest
 
 from engine.conftest import TINY
 from vlpack import Engine, Sampling
-from vlpack.engine.sampler import Choice, Sampler, choice_of, likeliest, logprob_of
 from vlpack.errors import OptionError
 from vlpack.runtime.model import Model
+from vlpack.runtime.sampler import Choice, Sampler, choice_of, likeliest, logprob_of
 
 GREEDY = Sampling(temperature=0)
 LOGITS = np.log(np.array([0.05, 0.4, 0.2, 0.25, 0.1], np.float32))

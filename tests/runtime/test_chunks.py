@@ -39,7 +39,7 @@ MEMBERS = {
 def logits_and_tokens(model: Model, prompt: Any, chunk_size: int) -> tuple[np.ndarray, list[int]]:
     length = prompt.input_ids.shape[1] + 6
     options = {"max_length": length, "min_length": length, "do_sample": False, "chunk_size": chunk_size}
-    generator = make_generator(model._model, prompt.named_arrays(), options)
+    generator = make_generator(model._load_runtime(), prompt.named_arrays(), options)
     generator.generate_next_token()
     logits = generator.get_logits().reshape(-1).copy()
     for _ in range(5):

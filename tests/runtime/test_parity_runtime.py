@@ -175,8 +175,8 @@ def test_logits_of_the_prompt(model, reference):
 
     for sizes in ("text", "two equal", "two unequal", "300 tokens"):
         prompt = model(TINY).prompt(QUESTION, make_images(SIZES[sizes]))
-        params = og.GeneratorParams(model(TINY)._model)
-        generator = og.Generator(model(TINY)._model, params)
+        params = og.GeneratorParams(model(TINY)._load_runtime())
+        generator = og.Generator(model(TINY)._load_runtime(), params)
         tensors = og.NamedTensors()
         arrays = prompt.named_arrays()
         if prompt.has_images:

@@ -101,7 +101,7 @@ def test_answers(name: str, tiny: Tiny, model: Callable[[Tiny], Model], referenc
     loaded, live = model(tiny), reference(tiny)
     prompt = loaded.prompt(messages(CASES[name]))
     inputs = tensors(prompt)
-    generator = og.Generator(loaded._model, og.GeneratorParams(loaded._model))
+    generator = og.Generator(loaded._load_runtime(), og.GeneratorParams(loaded._load_runtime()))
     named = og.NamedTensors()
     for key, array in prompt.named_arrays().items():
         named[key] = array

@@ -196,18 +196,23 @@ def chat(
     before = read_messages(messages) if messages else []
     with console.waiting(f"loading {package}"):
         model = Model(
-            folder, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
+            folder,
+            threads=threads,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            vision_provider=vision_provider,
+            lazy=True,
         )
-    conversation = model.chat(
-        system=system,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        video_options=video_options,
-        context=context,
-        allow_private_urls=allow_private_urls,
-        messages=before,
-        special_tokens=opt.special_tokens(literal),
-    )
+        conversation = model.chat(
+            system=system,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            video_options=video_options,
+            context=context,
+            allow_private_urls=allow_private_urls,
+            messages=before,
+            special_tokens=opt.special_tokens(literal),
+        )
     Terminal(conversation, images, video or ()).run()
 
 

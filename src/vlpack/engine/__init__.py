@@ -8,6 +8,6 @@ from vlpack.engine.counters import Counters
 from vlpack.engine.engine import Engine, Occupancy
 from vlpack.engine.queue import QueueFullError
 from vlpack.engine.request import EngineAnswer, Handle
-from vlpack.engine.sampler import TokenLogprob
+from vlpack.runtime.sampler import TokenLogprob
 
 __all__ = ["Counters", "Engine", "EngineAnswer", "Grammar", "Handle", "Occupancy", "QueueFullError", "TokenLogprob"]

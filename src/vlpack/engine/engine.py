@@ -12,33 +12,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
+from vlpack.decoding.graphs import Graphs
+from vlpack.decoding.images import positions_of
+from vlpack.decoding.prefixes import tokens_of
+from vlpack.decoding.slots import Slots, default_context
 from vlpack.engine.constraints import Grammars, grammar_of
 from vlpack.engine.counters import Counters
 from vlpack.engine.drafting import Drafter
-from vlpack.engine.graphs import Graphs
-from vlpack.engine.prefixes import tokens_of
 from vlpack.engine.queue import FairQueue
 from vlpack.engine.request import EngineAnswer, Handle, Request
-from vlpack.engine.sampler import Sampler, choice_of
 from vlpack.engine.scheduler import Scheduler
-from vlpack.engine.slots import Slots, default_context
 from vlpack.errors import InputError, OptionError, PackageError, option
 from vlpack.ort.saturation import warn_of_saturation
-from vlpack.package.genai import eos_ids, keeps_states
+from vlpack.package.genai import eos_ids
 from vlpack.package.manifest import graph_files
 from vlpack.preprocess import ImageSource, Message, Prompt, PromptBuilder, VideoOptions, VideoSource
 from vlpack.preprocess.images import check_pixel_limits
 from vlpack.preprocess.literal import CONTROL
 from vlpack.preprocess.messages import check_sources
-from vlpack.preprocess.mrope import mrope_positions
 from vlpack.preprocess.prompt_builder import check_vision_start
 from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.runtime.genai_model import open_package, read_config, vision_encoder
 from vlpack.runtime.limits import too_long
 from vlpack.runtime.model import NO_VIDEOS, VIDEO_TYPES, as_messages, check_prompt
+from vlpack.runtime.sampler import Sampler, choice_of
 from vlpack.runtime.sampling import Sampling, check_number, sampling_of
 from vlpack.runtime.stopping import StopTexts
 from vlpack.system import checked_threads
@@ -79,7 +76,7 @@ class Engine:
         max_pixels: largest area of an image in pixels, instead of the package's; smaller is faster.
 
     Attributes:
-        cache_bytes: size of the keys and values of all slots.
+        cache_bytes: size of the keys, values and states of all slots.
         speculation: whether next tokens are drafted.
 
     Raises:
@@ -131,15 +128,15 @@ class Engine:
             raise PackageError(f"{self.folder}: the engine cannot use this vision graph.", "Build the package again.")
         self._graphs = Graphs(self.folder, self._model, threads)
         files.check()  # raises an error if a file was replaced while the package was loaded
-        if speculation and not self._graphs.packed:
+        if speculation and not self._graphs.rewinds:
             raise OptionError(
                 f"{option('speculation')} is on, but steps of this package cannot check several tokens of an answer: "
-                "that takes onnxruntime 1.32, and keys and values in full precision.",
+                "that takes onnxruntime 1.32, keys and values in full precision, and no layers with linear attention.",
                 f"Leave {option('speculation')} out.",
             )
-        self.speculation = self._graphs.packed if speculation is None else speculation
+        self.speculation = self._graphs.rewinds if speculation is None else speculation
         beside = sum(int(entry["bytes"]) for entry in files.manifest["files"].values())
-        self.context = context or default_context(self._graphs.cache, slots, longest)
+        self.context = context or default_context(self._graphs, slots, longest)
         self._slots = Slots(self._graphs, slots, self.context, beside)
         self.cache_bytes = self._slots.bytes
         self._grammars = Grammars(self.folder / "tokenizer.json", self._graphs.vocab_size, self._ends)
@@ -306,7 +303,7 @@ class Engine:
             )
             seconds = time.perf_counter() - started
         room, tokens = self._room(prompt), tokens_of(prompt, self._model.get("image_token_id"))
-        positions, ends = self._positions(prompt), {*self._ends, *stop_token_ids}
+        positions, ends = positions_of(prompt, self._model), {*self._ends, *stop_token_ids}
         requests = [
             Request(
                 Handle(prompt, self),
@@ -375,13 +372,6 @@ class Engine:
                 handle.cancel()
         return answers
 
-    def _positions(self, prompt: Prompt) -> npt.NDArray[np.int64]:
-        ids = prompt.input_ids[0]
-        if not prompt.has_images:
-            return np.tile(np.arange(len(ids)), (3, 1))
-        merge = int(self._model["vision"]["spatial_merge_size"])
-        return mrope_positions(ids, prompt.grids, int(self._model["image_token_id"]), merge)
-
     def _room(self, prompt: Prompt) -> int:
         """The number of tokens that are left for an answer in a slot after the prompt.
 
@@ -417,12 +407,6 @@ def _check_runnable(folder: Path, manifest: dict[str, Any], config: dict[str, An
         raise PackageError(
             f"{folder} holds only a part of a model and does not run by itself.",
             f"Build it with {option('part', 'all')}.",
-        )
-    if keeps_states(config):
-        raise PackageError(
-            f"{folder} has layers with linear attention, whose states requests cannot share; the engine does not run "
-            "such models yet.",
-            "Load it with vlpack.load, which answers one request at a time.",
         )
     if not config.get("search", {}).get("past_present_share_buffer"):
         raise PackageError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from vlpack.engine.graphs import Array
-from vlpack.engine.prefixes import common_prefix
+from vlpack.decoding.graphs import Array
+from vlpack.decoding.prefixes import common_prefix
 from vlpack.engine.request import Request
 
 SHORT = 16
@@ -39,14 +39,8 @@ class Part(NamedTuple):
         request = self.request
         if request.features is None:
             return None
-        features = request.features.result()
-        before = int(request.prompt.num_image_tokens[: request.first_image].sum())  # placeholders of reused images
-        images, counts = request.tokens.images, request.prompt.num_image_tokens
-        first, last = (
-            sum(min(max(place - image.start, 0), int(count)) for image, count in zip(images, counts, strict=True))
-            for place in (self.start, self.end)
-        )
-        return features[first - before : last - before]
+        assert request.unseen is not None, "its features are computed"
+        return request.features.result()[request.unseen.within(self.start, self.end)]
 
 
 def short_ends(first: Part, waiting: Iterable[Request], room: int, context: int) -> list[Part]:

@@ -10,15 +10,16 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlpack.decoding.graphs import Array
+from vlpack.decoding.images import Unseen
+from vlpack.decoding.prefixes import Tokens
+from vlpack.decoding.slots import Slot
 from vlpack.engine.constraints import Constraint
 from vlpack.engine.drafting import Drafter
-from vlpack.engine.graphs import Array
-from vlpack.engine.prefixes import Tokens
-from vlpack.engine.sampler import Sampler, TokenLogprob, logprob_of
-from vlpack.engine.slots import Slot
 from vlpack.errors import VlpackError
 from vlpack.preprocess import Prompt, TextStream
 from vlpack.runtime.answer import Answer
+from vlpack.runtime.sampler import Sampler, TokenLogprob, logprob_of
 from vlpack.runtime.stopping import StopTexts
 from vlpack.system import peak_memory_bytes
 
@@ -208,8 +209,8 @@ class Request:
 
     slot: Slot | None = None
     features: Future[Array] | None = None
-    """Image features of the images from `first_image` on, which the vision encoder computes in another thread."""
-    first_image: int = 0
+    """Features of the images of `unseen`, which the vision encoder computes in another thread."""
+    unseen: Unseen | None = None
     cancelled: bool = False
     mask: Future[Array] | None = None
     answer: EngineAnswer = field(init=False)

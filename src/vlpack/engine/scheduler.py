@@ -11,18 +11,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
+from vlpack.decoding.graphs import Array, Graphs
+from vlpack.decoding.images import Unseen
+from vlpack.decoding.slots import Slots
 from vlpack.engine.counters import Counters
 from vlpack.engine.drafting import StepCost
-from vlpack.engine.graphs import Array, Graphs
 from vlpack.engine.parts import SHORT, Part, short_ends
 from vlpack.engine.queue import FairQueue
 from vlpack.engine.request import Request
-from vlpack.engine.slots import Slots
 from vlpack.errors import PackageError, VlpackError
 from vlpack.preprocess import Prompt
 
@@ -187,14 +187,10 @@ class Scheduler:
             request: request with images.
             known: number of the prompt's first tokens that the slot holds.
         """
-        prompt, counts = request.prompt, request.prompt.num_image_tokens
-        ends = [image.start + int(count) for image, count in zip(request.tokens.images, counts, strict=True)]
-        first = int(np.searchsorted(ends, known, side="right"))
-        request.first_image, patches = first, int(prompt.grids[:first].prod(axis=1).sum())
-        assert prompt.pixel_values is not None, "the prompt has images"
-        if first == len(ends):
+        request.unseen = Unseen(request.prompt, request.tokens, known)
+        rest = request.unseen.prompt
+        if rest is None:
             return
-        rest = replace(prompt, pixel_values=prompt.pixel_values[patches:], image_grid_thw=prompt.grids[first:])
         started = time.perf_counter()
 
         def look() -> Array:
@@ -216,8 +212,9 @@ class Scheduler:
         assert slot is not None, "it was admitted"
         self._reused(request, self._slots.catch_up(slot, request.tokens))
         most = self._chunk if self._limited else LARGEST_CHUNK
-        parts = [Part(request, slot.length, min(len(request.tokens.ids), slot.length + most))]
-        if self._graphs.packed and parts[0].last and request.features is None:
+        parts = [Part(request, slot.length, self._slots.until(slot, most, len(request.tokens.ids)))]
+        short = parts[0].size <= SHORT or not self._graphs.states  # a linear layer computes all rows up to the longest
+        if self._graphs.packed and short and parts[0].last and request.features is None:
             parts += short_ends(parts[0], self._prefilling, most - parts[0].size, self._slots.context)
         parts.sort(key=lambda part: part.request.slot.row if part.request.slot is not None else 0)
         slots = [part.request.slot for part in parts if part.request.slot is not None]
@@ -232,11 +229,10 @@ class Scheduler:
             features = parts[0].features() if len(parts) == 1 else None
             began = time.perf_counter()
             ids = np.concatenate([part.request.tokens.ids[part.start : part.end] for part in parts])
-            logits = self._graphs.run(
-                self._slots.binding(first, first + len(counts)),
-                self._graphs.tokens(ids[None], features),
+            logits = self._slots.run(
+                first,
                 counts,
-                np.array([slot.length for slot in self._slots.rows(first, first + len(counts))]),
+                self._graphs.tokens(ids[None], features),
                 np.concatenate([part.request.positions[:, part.start : part.end] for part in parts], axis=1),
                 np.cumsum([part.size for part in parts]) - 1,
             )
@@ -256,7 +252,7 @@ class Scheduler:
         request = part.request
         stats, slot = request.answer.stats, request.slot
         assert slot is not None, "it was admitted"
-        slot.write(request.tokens.ids[part.start : part.end])
+        self._slots.wrote(slot, request.tokens.ids[part.start : part.end])
         stats.prefill_seconds = (stats.prefill_seconds or 0.0) + seconds
         if not part.last:
             self._prefilling.append(request)  # after the others, so that a short prompt is finished soon
@@ -278,7 +274,7 @@ class Scheduler:
         first, end = min(slot.row for slot in slots), max(slot.row for slot in slots) + 1
         requests = sorted(self._decoding, key=lambda request: request.slot.row if request.slot is not None else 0)
         price, drafts = self._drafts(requests)
-        counts, held = np.zeros(end - first, np.int64), np.array([slot.length for slot in self._slots.rows(first, end)])
+        counts = np.zeros(end - first, np.int64)
         for request, draft in zip(requests, drafts, strict=True):
             self._start_mask(request)
             assert request.slot is not None, "it decodes"
@@ -288,11 +284,10 @@ class Scheduler:
         positions = [r.position + np.arange(len(tokens)) for r, tokens in zip(requests, new, strict=True)]
         began = time.perf_counter()
         try:
-            logits = self._graphs.run(
-                self._slots.binding(first, end),
-                self._graphs.tokens(ids[None]),
+            logits = self._slots.run(
+                first,
                 counts,
-                held,
+                self._graphs.tokens(ids[None]),
                 np.tile(np.concatenate(positions), (3, 1)),
                 np.arange(len(ids)),
             )

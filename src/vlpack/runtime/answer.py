@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from vlpack.errors import PackageError
 from vlpack.preprocess import Prompt, TextStream
-from vlpack.runtime.genai import og
 from vlpack.runtime.stopping import StopTexts
 from vlpack.system import peak_memory_bytes
 
@@ -63,8 +62,21 @@ class Answer:
     stats: Stats = field(default_factory=Stats)
 
 
+class TokenGenerator(Protocol):
+    """A generator of an answer's tokens: the runtime's own, or `vlpack.runtime.kept_states.KeptGenerator`."""
+
+    def get_next_tokens(self) -> Any:
+        """The token that was generated last, in a sequence or array of one."""
+
+    def is_done(self) -> bool:
+        """Whether there is no room for another token, or the answer is over."""
+
+    def generate_next_token(self) -> None:
+        """Generates the next token."""
+
+
 class Begun(NamedTuple):
-    """A generator of the runtime that has processed a prompt and generated the first token of the answer.
+    """A generator that has processed a prompt and generated the first token of the answer.
 
     Attributes:
         generator: the generator.
@@ -72,7 +84,7 @@ class Begun(NamedTuple):
         reused_tokens: number of prompt tokens that were already in the generator's cache.
     """
 
-    generator: og.Generator
+    generator: TokenGenerator
     vision_seconds: float | None
     reused_tokens: int = 0
 

@@ -3,8 +3,9 @@
 The prompt of each turn is the whole conversation, as in transformers. The runtime's generator is rewound to the first
 token at which its sequence and the new prompt differ, and processes only the rest. A turn with a new image needs a new
 generator, since the runtime accepts images only at the start; the vision encoder (`vlpack.runtime.vision`) keeps the
-features of earlier images. So does a turn of a model with linear attention whose prompt is not a continuation of the
-generator's sequence: the states of such layers cannot be taken back, and the runtime would corrupt them silently.
+features of earlier images. The states of linear attention cannot be taken back, and the runtime would corrupt them
+silently: vlpack itself decodes conversations with such models on the CPU (`vlpack.runtime.kept_states`). For other
+providers, a turn whose prompt is not a continuation of the generator's sequence needs a new generator.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from vlpack.runtime.answer import Answer, AnswerStream, Begun
 from vlpack.runtime.genai import og
 from vlpack.runtime.genai_model import append
 from vlpack.runtime.reasoning import opens_reasoning, split_reasoning
+from vlpack.runtime.sampler import choice_of
 from vlpack.runtime.sampling import Sampling, check_number
 from vlpack.system import total_memory_bytes
 
@@ -116,7 +118,10 @@ class Chat:
         self.model, self.max_tokens = model, max_tokens
         self.context = min(context or 2**31, model.context_length, _tokens_in_memory(model))
         self.allow_private_urls = allow_private_urls
-        self._options = model.search_options(sampling)
+        self._options, self._choice = (
+            model.search_options(sampling),
+            choice_of(model.config.get("search", {}), sampling),
+        )
         self._video_options, self._variables = video_options, {**variables, "special_tokens": special_tokens}
         if messages:
             normalize_messages(messages)  # checks them: they may come from an untrusted file
@@ -132,6 +137,7 @@ class Chat:
         self._generator: og.Generator | None = None
         self._capacity = 0
         self._shown: list[Any] = []  # images and videos that the generator has processed
+        self._kept = model.kept_conversation(self.context)
         self.system = system
         self._resume(messages)
 
@@ -290,6 +296,8 @@ class Chat:
         )
 
     def _begin(self, prompt: Prompt, room: int, seen: list[Any]) -> Begun:
+        if self._kept is not None:
+            return self._kept.begin(prompt, self._choice)
         ids = prompt.input_ids[0]
         generator, self._generator = self._generator, None
         needed = len(ids) + room

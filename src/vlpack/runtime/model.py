@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vlpack.decoding.graphs import Graphs
 from vlpack.errors import InputError, OptionError, option
 from vlpack.ort.saturation import warn_of_saturation
 from vlpack.package.genai import eos_ids, keeps_states
@@ -21,7 +22,9 @@ from vlpack.preprocess.prompt_builder import check_vision_start
 from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.runtime.answer import Answer, AnswerStream, Begun
 from vlpack.runtime.chat import Chat
+from vlpack.runtime.genai import og
 from vlpack.runtime.genai_model import SIZES, load_model, make_generator, open_package, read_config, vision_encoder
+from vlpack.runtime.kept_states import KeptConversation
 from vlpack.runtime.limits import too_long
 from vlpack.runtime.sampling import Sampling, check_number, sampling_of
 from vlpack.runtime.stage_clock import StageClock
@@ -52,10 +55,13 @@ class Model(Loaded):
         vision_provider: where images are encoded. ``cpu``, the default for packages for the CPU: by vlpack in its own
             session, which is loaded with the first image and keeps the features of recent images. ``runtime``: by
             onnxruntime-genai, loaded with the package, as when it is used from other languages.
+        lazy: whether onnxruntime-genai loads the package only when it is needed for an answer or a conversation.
+            Conversations with models with linear attention do not need it.
 
     Attributes:
         prompts: builder of prompts from messages.
         vision: vision encoder in vlpack's own session; None if there is none.
+        load_seconds: seconds spent on loading the package so far.
 
     Raises:
         OptionError: an option is out of range or has no effect on the package.
@@ -70,11 +76,12 @@ class Model(Loaded):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         vision_provider: str | None = None,
+        lazy: bool = False,
     ) -> None:
         self.folder, self.task = Path(os.path.expanduser(folder)), GENERATE
-        threads = checked_threads(threads)
+        threads = self._threads = checked_threads(threads)
         started = time.perf_counter()
-        files = open_package(self.folder)
+        files = self._files = open_package(self.folder)
         self.manifest = files.manifest
         graphs = graph_files(self.folder, self.manifest)  # also checks which weight files the graphs name
         self.config = read_config(self.folder, self.manifest["files"], graphs)
@@ -97,9 +104,13 @@ class Model(Loaded):
         self._chunk = {"chunk_size": chunk_size} if type(chunk_size) is int and chunk_size > 0 else {}
         warn_of_saturation(self.manifest)
         self.vision = vision_encoder(files, model, threads, vision_provider)
-        self._model = load_model(self.folder, model, threads, self.manifest.get("execution_provider"), self.vision)
-        files.check()  # nothing was replaced while it was loaded
+        self._runtime: og.Model | None = None
+        self._graphs: Graphs | None = None
         self.load_seconds = time.perf_counter() - started
+        if lazy:
+            files.check()  # nothing was replaced while it was loaded
+        else:
+            self._load_runtime()
 
     @property
     def takes_videos(self) -> bool:
@@ -110,6 +121,47 @@ class Model(Loaded):
     def keeps_states(self) -> bool:
         """Whether some layers keep a state (linear attention), so that a generator cannot go back to earlier tokens."""
         return keeps_states(self.config)
+
+    def _load_runtime(self) -> og.Model:
+        """The package in onnxruntime-genai, which is loaded if it was not loaded before.
+
+        Raises:
+            PackageError: the runtime cannot load it, or its files were replaced.
+        """
+        if self._runtime is None:
+            started = time.perf_counter()
+            provider = self.manifest.get("execution_provider")
+            loaded = load_model(self.folder, self.config["model"], self._threads, provider, self.vision)
+            self._files.check()  # nothing was replaced while it was loaded
+            self._runtime = loaded
+            self.load_seconds += time.perf_counter() - started
+        return self._runtime
+
+    def kept_conversation(self, context: int) -> KeptConversation | None:
+        """A decoder for a conversation, which copies states; None if the runtime can take its cache back itself.
+
+        The runtime's copy of the weights is freed, and loaded again if the model generates without a conversation.
+
+        Args:
+            context: largest number of tokens of the conversation.
+
+        Raises:
+            PackageError: onnxruntime cannot load the package, or its files were replaced.
+        """
+        model = self.config["model"]
+        on_cpu = self.manifest.get("execution_provider") == "cpu" and ("vision" not in model or self.vision is not None)
+        if not self.keeps_states or not on_cpu:
+            return None
+        if self._graphs is None:
+            self._runtime = None
+            started = time.perf_counter()
+            self._files.check()
+            graphs = Graphs(self.folder, model, self._threads)
+            self._files.check()
+            self._graphs = graphs
+            self.load_seconds += time.perf_counter() - started
+        see = None if self.vision is None else self.vision.features
+        return KeptConversation(self._graphs, model, see, eos_ids(self.config), context)
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of the key/value cache for a number of tokens; the runtime allocates it before it generates."""
@@ -325,15 +377,15 @@ class Model(Loaded):
             options: search options of the runtime, with ``max_length``.
             timing: whether to measure the encoding of images when the runtime does it.
         """
-        started = time.perf_counter()
+        runtime, started = self._load_runtime(), time.perf_counter()
         if self.vision is not None or not prompt.has_images:
             arrays = prompt.named_arrays() if self.vision is None else self.vision.runtime_arrays(prompt)
             seconds = time.perf_counter() - started if prompt.has_images else 0.0
-            generator = make_generator(self._model, arrays, options)
+            generator = make_generator(runtime, arrays, options)
             generator.generate_next_token()
             return Begun(generator, seconds)
         with StageClock(timing) as clock:
-            generator = make_generator(self._model, prompt.named_arrays(), options)
+            generator = make_generator(runtime, prompt.named_arrays(), options)
             generator.generate_next_token()
         return Begun(generator, clock.seconds_until("image_features", started))
 

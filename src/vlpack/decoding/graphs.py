@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vlpack.engine.packing import PACKING_INPUTS, WANTED, Packing, packed
+from vlpack.decoding.packing import PACKING_INPUTS, WANTED, Edited, Packing, edited
+from vlpack.decoding.states import STATE_INPUTS, state_inputs
 from vlpack.errors import PackageError
 from vlpack.ort.session import cpu_session, ort, session_options
 
@@ -57,6 +58,7 @@ class Graphs:
         image_width: number of channels of an image token's features in the embedding graph; 0 if it takes no images.
         packed: whether a call takes any number of new tokens of each sequence; otherwise a call takes new tokens of one
             sequence, or at most one new token of each.
+        states: the decoder's inputs for states of linear-attention layers; empty if it has no such layers.
 
     Raises:
         PackageError: onnxruntime cannot load a graph, or the decoder is not one that vlpack writes.
@@ -65,18 +67,22 @@ class Graphs:
     def __init__(self, folder: Path, model: dict[str, Any], threads: int) -> None:
         decoder = model["decoder"]
         self.path = folder / str(decoder["filename"])
-        self.decoder, self.packed = _open_decoder(self.path, threads)
+        self.decoder, (_, self.packed, self.states) = _open_decoder(self.path, threads)
         self._ports = {port.name: port for port in self.decoder.get_inputs()}
         outputs = {port.name: port for port in self.decoder.get_outputs()}
         self.cache: list[CachePort] = []
         try:
+            kept = {port.past for port in self.states}
             for layer in range(int(decoder["num_hidden_layers"])):
+                if self.states and decoder["inputs"]["past_recurrent_names"].replace("%d", str(layer)) in kept:
+                    continue
                 for kind in ("key", "value"):
                     past = decoder["inputs"][f"past_{kind}_names"].replace("%d", str(layer))
                     present = decoder["outputs"][f"present_{kind}_names"].replace("%d", str(layer))
                     self.cache.append(CachePort(past, outputs[present].name, self._ports[past]))
             self.logits = outputs["logits"]
-            known = {"attention_mask", "position_ids", *PACKING_INPUTS, *(port.past for port in self.cache)}
+            known = {"attention_mask", "position_ids", *PACKING_INPUTS, *STATE_INPUTS, *kept}
+            known |= {port.past for port in self.cache}
             self.given = [name for name in self._ports if name not in known]  # inputs for ids or embeddings
             self.axes = len(self._ports["position_ids"].shape)
         except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
@@ -90,6 +96,11 @@ class Graphs:
             port = next(port for port in self.embedding.get_inputs() if port.name == "image_features")
             self.image_width = int(port.shape[1])
             self._no_features = np.zeros((0, self.image_width), DTYPES[port.type])
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether a call may take tokens that are rejected afterwards: a step can then check several of an answer."""
+        return self.packed and not self.states
 
     def tokens(self, ids: Array, features: Array | None = None) -> dict[str, Array]:
         """The decoder's input for tokens: their ids, or their embeddings if the package has an embedding graph.
@@ -143,6 +154,9 @@ class Graphs:
             lengths = held + new
             given = {name: array[0][packing.spread] for name, array in tokens.items()}
             positions = positions[:, packing.spread]
+        if self.states:
+            window = next(port.shape[-1] for port in self.states if not port.in_place)
+            given |= state_inputs(counts, window, self.packed)
         given["attention_mask"] = (np.arange(int(lengths.max())) < lengths[:, None]).astype(np.int64)
         given["position_ids"] = np.ascontiguousarray(positions if self.axes == 3 else positions[0])
         size = positions.shape[2] if self.every_logit else len(wanted) if self.packed else 1
@@ -161,20 +175,21 @@ class Graphs:
         return values
 
 
-def _open_decoder(path: Path, threads: int) -> tuple[Any, bool]:
-    """Opens the packed decoder and returns it with True, or the original with False if it cannot be packed."""
+def _open_decoder(path: Path, threads: int) -> tuple[Any, Edited]:
+    """Opens the decoder, edited in memory if necessary, and returns it with what was edited."""
     try:
-        graph = packed(path)
+        made = edited(path)
     except Exception as error:  # protobuf has its own error classes
         raise PackageError(f"{path} cannot be read: {str(error)[:300]}") from error
-    if graph is None:
-        return _open(path, threads), False
+    if made.graph is None:
+        return _open(path, threads), made
     options = session_options(threads)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
     try:
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"]), True
+        session = ort.InferenceSession(made.graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise _failed_to_load(path, error) from error
+    return session, made._replace(graph=None)
 
 
 def _open(path: Path, threads: int) -> Any:

@@ -5,11 +5,13 @@ of all sequences one after the other, ``[1, N]``. Only attention distinguishes s
 over ``[B, S]`` rows with padding on the right, and GroupQueryAttention gets the number of tokens in each row as
 ``query_seqlens`` (from onnxruntime 1.32 on); after it, the tokens are collected again. A sequence without new tokens
 costs nothing. The last layer and the head compute only the tokens whose logits are wanted, at any place of a sequence.
+Linear-attention layers are spread and collected in the same way (`vlpack.decoding.states`).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from vlpack.decoding.states import STATE_INPUTS, StatePort, state_ports, with_kept_states
 from vlpack.ort.session import ort
 
 Array = npt.NDArray[Any]
@@ -67,38 +70,68 @@ class Packing(NamedTuple):
         }
 
 
-def packed(path: Path) -> bytes | None:
-    """Makes the packed graph of a decoder, whose weights stay in their files.
+class Edited(NamedTuple):
+    """A decoder's graph after it was edited in memory.
+
+    Attributes:
+        graph: the serialized model, whose weights stay in their files; None if the file needs no change.
+        packed: whether it takes packed tokens.
+        states: states of its linear-attention layers.
+    """
+
+    graph: bytes | None
+    packed: bool
+    states: list[StatePort]
+
+
+def edited(path: Path) -> Edited:
+    """Makes the packed graph of a decoder, or one that only keeps states if it cannot be packed.
+
+    A graph cannot be packed if onnxruntime is older than 1.32 or the key/value cache is not in full precision.
 
     Args:
         path: path of the decoder's graph.
-
-    Returns:
-        the serialized model; None if the decoder cannot be packed or onnxruntime is older than 1.32.
     """
-    if tuple(map(int, re.findall(r"\d+", ort.__version__)[:2])) < (1, 32):
-        return None
     model = onnx.load(path, load_external_data=False)
-    graph = model.graph
-    attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
-    caches = [port.name for port in graph.input if port.name.startswith("past")]
-    # not packed: an int8 cache, whose attention is inside an If node, and recurrent states, which cannot be rewound
-    if not attention or len(caches) != 2 * len(attention) or any(len(node.input) > 7 for node in attention):
-        return None
-    _rename_dimensions(graph, set(caches))
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        if node.op_type == "GroupQueryAttention":
-            nodes += _spread(node)
-        elif _takes_last(node, constants):
-            nodes.append(helper.make_node("Gather", [node.input[0], WANTED], node.output, axis=1))
-        else:
-            nodes.append(node)
+    graph, states = model.graph, state_ports(model)
+    pack = tuple(map(int, re.findall(r"\d+", ort.__version__)[:2])) >= (1, 32) and _can_be_packed(graph, states)
+    if not pack and not states:
+        return Edited(None, False, [])
+    nodes = list(graph.node)
+    if states:
+        nodes = with_kept_states(nodes, pack)
+        graph.input.extend(helper.make_tensor_value_info(name, *port) for name, port in STATE_INPUTS.items())
+    if pack:
+        nodes = _packed(nodes, {tensor.name: tensor for tensor in graph.initializer})
+        _rename_dimensions(graph)
+        graph.input.extend(helper.make_tensor_value_info(name, *port) for name, port in PACKING_INPUTS.items())
     del graph.node[:], graph.value_info[:]  # the inferred shapes are those of [B, S] tokens
     graph.node.extend(nodes)
-    graph.input.extend(helper.make_tensor_value_info(name, *port) for name, port in PACKING_INPUTS.items())
-    return bytes(model.SerializeToString())
+    return Edited(bytes(model.SerializeToString()), pack, states)
+
+
+def _can_be_packed(graph: onnx.GraphProto, states: Sequence[StatePort]) -> bool:
+    """Whether every cached tensor is a state, or belongs to attention that is no part of another node.
+
+    The attention of an int8 cache is inside an If node.
+    """
+    attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    caches = [port.name for port in graph.input if port.name.startswith("past")]
+    whole = len(caches) == 2 * len(attention) + len(states)
+    return bool(attention) and whole and all(len(node.input) <= 7 for node in attention)
+
+
+def _packed(nodes: Sequence[onnx.NodeProto], constants: dict[str, onnx.TensorProto]) -> list[onnx.NodeProto]:
+    """The nodes of a graph that takes packed tokens, with attention spread over rows."""
+    made: list[onnx.NodeProto] = []
+    for node in nodes:
+        if node.op_type == "GroupQueryAttention":
+            made += _spread(node)
+        elif _takes_last(node, constants):
+            made.append(helper.make_node("Gather", [node.input[0], WANTED], node.output, axis=1))
+        else:
+            made.append(node)
+    return made
 
 
 def _spread(node: onnx.NodeProto) -> list[onnx.NodeProto]:
@@ -123,11 +156,13 @@ def _takes_last(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) ->
     return found == [[-1], [1]]
 
 
-def _rename_dimensions(graph: onnx.GraphProto, caches: set[str]) -> None:
+def _rename_dimensions(graph: onnx.GraphProto) -> None:
     """Renames dimensions that are no longer equal, because onnxruntime reuses memory for shapes with equal names."""
     for port in [*graph.input, *graph.output]:
         shape = port.type.tensor_type.shape.dim
-        if port.name == "attention_mask" or port.name in caches or port.name.startswith("present"):
+        if port.name in STATE_INPUTS:
+            continue
+        if port.name == "attention_mask" or port.name.startswith(("past", "present")):
             shape[0].dim_param = "rows"
         elif port.name == "logits":
             shape[0].dim_value = 1
