@@ -279,7 +279,7 @@ def test_exchanged_slots(hybrid: Callable[[str], Hybrid], engine: Callable[..., 
             made._slots.exchange(*made._slots.rows(0, 2))
 
     made._scheduler._step = stepped  # type: ignore[method-assign]
-    handles = [made.submit(prompt, max_tokens=9, sampling=GREEDY) for prompt in prompts]
+    handles = [made.submit(prompt, max_tokens=60, sampling=GREEDY) for prompt in prompts]
     for prompt, handle in zip(prompts, handles, strict=True):
-        assert handle.result().tokens == there.answer(prompt, 9)
+        assert handle.result().tokens == there.answer(prompt, 60)
     assert exchanged

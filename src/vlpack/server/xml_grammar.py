@@ -114,11 +114,10 @@ def _anywhere(pattern: str, where: tuple[Mapping[str, Any], str]) -> str:
     start, end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith(r"\$")
     inner = pattern[start : len(pattern) - end]
     plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "", inner)  # without escapes and classes
-    if re.search(r"[\^$]|\(\?[=!<]", plain) or ("|" in plain and (start or end) and "(" not in plain):
+    alone = "|" in plain and (start or end) and _outside(plain)  # the anchor belongs to one alternative only
+    if re.search(r"[\^$]|\(\?[=!<]", plain) or re.search(r"\\[bBk1-9]", inner) or alone:
         raise _not_forced(*where, f"the pattern {pattern!r}")
-    if "|" in plain and (start or end) and _outside(plain):
-        raise _not_forced(*where, f"the pattern {pattern!r}")
-    inner = inner.replace("/", r"\/") if r"\/" not in inner else inner
+    inner = inner.replace(r"\/", "/").replace("/", r"\/")
     return f"{'' if start else _FREE}({inner}){'' if end else _FREE}"
 
 
