@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,7 @@ def test_many_requests(
 ) -> None:
     """Prompts of different lengths are processed while other answers run, packed or not, and rows change places."""
     if version:
-        monkeypatch.setattr(packing.ort, "__version__", version)
+        monkeypatch.setattr(packing, "ort", SimpleNamespace(__version__=version))
     there = hybrid("text")
     made = engine(there.build())
     assert version is None or not made._graphs.packed
