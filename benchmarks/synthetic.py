@@ -2,7 +2,8 @@
 
 The list of tensors comes from vlpack's own architectures, so a size is defined by its configuration alone.
 
-Usage: python benchmarks/synthetic.py {2b,4b,8b,30b-a3b} FOLDER [--layers N] [--experts LAYOUT] [--tokenizer FOLDER]
+Usage: python benchmarks/synthetic.py {2b,4b,8b,30b-a3b,3.5-2b,3.5-9b} FOLDER [--layers N] [--experts LAYOUT]
+       [--tokenizer FOLDER]
 """
 
 from __future__ import annotations
@@ -33,12 +34,46 @@ SIZES: dict[str, dict[str, Any]] = {
 
 Text: hidden size, layers, heads, key-value heads, intermediate size. Vision: depth, hidden size, intermediate size.
 """
+HYBRIDS: dict[str, tuple[int, ...]] = {
+    "3.5-2b": (2048, 24, 8, 2, 6144, 16, 16),
+    "3.5-9b": (4096, 32, 16, 4, 12288, 16, 32),
+}
+"""Sizes of text models with Qwen3.5's layers, by name; those of the 9B are the published ones.
+
+Hidden size, layers, heads, key-value heads, intermediate size, key heads and value heads of linear attention.
+"""
 EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
 
+def hybrid_config(size: str, layers: int | None) -> dict[str, Any]:
+    hidden, all_layers, heads, kv_heads, intermediate, key_heads, value_heads = HYBRIDS[size]
+    rope = {"rope_type": "default", "rope_theta": 1e7, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25}
+    return {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "hidden_size": hidden,
+        "num_hidden_layers": layers or all_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": intermediate,
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": value_heads,
+        "tie_word_embeddings": size == "3.5-2b",
+        "head_dim": 256,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 248320,
+        "max_position_embeddings": 262144,
+        "rope_parameters": rope,
+        "eos_token_id": 248046,
+    }
+
+
 def config(size: str, layers: int | None = None) -> dict[str, Any]:
+    if size in HYBRIDS:
+        return hybrid_config(size, layers)
     sizes = SIZES[size]
     hidden, all_layers, heads, kv_heads, intermediate = sizes["text"]
     mixture = size == "30b-a3b"
@@ -122,7 +157,7 @@ def write(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("size", choices=[*SIZES, *HYBRIDS])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="of the decoder, fewer than the model has")
     parser.add_argument(

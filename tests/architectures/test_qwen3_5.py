@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from architectures.test_family import HYBRID, ODD_HYBRID, QWEN3_5, QWEN3_5_TEXT
 from family import WEIGHTS, Member, make_member
 from parity import Package, make_inputs, relative
+from samples import vlpack
 from tiny import IMAGE, VIDEO, Tiny
 from vlpack.architectures import ARCHITECTURES, qwen3_5
 from vlpack.builder import build
@@ -152,6 +154,20 @@ def test_a_long_prompt(member: Member, made: Made) -> None:
     wanted = hybrid.wanted(ids)
     assert relative(in_steps(hybrid.package, ids, 3000), wanted) < TOLERANCE
     assert relative(last_logits(hybrid.build("last"), ids, 512), wanted[0, -1]) < TOLERANCE
+
+
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+SCALED = Member(
+    "yarn", QWEN3_5_TEXT, "Qwen3_5ForCausalLM", text=HYBRID | {"rope_parameters": HYBRID["rope_parameters"] | YARN}
+)
+
+
+def test_yarn_with_partial_rotation(made: Made) -> None:
+    """Angles are scaled, and so are the queries and keys, beyond the original length too."""
+    hybrid, ids = made(SCALED), random_ids(200)
+    wanted = hybrid.wanted(ids)
+    assert relative(in_steps(hybrid.package, ids, 150, *[1] * 10, 40), wanted) < TOLERANCE
+    assert relative(last_logits(hybrid.build("last"), ids, 64), wanted[0, -1]) < TOLERANCE
 
 
 @pytest.mark.parametrize("chunk_size", [0, 7])
@@ -644,3 +660,30 @@ def test_published_configs(size: str, vision_type: str, old: bool, tmp_path: Pat
     assert np.bincount(frequencies.axis_of).tolist() == [11, 11, 10]
     assert architecture.vision is not None
     assert architecture.vision.image_token_id == 248056  # the default, because the config has no such id
+
+
+def test_commands_for_packages(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """run, eval and bench take packages of this family; run and eval answer as transformers does."""
+    folder, picture = made(SEES).build("last"), tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(5).integers(0, 256, (48, 80, 3), np.uint8)).save(picture)
+    answered = vlpack(
+        capsys, "run", folder, "What?", "--image", picture, "--max-tokens", 3, "--temperature", 0, "--json"
+    )
+    assert answered.code == 0, answered.err
+    prompt = Model(folder, threads=1, lazy=True).prompt("What?", [picture])
+    arrays = prompt.transformers_arrays(IMAGE, VIDEO)
+    given = {name: torch.tensor(array) for name, array in arrays.items()}
+    mask = torch.ones_like(given["input_ids"])
+    out = made(SEES).reference.generate(**given, attention_mask=mask, do_sample=False, max_new_tokens=3)
+    assert json.loads(answered.out)["tokens"] == out[0, prompt.input_ids.size :].tolist()
+    data = tmp_path / "questions.jsonl"
+    data.write_text(json.dumps({"question": "What?", "image": "picture.png", "answer": "x"}), encoding="utf-8")
+    scored = vlpack(capsys, "eval", folder, data, "--reference", made(SEES).checkpoint, "--max-tokens", 3, "--json")
+    assert scored.code == 0, scored.err
+    package, reference = json.loads(scored.out)["scores"]
+    assert package["answers"] == reference["answers"]
+    measured = vlpack(
+        capsys, "bench", folder, "--prompt-tokens", 20, "--image", "64x32", "--new-tokens", 3, "--repeat", 1, "--json"
+    )
+    assert measured.code == 0, measured.err
+    assert [work["prompt_tokens"] > 10 for work in json.loads(measured.out)["works"]] == [True, True]

@@ -97,6 +97,18 @@ def test_flat_configs_with_settings_beside_rope_scaling(family: str, case: str) 
     check(f"{family}ForConditionalGeneration", config, getattr(transformers, name)(**copy.deepcopy(config)))
 
 
+PARTIAL = {"partial_rotary_factor": 0.25, "mrope_section": [2, 1, 1]}
+SIZES = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_partial_rotation(case: str) -> None:
+    """Qwen3.5 rotates a quarter of each head, and the scaling counts only those channels."""
+    rope, beside = SETTINGS[case]
+    config = TEXT | SIZES | {"head_dim": 32, "num_hidden_layers": 4} | beside | {"rope_parameters": rope | PARTIAL}
+    check("Qwen3_5ForCausalLM", config, transformers.Qwen3_5TextConfig(**copy.deepcopy(config)))
+
+
 def test_partial_rotary_factors_are_refused() -> None:
     config = TEXT | {"head_dim": 32, "rope_scaling": YARN, "partial_rotary_factor": 0.5}
     with pytest.raises(CheckpointError, match="partial_rotary_factor"):

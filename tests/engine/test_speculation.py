@@ -16,7 +16,8 @@ from engine.test_concurrency import WORDS, check
 from engine.test_constraints import SCHEMAS, closed
 from tiny import Tiny
 from vlpack import Engine, Sampling
-from vlpack.engine import drafting, graphs, packing, scheduler
+from vlpack.decoding import graphs, packing
+from vlpack.engine import drafting, scheduler
 from vlpack.engine.drafting import Drafter, StepCost
 from vlpack.errors import OptionError
 from vlpack.runtime.model import Model

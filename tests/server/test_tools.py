@@ -16,8 +16,9 @@ from vlpack.engine.constraints import Grammars, grammar_of
 from vlpack.preprocess import PromptBuilder
 from vlpack.server.answers import Said, follow
 from vlpack.server.asking import Ask, Asked, _constraint
+from vlpack.server.calls import CallStream
 from vlpack.server.messages import Conversation
-from vlpack.server.tools import CallStream, Tools, read_tools
+from vlpack.server.tools import Tools, read_tools
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": "x}\\"y", "b": [1, {"c": 2}]}}\n</tool_call>'
 ARGUMENTS = '{"a": "x}\\"y", "b": [1, {"c": 2}]}'

@@ -107,7 +107,9 @@ def run(
             draw_answer(text, images[-1], draw, allow_private_urls)
         return
     with console.waiting(f"loading {package}"):
-        model = Model(folder, threads=threads, vision_provider=vision_provider, **pixels)
+        model = Model(
+            folder, threads=threads, min_pixels=min_pixels, max_pixels=max_pixels, vision_provider=vision_provider
+        )
     with console.waiting("preparing the question"):
         stream = model.stream(**asked, timing=stats or as_json)  # type: ignore[arg-type]
     if max_pixels is None:

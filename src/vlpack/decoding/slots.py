@@ -27,7 +27,7 @@ FEW = 4096
 """Number of tokens of a slot if the user gives none and the system does not report how much memory it has."""
 
 SNAPSHOTS = 3
-"""Largest number of snapshots of a slot; the least recently used ones are dropped."""
+"""Largest number of snapshots of a slot."""
 
 BACK = 16
 """Number of tokens before a prompt's end at which a snapshot is taken. A later turn of the conversation often has other
@@ -44,7 +44,7 @@ class Slot:
         row: index of the row, which changes when rows are exchanged.
         length: number of tokens whose keys and values it holds.
         images: images of the prompt that was put into it last; some may begin after ``length``.
-        snapshots: copies of its states after fewer tokens; the most recently used one is the last.
+        snapshots: copies of its states after fewer tokens, the shortest first.
         marks: numbers of tokens after which a snapshot shall be taken.
         owner: request that uses it; None if it is free.
         used: number that grows with every use of any slot; the least recently used slot has the smallest.
@@ -213,7 +213,9 @@ class Slots:
         slot.write(ids)
         if slot.length in slot.marks and self._states.knows(slot.row, slot.length):
             slot.snapshots.append(self._states.snapshot(slot.row))
-            del slot.snapshots[:-SNAPSHOTS]
+            if len(slot.snapshots) > SNAPSHOTS:
+                # the shortest one is likely to serve other conversations, and the longest ones this conversation
+                del slot.snapshots[1]
 
     def release(self, slot: Slot) -> None:
         """Frees the slot; its contents stay, because later prompts may begin in the same way."""
@@ -268,8 +270,6 @@ class Slots:
         if not self._states:
             return
         kept = [] if source is None else [one for one in source.snapshots if one.length <= found.length]
-        if found.snapshot is not None:
-            kept.sort(key=lambda snapshot: snapshot is found.snapshot)  # it is the most recently used one now
         if source is None or found.snapshot is not None:
             self._states.restore(slot.row, found.snapshot)
         elif source is not slot:

@@ -13,8 +13,8 @@ from vlpack.preprocess import Tokenizer
 from vlpack.preprocess.chat_template import CLOSE
 from vlpack.runtime.reasoning import ReasoningStream
 from vlpack.server.asking import Asked
+from vlpack.server.calls import Piece
 from vlpack.server.errors import ApiError
-from vlpack.server.tools import CallStream, Piece
 
 
 @dataclass
@@ -69,7 +69,7 @@ async def follow(asked: Asked, handle: Handle, said: Said) -> AsyncIterator[Piec
         VlpackError: the engine failed.
     """
     reasoning = ReasoningStream(asked.thinks)
-    calls = CallStream() if asked.tools.offered else None
+    calls = asked.tools.stream() if asked.tools.offered else None
     newlines, begun, cut = "", False, False
 
     def parts(found: Sequence[tuple[bool, str]], *, last: bool = False) -> list[Piece]:

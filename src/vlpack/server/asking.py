@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -209,7 +209,7 @@ def _constraint(engine: Engine, ask: Ask, tools: Tools, thinks: bool) -> dict[st
         schema = {**compact, **ask.schema} if isinstance(ask.schema, Mapping) else ask.schema
         json_rules = {"json": f"%json {json.dumps(schema)}", "start": "json"}
         if tools.offered:  # either tool calls, or text that matches the schema
-            forced = Tools(tools.tools, "required", tools.parallel).grammar(engine.prompts) or {}
+            forced = replace(tools, choice="required").grammar(engine.prompts) or {}
             json_rules = {**forced, **json_rules, "start": f"json | {forced['start']}"}
         rules = json_rules
     return {} if rules is None else {"lark": lark(rules, engine.prompts, thinks=thinks)}

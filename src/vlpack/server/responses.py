@@ -12,13 +12,13 @@ from pydantic import Field
 
 from vlpack.server.answers import Said, logprob, together
 from vlpack.server.asking import Ask, Asked, Generation
+from vlpack.server.calls import Piece
 from vlpack.server.chat import schema_of, usage
 from vlpack.server.errors import wrong
 from vlpack.server.messages import read_messages
 from vlpack.server.reading import Fields
 from vlpack.server.response_items import chat_messages, chat_tool
 from vlpack.server.settings import Settings
-from vlpack.server.tools import Piece
 
 
 class TextForm(Fields):

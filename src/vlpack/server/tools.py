@@ -1,24 +1,25 @@
-"""Tools of requests, grammars that force tool calls, and a parser of the tool calls in generated text.
+"""Tools of requests, and grammars that force tool calls.
 
-Qwen's models write each call as ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``.
+Models write calls as JSON (`vlpack.server.calls`) or in an XML-like form (`vlpack.server.xml_calls`); which one they
+were taught, their chat template shows.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from vlpack.preprocess import PromptBuilder
 from vlpack.preprocess.chat_template import CLOSE
+from vlpack.server.calls import CLOSE_CALL, OPEN_CALL, CallStream
 from vlpack.server.errors import wrong
-
-OPEN_CALL, CLOSE_CALL = "<tool_call>", "</tool_call>"
+from vlpack.server.xml_calls import MARK, XmlCallStream
+from vlpack.server.xml_grammar import call_rules
 
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
-_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 # the format of json.dumps, on which the models were trained
 _AS_TAUGHT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -31,11 +32,17 @@ class Tools:
         tools: tools in OpenAI's format, which chat templates accept.
         choice: ``none``, ``auto``, ``required``, or the name of a function that must be called.
         parallel: whether an answer may contain several tool calls.
+        xml: whether the model writes calls in the XML-like form.
     """
 
     tools: tuple[dict[str, Any], ...] = ()
     choice: str = "none"
     parallel: bool = True
+    xml: bool = False
+
+    def stream(self) -> CallStream:
+        """A parser of an answer's tool calls."""
+        return XmlCallStream([tool["function"] for tool in self.tools]) if self.xml else CallStream()
 
     @property
     def offered(self) -> list[dict[str, Any]] | None:
@@ -61,7 +68,12 @@ class Tools:
         rules = {"call": f'{opened} "\\n" body "\\n" {closed}'}
         rules["body"] = " | ".join(f"body_{index}" for index in range(len(named)))
         for index, tool in enumerate(named):
-            rules[f"body_{index}"] = f"%json {json.dumps(_call_schema(tool['function']))}"
+            function = tool["function"]
+            if self.xml:
+                parameters = _closed(function.get("parameters") or {"type": "object"})
+                rules |= call_rules(f"body_{index}", function, parameters, _AS_TAUGHT)
+            else:
+                rules[f"body_{index}"] = f"%json {json.dumps(_call_schema(function))}"
         one = not self.parallel or self.choice not in ("auto", "required")
         if self.forced:
             rules["start"] = "call" if one else 'call ("\\n" call)*'
@@ -149,7 +161,7 @@ def read_tools(tools: Sequence[Any], choice: Any, parallel: bool | None, prompts
     source = prompts.chat_template.source
     if "tools" not in source or OPEN_CALL not in source:
         raise wrong("The package's chat template does not support tools, so the model would not see them.", "tools")
-    return Tools(tuple(dict(tool) for tool in tools), chosen, parallel is not False)
+    return Tools(tuple(dict(tool) for tool in tools), chosen, parallel is not False, MARK in source)
 
 
 def _checked(tool: Any, where: str) -> str:
@@ -169,156 +181,3 @@ def _checked(tool: Any, where: str) -> str:
     if not isinstance(function.get("description"), str | None) or not isinstance(function.get("strict"), bool | None):
         raise wrong(f"{where}.function: 'description' must be a text, and 'strict' true or false.", where)
     return name
-
-
-class Piece(NamedTuple):
-    """A piece of an answer.
-
-    Attributes:
-        kind: ``text``, ``reasoning``, ``call`` (a new call) or ``arguments`` (of the last call).
-        text: text to add; for ``call``, the name of the function.
-    """
-
-    kind: str
-    text: str
-
-
-class CallStream:
-    """Separates tool calls from the text around them, in generated text that arrives in pieces.
-
-    If the text between the tags is not a valid call, it stays text, including its tags.
-
-    Attributes:
-        calls: number of calls so far.
-    """
-
-    def __init__(self) -> None:
-        self.calls = 0
-        self._held = ""
-        self._inside = False
-        self._arguments: _Value | None = None
-        self._begun = False  # whether there was text other than white space
-
-    @property
-    def between(self) -> bool:
-        """Whether the end of the text so far is outside of a call."""
-        return not self._inside
-
-    def push(self, piece: str) -> Iterator[Piece]:
-        """Adds generated text; yields the pieces that are certain by now."""
-        self._held += piece
-        while True:
-            before = (self._held, self._inside, self._arguments)
-            yield from (self._call() if self._inside else self._text())
-            if before == (self._held, self._inside, self._arguments):
-                return
-
-    def flush(self) -> Iterator[Piece]:
-        """Yields the remaining pieces at the end of the answer."""
-        held, self._held = self._held, ""
-        if not self._inside:
-            yield from self._said(held)
-        elif self._arguments is None:
-            yield from self._whole(held, ended=False)
-        self._inside, self._arguments = False, None
-
-    def _text(self) -> Iterator[Piece]:
-        before, tag, after = self._held.partition(OPEN_CALL)
-        if tag:
-            yield from self._said(before if not self.calls or before.strip() else "", last=True)
-            self._held, self._inside = after, True
-            return
-        # white space before a call is dropped, and the end may be the beginning of a tag, so both must wait
-        kept = next(
-            (n for n in range(min(len(OPEN_CALL) - 1, len(before)), 0, -1) if before.endswith(OPEN_CALL[:n])), 0
-        )
-        end = len(before[: len(before) - kept].rstrip())
-        yield from self._said(before[:end])
-        self._held = before[end:]
-
-    def _said(self, text: str, *, last: bool = False) -> Iterator[Piece]:
-        text = text.rstrip() if last else text
-        if self.calls and not self._begun_after_call(text):
-            return
-        if text:
-            yield Piece("text", text)
-
-    def _begun_after_call(self, text: str) -> bool:
-        self._begun = self._begun or bool(text.strip())
-        return self._begun
-
-    def _call(self) -> Iterator[Piece]:
-        if self._arguments is None:
-            head = _HEAD.match(self._held)
-            name = None if head is None else _name(head[1])
-            if head is not None and name is not None:
-                self.calls += 1
-                self._begun = False
-                self._arguments, self._held = _Value(), self._held[head.end() :]
-                yield Piece("call", name)
-                return
-            body, tag, after = self._held.partition(CLOSE_CALL)
-            if tag:
-                yield from self._whole(body)
-                self._held, self._inside = after, False
-            return
-        taken = self._arguments.take(self._held)
-        if taken:
-            yield Piece("arguments", self._held[:taken])
-            self._held = self._held[taken:]
-        if self._arguments.over:
-            _, tag, after = self._held.partition(CLOSE_CALL)
-            if tag:
-                self._held, self._inside, self._arguments = after, False, None
-
-    def _whole(self, body: str, *, ended: bool = True) -> Iterator[Piece]:
-        """Yields a call whose keys are in an unusual order, or the text if it is not a call."""
-        try:
-            call = json.loads(body)
-            name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
-            if not isinstance(name, str) or not isinstance(arguments, dict) or not ended or not _name(json.dumps(name)):
-                raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            yield Piece("text", OPEN_CALL + body + (CLOSE_CALL if ended else ""))
-            return
-        self.calls += 1
-        self._begun = False
-        yield Piece("call", name)
-        yield Piece("arguments", json.dumps(arguments))
-
-
-def _name(text: str) -> str | None:
-    """The name in a JSON string; None if it is invalid."""
-    try:
-        name = str(json.loads(text))
-        name.encode()
-    except ValueError:  # invalid escape, or half a surrogate pair
-        return None
-    return name
-
-
-class _Value:
-    """A scanner that finds the end of a JSON object that arrives in pieces."""
-
-    def __init__(self) -> None:
-        self.over = False
-        self._depth = 0
-        self._quoted = self._escaped = False
-
-    def take(self, text: str) -> int:
-        """Scans the next piece; returns how many of its characters belong to the object."""
-        for place, character in enumerate(text):
-            if self.over:
-                return place
-            if self._escaped:
-                self._escaped = False
-            elif self._quoted:
-                self._escaped, self._quoted = character == "\\", character != '"'
-            elif character == '"':
-                self._quoted = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-                self.over = self._depth == 0
-        return len(text)
