@@ -26,7 +26,7 @@ from vlpack.export.graph import Graph, Weight, declare
 from vlpack.export.manifest import write_manifest
 from vlpack.export.weights import DataFiles, planned_bytes
 from vlpack.options import ExtraOptions
-from vlpack.package.manifest import graph_files, whole_package
+from vlpack.package.manifest import graph_files, read_manifest, whole_package
 from vlpack.quantize.policy import QuantizationOptions, make_policy
 from vlpack.store.changes import reserve
 from vlpack.store.packages import Key, Package
@@ -297,6 +297,7 @@ def seal(plan: BuildPlan, folder: Path, written: Written) -> None:
         plan.task,
         plan.retrieval,
         written.calibration,
+        plan.imported,
     )
 
 
@@ -323,7 +324,8 @@ def calibrate_plan(plan: BuildPlan, beside: Path, progress: Progress | None) -> 
         progress=_NestedProgress(report),
     )
     files = {name: filename for name, (filename, _, _) in eight_bits.parts.items()}
-    policy = make_policy("int8", "cpu", QuantizationOptions(), plan.architecture.precision_facts)
+    quantization = QuantizationOptions(**read_manifest(eight_bits.folder)["quantization"])
+    policy = make_policy("int8", "cpu", quantization, plan.architecture.precision_facts)
     graphs = plan.architecture.parts(GraphOptions.of_policy(policy))
     transforms = {weight.path: weight.transform for part in graphs for weight in declare(part, policy)}
     model = CalibrationModel(eight_bits.folder, files, plan.architecture)

@@ -79,6 +79,7 @@ def _described(manifest: dict[str, Any]) -> dict[str, Any]:
         "activations": manifest["activations"],
         "cache": manifest.get("cache", manifest["activations"]),
         "policy": manifest["policy"],
+        **({"imported": manifest["imported"]} if "imported" in manifest else {}),
         "parts": parts,
         "files": {name: int(entry["bytes"]) for name, entry in manifest["files"].items()},
     }
