@@ -115,7 +115,7 @@ def described(declared: Declared, found: Sequence[Outcome]) -> dict[str, Any]:
         storage = {} if one.storage is None else {"storage": one.storage.label}
         new = {"modules": one.modules, "count": 0, "done": done, "why": one.why, **storage}
         groups.setdefault((one.modules, done + one.why + str(storage)), new)["count"] += 1
-    return {"format": declared.label, "groups": list(groups.values())}
+    return {"format": declared.label, "bits": declared.bits, "groups": list(groups.values())}
 
 
 def notes(declared: Declared, found: Sequence[Outcome]) -> list[str]:

@@ -143,6 +143,17 @@ def kept_storage(
     return Blocks(grid.bits, block, grid.symmetric, dtype, level, kept=True), ""
 
 
+def holds(storage: Storage, source: Rows, checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint has the codes that a storage of kept codes was made for."""
+    grid, _ = common_grid(source, checkpoint)
+    if grid is None or not isinstance(storage, Blocks | ChannelInt8):
+        return False
+    if isinstance(storage, ChannelInt8):
+        return (grid.bits, grid.symmetric, grid.group) == (8, True, source.cols)
+    fits = grid.group == source.cols or grid.group % storage.block_size == 0
+    return (grid.bits, grid.symmetric) == (storage.bits, storage.symmetric) and fits
+
+
 def as_rule(modules: str, layers: Sequence[int] | None, storage: Blocks | ChannelInt8) -> dict[str, Any]:
     """The storage of kept matrices as JSON, for the manifest: the pattern of their paths, their layers, the storage."""
     rule: dict[str, Any] = {"modules": modules, "layers": None if layers is None else list(layers)}

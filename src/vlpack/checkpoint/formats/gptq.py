@@ -2,7 +2,7 @@
 
 A weight ``X.weight`` [N, K] is stored as ``X.qweight`` int32 [K · bits / 32, N], ``X.qzeros`` int32 [G, N · bits / 32],
 ``X.scales`` [G, N] and perhaps ``X.g_idx`` int32 [K], the group of each column. The first version of the format stores
-zero points less 1. Source: GPTQModel 7.7, ``gptqmodel/nn_modules/qlinear`` and ``gptqmodel/utils/model.py``.
+zero points less 1. Source: GPTQModel 7.7, ``gptqmodel/nn_modules/qlinear`` and ``gptqmodel/utils/model_dequant.py``.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from vlpack.errors import CheckpointError
 
 Array = npt.NDArray[Any]
 
-ONES = {4: 0x11111111, 8: 0x01010101}
-"""The word that holds the code 1 everywhere, by bits. Libraries add it to the words of the first version, with carry."""
+BITS = (4, 8)
+"""Numbers of bits of a code that are read."""
 _OF = "the format GPTQ"
 
 
@@ -53,7 +53,7 @@ class GptqWeight(ColumnPacked):
             )
         rows, self.groups = packed.shape[1], scales.shape[0]
         self.bits = zeros.shape[1] * 32 // rows
-        if self.bits not in ONES or (sizes is not None and self.bits != sizes[0]):
+        if self.bits not in BITS or (sizes is not None and self.bits != sizes[0]):
             wanted = "4 or 8" if sizes is None else sizes[0]
             raise CheckpointError(
                 f"{packed.file}: the tensors of {module} have {self.bits} bits per weight, and not {wanted}.", DAMAGED
@@ -77,10 +77,9 @@ class GptqWeight(ColumnPacked):
             self.obstacle = "its groups are permuted (desc_act)"
 
     def zero_table(self, start: int, stop: int) -> Array:
-        words = self.base.read(self.qzeros).view(np.uint32)
-        if self.first_version:
-            words = words + np.uint32(ONES[self.bits])
-        return codes_in(words, self.bits)[:, start:stop]
+        zeros = codes_in(self.base.read(self.qzeros), self.bits)[:, start:stop]
+        # 0 is stored as the largest code, which is -1 in these bits
+        return (zeros + np.uint8(1)) & np.uint8((1 << self.bits) - 1) if self.first_version else zeros
 
     def unpack(self, words: Array, start: int, stop: int) -> Array:
         return codes_in(words[:, start:stop].T, self.bits)
