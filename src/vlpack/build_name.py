@@ -136,7 +136,7 @@ def _key_options(options: BuildOptions) -> dict[str, Any]:
             f"Give its folder with {option('output')}.",
         )
     defaults = BuildOptions()
-    same_bytes = ("precision", "extra", "revision", "cache_dir", "threads", "lora")
+    same_bytes = ("precision", "extra", "revision", "cache_dir", "threads", "lora", "own_bits")
     changed: dict[str, Any] = {}
     for one in fields(options):
         value = getattr(options, one.name)

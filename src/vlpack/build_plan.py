@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from vlpack.architectures.task import decide_task
 from vlpack.calibration.bits import check_reachable
 from vlpack.calibration.options import check_bits, check_calibration
 from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.formats import Unpacked, detect
 from vlpack.checkpoint.hub import ResolvedSource
 from vlpack.errors import OptionError, option
 from vlpack.export.check import check_tensors, ignored_notes
 from vlpack.export.graph import Graph, Weight, trace
+from vlpack.export.imported import OWN_BITS, described, kept_rules, notes, outcomes
 from vlpack.export.preflight import check_settings, resolve_checked
 from vlpack.export.retrieval import encoder_section
 from vlpack.export.weights import planned_bytes
@@ -38,6 +40,7 @@ class BuildOptions:
     """The options of a build, checked as far as possible without a checkpoint.
 
     The fields are arguments of `vlpack.build`, where they are described; ``extra`` is its ``extra_options``.
+    ``own_bits`` says that no precision was given, so that a quantized checkpoint keeps its own bits.
 
     Raises:
         OptionError: an option is unknown, or has no effect in combination with the others.
@@ -55,6 +58,7 @@ class BuildOptions:
     lora: Place | Sequence[Place] = ()
     calibrate: Place | None = None
     bits: float | None = None
+    own_bits: bool = False
 
     def __post_init__(self) -> None:
         for name in ("execution_provider", "vision_precision", "precision"):
@@ -65,6 +69,7 @@ class BuildOptions:
             check_bits(self.bits, self.precision, self.execution_provider, self.calibrate, mixed or {})
             object.__setattr__(self, "precision", "int4")
         if self.precision is None:
+            object.__setattr__(self, "own_bits", True)
             object.__setattr__(self, "precision", "int8" if self.execution_provider == "cpu" else "fp16")
         _check_arguments(self.extra, self.part, self.threads)
         check_calibration(self.calibrate, self.part)
@@ -85,6 +90,28 @@ class BuildOptions:
         """The precision policy for a model with these facts, or for any model if they are None."""
         return make_policy(str(self.precision), self.execution_provider, self.quantization, facts or PrecisionFacts())
 
+    def for_checkpoint(self, checkpoint: Checkpoint) -> BuildOptions:
+        """These options, with the precision of a quantized checkpoint's own bits if none was given.
+
+        Raises:
+            CheckpointError: the checkpoint is quantized in a way that vlpack does not read.
+            OptionError: an option has no effect with that precision.
+        """
+        declared = detect(checkpoint) if self.own_bits else None
+        if declared is None:
+            return self
+        eight = "int8" if self.execution_provider == "cpu" else "fp16"
+        return replace(self, precision="int4" if declared.bits == 4 else eight)
+
+    @property
+    def keeps_nothing(self) -> str:
+        """The option, as a placeholder for messages, that asks for other values than those of a quantized checkpoint."""
+        for name in ("block_size", "is_symmetric", "balance", "rotation"):
+            value = getattr(self.extra, name)
+            if value is not None and not (name in ("balance", "rotation") and value is False):
+                return option(f"extra.{name}", value)
+        return ""
+
     @property
     def shares(self) -> bool:
         """Whether weights that are equal in several graphs are stored once."""
@@ -104,6 +131,8 @@ class BuildPlan:
         policy: precision policy, which gives each weight its storage.
         graphs: file name → graph, whose weights are not read yet.
         origin: description of the checkpoint and the adapters for the manifest.
+        imported: description of a quantized checkpoint and of what became of its matrices, for the manifest; None for
+            other checkpoints.
         notes: sentences that the user should read.
     """
 
@@ -115,6 +144,7 @@ class BuildPlan:
     policy: Policy
     graphs: dict[str, Graph]
     origin: dict[str, Any]
+    imported: dict[str, Any] | None
     notes: tuple[str, ...]
 
     @cached_property
@@ -169,27 +199,34 @@ def plan_build(source: Place, output: Path, options: BuildOptions, stack: ExitSt
     adapters = open_adapters(places, options.cache_dir, extra.hf_token)
     for adapter in adapters:
         stack.callback(adapter.close)
-    found = resolve_checked(
-        source,
-        partial(
-            check_settings,
+
+    def check(checkpoint: Checkpoint, *, room: bool) -> None:
+        check_settings(
+            checkpoint,
             output=output,
             part=options.part,
             task=options.task,
             vision_precision=options.vision_precision,
-            policy=options.policy,
-        ),
+            policy=options.for_checkpoint(checkpoint).policy,
+            room=room,
+        )
+
+    found = resolve_checked(
+        source,
+        check,
         revision=options.revision,
         cache_dir=options.cache_dir,
         token=extra.hf_token,
     )
     opened = stack.enter_context(Checkpoint.open(found.folder))
+    options = options.for_checkpoint(opened)
     task, reasons = decide_task(opened, options.task, found.repo_id or found.name)
     check_task_options(extra, task, str(options.precision))
     architecture, base = architecture_of(opened, task)
     policy = options.policy(architecture.precision_facts)
     check_tensors(architecture, base, policy)
     merged = merge_all(base, adapters, architecture)
+    imported, policy, outcome = _import(architecture, base, [base, *merged][-1], policy, options)
     graphs = trace_graphs(architecture, policy, options)
     weights = [weight for graph in graphs.values() for weight in graph.weights]
     check_reachable(weights, policy, architecture.precision_facts, options.bits)
@@ -202,7 +239,9 @@ def plan_build(source: Place, output: Path, options: BuildOptions, stack: ExitSt
         policy=policy,
         graphs=graphs,
         origin=_origin(found, adapters),
+        imported=imported,
         notes=(
+            *outcome,
             *_unused_hub_options([source, *places], options.cache_dir, extra),
             *reasons,
             *ignored_notes(architecture, base),
@@ -210,6 +249,27 @@ def plan_build(source: Place, output: Path, options: BuildOptions, stack: ExitSt
             *adapter_notes(merged, found, weights),
         ),
     )
+
+
+def _import(
+    architecture: Architecture, base: Checkpoint, merged: Checkpoint, policy: Policy, options: BuildOptions
+) -> tuple[dict[str, Any] | None, Policy, list[str]]:
+    """Plans which matrices of a quantized checkpoint keep their codes.
+
+    Returns:
+        A description for the manifest, the policy with these matrices, and notes for the user.
+
+    Raises:
+        CheckpointError: a scale of the checkpoint is not usable.
+    """
+    if not isinstance(base, Unpacked):
+        return None, policy, []
+    base.check_values()
+    bits = OWN_BITS if options.own_bits else ()
+    found = outcomes(architecture, policy, merged, bits, options.keeps_nothing)
+    kept = replace(policy.options, kept=kept_rules(found))
+    policy = make_policy(policy.precision, policy.provider, kept, architecture.precision_facts)
+    return described(base.declared, found), policy, notes(base.declared, found)
 
 
 def trace_graphs(architecture: Architecture, policy: Policy, options: BuildOptions) -> dict[str, Graph]:

@@ -26,8 +26,9 @@ from vlpack.export.graph import Graph, Weight, declare
 from vlpack.export.manifest import write_manifest
 from vlpack.export.weights import DataFiles, planned_bytes
 from vlpack.options import ExtraOptions
-from vlpack.package.manifest import graph_files, whole_package
+from vlpack.package.manifest import graph_files, read_manifest, whole_package
 from vlpack.quantize.policy import QuantizationOptions, make_policy
+from vlpack.quantize.transforms import packed_scales
 from vlpack.store.changes import reserve
 from vlpack.store.packages import Key, Package
 from vlpack.system import available_cores, peak_memory_bytes
@@ -83,6 +84,8 @@ class Written:
         sources: file name → SHA-256 of the checkpoint's files.
         files: file name → SHA-256 of the files that were hashed while they were written.
         calibration: description of the calibration for the manifest; None if there was none.
+        imported: description of a quantized checkpoint for the manifest, with the scales of the balanced channels,
+            which could not be computed again from the original checkpoint; None for other checkpoints.
     """
 
     plan: BuildPlan
@@ -90,6 +93,7 @@ class Written:
     sources: dict[str, str]
     files: dict[str, str]
     calibration: dict[str, Any] | None
+    imported: dict[str, Any] | None
 
 
 def build(
@@ -257,7 +261,11 @@ def write(plan: BuildPlan, folder: Path, progress: Progress | None) -> Written:
     files.save_all(plan.graphs)
     for beside in (BESIDE, BESIDE_4):
         shutil.rmtree(folder / beside, ignore_errors=True)
-    return Written(plan, notes, hashes.result(), files.sha256, calibration.described() if calibration else None)
+    imported = None
+    if plan.imported is not None:
+        imported = {**plan.imported, "scales": packed_scales(files.scales.exponents())}
+    described = calibration.described() if calibration else None
+    return Written(plan, notes, hashes.result(), files.sha256, described, imported)
 
 
 def _write_settings(plan: BuildPlan, folder: Path, progress: Progress | None) -> list[str]:
@@ -297,6 +305,7 @@ def seal(plan: BuildPlan, folder: Path, written: Written) -> None:
         plan.task,
         plan.retrieval,
         written.calibration,
+        written.imported,
     )
 
 
@@ -323,7 +332,8 @@ def calibrate_plan(plan: BuildPlan, beside: Path, progress: Progress | None) -> 
         progress=_NestedProgress(report),
     )
     files = {name: filename for name, (filename, _, _) in eight_bits.parts.items()}
-    policy = make_policy("int8", "cpu", QuantizationOptions(), plan.architecture.precision_facts)
+    quantization = QuantizationOptions(**read_manifest(eight_bits.folder)["quantization"])
+    policy = make_policy("int8", "cpu", quantization, plan.architecture.precision_facts)
     graphs = plan.architecture.parts(GraphOptions.of_policy(policy))
     transforms = {weight.path: weight.transform for part in graphs for weight in declare(part, policy)}
     model = CalibrationModel(eight_bits.folder, files, plan.architecture)

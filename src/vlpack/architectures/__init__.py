@@ -17,7 +17,7 @@ from vlpack.architectures.qwen3_vl import Qwen3VL
 from vlpack.architectures.qwen3_vl_moe import Qwen3VLMoe
 from vlpack.architectures.task import with_names_for, yes_no_token_ids
 from vlpack.checkpoint.checkpoint import Checkpoint
-from vlpack.checkpoint.quantized import refuse_quantized
+from vlpack.checkpoint.formats import detect, unpacked
 from vlpack.errors import CheckpointError
 from vlpack.tasks import EMBEDDING, GENERATE, RERANKER
 
@@ -49,7 +49,8 @@ HEADLESS = {
 def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> tuple[Architecture, Checkpoint]:
     """The architecture of a checkpoint for a task, and the checkpoint with the tensor names that it expects.
 
-    The given checkpoint is not changed; the returned one reads the same open files.
+    The given checkpoint is not changed; the returned one reads the same open files. A quantized checkpoint comes back
+    as one that presents its weights dequantized (`vlpack.checkpoint.formats`).
 
     Raises:
         CheckpointError: the checkpoint is not supported, its config is not usable, or it lacks tensors or tokens that
@@ -57,6 +58,7 @@ def architecture_of(checkpoint: Checkpoint, task: str = GENERATE) -> tuple[Archi
     """
     architecture = read_settings(checkpoint, task)
     architecture.task = task
+    checkpoint = unpacked(checkpoint)
     named = with_names_for(architecture, checkpoint, task)
     if task == RERANKER:
         architecture.yes_no_ids = yes_no_token_ids(named)
@@ -81,7 +83,7 @@ def read_settings(checkpoint: Checkpoint, task: str | None = None) -> Architectu
             f"{checkpoint.folder}: the architecture {name} is not supported.",
             "Supported: " + ", ".join(sorted(ARCHITECTURES)) + ".",
         )
-    refuse_quantized(checkpoint)
+    detect(checkpoint)  # raises for a quantized checkpoint that cannot be read
     architecture = family(checkpoint.config)
     offered = (EMBEDDING,) if name in HEADLESS else family.tasks
     if task is not None and task not in offered:

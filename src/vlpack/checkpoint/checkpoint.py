@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from vlpack.checkpoint.files import (
 )
 from vlpack.checkpoint.safetensors import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, read_header
 from vlpack.errors import CheckpointError, option
+
+if TYPE_CHECKING:
+    from vlpack.checkpoint.formats.packed import Packed
 
 __all__ = ["Checkpoint", "TensorInfo"]
 
@@ -182,6 +185,14 @@ class Checkpoint:
         """A whole tensor as a new array."""
         tensor = self._tensor(name)
         return self._read(tensor, tensor.shape, tensor.offset)
+
+    def packed(self, name: str) -> Packed | None:
+        """The quantized form of a tensor (`vlpack.checkpoint.formats`); None for a tensor that is not quantized."""
+        return None
+
+    def is_void(self, name: str) -> bool:
+        """Whether a tensor may be left out, because a tool adds it to every module whether the model has it or not."""
+        return False
 
     def weight_files(self) -> list[Path]:
         """Paths of the safetensors files, sorted by name."""

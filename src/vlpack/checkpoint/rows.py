@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -17,10 +17,14 @@ import numpy.typing as npt
 
 from vlpack.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from vlpack.checkpoint.checkpoint import Checkpoint
-
 Array = npt.NDArray[Any]
+
+
+class Tensors(Protocol):
+    """Named tensors that are read by rows: a `vlpack.checkpoint.checkpoint.Checkpoint`, or a view of one."""
+
+    def rows(self, name: str, start: int, stop: int, *, width: int | None = None) -> Array:
+        """Rows ``[start, stop)`` of a tensor, which is read as a matrix if ``width``, its number of columns, is given."""
 
 
 class Rows(Protocol):
@@ -37,7 +41,7 @@ class Rows(Protocol):
     def tensors(self) -> Iterator[Source]:
         """The tensors that hold the rows; a tensor that is used several times occurs several times."""
 
-    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> Array:
+    def read(self, checkpoint: Tensors, start: int, stop: int) -> Array:
         """Reads rows ``[start, stop)`` as an array ``[stop - start, cols]`` in the checkpoint's dtype.
 
         Raises:
@@ -68,7 +72,7 @@ class Source:
     def tensors(self) -> Iterator[Source]:
         yield self
 
-    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> Array:
+    def read(self, checkpoint: Tensors, start: int, stop: int) -> Array:
         piece = checkpoint.rows(self.name, start, stop, width=self.cols)
         check_finite(self.name, piece, start)
         return piece
@@ -93,7 +97,7 @@ class Part:
     def tensors(self) -> Iterator[Source]:
         return self.whole.tensors()
 
-    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> Array:
+    def read(self, checkpoint: Tensors, start: int, stop: int) -> Array:
         return self.whole.read(checkpoint, self.first + start, self.first + stop)
 
 
@@ -114,7 +118,7 @@ class TransposedRows:
     def tensors(self) -> Iterator[Source]:
         return self.whole.tensors()
 
-    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> Array:
+    def read(self, checkpoint: Tensors, start: int, stop: int) -> Array:
         return np.ascontiguousarray(self.whole.read(checkpoint, 0, self.whole.rows)[:, start:stop].T)
 
 
@@ -136,7 +140,7 @@ class Stacked:
         for part in self.parts:
             yield from part.tensors()
 
-    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> Array:
+    def read(self, checkpoint: Tensors, start: int, stop: int) -> Array:
         pieces, base = [], 0
         for part in self.parts:
             low, high = max(start - base, 0), min(stop - base, part.rows)
@@ -170,7 +174,7 @@ class Shifted:
     def tensors(self) -> Iterator[Source]:
         return self.whole.tensors()
 
-    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> Array:
+    def read(self, checkpoint: Tensors, start: int, stop: int) -> Array:
         shifted: Array = self.whole.read(checkpoint, start, stop).astype(np.float32) + np.float32(self.offset)
         return shifted
 
@@ -194,10 +198,10 @@ class Alternating:
         yield from self.first.tensors()
         yield from self.second.tensors()
 
-    def read(self, checkpoint: Checkpoint, start: int, stop: int) -> Array:
+    def read(self, checkpoint: Tensors, start: int, stop: int) -> Array:
         low, high = start // 2, -(-stop // 2)
         pair = [part.read(checkpoint, low, high) for part in (self.first, self.second)]
-        both = np.stack(pair, axis=1).reshape(2 * (high - low), self.cols)
+        both = np.stack(pair, axis=1).reshape(2 * (high - low), pair[0].shape[1])
         return both[start - 2 * low : stop - 2 * low]
 
 

@@ -55,7 +55,9 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
     extra = [
         name
         for name in checkpoint.tensors
-        if name not in wanted and not any(fnmatchcase(name, pattern) for pattern in unused)
+        if name not in wanted
+        and not any(fnmatchcase(name, pattern) for pattern in unused)
+        and not checkpoint.is_void(name)
     ]
     if extra:
         raise CheckpointError(

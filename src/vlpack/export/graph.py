@@ -17,7 +17,7 @@ from vlpack.layers.channels import NormChannels, RowChannels
 from vlpack.layers.linear import Linear, Stored
 from vlpack.quantize.policy import Policy
 from vlpack.quantize.rotate import rotation_size
-from vlpack.quantize.storage import Blocks, ChannelInt8, Float, RowReader, Storage
+from vlpack.quantize.storage import Blocks, ChannelInt8, Float, RowReader, Storage, is_kept
 from vlpack.quantize.transforms import IDENTITY, Channels, ChannelScales, Transform
 from vlpack.version import __version__
 
@@ -52,6 +52,7 @@ class Weight:
         parameters: the initializers that it fills: name of the stored array → parameter.
         transform: balancing and rotation between reading and storing.
         experts: number of experts whose matrices are stacked in it, each with inputs of its own; 1 for other weights.
+        role: its role for the policy; empty for vectors, which all have the same storage.
     """
 
     path: str
@@ -60,6 +61,7 @@ class Weight:
     parameters: dict[str, nn.Parameter]
     transform: Transform = IDENTITY
     experts: int = 1
+    role: str = ""
 
     @property
     def rows(self) -> int:
@@ -125,7 +127,8 @@ def declare(part: Part, policy: Policy) -> list[Weight]:
             assert storage is not None, "it was given one above"
             if isinstance(storage, Blocks):
                 storage = replace(storage, rotated=transform.input_rotation > 1)
-            weights.append(Weight(path, sources[child], storage, parameters[child], transform, child.experts))
+            role = f"{part.side}.{child.role}"
+            weights.append(Weight(path, sources[child], storage, parameters[child], transform, child.experts, role))
             if isinstance(child, Linear) and child.bias is not None:
                 tensors = sources[child].tensors()
                 biases = (Source(s.name.removesuffix("weight") + "bias", s.shape[:1]) for s in tensors)
@@ -168,6 +171,8 @@ def plan_transforms(
                 producer, first, readers, shape = link.norm, 0, link.readers, (1, link.repeats, count)
             else:
                 producer, first, readers, shape = link.producer, link.first, [link.reader], link.shape
+            if any(is_kept(getattr(one, "storage", None)) for one in (producer, *readers)):
+                continue  # the codes of a quantized checkpoint are stored as they are
             reader_sources = tuple(sources[reader] for reader in readers)
             if tolerances := [t for reader in readers if (t := policy.balance(reader.storage)) is not None]:
                 tolerance = max(tolerances) or None

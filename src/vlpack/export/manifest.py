@@ -35,6 +35,7 @@ def write_manifest(
     task: str = GENERATE,
     encoder: Mapping[str, Any] | None = None,
     calibration: Mapping[str, Any] | None = None,
+    imported: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes the manifest, the last file of a package, and hashes the files whose hash is not known yet.
 
@@ -49,6 +50,7 @@ def write_manifest(
         task: one of `vlpack.tasks.TASKS`.
         encoder: result of `encoder_section` for an embedding model or reranker; None for a model that generates.
         calibration: description of the calibration; None without one.
+        imported: description of a quantized checkpoint and of what became of its matrices; None for other checkpoints.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file())
     written: dict[tuple[str, int], str] = {}
@@ -68,6 +70,7 @@ def write_manifest(
         "policy": policy.described(),
         "quantization": asdict(policy.options),
         **({} if calibration is None else {"calibration": dict(calibration)}),
+        **({} if imported is None else {"imported": dict(imported)}),
         "parts": {name: _part(graph, written) for name, graph in graphs.items()},
         "files": {
             path.name: {"bytes": path.stat().st_size, "sha256": known_sha256.get(path.name) or sha256_file(path)}

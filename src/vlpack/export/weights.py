@@ -23,6 +23,7 @@ from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.errors import CheckpointError, option
 from vlpack.export.graph import Graph, Weight, WeightKey
 from vlpack.quantize.gptq import HessianFactor
+from vlpack.quantize.kept import KeptRows
 from vlpack.quantize.storage import Array, Blocks, ChannelInt8, RowReader, slabs
 from vlpack.quantize.transforms import ChannelScales
 
@@ -162,6 +163,9 @@ def encode(
         CheckpointError: a value is NaN or infinite, or outside the storage's range; the message names the tensor.
     """
     read, storage = weight.reader(checkpoint, scales), weight.storage
+    if isinstance(storage, Blocks | ChannelInt8) and storage.kept:
+        yield from storage.kept_chunks(KeptRows(weight.source, checkpoint), weight.rows, weight.cols)
+        return
     try:
         if inputs_of is not None and weight.calibrated:
             assert isinstance(storage, Blocks | ChannelInt8)

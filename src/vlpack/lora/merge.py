@@ -21,6 +21,7 @@ import numpy.typing as npt
 from vlpack.architectures import Architecture
 from vlpack.checkpoint.checkpoint import Checkpoint, new_name
 from vlpack.checkpoint.files import locate, quote, read_json
+from vlpack.checkpoint.formats import Packed
 from vlpack.checkpoint.hub import ResolvedSource, resolve
 from vlpack.checkpoint.rows import check_finite
 from vlpack.checkpoint.safetensors import TensorInfo
@@ -188,6 +189,12 @@ class Merged(Checkpoint):
     def changed(self) -> set[str]:
         """Names of the tensors that differ from the base's."""
         return self._places.keys() | self._deltas.keys()
+
+    def packed(self, name: str) -> Packed | None:
+        return None if name in self.changed else self._base.packed(name)
+
+    def total_bytes(self) -> int:
+        return self._base.total_bytes()
 
     def rows(self, name: str, start: int, stop: int, *, width: int | None = None) -> Array:
         """Rows ``[start, stop)`` of a tensor as in `Checkpoint.rows`, but in fp32 if the adapter adds to the tensor."""

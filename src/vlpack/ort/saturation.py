@@ -53,7 +53,8 @@ def warn_of_saturation(manifest: Mapping[str, Any]) -> None:
     labels = (
         {str(rule.get("storage")) for rule in rules if isinstance(rule, dict)} if isinstance(rules, list) else set()
     )
-    if ChannelInt8().label in labels and saturates():
+    signed = {ChannelInt8(calibrated=calibrated, kept=kept).label for calibrated in (0, 1) for kept in (0, 1)}
+    if signed & labels and saturates():
         warnings.warn(
             "This processor lacks VNNI, so products of the package's int8 weights may saturate, and answers may be "
             f"slightly worse. For such processors, build the package with {HINT}.",

@@ -66,9 +66,9 @@ def _described(manifest: dict[str, Any]) -> dict[str, Any]:
             "outputs": without_cache(part["outputs"]),
             "groups": _groups(part["weights"]),
         }
-    source = _without_files(manifest["source"])
+    source = _without(manifest["source"], "files")
     if "adapters" in source:
-        source["adapters"] = [_without_files(adapter) for adapter in source["adapters"]]
+        source["adapters"] = [_without(adapter, "files") for adapter in source["adapters"]]
     return {
         "architecture": source["architecture"],
         "task": manifest.get("task", GENERATE),
@@ -79,13 +79,14 @@ def _described(manifest: dict[str, Any]) -> dict[str, Any]:
         "activations": manifest["activations"],
         "cache": manifest.get("cache", manifest["activations"]),
         "policy": manifest["policy"],
+        **({"imported": _without(manifest["imported"], "scales")} if "imported" in manifest else {}),
         "parts": parts,
         "files": {name: int(entry["bytes"]) for name, entry in manifest["files"].items()},
     }
 
 
-def _without_files(origin: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in origin.items() if name != "files"}
+def _without(entry: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key != name}
 
 
 def without_cache(ports: dict[str, Any]) -> dict[str, Any]:

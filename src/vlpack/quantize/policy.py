@@ -11,14 +11,16 @@ checkpoint's, with q/k/v and gate/up joined:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from math import gcd
+from typing import Any
 
 from vlpack.errors import OptionError, option
+from vlpack.quantize.kept import storage_of
 from vlpack.quantize.rotate import rotation_size
-from vlpack.quantize.storage import Blocks, ChannelInt8, Float, Storage, Transposed
+from vlpack.quantize.storage import Blocks, ChannelInt8, Float, Storage, Transposed, is_kept
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 
@@ -124,6 +126,7 @@ class QuantizationOptions:
             such as ``mlp.down_proj``, or ``*`` for all matrices. None for the default: `default_eight_bits` in
             packages for the CPU that are not calibrated and have no mixed layers, else no layers.
         narrow_scales: whether scales of 4-bit blocks, except those of experts, are stored in 8 bits on the CPU.
+        kept: matrices that keep the codes of a quantized checkpoint, as `vlpack.quantize.kept.as_rule` describes them.
     """
 
     block_size: int | None = None
@@ -138,6 +141,7 @@ class QuantizationOptions:
     rotation: bool | None = None
     narrow_scales: bool = True
     eight_bits: Mapping[str, Sequence[int]] | None = None
+    kept: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,8 @@ class Policy:
     def rotation(self, storage: Storage | None, cols: int) -> int:
         """Block size of the rotation of the columns of a weight of this storage with ``cols`` columns; 1 for none."""
         chosen = self.options.rotation
+        if is_kept(storage):
+            return 1
         quantized = isinstance(storage, Blocks | ChannelInt8)
         wanted = (quantized and self.provider == "cpu") if chosen is None else chosen
         return rotation_size(cols, LARGEST_ROTATION) if wanted else 1
@@ -238,6 +244,7 @@ def make_policy(
             f"Calibration needs the precision int8 or int4, not {precision}.", f"Leave {option('calibrate')} out."
         )
     rules = (
+        *_kept_rules(options, dtype),
         *_vision_rules(precision, provider, dtype, options),
         *([Rule("text.answers", Float("float32"))] if facts.scores else []),
         # gates decide for how long a state remembers: their errors grow exponentially, and they are small
@@ -248,6 +255,12 @@ def make_policy(
         *_text_rules(precision, provider, dtype, options, facts.width),
     )
     return Policy(precision, provider, dtype, rules, options)
+
+
+def _kept_rules(options: QuantizationOptions, dtype: str) -> Iterator[Rule]:
+    for rule in options.kept:
+        layers = None if rule["layers"] is None else tuple(rule["layers"])
+        yield Rule("*", storage_of(rule, dtype), rule["modules"], layers)
 
 
 def default_block_size(precision: str, provider: str, bits: int, *, calibrated: bool = False) -> int:
@@ -328,8 +341,8 @@ def _sensitive_rules(
 
 
 def layer_and_name(path: str) -> tuple[int | None, str]:
-    """The number of the decoder layer that contains a module, None if there is none, and the module's path in it."""
-    found = re.fullmatch(r"(?:.*\.)?layers\.(\d+)\.(.+)", path)
+    """The number of the layer or vision block that contains a module, None if there is none, and its path in it."""
+    found = re.fullmatch(r"(?:.*\.)?(?:layers|blocks)\.(\d+)\.(.+)", path)
     return (int(found[1]), found[2]) if found else (None, path)
 
 

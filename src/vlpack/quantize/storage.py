@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from vlpack.quantize.blocks import QuantizedBlocks, block_shapes, dequantize_blocks, quantize_blocks
+from vlpack.quantize.blocks import QuantizedBlocks, block_shapes, dequantize_blocks, pack, quantize_blocks
 from vlpack.quantize.channels import ZERO_POINT, dequantize_rows, quantize_rows, unsigned
 from vlpack.quantize.gptq import HessianFactor, gptq_round_blocks, gptq_round_rows
 
@@ -55,6 +55,19 @@ def transposed(matrix: Array) -> Array:
         piece[...] = matrix[start : start + 64]
         out[:, start : start + 64] = piece.T
     return out
+
+
+class KeptReader(Protocol):
+    """A reader of a quantized checkpoint's codes, by rows (`vlpack.quantize.kept.KeptRows`)."""
+
+    def codes(self, start: int, stop: int) -> Array:
+        """Unsigned codes, uint8 ``[stop - start, cols]``."""
+
+    def scales(self, start: int, stop: int) -> Array:
+        """Scales, float32 ``[stop - start, groups]``."""
+
+    def zeros(self, start: int, stop: int) -> Array:
+        """Zero points, uint8 ``[stop - start, groups]``."""
 
 
 class Storage(Protocol):
@@ -134,15 +147,17 @@ class ChannelInt8:
     ``signed`` codes are two to three times as fast on processors with instructions for u8 × s8 products (VNNI, AMX,
     ARM's). Other x86 processors add such products in pairs of 16 bits, which saturate (see `vlpack.ort.saturation`);
     unsigned codes around 128 have an exact kernel there. ``calibrated`` codes are rounded by GPTQ
-    (`vlpack.quantize.gptq`).
+    (`vlpack.quantize.gptq`). ``kept`` codes and scales are those of a quantized checkpoint.
     """
 
     signed: bool = True
     calibrated: bool = False
+    kept: bool = False
 
     @property
     def label(self) -> str:
-        return ("int8" if self.signed else "uint8") + (" calibrated" if self.calibrated else "")
+        kinds = {" calibrated": self.calibrated, " kept": self.kept}
+        return ("int8" if self.signed else "uint8") + "".join(kind for kind, has in kinds.items() if has)
 
     def arrays(self, rows: int, cols: int) -> ArraySpecs:
         return {
@@ -162,7 +177,20 @@ class ChannelInt8:
             whole[start:stop], scales[start:stop] = quantize_rows(spare)
             if factor is not None:
                 whole[start:stop] = gptq_round_rows(weight, scales[start:stop], factor)
-        for start, stop in slabs(cols, rows):
+        yield from self._finished(whole, scales)
+
+    def kept_chunks(self, kept: KeptReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
+        """Chunks of the arrays with the codes and scales of a quantized checkpoint."""
+        whole = np.empty((rows, cols), np.int8)
+        scales = np.empty(rows, np.float32)
+        for start, stop in slabs(rows, cols):
+            whole[start:stop] = unsigned(kept.codes(start, stop)).view(np.int8)  # the shift is its own inverse
+            scales[start:stop] = kept.scales(start, stop)[:, 0]
+        yield from self._finished(whole, scales)
+
+    def _finished(self, whole: Array, scales: Array) -> Iterator[tuple[str, Array]]:
+        """Chunks of the arrays, from all signed codes ``[rows, cols]`` and scales ``[rows]``."""
+        for start, stop in slabs(*whole.shape[::-1]):
             codes = transposed(whole[:, start:stop])
             yield "qweight", codes if self.signed else unsigned(codes)
         yield "scales", scales
@@ -183,7 +211,7 @@ class Blocks:
     codes are chosen for the scale as it is stored, so that only the choice of grids becomes coarser.
     ``accuracy_level`` is the way the CPU multiplies: 4 quantizes the activations to 8 bits per block, 1 keeps them in
     fp32. ``calibrated`` weights are rounded by GPTQ (`vlpack.quantize.gptq`). ``rotated`` weights have rotated columns
-    and are nearly normally distributed.
+    and are nearly normally distributed. ``kept`` codes, scales and zero points are those of a quantized checkpoint.
     """
 
     bits: int = 4
@@ -194,10 +222,12 @@ class Blocks:
     calibrated: bool = False
     rotated: bool = False
     narrow: bool = False
+    kept: bool = False
 
     @property
     def label(self) -> str:
         kinds = {" asymmetric": not self.symmetric, " 8-bit scales": self.narrow, " calibrated": self.calibrated}
+        kinds[" kept"] = self.kept
         return f"int{self.bits} block {self.block_size}" + "".join(kind for kind, has in kinds.items() if has)
 
     def arrays(self, rows: int, cols: int) -> ArraySpecs:
@@ -241,6 +271,27 @@ class Blocks:
             yield "qweight", blocks.qweight
         yield from small.items()
 
+    def kept_chunks(self, kept: KeptReader, rows: int, cols: int) -> Iterator[tuple[str, Array]]:
+        """Chunks of the arrays with the codes, scales and zero points of a quantized checkpoint.
+
+        A group there may be several blocks here, or end within a block if it is the last of a row; then the block is
+        padded with zero points, which stand for zeros.
+        """
+        specs = self.arrays(rows, cols)
+        small = {name: np.empty(shape, dtype) for name, (dtype, shape) in specs.items() if name != "qweight"}
+        n = specs["scales"][1][1]
+        for start, stop in slabs(rows, cols):
+            codes, scales, zeros = (read(start, stop) for read in (kept.codes, kept.scales, kept.zeros))
+            repeats = -(-n // scales.shape[1])  # blocks in a group
+            scales, zeros = (np.repeat(values, repeats, axis=1) for values in (scales, zeros))
+            if padding := n * self.block_size - cols:
+                codes = np.concatenate([codes, np.repeat(zeros[:, -1:], padding, axis=1)], axis=1)
+            small["scales"][start:stop] = cast(scales, self.dtype)
+            if not self.symmetric:
+                small["zero_points"][start:stop] = pack(zeros, self.bits)
+            yield "qweight", pack(codes.reshape(stop - start, n, self.block_size), self.bits)
+        yield from small.items()
+
     def values(
         self, arrays: Mapping[str, Array], rows: int, cols: int, start: int = 0, stop: int | None = None
     ) -> Array:
@@ -250,6 +301,11 @@ class Blocks:
         steps = arrays["steps"].reshape(rows, 1)[start:stop] if self.narrow else None
         blocks = QuantizedBlocks(qweight[start:stop], scales[start:stop], zeros, steps)
         return dequantize_blocks(blocks, cols, self.bits)
+
+
+def is_kept(storage: Storage | None) -> bool:
+    """Whether a storage holds the codes of a quantized checkpoint, so that its values must not be transformed."""
+    return isinstance(storage, Blocks | ChannelInt8) and storage.kept
 
 
 def cast(array: Array, dtype: str) -> Array:

@@ -75,6 +75,7 @@ def section(report: Report) -> str:
         graph, whole = case.worst
         lines.append(f"| {case.name} | {graph:.1e} | {whole:.1e} | {' | '.join(generation_columns(case))} |")
     same = sum(weight.same for weight in report.weights)
-    lines += ["", f"{same} of {len(report.weights)} weights are byte for byte as vlpack builds them."]
+    if report.weights:
+        lines += ["", f"{same} of {len(report.weights)} weights are byte for byte as vlpack builds them."]
     lines += [f"\n- {finding.stage}: {finding.message}" for finding in report.findings]
     return "\n".join([*lines, "", f"Versions: {versions}.", ""])

@@ -141,7 +141,7 @@ def _tiles(report: Report, stages: Sequence[Stage]) -> list[dict[str, Any]]:
             value, bound = max((error for error, _ in pairs), key=_last), min(bound for _, bound in pairs)
             tile(title, number(value), f"at most {number(bound)}", all(error <= most for error, most in pairs))
     if found := [_last(_mean(case.logits.kl)) for case in report.cases if case.logits.kl]:
-        kl, bound = max(found), KL_TOLERANCE[report.precision]
+        kl, bound = max(found), KL_TOLERANCE[report.limits or report.precision]
         tile("Next token, KL", number(kl), f"nats, worst case; at most {number(bound)}", kl <= bound)
     if tokens := sum(len(case.tokens) for case in report.cases):
         pairs_of = (zip(case.tokens, case.reference_tokens, strict=True) for case in report.cases)

@@ -157,6 +157,8 @@ class Report:
         seconds: duration of the verification in seconds.
         peak_memory: peak memory in bytes.
         streamed: whether the reference was loaded module by module, never as a whole.
+        limits: precision whose bounds apply; another one than the package's if it was built from a quantized checkpoint
+            and the reference is the original.
     """
 
     package: str
@@ -171,6 +173,7 @@ class Report:
     seconds: float = 0.0
     peak_memory: int = 0
     streamed: bool = False
+    limits: str = ""
 
     @property
     def mean_kl(self) -> float | None:

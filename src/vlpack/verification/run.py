@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -108,10 +109,12 @@ def verify(
         check_tensors(architecture, base, policy)
         checkpoint = [base, *merge_all(base, adapters, architecture)][-1]
         if streamed is None:
-            streamed = 2 * checkpoint.total_bytes() > (total_memory_bytes() or 1 << 62) / 3
+            values = sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values())
+            streamed = 4 * values > (total_memory_bytes() or 1 << 62) / 3
         findings = [Finding("files", problem) for problem in damaged_files(folder, manifest, hashes=True)]
         results: list[CaseResult] = []
         weights: list[WeightResult] = []
+        limits = policy.precision
         if not findings:  # damaged files are not examined any further
             comparison = _Comparison(folder, manifest, architecture, checkpoint, policy, streamed, threads, progress)
             facts = architecture.vision
@@ -121,7 +124,8 @@ def verify(
             findings += check_stops(answers, checkpoint)
             weights = comparison.compare_weights()
             results = comparison.compare(answers, weights)
-            findings += _judge_weights(weights) + _judge(results, policy)
+            limits = comparison.limits
+            findings += _judge_weights(weights) + _judge(results, limits)
     return Report(
         package=folder.resolve().name,
         reference=found.repo_id or found.folder.resolve().name,
@@ -135,6 +139,7 @@ def verify(
         seconds=time.perf_counter() - started,
         peak_memory=peak_memory_bytes(),
         streamed=streamed,
+        limits=limits,
     )
 
 
@@ -154,6 +159,13 @@ class _Comparison:
     ) -> None:
         self.folder, self.architecture, self.checkpoint, self.policy = folder, architecture, checkpoint, policy
         self.streamed, self.threads, self.progress = streamed, threads, progress
+        # the original of a quantized checkpoint has other weights, and perhaps other channels
+        self.is_original = "imported" in manifest and not any(map(checkpoint.packed, checkpoint.tensors))
+        self.limits = policy.precision
+        if self.is_original and manifest["imported"].get("bits") == 4:
+            self.limits = "int4"
+        elif self.is_original and policy.precision != "int4":
+            self.limits = "int8"
         self.result = RESULTS[architecture.task]
         files = graph_files(folder, manifest)
         text = architecture.text
@@ -168,7 +180,7 @@ class _Comparison:
             self._factors,
         )
         loaded = {part: self.graphs.load(part) for part in files}
-        self.weights = Weights(architecture, checkpoint, policy, loaded, manifest.get("calibration"))
+        self.weights = Weights(architecture, checkpoint, policy, loaded, manifest.get("calibration", manifest.get("imported")))
 
     def _factors(self, layer: int, name: str) -> Array | None:
         """The factors by which the package multiplies the inputs of a matrix in a layer; None for none."""
@@ -177,7 +189,9 @@ class _Comparison:
         return None if reads is None else reads.along_columns(self.weights.scales(reads))
 
     def compare_weights(self) -> list[WeightResult]:
-        """Compare every weight of the package with the checkpoint."""
+        """Compare every weight of the package with the checkpoint; none if it is not the one that was built from."""
+        if self.is_original:
+            return []
         self.progress("comparing weights")
         return list(self.weights.compare())
 
@@ -190,7 +204,7 @@ class _Comparison:
             one.original = self._trace(reference, one)
         del reference
         totals = [self._run(one, exact=False) for one in asked]
-        other = self._reference(stored=True) if any(weight.error > 0 for weight in weights) else None
+        other = self._reference(stored=True) if self.is_original or any(weight.error > 0 for weight in weights) else None
         results = []
         for one, total in zip(asked, totals, strict=True):
             self.progress(f"graph: {one.case.name}")
@@ -231,7 +245,7 @@ class _Comparison:
     def _result(self, one: Asked, tokenizer: Tokenizer, graph: list[tuple[str, Difference]], run: Run) -> CaseResult:
         assert one.original is not None
         total = _differences(run, one.original, self.result)
-        tolerance, limit = GRAPH_TOLERANCE[self.policy.dtype], QUANTIZED_TOLERANCE[self.policy.precision]
+        tolerance, limit = GRAPH_TOLERANCE[self.policy.dtype], QUANTIZED_TOLERANCE[self.limits]
         if self.policy.dtype == "float32" and "fp16" in (self.policy.options.vision, self.policy.precision):
             tolerance = GRAPH_TOLERANCE["float16"]
         stages = [
@@ -324,7 +338,7 @@ def _judge_weights(weights: Sequence[WeightResult]) -> list[Finding]:
     ]
 
 
-def _judge(cases: Sequence[CaseResult], policy: Policy) -> list[Finding]:
+def _judge(cases: Sequence[CaseResult], limits: str) -> list[Finding]:
     findings = []
     for case in cases:
         if (stage := case.first_bad) and stage.violation:
@@ -337,16 +351,16 @@ def _judge(cases: Sequence[CaseResult], policy: Policy) -> list[Finding]:
                     f"{how}; rounding explains at most {bound:.2g}.",
                 )
             )
-        elif case.logits.mean_kl > KL_TOLERANCE[policy.precision]:
+        elif case.logits.mean_kl > KL_TOLERANCE[limits]:
             findings.append(
                 Finding(
                     "logits",
                     f"{case.name}: the next token's distribution differs from the reference's by "
-                    f"{case.logits.mean_kl:.2g} nats; {policy.precision} explains at most "
-                    f"{KL_TOLERANCE[policy.precision]:g}.",
+                    f"{case.logits.mean_kl:.2g} nats; {limits} explains at most "
+                    f"{KL_TOLERANCE[limits]:g}.",
                 )
             )
-        elif policy.precision == "fp32" and (at := _wrong_token(case)) is not None:
+        elif limits == "fp32" and (at := _wrong_token(case)) is not None:
             findings.append(
                 Finding(
                     "tokens",

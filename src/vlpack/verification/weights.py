@@ -16,8 +16,9 @@ from vlpack.checkpoint.rows import Shifted, Source, Stacked
 from vlpack.errors import PackageError, VerifyError, VlpackError
 from vlpack.export.graph import Weight, declare
 from vlpack.export.weights import encode
+from vlpack.quantize.kept import holds
 from vlpack.quantize.policy import Policy, PrecisionFacts, QuantizationOptions, make_policy
-from vlpack.quantize.storage import slabs
+from vlpack.quantize.storage import is_kept, slabs
 from vlpack.quantize.transforms import ChannelScales, Transform, unpacked_scales
 from vlpack.tasks import EMBEDDING, GENERATE
 from vlpack.verification.metrics import Gap
@@ -62,7 +63,8 @@ class Weights:
         checkpoint: the reference.
         policy: the package's precision policy.
         graphs: the package's graph of each part, without loaded weights.
-        calibration: the manifest's entry about calibration; None if the package was not calibrated.
+        balanced: the manifest's entry with the channel scales, about calibration or the import of a quantized
+            checkpoint; None if the scales follow from the checkpoint.
 
     Raises:
         PackageError: the channel scales in the manifest are damaged.
@@ -74,13 +76,13 @@ class Weights:
         checkpoint: Checkpoint,
         policy: Policy,
         graphs: Mapping[str, ir.Model],
-        calibration: Any = None,
+        balanced: Any = None,
     ) -> None:
         self.checkpoint, self.graphs = checkpoint, graphs
         self.by_part: dict[str, list[Weight]] = {}
         for part in _parts(architecture, policy, graphs):
             self.by_part[part.name] = declare(part, policy)
-        known = _known_scales(calibration, [weight.transform for _, weight in self.all()])
+        known = _known_scales(balanced, [weight.transform for _, weight in self.all()])
         self.scales = ChannelScales(checkpoint, known=known)
 
     def head(self, task: str, *, stored: bool) -> Callable[[Array], Array] | None:
@@ -146,6 +148,10 @@ class Weights:
         """Compares every weight of the package with the checkpoint, and with what a build would store."""
         for part, weight in self.all():
             held = self.held(part, weight)
+            if is_kept(weight.storage) and not holds(weight.storage, weight.source, self.checkpoint):
+                error = self._error(weight, held)  # another checkpoint's codes
+                yield WeightResult(weight.path, part, weight.storage.label, error, 0.0, False)
+                continue
             same, error = self._same(weight, held), self._error(weight, held)
             expected = error
             if weight.calibrated or not same:
@@ -177,16 +183,16 @@ class Weights:
         return gap.difference.relative
 
 
-def _known_scales(calibration: Any, transforms: Sequence[Transform]) -> dict[str, Array]:
-    """The scales by which a calibrated package's channels were balanced; empty if it was not calibrated.
+def _known_scales(balanced: Any, transforms: Sequence[Transform]) -> dict[str, Array]:
+    """The scales by which a package's channels were balanced; empty if they follow from the checkpoint.
 
     Raises:
         PackageError: the manifest's entry is damaged, or does not fit these transforms.
     """
-    if calibration is None:
+    if balanced is None:
         return {}
     try:
-        known = unpacked_scales(calibration["scales"])
+        known = unpacked_scales(balanced["scales"])
         for channels in {side for one in transforms for side in (one.reads, one.writes) if side is not None}:
             if len(known[channels.name]) != channels.count:
                 raise ValueError(f"{channels.name} has {channels.count} channels")

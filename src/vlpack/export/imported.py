@@ -1,0 +1,138 @@
+"""Decides which matrices of a quantized checkpoint keep their codes in a package, and says so to the user."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vlpack.architectures.base import Architecture
+from vlpack.architectures.ports import GraphOptions
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.formats import Declared
+from vlpack.export.graph import Weight, declare
+from vlpack.quantize.kept import as_rule, common_grid, kept_storage
+from vlpack.quantize.policy import Policy, layer_and_name
+from vlpack.quantize.storage import Blocks, ChannelInt8
+
+OWN_BITS = (4, 8)
+"""Numbers of bits that a package keeps if no precision is asked for."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one quantized matrix.
+
+    Args:
+        path: path of the module.
+        storage: the storage that keeps its codes; None if it is dequantized.
+        why: reason why it is dequantized; empty if its codes are kept.
+        rounded: whether it is rounded again, because the policy's storage for it is quantized.
+    """
+
+    path: str
+    storage: Blocks | ChannelInt8 | None
+    why: str
+    rounded: bool
+
+    @property
+    def modules(self) -> str:
+        """The path with the number of its layer replaced by ``*``."""
+        layer, name = layer_and_name(self.path)
+        return self.path if layer is None else f"{self.path[: -len(name) - len(str(layer)) - 1]}*.{name}"
+
+
+def outcomes(
+    architecture: Architecture, policy: Policy, checkpoint: Checkpoint, bits: Collection[int], given: str = ""
+) -> list[Outcome]:
+    """What becomes of each quantized matrix of a checkpoint.
+
+    Args:
+        architecture: architecture of the model.
+        policy: precision policy without kept matrices.
+        checkpoint: the checkpoint, with adapters merged.
+        bits: numbers of bits that are kept whatever the policy gives a matrix.
+        given: option that asks for other values than the checkpoint's, so that nothing is kept; empty if there is none.
+    """
+    found: dict[str, Outcome] = {}
+    weights = [weight for part in _parts(architecture, policy) for weight in part]
+    for weight, role in weights:
+        if weight.path in found or not any(checkpoint.packed(one.name) for one in weight.source.tensors()):
+            continue
+        grid, why = common_grid(weight.source, checkpoint)
+        storage = None
+        if grid is not None and given:
+            why = f"{given} asks for it"
+        elif grid is not None and (weight.experts == 1) == (role != "text.expert"):
+            storage, why = kept_storage(grid, weight.cols, weight.storage, role, policy.provider, bits)
+        quantized = isinstance(weight.storage, Blocks | ChannelInt8)
+        found[weight.path] = Outcome(weight.path, storage, why or "LoRA changes it", quantized)
+    return _with_equal_experts(list(found.values()))
+
+
+def _parts(architecture: Architecture, policy: Policy) -> list[list[tuple[Weight, str]]]:
+    parts = architecture.parts(GraphOptions.of_policy(policy))
+    return [[(weight, weight.role) for weight in declare(part, policy) if weight.role] for part in parts]
+
+
+def _with_equal_experts(found: Sequence[Outcome]) -> list[Outcome]:
+    """The outcomes, with experts kept only if both matrices of a layer have the same blocks, as the kernel needs."""
+    kinds: dict[str, set[Any]] = {}
+    for one in found:
+        if ".experts." in one.path and isinstance(one.storage, Blocks):
+            kinds.setdefault(one.path.rpartition(".")[0], set()).add((one.storage.bits, one.storage.block_size))
+    complete = {path for path, kind in kinds.items() if len(kind) == 1}
+    kept = {one.path.rpartition(".")[0]: 0 for one in found}
+    for one in found:
+        kept[one.path.rpartition(".")[0]] += one.storage is not None
+    return [
+        replace(one, storage=None, why="the experts' matrices have different grids")
+        if ".experts." in one.path
+        and one.storage is not None
+        and (one.path.rpartition(".")[0] not in complete or kept[one.path.rpartition(".")[0]] < 2)
+        else one
+        for one in found
+    ]
+
+
+def kept_rules(found: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """The rules of the matrices that keep their codes, for `vlpack.quantize.policy.QuantizationOptions`."""
+    groups: dict[tuple[str, Blocks | ChannelInt8], list[int | None]] = {}
+    for one in found:
+        if one.storage is not None:
+            groups.setdefault((one.modules, one.storage), []).append(layer_and_name(one.path)[0])
+    return [
+        as_rule(modules, None if None in layers else [one for one in layers if one is not None], storage)
+        for (modules, storage), layers in groups.items()
+    ]
+
+
+def described(declared: Declared, found: Sequence[Outcome]) -> dict[str, Any]:
+    """The import of a quantized checkpoint as JSON: its format, and what became of each group of matrices."""
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for one in found:
+        done = "kept" if one.storage is not None else "rounded again" if one.rounded else "dequantized"
+        storage = {} if one.storage is None else {"storage": one.storage.label}
+        new = {"modules": one.modules, "count": 0, "done": done, "why": one.why, **storage}
+        groups.setdefault((one.modules, done + one.why + str(storage)), new)["count"] += 1
+    return {"format": declared.label, "bits": declared.bits, "groups": list(groups.values())}
+
+
+def notes(declared: Declared, found: Sequence[Outcome]) -> list[str]:
+    """Sentences for the user on what became of the quantized matrices."""
+    kept = [one for one in found if one.storage is not None]
+    sentences = [f"The checkpoint is quantized: {declared.label}."]
+    if kept:
+        all_of = f"All {len(kept)}" if len(kept) == len(found) else f"{len(kept)} of {len(found)}"
+        sentences[0] += f" {all_of} quantized matrices of the model keep their codes and scales, without any loss."
+    for rounded in (True, False):
+        rest = [one for one in found if one.storage is None and one.rounded is rounded]
+        reasons: dict[str, list[Outcome]] = {}
+        for one in rest:
+            reasons.setdefault(one.why, []).append(one)
+        for why, some in reasons.items():
+            names = list(dict.fromkeys(layer_and_name(one.path)[1] for one in some))
+            shown = ", ".join(names[:4]) + (" and others" if len(names) > 4 else "")
+            done = "are dequantized and rounded again" if rounded else "are dequantized, exactly"
+            sentences.append(f"{len(some)} quantized matrices ({shown}) {done}: {why}.")
+    return sentences

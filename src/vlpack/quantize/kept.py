@@ -1,0 +1,171 @@
+"""Matrices of a quantized checkpoint that keep their codes: which storage holds them, and how they are read.
+
+A kept matrix is neither balanced nor rotated, because both would change its values. Its storage is a rule of the policy
+like any other; a package's manifest has these rules, so that they are known without the quantized checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy.typing as npt
+
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.formats import Grid, Packed
+from vlpack.checkpoint.rows import Alternating, Part, Rows, Source, Stacked
+from vlpack.errors import CheckpointError
+from vlpack.quantize.storage import Blocks, ChannelInt8, Storage
+
+Array = npt.NDArray[Any]
+
+LARGEST_BLOCK, SMALLEST_BLOCK = 256, 16
+"""Limits of the number of values that share a scale in a kernel's blocks."""
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The codes, scales and zero points of a matrix whose rows come from one or more quantized tensors.
+
+    Args:
+        source: the rows of the matrix in the checkpoint.
+        checkpoint: the quantized checkpoint.
+    """
+
+    source: Rows
+    checkpoint: Checkpoint
+
+    def codes(self, start: int, stop: int) -> Array:
+        """Unsigned codes of rows ``[start, stop)``, uint8 ``[stop - start, K]``."""
+        return self.source.read(_View(self.checkpoint, "codes"), start, stop)
+
+    def scales(self, start: int, stop: int) -> Array:
+        """Scales of rows ``[start, stop)``, float32 ``[stop - start, G]``."""
+        return self.source.read(_View(self.checkpoint, "scales"), start, stop)
+
+    def zeros(self, start: int, stop: int) -> Array:
+        """Zero points of rows ``[start, stop)``, uint8 ``[stop - start, G]``."""
+        return self.source.read(_View(self.checkpoint, "zeros"), start, stop)
+
+
+class _View:
+    """A checkpoint whose tensors are the codes, scales or zero points of its quantized tensors, for `Rows.read`."""
+
+    def __init__(self, checkpoint: Checkpoint, what: str) -> None:
+        self._checkpoint, self._what = checkpoint, what
+
+    def rows(self, name: str, start: int, stop: int, *, width: int | None = None) -> Array:
+        packed = self._checkpoint.packed(name)
+        if packed is None:
+            raise CheckpointError(f"{self._checkpoint.folder}: the tensor {name} is not quantized.")
+        rows: Array = getattr(packed, self._what)(start, stop)
+        return rows
+
+
+def common_grid(source: Rows, checkpoint: Checkpoint) -> tuple[Grid | None, str]:
+    """The grid that all rows of a matrix share, and otherwise the reason why they have none.
+
+    Returns:
+        The grid, or None. The reason is empty if there is a grid, or if no tensor of the matrix is quantized.
+    """
+    names = [tensor.name for tensor in source.tensors()]
+    packed: list[Packed | None] = [checkpoint.packed(name) for name in names]
+    there = [one for one in packed if one is not None]
+    if not there:
+        return None, ""
+    if len(there) < len(packed):
+        return None, "only some of its parts are quantized"
+    grids = {}
+    for one in there:
+        grid = one.grid
+        if grid is None:
+            return None, one.obstacle
+        grids[replace(grid, symmetric=True, half=True)] = None
+    if len(grids) > 1:
+        return None, "its parts have different grids"
+    if not _reads_rows(source):
+        return None, "its rows are columns of the checkpoint's tensor"
+    found = [one.grid for one in there if one.grid is not None]
+    return replace(
+        found[0], symmetric=all(grid.symmetric for grid in found), half=all(grid.half for grid in found)
+    ), ""
+
+
+def _reads_rows(source: Rows) -> bool:
+    """Whether each row of a matrix is a row of a tensor."""
+    match source:
+        case Source():
+            return True
+        case Part():
+            return _reads_rows(source.whole)
+        case Stacked():
+            return all(map(_reads_rows, source.parts))
+        case Alternating():
+            return _reads_rows(source.first) and _reads_rows(source.second)
+        case _:
+            return False
+
+
+def kept_storage(
+    grid: Grid, cols: int, chosen: Storage, role: str, provider: str, bits: Iterable[int]
+) -> tuple[Blocks | ChannelInt8 | None, str]:
+    """The storage that holds a matrix's codes as they are, or None and the reason.
+
+    Args:
+        grid: the matrix's grid.
+        cols: its number of columns.
+        chosen: the storage that the policy gives it.
+        role: its role.
+        provider: execution provider of the package.
+        bits: numbers of bits that are kept whatever the policy's storage has.
+    """
+    if not isinstance(chosen, Blocks | ChannelInt8):
+        return None, f"it is stored in {chosen.label} here"
+    own = chosen.bits if isinstance(chosen, Blocks) else 8
+    if grid.bits not in (own, *bits):
+        return None, f"it has {grid.bits} bits there and {own} here"
+    if provider != "cpu" and grid.bits != 4:
+        return None, f"{provider} multiplies only 4-bit codes"
+    signed = not isinstance(chosen, ChannelInt8) or chosen.signed
+    whole = grid.group == cols
+    if whole and grid.bits == 8 and grid.symmetric and role in ("text.linear", "vision.linear", "vision.output"):
+        return ChannelInt8(signed, kept=True), ""
+    # a scale of a larger group is repeated for each block in it
+    size = cols if whole and cols % SMALLEST_BLOCK == 0 else LARGEST_BLOCK // 2 if whole else grid.group
+    block = min(size & -size, LARGEST_BLOCK)
+    if block < SMALLEST_BLOCK or (role == "text.expert" and cols % block):
+        return None, f"groups of {grid.group} columns do not fit the kernel's blocks"
+    dtype = chosen.dtype if isinstance(chosen, Blocks) else "float32"
+    if dtype == "float16" and not grid.half:
+        return None, f"its scales would lose digits in the float16 of {provider}"
+    level = chosen.accuracy_level if isinstance(chosen, Blocks) else 4
+    return Blocks(grid.bits, block, grid.symmetric, dtype, level, kept=True), ""
+
+
+def holds(storage: Storage, source: Rows, checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint has the codes that a storage of kept codes was made for."""
+    grid, _ = common_grid(source, checkpoint)
+    if grid is None or not isinstance(storage, Blocks | ChannelInt8):
+        return False
+    if isinstance(storage, ChannelInt8):
+        return (grid.bits, grid.symmetric, grid.group) == (8, True, source.cols)
+    fits = grid.group == source.cols or grid.group % storage.block_size == 0
+    return (grid.bits, grid.symmetric) == (storage.bits, storage.symmetric) and fits
+
+
+def as_rule(modules: str, layers: Sequence[int] | None, storage: Blocks | ChannelInt8) -> dict[str, Any]:
+    """The storage of kept matrices as JSON, for the manifest: the pattern of their paths, their layers, the storage."""
+    rule: dict[str, Any] = {"modules": modules, "layers": None if layers is None else list(layers)}
+    if isinstance(storage, ChannelInt8):
+        return {**rule, "bits": 8, "signed": storage.signed}
+    blocks = {"block_size": storage.block_size, "symmetric": storage.symmetric}
+    return {**rule, "bits": storage.bits, **blocks, "accuracy_level": storage.accuracy_level}
+
+
+def storage_of(rule: Mapping[str, Any], dtype: str) -> Blocks | ChannelInt8:
+    """The storage that `as_rule` described; ``dtype`` is that of the activations."""
+    if "block_size" not in rule:
+        return ChannelInt8(rule["signed"], kept=True)
+    bits, size, symmetric, level = (rule[key] for key in ("bits", "block_size", "symmetric", "accuracy_level"))
+    return Blocks(bits, size, symmetric, dtype, level, kept=True)
