@@ -9,5 +9,16 @@ from vlpack.engine.engine import Engine, Occupancy
 from vlpack.engine.queue import QueueFullError
 from vlpack.engine.request import EngineAnswer, Handle
 from vlpack.engine.sampler import TokenLogprob
+from vlpack.engine.scheduler import EngineStoppedError
 
-__all__ = ["Counters", "Engine", "EngineAnswer", "Grammar", "Handle", "Occupancy", "QueueFullError", "TokenLogprob"]
+__all__ = [
+    "Counters",
+    "Engine",
+    "EngineAnswer",
+    "EngineStoppedError",
+    "Grammar",
+    "Handle",
+    "Occupancy",
+    "QueueFullError",
+    "TokenLogprob",
+]
