@@ -8,6 +8,7 @@ from vlpack.version import __version__
 
 __all__ = [
     "Answer",
+    "BatchResult",
     "BuildResult",
     "Chat",
     "Embedder",
@@ -20,6 +21,7 @@ __all__ = [
     "VideoOptions",
     "VlpackError",
     "__version__",
+    "batch",
     "bench",
     "build",
     "inspect",
@@ -29,6 +31,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from vlpack.builder import BuildResult, build
+    from vlpack.bulk import BatchResult, batch
     from vlpack.engine import Engine
     from vlpack.errors import VlpackError
     from vlpack.evaluation.benchmark import bench
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "Answer": "runtime.answer",
+    "BatchResult": "bulk",
     "BuildResult": "builder",
     "Chat": "runtime.chat",
     "Embedder": "runtime.retrieval",
@@ -56,6 +60,7 @@ _WHERE = {
     "Sampling": "runtime.sampling",
     "VideoOptions": "preprocess",
     "VlpackError": "errors",
+    "batch": "bulk",
     "bench": "evaluation.benchmark",
     "build": "builder",
     "inspect": "inspection",

@@ -18,6 +18,7 @@ import typer
 import vlpack
 from vlpack.cli import console, console_measure
 from vlpack.cli import options as opt
+from vlpack.cli.batch import batch
 from vlpack.cli.commands import Command, Group, ImageCommand
 from vlpack.cli.console_build import build_progress
 from vlpack.cli.measure import bench, evaluate, verify
@@ -195,6 +196,7 @@ def build(
 
 for verb in (run, chat, embed, score):
     app.command(cls=ImageCommand)(verb)
+app.command(cls=Command)(batch)
 app.command(cls=Command)(serve)
 app.command(name="list", cls=Command)(list_packages)
 app.command(cls=Command)(rm)

@@ -7,15 +7,12 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from vlpack.errors import InputError, OptionError
 from vlpack.preprocess import ImageSource, load_image
-from vlpack.preprocess.image_source import FORMATS, MAX_ENCODED_BYTES
+from vlpack.preprocess.image_source import MAX_ENCODED_BYTES, file_endings
 
 STANDARD_INPUT = "-"
 
@@ -25,12 +22,6 @@ class NamedImage(NamedTuple):
 
     name: str
     source: ImageSource
-
-
-@cache
-def endings() -> frozenset[str]:
-    """The file name endings of readable image formats, such as ``.png``."""
-    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)
 
 
 def named_images(given: Sequence[str] | None, question: str | None = "") -> list[NamedImage]:
@@ -73,7 +64,7 @@ def image_files(name: str) -> list[str]:
             found = sorted(entry.path for entry in os.scandir(place) if entry.is_file())
         except OSError as error:
             raise InputError(f"{name} cannot be read: {error.strerror}.") from None
-        pictures = [path for path in found if os.path.splitext(path)[1].lower() in endings()]
+        pictures = [path for path in found if os.path.splitext(path)[1].lower() in file_endings()]
         if not pictures:
             raise InputError(
                 f"The folder {name} has no images.",
@@ -90,7 +81,11 @@ def image_files(name: str) -> list[str]:
 
 def check_question(question: str, given: Sequence[str] | None) -> None:
     """Raises an OptionError if a question or another text is really an image file, given after the first image."""
-    if given and os.path.splitext(question)[1].lower() in endings() and os.path.isfile(os.path.expanduser(question)):
+    if (
+        given
+        and os.path.splitext(question)[1].lower() in file_endings()
+        and os.path.isfile(os.path.expanduser(question))
+    ):
         raise OptionError(f"{question} is given as a text, but it is an image file.", REPEAT)
 
 
@@ -98,7 +93,7 @@ def check_drawing(file: Path, images: Sequence[ImageSource]) -> None:
     """Raises an OptionError if ``--draw`` has no image to draw on, or its file's name ends in no known format."""
     if not images:
         raise OptionError("--draw has no effect without an image.", "Give one with --image.")
-    if file.suffix.lower() not in endings():
+    if file.suffix.lower() not in file_endings():
         raise OptionError(f"--draw {file}: the name must end in .png, .jpg or .webp.")
     if not file.absolute().parent.is_dir():
         raise OptionError(f"--draw {file}: there is no folder {file.absolute().parent}.")

@@ -8,6 +8,17 @@ from vlpack.engine.counters import Counters
 from vlpack.engine.engine import Engine, Occupancy
 from vlpack.engine.queue import QueueFullError
 from vlpack.engine.request import EngineAnswer, Handle
+from vlpack.engine.scheduler import EngineStoppedError
 from vlpack.runtime.sampler import TokenLogprob
 
-__all__ = ["Counters", "Engine", "EngineAnswer", "Grammar", "Handle", "Occupancy", "QueueFullError", "TokenLogprob"]
+__all__ = [
+    "Counters",
+    "Engine",
+    "EngineAnswer",
+    "EngineStoppedError",
+    "Grammar",
+    "Handle",
+    "Occupancy",
+    "QueueFullError",
+    "TokenLogprob",
+]

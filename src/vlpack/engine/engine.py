@@ -155,6 +155,11 @@ class Engine:
         """How busy the engine is now."""
         return Occupancy(len(self._slots), len(self._slots) - self._slots.free, self._scheduler.waiting)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the engine was closed or has failed, so that it answers no request any more."""
+        return self._scheduler.stopped
+
     def close(self) -> None:
         """Interrupts all requests and ends the engine's threads."""
         self._closed()

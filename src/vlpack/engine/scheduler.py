@@ -38,6 +38,10 @@ WASTE = 16
 """Number of idle rows that steps have computed before two rows are exchanged, so that the active ones lie together."""
 
 
+class EngineStoppedError(VlpackError):
+    """The engine was closed or has failed, so that it answers no request any more."""
+
+
 class Scheduler:
     """Runs requests on the slots of the cache until it is closed.
 
@@ -78,6 +82,11 @@ class Scheduler:
         with self._changed:
             return len(self._queue)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the scheduler was closed or has failed."""
+        return self._closing
+
     def submit(self, requests: Sequence[Request], wait: bool = False) -> None:
         """Puts requests into the queue, all or none.
 
@@ -93,9 +102,11 @@ class Scheduler:
             while wait and not self._closing and self._queue and not self._queue.takes(len(requests)):
                 self._changed.wait(0.5)
             if self._failure is not None:
-                raise VlpackError(f"The engine has failed: {self._failure}", "Make a new one.") from self._failure
+                raise EngineStoppedError(
+                    f"The engine has failed: {self._failure}", "Make a new one."
+                ) from self._failure
             if self._closing:
-                raise VlpackError("The engine was closed.", "Make a new one.")
+                raise EngineStoppedError("The engine was closed.", "Make a new one.")
             self._queue.put(requests)
             for request in requests:
                 request.handle.on_cancel = partial(self.cancel, request)

@@ -8,6 +8,7 @@ import io
 import os
 import re
 import stat
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,6 +31,12 @@ ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | npt.NDAr
 # EPS (for which Pillow runs Ghostscript), PDF, WMF and scientific containers are left out: models are not asked about
 # such files.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "MPO", "JPEG2000", "AVIF", "PPM", "TGA", "ICO", "PCX")
+
+
+@cache
+def file_endings() -> frozenset[str]:
+    """The endings of file names of readable image formats, such as ``.png``."""
+    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS)
 
 
 def load_image(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from vlpack.server import pdf_worker
+from vlpack.errors import InputError
+from vlpack.preprocess.pdf import MissingPdfiumError, render
 from vlpack.server.errors import ApiError, wrong
 from vlpack.server.reading import read_bytes
 from vlpack.server.settings import Settings
@@ -19,8 +18,8 @@ from vlpack.server.settings import Settings
 FOLDER = Path(__file__).parent / "page"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
-PDF_SECONDS = 60.0
-"""Largest number of seconds for rendering a PDF."""
+MAX_PAGES = 20
+"""Largest number of pages of a PDF that are rendered."""
 
 
 def _send(name: str) -> Response:
@@ -59,13 +58,9 @@ async def pdf(request: Request, settings: Settings) -> Any:
 
 
 def _drawn(data: bytes) -> list[str]:
-    command = [sys.executable, "-I", pdf_worker.__file__]
     try:
-        done = subprocess.run(command, input=data, capture_output=True, timeout=PDF_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        raise wrong(f"The PDF's pages were not rendered within {PDF_SECONDS:g} seconds.") from None
-    if done.returncode == pdf_worker.MISSING:
-        raise ApiError(501, "PDFs need pypdfium2 on the server: pip install 'vlpack[serve]'.")
-    if done.returncode:
-        raise wrong("The PDF is damaged, protected, or needs too much memory.")
-    return done.stdout.decode("ascii").split()
+        return render(data, 0, MAX_PAGES)
+    except MissingPdfiumError:
+        raise ApiError(501, "PDFs need pypdfium2 on the server: pip install 'vlpack[serve]'.") from None
+    except InputError as error:
+        raise wrong(error.message) from None

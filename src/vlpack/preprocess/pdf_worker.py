@@ -1,6 +1,7 @@
 """A script that renders the PDF on standard input, in its own process: PDFium is native code, and PDFs are untrusted.
 
-It writes each page as a line to standard output: a ``data:`` URI of a JPEG image. It imports nothing of vlpack.
+``pdf_worker.py FIRST COUNT`` writes a line to standard output for each of COUNT pages from the index FIRST on: a
+``data:`` URI of a JPEG image. ``pdf_worker.py count`` writes the number of pages. The script imports nothing of vlpack.
 """
 
 import base64
@@ -8,8 +9,8 @@ import contextlib
 import io
 import sys
 
-MAX_PAGES, MAX_EDGE, SCALE = 20, 2000, 2.0
-"""Largest number of pages, largest longer edge of a page in pixels, and usual pixels per point (1/72 inch)."""
+MAX_EDGE, SCALE = 2000, 2.0
+"""Largest longer edge of a page in pixels, and usual pixels per point (1/72 inch)."""
 
 MAX_MEMORY, MAX_CPU = 2 << 30, 60
 """Limits of the process: bytes of address space, and seconds of processor time."""
@@ -30,7 +31,11 @@ def main() -> int:
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
         resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU, MAX_CPU))
     document = pypdfium2.PdfDocument(sys.stdin.buffer.read())
-    for index in range(min(len(document), MAX_PAGES)):
+    if sys.argv[1:] == ["count"]:
+        sys.stdout.write(f"{len(document)}\n")
+        return 0
+    first, count = map(int, sys.argv[1:])
+    for index in range(first, min(len(document), first + count)):
         page = document[index]
         scale = min(SCALE, MAX_EDGE / max(page.get_size()))
         file = io.BytesIO()

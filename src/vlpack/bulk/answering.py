@@ -1,0 +1,156 @@
+"""Answers rows with the engine: as many at a time as keep all slots busy, which also bounds the memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, NamedTuple
+
+from vlpack.bulk.form import Form
+from vlpack.bulk.question import Question
+from vlpack.bulk.row import Item, Task
+from vlpack.bulk.shards import Row
+from vlpack.engine import Engine, EngineStoppedError
+from vlpack.errors import VlpackError
+
+PREPARING = 2
+"""Number of rows whose images are decoded at a time."""
+
+AHEAD, AHEAD_BYTES = 8, 64 * 2**20
+"""Rows that are read ahead to be ordered by the size of their images: number for each slot, and bytes of all."""
+
+
+class EngineOptions(NamedTuple):
+    """Options of the engine that do not change answers.
+
+    Attributes:
+        slots: number of rows that are answered at a time.
+        context: number of tokens of prompt and answer together; None for what the model and memory allow.
+        threads: number of threads; None for all cores.
+    """
+
+    slots: int = 8
+    context: int | None = None
+    threads: int | None = None
+
+
+class Answerer:
+    """An engine that answers rows. Use it as a context manager.
+
+    Args:
+        package: folder of the package.
+        question: what is asked about every row.
+        form: form of the rows.
+        options: options of the engine.
+
+    Raises:
+        VlpackError: the package cannot be loaded, or an option does not fit it.
+    """
+
+    def __init__(self, package: str | os.PathLike[str], question: Question, form: Form, options: EngineOptions) -> None:
+        self._form, self.window = form, options.slots + max(2, options.slots // 2)
+        self.engine = Engine(
+            package,
+            slots=options.slots,
+            context=options.context,
+            threads=options.threads,
+            stall=math.inf,  # nobody reads along, so prompts come first: that gives the most answers
+            min_pixels=question.min_pixels,
+            max_pixels=question.max_pixels,
+        )
+        self._pool = ThreadPoolExecutor(self.window, "vlpack-rows")
+        self._preparing = threading.Semaphore(PREPARING)
+
+    def close(self) -> None:
+        """Interrupts the rows in progress and frees the engine's memory."""
+        self.engine.close()
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Answerer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, task: Task) -> Future[Row]:
+        """Starts to answer a row in another thread; the result is the row of the output."""
+        return self._pool.submit(self._answer, task)
+
+    def __call__(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Row]]:
+        """Answers rows and yields each with its row of the output, as they are finished.
+
+        Raises:
+            VlpackError: the engine has failed.
+        """
+        running: dict[Future[Row], Task] = {}
+        tasks = iter(tasks)
+        more = True
+        while more or running:
+            while more and len(running) < self.window:
+                task = next(tasks, None)
+                if task is None:
+                    more = False
+                else:
+                    running[self.submit(task)] = task
+            for future in wait(running, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                yield running.pop(future), future.result()
+
+    def _answer(self, task: Task) -> Row:
+        try:
+            with self._preparing:
+                answer = self._form.begin(self.engine, task.item)
+            return self._form.row(task, answer())
+        except EngineStoppedError:
+            raise
+        except Exception as error:
+            if self.engine.stopped:
+                raise
+            return self._form.failed(task, explained(error))
+
+
+def explained(error: Exception) -> VlpackError:
+    """The error of a row as a sentence, also if no one has foreseen it: one bad row must not end a long run."""
+    if isinstance(error, VlpackError):
+        return error
+    return VlpackError(f"The row cannot be answered: {type(error).__name__}: {str(error)[:300]}")
+
+
+def alike(tasks: Iterable[Task], area: Callable[[Item], int], count: int) -> Iterator[Task]:
+    """Yields the same rows in another order: among the next few, those with images of like size follow each other.
+
+    Rows with the same image follow each other, too, so that its features are computed once.
+
+    Args:
+        tasks: rows in the order of the input.
+        area: function that returns the area of a row's images.
+        count: largest number of rows that are read ahead.
+    """
+    group: list[Task] = []
+    size = 0
+    for task in tasks:
+        group.append(task)
+        size += held_bytes(task.item)
+        if len(group) >= count or size >= AHEAD_BYTES:
+            yield from sorted(group, key=lambda task: (area(task.item), _images(task.item)))
+            group, size = [], 0
+    yield from sorted(group, key=lambda task: (area(task.item), _images(task.item)))
+
+
+def _images(item: Item) -> int:
+    """A number that is the same for rows whose images are given in the same way."""
+    columns = item.columns
+    return hash(repr([item.images, columns.get("image"), columns.get("images")])) if columns else 0
+
+
+def held_bytes(value: Any) -> int:
+    """About how many bytes the texts and images of a row take."""
+    if isinstance(value, Item):
+        return held_bytes(value.columns) + held_bytes(list(value.images))
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(held_bytes, value.values()))
+    return sum(map(held_bytes, value)) if isinstance(value, list | tuple) else 8

@@ -1,0 +1,277 @@
+"""Rows: what an input gives for each of them, their ids, the messages that are asked, and the rows of the output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from vlpack.bulk.media import Given, held
+from vlpack.bulk.question import Question
+from vlpack.errors import InputError, VlpackError, option
+from vlpack.preprocess import VideoOptions, normalize_messages
+from vlpack.preprocess.messages import IMAGE_KEYS
+
+RESULT = (
+    "answer",
+    "finish_reason",
+    "prompt_tokens",
+    "image_tokens",
+    "answer_tokens",
+    "prepare_seconds",
+    "first_token_seconds",
+    "decode_seconds",
+    "error",
+)
+"""Columns that an answer adds to the columns of the input."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row as the input gives it.
+
+    Args:
+        columns: names and values of its columns, as JSON-like data and bytes.
+        where: place of the row in the input, for messages.
+        key: id of the row, such as the path of its file; None if a column or the content is the id.
+        images: images that are not in a column.
+        videos: videos that are not in a column.
+        error: why the row cannot be used at all; None if it can.
+    """
+
+    columns: dict[str, Any]
+    where: str
+    key: str | None = None
+    images: Sequence[Given] = ()
+    videos: Sequence[Given] = ()
+    error: VlpackError | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row with its id, ready to be answered.
+
+    Args:
+        place: place of the row among those that are in no shard, from 0.
+        key: id of the row.
+        item: the row.
+    """
+
+    place: int
+    key: str
+    item: Item
+
+
+class Asked(NamedTuple):
+    """What is asked about a row.
+
+    Attributes:
+        messages: conversation whose image and video parts have no sources.
+        images: images of the conversation, in order.
+        videos: videos of the conversation, in order, with their own options.
+    """
+
+    messages: list[dict[str, Any]]
+    images: list[Given]
+    videos: list[tuple[Given, VideoOptions | None]]
+
+
+@dataclass
+class Ids:
+    """Gives every row an id: its key, or a hash of its content and of the question.
+
+    Rows with the same content get the same hash with a number, ``…-2`` for the second one. That two rows have the same
+    key is an error of the second one.
+
+    Args:
+        column: column with the keys; rows without this column get a hash.
+        question: the question, as JSON-like data.
+    """
+
+    column: str
+    question: Mapping[str, Any]
+    _seen: set[bytes] = field(default_factory=set)
+
+    def __call__(self, item: Item) -> tuple[str, Item]:
+        """The id of the next row, and the row, with an error if its key was given to an earlier one."""
+        key = item.key
+        if key is None and item.columns.get(self.column) is not None:
+            given = item.columns[self.column]
+            key = given if isinstance(given, str) else json.dumps(given, default=_hashed)
+        name = key or self._hash(item)
+        unique, number = name, 1
+        while (digest := short_hash(unique)) in self._seen:
+            number += 1
+            unique = f"{name}-{number}"
+        self._seen.add(digest)
+        if key is not None and number > 1 and item.error is None:
+            wrong = InputError(
+                f"An earlier row has the same {self.column}, {key[:200]!r}.",
+                f"Give every row its own, or choose another column with {option('id_column')}.",
+            )
+            item = Item(item.columns, item.where, item.key, item.images, item.videos, wrong)
+        return unique, item
+
+    def _hash(self, item: Item) -> str:
+        content = json.dumps([item.columns, self.question], sort_keys=True, default=_hashed)
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def short_hash(key: str) -> bytes:
+    """A hash of an id in 16 bytes, to remember many ids in little memory."""
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _hashed(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return {"sha256": hashlib.sha256(value).hexdigest()}
+    raise TypeError(f"a row cannot hold a value of the type {type(value).__name__}")
+
+
+def asked(item: Item, question: Question) -> Asked:
+    """What is asked about a row.
+
+    Raises:
+        InputError: the row has no question, or its columns contradict each other or have wrong types.
+    """
+    if item.error is not None:
+        raise item.error
+    columns = item.columns
+    images = [*item.images, *_sources(columns, question.image_column, ("image", "images", "file_name"), "image")]
+    videos = [*item.videos, *_sources(columns, None, ("video", "videos"), "video")]
+    if columns.get("messages") is not None:
+        return _conversation(columns["messages"], images, videos, question)
+    text = _text(columns, question)
+    seen = [*({"type": "image"} for _ in images), *({"type": "video"} for _ in videos)]
+    messages: list[dict[str, Any]] = [{"role": "system", "content": question.system}] if question.system else []
+    messages.append({"role": "user", "content": [*seen, {"type": "text", "text": text}] if seen else text})
+    return Asked(messages, images, [(video, None) for video in videos])
+
+
+def _text(columns: Mapping[str, Any], question: Question) -> str:
+    if question.template is not None:
+        return question.filled(columns)
+    text = columns.get("prompt")
+    if text is None:
+        text = question.prompt
+    if text is None:
+        raise InputError(
+            "The row has neither messages nor a prompt.",
+            f"Ask the same about all rows with {option('prompt')}, or fill in columns with {option('template')}.",
+        )
+    if not isinstance(text, str) or not text.strip():
+        raise InputError("The row's prompt must be a text that is not empty.")
+    return text
+
+
+def _sources(columns: Mapping[str, Any], chosen: str | None, names: Sequence[str], what: str) -> list[Given]:
+    """The images or videos in the columns of a row.
+
+    Args:
+        columns: columns of the row.
+        chosen: column that the user has chosen; None for the usual ones.
+        names: the usual columns, of which a row may have one.
+        what: ``image`` or ``video``.
+    """
+    if chosen is not None:
+        if chosen not in columns:
+            raise InputError(f"The row has no column {chosen!r}, which {option('image_column')} names.")
+        given = [chosen]
+    else:
+        given = [name for name in names if columns.get(name) is not None]
+    if len(given) > 1:
+        raise InputError(f"The row has both {given[0]!r} and {given[1]!r}.", "Keep one of them.")
+    if not given:
+        return []
+    value = columns[given[0]]
+    found = [held(one, what) for one in (value if isinstance(value, list) else [value])]
+    return [one for one in found if one is not None]
+
+
+def _conversation(given: Any, images: list[Given], videos: list[Given], question: Question) -> Asked:
+    """The conversation of a row's ``messages``, whose images may be in its parts or in columns."""
+    if question.template is not None:
+        raise InputError(f"The row has messages, so {option('template')} cannot be used.", "Leave one of them out.")
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError):
+            raise InputError("The row's messages are a text that is not JSON.") from None
+    whole = normalize_messages([_whole(message) for message in given] if isinstance(given, list) else given)
+    messages = [_bare(message) for message in whole.messages]
+    if question.system and messages[0].get("role") != "system":
+        messages.insert(0, {"role": "system", "content": question.system})
+    return Asked(
+        messages,
+        _filled([held(one) for one in whole.images], images, "image"),
+        list(
+            zip(
+                _filled([held(video.source, "video") for video in whole.videos], videos, "video"),
+                [video.options for video in whole.videos],
+                strict=True,
+            )
+        ),
+    )
+
+
+def _whole(message: Any) -> Any:
+    """A message whose parts have no null fields, which Parquet adds, and whose base64 is a ``data:`` URI."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
+        return message
+    parts = []
+    for part in message["content"]:
+        if isinstance(part, Mapping):
+            known = {name: value for name, value in part.items() if value is not None}
+            if isinstance(known.get("base64"), str):
+                known["url"] = f"data:;base64,{known.pop('base64')}"
+            parts.append(known)
+        else:
+            parts.append(part)
+    return {**message, "content": parts}
+
+
+def _bare(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose image parts have no sources."""
+    if not isinstance(message.get("content"), list):
+        return message
+    parts = [
+        {name: value for name, value in part.items() if name not in IMAGE_KEYS} if part["type"] == "image" else part
+        for part in message["content"]
+    ]
+    return {**message, "content": parts}
+
+
+def _filled(parts: list[Given | None], given: list[Given], what: str) -> list[Given]:
+    """The sources of all parts of a kind; those without a source get those of the columns, in order."""
+    bare = sum(part is None for part in parts)
+    if bare != len(given):
+        raise InputError(
+            f"The row's messages have {bare} {what} parts without a source, but its columns have {len(given)} {what}s.",
+            f'Write {{"type": "{what}"}} for each of them.',
+        )
+    rest = iter(given)
+    return [next(rest) if part is None else part for part in parts]
+
+
+def finished(key: str, item: Item, result: Mapping[str, Any], id_column: str) -> dict[str, Any]:
+    """A row of the output: its id, the columns of the input, and those of the answer.
+
+    A column of the input that has the name of one of ours gets the prefix ``input_``.
+
+    Args:
+        key: id of the row.
+        item: the row.
+        result: columns of the answer, or some of them; the others are None.
+        id_column: column of the input with the ids.
+    """
+    made: dict[str, Any] = {"id": key}
+    for name, value in item.columns.items():
+        if name == "id" == id_column and value == key:
+            continue
+        shown = name
+        while shown in ("id", *RESULT) or (shown != name and shown in item.columns):
+            shown = f"input_{shown}"
+        made[shown] = value
+    return made | {name: result.get(name) for name in RESULT}

@@ -1,0 +1,199 @@
+"""The file formats of an output's shards: JSON lines and Parquet. A shard is encoded in memory and written whole."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from vlpack.bulk.tables import kept_type, pyarrow
+from vlpack.errors import OptionError, VlpackError, option
+
+Row = dict[str, Any]
+"""A row of an output: its id, the columns of the input, and the columns of the answer."""
+
+_BYTES = "$vlpack.bytes"
+"""Key of the object that stands for bytes in the journal, which is JSON."""
+
+
+class Format(Protocol):
+    """A file format of shards.
+
+    Attributes:
+        suffix: ending of a shard's file name.
+    """
+
+    suffix: str
+
+    def encode(self, rows: Sequence[Row]) -> bytes:
+        """The bytes of a shard with these rows."""
+        ...
+
+    def rows(self, path: Path) -> Iterator[Row]:
+        """The rows of a shard, one by one.
+
+        Raises:
+            VlpackError: the file is damaged.
+        """
+        ...
+
+    def heads(self, path: Path, columns: Sequence[str]) -> Iterator[Row]:
+        """The rows of a shard with only some of their columns, which is faster; raises as `rows` does."""
+        ...
+
+
+class JsonLines:
+    """JSON lines in UTF-8: a JSON object for each row. Bytes become None, because JSON has none."""
+
+    suffix = ".jsonl"
+
+    def encode(self, rows: Sequence[Row]) -> bytes:
+        """The bytes of a shard with these rows."""
+        return b"".join(_line(row) for row in rows)
+
+    def rows(self, path: Path) -> Iterator[Row]:
+        """The rows of a shard, one by one; raises a VlpackError if the file is damaged."""
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    row = None
+                if not isinstance(row, dict):
+                    raise _damaged(path, f"line {number} is not a JSON object")
+                yield row
+
+    def heads(self, path: Path, columns: Sequence[str]) -> Iterator[Row]:
+        """The rows of a shard with only some of their columns."""
+        for row in self.rows(path):
+            yield {name: row.get(name) for name in columns}
+
+
+class Parquet:
+    """Parquet files, written by pyarrow.
+
+    Columns of the answer have the same types in every shard. A column of the input keeps its type if the input is
+    Parquet; otherwise the type is inferred from the rows of the shard, and a column whose values have different types
+    becomes text in JSON.
+
+    Args:
+        types: pyarrow types of the columns whose types are known.
+
+    Raises:
+        OptionError: pyarrow is not installed.
+    """
+
+    suffix = ".parquet"
+
+    def __init__(self, types: Mapping[str, Any]) -> None:
+        self._types = dict(types)
+        self._arrow = pyarrow(option("format", "parquet"))
+
+    def encode(self, rows: Sequence[Row]) -> bytes:
+        """The bytes of a shard with these rows."""
+        from pyarrow import parquet
+
+        names = dict.fromkeys(name for row in rows for name in row)
+        columns = {name: self._column(name, [row.get(name) for row in rows]) for name in names}
+        made = io.BytesIO()
+        parquet.write_table(self._arrow.table(columns), made, compression="zstd")
+        return made.getvalue()
+
+    def _column(self, name: str, values: list[Any]) -> Any:
+        known = self._types.get(name)
+        try:
+            return self._arrow.array(values, type=None if known is None else kept_type(known))
+        except (self._arrow.ArrowException, TypeError, ValueError, OverflowError):
+            texts = [value if value is None or isinstance(value, str) else _text(value) for value in values]
+            return self._arrow.array(texts, type=self._arrow.string())
+
+    def rows(self, path: Path) -> Iterator[Row]:
+        """The rows of a shard, one by one; raises a VlpackError if the file is damaged."""
+        yield from self._read(path, None)
+
+    def heads(self, path: Path, columns: Sequence[str]) -> Iterator[Row]:
+        """The rows of a shard with only some of their columns."""
+        yield from self._read(path, list(columns))
+
+    def _read(self, path: Path, columns: list[str] | None) -> Iterator[Row]:
+        from pyarrow import parquet
+
+        try:
+            with parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(256, columns=columns):
+                    yield from batch.to_pylist()
+        except (self._arrow.ArrowException, OSError) as error:
+            raise _damaged(path, str(error)[:200]) from None
+
+
+def format_of(name: str, types: Mapping[str, Any]) -> Format:
+    """The format with a name, ``jsonl`` or ``parquet``.
+
+    Args:
+        name: name of the format.
+        types: pyarrow types of the columns whose types are known.
+
+    Raises:
+        OptionError: there is no such format, or pyarrow is not installed.
+    """
+    if name == "jsonl":
+        return JsonLines()
+    if name == "parquet":
+        return Parquet(types)
+    raise OptionError(f"{option('format')} is {name!r}; it must be jsonl or parquet.")
+
+
+def _line(row: Row) -> bytes:
+    """A row as a line of JSON in UTF-8."""
+    value = plain(row)
+    try:
+        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape can write
+        return json.dumps(value).encode() + b"\n"
+
+
+def plain(value: Any) -> Any:
+    """A value with only what JSON can represent: bytes, infinity and NaN become None."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if isinstance(value, bytes) or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    return value
+
+
+def _text(value: Any) -> str:
+    return json.dumps(plain(value), ensure_ascii=False)
+
+
+def journal_line(row: Row) -> bytes:
+    """A row as a line of the journal: ASCII, with bytes as base64."""
+
+    def held(value: Any) -> Any:
+        if isinstance(value, bytes):
+            return {_BYTES: base64.b64encode(value).decode()}
+        raise TypeError(f"a row cannot hold a value of the type {type(value).__name__}")
+
+    return json.dumps(row, default=held).encode() + b"\n"
+
+
+def journal_row(line: bytes) -> Row | None:
+    """The row in a line of the journal; None if the line is incomplete or damaged."""
+
+    def held(value: Row) -> Any:
+        return base64.b64decode(value[_BYTES]) if value.keys() == {_BYTES} else value
+
+    try:
+        row = json.loads(line, object_hook=held) if line.endswith(b"\n") else None
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _damaged(path: Path, why: str) -> VlpackError:
+    return VlpackError(f"{path} is damaged: {why}.", "Remove this file, and its rows will be answered again.")

@@ -1,0 +1,250 @@
+"""The output of a batch: every row exactly once and in order, whenever a run is killed, and never a mixture."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bulk.conftest import rows_of
+from vlpack.bulk.output import ROWS, Output
+from vlpack.bulk.shards import JsonLines
+from vlpack.errors import OptionError, VlpackError
+
+STEPPER = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+from vlpack.bulk.output import ROWS, Output
+from vlpack.bulk.shards import JsonLines
+
+os.fsync = lambda descriptor: None  # takes long, and matters only if the machine fails
+place, half = Path(sys.argv[1]), sys.argv[2] == "half"
+KEYS = [f"row {number}" for number in range(11)]
+STEPS = ("open", "write", "fsync", "close", "replace", "unlink")
+
+def run():
+    identity = {"package": {"name": "p", "sha256": "0" * 64}, "question": {"prompt": "?"}}
+    with Output(place, ROWS, JsonLines(), identity, {}, shard_rows=3) as output:
+        pending = []
+        count = 0
+        for key in KEYS:
+            if not output.done(key):
+                if not output.keep(count, key):
+                    pending.append((count, key))
+                count += 1
+        for start in range(0, len(pending), 4):  # rows are finished in another order than they are read
+            for count, key in reversed(pending[start : start + 4]):
+                output.add(count, {"id": key, "answer": key.upper(), "error": None})
+        output.finish()
+
+def killed(kill_at):
+    count = 0
+    def counted(name, call):
+        def step(*arguments, **options):
+            nonlocal count
+            count += 1
+            if count == kill_at:
+                if half and name == "write":
+                    call(arguments[0], bytes(arguments[1])[: len(arguments[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+        return step
+    for name in STEPS:
+        setattr(os, name, counted(name, getattr(os, name)))
+    run()
+
+def child(kill_at):
+    pid = os.fork()
+    if pid == 0:
+        killed(kill_at)
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+def whole_shards():
+    for path in place.glob("part-*"):
+        for line in path.read_bytes().splitlines(keepends=True):
+            json.loads(line)
+            assert line.endswith(b"\\n")
+
+found = []
+for kill_at in range(1, 1000):
+    shutil.rmtree(place, ignore_errors=True)
+    ended = not child(kill_at)
+    if not ended:
+        whole_shards()
+        child(1 + kill_at % 7)  # the next run is killed soon, too
+        whole_shards()
+    run()
+    rows = [json.loads(line) for path in sorted(place.glob("part-*")) for line in path.open()]
+    names = sorted(path.name for path in place.iterdir() if not path.name.startswith("part-"))
+    found.append([[row["id"] for row in rows], [row["answer"] for row in rows], names])
+    if ended:
+        break
+print(json.dumps({"steps": len(found), "expected": KEYS, "found": found}))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
+@pytest.mark.parametrize("write", ["whole", "half"])
+def test_a_run_killed_before_each_of_its_steps(write: str, tmp_path: Path) -> None:
+    """Two runs are killed, the first before each of its steps in turn; the third one completes the output."""
+    command = [sys.executable, "-c", STEPPER, str(tmp_path / "out"), write]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["steps"] > 60
+    for ids, answers, names in told["found"]:
+        assert ids == told["expected"]
+        assert answers == [key.upper() for key in told["expected"]]
+        assert names == [".lock", "manifest.json"]
+
+
+def identity(sha256: str = "0" * 64, **question: Any) -> dict[str, Any]:
+    return {"package": {"name": "p", "sha256": sha256}, "question": question or {"prompt": "?"}}
+
+
+@contextmanager
+def opened(folder: Path, given: dict[str, Any] | None = None, **options: Any) -> Iterator[Output]:
+    with Output(folder, ROWS, JsonLines(), given or identity(), {"by": "test"}, **options) as output:
+        yield output
+
+
+def row(key: str, error: str | None = None) -> dict[str, Any]:
+    return {"id": key, "answer": None if error else "yes", "error": error}
+
+
+def test_shards_have_the_rows_in_the_order_of_the_input(tmp_path: Path) -> None:
+    with opened(tmp_path / "out", shard_rows=2) as output:
+        for place in (1, 2, 4, 0, 3):
+            output.add(place, row(f"{place}"))
+            waits = {1: 0, 2: 0, 4: 0, 0: 1, 3: 2}[place]
+            assert len(list((tmp_path / "out").glob("part-*"))) == waits
+        output.finish()
+    assert [one["id"] for one in rows_of(tmp_path / "out")] == ["0", "1", "2", "3", "4"]
+    assert [path.name for path in sorted((tmp_path / "out").glob("part*"))] == [f"part-{n:05}.jsonl" for n in range(3)]
+
+
+def test_rows_that_the_input_no_longer_has_are_not_lost(tmp_path: Path) -> None:
+    with opened(tmp_path / "out") as output:
+        output.add(0, row("old"))
+    with opened(tmp_path / "out") as output:
+        assert not output.done("old")
+        output.add(0, row("new"))
+        output.finish()
+    assert sorted(one["id"] for one in rows_of(tmp_path / "out")) == ["new", "old"]
+
+
+def test_an_output_belongs_to_one_package_and_question(tmp_path: Path) -> None:
+    with opened(tmp_path / "out") as output:
+        output.add(0, row("a"))
+    for given, said in (
+        (identity("1" * 64), "answers of another package"),
+        (identity(prompt="!"), r"prompt was '\?', and is '!' now"),
+        (identity(prompt="?", max_tokens=3), "max_tokens was not given, and is 3 now"),
+    ):
+        with pytest.raises(OptionError, match=said), opened(tmp_path / "out", given):
+            pass
+    with opened(tmp_path / "out") as output:
+        assert output.rows == 1
+    runs = json.loads((tmp_path / "out" / "manifest.json").read_text())["runs"]
+    assert runs == [{"by": "test"}] * 2
+
+
+def test_an_output_without_rows_takes_another_question(tmp_path: Path) -> None:
+    """For example if the first run failed because of another option."""
+    with opened(tmp_path / "out"):
+        pass
+    with opened(tmp_path / "out", identity(prompt="!")) as output:
+        output.add(0, row("a"))
+        output.finish()
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["question"] == {"prompt": "!"}
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    with (
+        opened(tmp_path / "out"),
+        pytest.raises(OptionError, match="Another run of vlpack batch writes"),
+        opened(tmp_path / "out"),
+    ):
+        pass
+    with opened(tmp_path / "out"):  # the lock was released
+        pass
+
+
+def test_other_folders_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("x")
+    with pytest.raises(OptionError, match=r"not an output of vlpack batch: it contains 'thesis\.txt'"):
+        opened(tmp_path / "out").__enter__()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    with pytest.raises(OptionError, match="the output is a folder of files"):
+        opened(tmp_path / "out.jsonl").__enter__()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OptionError, match="is not a folder"):
+        opened(tmp_path / "file").__enter__()
+
+
+def test_rows_that_failed_are_answered_again_if_asked_for(tmp_path: Path) -> None:
+    with opened(tmp_path / "out", shard_rows=2) as output:
+        for place, key in enumerate("abcde"):
+            output.add(place, row(key, "damaged" if key in "bcde" else None))
+    with opened(tmp_path / "out", shard_rows=2) as output:  # without the option they stay
+        assert (output.rows, output.errors) == (5, 4)
+    with opened(tmp_path / "out", shard_rows=2, retry_errors=True) as output:
+        assert (output.rows, output.errors) == (1, 0)
+        assert output.done("a")
+        for place, key in enumerate("bcde"):
+            assert not output.done(key)
+            assert not output.keep(place, key)
+            output.add(place, row(key))
+        output.finish()
+    assert [one["id"] for one in rows_of(tmp_path / "out")] == list("abcde")
+    assert all(one["error"] is None for one in rows_of(tmp_path / "out"))
+
+
+def test_a_damaged_shard_is_an_error(tmp_path: Path) -> None:
+    with opened(tmp_path / "out") as output:
+        output.add(0, row("a"))
+        output.finish()
+    (tmp_path / "out" / "part-00000.jsonl").write_text('{"id": "a"}\n{"id"')
+    with pytest.raises(VlpackError, match=r"part-00000.jsonl is damaged: line 2"), opened(tmp_path / "out"):
+        pass
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(tmp_path / "out") as output:
+        output.add(0, row("a"))
+
+        def full(*_: object) -> int:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "write", full)
+        with pytest.raises(VlpackError, match="cannot be written: No space left on device"):
+            output.add(1, row("b"))
+        monkeypatch.undo()
+    with opened(tmp_path / "out") as output:
+        assert output.keep(0, "a")
+        output.finish()
+    assert [one["id"] for one in rows_of(tmp_path / "out")] == ["a"]
+
+
+def test_odd_texts_and_values(tmp_path: Path) -> None:
+    """Half of a surrogate pair, line separators, bytes and NaN: every line is JSON, and ids are found again."""
+    odd = "\ud800 \u2028 \x00 ü"
+    with opened(tmp_path / "out") as output:
+        output.add(0, {**row(odd), "bytes": b"\xff", "nan": float("nan"), "list": [1, {"a": b"x"}]})
+    with opened(tmp_path / "out") as output:
+        assert output.keep(0, odd)
+        output.finish()
+    (found,) = rows_of(tmp_path / "out")
+    assert found == {**row(odd), "bytes": None, "nan": None, "list": [1, {"a": None}]}
+    with opened(tmp_path / "out") as output:
+        assert output.done(odd)
+        output.finish()
