@@ -5,12 +5,16 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 from chromium import OPTIONS, PROGRAM
+
+LONGEST = 60.0
+"""Seconds without a message from the browser after which a call fails, so that a page that hangs ends its test."""
 
 
 class Browser:
@@ -64,6 +68,7 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._held:
+            assert select.select([self._in], [], [], LONGEST)[0], ("the browser does not answer", self.console)
             data = os.read(self._in, 1 << 20)
             assert data, "the browser has ended"
             self._held += data
