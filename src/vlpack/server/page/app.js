@@ -206,12 +206,11 @@ async function answer() {
     if (running === mine) running = null;
     $("stop").hidden = running === null;
     $("send").disabled = running !== null;
-    await store.keep(conversation).catch((error) => { end += ` The conversation could not be saved: ${error}`; });
-    if (current === conversation) {
-      show();
-      say(end);
-    }
-    list();
+    const tell = (text) => { if (current === conversation && running === null) say(text); };
+    if (current === conversation) show();
+    tell(end);
+    // told before it is saved, because a browser's storage may take long or never answer
+    store.keep(conversation).then(list, (error) => tell(`${end} The conversation could not be saved: ${error}`));
   }
 }
 
