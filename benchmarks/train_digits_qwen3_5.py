@@ -198,7 +198,7 @@ class Batches:
         return self._heads[columns, rows]
 
 
-def train(folder: Path, minutes: float, batch: int, rate: float) -> None:
+def train(folder: Path, minutes: float, batch: int, rate: float, threads: int) -> None:
     """Trains for a number of minutes and writes the checkpoint."""
     import torch
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
@@ -210,6 +210,7 @@ def train(folder: Path, minutes: float, batch: int, rate: float) -> None:
     modeling_qwen3_5.torch_chunk_gated_delta_rule = partial(
         modeling_qwen3_5.torch_chunk_gated_delta_rule, chunk_size=16
     )
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     config = Qwen3_5Config(text_config=TEXT, vision_config=VISION, tie_word_embeddings=True, **IDS)
     model = Qwen3_5ForConditionalGeneration(config)
@@ -236,9 +237,10 @@ def train(folder: Path, minutes: float, batch: int, rate: float) -> None:
             image_grid_thw=grid,
             position_ids=places,
             use_cache=False,
+            logits_to_keep=made.labels.shape[1] + 1,
         ).logits
         labels = torch.tensor(made.labels)
-        loss = torch.nn.functional.cross_entropy(logits[:, -labels.shape[1] - 1 : -1].flatten(0, 1), labels.flatten())
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
         seen = torch.nn.functional.cross_entropy(judge(features[0]), torch.tensor(made.cells))
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * np.cos(np.pi * share))
@@ -294,13 +296,14 @@ def main() -> None:
     training.add_argument("--minutes", type=float, default=13)
     training.add_argument("--batch", type=int, default=96, help="images of one cell in a batch; fewer of larger ones")
     training.add_argument("--rate", type=float, default=1.5e-3, help="largest learning rate")
+    training.add_argument("--threads", type=int, default=1, help="several are slower while other programs run")
     reading = commands.add_parser("read")
     reading.add_argument("folder", type=Path)
     reading.add_argument("packages", type=Path, nargs="+")
     reading.add_argument("--images", type=int, default=200)
     given = parser.parse_args()
     if given.command == "train":
-        train(given.folder, given.minutes, given.batch, given.rate)
+        train(given.folder, given.minutes, given.batch, given.rate, given.threads)
     else:
         read(given.folder, given.packages, given.images)
 

@@ -22,7 +22,7 @@ from samples import ANSWERS, COUNT, DIGITS, IMAGES, READ
 from tiny import Tiny
 from vlpack import Engine, Sampling
 from vlpack.decoding import graphs
-from vlpack.decoding.slots import Slots
+from vlpack.decoding.slots import Prefix, Slots
 from vlpack.engine import scheduler
 from vlpack.errors import OptionError, PackageError, VlpackError
 from vlpack.runtime.model import Model
@@ -166,7 +166,7 @@ def test_an_int8_kv_cache(
         patched.setattr(scheduler, "SMALLEST_CHUNK", 512)  # the size of an engine's first chunk
         whole = engine(built(TINY, "kv_cache=int8"))
         assert whole.cache_bytes < engine().cache_bytes / 2
-        patched.setattr(Slots, "_longest", lambda *_: (0, None))
+        patched.setattr(Slots, "_longest", lambda *_: Prefix())
         patched.setattr(scheduler.Scheduler, "_adapt", lambda *_: None)
         check(alone(TINY, "kv_cache=int8"), whole, 16, images=True)
     whole = engine(built(TINY, "kv_cache=int8"))  # a new engine, whose slots are empty

@@ -36,7 +36,7 @@ IDS: Mapping[str, int] = {
 }
 """Ids of the tokens for and around images, for configs that lack them."""
 
-DRAFTS = {"mtp.*": "a layer that drafts tokens, which neither transformers nor the runtime uses with these models"}
+DRAFTS = {"mtp.*": "a layer that drafts tokens, which transformers ignores and the runtime cannot run on the CPU"}
 
 
 def read_hybrid(
