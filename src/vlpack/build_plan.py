@@ -101,7 +101,7 @@ class BuildOptions:
 
     @property
     def keeps_nothing(self) -> str:
-        """The option, as a placeholder for messages, that asks for other values than those of a quantized checkpoint."""
+        """The given option that asks for other values than a quantized checkpoint's; empty if there is none."""
         for name in ("block_size", "is_symmetric", "balance", "rotation"):
             value = getattr(self.extra, name)
             if value is not None and not (name in ("balance", "rotation") and value is False):
@@ -226,6 +226,11 @@ def plan_build(source: Place, output: Path, options: BuildOptions, stack: ExitSt
     graphs = trace_graphs(architecture, policy, options)
     weights = [weight for graph in graphs.values() for weight in graph.weights]
     check_reachable(weights, policy, architecture.precision_facts, options.bits)
+    if options.calibrate is not None and imported is not None and not any(weight.calibrated for weight in weights):
+        raise OptionError(
+            f"{option('calibrate')} has no effect: every matrix that it could round keeps the checkpoint's codes.",
+            f"Leave {option('calibrate')} out, or choose another {option('precision')}.",
+        )
     return BuildPlan(
         options=options,
         task=task,
