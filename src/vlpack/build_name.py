@@ -11,6 +11,7 @@ from vlpack.architectures import read_settings
 from vlpack.build_plan import BuildOptions, Place
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.formats import detect
+from vlpack.checkpoint.formats.detect import FILES
 from vlpack.checkpoint.hub import hub_id, is_folder, is_hub_id, resolve
 from vlpack.checkpoint.hub_sizes import plan_download
 from vlpack.errors import CheckpointError, OptionError, option
@@ -18,8 +19,8 @@ from vlpack.export.preflight import planned_size
 from vlpack.store.packages import OWN_BITS, Key, Package, find, find_default
 from vlpack.tasks import AUTO
 
-_FIRST = ("config.json", "model.safetensors.index.json")
-"""The files that say how large a package will be."""
+_FIRST = ("config.json", "model.safetensors.index.json", *FILES)
+"""The files that say how large a package will be, and whether the checkpoint is quantized."""
 _BYTES_PER_SECOND = 250_000_000
 """Bytes of a checkpoint that are packed in a second: half of what two cores do (docs/benchmarks.md), for slow disks."""
 

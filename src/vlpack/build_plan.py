@@ -267,7 +267,7 @@ def _import(
         return None, policy, []
     base.check_values()
     bits = OWN_BITS if options.own_bits else ()
-    found = outcomes(architecture, policy, merged, bits, options.keeps_nothing)
+    found = outcomes(architecture, policy, base, merged, bits, options.keeps_nothing)
     kept = replace(policy.options, kept=kept_rules(found))
     policy = make_policy(policy.precision, policy.provider, kept, architecture.precision_facts)
     return described(base.declared, found), policy, notes(base.declared, found)
