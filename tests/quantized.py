@@ -154,9 +154,7 @@ def awq(group: int = 32) -> Format:
     return Format({**config, "modules_to_not_convert": ["visual"]}, pack)
 
 
-def gptq(
-    bits: int = 4, group: int = 32, symmetric: bool = True, desc_act: bool = False, version: int = 1
-) -> Format:
+def gptq(bits: int = 4, group: int = 32, symmetric: bool = True, desc_act: bool = False, version: int = 1) -> Format:
     """GPTQ's layout, in the first or second version."""
 
     def pack(weight: np.ndarray) -> Matrix:
@@ -231,7 +229,9 @@ def nf4(nested: bool = True) -> Format:
         tensors = {"weight": (flat[0::2] << 4 | flat[1::2])[:, None], "weight.quant_map": book}
         if nested:
             map8, offset = np.linspace(-1, 1, 256, dtype=np.float32), np.float32(absmax.mean())
-            outer = np.array([np.abs(piece - offset).max() for piece in np.array_split(absmax, range(256, len(absmax), 256))])
+            outer = np.array(
+                [np.abs(piece - offset).max() for piece in np.array_split(absmax, range(256, len(absmax), 256))]
+            )
             outer = outer.astype(np.float32)
             each = np.repeat(outer, 256)[: len(absmax)]
             small = np.abs(((absmax - offset) / each)[:, None] - map8).argmin(axis=1).astype(np.uint8)
@@ -269,9 +269,7 @@ def in_decoder(name: str) -> bool:
     return name.endswith("proj.weight") and "visual" not in name
 
 
-def quantize(
-    source: Path, folder: Path, form: Format, chosen: Callable[[str], bool] = in_decoder
-) -> dict[str, Matrix]:
+def quantize(source: Path, folder: Path, form: Format, chosen: Callable[[str], bool] = in_decoder) -> dict[str, Matrix]:
     """Writes a quantized copy of a checkpoint, and beside it a copy with the values that it stands for.
 
     Args:

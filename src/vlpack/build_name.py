@@ -10,15 +10,17 @@ from typing import Any
 from vlpack.architectures import read_settings
 from vlpack.build_plan import BuildOptions, Place
 from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.formats import detect
+from vlpack.checkpoint.formats.detect import FILES
 from vlpack.checkpoint.hub import hub_id, is_folder, is_hub_id, resolve
 from vlpack.checkpoint.hub_sizes import plan_download
 from vlpack.errors import CheckpointError, OptionError, option
 from vlpack.export.preflight import planned_size
-from vlpack.store.packages import Key, Package, find
+from vlpack.store.packages import OWN_BITS, Key, Package, find, find_default
 from vlpack.tasks import AUTO
 
-_FIRST = ("config.json", "model.safetensors.index.json")
-"""The files that say how large a package will be."""
+_FIRST = ("config.json", "model.safetensors.index.json", *FILES)
+"""The files that say how large a package will be, and whether the checkpoint is quantized."""
 _BYTES_PER_SECOND = 250_000_000
 """Bytes of a checkpoint that are packed in a second: half of what two cores do (docs/benchmarks.md), for slow disks."""
 
@@ -59,7 +61,8 @@ class Wanted:
 
     def find(self) -> Package | None:
         """The package that is in the cache already, or None; the network is not used."""
-        return find(self.repository, self.revision, str(self.options.precision), self.key_options)
+        search = find_default if self.options.own_bits else find
+        return search(self.repository, self.revision, str(self.options.precision), self.key_options)
 
     def resolve(self) -> tuple[Key, Path]:
         """Asks the Hub which commit the revision means now, and downloads config.json into the Hugging Face cache.
@@ -68,7 +71,8 @@ class Wanted:
             The key of the package, and the folder with config.json.
 
         Raises:
-            CheckpointError: the Hub cannot be asked and the commit is not in the Hugging Face cache.
+            CheckpointError: the Hub cannot be asked and the commit is not in the Hugging Face cache, or the checkpoint
+                is quantized in a way that vlpack does not read.
         """
         found = resolve(
             self.repository,
@@ -82,7 +86,10 @@ class Wanted:
                 f"The commit of {self.repository} in {found.folder} is not known.",
                 f"Give the package's folder with {option('output')}.",
             )
-        return Key(self.repository, found.commit, str(self.options.precision), self.key_options), found.folder
+        options, key_options = self.options, dict(self.key_options)
+        if options.own_bits and detect(settings := Checkpoint.open_settings(found.folder)) is not None:
+            options, key_options[OWN_BITS] = options.for_checkpoint(settings), True
+        return Key(self.repository, found.commit, str(options.precision), key_options), found.folder
 
 
 @dataclass(frozen=True)
@@ -115,8 +122,9 @@ def costs(wanted: Wanted, key: Key, folder: Path) -> Costs:
     Raises:
         VlpackError: the checkpoint cannot be built with these options, or the Hub cannot be asked for sizes.
     """
-    options = wanted.options
-    architecture = read_settings(Checkpoint.open_settings(folder), None if options.task == AUTO else options.task)
+    settings = Checkpoint.open_settings(folder)
+    options = wanted.options.for_checkpoint(settings)
+    architecture = read_settings(settings, None if options.task == AUTO else options.task)
     package = planned_size(architecture, options.part, options.policy(architecture.precision_facts))
     if Checkpoint.has_weights(folder):
         with Checkpoint.open(folder) as checkpoint:

@@ -105,7 +105,7 @@ class BuildOptions:
 
     @property
     def keeps_nothing(self) -> str:
-        """The option, as a placeholder for messages, that asks for other values than those of a quantized checkpoint."""
+        """The given option that asks for other values than a quantized checkpoint's; empty if there is none."""
         for name in ("block_size", "is_symmetric", "balance", "rotation"):
             value = getattr(self.extra, name)
             if value is not None and not (name in ("balance", "rotation") and value is False):
@@ -230,6 +230,11 @@ def plan_build(source: Place, output: Path, options: BuildOptions, stack: ExitSt
     graphs = trace_graphs(architecture, policy, options)
     weights = [weight for graph in graphs.values() for weight in graph.weights]
     check_reachable(weights, policy, architecture.precision_facts, options.bits)
+    if options.calibrate is not None and imported is not None and not any(weight.calibrated for weight in weights):
+        raise OptionError(
+            f"{option('calibrate')} has no effect: every matrix that it could round keeps the checkpoint's codes.",
+            f"Leave {option('calibrate')} out, or choose another {option('precision')}.",
+        )
     return BuildPlan(
         options=options,
         task=task,
@@ -266,7 +271,7 @@ def _import(
         return None, policy, []
     base.check_values()
     bits = OWN_BITS if options.own_bits else ()
-    found = outcomes(architecture, policy, merged, bits, options.keeps_nothing)
+    found = outcomes(architecture, policy, base, merged, bits, options.keeps_nothing)
     kept = replace(policy.options, kept=kept_rules(found))
     policy = make_policy(policy.precision, policy.provider, kept, architecture.precision_facts)
     return described(base.declared, found), policy, notes(base.declared, found)

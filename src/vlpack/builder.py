@@ -121,7 +121,8 @@ def build(
         source: folder of a checkpoint, or a Hub id.
         output: folder of the package; it must not exist, unless it is a package that ``force`` replaces. None puts the
             package of a Hub id into vlpack's cache of packages, or finds it there if it was built before.
-        precision: fp32, fp16, int8 or int4; by default int8 on the CPU and fp16 elsewhere.
+        precision: fp32, fp16, int8 or int4. By default a quantized checkpoint keeps its own bits, and others become
+            int8 on the CPU and fp16 elsewhere.
         execution_provider: cpu, cuda, dml or webgpu.
         part: ``all``; ``text`` for a decoder that runs by itself; or ``vision`` or ``embedding`` for that graph alone.
         task: generate, embedding, reranker, or auto: the task that the checkpoint indicates, or else generate.

@@ -69,7 +69,11 @@ def test_compressed_tensors(bits: int, group: int | None, symmetric: bool, tmp_p
     signed = (matrix.zeros.astype(np.int16) - (1 << (bits - 1))).astype(np.int8)
     state = {"weight": torch.from_numpy(weight()), "weight_scale": torch.from_numpy(matrix.scales)}
     state = Compressor.compress({**state, "weight_zero_point": torch.from_numpy(signed)}, scheme)
-    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"a": {"weights": args}}}
+    config = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"a": {"weights": args}},
+    }
     with written(tmp_path, config, state) as checkpoint:
         assert np.array_equal(checkpoint.read(NAME), Compressor.decompress(dict(state), scheme)["weight"].numpy())
     by_hand, values = torch_tensors(quantized.compressed(bits, group or -1, symmetric, np.float32), weight())

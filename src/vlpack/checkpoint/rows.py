@@ -24,7 +24,7 @@ class Tensors(Protocol):
     """Named tensors that are read by rows: a `vlpack.checkpoint.checkpoint.Checkpoint`, or a view of one."""
 
     def rows(self, name: str, start: int, stop: int, *, width: int | None = None) -> Array:
-        """Rows ``[start, stop)`` of a tensor, which is read as a matrix if ``width``, its number of columns, is given."""
+        """Rows ``[start, stop)`` of a tensor; ``width`` is the number of columns if it is read as a matrix."""
 
 
 class Rows(Protocol):

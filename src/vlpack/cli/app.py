@@ -78,7 +78,12 @@ def build(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option("-p", "--precision", help="fp32, fp16, int8 or int4. (default: int8 on cpu, else fp16)"),
+        typer.Option(
+            "-p",
+            "--precision",
+            help="fp32, fp16, int8 or int4. (default: the bits of a quantized checkpoint; otherwise int8 on cpu, else "
+            "fp16)",
+        ),
     ] = None,
     execution_provider: Annotated[
         str, typer.Option("-e", "--execution_provider", "--execution-provider", help="cpu, cuda, dml or webgpu.")

@@ -31,7 +31,7 @@ def package_folder(
     Args:
         given: folder of a package; Hub id of a checkpoint, whose package is found in the cache or built there; or name
             of a package in the cache. A folder takes precedence.
-        precision: precision of the package of a Hub id; None for int8.
+        precision: precision of the package of a Hub id; None for int8, or a quantized checkpoint's own bits.
         task: task for which the package of a Hub id is built, or auto.
         update: whether to ask the Hub for the newest commit, instead of using the package that is there.
         yes: whether to download and build without asking.
@@ -65,18 +65,20 @@ def _package_folder(given: str, precision: str | None, task: str, *, update: boo
         return Path(given)
     if update and is_offline():
         raise OptionError("--update needs the network, which HF_HUB_OFFLINE forbids.", "Leave out one of them.")
-    there = None if update else _find(given, (precision or "int8").lower(), task)
+    there = None if update else _find(given, precision and precision.lower(), task)
     if there is not None:
         there.note_use()
         return there.folder
     return _build(given, precision, task, yes=yes)
 
 
-def _find(given: str, precision: str, task: str) -> Package | None:
+def _find(given: str, precision: str | None, task: str) -> Package | None:
     """The package of a Hub id in the cache: one that was built for the task, or that turned out to be for it."""
-    from vlpack.store.packages import find
+    from vlpack.store import packages
 
+    find = packages.find_default if precision is None else packages.find
     repository, revision = hub_id(given)
+    precision = precision or "int8"
     if task == AUTO:
         return find(repository, revision, precision)
     plain = find(repository, revision, precision)

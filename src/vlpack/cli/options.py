@@ -20,7 +20,12 @@ Package = Annotated[
 ]
 Precision = Annotated[
     str | None,
-    typer.Option("-p", "--precision", help="Of the package of a Hub id: fp32, fp16, int8 or int4. (default: int8)"),
+    typer.Option(
+        "-p",
+        "--precision",
+        help="Of the package of a Hub id: fp32, fp16, int8 or int4. (default: int8, or the bits of a quantized "
+        "checkpoint)",
+    ),
 ]
 Update = Annotated[
     bool, typer.Option("--update", help="Ask the Hub whether a Hub id has a newer commit, and build that.")

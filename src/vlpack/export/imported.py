@@ -10,13 +10,15 @@ from vlpack.architectures.base import Architecture
 from vlpack.architectures.ports import GraphOptions
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.formats import Declared
-from vlpack.export.graph import Weight, declare
+from vlpack.export.graph import declare
 from vlpack.quantize.kept import as_rule, common_grid, kept_storage
 from vlpack.quantize.policy import Policy, layer_and_name
 from vlpack.quantize.storage import Blocks, ChannelInt8
 
 OWN_BITS = (4, 8)
 """Numbers of bits that a package keeps if no precision is asked for."""
+MATRICES_OF_EXPERTS = 2
+"""Number of matrices in which a layer's experts are stored: gate and up, and down."""
 
 
 @dataclass(frozen=True)
@@ -43,56 +45,61 @@ class Outcome:
 
 
 def outcomes(
-    architecture: Architecture, policy: Policy, checkpoint: Checkpoint, bits: Collection[int], given: str = ""
+    architecture: Architecture,
+    policy: Policy,
+    base: Checkpoint,
+    merged: Checkpoint,
+    bits: Collection[int],
+    given: str = "",
 ) -> list[Outcome]:
     """What becomes of each quantized matrix of a checkpoint.
 
     Args:
         architecture: architecture of the model.
         policy: precision policy without kept matrices.
-        checkpoint: the checkpoint, with adapters merged.
+        base: the quantized checkpoint.
+        merged: the same checkpoint with adapters merged; the base itself if there are none.
         bits: numbers of bits that are kept whatever the policy gives a matrix.
         given: option that asks for other values than the checkpoint's, so that nothing is kept; empty if there is none.
     """
     found: dict[str, Outcome] = {}
-    weights = [weight for part in _parts(architecture, policy) for weight in part]
-    for weight, role in weights:
-        if weight.path in found or not any(checkpoint.packed(one.name) for one in weight.source.tensors()):
-            continue
-        grid, why = common_grid(weight.source, checkpoint)
-        storage = None
-        if grid is not None and given:
-            why = f"{given} asks for it"
-        elif grid is not None and (weight.experts == 1) == (role != "text.expert"):
-            storage, why = kept_storage(grid, weight.cols, weight.storage, role, policy.provider, bits)
-        quantized = isinstance(weight.storage, Blocks | ChannelInt8)
-        found[weight.path] = Outcome(weight.path, storage, why or "LoRA changes it", quantized)
+    for part in architecture.parts(GraphOptions.of_policy(policy)):
+        for weight in declare(part, policy):
+            names = [tensor.name for tensor in weight.source.tensors() if base.packed(tensor.name)]
+            if not names or weight.path in found:
+                continue
+            storage, (grid, why) = None, common_grid(weight.source, merged)
+            if any(merged.packed(name) is None for name in names):
+                why = "an adapter changes it"
+            elif grid is not None and given:
+                why = f"{given} asks for it"
+            elif grid is not None:
+                storage, why = kept_storage(grid, weight.cols, weight.storage, weight.role, policy.provider, bits)
+            quantized = isinstance(weight.storage, Blocks | ChannelInt8)
+            found[weight.path] = Outcome(weight.path, storage, why, quantized)
     return _with_equal_experts(list(found.values()))
 
 
-def _parts(architecture: Architecture, policy: Policy) -> list[list[tuple[Weight, str]]]:
-    parts = architecture.parts(GraphOptions.of_policy(policy))
-    return [[(weight, weight.role) for weight in declare(part, policy) if weight.role] for part in parts]
-
-
 def _with_equal_experts(found: Sequence[Outcome]) -> list[Outcome]:
-    """The outcomes, with experts kept only if both matrices of a layer have the same blocks, as the kernel needs."""
-    kinds: dict[str, set[Any]] = {}
+    """The outcomes, with the experts of a layer in blocks of one size, or not kept, as the kernel needs.
+
+    Smaller blocks divide larger ones, because both are powers of two; then a scale is repeated.
+    """
+    layers: dict[str, list[Outcome]] = {}
     for one in found:
-        if ".experts." in one.path and isinstance(one.storage, Blocks):
-            kinds.setdefault(one.path.rpartition(".")[0], set()).add((one.storage.bits, one.storage.block_size))
-    complete = {path for path, kind in kinds.items() if len(kind) == 1}
-    kept = {one.path.rpartition(".")[0]: 0 for one in found}
-    for one in found:
-        kept[one.path.rpartition(".")[0]] += one.storage is not None
-    return [
-        replace(one, storage=None, why="the experts' matrices have different grids")
-        if ".experts." in one.path
-        and one.storage is not None
-        and (one.path.rpartition(".")[0] not in complete or kept[one.path.rpartition(".")[0]] < 2)
-        else one
-        for one in found
-    ]
+        if ".experts." in one.path:
+            layers.setdefault(one.path.rpartition(".")[0], []).append(one)
+    changed: dict[str, Outcome] = {}
+    for pair in layers.values():
+        storages = [one.storage for one in pair if isinstance(one.storage, Blocks)]
+        fits = len(storages) == MATRICES_OF_EXPERTS and len({storage.bits for storage in storages}) == 1
+        size = min((storage.block_size for storage in storages), default=0)
+        for one in pair:
+            if isinstance(one.storage, Blocks):
+                storage = replace(one.storage, block_size=size) if fits else None
+                why = "" if fits else "the other matrix of these experts has another grid"
+                changed[one.path] = replace(one, storage=storage, why=why)
+    return [changed.get(one.path, one) for one in found]
 
 
 def kept_rules(found: Sequence[Outcome]) -> list[dict[str, Any]]:

@@ -191,9 +191,11 @@ class Merged(Checkpoint):
         return self._places.keys() | self._deltas.keys()
 
     def packed(self, name: str) -> Packed | None:
+        """The quantized form of a tensor of the base; None if the adapter changes the tensor."""
         return None if name in self.changed else self._base.packed(name)
 
     def total_bytes(self) -> int:
+        """Size of the base's tensors, in bytes."""
         return self._base.total_bytes()
 
     def rows(self, name: str, start: int, stop: int, *, width: int | None = None) -> Array:

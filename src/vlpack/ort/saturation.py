@@ -53,7 +53,9 @@ def warn_of_saturation(manifest: Mapping[str, Any]) -> None:
     labels = (
         {str(rule.get("storage")) for rule in rules if isinstance(rule, dict)} if isinstance(rules, list) else set()
     )
-    signed = {ChannelInt8(calibrated=calibrated, kept=kept).label for calibrated in (0, 1) for kept in (0, 1)}
+    signed = {
+        ChannelInt8(calibrated=calibrated, kept=kept).label for calibrated in (False, True) for kept in (False, True)
+    }
     if signed & labels and saturates():
         warnings.warn(
             "This processor lacks VNNI, so products of the package's int8 weights may saturate, and answers may be "

@@ -22,6 +22,8 @@ Array = npt.NDArray[Any]
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 256, 16
 """Limits of the number of values that share a scale in a kernel's blocks."""
+CHANNEL_ROLES = ("text.linear", "vision.linear", "vision.output")
+"""Roles of weights that can be stored in 8 bits with one scale per channel."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def common_grid(source: Rows, checkpoint: Checkpoint) -> tuple[Grid | None, str]
         return None, ""
     if len(there) < len(packed):
         return None, "only some of its parts are quantized"
-    grids = {}
+    grids: dict[Grid, None] = {}
     for one in there:
         grid = one.grid
         if grid is None:
@@ -87,9 +89,7 @@ def common_grid(source: Rows, checkpoint: Checkpoint) -> tuple[Grid | None, str]
     if not _reads_rows(source):
         return None, "its rows are columns of the checkpoint's tensor"
     found = [one.grid for one in there if one.grid is not None]
-    return replace(
-        found[0], symmetric=all(grid.symmetric for grid in found), half=all(grid.half for grid in found)
-    ), ""
+    return replace(found[0], symmetric=all(grid.symmetric for grid in found), half=all(grid.half for grid in found)), ""
 
 
 def _reads_rows(source: Rows) -> bool:
@@ -121,24 +121,25 @@ def kept_storage(
         bits: numbers of bits that are kept whatever the policy's storage has.
     """
     if not isinstance(chosen, Blocks | ChannelInt8):
-        return None, f"it is stored in {chosen.label} here"
+        return None, f"the precision stores it in {chosen.label}"
     own = chosen.bits if isinstance(chosen, Blocks) else 8
-    if grid.bits not in (own, *bits):
-        return None, f"it has {grid.bits} bits there and {own} here"
-    if provider != "cpu" and grid.bits != 4:
-        return None, f"{provider} multiplies only 4-bit codes"
-    signed = not isinstance(chosen, ChannelInt8) or chosen.signed
     whole = grid.group == cols
-    if whole and grid.bits == 8 and grid.symmetric and role in ("text.linear", "vision.linear", "vision.output"):
-        return ChannelInt8(signed, kept=True), ""
     # a scale of a larger group is repeated for each block in it
     size = cols if whole and cols % SMALLEST_BLOCK == 0 else LARGEST_BLOCK // 2 if whole else grid.group
     block = min(size & -size, LARGEST_BLOCK)
-    if block < SMALLEST_BLOCK or (role == "text.expert" and cols % block):
-        return None, f"groups of {grid.group} columns do not fit the kernel's blocks"
     dtype = chosen.dtype if isinstance(chosen, Blocks) else "float32"
-    if dtype == "float16" and not grid.half:
-        return None, f"its scales would lose digits in the float16 of {provider}"
+    obstacles = {
+        f"it has {grid.bits} bits there and {own} here": grid.bits not in (own, *bits),
+        f"{provider} multiplies only 4-bit codes": provider != "cpu" and grid.bits != 4,
+        f"groups of {grid.group} columns do not fit the kernel's blocks": block < SMALLEST_BLOCK
+        or (role == "text.expert" and cols % block != 0),
+        f"its scales would lose digits in float16, which {provider} needs": dtype == "float16" and not grid.half,
+    }
+    for why, hinders in obstacles.items():
+        if hinders:
+            return None, why
+    if whole and grid.bits == 8 and grid.symmetric and role in CHANNEL_ROLES and provider == "cpu":
+        return ChannelInt8(not isinstance(chosen, ChannelInt8) or chosen.signed, kept=True), ""
     level = chosen.accuracy_level if isinstance(chosen, Blocks) else 4
     return Blocks(grid.bits, block, grid.symmetric, dtype, level, kept=True), ""
 

@@ -30,6 +30,8 @@ from vlpack.store.place import packages_folder
 
 MAIN = "main"
 """The branch that a Hub id without a revision means."""
+OWN_BITS = "own_bits"
+"""The option of a key for a quantized checkpoint that keeps its own bits, because no precision was given."""
 SIDECAR_BYTES = 100_000
 """Largest sidecar that is read, in bytes."""
 
@@ -87,6 +89,8 @@ class Key:
                 words.append(value)
         if "calibrate" in self.options:
             words.append("calibrated")
+        if OWN_BITS in self.options:
+            words.append("own")
         if self.options:
             text = json.dumps(dict(self.options), sort_keys=True)
             words.append(hashlib.sha256(text.encode()).hexdigest()[:8])
@@ -172,6 +176,27 @@ def find(
         and (asked in package.revisions or asked == package.key.commit)
     ]
     return max(fitting, key=lambda package: package.revisions.get(asked, 0), default=None)
+
+
+def find_default(
+    repository: str, revision: str | None, precision: str, options: Mapping[str, Any] | None = None
+) -> Package | None:
+    """The package that was built for a repository and revision without a precision, or None, as `find` finds it.
+
+    Args:
+        repository: Hub repository, ``org/name``.
+        revision: branch, tag or commit, as it was asked for; None for the default branch.
+        precision: default precision of checkpoints that are not quantized.
+        options: other options of the build, as for `find`.
+    """
+    for own in ("int4", "int8", "fp16"):
+        package = find(repository, revision, own, {**(options or {}), OWN_BITS: True})
+        if package is not None:
+            return package
+    package = find(repository, revision, precision, options)
+    if package is not None and "imported" in package_manifest.read_manifest(package.folder):
+        return None  # of a quantized checkpoint, with a precision that was given
+    return package
 
 
 def named(name: str) -> Package | None:

@@ -180,7 +180,9 @@ class _Comparison:
             self._factors,
         )
         loaded = {part: self.graphs.load(part) for part in files}
-        self.weights = Weights(architecture, checkpoint, policy, loaded, manifest.get("calibration", manifest.get("imported")))
+        self.weights = Weights(
+            architecture, checkpoint, policy, loaded, manifest.get("calibration", manifest.get("imported"))
+        )
 
     def _factors(self, layer: int, name: str) -> Array | None:
         """The factors by which the package multiplies the inputs of a matrix in a layer; None for none."""
@@ -204,7 +206,9 @@ class _Comparison:
             one.original = self._trace(reference, one)
         del reference
         totals = [self._run(one, exact=False) for one in asked]
-        other = self._reference(stored=True) if self.is_original or any(weight.error > 0 for weight in weights) else None
+        other = (
+            self._reference(stored=True) if self.is_original or any(weight.error > 0 for weight in weights) else None
+        )
         results = []
         for one, total in zip(asked, totals, strict=True):
             self.progress(f"graph: {one.case.name}")

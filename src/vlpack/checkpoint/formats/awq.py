@@ -52,7 +52,7 @@ class AwqWeight(ColumnPacked):
         return _columns(self.base.read(self.qzeros), start, stop)
 
     def unpack(self, words: Array, start: int, stop: int) -> Array:
-        return _columns(words, start, stop).T
+        return np.asarray(_columns(words, start, stop).T)
 
 
 def _columns(words: Array, start: int, stop: int) -> Array:

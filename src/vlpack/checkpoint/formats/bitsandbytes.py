@@ -3,8 +3,8 @@
 A 4-bit weight ``X.weight`` is stored flat, uint8 [N · K / 2, 1] with the earlier code in the upper half of a byte,
 beside ``X.weight.absmax`` (one for each block of the flat weight), ``X.weight.quant_map`` (the codebook) and
 ``X.weight.quant_state.bitsandbytes__nf4``, a JSON object in UTF-8 with shape, block size and dtype. With double
-quantization, absmax is itself 8-bit codes of ``nested_quant_map`` with ``nested_absmax``. An 8-bit weight is int8 [N, K]
-with ``X.SCB`` [N], 127 times the scale. Source: bitsandbytes 0.50, ``functional.py`` and ``backends/``.
+quantization, absmax is itself 8-bit codes of ``nested_quant_map`` with ``nested_absmax``. An 8-bit weight is int8
+[N, K] with ``X.SCB`` [N], 127 times the scale. Source: bitsandbytes 0.50, ``functional.py`` and ``backends/``.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class CodebookWeight(Packed):
             return stored_factors
         low = start // self.nested
         outer = self.base.rows(f"{self.name}.nested_absmax", low, -(-stop // self.nested), width=1).reshape(-1)
-        factors = self.base.read(f"{self.name}.nested_quant_map")[stored_factors]
+        factors: Array = self.base.read(f"{self.name}.nested_quant_map")[stored_factors]
         with np.errstate(over="ignore", invalid="ignore"):
             factors *= np.repeat(outer, self.nested)[start - low * self.nested :][: len(factors)]
             factors += self.offset
@@ -138,7 +138,8 @@ class Int8Weight(Gridded):
         return values
 
     def codes(self, start: int, stop: int) -> Array:
-        return self.base.rows(self.code, start, stop).view(np.uint8) ^ np.uint8(128)
+        codes: Array = self.base.rows(self.code, start, stop).view(np.uint8) ^ np.uint8(128)
+        return codes
 
     def scales(self, start: int, stop: int) -> Array:
         scales: Array = self.base.rows(self.scb, start, stop, width=1).astype(np.float32) * INVERSE_OF_127

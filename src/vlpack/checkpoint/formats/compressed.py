@@ -62,7 +62,7 @@ class CompressedWeight(Gridded):
         self.label = "compressed-tensors pack-quantized" if packed else "compressed-tensors int-quantized"
         self.symmetric = self.zero not in base.tensors
         if self.symmetric and not scheme.symmetric:
-            raise CheckpointError(f"{where}: {module} has no tensor weight_zero_point, which its scheme needs.", DAMAGED)
+            raise CheckpointError(f"{where}: {module} has no weight_zero_point, which its scheme needs.", DAMAGED)
         if not self.symmetric:
             self.parts = (*self.parts, self.zero)
             self._check_zeros()
@@ -81,7 +81,7 @@ class CompressedWeight(Gridded):
         stored_rows = self.base.rows(self.code, start, stop)
         if self.packed:
             return codes_in(stored_rows, self.bits)[:, : self.cols]
-        return stored_rows.view(np.uint8) ^ np.uint8(128)
+        return np.asarray(stored_rows.view(np.uint8) ^ np.uint8(128))
 
     def scales(self, start: int, stop: int) -> Array:
         if self.whole:
@@ -94,11 +94,11 @@ class CompressedWeight(Gridded):
             return np.full((stop - start, self.groups), 1 << (self.bits - 1), np.uint8)
         if self.base.tensors[self.zero].dtype == np.int8:
             signed = np.broadcast_to(self.base.read(self.zero).reshape(-1, self.groups), (self.count, self.groups))
-            return signed[start:stop].astype(np.int16).__add__(1 << (self.bits - 1)).astype(np.uint8)
+            return np.asarray(signed[start:stop].astype(np.int16) + (1 << (self.bits - 1)), np.uint8)
         per_word = 32 // self.bits
         low = start // per_word
         words = self.base.rows(self.zero, low, -(-stop // per_word))
-        return codes_in(words.T, self.bits).T[start - low * per_word : stop - low * per_word]
+        return np.asarray(codes_in(words.T, self.bits).T[start - low * per_word : stop - low * per_word])
 
     def _check_zeros(self) -> None:
         rows, groups = self.count, self.groups
@@ -115,7 +115,7 @@ class CompressedWeight(Gridded):
         if zero.dtype == np.int8 and self.bits == 4:
             values = self.base.read(self.zero)
             if values.size and (values.min() < -8 or values.max() > 7):
-                raise CheckpointError(f"{zero.file}: the tensor {self.zero} has zero points outside of 4 bits.", DAMAGED)
+                raise CheckpointError(f"{zero.file}: the tensor {self.zero} has values outside of 4 bits.", DAMAGED)
 
 
 def _packed_shape(base: Checkpoint, module: str) -> tuple[tuple[int, ...], int]:
@@ -136,9 +136,9 @@ def _packed_shape(base: Checkpoint, module: str) -> tuple[tuple[int, ...], int]:
 def _fitting(
     schemes: tuple[Scheme, ...], bits: int | None, scales: tuple[int, ...], shape: tuple[int, int]
 ) -> Scheme | None:
-    """The first scheme of integers that a weight with scales of that shape can have; symmetric ones come last."""
+    """The scheme of integers that a weight with scales of that shape can have; symmetric ones come first."""
     rows, cols = shape
-    for scheme in sorted(schemes, key=lambda scheme: not scheme.symmetric, reverse=False):
+    for scheme in sorted(schemes, key=lambda scheme: not scheme.symmetric):
         fits = {
             "tensor": scales in ((), (1,)),
             "channel": scales in ((rows,), (rows, 1)),

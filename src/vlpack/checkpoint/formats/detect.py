@@ -5,9 +5,8 @@ A method that vlpack does not read is an error that names it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.config import Section
@@ -137,15 +136,17 @@ def refused(checkpoint: Checkpoint, what: str, why: str = "which vlpack does not
 def _declarations(checkpoint: Checkpoint) -> Iterator[tuple[Section, str]]:
     """The declarations of a checkpoint, most important first: the object, and where it is, for messages."""
     config_file = str(checkpoint.folder / "config.json")
-    for config in (checkpoint.config, checkpoint.config.get("text_config")):
-        for name, what in SECTIONS.items() if isinstance(config, dict) else ():
-            if config.get(name) is None:
+    text = checkpoint.config.get("text_config")
+    for config in (checkpoint.config, text if isinstance(text, dict) else {}):
+        for name, what in SECTIONS.items():
+            given = config.get(name)
+            if given is None:
                 continue
             if name == "quantization":
                 raise refused(checkpoint, f"{what} in config.json")
-            if not isinstance(config[name], dict):
+            if not isinstance(given, dict):
                 raise CheckpointError(f"{config_file}: '{name}' must be an object.", HINT)
-            values = dict(config[name])
+            values = dict(given)
             if name == "compression_config":
                 values.setdefault("quant_method", "compressed-tensors")
             yield Section(values, f"{config_file}: {name}"), f"{what} in config.json"
@@ -322,12 +323,3 @@ def _schemes(checkpoint: Checkpoint, section: Section, where: str) -> Iterator[S
             _pair(weights, "block_structure") if strategy == "block" else None,
             weights.flag("symmetric", True),
         )
-
-
-def settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config.json without its declarations of quantization, for a reader of the unquantized model."""
-    plain = {name: value for name, value in config.items() if name not in SECTIONS}
-    text = plain.get("text_config")
-    if isinstance(text, dict):
-        plain["text_config"] = {name: value for name, value in text.items() if name not in SECTIONS}
-    return plain

@@ -55,8 +55,10 @@ class Fp8Weight(Packed):
             elif extent == "channel":
                 places |= {tuple(one): (1, cols) for one in ([*experts, rows], [*experts, rows, 1])}
             elif not isinstance(extent, str):
-                places[(*experts, -(-rows // extent[0]), -(-cols // extent[1]))] = extent
-        found = stored(base, scale, [*FLOATS, *EXPONENTS], *places, of=_OF)
+                height, width = extent
+                blocks = (*experts, -(-rows // height), -(-cols // width))
+                places[blocks] = (height, width)
+        found = stored(base, scale, (*FLOATS, *EXPONENTS), *places, of=_OF)
         self.block = places[found.shape]
 
     def rows(self, start: int, stop: int) -> Array:

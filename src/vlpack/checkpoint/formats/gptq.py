@@ -37,9 +37,7 @@ class GptqWeight(ColumnPacked):
 
     label = "GPTQ"
 
-    def __init__(
-        self, base: Checkpoint, module: str, first_version: bool, sizes: tuple[int, int] | None
-    ) -> None:
+    def __init__(self, base: Checkpoint, module: str, first_version: bool, sizes: tuple[int, int] | None) -> None:
         self.qweight, self.qzeros, self.scale = (f"{module}.{part}" for part in ("qweight", "qzeros", "scales"))
         self.first_version = first_version
         packed = stored(base, self.qweight, ["int32"], of=_OF)

@@ -97,7 +97,7 @@ class Packed(ABC):
         raise NotImplementedError
 
     def zeros(self, start: int, stop: int) -> Array:
-        """The zero points of rows ``[start, stop)``, uint8 ``[stop - start, groups]``; only for a weight with a grid."""
+        """The zero points of rows ``[start, stop)``, uint8 ``[stop - start, groups]``; only if there is a grid."""
         raise NotImplementedError
 
     @abstractmethod
@@ -182,8 +182,7 @@ def stored(base: Checkpoint, name: str, dtypes: Sequence[str], *shapes: Sequence
         raise CheckpointError(f"{base.folder} has no tensor {quote(name)}, which {of} needs.", DAMAGED)
     if tensor.dtype.name not in dtypes:
         raise CheckpointError(
-            f"{tensor.file}: the tensor {quote(name)} is of type {tensor.dtype}; in {of} it is "
-            f"{' or '.join(dtypes)}.",
+            f"{tensor.file}: the tensor {quote(name)} is of type {tensor.dtype}; in {of} it is {' or '.join(dtypes)}.",
             DAMAGED,
         )
     if shapes and tensor.shape not in [tuple(shape) for shape in shapes]:

@@ -127,7 +127,7 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
             if name.endswith(end):
                 raise refused(checkpoint, f"{what}: it has the tensor {quote(name)}", f"which {declared.label} has not")
         tensors[name] = tensor
-    for name, weight in weights.items():
+    for name in weights:
         if name in tensors:
             raise CheckpointError(f"{checkpoint.folder} holds {quote(name)} twice, quantized and not quantized.")
     # in the order of the stored bytes, so that reading in this order reads the disk from front to back
