@@ -14,7 +14,6 @@ from vlpack.bulk.question import Question
 from vlpack.bulk.row import Item, Task
 from vlpack.bulk.shards import Row
 from vlpack.engine import Engine, EngineStoppedError
-from vlpack.errors import VlpackError
 
 PREPARING = 2
 """Number of rows whose images are decoded at a time."""
@@ -108,14 +107,7 @@ class Answerer:
         except Exception as error:
             if self.engine.stopped:
                 raise
-            return self._form.failed(task, explained(error))
-
-
-def explained(error: Exception) -> VlpackError:
-    """The error of a row as a sentence, also if no one has foreseen it: one bad row must not end a long run."""
-    if isinstance(error, VlpackError):
-        return error
-    return VlpackError(f"The row cannot be answered: {type(error).__name__}: {str(error)[:300]}")
+            return self._form.failed(task, error)
 
 
 def alike(tasks: Iterable[Task], area: Callable[[Item], int], count: int) -> Iterator[Task]:

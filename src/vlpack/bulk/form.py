@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -49,7 +50,7 @@ class Form(Protocol):
         """The row of the output for an answer."""
         ...
 
-    def failed(self, task: Task, error: VlpackError) -> Row:
+    def failed(self, task: Task, error: Exception) -> Row:
         """The row of the output for a row that cannot be answered."""
         ...
 
@@ -135,13 +136,45 @@ class Rows:
         """The row of the output for an answer."""
         return finished(task.key, task.item, result, self.id_column)
 
-    def failed(self, task: Task, error: VlpackError) -> Row:
+    def failed(self, task: Task, error: Exception) -> Row:
         """The row of the output for a row that cannot be answered."""
-        return self.row(task, {"error": sentence(error, self._words)})
+        return self.row(task, {"error": sentence(explained(error), self._words)})
 
     def tokens(self, row: Row) -> int:
         """The number of tokens of the answer in a row of the output."""
         return int(row["answer_tokens"] or 0)
+
+
+def form_of(kind: str, question: Question, place: Place, words: Words, name: str) -> Form:
+    """The form of the rows of an input.
+
+    Args:
+        kind: kind of the input, as in `vlpack.bulk.source.Source`.
+        question: what is asked about every row.
+        place: where the files of rows are.
+        words: function that writes options in errors.
+        name: name of the package.
+
+    Raises:
+        OptionError: a library that the form needs is not installed.
+    """
+    if kind != "openai":
+        return Rows(question, place, words)
+    missing = [module for module in ("fastapi", "pydantic") if importlib.util.find_spec(module) is None]
+    if missing:
+        raise OptionError(
+            f"OpenAI's batch format needs {' and '.join(missing)}, not installed here.", "pip install 'vlpack[serve]'"
+        )
+    from vlpack.bulk.requests import Requests
+
+    return Requests(name, place, question.max_tokens, words)
+
+
+def explained(error: Exception) -> VlpackError:
+    """The error of a row as a sentence, also if no one has foreseen it: one bad row must not end a long run."""
+    if isinstance(error, VlpackError):
+        return error
+    return VlpackError(f"The row cannot be answered: {type(error).__name__}: {str(error)[:300]}")
 
 
 def sentence(error: VlpackError, words: Words) -> str:

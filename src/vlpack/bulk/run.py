@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vlpack.bulk.answering import AHEAD, Answerer, EngineOptions, alike
-from vlpack.bulk.form import Form, Rows, Words
+from vlpack.bulk.form import Form, Words, form_of
 from vlpack.bulk.media import Place
 from vlpack.bulk.output import Output
 from vlpack.bulk.question import Question
 from vlpack.bulk.row import Ids, Task
 from vlpack.bulk.shards import Row, format_of
 from vlpack.bulk.source import Source, open_source
+from vlpack.bulk.workers import Setting, Workers
 from vlpack.errors import OptionError, in_python, option
 from vlpack.package.manifest import whole_package
 from vlpack.preprocess import VideoOptions
@@ -199,7 +200,9 @@ def batch(
     found = open_source(os.fspath(source), None if files is None else os.path.expanduser(files))
     _check_question(question, found)
     place = Place(found.folder, allow_urls, allow_private_urls)
-    form: Form = Rows(question, place, words)
+    form = form_of(found.name, question, place, words, folder.resolve().name)
+    if found.name == "openai" and format != "jsonl":
+        raise OptionError(f"{option('format')} is {format!r}, but answers in OpenAI's batch format are JSON lines.")
     written = Output(
         Path(os.path.expanduser(output)),
         form.layout,
@@ -215,7 +218,11 @@ def batch(
         first = next(run.tasks, None)  # nothing is loaded if nothing is left to do
         if first is not None:
             options = EngineOptions(slots, context, threads)
-            with _answers(folder, question, form, options, workers) as answers:
+            several = Setting(str(folder), found.name, folder.resolve().name, question, place, words, options)
+            answering: AbstractContextManager[Answers] = (
+                Answerer(folder, question, form, options) if workers == 1 else Workers(several, workers, form)
+            )
+            with answering as answers:
                 run.result.load_seconds = round(time.perf_counter() - started, 3)
                 run.answer(answers, itertools.chain([first], run.tasks), slots * workers)
         return run.end()
@@ -299,15 +306,11 @@ class _Run:
             self._report(result)
 
 
-def _answers(
-    folder: Path, question: Question, form: Form, options: EngineOptions, workers: int
-) -> AbstractContextManager[Answers]:
-    """What answers the rows: an engine in this process, or several processes with an engine each."""
-    return Answerer(folder, question, form, options)
-
-
 def _check_question(question: Question, source: Source) -> None:
     """Raises an OptionError if an option has no effect on an input, or no row can have a question."""
+    if source.name == "openai":
+        for name in question.record().keys() - {"max_tokens", "min_pixels", "max_pixels", "special_tokens"}:
+            raise OptionError(f"{option(name)} has no effect on requests in OpenAI's batch format.", "Leave it out.")
     if source.name == "files":
         if question.prompt is None and question.template is None:
             raise OptionError(

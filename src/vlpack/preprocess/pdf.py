@@ -47,7 +47,7 @@ def _run(data: bytes, arguments: list[str], name: str) -> str:
     except subprocess.TimeoutExpired:
         raise InputError(f"{name} was not rendered within {SECONDS:g} seconds.") from None
     if done.returncode == pdf_worker.MISSING:
-        raise MissingPdfiumError("PDFs need pypdfium2, which is not installed.", "pip install pypdfium2")
+        raise MissingPdfiumError("PDFs need pypdfium2, which is not installed.", "pip install 'vlpack[batch]'")
     if done.returncode:
         raise InputError(f"{name} is damaged, protected, or needs too much memory.")
     return done.stdout.decode("ascii")

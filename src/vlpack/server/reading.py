@@ -64,6 +64,15 @@ async def read(request: Request, kind: type[Body], settings: Settings) -> Body:
         value = await asyncio.to_thread(parse_json, data) if len(data) > _IN_THREAD else parse_json(data)
     except ValueError as error:
         raise wrong(f"The request is not valid JSON: {error}.") from None
+    return fields_of(value, kind)
+
+
+def fields_of(value: Any, kind: type[Body]) -> Body:
+    """Checks the JSON of a request against the fields of its route.
+
+    Raises:
+        ApiError: it is no object, or has an unknown, unsupported or invalid field.
+    """
     if not isinstance(value, dict):
         raise wrong("The request must be a JSON object.")
     # null means the default, as if the field were absent
