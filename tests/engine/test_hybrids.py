@@ -270,7 +270,8 @@ def test_exchanged_slots(hybrid: Callable[[str], Hybrid], engine: Callable[..., 
     there = hybrid("text")
     made = engine(there.build(), slots=2)
     prompts = [made.prompt(words(9, seed)) for seed in (1, 2)]
-    exchanged, exchange = [], made._slots.exchange
+    exchanged: list[None] = []
+    exchange = made._slots.exchange
     made._slots.exchange = lambda one, two: exchanged.append(exchange(one, two))  # type: ignore[method-assign]
     step = made._scheduler._step
 
