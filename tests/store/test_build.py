@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 
+import quantized
 from export.test_preflight import COMMIT, FakeHub
 from samples import DIGITS, vlpack
+from tiny import Tiny
 from vlpack.architectures import read_settings
 from vlpack.build_name import Wanted, costs
 from vlpack.build_plan import BuildOptions
@@ -150,3 +153,23 @@ def test_the_costs_of_a_checkpoint_that_is_there(hub: FakeHub) -> None:
     cost = costs(wanted, key, folder)
     assert (cost.download, cost.cache) == (0, str(folder.parents[2]))
     assert cost.seconds > 0
+
+
+def test_the_default_of_a_quantized_checkpoint(hub: FakeHub, checkpoint: Callable[[Tiny], Path]) -> None:
+    repository = hub.repository.with_name("quantized")
+    quantized.quantize(checkpoint(Tiny(layers=1, depth=1, deepstack=(0,))), repository, quantized.awq())
+    hub.repository = repository
+    eight = build("org/name", precision="int8", part="text")
+    assert eight.folder.name.startswith(f"org--name@{COMMIT[:12]}-int8")
+    own = build("org/name", part="text")  # not the package above, whose precision was given
+    assert own.folder.name.startswith(f"org--name@{COMMIT[:12]}-int4-own-")
+    hub.calls.clear()
+    assert build("org/name", part="text").folder == own.folder
+    assert not hub.calls
+    four = build("org/name", precision="int4", part="text")
+    assert four.folder not in (own.folder, eight.folder)
+    assert len(packages()) == 3
+    wanted = Wanted.read("org/name", BuildOptions(part="text"))
+    key, folder = wanted.resolve()
+    assert key.name == own.folder.name
+    assert costs(wanted, key, folder).package < eight.total_bytes
