@@ -117,6 +117,7 @@ def batch(
     context: int | None = None,
     threads: int | None = None,
     workers: int = 1,
+    ray: str | None = None,
     progress: Callable[[Progress], object] | None = None,
     words: Words = in_python,
 ) -> BatchResult:
@@ -156,6 +157,8 @@ def batch(
         context: number of tokens of prompt and answer together; None for what the model and memory allow.
         threads: number of threads of all processes together; None for all cores.
         workers: number of processes that answer rows.
+        ray: address of a Ray cluster on which these processes run, ``auto`` or ``local``; None for this machine without
+            Ray. The package and the files of rows must be at the same paths on all machines.
         progress: function that is called with the progress about twice a second.
         words: function that writes the options in the errors of rows, for other interfaces than Python.
 
@@ -199,7 +202,7 @@ def batch(
     question.check_constraint()
     found = open_source(os.fspath(source), None if files is None else os.path.expanduser(files))
     _check_question(question, found)
-    place = Place(found.folder, allow_urls, allow_private_urls)
+    place = Place(os.path.realpath(found.folder), allow_urls, allow_private_urls)
     form = form_of(found.name, question, place, words, folder.resolve().name)
     if found.name == "openai" and format != "jsonl":
         raise OptionError(f"{option('format')} is {format!r}, but answers in OpenAI's batch format are JSON lines.")
@@ -218,11 +221,8 @@ def batch(
         first = next(run.tasks, None)  # nothing is loaded if nothing is left to do
         if first is not None:
             options = EngineOptions(slots, context, threads)
-            several = Setting(str(folder), found.name, folder.resolve().name, question, place, words, options)
-            answering: AbstractContextManager[Answers] = (
-                Answerer(folder, question, form, options) if workers == 1 else Workers(several, workers, form)
-            )
-            with answering as answers:
+            several = Setting(str(folder.resolve()), found.name, folder.resolve().name, question, place, words, options)
+            with _answering(several, workers, form, ray) as answers:
                 run.result.load_seconds = round(time.perf_counter() - started, 3)
                 run.answer(answers, itertools.chain([first], run.tasks), slots * workers)
         return run.end()
@@ -304,6 +304,17 @@ class _Run:
             result.seconds_left = None if result.stopped else 0.0
         if self._report is not None:
             self._report(result)
+
+
+def _answering(setting: Setting, workers: int, form: Form, ray: str | None) -> AbstractContextManager[Answers]:
+    """What answers the rows: an engine in this process, several processes, or actors of Ray."""
+    if ray is not None:
+        from vlpack.bulk.cluster import Cluster
+
+        return Cluster(setting, workers, form, ray)
+    if workers > 1:
+        return Workers(setting, workers, form)
+    return Answerer(setting.package, setting.question, form, setting.options)
 
 
 def _check_question(question: Question, source: Source) -> None:

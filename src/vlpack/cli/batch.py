@@ -106,6 +106,14 @@ def batch(
     workers: Annotated[
         int, typer.Option("--workers", help="Number of processes, for machines with several processors.")
     ] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Run the processes on a Ray cluster: its address, auto or local. Its machines must share all paths.",
+        ),
+    ] = None,
     as_json: opt.Json = False,
 ) -> None:
     """Ask about every row of a data set, such as a folder of images; an interrupted run goes on where it was."""
@@ -150,6 +158,7 @@ def batch(
                 context=context,
                 threads=threads,
                 workers=workers,
+                ray=ray,
                 progress=progress,
                 words=on_command_line,
             )

@@ -1,0 +1,201 @@
+"""Batches on a real Ray cluster of two nodes on this machine: the same rows, also if actors are killed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bulk.conftest import right, rows_of, write_rows
+from samples import ANSWERS, IMAGES, READ, vlpack
+from vlpack import Sampling
+from vlpack.bulk import BatchResult
+from vlpack.errors import OptionError, PackageError, VlpackError
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None or not sys.platform.startswith("linux"), reason="pip install 'ray[data]'"
+)
+
+Ask = Callable[..., BatchResult]
+NAMES = sorted(ANSWERS)
+SAME = ("id", "image", "answer", "finish_reason", "prompt_tokens", "image_tokens", "answer_tokens", "error")
+
+
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The module ray, connected to a cluster of two nodes with one CPU each, which only this machine can reach."""
+    place = f"/tmp/vlpack-ray-{secrets.token_hex(4)}"  # short, because paths of sockets have at most 107 characters
+    os.makedirs(f"{place}/ray")
+    wanted = {
+        "RAY_TMPDIR": place,
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # otherwise 127.0.0.1 is replaced by another address of this machine
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_TOKEN": secrets.token_hex(16),
+        "VLPACK_CACHE": str(tmp_path_factory.mktemp("cache")),
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    import ray
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "node_ip_address": "127.0.0.1"}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False}, connect=False)
+    cluster.add_node(**node)
+    ray.init(address=cluster.address, log_to_driver=False, configure_logging=False)
+    assert len([one for one in ray.nodes() if one["Alive"]]) == 2
+    yield ray
+    ray.shutdown()
+    cluster.shutdown()
+    shutil.rmtree(place, ignore_errors=True)
+    for name, value in before.items():
+        os.environ.pop(name)
+        if value is not None:
+            os.environ[name] = value
+
+
+def test_the_same_rows_as_without_ray_although_an_actor_is_killed(
+    ray: Any, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two actors, one on each node; one is killed while it answers, and Ray restarts it."""
+    rows = [{"image": "missing.png"}, *({"image": NAMES[number % 24], "n": number} for number in range(48))]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    ask(path, "plain", prompt=READ, files=IMAGES)
+    from vlpack.bulk import cluster
+
+    killed: list[int] = []
+    made: list[cluster.Cluster] = []
+    enter = cluster.Cluster.__enter__
+    monkeypatch.setattr(cluster.Cluster, "__enter__", lambda self: made.append(self) or enter(self))
+
+    def kill(progress: Any) -> None:
+        if progress.answered >= 5 and not killed:
+            killed.append(ray.get(made[0].actors[0].ready.remote()))
+            os.kill(killed[0], signal.SIGKILL)
+
+    result = ask(path, prompt=READ, files=IMAGES, workers=2, threads=None, slots=2, ray="auto", progress=kill)
+    assert killed
+    assert (result.rows, result.answered, result.errors) == (49, 49, 1)
+    plain, found = rows_of(tmp_path / "plain"), rows_of(tmp_path / "out")
+    assert [{name: row[name] for name in SAME} for row in found] == [
+        {name: row[name] for name in SAME} for row in plain
+    ]
+    assert right(found[1:], "image")
+    again = ask(path, prompt=READ, files=IMAGES, workers=2, threads=None, slots=2, ray="auto")
+    assert (again.before, again.answered) == (49, 0)
+
+
+def test_clusters_that_are_too_small(ray: Any, ask: Ask, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "x"}])
+    with pytest.raises(OptionError, match=r"3 actors with 1 threads do not fit .* machines have \[1, 1\] cores"):
+        ask(path, ray="auto", workers=3, threads=None)
+    with pytest.raises(OptionError, match="context is 1000000000"):
+        ask(path, ray="auto", threads=1, context=10**9)
+
+
+def test_predictor_in_ray_data(ray: Any, digits: Path, tmp_path: Path) -> None:
+    """Rows with messages, pixels and bytes; results have Ray's column generated_text."""
+    pytest.importorskip("pyarrow")
+    import ray.data
+
+    from vlpack.ray import Predictor
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    images = [{"image": (IMAGES / name).read_bytes(), "name": name} for name in NAMES[:10]]
+    asked = {"prompt": READ, "max_tokens": 20, "sampling": Sampling(temperature=0), "context": 200, "slots": 2}
+    rows = (
+        ray.data.from_items([*images, {"image": b"damaged", "name": "damaged"}])
+        .map_batches(
+            Predictor,
+            fn_constructor_args=(digits.as_uri(),),  # copied once to this machine
+            fn_constructor_kwargs=asked,
+            compute=ray.data.ActorPoolStrategy(size=2),
+            num_cpus=1,
+            batch_size=4,
+        )
+        .take_all()
+    )
+    by_name = {row["name"]: row for row in rows}
+    assert len(rows) == len(by_name) == 11
+    assert "not an image" in by_name.pop("damaged")["error"]
+    for name, row in by_name.items():
+        assert row["generated_text"].split() == ANSWERS[name]["read"].split()
+        assert (row["finish_reason"], row["error"]) == ("stop", None)
+        assert row["image"] == (IMAGES / name).read_bytes()
+    copies = list(Path(os.environ["VLPACK_CACHE"], "copied").iterdir())
+    assert sorted(path.suffix for path in copies) == ["", ".lock"]
+
+
+@pytest.fixture
+def predictor(digits: Path) -> Callable[..., Any]:
+    """Returns a function that makes a predictor in this process."""
+    pytest.importorskip("ray")
+    from vlpack.ray import Predictor
+
+    common = {"max_tokens": 20, "sampling": Sampling(temperature=0), "context": 200, "threads": 1}
+    return lambda **options: Predictor(digits, **{**common, **options})
+
+
+def test_functions_before_and_after(predictor: Callable[..., Any]) -> None:
+    def before(row: dict[str, Any]) -> dict[str, Any]:
+        content = [{"type": "image", "image": row["picture"]}, {"type": "text", "text": READ}]
+        return {"messages": [{"role": "user", "content": content}], "name": row["name"]}
+
+    def after(row: dict[str, Any]) -> dict[str, Any]:
+        return {"name": row["name"], "digits": row["generated_text"].split()}
+
+    made = predictor(preprocess=before, postprocess=after, files=str(IMAGES))
+    found = made({"picture": np.array(NAMES[:3], object), "name": np.array(NAMES[:3])})
+    assert list(found) == ["name", "digits"]
+    assert list(found["digits"]) == [ANSWERS[name]["read"].split() for name in NAMES[:3]]
+
+
+def test_arrays_of_pixels_and_files(predictor: Callable[..., Any]) -> None:
+    pixels = np.stack([np.asarray(Image.open(IMAGES / name).convert("RGB")) for name in NAMES[:1]])
+    made = predictor(prompt=READ)
+    found = made({"image": pixels, "n": np.array([5], np.int16)})
+    assert found["generated_text"][0].split() == ANSWERS[NAMES[0]]["read"].split()
+    assert found["image"] is pixels
+    assert found["n"].dtype == np.int16
+    found = made({"image": np.array([str(IMAGES / NAMES[0])], object)})
+    assert "has no folder of files" in found["error"][0] or "have no folder of files" in found["error"][0]
+
+
+def test_packages_on_a_node(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    pytest.importorskip("pyarrow")
+    from vlpack.ray import package_on_node
+
+    monkeypatch.setenv("VLPACK_CACHE", str(tmp_path / "cache"))
+    assert package_on_node(digits) == digits
+    shutil.copytree(digits, tmp_path / "package")
+    copy = package_on_node((tmp_path / "package").as_uri())
+    assert sorted(path.name for path in copy.iterdir()) == sorted(path.name for path in digits.iterdir())
+    (tmp_path / "package" / "tokenizer.json").write_text("{}")
+    assert package_on_node((tmp_path / "package").as_uri()) == copy  # copied before
+    (tmp_path / "package").rename(tmp_path / "other")
+    with pytest.raises(PackageError, match=r"is damaged: tokenizer\.json has 2 bytes"):
+        package_on_node((tmp_path / "other").as_uri())
+    with pytest.raises(PackageError, match="cannot be copied"):
+        package_on_node((tmp_path / "nothing").as_uri())
+
+
+def test_without_ray(
+    ask: Ask, capsys: pytest.CaptureFixture[str], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "x"}])
+    monkeypatch.setattr("vlpack.bulk.cluster.importlib.util.find_spec", lambda name: None)
+    done = vlpack(capsys, "batch", digits, path, "-o", tmp_path / "out", "--ray", "auto")
+    assert (done.code, done.err) == (2, "error: Ray is not installed.\npip install 'vlpack[ray]'\n")
+    with pytest.raises(VlpackError, match="Ray is not installed"):
+        ask(path, ray="auto")
