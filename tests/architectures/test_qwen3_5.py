@@ -32,6 +32,7 @@ from vlpack.layers import ops
 from vlpack.layers.attention import Attention
 from vlpack.layers.rope import chunked_axes
 from vlpack.options import parse_extra_options
+from vlpack.preprocess import Prompt
 from vlpack.runtime.model import Model
 from vlpack.runtime.sampling import Sampling
 from vlpack.verification.cases import built_in
@@ -369,22 +370,39 @@ def test_going_back_is_wrong(made: Made, monkeypatch: pytest.MonkeyPatch) -> Non
     assert answers != wanted
 
 
-def test_images_in_a_conversation(made: Made) -> None:
+def with_images(hybrid: Hybrid, prompt: Prompt, count: int) -> list[int]:
+    """The first ``count`` tokens of the reference's greedy answer to a prompt, without stopping at an end token."""
+    given = {name: torch.tensor(array) for name, array in prompt.transformers_arrays(IMAGE, VIDEO).items()}
+    mask = torch.ones_like(given["input_ids"])
+    out = hybrid.reference.generate(
+        **given, attention_mask=mask, do_sample=False, max_new_tokens=count, eos_token_id=None
+    )
+    answer: list[int] = out[0, prompt.input_ids.size :].tolist()
+    return answer
+
+
+@pytest.mark.parametrize("size", [(48, 80), (384, 400)], ids=["small", "more than a chunk"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_images_in_a_conversation(
+    kept: bool, size: tuple[int, int], made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The large image is computed in two calls, and the states after it are copied within it."""
     hybrid = made(SEES)
+    if not kept:
+        monkeypatch.setattr(Model, "kept_conversation", lambda *_: None)
     model = Model(hybrid.build("last"), threads=1)
     chat = model.chat(max_tokens=3, sampling=GREEDY)
-    picture = np.random.default_rng(5).integers(0, 256, (48, 80, 3), np.uint8)
-    for text, images in (("Hello", []), ("What is this?", [picture]), ("And?", []), ("So?", [])):
+    picture, *others = (
+        np.random.default_rng(5).integers(0, 256, (*shape, 3), np.uint8) for shape in (size, (64, 48), (32, 80))
+    )
+    turns = (("Hello", []), ("?", [picture]), ("And?", []), (TURNS[2] * 3, [others[0]]), ("So?", [others[1]]))
+    for text, images in turns:
         parts = [{"type": "image", "image": image} for image in images]
         content = [*parts, {"type": "text", "text": text}] if parts else text
         prompt = model.prompt([*chat.messages, {"role": "user", "content": content}])
-        arrays = prompt.transformers_arrays(IMAGE, VIDEO)
-        given = {name: torch.tensor(array) for name, array in arrays.items()}
-        out = hybrid.reference.generate(
-            **given, attention_mask=torch.ones_like(given["input_ids"]), do_sample=False, max_new_tokens=3,
-            eos_token_id=None,
-        )  # fmt: skip
-        assert chat.ask(text, images).tokens == out[0, prompt.input_ids.size :].tolist()
+        answer = chat.ask(text, images)
+        assert answer.tokens == with_images(hybrid, prompt, 3)
+    assert not kept or answer.stats.reused_tokens > 0
 
 
 @pytest.mark.parametrize(("precision", "others"), [("int8", "int8"), ("int4", "int4"), ("fp16", "float16")])
@@ -671,11 +689,7 @@ def test_commands_for_packages(made: Made, tmp_path: Path, capsys: pytest.Captur
     )
     assert answered.code == 0, answered.err
     prompt = Model(folder, threads=1, lazy=True).prompt("What?", [picture])
-    arrays = prompt.transformers_arrays(IMAGE, VIDEO)
-    given = {name: torch.tensor(array) for name, array in arrays.items()}
-    mask = torch.ones_like(given["input_ids"])
-    out = made(SEES).reference.generate(**given, attention_mask=mask, do_sample=False, max_new_tokens=3)
-    assert json.loads(answered.out)["tokens"] == out[0, prompt.input_ids.size :].tolist()
+    assert json.loads(answered.out)["tokens"] == with_images(made(SEES), prompt, 3)
     data = tmp_path / "questions.jsonl"
     data.write_text(json.dumps({"question": "What?", "image": "picture.png", "answer": "x"}), encoding="utf-8")
     scored = vlpack(capsys, "eval", folder, data, "--reference", made(SEES).checkpoint, "--max-tokens", 3, "--json")

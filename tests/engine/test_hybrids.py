@@ -270,15 +270,14 @@ def test_exchanged_slots(hybrid: Callable[[str], Hybrid], engine: Callable[..., 
     there = hybrid("text")
     made = engine(there.build(), slots=2)
     prompts = [made.prompt(words(9, seed)) for seed in (1, 2)]
-    exchanged: list[None] = []
-    exchange = made._slots.exchange
-    made._slots.exchange = lambda one, two: exchanged.append(exchange(one, two))  # type: ignore[method-assign]
-    step = made._scheduler._step
+    step, exchanged = made._scheduler._step, 0
 
     def stepped() -> None:
+        nonlocal exchanged
         step()
         if len(made._scheduler._decoding) == 2:
             made._slots.exchange(*made._slots.rows(0, 2))
+            exchanged += 1
 
     made._scheduler._step = stepped  # type: ignore[method-assign]
     handles = [made.submit(prompt, max_tokens=60, sampling=GREEDY) for prompt in prompts]

@@ -34,7 +34,7 @@ from vlpack.preprocess.prompt_builder import check_vision_start
 from vlpack.preprocess.settings_folder import SettingsFolder
 from vlpack.runtime.genai_model import open_package, read_config, vision_encoder
 from vlpack.runtime.limits import too_long
-from vlpack.runtime.model import NO_VIDEOS, VIDEO_TYPES, as_messages, check_prompt
+from vlpack.runtime.questions import NO_VIDEOS, VIDEO_TYPES, as_messages, check_prompt
 from vlpack.runtime.sampler import Sampler, choice_of
 from vlpack.runtime.sampling import Sampling, check_number, sampling_of
 from vlpack.runtime.stopping import StopTexts

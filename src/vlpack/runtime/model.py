@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vlpack.decoding.graphs import Graphs
-from vlpack.errors import InputError, OptionError, option
+from vlpack.errors import OptionError, option
 from vlpack.ort.saturation import warn_of_saturation
 from vlpack.package.genai import eos_ids, keeps_states
 from vlpack.package.manifest import graph_files
@@ -26,21 +26,12 @@ from vlpack.runtime.genai import og
 from vlpack.runtime.genai_model import SIZES, load_model, make_generator, open_package, read_config, vision_encoder
 from vlpack.runtime.kept_states import KeptConversation
 from vlpack.runtime.limits import too_long
+from vlpack.runtime.questions import NO_VIDEOS, VIDEO_TYPES, as_messages, check_prompt
 from vlpack.runtime.sampling import Sampling, check_number, sampling_of
 from vlpack.runtime.stage_clock import StageClock
 from vlpack.runtime.stopping import StopTexts
 from vlpack.system import checked_threads, total_memory_bytes
 from vlpack.tasks import GENERATE, Loaded
-
-NO_VIDEOS = (
-    "Videos of Qwen2-VL and Qwen2.5-VL are not supported: the runtime would give a video, and the text after it, other "
-    "positions than the model expects."
-)
-"""The reason why videos are refused for models other than those of `VIDEO_TYPES`."""
-
-VIDEO_TYPES = ("qwen3_vl", "qwen3_5", "qwen3_5_moe")
-"""The runtime's types of models that take videos: they give every temporal patch the positions of a single image, which
-the runtime computes correctly."""
 
 
 class Model(Loaded):
@@ -388,35 +379,3 @@ class Model(Loaded):
             generator = make_generator(runtime, prompt.named_arrays(), options)
             generator.generate_next_token()
         return Begun(generator, clock.seconds_until("image_features", started))
-
-
-def as_messages(
-    messages: str | Sequence[Message], images: Sequence[ImageSource], videos: Sequence[VideoSource]
-) -> Sequence[Message]:
-    """Turns a question into a conversation of one message, with images and videos before the text.
-
-    A conversation is returned unchanged.
-    """
-    if not isinstance(messages, str):
-        return messages
-    parts = [*({"type": "image"} for _ in images), *({"type": "video"} for _ in videos)]
-    if not parts:  # the chat templates of text models take no parts
-        return [{"role": "user", "content": messages}]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": messages}]}]
-
-
-def check_prompt(prompt: Prompt, given: dict[str, Any], model: dict[str, Any]) -> None:
-    """Checks a prompt that is already made: that no options for making it are given, and that it suits the package."""
-    for what, value in given.items():
-        if value:
-            raise InputError(
-                f"The prompt is already made, so {what} would have no effect.", f"Give {what} to Model.prompt."
-            )
-    if prompt.has_images and "vision" not in model:
-        raise InputError("The prompt has images, but the package has no vision part.", "Send text only.")
-    if prompt.videos and model.get("type") not in VIDEO_TYPES:
-        raise InputError(NO_VIDEOS, "Send single images.")
-    if prompt.input_ids.max(initial=0) >= model["vocab_size"]:
-        raise InputError(
-            "The prompt has tokens that the package does not know.", "Make it with this model's `prompt` method."
-        )
