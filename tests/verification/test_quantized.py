@@ -28,7 +28,8 @@ def test_the_quantized_checkpoint(
     report = verify(tmp_path / "package", tmp_path / "checkpoint", cases=CASES, tokens=2, threads=1)
     assert report.precision == precision
     assert report.ok, report.findings
-    assert report.weights and all(weight.same for weight in report.weights)
+    assert report.weights
+    assert all(weight.same for weight in report.weights)
     assert all(weight.error == 0 for weight in report.weights if "kept" in weight.storage)
 
 

@@ -6,13 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vlpack.architectures import Part, architecture_of, read_settings
+from vlpack.architectures import Architecture, Part, architecture_of, read_settings
 from vlpack.architectures.hparams import TextFacts, VisionFacts
 from vlpack.architectures.ports import GraphOptions
 from vlpack.architectures.task import decide_task
 from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.formats import Unpacked, detect
 from vlpack.errors import Note
 from vlpack.export.check import check_tensors
+from vlpack.export.imported import OWN_BITS, outcomes
+from vlpack.export.imported import described as summary
 from vlpack.package.description import without_cache
 from vlpack.quantize.policy import QuantizationOptions, make_policy
 from vlpack.tasks import AUTO, GENERATE, RERANKER
@@ -20,6 +23,9 @@ from vlpack.tasks import AUTO, GENERATE, RERANKER
 
 def inspect_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     """Describes a checkpoint: architecture, sizes, tensors by dtype, and the parts of a package built from it.
+
+    For a quantized checkpoint, ``quantized`` has its format and, if weights are read, what a build without a precision
+    makes of each group of matrices.
 
     Args:
         folder: the checkpoint's folder.
@@ -42,8 +48,12 @@ def inspect_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
             architecture, named = architecture_of(checkpoint, task)
             policy = make_policy("fp32", "cpu", QuantizationOptions(), architecture.precision_facts)
             check_tensors(architecture, named, policy)
+            if isinstance(named, Unpacked):
+                described["quantized"] = _imported(architecture, named)
         else:
             architecture = read_settings(checkpoint)
+            if (declared := detect(checkpoint)) is not None:
+                described["quantized"] = {"format": declared.label, "bits": declared.bits}
             task, notes = decide_task(checkpoint, AUTO, folder.resolve().name)
             # a reranker needs the token ids of yes and no, which only the tokenizer knows
             architecture.task = GENERATE if task == RERANKER else task
@@ -60,6 +70,14 @@ def inspect_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
             "parts": [part.name for part in parts],
             "graphs": {part.name: _ports(part) for part in parts},
         }
+
+
+def _imported(architecture: Architecture, checkpoint: Unpacked) -> dict[str, Any]:
+    """What becomes of the matrices of a quantized checkpoint in a package for the CPU, with its own bits."""
+    precision = "int4" if checkpoint.declared.bits == 4 else "int8"
+    policy = make_policy(precision, "cpu", QuantizationOptions(), architecture.precision_facts)
+    found = outcomes(architecture, policy, checkpoint, checkpoint, OWN_BITS)
+    return {**summary(checkpoint.declared, found), "skipped": list(checkpoint.declared.skipped)}
 
 
 def _sizes(facts: TextFacts | VisionFacts) -> dict[str, Any]:
