@@ -230,7 +230,8 @@ def plan_build(source: Place, output: Path, options: BuildOptions, stack: ExitSt
     graphs = trace_graphs(architecture, policy, options)
     weights = [weight for graph in graphs.values() for weight in graph.weights]
     check_reachable(weights, policy, architecture.precision_facts, options.bits)
-    if options.calibrate is not None and imported is not None and not any(weight.calibrated for weight in weights):
+    fitted = [weight for weight in weights if weight.calibrated and weight.role != "text.head"]
+    if options.calibrate is not None and imported is not None and not fitted:
         raise OptionError(
             f"{option('calibrate')} has no effect: every matrix that it could round keeps the checkpoint's codes.",
             f"Leave {option('calibrate')} out, or choose another {option('precision')}.",

@@ -131,6 +131,9 @@ def kept_storage(
     obstacles = {
         f"it has {grid.bits} bits there and {own} here": grid.bits not in (own, *bits),
         f"{provider} multiplies only 4-bit codes": provider != "cpu" and grid.bits != 4,
+        # rounding 8-bit weights again loses less than rounding inputs that are not rotated (docs/results.md)
+        "8 bits with rotation are nearer to the checkpoint, whose inputs are not rounded": grid.bits == 8
+        and not grid.rounded_inputs,
         f"groups of {grid.group} columns do not fit the kernel's blocks": block < SMALLEST_BLOCK
         or (role == "text.expert" and cols % block != 0),
         f"its scales would lose digits in float16, which {provider} needs": dtype == "float16" and not grid.half,

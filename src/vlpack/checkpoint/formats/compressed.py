@@ -75,7 +75,10 @@ class CompressedWeight(Gridded):
 
     @property
     def grid(self) -> Grid | None:
-        return None if self.obstacle else Grid(self.bits, self.group, self.symmetric, is_half(self.base, self.scale))
+        if self.obstacle:
+            return None
+        half = is_half(self.base, self.scale)
+        return Grid(self.bits, self.group, self.symmetric, half, rounded_inputs=not self.packed)
 
     def codes(self, start: int, stop: int) -> Array:
         stored_rows = self.base.rows(self.code, start, stop)

@@ -35,12 +35,14 @@ class Grid:
         group: number of adjacent columns that share a scale and a zero point; K if there is one for each row.
         symmetric: whether all zero points are the middle code ``2 ** (bits - 1)``.
         half: whether every scale is exact in float16.
+        rounded_inputs: whether the checkpoint's own model rounds the inputs of the weight to 8 bits, as w8a8 does.
     """
 
     bits: int
     group: int
     symmetric: bool
     half: bool
+    rounded_inputs: bool = False
 
 
 class Packed(ABC):
