@@ -175,6 +175,13 @@ def gptq(bits: int = 4, group: int = 32, symmetric: bool = True, desc_act: bool 
     return Format({**config, "checkpoint_format": "gptq" if version == 1 else "gptq_v2"}, pack)
 
 
+def auto_round(layout: Format) -> Format:
+    """AutoRound's declaration of the layout of `awq` or `gptq`."""
+    packing = "auto_round:auto_awq" if layout.config["quant_method"] == "awq" else "auto_round:auto_gptq"
+    config = {name: layout.config[name] for name in ("bits", "group_size")}
+    return Format({**config, "quant_method": "auto-round", "packing_format": packing, "data_type": "int"}, layout.pack)
+
+
 def fp8(block: tuple[int, int] | None = (64, 64), dtype: Any = np.float32) -> Format:
     """FP8 with scales for blocks, or for rows (by compressed-tensors) if ``block`` is None."""
 

@@ -189,12 +189,12 @@ def test_integer_weights(source: Path, refused: Callable[..., str]) -> None:
         tensors[QUERY] = Tensor("I8", tensors[QUERY].shape, tensors[QUERY].data[::2])
 
     edit_tensors(source, to_bytes)
-    refused(source, QUERY, "int8", "Quantized checkpoints are not supported")
+    refused(source, QUERY, "int8", "its config does not say how")
 
 
 def test_a_quantized_checkpoint_is_reported_as_such(source: Path, refused: Callable[..., str]) -> None:
     edit_tensors(source, lambda tensors: tensors.__delitem__(QUERY))
-    edit_json(source / "config.json", "quantization_config", value={"quant_method": "fp8"})
+    edit_json(source / "config.json", "quantization_config", value={"quant_method": "hqq"})
     refused(source, "quantized", "original")
 
 

@@ -32,6 +32,8 @@ FORMATS: dict[str, Format] = {
     "gptq-v2": quantized.gptq(symmetric=False, version=2),
     "gptq-act": quantized.gptq(symmetric=False, desc_act=True),
     "gptq-8": quantized.gptq(bits=8, group=-1),
+    "auto-round": quantized.auto_round(quantized.gptq(symmetric=False)),
+    "auto-round-awq": quantized.auto_round(quantized.awq()),
     "fp8": quantized.fp8(),
     "fp8-bf16": quantized.fp8((32, 48), ml_dtypes.bfloat16),
     "fp8-exponents": quantized.fp8(dtype=np.uint8),

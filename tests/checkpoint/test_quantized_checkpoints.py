@@ -46,6 +46,11 @@ def refused(source: Path, tmp_path: Path, match: str) -> None:
         ("quantization_config", {"quant_method": "awq", "bits": 4, "zero_point": False}, "AWQ without zero points"),
         ("quantization_config", {"quant_method": "gptq", "bits": 3, "group_size": 128}, "GPTQ .* with 3 bits"),
         ("quantization_config", {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin'"),
+        (
+            "quantization_config",
+            {"quant_method": "auto-round", "bits": 4, "packing_format": "a:b"},
+            "AutoRound .*'a:b'",
+        ),
         ("quantization_config", {"quant_method": "fp8", "fmt": "e5m2"}, "FP8 of the type 'e5m2'"),
         ("quantization_config", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "NVFP4.* of ModelOpt"),
         ("quantization_config", {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "NVFP4"),

@@ -15,7 +15,7 @@ import quantized
 from family import Member, make_member
 from parity import Package, Reference, make_inputs, relative
 from quantized import Format, Matrix, quantize
-from samples import content
+from samples import content, vlpack
 from tiny import Tiny, make_checkpoint
 from vlpack.architectures import architecture_of
 from vlpack.builder import build
@@ -200,6 +200,7 @@ def test_options_are_obeyed(
     assert manifest["precision"] == options.get("precision", "int4")
     assert not any("kept" in rule["storage"] for rule in manifest["policy"])
     assert any(why in note for note in result.notes)
+    assert {found[1] for found in outcome(tmp_path / "package").values()} == {why}
 
 
 def test_calibration_without_effect(copies: Callable[..., tuple[Path, dict[str, Matrix]]], tmp_path: Path) -> None:
@@ -277,3 +278,23 @@ def test_lora_on_kept_codes(copies: Callable[..., tuple[Path, dict[str, Matrix]]
     found = {(group["modules"].rpartition(".")[2], group["done"], group["count"], group["why"]) for group in groups}
     changed = ("up_proj", "rounded again", 1, "an adapter changes it")
     assert {("up_proj", "kept", 1, ""), changed, ("gate_proj", "kept", 2, "")} <= found
+
+
+@pytest.mark.parametrize(("form", "done"), [(quantized.awq(), "kept"), (quantized.fp8(), "rounded again")])
+def test_inspect(
+    form: Format,
+    done: str,
+    copies: Callable[..., tuple[Path, dict[str, Matrix]]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, _ = copies(form)
+    build(folder, tmp_path / "package", part="text", threads=2)
+    for place, key in ((folder, "quantized"), (tmp_path / "package", "imported")):
+        described = inspect(place)[key]
+        assert {group["done"] for group in described["groups"]} == {done}
+        shown = vlpack(capsys, "inspect", str(place))
+        assert f"quantized: {described['format']}" in shown.out
+        assert f"2 × model.language_model.layers.*.mlp.down_proj {done}" in shown.out
+    (folder / "model.safetensors").unlink()
+    assert inspect(folder)["quantized"] == {"format": described["format"], "bits": described["bits"]}

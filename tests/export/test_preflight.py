@@ -66,7 +66,7 @@ def test_settings_come_first_and_weights_of_the_same_commit(hub: FakeHub, tmp_pa
 
 WRONG: dict[str, tuple[tuple[str, ...], Any, dict[str, Any], str]] = {
     "architecture": (("architectures",), ["MambaForCausalLM"], {}, "MambaForCausalLM is not supported"),
-    "quantized": (("quantization_config",), {"quant_method": "fp8"}, {}, "already quantized"),
+    "quantized": (("quantization_config",), {"quant_method": "hqq"}, {}, "already quantized"),
     "rotary": (("text_config", "rope_parameters", "rope_type"), "linear", {}, "rope_type 'linear'"),
     "size": (("text_config", "hidden_size"), -1, {}, "hidden_size"),
     "task": (("architectures",), ["Qwen3VLModel"], {"task": "generate"}, "not offered for the task generate"),

@@ -307,7 +307,7 @@ def _show_checkpoint(description: dict[str, Any]) -> None:
     head = "tied" if description["tied"] else "untied"
     out.print(f"task {description['task']}, head {head}, {description['deepstack_levels']} DeepStack levels")
     if "quantized" in description:
-        _show_quantized(description["quantized"], "without --precision")
+        _show_quantized(description["quantized"])
     for note in description["notes"]:
         out.print(f"[yellow]note:[/] {escape(on_command_line(note))}")
     for name, part in description["graphs"].items():
@@ -315,12 +315,12 @@ def _show_checkpoint(description: dict[str, Any]) -> None:
         _show_ports(part)
 
 
-def _show_quantized(quantized: dict[str, Any], when: str) -> None:
+def _show_quantized(quantized: dict[str, Any]) -> None:
     """Prints the format of a quantized checkpoint, and what becomes of its matrices, without markup."""
     print_plain(f"quantized: {quantized['format']}")
     for group in quantized.get("groups", []):
-        why = f": {on_command_line(group['why'])}" if group["why"] else f" as {group['storage']}"
-        print_plain(f"  {group['count']} × {group['modules']} {group['done']}{why} ({when})")
+        why = f": {group['why']}" if group["why"] else f", {group.get('storage')}"
+        print_plain(f"  {group['count']} × {group['modules']} {group['done']}{why}")
 
 
 def _show_ports(part: dict[str, Any]) -> None:
@@ -353,7 +353,7 @@ def _show_package(description: dict[str, Any]) -> None:
     rules = "; ".join(f"{_fits(rule)} → {rule['storage']}" for rule in description["policy"])
     print_plain(f"policy, first match wins: {rules}")
     if "imported" in description:
-        _show_quantized(description["imported"], "from the checkpoint")
+        _show_quantized(description["imported"])
     total = sum(description["files"].values())
     checked = "hashes checked" if description["hashes_checked"] else "sizes checked"
     out.print(f"{len(description['files'])} files, {size(total)}, {checked}")

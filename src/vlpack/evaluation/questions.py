@@ -288,7 +288,7 @@ def _reference(folder: Path, model: Model, max_tokens: int) -> Answerer:
         config = transformers.AutoConfig.from_pretrained(folder)
         kind = getattr(transformers, config.architectures[0])
         loaded = kind.from_pretrained(folder, dtype=torch.float32).eval()
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (ImportError, OSError, ValueError, AttributeError, TypeError) as error:  # a format's library may be missing
         raise VerifyError(f"transformers cannot load {folder}: {str(error).splitlines()[0]}") from None
     image_token = model.config["model"].get("image_token_id")
 

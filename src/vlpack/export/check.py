@@ -47,7 +47,7 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
             raise CheckpointError(
                 f"{found.file}: the tensor {name} is of type {found.dtype}; weights must be bfloat16, float16, float32 "
                 "or float64.",
-                "Quantized checkpoints are not supported: use the original checkpoint.",
+                "If it is quantized, its config does not say how: use the original checkpoint.",
             )
     if architecture.tied and HEAD in checkpoint.tensors:
         check_equal(checkpoint, f"{architecture.decoder.prefix}.embed_tokens.weight")

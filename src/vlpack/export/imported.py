@@ -10,6 +10,7 @@ from vlpack.architectures.base import Architecture
 from vlpack.architectures.ports import GraphOptions
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.formats import Declared
+from vlpack.errors import in_python
 from vlpack.export.graph import declare
 from vlpack.quantize.kept import as_rule, common_grid, kept_storage
 from vlpack.quantize.policy import Policy, layer_and_name
@@ -120,7 +121,7 @@ def described(declared: Declared, found: Sequence[Outcome]) -> dict[str, Any]:
     for one in found:
         done = "kept" if one.storage is not None else "rounded again" if one.rounded else "dequantized"
         storage = {} if one.storage is None else {"storage": one.storage.label}
-        new = {"modules": one.modules, "count": 0, "done": done, "why": one.why, **storage}
+        new = {"modules": one.modules, "count": 0, "done": done, "why": in_python(one.why), **storage}
         groups.setdefault((one.modules, done + one.why + str(storage)), new)["count"] += 1
     return {"format": declared.label, "bits": declared.bits, "groups": list(groups.values())}
 

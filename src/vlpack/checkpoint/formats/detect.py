@@ -37,7 +37,7 @@ ENDINGS = {
 }
 """Endings of tensor names that no unquantized model of the supported families has, and the methods that use them."""
 
-READ = "compressed-tensors (pack-quantized, int-quantized, float-quantized), AWQ gemm, GPTQ, FP8 and bitsandbytes"
+READ = "compressed-tensors (pack-quantized, int-quantized, float-quantized), AWQ gemm, GPTQ, AutoRound, FP8 and bitsandbytes"
 """The formats that are read, for messages."""
 HINT = f"Use the original checkpoint, in bfloat16 or float32, or one in a format that vlpack reads: {READ}."
 
@@ -171,6 +171,7 @@ def _read(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
         "compressed-tensors": _compressed,
         "awq": _awq,
         "gptq": _gptq,
+        "auto-round": _auto_round,
         "fp8": _fp8,
         "bitsandbytes": _bitsandbytes,
         "modelopt": _modelopt,
@@ -214,6 +215,20 @@ def _gptq(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
     order = ", desc_act" if section.values.get("desc_act") is True else ""
     label = f"GPTQ, {bits} bits, {_groups(size)}{order}"
     return Declared("gptq", where, label, bits, size, bool(section.values.get("dynamic")), form == "gptq")
+
+
+def _auto_round(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
+    """AutoRound's own declaration of the layouts of GPTQ's first version (``auto_gptq``) and AWQ (``auto_awq``)."""
+    packing = str(section.values.get("packing_format", "auto_round:auto_gptq"))
+    bits, size = section.integer("bits", high=64), _group_size(section, 128)
+    plain = section.values.get("data_type", "int") == "int" and not section.values.get("rotation_config")
+    known = packing.endswith((":auto_gptq", ":auto_awq"))
+    if not (plain and known) or bits not in ((4,) if "awq" in packing else (4, 8)):
+        raise refused(checkpoint, f"AutoRound in the format {quote(packing)} with {bits} bits; {where}")
+    label, varies = f"AutoRound, {bits} bits, {_groups(size)}", bool(section.values.get("extra_config"))
+    if "awq" in packing:
+        return Declared("awq", where, label, bits, size)
+    return Declared("gptq", where, label, bits, size, varies)
 
 
 def _fp8(checkpoint: Checkpoint, section: Section, where: str) -> Declared:

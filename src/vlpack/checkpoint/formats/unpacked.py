@@ -1,6 +1,6 @@
 """A quantized checkpoint, presented as if it were not: the tensors have the names and shapes of the original model.
 
-Code that reads it needs no knowledge of quantization. `Checkpoint.packed` gives access to the codes.
+Code that reads it needs no knowledge of quantization; `Checkpoint.packed` gives access to the codes.
 """
 
 from __future__ import annotations
