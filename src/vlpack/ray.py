@@ -167,7 +167,8 @@ def _plain(value: Any) -> Any:
 def _column(values: list[Any]) -> npt.NDArray[Any]:
     """A column of a batch, which may have None and values of any type."""
     made = np.empty(len(values), object)
-    made[:] = values
+    for place, value in enumerate(values):  # assigning all at once would make lists of equal length a matrix
+        made[place] = value
     return made
 
 
