@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,8 @@ def _plain(value: Any) -> Any:
 def _column(values: list[Any]) -> npt.NDArray[Any]:
     """A column of a batch, which may have None and values of any type."""
     made = np.empty(len(values), object)
-    made[:] = values
+    for place, value in enumerate(values):  # assigning all at once would make lists of equal length a matrix
+        made[place] = value
     return made
 
 
@@ -208,7 +210,9 @@ def _copied(uri: str) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{place}.lock"):
         if not place.exists():
-            partial = place.with_name(f"{place.name}.partial")  # one that is left over is overwritten
+            partial = place.with_name(f"{place.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # what a killed process has left
+            partial.mkdir()
             try:
                 fs.copy_files(uri, partial.as_uri())
             except (OSError, ValueError) as error:

@@ -253,6 +253,20 @@ def test_paths_never_lead_out_of_the_folder(ask: Ask, tmp_path: Path) -> None:
     assert rows_of(tmp_path / "above")[1]["error"] is None
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links")
+def test_a_snapshot_in_the_cache_of_hugging_face(ask: Ask, tmp_path: Path) -> None:
+    """Its files are links to the blobs of the same repository; a folder with another name may not have such links."""
+    for repository, good in (("datasets--org--name", True), ("data", False)):
+        snapshot = tmp_path / repository / "snapshots" / "0123"
+        snapshot.mkdir(parents=True)
+        (tmp_path / repository / "blobs").mkdir()
+        shutil.copyfile(IMAGES / "00.png", tmp_path / repository / "blobs" / "abc")
+        (snapshot / "00.png").symlink_to("../../blobs/abc")
+        ask(snapshot, repository + "-out", prompt=READ)
+        (row,) = rows_of(tmp_path / f"{repository}-out")
+        assert (row["error"] is None) == good
+
+
 @pytest.fixture
 def server() -> Iterator[str]:
     """The address of a server on this machine with the shipped images."""

@@ -156,6 +156,7 @@ def test_functions_before_and_after(predictor: Callable[..., Any]) -> None:
 
     made = predictor(preprocess=before, postprocess=after, files=str(IMAGES))
     found = made({"picture": np.array(NAMES[:3], object), "name": np.array(NAMES[:3])})
+    assert found["digits"].shape == (3,)
     assert list(found) == ["name", "digits"]
     assert list(found["digits"]) == [ANSWERS[name]["read"].split() for name in NAMES[:3]]
 

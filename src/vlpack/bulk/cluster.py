@@ -43,16 +43,22 @@ class Actor:
     """
 
     def __init__(self, setting: Setting) -> None:
-        form = form_of(setting.kind, setting.question, setting.place, setting.words, setting.name)
-        self._answerer = Answerer(setting.package, setting.question, form, setting.options)
+        self._answerer: Answerer | None = None
+        self._error: VlpackError | None = None
+        try:
+            form = form_of(setting.kind, setting.question, setting.place, setting.words, setting.name)
+            self._answerer = Answerer(setting.package, setting.question, form, setting.options)
+        except VlpackError as error:  # Ray would wrap it in a text; `ready` hands it over
+            self._error = error
 
     def answer(self, task: Task) -> Row:
         """Answers a row; Ray calls it from several threads at a time."""
+        assert self._answerer is not None, "it is ready"
         return self._answerer.submit(task).result()
 
-    def ready(self) -> int:
-        """The process id of the actor; returns when the package is loaded."""
-        return os.getpid()
+    def ready(self) -> int | VlpackError:
+        """The process id of the actor when the package is loaded, or why it cannot be loaded."""
+        return self._error or os.getpid()
 
 
 class Cluster:
@@ -122,7 +128,9 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         try:
-            self._ray.get([actor.ready.remote() for actor in self.actors])
+            for found in self._ray.get([actor.ready.remote() for actor in self.actors]):
+                if isinstance(found, VlpackError):
+                    raise found
         except BaseException as error:
             self.__exit__()
             raise self._cause(error) from None

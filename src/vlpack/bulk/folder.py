@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from vlpack.checkpoint.files import read_small
 from vlpack.errors import CheckpointError, InputError, option
+
+_SNAPSHOT = re.compile(r"/(datasets|models)--[^/]+/snapshots/[^/]+$")
 
 
 class Folder:
@@ -20,7 +23,7 @@ class Folder:
         self._folder = folder
         self._home = None if folder is None else Path(os.path.realpath(folder))
         self._allowed = [] if self._home is None else [self._home]
-        if self._home is not None and self._home.parent.name == "snapshots":
+        if self._home is not None and _SNAPSHOT.search(self._home.as_posix()):
             # links in the Hugging Face cache lead to the blobs of the same repository
             self._allowed.append(self._home.parent.parent / "blobs")
 
