@@ -71,7 +71,7 @@ def write(
     choose: Choose,
     change: Callable[[gguf.GGUFWriter], object] = lambda writer: None,
     *,
-    tokenizer: bool = True,
+    pre: str = "qwen2",
 ) -> dict[str, np.ndarray]:
     """Writes a text decoder as a GGUF file.
 
@@ -80,7 +80,7 @@ def write(
         path: path of the file.
         choose: chooses the type of each tensor.
         change: adds to the file's metadata.
-        tokenizer: whether the tokenizer is written.
+        pre: kind of the tokenizer's rules.
 
     Returns:
         The values of the tensors by the names of the checkpoint, in its order of rows.
@@ -91,18 +91,15 @@ def write(
     name, text = ARCHITECTURES[config["architectures"][0]], config.get("text_config", config)
     writer = gguf.GGUFWriter(path, name)
     _settings(writer, text)
-    if tokenizer:
-        _tokenizer(writer, checkpoint)
+    _tokenizer(writer, checkpoint, pre)
     tensors = {
         own.replace("model.language_model.", "model."): values.astype(np.float32)
         for own, values in load_file(checkpoint / "model.safetensors").items()
-        if ".visual." not in own
+        if "visual." not in own
     }
     change(writer)
     done: dict[str, np.ndarray] = {}
-    names = gguf.get_tensor_name_map(
-        {v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[name], text["num_hidden_layers"]
-    )
+    names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[name], text["num_hidden_layers"])
     for number, (group, own) in enumerate(_groups(tensors, text).items()):
         new = names.get_name(group, try_suffixes=(".weight", ".bias"))
         assert new is not None, group
@@ -160,8 +157,9 @@ def _settings(writer: gguf.GGUFWriter, text: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    if text.get("num_experts"):
-        writer.add_expert_count(text["num_experts"])
+    experts = text.get("num_experts") or text.get("num_local_experts")
+    if experts:
+        writer.add_expert_count(experts)
         writer.add_expert_used_count(text["num_experts_per_tok"])
         writer.add_expert_feed_forward_length(text["moe_intermediate_size"])
     if rope.get("rope_type") == "llama3":
@@ -179,7 +177,7 @@ def _llama3_factors(text: Mapping[str, Any], rope: Mapping[str, Any]) -> np.ndar
     return (plain / scaled.numpy()).astype(np.float32)
 
 
-def _tokenizer(writer: gguf.GGUFWriter, checkpoint: Path) -> None:
+def _tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, pre: str) -> None:
     data = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
     config = json.loads((checkpoint / "tokenizer_config.json").read_text(encoding="utf-8"))
     size = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
@@ -191,7 +189,7 @@ def _tokenizer(writer: gguf.GGUFWriter, checkpoint: Path) -> None:
         tokens[one["id"]] = one["content"]
         kinds[one["id"]] = gguf.TokenType.CONTROL if one["special"] else gguf.TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     writer.add_token_merges([" ".join(pair) for pair in data["model"]["merges"]])

@@ -196,7 +196,9 @@ def _model_of(folder: Path, pool: FilePool) -> tuple[Path, list[str]]:
         (others if metadata.get("general.architecture") == "clip" else models).append(name)
     if len(models) != 1:
         shown = ", ".join(models[:4]) + (" and others" if len(models) > 4 else "")
-        what = f"{len(models)} models in GGUF files: {shown}" if models else f"only vision encoders: {', '.join(others)}"
+        what = (
+            f"{len(models)} models in GGUF files: {shown}" if models else f"only vision encoders: {', '.join(others)}"
+        )
         raise CheckpointError(f"{folder} has {what}.", "Give the GGUF file of one model.")
     return folder / models[0], others
 

@@ -46,7 +46,19 @@ MAX_RANK = 4
 WINDOW = 1 << 20
 """Number of bytes that are read at once."""
 
-_NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "u1", 10: "<u8", 11: "<i8", 12: "<f8"}
+_NUMBERS = {
+    0: "u1",
+    1: "i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "u1",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 """Types of metadata values → dtypes; 7 is a truth value."""
 _BOOL, _FLOAT, _STRING, _ARRAY = 7, 6, 8, 9
 

@@ -7,7 +7,6 @@ queries and keys, ``LlamaTensorProcessor`` of transformers' ``modeling_gguf_pyto
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 """Modules outside of the layers."""
@@ -69,9 +68,3 @@ def turned_heads(architecture: str, name: str, heads: int, kv_heads: int) -> int
     if architecture != "llama" or found is None or found["module"] not in _TURNED:
         return 0
     return heads if found["module"] == "attn_q" else kv_heads
-
-
-def layers_with(module: str, names: Iterator[str]) -> set[int]:
-    """The layers that have a module, by its name in GGUF files."""
-    found = (_NAME.fullmatch(name) for name in names)
-    return {int(one["layer"]) for one in found if one is not None and one["module"] == module and one["layer"]}

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from vlpack.checkpoint.config import Section
 from vlpack.checkpoint.gguf.header import Entry
-from vlpack.checkpoint.gguf.names import HEAD, ROPE_FACTORS, layers_with
+from vlpack.checkpoint.gguf.names import HEAD, ROPE_FACTORS
 from vlpack.errors import CheckpointError
 
 Array = npt.NDArray[Any]
@@ -70,7 +70,9 @@ def model_config(metadata: Section, tensors: Mapping[str, Entry], rope_factors: 
     model_class, model_type = MODELS[name]
     embedding = tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
-        raise CheckpointError(f"{metadata.where.removesuffix(': metadata')} has no token embedding (token_embd.weight).")
+        raise CheckpointError(
+            f"{metadata.where.removesuffix(': metadata')} has no token embedding (token_embd.weight)."
+        )
     heads = keys.integer("attention.head_count", high=1 << 12)
     hidden = keys.integer("embedding_length", high=1 << 20)
     head_dim = keys.integer("attention.key_length", hidden // heads, high=1 << 12)
@@ -104,7 +106,7 @@ def model_config(metadata: Section, tensors: Mapping[str, Entry], rope_factors: 
         config["rope_scaling"] = scaling
     experts = keys.integer("expert_count", 0, low=0, high=1 << 12)
     if model_type == "qwen3_moe":
-        config |= _experts(keys, tensors, experts, config["num_hidden_layers"])
+        config |= _experts(keys, tensors, experts)
     elif experts:
         raise CheckpointError(f"{keys.metadata.where}: {name} with {experts} experts is not supported.")
     return config
@@ -135,7 +137,9 @@ def _rope_scaling(keys: _Keys, config: Mapping[str, Any], factors: Array | None)
     kind = keys.metadata.values.get(f"{keys.name}.rope.scaling.type", "none")
     if factors is not None:
         if kind not in ("none", "llama3"):
-            raise CheckpointError(f"{keys.metadata.where}: rope scaling {kind!r:.60} with {ROPE_FACTORS} is not supported.")
+            raise CheckpointError(
+                f"{keys.metadata.where}: rope scaling {kind!r:.60} with {ROPE_FACTORS} is not supported."
+            )
         return _llama3(keys, config, factors)
     if kind == "none":
         return None
@@ -182,9 +186,8 @@ def _llama3(keys: _Keys, config: Mapping[str, Any], factors: Array) -> dict[str,
     )
 
 
-def _experts(keys: _Keys, tensors: Mapping[str, Entry], experts: int, layers: int) -> dict[str, Any]:
-    sparse = layers_with("ffn_gate_exps", iter(tensors))
-    first = tensors.get(f"blk.{min(sparse)}.ffn_gate_exps.weight") if sparse else None
+def _experts(keys: _Keys, tensors: Mapping[str, Entry], experts: int) -> dict[str, Any]:
+    first = tensors.get("blk.0.ffn_gate_exps.weight")
     if first is None or len(first.shape) != 3 or first.shape[0] != experts:
         shape = None if first is None else list(first.shape)
         raise CheckpointError(
@@ -196,6 +199,5 @@ def _experts(keys: _Keys, tensors: Mapping[str, Entry], experts: int, layers: in
         "num_experts_per_tok": keys.integer("expert_used_count", high=experts),
         "moe_intermediate_size": keys.integer("expert_feed_forward_length", first.shape[1], high=1 << 24),
         "decoder_sparse_step": 1,
-        "mlp_only_layers": sorted(set(range(layers)) - sparse),
         "norm_topk_prob": True,  # llama.cpp does so for all files of these architectures
     }

@@ -103,7 +103,9 @@ def tokenizer_files(metadata: Section, vocabulary: int, length: int, *, settings
             f"are: gpt2 with {', '.join(RULES)}.",
             OWN,
         )
-    added = [_added(token, number, kinds[number]) for number, token in enumerate(tokens) if kinds[number] in (CONTROL, USER)]
+    added = [
+        _added(token, number, kinds[number]) for number, token in enumerate(tokens) if kinds[number] in (CONTROL, USER)
+    ]
     files["tokenizer_config.json"] = _config(metadata, rules, tokens, added, length)
     if rules is not None and not settings_only:
         files["tokenizer.json"] = _tokenizer(metadata, rules, tokens, kinds, added)
@@ -120,7 +122,9 @@ def _strings(metadata: Section, name: str) -> list[str]:
 def _kinds(metadata: Section, count: int) -> list[int]:
     kinds = metadata.values.get("tokenizer.ggml.token_type") or [NORMAL] * count
     if not isinstance(kinds, list) or len(kinds) != count or not set(kinds) <= set(range(7)):
-        raise CheckpointError(f"{metadata.where}: 'tokenizer.ggml.token_type' must have the kind of each of {count} tokens.")
+        raise CheckpointError(
+            f"{metadata.where}: 'tokenizer.ggml.token_type' must have the kind of each of {count} tokens."
+        )
     return kinds
 
 
@@ -148,7 +152,9 @@ def _affixes(metadata: Section, rules: Rules, count: int) -> tuple[list[int], li
     ends: list[list[int]] = []
     for name, default in (("bos", rules.begins), ("eos", False)):
         number = _token_id(metadata, name, count)
-        ends.append([number] if number is not None and metadata.flag(f"tokenizer.ggml.add_{name}_token", default) else [])
+        ends.append(
+            [number] if number is not None and metadata.flag(f"tokenizer.ggml.add_{name}_token", default) else []
+        )
     return ends[0], ends[1]
 
 
@@ -187,14 +193,18 @@ def _tokenizer(
         if kinds[number] == UNUSED:
             continue
         if token in vocabulary or not token:
-            what = f"the tokens {vocabulary[token]} and {number} are both {quote(token)}" if token else "a token is empty"
+            what = (
+                f"the tokens {vocabulary[token]} and {number} are both {quote(token)}" if token else "a token is empty"
+            )
             raise CheckpointError(f"{metadata.where}: {what}.", OWN)
         vocabulary[token] = number
     merges = []
     for merge in _strings(metadata, "merges"):
         first, _, second = merge.partition(" ")
         if not {first, second, first + second} <= vocabulary.keys():
-            raise CheckpointError(f"{metadata.where}: the merge {quote(merge)} is not of two tokens to a third one.", OWN)
+            raise CheckpointError(
+                f"{metadata.where}: the merge {quote(merge)} is not of two tokens to a third one.", OWN
+            )
         merges.append([first, second])
     before, after = _affixes(metadata, rules, len(tokens))
     return {
