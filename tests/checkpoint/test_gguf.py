@@ -240,5 +240,5 @@ def test_a_folder_with_a_tokenizer_of_its_own(plain: Path, tmp_path: Path) -> No
     build(folder, tmp_path / "package", threads=1)
     assert (tmp_path / "package" / "tokenizer.json").read_bytes() == (plain / "tokenizer.json").read_bytes()
     shutil.copyfile(folder / "model.gguf", folder / "second.gguf")
-    with pytest.raises(CheckpointError, match="2 models in GGUF files: model.gguf, second.gguf"):
+    with pytest.raises(CheckpointError, match="2 models in GGUF files: model"):
         build(folder, tmp_path / "other")

@@ -1,7 +1,7 @@
 """GGUF's blocks: matrices of which each row is a sequence of blocks of bytes, with their scales inside.
 
-Q4_0 and Q8_0 have a grid, ``(code - zero) · scale`` in blocks of 32 with scales in float16. The values of the other types
-are sums of products of several numbers, which no kernel's grid holds. `vlpack.checkpoint.gguf` reads the files.
+Q4_0 and Q8_0 have a grid, ``(code - zero) · scale`` in blocks of 32 with scales in float16. The values of the other
+types are sums of products of several numbers, which no kernel's grid holds. `vlpack.checkpoint.gguf` reads the files.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A GGUF file as a checkpoint: tensors under Hugging Face's names, and the other files of a checkpoint's folder.
 
-The settings and the tokenizer are written to a temporary folder, so that all code that reads a checkpoint's folder reads
-them in the same way.
+The settings and the tokenizer are written to a temporary folder, so that all code that reads a checkpoint's folder
+reads them in the same way.
 """
 
 from __future__ import annotations
@@ -121,7 +121,8 @@ class Gguf(Checkpoint):
             count = turned_heads(name, entry.name, config["num_attention_heads"], config["num_key_value_heads"])
             if count and entry.shape[0] % (2 * count):
                 raise CheckpointError(
-                    f"{path}: the tensor {quote(entry.name)} has {entry.shape[0]} rows, which {count} heads do not divide."
+                    f"{path}: the tensor {quote(entry.name)} has {entry.shape[0]} rows, which {count} heads do "
+                    "not divide."
                 )
             for tensor in _tensors(path, entry):
                 if tensor.name in tensors:
@@ -155,10 +156,12 @@ class Gguf(Checkpoint):
         return dict(sorted(values.items(), key=lambda item: -item[1]))
 
     def renamed(self, prefixes: Mapping[str, str]) -> Gguf:
+        """A view of the same file with renamed tensors, as for any checkpoint."""
         plain = super().renamed(prefixes)
         return self._view(dict(plain.tensors), {new_name(name, prefixes): one for name, one in self.blocks.items()})
 
     def without(self, name: str) -> Gguf:
+        """A view of the same file without the tensor ``name``, if there is one."""
         plain = super().without(name)
         return self._view(dict(plain.tensors), {key: one for key, one in self.blocks.items() if key != name})
 
@@ -227,8 +230,8 @@ def _tensors(path: Path, entry: Entry) -> list[TensorInfo]:
     if isinstance(entry.kind, BlockType):
         if len(shape) != 2:
             raise CheckpointError(
-                f"{path}: the tensor {quote(entry.name)} is stored as {entry.kind.name}, which only matrices can be; it "
-                f"has the shape {list(shape)}."
+                f"{path}: the tensor {quote(entry.name)} is stored as {entry.kind.name}, which only matrices can be; "
+                f"it has the shape {list(shape)}."
             )
         shape = (shape[0], shape[1] // entry.kind.values * entry.kind.block.itemsize)
     else:

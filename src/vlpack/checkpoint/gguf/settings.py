@@ -180,8 +180,8 @@ def _llama3(keys: _Keys, config: Mapping[str, Any], factors: Array) -> dict[str,
         if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4, atol=0):
             return scaling
     raise CheckpointError(
-        f"{keys.metadata.where.removesuffix(': metadata')}: the tensor {ROPE_FACTORS} has other rotary frequencies than "
-        "Llama 3.1 to 3.3, which are not supported.",
+        f"{keys.metadata.where.removesuffix(': metadata')}: the tensor {ROPE_FACTORS} has other rotary frequencies "
+        "than Llama 3.1 to 3.3, which are not supported.",
         "Build from the model's original checkpoint.",
     )
 

@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file's metadata, as the tokenizer.json and tokenizer_config.json of a Hugging Face checkpoint.
+"""The tokenizer in a GGUF file's metadata, as tokenizer.json and tokenizer_config.json of a Hugging Face checkpoint.
 
 Byte-level BPE is read, with the rules of pre-tokenization that the metadata names. Tokens of the kinds control and
 user-defined become added tokens; unused ones, which fill the vocabulary up to the size of the embedding, are left out.
@@ -25,8 +25,8 @@ NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 ENDS = ("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 """Control tokens that end an answer by their names, as in llama.cpp, in addition to those that the metadata names."""
 OWN = (
-    "Put the tokenizer.json and tokenizer_config.json of the original model into one folder with the GGUF file, and give "
-    "the folder."
+    "Put the tokenizer.json and tokenizer_config.json of the original model into one folder with the GGUF file, and "
+    "give the folder."
 )
 """What to do about a tokenizer that is not read."""
 
@@ -99,8 +99,8 @@ def tokenizer_files(metadata: Section, vocabulary: int, length: int, *, settings
     rules = RULES.get(pre) if isinstance(pre, str) and kind == "gpt2" else None
     if rules is None and not settings_only:
         raise CheckpointError(
-            f"{metadata.where}: the tokenizer is of the kind {quote(kind)}, {quote(pre)}, which is not read; kinds that "
-            f"are: gpt2 with {', '.join(RULES)}.",
+            f"{metadata.where}: the tokenizer is of the kind {quote(kind)}, {quote(pre)}, which is not read; kinds "
+            f"that are: gpt2 with {', '.join(RULES)}.",
             OWN,
         )
     added = [
