@@ -17,7 +17,7 @@ from vlpack.calibration.bits import check_reachable
 from vlpack.calibration.options import check_bits, check_calibration
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.formats import Unpacked, detect
-from vlpack.checkpoint.hub import ResolvedSource
+from vlpack.checkpoint.hub import ResolvedSource, is_folder
 from vlpack.errors import OptionError, option
 from vlpack.export.check import check_tensors, ignored_notes
 from vlpack.export.graph import Graph, Weight, trace
@@ -185,7 +185,7 @@ def plan_build(source: Place, output: Path, options: BuildOptions, stack: ExitSt
     """Finds the checkpoint, checks that it can be built with these options, and traces the graphs.
 
     Args:
-        source: folder of a checkpoint, or a Hub id.
+        source: folder of a checkpoint, a GGUF file, or a Hub id.
         output: folder of the package, which need not exist.
         options: options of the build.
         stack: exit stack that closes the checkpoint and the adapters.
@@ -247,6 +247,7 @@ def plan_build(source: Place, output: Path, options: BuildOptions, stack: ExitSt
         origin=_origin(found, adapters),
         imported=imported,
         notes=(
+            *opened.notes,
             *outcome,
             *_unused_hub_options([source, *places], options.cache_dir, extra),
             *reasons,
@@ -316,9 +317,10 @@ def _unused_hub_options(
     """A note on Hub options that local folders do not need; no error, because callers of other builders set them."""
     given = (("cache_dir", cache_dir), ("extra.hf_token", extra.hf_token))
     unused = [option(name) for name, value in given if value is not None]
-    if not unused or not all(Path(place).expanduser().is_dir() for place in places):
+    if not unused or not all(is_folder(place) for place in places):
         return []
-    return [f"The checkpoint is a folder, so {' and '.join(unused)} had no effect."]
+    kind = "folder" if Path(places[0]).expanduser().is_dir() else "file"
+    return [f"The checkpoint is a {kind}, so {' and '.join(unused)} had no effect."]
 
 
 def _check_sharing(architecture: Architecture, policy: Policy, extra: ExtraOptions) -> list[str]:

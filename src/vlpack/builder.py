@@ -118,7 +118,7 @@ def build(
     """Builds a package from a checkpoint.
 
     Args:
-        source: folder of a checkpoint, or a Hub id.
+        source: folder of a checkpoint, a GGUF file, or a Hub id.
         output: folder of the package; it must not exist, unless it is a package that ``force`` replaces. None puts the
             package of a Hub id into vlpack's cache of packages, or finds it there if it was built before.
         precision: fp32, fp16, int8 or int4. By default a quantized checkpoint keeps its own bits, and others become
@@ -324,7 +324,7 @@ def calibrate_plan(plan: BuildPlan, beside: Path, progress: Progress | None) -> 
 
     report = progress.say if progress else report_nothing
     eight_bits = build(
-        plan.checkpoint.folder,
+        plan.checkpoint.place,
         beside,
         precision="int8",
         task=plan.task,
@@ -409,7 +409,9 @@ def _in_background(work: Callable[[], Any]) -> Future[Any]:
 
 
 def _hash_sources(checkpoint: Checkpoint) -> dict[str, str]:
-    names = [*checkpoint.weight_files(), checkpoint.folder / "config.json"]
+    names = list(checkpoint.weight_files())
+    if checkpoint.place == checkpoint.folder:  # a GGUF file has its settings inside
+        names.append(checkpoint.folder / "config.json")
     return {path.name: checkpoint.sha256(path) for path in names}
 
 

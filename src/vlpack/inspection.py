@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlpack.checkpoint.files import existing_folder
+from vlpack.checkpoint.gguf import gguf_in
 from vlpack.checkpoint.hub import SETTINGS, is_folder, is_hub_id, resolve
 from vlpack.errors import VlpackError
 from vlpack.package.description import inspect_package
@@ -17,7 +18,8 @@ def inspect(path: str | os.PathLike[str], *, hashes: bool = True) -> dict[str, A
     """Describes a package or a checkpoint.
 
     Args:
-        path: folder of the package or checkpoint, or Hub id of a checkpoint, whose weights are not downloaded.
+        path: folder of the package or checkpoint, a GGUF file, or Hub id of a checkpoint, whose weights are not
+            downloaded.
         hashes: whether to compare the SHA-256 of every file of a package.
 
     Returns:
@@ -31,6 +33,10 @@ def inspect(path: str | os.PathLike[str], *, hashes: bool = True) -> dict[str, A
         from vlpack.export.description import inspect_checkpoint
 
         return inspect_checkpoint(resolve(os.fspath(path), patterns=SETTINGS).folder, weights=False)
+    if gguf_in(path) and Path(path).expanduser().is_file():
+        from vlpack.export.description import inspect_checkpoint
+
+        return inspect_checkpoint(Path(path).expanduser())
     folder = existing_folder(path, VlpackError, "Give the folder of a package or of a checkpoint, or a Hub id.")
     if (folder / MANIFEST).is_file():
         return inspect_package(folder, hashes=hashes)

@@ -58,6 +58,8 @@ class Checkpoint:
     folder: Path
     config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
+    notes: tuple[str, ...] = ()
+    """Sentences about the checkpoint that the user should read."""
 
     def __init__(
         self, folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo], files: list[Path], pool: FilePool
@@ -67,13 +69,24 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
-        """Opens and validates a folder. A CheckpointError says what is wrong with it, where, and what to do."""
+        """Opens and validates a folder or a GGUF file.
+
+        Raises:
+            CheckpointError: it is not usable; the message says what is wrong, where, and what to do.
+        """
+        if (gguf := _as_gguf(folder)) is not None:
+            return gguf
         settings = cls.open_settings(folder)
         return cls.of_files(settings.folder, settings.config, *_find_weights(settings.folder, settings.config))
 
     @classmethod
     def open_settings(cls, folder: str | os.PathLike[str]) -> Checkpoint:
-        """Opens only config.json and the other small files: weights are not looked for, and `tensors` is empty."""
+        """Opens only config.json and the other small files: weights are not looked for, and `tensors` is empty.
+
+        A GGUF file has its settings and the table of its tensors in one place, so it is opened as by `open`.
+        """
+        if (gguf := _as_gguf(folder)) is not None:
+            return gguf
         folder = existing_folder(folder, hint="Give a folder that holds config.json and model*.safetensors.")
         config = _read_json(folder, "config.json")
         if config is None and locate(folder, "adapter_config.json"):
@@ -120,6 +133,11 @@ class Checkpoint:
             pool.close()
             raise
         return cls(folder, config, tensors, [folder / name for name in files], pool)
+
+    @property
+    def place(self) -> Path:
+        """The path that opens the same checkpoint again: the folder, or the GGUF file."""
+        return next((path for path in self._files if path.suffix == ".gguf"), self.folder)
 
     @property
     def architecture(self) -> str:
@@ -205,9 +223,10 @@ class Checkpoint:
     def sha256(self, path: str | os.PathLike[str]) -> str:
         """The SHA-256 of a file of the folder, given by name or path, in hexadecimal."""
         path = Path(path)
-        if path.parent not in {Path("."), self.folder}:
-            raise CheckpointError(f"{path} is not a file of {self.folder}.")
-        path = self.folder / path.name
+        if path not in self._files:
+            if path.parent not in {Path("."), self.folder}:
+                raise CheckpointError(f"{path} is not a file of {self.folder}.")
+            path = self.folder / path.name
         if path in self._files:
             with self._pool.use(path) as file:
                 return file.sha256()
@@ -252,6 +271,13 @@ class Checkpoint:
             if array.nbytes:  # an empty array has no buffer to read into
                 file.read_into(array.reshape(-1).view(np.uint8).data, offset)
         return array
+
+
+def _as_gguf(place: str | os.PathLike[str]) -> Checkpoint | None:
+    """The checkpoint in a GGUF file, or in the one of a folder without other weights; None for all other places."""
+    from vlpack.checkpoint.gguf import Gguf, gguf_in  # imported late, because it is a subclass
+
+    return Gguf.open(place) if gguf_in(place) else None
 
 
 def new_name(name: str, prefixes: Mapping[str, str]) -> str:
@@ -328,8 +354,6 @@ def _no_weights(folder: Path, explicit: str | None) -> CheckpointError:
         )
     if "adapter_config.json" in names:
         return _is_adapter(folder)
-    if gguf := [name for name in names if name.endswith(".gguf")]:
-        return CheckpointError(f"{folder} has its weights only as GGUF ({quote(gguf[0])}), which vlpack does not read.")
     return CheckpointError(
         f"{folder} has no weights: neither {_SINGLE} nor {_INDEX}.", "Download the checkpoint's *.safetensors files."
     )

@@ -60,8 +60,8 @@ def resolve(
     """Finds the local folder of a checkpoint and downloads it first if necessary.
 
     Args:
-        source: an existing folder, or a Hub id `org/name`, optionally with `@revision`. An existing folder of that name
-            takes precedence.
+        source: an existing folder, a GGUF file, or a Hub id `org/name`, optionally with `@revision`. An existing folder
+            of that name takes precedence.
         revision: a branch, tag or commit of the Hub repository; the same as `@revision`.
         cache_dir: the Hugging Face cache to use; by default that of `HF_HOME` or `HF_HUB_CACHE`.
         token: a Hub token; by default that of `HF_TOKEN` or of `hf auth login`.
@@ -119,7 +119,7 @@ def hub_id(source: str | os.PathLike[str], revision: str | None = None) -> tuple
 
 
 def is_folder(source: str | os.PathLike[str]) -> bool:
-    """Whether a source is an existing folder, as opposed to a Hub id."""
+    """Whether a source is an existing folder or GGUF file, as opposed to a Hub id."""
     return _existing_folder(os.fspath(source)) is not None
 
 
@@ -145,7 +145,7 @@ def _existing_folder(text: str) -> Path | None:
         return None
     try:
         path = Path(text).expanduser()
-        if path.is_dir():
+        if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
             return path
         is_file = path.exists()
     except (OSError, ValueError, RuntimeError):  # name too long, a null byte, no such ~user: no folder in any case

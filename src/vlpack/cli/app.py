@@ -61,7 +61,8 @@ def _main(
 @app.command(cls=Command)
 def build(
     source: Annotated[
-        str | None, typer.Argument(help="Checkpoint: a folder or a Hub id, such as Qwen/Qwen3-VL-4B-Instruct.")
+        str | None,
+        typer.Argument(help="Checkpoint: a folder, a GGUF file or a Hub id, such as Qwen/Qwen3-VL-4B-Instruct."),
     ] = None,
     model_name: Annotated[
         str | None,
@@ -209,7 +210,9 @@ app.command(cls=Command)(rm)
 
 @app.command(cls=Command)
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A folder of a package or checkpoint, or a Hub id (no weights).")],
+    path: Annotated[
+        Path, typer.Argument(help="A folder of a package or checkpoint, a GGUF file, or a Hub id (no weights).")
+    ],
     hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Compare the contents of all files.")] = True,
     as_json: opt.Json = False,
 ) -> None:

@@ -61,7 +61,7 @@ def inspect_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
         parts = architecture.parts(GraphOptions())
         return {
             **described,
-            "notes": [Note(note) for note in notes],
+            "notes": [Note(note) for note in (*checkpoint.notes, *notes)],
             "task": task,
             "tied": architecture.tied,
             "text": _sizes(architecture.text),

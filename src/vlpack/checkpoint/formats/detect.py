@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.config import Section
 from vlpack.checkpoint.files import quote
+from vlpack.checkpoint.gguf import Gguf
 from vlpack.errors import CheckpointError
 
 SECTIONS = {
@@ -106,6 +107,8 @@ def detect(checkpoint: Checkpoint) -> Declared | None:
         CheckpointError: it is quantized in a way that vlpack does not read, or its declaration is damaged. If it is
             only the tensors that show a quantization, there is nothing that says how to read them.
     """
+    if isinstance(checkpoint, Gguf):
+        return _gguf(checkpoint)
     found = next(_declarations(checkpoint), None)
     if found is None:
         for name in checkpoint.tensors:
@@ -126,6 +129,15 @@ def detect(checkpoint: Checkpoint) -> Declared | None:
             raise CheckpointError(f"{section.where}: '{key}' must be a list of names of modules.")
         skipped += names
     return replace(declared, skipped=tuple(skipped))
+
+
+def _gguf(checkpoint: Gguf) -> Declared | None:
+    kinds = list(checkpoint.block_values())
+    if not kinds:
+        return None
+    # the bits in which most values are stored: files for 4 bits have some matrices in 5 or 6
+    label = f"GGUF, {' and '.join(kind.name for kind in kinds)}"
+    return Declared("gguf", f"GGUF, {checkpoint.place.name}", label, 4 if kinds[0].bits <= 4 else 8)
 
 
 def refused(checkpoint: Checkpoint, what: str, why: str = "which vlpack does not read") -> CheckpointError:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from vlpack.checkpoint.checkpoint import Checkpoint, new_name
 from vlpack.checkpoint.files import quote
-from vlpack.checkpoint.formats import awq, bitsandbytes, compressed, fp8, gptq
+from vlpack.checkpoint.formats import awq, bitsandbytes, compressed, fp8, gguf, gptq
 from vlpack.checkpoint.formats.detect import ENDINGS, Declared, detect, refused
 from vlpack.checkpoint.formats.packed import Packed
 from vlpack.checkpoint.safetensors import TensorInfo
@@ -28,6 +28,7 @@ FINDERS = {
     "fp8": (fp8.find,),
     "modelopt": (fp8.find,),
     "bitsandbytes": (bitsandbytes.find,),
+    "gguf": (gguf.find,),
 }
 """Method → functions that find the weights that it quantized."""
 
@@ -102,6 +103,9 @@ class Unpacked(Checkpoint):
 
     def total_bytes(self) -> int:
         return self._base.total_bytes()
+
+    def _read(self, tensor: TensorInfo, shape: tuple[int, ...], offset: int) -> Array:
+        return self._base._read(tensor, shape, offset)  # a GGUF file may have rows in another order
 
 
 def unpacked(checkpoint: Checkpoint) -> Checkpoint:

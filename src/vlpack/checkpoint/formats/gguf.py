@@ -1,0 +1,62 @@
+"""GGUF's blocks: matrices of which each row is a sequence of blocks of bytes, with their scales inside.
+
+Q4_0 and Q8_0 have a grid, ``(code - zero) · scale`` in blocks of 32 with scales in float16. The values of the other
+types are sums of products of several numbers, which no kernel's grid holds. `vlpack.checkpoint.gguf` reads the files.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.formats.detect import Declared
+from vlpack.checkpoint.formats.packed import Grid, Gridded, Packed, check_scales
+from vlpack.checkpoint.gguf import Gguf
+from vlpack.checkpoint.gguf.types import BlockType
+
+Array = npt.NDArray[Any]
+
+_SLAB = 1 << 22
+
+
+class GgufWeight(Gridded):
+    """A matrix that is stored in blocks of one type."""
+
+    def __init__(self, base: Checkpoint, name: str, kind: BlockType) -> None:
+        rows, octets = base.tensors[name].shape
+        self.kind, self.bits, self.label = kind, kind.bits, f"GGUF {kind.name}"
+        super().__init__(base, name, (rows, octets // kind.block.itemsize * kind.values), (name,))
+        self.groups = self.cols // kind.values
+        if not kind.has_grid:
+            self.obstacle = f"{kind.name} is not a grid of codes with one scale per block"
+
+    @property
+    def grid(self) -> Grid | None:
+        return Grid(self.bits, self.kind.values, symmetric=True, half=True, rounded_inputs=True) if self.kind.has_grid else None
+
+    def rows(self, start: int, stop: int) -> Array:
+        return self.kind.dequantized(self.base.rows(self.name, start, stop))
+
+    def codes(self, start: int, stop: int) -> Array:
+        return self.kind.codes(self.base.rows(self.name, start, stop))
+
+    def scales(self, start: int, stop: int) -> Array:
+        blocks = self.kind.blocks(self.base.rows(self.name, start, stop))
+        return np.concatenate([blocks[name] for name in self.kind.scales], axis=1).astype(np.float32)
+
+    def zeros(self, start: int, stop: int) -> Array:
+        return np.full((stop - start, self.groups), 1 << (self.bits - 1), np.uint8)
+
+    def check(self) -> None:
+        # scales of 16 bits and codes of at most 8 have products far below the largest float32
+        for start in range(0, self.count, step := max(1, _SLAB // self.cols)):
+            check_scales(self, self.scales(start, min(start + step, self.count)), 1.0, start)
+
+
+def find(base: Checkpoint, declared: Declared) -> dict[str, Packed]:
+    """The matrices of a GGUF file that are stored in blocks, by name."""
+    blocks = base.blocks if isinstance(base, Gguf) else {}
+    return {name: GgufWeight(base, name, kind) for name, kind in blocks.items()}
