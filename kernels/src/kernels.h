@@ -1,0 +1,51 @@
+// The functions that exist once for each instruction set, and the choice among them.
+#pragma once
+
+#include <cstdint>
+
+namespace vlpack {
+
+// Attention of `queries` rows to `keys` rows, for `batch` sequences and `heads` heads of `size` channels; `kv_heads`
+// heads of keys and values are each shared by heads / kv_heads neighbouring heads of queries.
+// Rows of a sequence are `*_row` floats apart, sequences `*_batch`, and heads `*_head`.
+struct Attention {
+  const float *q, *k, *v;
+  float* out;
+  int64_t batch, heads, kv_heads, queries, keys, size;
+  int64_t q_row, q_batch, q_head;  // of queries and outputs
+  int64_t k_row, k_batch, k_head;  // of keys and values
+  float scale;                     // factor of the dot products
+  // Number of keys before the first query of each sequence; query i attends to past + i + 1 keys. Null: to all keys.
+  const int32_t* past;
+};
+
+// The rows of a 4-bit matrix in MatMulNBits' layout: [rows, blocks, block / 2] codes, low nibble first.
+struct Weight4 {
+  const uint8_t* codes;
+  const float* scales;   // [rows, blocks]
+  const uint8_t* zeros;  // [rows, ceil(blocks / 2)] nibbles; null if all are 8
+  int64_t rows, cols, block, blocks;
+};
+
+// The implementations for one instruction set.
+struct Kernels {
+  const char* name;
+
+  // Attention in two steps, each a number of tasks that can run in any order; all of the first must end before the
+  // second. `room` is the scratch memory in bytes that both share.
+  int64_t (*attention_room)(const Attention&);
+  int64_t (*attention_packs)(const Attention&);
+  void (*attention_pack)(const Attention&, void* room, int64_t task);
+  int64_t (*attention_tasks)(const Attention&);
+  void (*attention_run)(const Attention&, const void* room, int64_t task);
+};
+
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+const Kernels& avx512_bf16_kernels();
+
+// The best kernels of this processor, or those that the environment variable VLPACK_KERNELS_ISA names if the processor
+// has them; null if it has none.
+const Kernels* best_kernels();
+
+}  // namespace vlpack

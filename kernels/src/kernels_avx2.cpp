@@ -1,0 +1,13 @@
+// The kernels for one instruction set; CMakeLists.txt compiles this file with its options.
+#include "attention_kernel.h"
+
+namespace vlpack {
+
+const Kernels& avx2_kernels() {
+  using Attend = Attend<Single>;
+  static const Kernels kernels = {"avx2",         Attend::room,  Attend::packs,
+                                  Attend::pack, Attend::tasks, Attend::run};
+  return kernels;
+}
+
+}  // namespace vlpack
