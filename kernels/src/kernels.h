@@ -19,12 +19,15 @@ struct Attention {
   const int32_t* past;
 };
 
-// The rows of a 4-bit matrix in MatMulNBits' layout: [rows, blocks, block / 2] codes, low nibble first.
-struct Weight4 {
-  const uint8_t* codes;
+// Product y = x Wᵀ of fp32 rows x [count, cols] by a 4-bit matrix W [rows, cols] in MatMulNBits' layout.
+struct Linear4 {
+  const uint8_t* codes;  // [rows, blocks, block / 2], low nibble first
   const float* scales;   // [rows, blocks]
-  const uint8_t* zeros;  // [rows, ceil(blocks / 2)] nibbles; null if all are 8
+  const uint8_t* zeros;  // [rows, ceil(blocks / 2)], low nibble first; null if all zero points are 8
   int64_t rows, cols, block, blocks;
+  const float* x;
+  float* y;
+  int64_t count;
 };
 
 // The implementations for one instruction set.
@@ -38,6 +41,13 @@ struct Kernels {
   void (*attention_pack)(const Attention&, void* room, int64_t task);
   int64_t (*attention_tasks)(const Attention&);
   void (*attention_run)(const Attention&, const void* room, int64_t task);
+
+  // The same for 4-bit matrices: the first step quantizes rows of x to 8 bits, with a scale for each block.
+  int64_t (*linear4_room)(const Linear4&);
+  int64_t (*linear4_packs)(const Linear4&);
+  void (*linear4_pack)(const Linear4&, void* room, int64_t task);
+  int64_t (*linear4_tasks)(const Linear4&);
+  void (*linear4_run)(const Linear4&, const void* room, int64_t task);
 };
 
 const Kernels& avx2_kernels();

@@ -1,12 +1,17 @@
 // The kernels for one instruction set; CMakeLists.txt compiles this file with its options.
 #include "attention_kernel.h"
+#include "linear4_kernel.h"
 
 namespace vlpack {
 
 const Kernels& avx512_kernels() {
   using Attend = Attend<Single>;
-  static const Kernels kernels = {"avx512",         Attend::room,  Attend::packs,
-                                  Attend::pack, Attend::tasks, Attend::run};
+  using Four = Multiply4;
+  static const Kernels kernels = {
+      "avx512",
+      Attend::room, Attend::packs, Attend::pack, Attend::tasks, Attend::run,
+      Four::room, Four::packs, Four::pack, Four::tasks, Four::run,
+  };
   return kernels;
 }
 

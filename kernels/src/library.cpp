@@ -1,6 +1,7 @@
 // The entry points of the library.
 #include "attention_op.h"
 #include "kernels.h"
+#include "linear4_op.h"
 #include "ort_api.h"
 
 // The name of the instruction set in use; null if the processor has none that the kernels are written for.
@@ -24,6 +25,7 @@ VLPACK_EXPORT ort::Status* VLPACK_CALL RegisterCustomOps(ort::SessionOptions* op
       ort::Domain* made = nullptr;
       api.create_domain("vlpack", &made);
       api.add(made, vlpack::attention_op());
+      api.add(made, vlpack::linear4_op());
       return made;
     }();
     api.add(options, domain);
