@@ -15,9 +15,6 @@ struct Bytes {
   __m512i v;
 
   static VLPACK_INLINE Bytes load(const void* p) { return {_mm512_loadu_si512(p)}; }
-  static VLPACK_INLINE Bytes load_some(const void* p, int64_t count) {  // zeros after the first `count` < kCount
-    return {_mm512_maskz_loadu_epi8((1ull << count) - 1, p)};
-  }
   VLPACK_INLINE void store(void* p) const { _mm512_storeu_si512(p, v); }
   static VLPACK_INLINE Bytes all(int8_t x) { return {_mm512_set1_epi8(x)}; }
   static VLPACK_INLINE Bytes bits(Floats x) { return {_mm512_castps_si512(x.v)}; }
@@ -93,11 +90,6 @@ struct Bytes {
   __m256i v;
 
   static VLPACK_INLINE Bytes load(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
-  static VLPACK_INLINE Bytes load_some(const void* p, int64_t count) {
-    alignas(32) char some[32] = {};
-    std::memcpy(some, p, count);
-    return load(some);
-  }
   VLPACK_INLINE void store(void* p) const { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
   static VLPACK_INLINE Bytes all(int8_t x) { return {_mm256_set1_epi8(x)}; }
   static VLPACK_INLINE Bytes bits(Floats x) { return {_mm256_castps_si256(x.v)}; }

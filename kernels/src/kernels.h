@@ -19,9 +19,9 @@ struct Attention {
   const int32_t* past;
 };
 
-// Product y = x Wᵀ of fp32 rows x [count, cols] by a 4-bit matrix W [rows, cols] in MatMulNBits' layout.
+// Product y = x Wᵀ of fp32 rows x [count, cols] by a 4-bit matrix W [rows, cols].
 struct Linear4 {
-  const uint8_t* codes;  // [rows, blocks, block / 2], low nibble first
+  const uint8_t* codes;  // as `linear4_lay` laid them out; the low nibble of a byte is the first of two columns
   const float* scales;   // [rows, blocks]
   const uint8_t* zeros;  // [rows, ceil(blocks / 2)], low nibble first; null if all zero points are 8
   int64_t rows, cols, block, blocks;
@@ -42,7 +42,11 @@ struct Kernels {
   int64_t (*attention_tasks)(const Attention&);
   void (*attention_run)(const Attention&, const void* room, int64_t task);
 
-  // The same for 4-bit matrices: the first step quantizes rows of x to 8 bits, with a scale for each block.
+  // Lays out codes [rows, blocks, block / 2], as MatMulNBits has them, in `linear4_bytes` bytes.
+  int64_t (*linear4_bytes)(const Linear4&);
+  void (*linear4_lay)(const Linear4&, const uint8_t* codes, uint8_t* to);
+
+  // The two steps for 4-bit matrices: the first step quantizes rows of x to 8 bits, with a scale for each block.
   int64_t (*linear4_room)(const Linear4&);
   int64_t (*linear4_packs)(const Linear4&);
   void (*linear4_pack)(const Linear4&, void* room, int64_t task);

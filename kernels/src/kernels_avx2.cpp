@@ -10,6 +10,7 @@ const Kernels& avx2_kernels() {
   static const Kernels kernels = {
       "avx2",
       Attend::room, Attend::packs, Attend::pack, Attend::tasks, Attend::run,
+      laid_bytes, lay,
       Four::room, Four::packs, Four::pack, Four::tasks, Four::run,
   };
   return kernels;

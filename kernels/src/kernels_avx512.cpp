@@ -10,6 +10,7 @@ const Kernels& avx512_kernels() {
   static const Kernels kernels = {
       "avx512",
       Attend::room, Attend::packs, Attend::pack, Attend::tasks, Attend::run,
+      laid_bytes, lay,
       Four::room, Four::packs, Four::pack, Four::tasks, Four::run,
   };
   return kernels;

@@ -10,6 +10,7 @@ const Kernels& avx512_bf16_kernels() {
   static const Kernels kernels = {
       "avx512_bf16",
       Attend::room, Attend::packs, Attend::pack, Attend::tasks, Attend::run,
+      laid_bytes, lay,
       Four::room, Four::packs, Four::pack, Four::tasks, Four::run,
   };
   return kernels;

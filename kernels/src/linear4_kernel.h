@@ -42,10 +42,32 @@ VLPACK_INLINE int64_t place_of(int64_t column) {
   return column - within + within % 2 * (kChunk / 2) + within / 2;
 }
 
-VLPACK_INLINE Bytes codes_of(const Linear4& l, int64_t row, int64_t chunk) {
-  const int64_t size = l.blocks * (l.block / 2), at = chunk * Bytes::kCount;
-  const uint8_t* codes = l.codes + row * size + at;
-  return size - at >= Bytes::kCount ? Bytes::load(codes) : Bytes::load_some(codes, size - at);
+// A vector of codes of a row. Laid-out codes are [rows / kLaid, chunks, kLaid, kCount]: few rows of x read them from
+// the first to the last byte.
+constexpr int kLaid = 4;
+
+VLPACK_INLINE const uint8_t* codes_of(const Linear4& l, int64_t row, int64_t chunk) {
+  return l.codes + ((row / kLaid * chunks_of(l) + chunk) * kLaid + row % kLaid) * Bytes::kCount;
+}
+
+inline int64_t laid_bytes(const Linear4& l) {
+  return (l.rows + kLaid - 1) / kLaid * kLaid * chunks_of(l) * Bytes::kCount;
+}
+
+// Lays out the codes of MatMulNBits, [rows, blocks, block / 2]; zeros stand where there are none.
+inline void lay(const Linear4& l, const uint8_t* codes, uint8_t* to) {
+  const int64_t size = l.blocks * (l.block / 2), chunks = chunks_of(l);
+  for (int64_t group = 0; group < l.rows; group += kLaid)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      for (int64_t row = group; row < group + kLaid; ++row, to += Bytes::kCount) {
+        const int64_t at = chunk * Bytes::kCount, left = std::min<int64_t>(Bytes::kCount, size - at);
+        if (row < l.rows && left == Bytes::kCount) {
+          Bytes::load(codes + row * size + at).store(to);
+        } else {
+          Bytes::all(0).store(to);
+          if (row < l.rows) std::memcpy(to, codes + row * size + at, left);
+        }
+      }
 }
 
 // The largest magnitude; NaN if a value is. (Magnitudes are in the order of their bits, and NaN is above all.)
@@ -80,6 +102,7 @@ Value* scratch(int64_t count) {
 struct Few {
   static constexpr int kTaskRows = 64;
   static constexpr int kRows = kLanes4 == 16 ? 4 : 2;  // rows of the matrix at a time
+  static constexpr int64_t kAhead = 4096;              // bytes of the matrix that are fetched in advance
   static constexpr int kLanes = kLanes4;
 
   static int64_t chunks(const Linear4& l) { return chunks_of(l); }
@@ -136,6 +159,13 @@ struct Few {
   // Rows of the matrix by Count rows of x.
   template <int Rows, int Count>
   static VLPACK_INLINE void product(const Linear4& l, const char* room, int64_t row, int64_t first) {
+    if (l.block >= kChunk) return product<Rows, Count, true>(l, room, row, first);
+    return product<Rows, Count, false>(l, room, row, first);
+  }
+
+  // The same, where all columns of a vector of codes are of one block (kWhole), or not.
+  template <int Rows, int Count, bool kWhole>
+  static void product(const Linear4& l, const char* room, int64_t row, int64_t first) {
     const char* x[Count];
     Floats sum[Rows][Count];
 #pragma GCC unroll 4
@@ -144,18 +174,16 @@ struct Few {
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) sum[r][i] = Floats::all(0);
     }
-    const int64_t at = scales_at(l), all = chunks(l), bytes = l.blocks * (l.block / 2);
-    const int parts = parts_of(l);
+    const int64_t at = scales_at(l), all = chunks(l);
+    const int parts = kWhole ? 1 : parts_of(l);
     const float* const scales = l.scales + row * l.blocks;
     for (int64_t chunk = 0; chunk < all; ++chunk) {
       const int64_t block = chunk * kChunk / l.block;
-      const int64_t left = std::min<int64_t>(Bytes::kCount, bytes - chunk * Bytes::kCount);
-      const uint8_t* const codes = l.codes + row * bytes + chunk * Bytes::kCount;
+      const uint8_t* const codes = codes_of(l, row, chunk);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-        _mm_prefetch(reinterpret_cast<const char*>(codes + (Rows + r) * bytes), _MM_HINT_T0);  // of the next rows
-        const Bytes packed =
-            left == Bytes::kCount ? Bytes::load(codes + r * bytes) : Bytes::load_some(codes + r * bytes, left);
+        _mm_prefetch(reinterpret_cast<const char*>(codes + r * Bytes::kCount + kAhead), _MM_HINT_T0);
+        const Bytes packed = Bytes::load(codes + r * Bytes::kCount);
         const Bytes low = packed.low(), high = packed.high();
         const Floats scale = repeat(scales + r * l.blocks + block, parts, l.blocks - block);
 #pragma GCC unroll 4
@@ -246,7 +274,7 @@ struct Many {
     const int parts = parts_of(l);
     for (int64_t chunk = 0; chunk < all; ++chunk) {
       const int64_t block = chunk * kChunk / l.block;
-      const Bytes packed = codes_of(l, row, chunk);
+      const Bytes packed = Bytes::load(codes_of(l, row, chunk));
       const Bytes zero = Bytes::bits(repeat(reinterpret_cast<const float*>(zeros) + block, parts, l.blocks - block));
       const Bytes low = packed.low() - zero, high = packed.high() - zero;
       low.store(to + chunk * kChunk), high.store(to + chunk * kChunk + kChunk / 2);

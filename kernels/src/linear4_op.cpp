@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "kernels.h"
+#include "pages.h"
 #include "op.h"
 
 namespace vlpack {
@@ -18,6 +19,7 @@ struct Linear4Op {
 
   ort::Api api;
   int64_t cols, rows, block;
+  Pages laid;
 
   Linear4Op(const ort::Api& api, const ort::KernelInfo* info)
       : api(api), cols(api.int_attribute(info, "K")), rows(api.int_attribute(info, "N")),
@@ -25,12 +27,24 @@ struct Linear4Op {
     if (cols < 1 || rows < 1) throw ort::Error{"K and N must be positive"};
     if (block != 16 && block != 32 && block != 64 && block != 128 && block != 256)
       throw ort::Error{"block_size must be 16, 32, 64, 128 or 256"};
+    const ort::Value* codes = api.constant(info, 1);
+    if (!codes) throw ort::Error{"codes must be an initializer of the graph"};
+    const Linear4 l = matrix();
+    const uint8_t* from = array<uint8_t>(codes, rows * l.blocks * (block / 2));
+    laid = Pages(best_kernels()->linear4_bytes(l));
+    best_kernels()->linear4_lay(l, from, laid.data());
+    not_needed(from, rows * l.blocks * (block / 2));
+  }
+
+  Linear4 matrix() const {
+    Linear4 l{};
+    l.codes = laid.data(), l.rows = rows, l.cols = cols, l.block = block, l.blocks = (cols + block - 1) / block;
+    return l;
   }
 
   void run(ort::KernelContext* context) const {
     const Kernels& kernels = *best_kernels();
-    Linear4 l{};
-    l.rows = rows, l.cols = cols, l.block = block, l.blocks = (cols + block - 1) / block;
+    Linear4 l = matrix();
     int64_t sizes[kMostDimensions];
     const ort::Value* x = api.input(context, 0);
     const size_t rank = api.sizes(x, sizes, kMostDimensions);
@@ -38,9 +52,9 @@ struct Linear4Op {
     l.count = 1;
     for (size_t i = 0; i + 1 < rank; ++i) l.count *= sizes[i];
     sizes[rank - 1] = rows;
-    l.codes = array<uint8_t>(context, 1, rows * l.blocks * (block / 2));
-    l.scales = array<float>(context, 2, rows * l.blocks);
-    l.zeros = array<uint8_t>(context, 3, rows * ((l.blocks + 1) / 2));
+    l.scales = array<float>(api.input(context, 2), rows * l.blocks);
+    const ort::Value* zeros = api.input_count(context) > 3 ? api.input(context, 3) : nullptr;
+    l.zeros = zeros ? array<uint8_t>(zeros, rows * ((l.blocks + 1) / 2)) : nullptr;
     l.x = static_cast<const float*>(api.data(x));
     l.y = static_cast<float*>(api.data(api.output(context, 0, sizes, rank)));
     if (l.count == 0) return;
@@ -51,11 +65,9 @@ struct Linear4Op {
                       [&](int64_t task) { kernels.linear4_run(l, room.get(), task); });
   }
 
-  // The data of an input that has `count` values; null if it is optional and not given.
+  // The data of a tensor that must have `count` values.
   template <class Value>
-  const Value* array(const ort::KernelContext* context, size_t index, int64_t count) const {
-    const ort::Value* value = index < api.input_count(context) ? api.input(context, index) : nullptr;
-    if (!value && presence(index) == ort::kOptional) return nullptr;
+  const Value* array(const ort::Value* value, int64_t count) const {
     int64_t sizes[kMostDimensions], found = 1;
     const size_t rank = api.sizes(value, sizes, kMostDimensions);
     for (size_t i = 0; i < rank; ++i) found *= sizes[i];

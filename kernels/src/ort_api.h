@@ -60,6 +60,7 @@ enum Position : size_t {
   kOutput = 91,
   kReleaseStatus = 93,
   kReleaseShape = 99,
+  kConstantInput = 249,
   kParallelFor = 274,
 };
 
@@ -115,6 +116,15 @@ class Api {
     float value = 0;
     check(at<Status*(const KernelInfo*, const char*, float*)>(kAttributeFloat)(info, name, &value), name);
     return value;
+  }
+
+  // The value of an input that is an initializer of the graph; null if it is not.
+  const Value* constant(const KernelInfo* info, size_t index) const {
+    int is_constant = 0;
+    const Value* value = nullptr;
+    using Get = Status*(const KernelInfo*, size_t, int*, const Value**);
+    check(at<Get>(kConstantInput)(info, index, &is_constant, &value), "initializer");
+    return is_constant ? value : nullptr;
   }
 
   size_t input_count(const KernelContext* context) const {

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
+from google.protobuf.message import DecodeError
 
-from vlpack.engine.packing import PACKING_INPUTS, WANTED, Packing, packed
+from vlpack.engine.packing import PACKING_INPUTS, WANTED, Packing, pack
 from vlpack.errors import PackageError
-from vlpack.ort.session import cpu_session, ort, session_options
+from vlpack.ort.kernels import kernel_session
+from vlpack.ort.session import ort
 
 Array = npt.NDArray[Any]
 
@@ -163,23 +166,24 @@ class Graphs:
 
 def _open_decoder(path: Path, threads: int) -> tuple[Any, bool]:
     """Opens the packed decoder and returns it with True, or the original with False if it cannot be packed."""
+    is_packed = False
+
+    def edit(model: onnx.ModelProto) -> None:
+        nonlocal is_packed
+        is_packed = pack(model)
+
     try:
-        graph = packed(path)
-    except Exception as error:  # protobuf has its own error classes
+        session = kernel_session(path, threads, edit)
+    except DecodeError as error:
         raise PackageError(f"{path} cannot be read: {str(error)[:300]}") from error
-    if graph is None:
-        return _open(path, threads), False
-    options = session_options(threads)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    try:
-        return ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"]), True
-    except Exception as error:
+    except Exception as error:  # onnxruntime has a class for each of its codes, without a common one
         raise _failed_to_load(path, error) from error
+    return session, is_packed
 
 
 def _open(path: Path, threads: int) -> Any:
     try:
-        return cpu_session(path, threads)
+        return kernel_session(path, threads)
     except Exception as error:
         raise _failed_to_load(path, error) from error
 

@@ -10,7 +10,6 @@ costs nothing. The last layer and the head compute only the tokens whose logits 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,24 +66,20 @@ class Packing(NamedTuple):
         }
 
 
-def packed(path: Path) -> bytes | None:
-    """Makes the packed graph of a decoder, whose weights stay in their files.
-
-    Args:
-        path: path of the decoder's graph.
+def pack(model: onnx.ModelProto) -> bool:
+    """Makes a decoder's graph a packed one, in place; its weights stay in their files.
 
     Returns:
-        the serialized model; None if the decoder cannot be packed or onnxruntime is older than 1.32.
+        whether it was changed: not if the decoder cannot be packed or onnxruntime is older than 1.32.
     """
     if tuple(map(int, re.findall(r"\d+", ort.__version__)[:2])) < (1, 32):
-        return None
-    model = onnx.load(path, load_external_data=False)
+        return False
     graph = model.graph
     attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
     caches = [port.name for port in graph.input if port.name.startswith("past")]
     # not packed: an int8 cache, whose attention is inside an If node, and recurrent states, which cannot be rewound
     if not attention or len(caches) != 2 * len(attention) or any(len(node.input) > 7 for node in attention):
-        return None
+        return False
     _rename_dimensions(graph, set(caches))
     constants = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[onnx.NodeProto] = []
@@ -98,7 +93,7 @@ def packed(path: Path) -> bytes | None:
     del graph.node[:], graph.value_info[:]  # the inferred shapes are those of [B, S] tokens
     graph.node.extend(nodes)
     graph.input.extend(helper.make_tensor_value_info(name, *port) for name, port in PACKING_INPUTS.items())
-    return bytes(model.SerializeToString())
+    return True
 
 
 def _spread(node: onnx.NodeProto) -> list[onnx.NodeProto]:
