@@ -12,8 +12,7 @@ from google.protobuf.message import DecodeError
 
 from vlpack.engine.packing import PACKING_INPUTS, WANTED, Packing, pack
 from vlpack.errors import PackageError
-from vlpack.ort.kernels import kernel_session
-from vlpack.ort.session import ort
+from vlpack.ort.session import kernel_session, ort
 
 Array = npt.NDArray[Any]
 

@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import onnx
 from onnx import TensorProto, helper
 
-from vlpack.ort.session import ort, session_options
-
 DOMAIN = "vlpack"
 """Domain of the operators."""
 
@@ -73,28 +71,6 @@ def use_kernels(model: onnx.ModelProto, available: Library | None) -> Counter[st
     return used
 
 
-def kernel_session(
-    graph: Path, threads: int, edit: Callable[[onnx.ModelProto], None] | None = None
-) -> ort.InferenceSession:
-    """Opens a graph file on the CPU provider, with the library's operators if it is available.
-
-    Args:
-        graph: path of the graph.
-        threads: number of threads of the session.
-        edit: function that edits the graph in memory after the operators were replaced.
-    """
-    options, available = session_options(threads), library()
-    if available is None and edit is None:
-        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    model = onnx.load(graph, load_external_data=False)
-    if use_kernels(model, available) and available is not None:
-        options.register_custom_ops_library(available.path)
-    if edit is not None:
-        edit(model)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
 def kernel_counts(graph: Path) -> dict[str, int]:
     """The number of nodes of a graph file that the library's operators replace on this machine, by operator."""
     return dict(use_kernels(onnx.load(graph, load_external_data=False), library()))
@@ -112,7 +88,7 @@ def _attention(node: onnx.NodeProto, instruction_set: str) -> bool:
 
 
 def _linear4(node: onnx.NodeProto, instruction_set: str) -> bool:
-    """Makes MatMulNBits with 4-bit weights and 8-bit activations Linear4, which is faster where the processor has VNNI."""
+    """Makes MatMulNBits with 4-bit weights and 8-bit activations Linear4, which is faster with VNNI."""
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     sizes = {name: attributes.pop(name, 0) for name in ("K", "N", "block_size")}
     quantized = (attributes.pop("bits", 4), attributes.pop("accuracy_level", 0)) == (4, 4)

@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from vlpack.errors import InputError, OptionError, PackageError, option
 from vlpack.ort.saturation import warn_of_saturation
-from vlpack.ort.kernels import kernel_session
-from vlpack.ort.session import ort, session_options
+from vlpack.ort.session import kernel_session, ort, session_options
 from vlpack.package.loaded_files import LoadedFiles
 from vlpack.package.manifest import graph_files
 from vlpack.preprocess import Prompt, PromptBuilder, Tokenizer

@@ -22,8 +22,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from vlpack.errors import PackageError
-from vlpack.ort.kernels import kernel_session
-from vlpack.ort.session import ort
+from vlpack.ort.session import kernel_session, ort
 from vlpack.preprocess import Prompt
 
 Array = npt.NDArray[Any]
