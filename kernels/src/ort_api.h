@@ -31,9 +31,9 @@ struct Domain;
 // The version of the table whose functions are used: KernelContext_ParallelFor came with 17.
 constexpr uint32_t kVersion = 17;
 
-enum ElementType : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7 };
+enum ElementType : int { kFloat = 1, kUint8 = 2 };
 enum Presence : int { kRequired = 0, kOptional = 1 };
-enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
+constexpr int kInvalidArgument = 2;  // an error code
 
 // The table of functions.
 using Table = const void* const*;
@@ -49,7 +49,6 @@ enum Position : size_t {
   kAddToDomain = 27,
   kAddDomain = 28,
   kMutableData = 51,
-  kElementType = 60,
   kDimensionCount = 61,
   kDimensions = 62,
   kTypeAndShape = 65,

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from google.protobuf.message import DecodeError
 
 from vlpack.engine.packing import PACKING_INPUTS, WANTED, Packing, pack
 from vlpack.errors import PackageError
@@ -173,8 +172,8 @@ def _open_decoder(path: Path, threads: int) -> tuple[Any, bool]:
 
     try:
         session = kernel_session(path, threads, edit)
-    except DecodeError as error:
-        raise PackageError(f"{path} cannot be read: {str(error)[:300]}") from error
+    except PackageError:
+        raise
     except Exception as error:  # onnxruntime has a class for each of its codes, without a common one
         raise _failed_to_load(path, error) from error
     return session, is_packed

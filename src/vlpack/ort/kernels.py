@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import onnx
 from onnx import TensorProto, helper
 
+from vlpack.errors import PackageError
+
 DOMAIN = "vlpack"
 """Domain of the operators."""
 
@@ -46,6 +48,18 @@ def library() -> Library | None:
     return None if found is None else Library(str(vlpack_kernels.library()), str(found))
 
 
+def read_graph(path: Path) -> onnx.ModelProto:
+    """Reads a graph without its weights, which stay in their files.
+
+    Raises:
+        PackageError: the file cannot be read.
+    """
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf has its own error classes
+        raise PackageError(f"{path} cannot be read: {str(error)[:300]}") from error
+
+
 def use_kernels(model: onnx.ModelProto, available: Library | None) -> Counter[str]:
     """Replaces the nodes of a graph for which the library has a faster operator; weights stay in their files.
 
@@ -72,8 +86,12 @@ def use_kernels(model: onnx.ModelProto, available: Library | None) -> Counter[st
 
 
 def kernel_counts(graph: Path) -> dict[str, int]:
-    """The number of nodes of a graph file that the library's operators replace on this machine, by operator."""
-    return dict(use_kernels(onnx.load(graph, load_external_data=False), library()))
+    """The number of nodes of a graph file that the library's operators replace on this machine, by operator.
+
+    Raises:
+        PackageError: the file cannot be read.
+    """
+    return dict(use_kernels(read_graph(graph), library()))
 
 
 def _attention(node: onnx.NodeProto, instruction_set: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 
 from vlpack.errors import PackageError
-from vlpack.ort.kernels import library, use_kernels
+from vlpack.ort.kernels import library, read_graph, use_kernels
 
 try:
     import onnxruntime as ort
@@ -44,11 +44,14 @@ def kernel_session(graph: Path, threads: int, edit: Callable[[onnx.ModelProto], 
         graph: path of the graph.
         threads: number of threads of the session.
         edit: function that edits the graph in memory after the operators were replaced.
+
+    Raises:
+        PackageError: the graph cannot be read.
     """
     options, available = session_options(threads), library()
     if available is None and edit is None:
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    model = onnx.load(graph, load_external_data=False)
+    model = read_graph(graph)
     if use_kernels(model, available) and available is not None:
         options.register_custom_ops_library(available.path)
     if edit is not None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
-
 from vlpack.checkpoint.files import quote
 from vlpack.errors import PackageError
 from vlpack.ort.kernels import kernel_counts, library
@@ -96,7 +94,7 @@ def _kernels(folder: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         counts = {name: kernel_counts(folder / file) for name, file in graph_files(folder, manifest).items()}
-    except DecodeError:
+    except PackageError:
         return None  # a damaged graph, if hashes are not compared
     return {
         "instruction_set": available.instruction_set,
