@@ -76,17 +76,17 @@ struct Attend {
   static int64_t value_room(const Attention& a) { return steps(a.keys) * a.size * kPair; }
 
   static int64_t room(const Attention& a) {
-    return a.batch * a.kv_heads * (key_room(a) + value_room(a)) * static_cast<int64_t>(sizeof(Element));
+    return a.batch * a.heads * (key_room(a) + value_room(a)) * static_cast<int64_t>(sizeof(Element));
   }
 
   static constexpr int64_t kPacked = 256;  // rows that one task packs; a multiple of kPair
   static int64_t pack_tasks_per_head(const Attention& a) { return (a.keys + kPacked - 1) / kPacked; }
-  static int64_t packs(const Attention& a) { return a.batch * a.kv_heads * pack_tasks_per_head(a); }
+  static int64_t packs(const Attention& a) { return a.batch * a.heads * pack_tasks_per_head(a); }
 
   static void pack(const Attention& a, void* room, int64_t task) {
     const int64_t per_head = pack_tasks_per_head(a), head = task / per_head, first = task % per_head * kPacked;
     const int64_t last = std::min(first + kPacked, a.keys), width = steps(a.size) * kPair;
-    const int64_t from = head / a.kv_heads * a.k_batch + head % a.kv_heads * a.k_head;
+    const int64_t from = head / a.heads * a.k_batch + head % a.heads * a.k_head;
     Element* k = static_cast<Element*>(room) + head * (key_room(a) + value_room(a));
     Element* v = k + key_room(a);
     for (int64_t row = first; row < last; ++row) {
@@ -169,11 +169,10 @@ struct Attend {
   template <int Columns>
   static void run_block(const Attention& a, const void* room, int64_t head, int64_t first) {
     constexpr int kWidth = Columns * kLanes;
-    const int64_t sequence = head / a.heads, count = std::min<int64_t>(kWidth, a.queries - first);
-    const int64_t of_keys = sequence * a.kv_heads + head % a.heads / (a.heads / a.kv_heads);
-    const Element* k = static_cast<const Element*>(room) + of_keys * (key_room(a) + value_room(a));
+    const int64_t count = std::min<int64_t>(kWidth, a.queries - first);
+    const Element* k = static_cast<const Element*>(room) + head * (key_room(a) + value_room(a));
     const Element* v = k + key_room(a);
-    const int64_t at = sequence * a.q_batch + head % a.heads * a.q_head + first * a.q_row;
+    const int64_t at = head / a.heads * a.q_batch + head % a.heads * a.q_head + first * a.q_row;
     const int64_t size = a.size, width = steps(size) * kPair;
     const Scratch scratch(size, kWidth);
 
@@ -182,20 +181,17 @@ struct Attend {
     Floats largest[Columns], sum[Columns];
     for (int c = 0; c < Columns; ++c) largest[c] = Floats::all(-1e30f), sum[c] = Floats::all(0);
 
-    // Query i of the block sees `seen` + i keys; without a mask, all see all.
-    const int64_t seen = a.past ? a.past[sequence] + first + 1 : a.keys;
-    const int64_t last = a.past ? std::min(a.keys, seen + count - 1) : a.keys;
-    for (int64_t start = 0; start < last; start += kBlock) {
-      const int64_t keys = std::min<int64_t>(kBlock, last - start);
+    for (int64_t start = 0; start < a.keys; start += kBlock) {
+      const int64_t keys = std::min<int64_t>(kBlock, a.keys - start);
+      const Element* these = k + start * width;
       int64_t row = 0;
       for (; row + kRows <= keys; row += kRows)
-        multiply<Columns, kRows>(
-            k + (start + row) * width, width, kPair, steps(size), scratch.queries, scratch.scores + row * kWidth, false);
+        multiply<Columns, kRows>(these + row * width, width, kPair, steps(size), scratch.queries,
+                                 scratch.scores + row * kWidth, false);
       for (; row < keys; ++row)
-        multiply<Columns, 1>(
-            k + (start + row) * width, width, kPair, steps(size), scratch.queries, scratch.scores + row * kWidth, false);
-      if (start + keys > seen) hide<kWidth>(scratch.scores, start, keys, seen);
-      if (keys % kPair)
+        multiply<Columns, 1>(these + row * width, width, kPair, steps(size), scratch.queries,
+                             scratch.scores + row * kWidth, false);
+      if (keys % kPair)  // a key that weighs nothing
         for (int c = 0; c < Columns; ++c) Floats::all(-1e30f).store(scratch.scores + keys * kWidth + c * kLanes);
       soften<Columns>(scratch, keys, size, largest, sum);
       int64_t d = 0;
@@ -208,7 +204,7 @@ struct Attend {
                              scratch.values + d * kWidth, true);
     }
     for (int c = 0; c < Columns; ++c) {
-      const Floats factor = Floats::all(1) / (last > 0 ? sum[c] : Floats::all(1));
+      const Floats factor = Floats::all(1) / (a.keys > 0 ? sum[c] : Floats::all(1));
       for (int64_t d = 0; d < size; ++d) {
         float* value = scratch.values + d * kWidth + c * kLanes;
         (Floats::load(value) * factor).store(value);
@@ -229,17 +225,9 @@ struct Attend {
     for (int64_t d = 0; d < width; d += kPair)
       for (int64_t i = 0; i < Width; i += kLanes) {
         const float* from = scratch.turned + d * Width + i;
-        Product::put(scratch.queries + d * Width + i * kPair, Floats::load(from), Floats::load(from + (kPair - 1) * Width));
+        const Floats next = Floats::load(from + (kPair - 1) * Width);
+        Product::put(scratch.queries + d * Width + i * kPair, Floats::load(from), next);
       }
-  }
-
-  // Hides the keys that a query may not see: query i sees those before seen + i.
-  template <int Width>
-  static void hide(float* scores, int64_t start, int64_t keys, int64_t seen) {
-    for (int64_t row = std::max<int64_t>(0, seen - start); row < keys; ++row) {
-      const int64_t hidden = std::min<int64_t>(Width, start + row - seen + 1);
-      for (int64_t i = 0; i < hidden; ++i) scores[row * Width + i] = -1e30f;
-    }
   }
 
   // Scores become exponentials of their differences to the largest so far; sum and values are rescaled.

@@ -43,7 +43,7 @@ struct AttentionOp {
     if (batch * queries * width == 0) return;
     Attention a{};
     a.q = data[0], a.k = data[1], a.v = data[2], a.out = out;
-    a.batch = batch, a.heads = a.kv_heads = heads, a.queries = queries, a.keys = keys, a.size = width / heads;
+    a.batch = batch, a.heads = heads, a.queries = queries, a.keys = keys, a.size = width / heads;
     a.q_row = a.k_row = width, a.q_head = a.k_head = a.size;
     a.q_batch = queries * width, a.k_batch = keys * width;
     a.scale = scale > 0 ? scale : 1 / std::sqrt(static_cast<float>(a.size));

@@ -5,18 +5,15 @@
 
 namespace vlpack {
 
-// Attention of `queries` rows to `keys` rows, for `batch` sequences and `heads` heads of `size` channels; `kv_heads`
-// heads of keys and values are each shared by heads / kv_heads neighbouring heads of queries.
+// Attention of `queries` rows to all of `keys` rows, for `batch` sequences and `heads` heads of `size` channels.
 // Rows of a sequence are `*_row` floats apart, sequences `*_batch`, and heads `*_head`.
 struct Attention {
   const float *q, *k, *v;
   float* out;
-  int64_t batch, heads, kv_heads, queries, keys, size;
+  int64_t batch, heads, queries, keys, size;
   int64_t q_row, q_batch, q_head;  // of queries and outputs
   int64_t k_row, k_batch, k_head;  // of keys and values
   float scale;                     // factor of the dot products
-  // Number of keys before the first query of each sequence; query i attends to past + i + 1 keys. Null: to all keys.
-  const int32_t* past;
 };
 
 // Product y = x Wᵀ of fp32 rows x [count, cols] by a 4-bit matrix W [rows, cols].

@@ -6,8 +6,8 @@
 //   matrix is read once, at the speed of memory.
 // - Many rows: a task unpacks kTaskRows rows of the matrix to bytes. A vector holds the same four columns of
 //   neighbouring rows of x, and four bytes of the matrix are spread over a vector.
-// A byte of the matrix has the codes of two neighbouring columns. Unpacking a vector gives its even columns and then its
-// odd ones; rows of x are stored in the same order.
+// A byte of the matrix has the codes of two neighbouring columns. Unpacking a vector gives its even columns and then
+// its odd ones; rows of x are stored in the same order.
 #pragma once
 
 #include <algorithm>
@@ -23,8 +23,8 @@ namespace {
 constexpr int64_t kFewRows = 12;
 
 constexpr int kLanes4 = Floats::kLanes;
-constexpr int kChunk = 2 * Bytes::kCount;             // columns in a vector of codes
-constexpr int kLaneColumns = kChunk / kLanes4;        // columns in a lane: always of one block, as blocks have 16 or more
+constexpr int kChunk = 2 * Bytes::kCount;       // columns in a vector of codes
+constexpr int kLaneColumns = kChunk / kLanes4;  // columns in a lane: always of one block, as blocks have 16 or more
 
 // Zero points of kLanes blocks of a row from block `first` on; any values after the last block.
 VLPACK_INLINE Floats zeros_of(const Linear4& l, int64_t row, int64_t first) {
@@ -258,8 +258,10 @@ struct Many {
     const int64_t all = groups(l);
     for (int64_t group = 0; group < all; group += kColumns) {
       int64_t row = 0;
-      for (; row + kRows <= rows; row += kRows) tile<kRows>(l, room, group, first + row, weight + row * width(l), offsets + row * l.blocks);
-      for (; row < rows; ++row) tile<1>(l, room, group, first + row, weight + row * width(l), offsets + row * l.blocks);
+      for (; row + kRows <= rows; row += kRows)
+        tile<kRows>(l, room, group, first + row, weight + row * width(l), offsets + row * l.blocks);
+      for (; row < rows; ++row)
+        tile<1>(l, room, group, first + row, weight + row * width(l), offsets + row * l.blocks);
     }
   }
 
@@ -284,7 +286,8 @@ struct Many {
   }
 
   template <int kCount>
-  static void tile(const Linear4& l, const char* room, int64_t group, int64_t row, const int8_t* weight, const int32_t* offsets) {
+  static void tile(const Linear4& l, const char* room, int64_t group, int64_t row, const int8_t* weight,
+                   const int32_t* offsets) {
     const int64_t left = groups(l) - group;
     if (kColumns == 1 || left == 1) return tile_of<1, kCount>(l, room, group, row, weight, offsets);
     if (left == 2) return tile_of<2, kCount>(l, room, group, row, weight, offsets);
