@@ -33,7 +33,7 @@ def test_workflows_call_steps_that_exist() -> None:
         for line in re.findall(r"\.ci/run ([a-z -]+)$", workflow.read_text(encoding="utf-8"), flags=re.MULTILINE)
         for name in line.split()
     }
-    assert {"lint", "types", "tests", "docs", "user", "lowest", "build-only"} == called
+    assert {"lint", "types", "tests", "kernels", "docs", "user", "lowest", "build-only"} == called
     assert called <= steps
 
 

@@ -54,8 +54,14 @@ def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    no_kernels: Annotated[
+        bool, typer.Option("--no-kernels", help="Do not use the operators of vlpack-kernels, if it is installed.")
+    ] = False,
 ) -> None:
-    pass
+    if no_kernels:
+        from vlpack.ort.kernels import SWITCH  # imports onnx, which takes a while
+
+        os.environ[SWITCH] = "0"  # also for the processes that a command starts
 
 
 @app.command(cls=Command)

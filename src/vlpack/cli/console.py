@@ -221,7 +221,15 @@ def show_answer(stream: AnswerStream | Handle, load_seconds: float, *, stats: bo
     if answer.finish_reason == "length":
         err.print(f"(cut after {len(answer.tokens)} tokens; --max-tokens allows more)", style="dim")
     if stats:
-        err.print(f"load {load_seconds:.2f} s · {timing(answer.stats)}", style="dim")
+        err.print(f"load {load_seconds:.2f} s · {timing(answer.stats)}{_kernels()}", style="dim")
+
+
+def _kernels() -> str:
+    """The end of the line of statistics: the instruction set of vlpack-kernels, if that is used."""
+    from vlpack.ort.kernels import library  # imports onnx, which takes a while
+
+    found = library()
+    return "" if found is None else f" · kernels {found.instruction_set}"
 
 
 def timing(s: Stats) -> str:
@@ -357,6 +365,12 @@ def _show_package(description: dict[str, Any]) -> None:
     total = sum(description["files"].values())
     checked = "hashes checked" if description["hashes_checked"] else "sizes checked"
     out.print(f"{len(description['files'])} files, {size(total)}, {checked}")
+    if kernels := description["kernels"]:
+        used = [
+            f"{part}: " + ", ".join(f"{count} {name}" for name, count in counts.items())
+            for part, counts in kernels["operators"].items()
+        ]
+        print_plain(f"kernels {kernels['instruction_set']}, in vlpack's own sessions: {'; '.join(used) or 'none'}")
     for problem in description["problems"]:
         out.print(f"[bold red]damaged:[/] {escape(problem)}")
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
-from vlpack.decoding.packing import PACKING_INPUTS, WANTED, Edited, Packing, edited
+from vlpack.decoding.packing import PACKING_INPUTS, WANTED, Edits, Packing, edit_decoder
 from vlpack.decoding.states import STATE_INPUTS, state_inputs
 from vlpack.errors import PackageError
-from vlpack.ort.session import cpu_session, ort, session_options
+from vlpack.ort.session import kernel_session, ort
 
 Array = npt.NDArray[Any]
 
@@ -67,7 +68,7 @@ class Graphs:
     def __init__(self, folder: Path, model: dict[str, Any], threads: int) -> None:
         decoder = model["decoder"]
         self.path = folder / str(decoder["filename"])
-        self.decoder, (_, self.packed, self.states) = _open_decoder(self.path, threads)
+        self.decoder, (self.packed, self.states) = _open_decoder(self.path, threads)
         self._ports = {port.name: port for port in self.decoder.get_inputs()}
         outputs = {port.name: port for port in self.decoder.get_outputs()}
         self.cache: list[CachePort] = []
@@ -175,26 +176,26 @@ class Graphs:
         return values
 
 
-def _open_decoder(path: Path, threads: int) -> tuple[Any, Edited]:
+def _open_decoder(path: Path, threads: int) -> tuple[Any, Edits]:
     """Opens the decoder, edited in memory if necessary, and returns it with what was edited."""
+    made = Edits(False, [])
+
+    def edit(model: onnx.ModelProto) -> None:
+        nonlocal made
+        made = edit_decoder(model)
+
     try:
-        made = edited(path)
-    except Exception as error:  # protobuf has its own error classes
-        raise PackageError(f"{path} cannot be read: {str(error)[:300]}") from error
-    if made.graph is None:
-        return _open(path, threads), made
-    options = session_options(threads)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-    try:
-        session = ort.InferenceSession(made.graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
+        session = kernel_session(path, threads, edit)
+    except PackageError:
+        raise
+    except Exception as error:  # onnxruntime has a class for each of its codes, without a common one
         raise _failed_to_load(path, error) from error
-    return session, made._replace(graph=None)
+    return session, made
 
 
 def _open(path: Path, threads: int) -> Any:
     try:
-        return cpu_session(path, threads)
+        return kernel_session(path, threads)
     except Exception as error:
         raise _failed_to_load(path, error) from error
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,33 +69,30 @@ class Packing(NamedTuple):
         }
 
 
-class Edited(NamedTuple):
-    """A decoder's graph after it was edited in memory.
+class Edits(NamedTuple):
+    """What was edited in a decoder's graph.
 
     Attributes:
-        graph: the serialized model, whose weights stay in their files; None if the file needs no change.
         packed: whether it takes packed tokens.
         states: states of its linear-attention layers.
     """
 
-    graph: bytes | None
     packed: bool
     states: list[StatePort]
 
 
-def edited(path: Path) -> Edited:
-    """Makes the packed graph of a decoder, or one that only keeps states if it cannot be packed.
+def edit_decoder(model: onnx.ModelProto) -> Edits:
+    """Makes a decoder's graph a packed one, in place, or one that only keeps states if it cannot be packed.
 
     A graph cannot be packed if onnxruntime is older than 1.32 or the key/value cache is not in full precision.
 
     Args:
-        path: path of the decoder's graph.
+        model: the decoder, whose weights stay in their files.
     """
-    model = onnx.load(path, load_external_data=False)
     graph, states = model.graph, state_ports(model)
     pack = tuple(map(int, re.findall(r"\d+", ort.__version__)[:2])) >= (1, 32) and _can_be_packed(graph, states)
     if not pack and not states:
-        return Edited(None, False, [])
+        return Edits(False, [])
     nodes = list(graph.node)
     if states:
         nodes = with_kept_states(nodes, pack)
@@ -107,7 +103,7 @@ def edited(path: Path) -> Edited:
         graph.input.extend(helper.make_tensor_value_info(name, *port) for name, port in PACKING_INPUTS.items())
     del graph.node[:], graph.value_info[:]  # the inferred shapes are those of [B, S] tokens
     graph.node.extend(nodes)
-    return Edited(bytes(model.SerializeToString()), pack, states)
+    return Edits(pack, states)
 
 
 def _can_be_packed(graph: onnx.GraphProto, states: Sequence[StatePort]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from vlpack.checkpoint.files import quote
 from vlpack.errors import PackageError
+from vlpack.ort.kernels import kernel_counts, library
 from vlpack.package.manifest import MANIFEST, damaged_files, graph_files, package_json, read_manifest, unlisted_files
 from vlpack.package.validate import check_config
 from vlpack.tasks import GENERATE
@@ -24,7 +25,8 @@ def inspect_package(folder: Path, *, hashes: bool) -> dict[str, Any]:
     Returns:
         JSON-like data. ``problems`` has a sentence for each damaged file and each file that was added later; an added
         chat template, for example, would change the prompts of programs that read it. ``unlisted`` names all added
-        files, also hidden ones (``.git``, ``.DS_Store``), which are no problem.
+        files, also hidden ones (``.git``, ``.DS_Store``), which are no problem. ``kernels`` names the instruction set
+        of vlpack-kernels and counts its operators in each part; None if it is not installed or is turned off.
 
     Raises:
         PackageError: the folder is not a package, or its manifest is damaged.
@@ -51,6 +53,7 @@ def inspect_package(folder: Path, *, hashes: bool) -> dict[str, Any]:
         "kind": "package",
         "folder": str(folder),
         **described,
+        "kernels": None if problems else _kernels(folder, manifest),
         "hashes_checked": hashes,
         "unlisted": list(unlisted),
         "problems": problems,
@@ -87,6 +90,21 @@ def _described(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _without(entry: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in entry.items() if key != name}
+
+
+def _kernels(folder: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
+    """The operators of vlpack-kernels that vlpack's own sessions use for a package on this machine."""
+    available = library()
+    if available is None or manifest["execution_provider"] != "cpu":
+        return None
+    try:
+        counts = {name: kernel_counts(folder / file) for name, file in graph_files(folder, manifest).items()}
+    except PackageError:
+        return None  # a damaged graph, if hashes are not compared
+    return {
+        "instruction_set": available.instruction_set,
+        "operators": {n: found for n, found in counts.items() if found},
+    }
 
 
 def without_cache(ports: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from vlpack.errors import InputError, OptionError, PackageError, option
 from vlpack.ort.saturation import warn_of_saturation
-from vlpack.ort.session import ort, session_options
+from vlpack.ort.session import kernel_session, ort, session_options
 from vlpack.package.loaded_files import LoadedFiles
 from vlpack.package.manifest import graph_files
 from vlpack.preprocess import Prompt, PromptBuilder, Tokenizer
@@ -163,8 +163,10 @@ class Encoder(Loaded):
                 f"The package is for {asked}, which the installed onnxruntime lacks.",
                 f"Install {wheel} in place of onnxruntime, or build with {option('execution_provider', 'cpu')}.",
             )
-        options = session_options(threads)
         try:
+            if provider == "CPUExecutionProvider":
+                return {name: kernel_session(self.folder / file, threads) for name, file in files.items()}
+            options = session_options(threads)
             return {
                 name: ort.InferenceSession(str(self.folder / file), options, providers=[provider])
                 for name, file in files.items()

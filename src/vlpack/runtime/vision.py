@@ -22,7 +22,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from vlpack.errors import PackageError
-from vlpack.ort.session import cpu_session, ort
+from vlpack.ort.session import kernel_session, ort
 from vlpack.preprocess import Prompt
 
 Array = npt.NDArray[Any]
@@ -59,7 +59,7 @@ class VisionEncoder:
         dtype: npt.DTypeLike,
         merge_size: int,
         threads: int,
-        open_session: OpenSession = cpu_session,
+        open_session: OpenSession = kernel_session,
         check: Callable[[], None] | None = None,
     ) -> None:
         self.width, self.dtype, self.merge_size = width, np.dtype(dtype), merge_size

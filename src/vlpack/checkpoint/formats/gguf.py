@@ -35,7 +35,11 @@ class GgufWeight(Gridded):
 
     @property
     def grid(self) -> Grid | None:
-        return Grid(self.bits, self.kind.values, symmetric=True, half=True, rounded_inputs=True) if self.kind.has_grid else None
+        return (
+            Grid(self.bits, self.kind.values, symmetric=True, half=True, rounded_inputs=True)
+            if self.kind.has_grid
+            else None
+        )
 
     def rows(self, start: int, stop: int) -> Array:
         return self.kind.dequantized(self.base.rows(self.name, start, stop))

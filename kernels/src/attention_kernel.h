@@ -1,0 +1,263 @@
+// Attention with a running softmax, for the instruction set that the including file is compiled for.
+//
+// Scores are computed transposed: a vector holds one key's scores for neighbouring queries. So maximum, sum and
+// exponential need no sums across a vector, and both products take the same form: rows of one operand, of which one
+// element (or a pair) at a time is spread over a vector, times vectors of the other.
+//
+// A task is a block of queries of one head. It goes over the keys in blocks of kBlock and keeps the largest score so
+// far, the sum of exponentials and the weighted sum of values, which are rescaled when the largest score changes
+// (Milakov and Gimelshein 2018; Dao et al. 2022).
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "kernels.h"
+#include "vectors.h"
+
+namespace vlpack {
+namespace {
+
+constexpr int kBlock = 64;  // keys
+constexpr int kLanes = Floats::kLanes;
+constexpr int kRows = Floats::kRows;
+
+// Products in fp32.
+struct Single {
+  using Element = float;
+  static constexpr int kPair = 1;  // elements that one step of a product takes
+  static constexpr int kTerms = 6;
+  static VLPACK_INLINE Floats dot(const Element* spread, Floats packed, Floats sum) {
+    return Floats::fma(Floats::all(*spread), packed, sum);
+  }
+  static VLPACK_INLINE Floats operand(const Element* p) { return Floats::load(p); }
+  static VLPACK_INLINE void put(Element* to, Floats a, Floats) { a.store(to); }
+  static VLPACK_INLINE Element element(float x) { return x; }
+};
+
+#ifdef __AVX512BF16__
+// Products of bfloat16, summed in fp32: twice as many in an instruction.
+struct Brain {
+  using Element = uint16_t;
+  static constexpr int kPair = 2;
+  static constexpr int kTerms = 3;  // below the rounding of the exponentials to 8 bits
+  static VLPACK_INLINE Floats dot(const Element* spread, Floats packed, Floats sum) {
+    int32_t pair;
+    std::memcpy(&pair, spread, sizeof pair);
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)packed.v)};
+  }
+  static VLPACK_INLINE Floats operand(const Element* p) { return {_mm512_loadu_ps(p)}; }
+  // Interleaves two vectors: a and b are neighbours in the direction of the sum.
+  static VLPACK_INLINE void put(Element* to, Floats a, Floats b) {
+    const __m512i joined = (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v);
+    alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), joined));
+  }
+  static VLPACK_INLINE Element element(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return x != x ? 0x7fc0 : static_cast<Element>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to even
+  }
+};
+#endif
+
+template <class Product>
+struct Attend {
+  using Element = typename Product::Element;
+  static constexpr int kPair = Product::kPair;
+
+  static int64_t steps(int64_t size) { return (size + kPair - 1) / kPair; }
+  // Elements of one head's keys, [keys, steps · kPair], and of its values, [keys / kPair, size, kPair].
+  static int64_t key_room(const Attention& a) { return a.keys * steps(a.size) * kPair; }
+  static int64_t value_room(const Attention& a) { return steps(a.keys) * a.size * kPair; }
+
+  static int64_t room(const Attention& a) {
+    return a.batch * a.heads * (key_room(a) + value_room(a)) * static_cast<int64_t>(sizeof(Element));
+  }
+
+  static constexpr int64_t kPacked = 256;  // rows that one task packs; a multiple of kPair
+  static int64_t pack_tasks_per_head(const Attention& a) { return (a.keys + kPacked - 1) / kPacked; }
+  static int64_t packs(const Attention& a) { return a.batch * a.heads * pack_tasks_per_head(a); }
+
+  static void pack(const Attention& a, void* room, int64_t task) {
+    const int64_t per_head = pack_tasks_per_head(a), head = task / per_head, first = task % per_head * kPacked;
+    const int64_t last = std::min(first + kPacked, a.keys), width = steps(a.size) * kPair;
+    const int64_t from = head / a.heads * a.k_batch + head % a.heads * a.k_head;
+    Element* k = static_cast<Element*>(room) + head * (key_room(a) + value_room(a));
+    Element* v = k + key_room(a);
+    for (int64_t row = first; row < last; ++row) {
+      const float* source = a.k + from + row * a.k_row;
+      Element* to = k + row * width;
+      for (int64_t d = 0; d < a.size; ++d) to[d] = Product::element(source[d]);
+      for (int64_t d = a.size; d < width; ++d) to[d] = 0;
+    }
+    for (int64_t row = first; row < last; row += kPair) {
+      Element* to = v + row * a.size;
+      for (int64_t i = 0; i < kPair; ++i) {
+        const float* source = a.v + from + (row + i) * a.k_row;
+        for (int64_t d = 0; d < a.size; ++d) to[d * kPair + i] = row + i < a.keys ? Product::element(source[d]) : 0;
+      }
+    }
+  }
+
+  static constexpr int64_t kQueries = Floats::kColumns * kLanes;
+  static int64_t blocks(const Attention& a) { return (a.queries + kQueries - 1) / kQueries; }
+  static int64_t tasks(const Attention& a) { return a.batch * a.heads * blocks(a); }
+
+  static void run(const Attention& a, const void* room, int64_t task) {
+    const int64_t per_head = blocks(a), head = task / per_head, first = task % per_head * kQueries;
+    const int64_t left = a.queries - first;
+    if (left > 2 * kLanes) return run_block<3>(a, room, head, first);
+    if (left > kLanes) return run_block<2>(a, room, head, first);
+    return run_block<1>(a, room, head, first);
+  }
+
+  // Products of kCount rows with `Columns` vectors, added to `sums`: [kCount, Columns] vectors.
+  template <int Columns, int Count>
+  static VLPACK_INLINE void multiply(
+      const Element* rows, int64_t row, int64_t step, int64_t steps, const Element* packed, float* sums, bool add) {
+    constexpr int kWidth = Columns * kLanes;
+    Floats sum[Count][Columns];
+#pragma GCC unroll 8
+    for (int r = 0; r < Count; ++r) {
+#pragma GCC unroll 3
+      for (int c = 0; c < Columns; ++c) sum[r][c] = add ? Floats::load(sums + r * kWidth + c * kLanes) : Floats::all(0);
+    }
+    for (int64_t s = 0; s < steps; ++s) {
+      Floats operand[Columns];
+#pragma GCC unroll 3
+      for (int c = 0; c < Columns; ++c) operand[c] = Product::operand(packed + (s * kWidth + c * kLanes) * kPair);
+#pragma GCC unroll 8
+      for (int r = 0; r < Count; ++r) {
+#pragma GCC unroll 3
+        for (int c = 0; c < Columns; ++c) sum[r][c] = Product::dot(rows + r * row + s * step, operand[c], sum[r][c]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Count; ++r) {
+#pragma GCC unroll 3
+      for (int c = 0; c < Columns; ++c) sum[r][c].store(sums + r * kWidth + c * kLanes);
+    }
+  }
+
+  // The scratch memory of a thread: packed queries, scores, packed exponentials and weighted values.
+  struct Scratch {
+    float *turned, *scores, *values;
+    Element *queries, *weights;
+
+    Scratch(int64_t size, int64_t width) {
+      thread_local std::vector<float> memory;
+      const int64_t padded = size + kPair;
+      const int64_t need = width * (padded * 3 + 2 * kBlock) + 16;
+      if (static_cast<int64_t>(memory.size()) < need) memory.resize(need);
+      float* next = memory.data();
+      next += (64 - reinterpret_cast<uintptr_t>(next) % 64) % 64 / sizeof(float);
+      auto take = [&](int64_t count) { return std::exchange(next, next + count); };
+      turned = take(width * padded);
+      values = take(width * padded);
+      queries = reinterpret_cast<Element*>(take(width * padded));
+      scores = take(width * kBlock);
+      weights = reinterpret_cast<Element*>(take(width * kBlock));
+    }
+  };
+
+  // Queries first … first + Columns · kLanes of one head.
+  template <int Columns>
+  static void run_block(const Attention& a, const void* room, int64_t head, int64_t first) {
+    constexpr int kWidth = Columns * kLanes;
+    const int64_t count = std::min<int64_t>(kWidth, a.queries - first);
+    const Element* k = static_cast<const Element*>(room) + head * (key_room(a) + value_room(a));
+    const Element* v = k + key_room(a);
+    const int64_t at = head / a.heads * a.q_batch + head % a.heads * a.q_head + first * a.q_row;
+    const int64_t size = a.size, width = steps(size) * kPair;
+    const Scratch scratch(size, kWidth);
+
+    turn_queries<kWidth>(a, a.q + at, count, scratch);
+    std::memset(scratch.values, 0, sizeof(float) * size * kWidth);
+    Floats largest[Columns], sum[Columns];
+    for (int c = 0; c < Columns; ++c) largest[c] = Floats::all(-1e30f), sum[c] = Floats::all(0);
+
+    for (int64_t start = 0; start < a.keys; start += kBlock) {
+      const int64_t keys = std::min<int64_t>(kBlock, a.keys - start);
+      const Element* these = k + start * width;
+      int64_t row = 0;
+      for (; row + kRows <= keys; row += kRows)
+        multiply<Columns, kRows>(these + row * width, width, kPair, steps(size), scratch.queries,
+                                 scratch.scores + row * kWidth, false);
+      for (; row < keys; ++row)
+        multiply<Columns, 1>(these + row * width, width, kPair, steps(size), scratch.queries,
+                             scratch.scores + row * kWidth, false);
+      if (keys % kPair)  // a key that weighs nothing
+        for (int c = 0; c < Columns; ++c) Floats::all(-1e30f).store(scratch.scores + keys * kWidth + c * kLanes);
+      soften<Columns>(scratch, keys, size, largest, sum);
+      int64_t d = 0;
+      const Element* values = v + start * size;
+      for (; d + kRows <= size; d += kRows)
+        multiply<Columns, kRows>(values + d * kPair, kPair, size * kPair, steps(keys), scratch.weights,
+                                 scratch.values + d * kWidth, true);
+      for (; d < size; ++d)
+        multiply<Columns, 1>(values + d * kPair, kPair, size * kPair, steps(keys), scratch.weights,
+                             scratch.values + d * kWidth, true);
+    }
+    for (int c = 0; c < Columns; ++c) {
+      const Floats factor = Floats::all(1) / (a.keys > 0 ? sum[c] : Floats::all(1));
+      for (int64_t d = 0; d < size; ++d) {
+        float* value = scratch.values + d * kWidth + c * kLanes;
+        (Floats::load(value) * factor).store(value);
+      }
+    }
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t d = 0; d < size; ++d) a.out[at + i * a.q_row + d] = scratch.values[d * kWidth + i];
+  }
+
+  // Queries as [steps, width, kPair], scaled so that a difference of scores is an exponent of 2.
+  template <int Width>
+  static void turn_queries(const Attention& a, const float* q, int64_t count, const Scratch& scratch) {
+    const float factor = a.scale * 1.44269504f;
+    const int64_t width = steps(a.size) * kPair;
+    std::memset(scratch.turned, 0, sizeof(float) * width * Width);
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t d = 0; d < a.size; ++d) scratch.turned[d * Width + i] = q[i * a.q_row + d] * factor;
+    for (int64_t d = 0; d < width; d += kPair)
+      for (int64_t i = 0; i < Width; i += kLanes) {
+        const float* from = scratch.turned + d * Width + i;
+        const Floats next = Floats::load(from + (kPair - 1) * Width);
+        Product::put(scratch.queries + d * Width + i * kPair, Floats::load(from), next);
+      }
+  }
+
+  // Scores become exponentials of their differences to the largest so far; sum and values are rescaled.
+  template <int Columns>
+  static VLPACK_INLINE void soften(
+      const Scratch& scratch, int64_t keys, int64_t size, Floats (&largest)[Columns], Floats (&sum)[Columns]) {
+    constexpr int kWidth = Columns * kLanes;
+#pragma GCC unroll 3
+    for (int c = 0; c < Columns; ++c) {
+      const float* scores = scratch.scores + c * kLanes;
+      Floats top = largest[c];
+      for (int64_t row = 0; row < keys; ++row) top = Floats::max(top, Floats::load(scores + row * kWidth));
+      const Floats shrink = exp2<6>(largest[c] - top);
+      Floats total = sum[c] * shrink;
+      for (int64_t row = 0; row < keys; row += kPair) {
+        Floats pair[2];
+        for (int i = 0; i < kPair; ++i) {
+          pair[i] = exp2<Product::kTerms>(Floats::load(scores + (row + i) * kWidth) - top);
+          total = total + pair[i];
+        }
+        Product::put(scratch.weights + (row * kWidth + c * kLanes * kPair), pair[0], pair[kPair - 1]);
+      }
+      for (int64_t d = 0; d < size; ++d) {
+        float* value = scratch.values + d * kWidth + c * kLanes;
+        (Floats::load(value) * shrink).store(value);
+      }
+      largest[c] = top, sum[c] = total;
+    }
+  }
+};
+
+}  // namespace
+}  // namespace vlpack

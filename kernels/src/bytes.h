@@ -1,0 +1,163 @@
+// Vectors of bytes and their products, with one interface for AVX2 and AVX-512 VNNI.
+#pragma once
+
+#include <cstring>
+
+#include "vectors.h"
+
+namespace vlpack {
+namespace {
+
+#ifdef __AVX512F__
+
+struct Bytes {
+  static constexpr int kCount = 64;
+  __m512i v;
+
+  static VLPACK_INLINE Bytes load(const void* p) { return {_mm512_loadu_si512(p)}; }
+  VLPACK_INLINE void store(void* p) const { _mm512_storeu_si512(p, v); }
+  static VLPACK_INLINE Bytes all(int8_t x) { return {_mm512_set1_epi8(x)}; }
+  static VLPACK_INLINE Bytes bits(Floats x) { return {_mm512_castps_si512(x.v)}; }
+  VLPACK_INLINE Bytes operator-(Bytes o) const { return {_mm512_sub_epi8(v, o.v)}; }
+  VLPACK_INLINE Bytes low() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
+  VLPACK_INLINE Bytes high() const { return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))}; }
+};
+
+// Sums of 32 bits, each of which takes four neighbouring products of bytes.
+struct Sums {
+  __m512i v;
+  static VLPACK_INLINE Sums all(int32_t x) { return {_mm512_set1_epi32(x)}; }
+  VLPACK_INLINE Sums add(Bytes a, Bytes b) const { return {_mm512_dpbusd_epi32(v, a.v, b.v)}; }  // unsigned · signed
+  VLPACK_INLINE void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
+  // Subtracts 128 times the sum of each of 1, 2, 4 or 8 equal parts from p[part], for the first `left` parts.
+  VLPACK_INLINE void subtract_parts(int parts, int64_t left, int32_t* p) const {
+    __m512i x = _mm512_slli_epi32(v, 7);
+    __mmask16 first = 0x5555;  // the lanes with sums
+    x = _mm512_add_epi32(x, _mm512_shuffle_epi32(x, _MM_PERM_CDAB));
+    if (parts <= 4) x = _mm512_add_epi32(x, _mm512_shuffle_epi32(x, _MM_PERM_BADC)), first = 0x1111;
+    if (parts <= 2) x = _mm512_add_epi32(x, _mm512_shuffle_i64x2(x, x, _MM_PERM_CDAB)), first = 0x0101;
+    if (parts == 1) x = _mm512_add_epi32(x, _mm512_shuffle_i64x2(x, x, _MM_PERM_BADC)), first = 0x0001;
+    const __m512i sums = _mm512_maskz_compress_epi32(first, x);
+    const __mmask16 some = (1u << (left < parts ? left : parts)) - 1;
+    _mm512_mask_storeu_epi32(p, some, _mm512_sub_epi32(_mm512_maskz_loadu_epi32(some, p), sums));
+  }
+  VLPACK_INLINE Floats floats() const { return {_mm512_cvtepi32_ps(v)}; }
+};
+
+VLPACK_INLINE Sums integers(Floats x) { return {_mm512_cvtps_epi32(x.v)}; }
+
+// The lowest byte of each lane in all four bytes of the lane; the others must be 0.
+VLPACK_INLINE Sums repeat_bytes(Sums x) {
+  const __m512i two = _mm512_or_si512(x.v, _mm512_slli_epi32(x.v, 8));
+  return {_mm512_or_si512(two, _mm512_slli_epi32(two, 16))};
+}
+
+VLPACK_INLINE Bytes spread(const void* four) {
+  int32_t x;
+  std::memcpy(&x, four, sizeof x);
+  return {_mm512_set1_epi32(x)};
+}
+
+// Vector whose lane i is p[i · count / kLanes]: each of `count` = 1, 2, 4 or 8 values is repeated.
+VLPACK_INLINE Floats repeat(const float* p, int count, int64_t left) {
+  if (count == 1) return Floats::all(*p);
+  const int many = static_cast<int>(left < count ? left : count);
+  const __m512 some = _mm512_maskz_loadu_ps((1u << many) - 1, p);
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const int shift = count == 2 ? 3 : count == 4 ? 2 : 1;
+  return {_mm512_permutexvar_ps(_mm512_srl_epi32(lanes, _mm_cvtsi32_si128(shift)), some)};
+}
+
+VLPACK_INLINE float total(Floats x) { return _mm512_reduce_add_ps(x.v); }
+
+// The first `count` values, at most kLanes, and zeros.
+VLPACK_INLINE Floats load_some(const float* p, int64_t count) {
+  return {_mm512_maskz_loadu_ps(count < 16 ? (1u << count) - 1 : 0xffff, p)};
+}
+
+// The first `count` values of 4 bits, at most kLanes, low nibbles first, and any values.
+VLPACK_INLINE Floats nibbles(const uint8_t* p, int64_t count) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(count < 16 ? (1u << (count + 1) / 2) - 1 : 0xff, p);
+  const __m128i mask = _mm_set1_epi8(15);
+  const __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high)))};
+}
+
+#else
+
+struct Bytes {
+  static constexpr int kCount = 32;
+  __m256i v;
+
+  static VLPACK_INLINE Bytes load(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+  VLPACK_INLINE void store(void* p) const { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
+  static VLPACK_INLINE Bytes all(int8_t x) { return {_mm256_set1_epi8(x)}; }
+  static VLPACK_INLINE Bytes bits(Floats x) { return {_mm256_castps_si256(x.v)}; }
+  VLPACK_INLINE Bytes operator-(Bytes o) const { return {_mm256_sub_epi8(v, o.v)}; }
+  VLPACK_INLINE Bytes low() const { return {_mm256_and_si256(v, _mm256_set1_epi8(15))}; }
+  VLPACK_INLINE Bytes high() const { return {_mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15))}; }
+};
+
+struct Sums {
+  __m256i v;
+  static VLPACK_INLINE Sums all(int32_t x) { return {_mm256_set1_epi32(x)}; }
+  // Two products are added in 16 bits: exact while one factor is a 4-bit code (2 · 255 · 15 < 32768).
+  VLPACK_INLINE Sums add(Bytes a, Bytes b) const {
+    const __m256i pairs = _mm256_maddubs_epi16(a.v, b.v);
+    return {_mm256_add_epi32(v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+  }
+  VLPACK_INLINE void store(int32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  VLPACK_INLINE void subtract_parts(int parts, int64_t left, int32_t* p) const {
+    int32_t lanes[8];
+    store(lanes);
+    for (int part = 0; part < parts && part < left; ++part)
+      for (int i = 0; i < 8 / parts; ++i) p[part] -= 128 * lanes[part * (8 / parts) + i];
+  }
+  VLPACK_INLINE Floats floats() const { return {_mm256_cvtepi32_ps(v)}; }
+};
+
+VLPACK_INLINE Sums integers(Floats x) { return {_mm256_cvtps_epi32(x.v)}; }
+
+VLPACK_INLINE Sums repeat_bytes(Sums x) {
+  const __m256i two = _mm256_or_si256(x.v, _mm256_slli_epi32(x.v, 8));
+  return {_mm256_or_si256(two, _mm256_slli_epi32(two, 16))};
+}
+
+VLPACK_INLINE Bytes spread(const void* four) {
+  int32_t x;
+  std::memcpy(&x, four, sizeof x);
+  return {_mm256_set1_epi32(x)};
+}
+
+VLPACK_INLINE Floats repeat(const float* p, int count, int64_t left) {
+  if (count == 1) return Floats::all(*p);
+  alignas(32) float some[8];
+  for (int i = 0; i < 8; ++i) some[i] = i * count / 8 < left ? p[i * count / 8] : 0;
+  return Floats::load(some);
+}
+
+VLPACK_INLINE float total(Floats x) {
+  alignas(32) float lanes[8];
+  x.store(lanes);
+  return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+}
+
+VLPACK_INLINE Floats load_some(const float* p, int64_t count) {
+  if (count >= 8) return Floats::load(p);
+  alignas(32) float some[8] = {};
+  std::memcpy(some, p, count * sizeof(float));
+  return Floats::load(some);
+}
+
+VLPACK_INLINE Floats nibbles(const uint8_t* p, int64_t count) {
+  int32_t four = 0;
+  std::memcpy(&four, p, count < 8 ? (count + 1) / 2 : 4);
+  const __m128i bytes = _mm_cvtsi32_si128(four), mask = _mm_set1_epi8(15);
+  const __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpacklo_epi8(low, high)))};
+}
+
+#endif
+
+}  // namespace
+}  // namespace vlpack

@@ -1,0 +1,19 @@
+// The kernels for one instruction set; CMakeLists.txt compiles this file with its options.
+#include "attention_kernel.h"
+#include "linear4_kernel.h"
+
+namespace vlpack {
+
+const Kernels& avx512_bf16_kernels() {
+  using Attend = Attend<Brain>;
+  using Four = Multiply4;
+  static const Kernels kernels = {
+      "avx512_bf16",
+      Attend::room, Attend::packs, Attend::pack, Attend::tasks, Attend::run,
+      laid_bytes, lay,
+      Four::room, Four::packs, Four::pack, Four::tasks, Four::run,
+  };
+  return kernels;
+}
+
+}  // namespace vlpack

@@ -1,0 +1,36 @@
+// The entry points of the library.
+#include "attention_op.h"
+#include "kernels.h"
+#include "linear4_op.h"
+#include "ort_api.h"
+
+// The name of the instruction set in use; null if the processor has none that the kernels are written for.
+VLPACK_EXPORT const char* VlpackKernelsInstructionSet() {
+  const vlpack::Kernels* kernels = vlpack::best_kernels();
+  return kernels ? kernels->name : nullptr;
+}
+
+// Called by SessionOptions.register_custom_ops_library: adds the domain `vlpack` with all operators.
+VLPACK_EXPORT ort::Status* VLPACK_CALL RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
+  ort::Table table = base->get_api(ort::kVersion);
+  if (!table) {
+    // Every version has the first functions of the table, so that the error can be told.
+    return ort::Api(base->get_api(1)).status("vlpack-kernels needs onnxruntime 1.17 or newer");
+  }
+  const ort::Api api(table);
+  try {
+    if (!vlpack::best_kernels()) throw ort::Error{"vlpack-kernels has no kernels for this processor"};
+    // onnxruntime's sessions refer to the domain as long as they live; it is made once and kept.
+    static ort::Domain* const domain = [&] {
+      ort::Domain* made = nullptr;
+      api.create_domain("vlpack", &made);
+      api.add(made, vlpack::attention_op());
+      api.add(made, vlpack::linear4_op());
+      return made;
+    }();
+    api.add(options, domain);
+  } catch (const ort::Error& error) {
+    return api.status(error.text);
+  }
+  return nullptr;
+}

@@ -1,0 +1,378 @@
+// Products by 4-bit matrices, for the instruction set that the including file is compiled for.
+//
+// Rows of x are quantized to 8 bits with one scale for each block of the matrix, so that products within a block are
+// integers. There are two forms of the product:
+// - Few rows: a vector of codes is unpacked in registers and multiplied by the same columns of each row of x. The
+//   matrix is read once, at the speed of memory.
+// - Many rows: a task unpacks kTaskRows rows of the matrix to bytes. A vector holds the same four columns of
+//   neighbouring rows of x, and four bytes of the matrix are spread over a vector.
+// A byte of the matrix has the codes of two neighbouring columns. Unpacking a vector gives its even columns and then
+// its odd ones; rows of x are stored in the same order.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "bytes.h"
+#include "kernels.h"
+
+namespace vlpack {
+namespace {
+
+constexpr int64_t kFewRows = 12;
+
+constexpr int kLanes4 = Floats::kLanes;
+constexpr int kChunk = 2 * Bytes::kCount;       // columns in a vector of codes
+constexpr int kLaneColumns = kChunk / kLanes4;  // columns in a lane: always of one block, as blocks have 16 or more
+
+// Zero points of kLanes blocks of a row from block `first` on; any values after the last block.
+VLPACK_INLINE Floats zeros_of(const Linear4& l, int64_t row, int64_t first) {
+  return l.zeros ? nibbles(l.zeros + row * ((l.blocks + 1) / 2) + first / 2, l.blocks - first) : Floats::all(8);
+}
+
+VLPACK_INLINE int64_t chunks_of(const Linear4& l) { return (l.blocks * l.block + kChunk - 1) / kChunk; }
+
+// Blocks in a vector of codes.
+VLPACK_INLINE int parts_of(const Linear4& l) { return l.block < kChunk ? static_cast<int>(kChunk / l.block) : 1; }
+
+// The place of a column among the unpacked codes.
+VLPACK_INLINE int64_t place_of(int64_t column) {
+  const int64_t within = column % kChunk;
+  return column - within + within % 2 * (kChunk / 2) + within / 2;
+}
+
+// A vector of codes of a row. Laid-out codes are [rows / kLaid, chunks, kLaid, kCount]: few rows of x read them from
+// the first to the last byte.
+constexpr int kLaid = 4;
+
+VLPACK_INLINE const uint8_t* codes_of(const Linear4& l, int64_t row, int64_t chunk) {
+  return l.codes + ((row / kLaid * chunks_of(l) + chunk) * kLaid + row % kLaid) * Bytes::kCount;
+}
+
+inline int64_t laid_bytes(const Linear4& l) {
+  return (l.rows + kLaid - 1) / kLaid * kLaid * chunks_of(l) * Bytes::kCount;
+}
+
+// Lays out the codes of MatMulNBits, [rows, blocks, block / 2]; zeros stand where there are none.
+inline void lay(const Linear4& l, const uint8_t* codes, uint8_t* to) {
+  const int64_t size = l.blocks * (l.block / 2), chunks = chunks_of(l);
+  for (int64_t group = 0; group < l.rows; group += kLaid)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      for (int64_t row = group; row < group + kLaid; ++row, to += Bytes::kCount) {
+        const int64_t at = chunk * Bytes::kCount, left = std::min<int64_t>(Bytes::kCount, size - at);
+        if (row < l.rows && left == Bytes::kCount) {
+          Bytes::load(codes + row * size + at).store(to);
+        } else {
+          Bytes::all(0).store(to);
+          if (row < l.rows) std::memcpy(to, codes + row * size + at, left);
+        }
+      }
+}
+
+// The largest magnitude; NaN if a value is. (Magnitudes are in the order of their bits, and NaN is above all.)
+VLPACK_INLINE float peak_of(const float* x, int64_t count) {
+  uint32_t top = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, sizeof bits);
+    top = std::max(top, bits & 0x7fffffff);
+  }
+  float peak;
+  std::memcpy(&peak, &top, sizeof peak);
+  return peak;
+}
+
+// Numbers of steps of peak / 127, rounded and added to 128. All are 128 if the peak is 0, infinite or NaN; then the
+// scale, which is a multiple of the peak, makes the product so.
+VLPACK_INLINE void quantize(const float* x, int64_t count, float peak, uint8_t* codes) {
+  const float steps = 127 / peak;
+  if (!(peak > 0) || !(steps > 0) || steps > 3e38f) return void(std::fill_n(codes, count, uint8_t{128}));
+  for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(static_cast<int32_t>(x[i] * steps + 128.5f));
+}
+
+// A thread's memory for `count` values, kept for its next tasks; each use has a number of its own.
+template <class Value, int kUse>
+Value* scratch(int64_t count) {
+  thread_local std::vector<Value> memory;
+  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
+  return memory.data();
+}
+
+struct Few {
+  static constexpr int kTaskRows = 64;
+  static constexpr int kRows = kLanes4 == 16 ? 4 : 2;  // rows of the matrix at a time
+  static constexpr int64_t kAhead = 4096;              // bytes of the matrix that are fetched in advance
+  static constexpr int kLanes = kLanes4;
+
+  static int64_t chunks(const Linear4& l) { return chunks_of(l); }
+
+  // A row of x: codes [chunks, kChunk] signed; for each lane of each chunk the scale of its block; and for each block
+  // the scale times the sum of codes, by which a zero point counts.
+  static int64_t scales_at(const Linear4& l) { return chunks(l) * kChunk; }
+  static int64_t sums_at(const Linear4& l) { return scales_at(l) + chunks(l) * kLanes * 4; }
+  static int64_t row_room(const Linear4& l) { return (sums_at(l) + (l.blocks + kLanes) * 4 + 63) / 64 * 64; }
+
+  static void pack(const Linear4& l, char* room, int64_t row) {
+    int8_t* codes = reinterpret_cast<int8_t*>(room + row * row_room(l));
+    float* scales = reinterpret_cast<float*>(room + row * row_room(l) + scales_at(l));
+    float* sums = reinterpret_cast<float*>(room + row * row_room(l) + sums_at(l));
+    std::memset(codes, 0, row_room(l));
+    uint8_t* const block = scratch<uint8_t, 0>(l.block);
+    for (int64_t b = 0; b < l.blocks; ++b) {
+      const int64_t first = b * l.block, count = std::min(l.block, l.cols - first);
+      const float* x = l.x + row * l.cols + first;
+      const float peak = peak_of(x, count);
+      quantize(x, count, peak, block);
+      int32_t sum = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        codes[place_of(first + i)] = static_cast<int8_t>(block[i] - 128);
+        sum += block[i] - 128;
+      }
+      for (int64_t column = first; column < first + l.block; column += kLaneColumns)
+        scales[column / kLaneColumns] = peak / 127;
+      sums[b] = peak / 127 * static_cast<float>(sum);
+    }
+  }
+
+  static int64_t tasks(const Linear4& l) { return (l.rows + kTaskRows - 1) / kTaskRows; }
+
+  static void run(const Linear4& l, const char* room, int64_t task) {
+    const int64_t last = std::min(l.rows, (task + 1) * kTaskRows);
+    int64_t row = task * kTaskRows;
+    for (; row + kRows <= last; row += kRows) products<kRows>(l, room, row);
+    for (; row < last; ++row) products<1>(l, room, row);
+  }
+
+  template <int Rows>
+  static void products(const Linear4& l, const char* room, int64_t row) {
+    for (int64_t first = 0; first < l.count; first += 4) {
+      switch (std::min<int64_t>(4, l.count - first)) {
+        case 1: product<Rows, 1>(l, room, row, first); break;
+        case 2: product<Rows, 2>(l, room, row, first); break;
+        case 3: product<Rows, 3>(l, room, row, first); break;
+        default: product<Rows, 4>(l, room, row, first);
+      }
+    }
+  }
+
+  // Rows of the matrix by Count rows of x.
+  template <int Rows, int Count>
+  static VLPACK_INLINE void product(const Linear4& l, const char* room, int64_t row, int64_t first) {
+    if (l.block >= kChunk) return product<Rows, Count, true>(l, room, row, first);
+    return product<Rows, Count, false>(l, room, row, first);
+  }
+
+  // The same, where all columns of a vector of codes are of one block (kWhole), or not.
+  template <int Rows, int Count, bool kWhole>
+  static void product(const Linear4& l, const char* room, int64_t row, int64_t first) {
+    const char* x[Count];
+    Floats sum[Rows][Count];
+#pragma GCC unroll 4
+    for (int i = 0; i < Count; ++i) {
+      x[i] = room + (first + i) * row_room(l);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) sum[r][i] = Floats::all(0);
+    }
+    const int64_t at = scales_at(l), all = chunks(l);
+    const int parts = kWhole ? 1 : parts_of(l);
+    const float* const scales = l.scales + row * l.blocks;
+    for (int64_t chunk = 0; chunk < all; ++chunk) {
+      const int64_t block = chunk * kChunk / l.block;
+      const uint8_t* const codes = codes_of(l, row, chunk);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        _mm_prefetch(reinterpret_cast<const char*>(codes + r * Bytes::kCount + kAhead), _MM_HINT_T0);
+        const Bytes packed = Bytes::load(codes + r * Bytes::kCount);
+        const Bytes low = packed.low(), high = packed.high();
+        const Floats scale = repeat(scales + r * l.blocks + block, parts, l.blocks - block);
+#pragma GCC unroll 4
+        for (int i = 0; i < Count; ++i) {
+          const char* const these = x[i] + chunk * kChunk;
+          const Sums codes = Sums::all(0).add(low, Bytes::load(these)).add(high, Bytes::load(these + kChunk / 2));
+          const Floats of_x = Floats::load(reinterpret_cast<const float*>(x[i] + at) + chunk * kLanes);
+          sum[r][i] = Floats::fma(codes.floats(), scale * of_x, sum[r][i]);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      for (int64_t b = 0; b < l.blocks; b += kLanes) {
+        const Floats zeros =
+            Floats::all(0) - load_some(scales + r * l.blocks + b, l.blocks - b) * zeros_of(l, row + r, b);
+#pragma GCC unroll 4
+        for (int i = 0; i < Count; ++i) {
+          const float* sums = reinterpret_cast<const float*>(x[i] + sums_at(l));
+          sum[r][i] = Floats::fma(zeros, Floats::load(sums + b), sum[r][i]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < Count; ++i) l.y[(first + i) * l.rows + row + r] = total(sum[r][i]);
+    }
+  }
+};
+
+struct Many {
+  static constexpr int kLanes = kLanes4;
+  static constexpr int kColumns = kLanes == 16 ? 3 : 1;  // vectors of rows of x
+  static constexpr int kRows = 4;                        // rows of the matrix
+  static constexpr int kTaskRows = 32;
+
+  // A group of kLanes rows of x: codes [width / 4, kLanes, 4] unsigned around 128, and scales [blocks, kLanes].
+  static int64_t width(const Linear4& l) { return chunks_of(l) * kChunk; }
+  static int64_t group_room(const Linear4& l) { return (width(l) + l.blocks * 4) * kLanes; }
+  static int64_t groups(const Linear4& l) { return (l.count + kLanes - 1) / kLanes; }
+
+  static void pack(const Linear4& l, char* room, int64_t group) {
+    uint8_t* codes = reinterpret_cast<uint8_t*>(room + group * group_room(l));
+    float* scales = reinterpret_cast<float*>(codes + width(l) * kLanes);
+    uint8_t* const row_codes = scratch<uint8_t, 1>(2 * width(l));
+    uint8_t* const sorted = row_codes + width(l);
+    std::memset(row_codes, 128, width(l));
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t row = group * kLanes + lane;
+      for (int64_t b = 0; b < l.blocks; ++b) {
+        const int64_t first = b * l.block, count = row < l.count ? std::min(l.block, l.cols - first) : 0;
+        const float* x = l.x + row * l.cols + first;
+        const float peak = peak_of(x, count);
+        quantize(x, count ? count : l.block, peak, row_codes + first);
+        scales[b * kLanes + lane] = peak / 127;
+      }
+      for (int64_t chunk = 0; chunk < width(l); chunk += kChunk)
+        for (int64_t i = 0; i < kChunk / 2; ++i) {
+          sorted[chunk + i] = row_codes[chunk + 2 * i];
+          sorted[chunk + kChunk / 2 + i] = row_codes[chunk + 2 * i + 1];
+        }
+      for (int64_t i = 0; i < width(l); i += 4) std::memcpy(codes + i * kLanes + lane * 4, sorted + i, 4);
+    }
+  }
+
+  static int64_t tasks(const Linear4& l) { return (l.rows + kTaskRows - 1) / kTaskRows; }
+
+  static void run(const Linear4& l, const char* room, int64_t task) {
+    const int64_t first = task * kTaskRows, rows = std::min<int64_t>(kTaskRows, l.rows - first);
+    int8_t* const weight = scratch<int8_t, 2>(kTaskRows * width(l));
+    int32_t* const offsets = scratch<int32_t, 3>(kTaskRows * l.blocks);
+    for (int64_t row = 0; row < rows; ++row)
+      unpack(l, first + row, weight + row * width(l), offsets + row * l.blocks);
+    const int64_t all = groups(l);
+    for (int64_t group = 0; group < all; group += kColumns) {
+      int64_t row = 0;
+      for (; row + kRows <= rows; row += kRows)
+        tile<kRows>(l, room, group, first + row, weight + row * width(l), offsets + row * l.blocks);
+      for (; row < rows; ++row)
+        tile<1>(l, room, group, first + row, weight + row * width(l), offsets + row * l.blocks);
+    }
+  }
+
+  // A row of the matrix as differences from the zero points; `offsets` is what 128 in x adds to each block's product.
+  static void unpack(const Linear4& l, int64_t row, int8_t* to, int32_t* offsets) {
+    const int64_t all = chunks_of(l);
+    int32_t* const zeros = scratch<int32_t, 4>(l.blocks + 3 * kLanes);  // four equal bytes in each
+    for (int64_t b = 0; b < l.blocks; b += kLanes) {
+      repeat_bytes(integers(zeros_of(l, row, b))).store(zeros + b);
+    }
+    for (int64_t b = 0; b < l.blocks; ++b) offsets[b] = 0;
+    const int parts = parts_of(l);
+    for (int64_t chunk = 0; chunk < all; ++chunk) {
+      const int64_t block = chunk * kChunk / l.block;
+      const Bytes packed = Bytes::load(codes_of(l, row, chunk));
+      const Bytes zero = Bytes::bits(repeat(reinterpret_cast<const float*>(zeros) + block, parts, l.blocks - block));
+      const Bytes low = packed.low() - zero, high = packed.high() - zero;
+      low.store(to + chunk * kChunk), high.store(to + chunk * kChunk + kChunk / 2);
+      const Sums sums = Sums::all(0).add(Bytes::all(1), low).add(Bytes::all(1), high);
+      sums.subtract_parts(parts, l.blocks - block, offsets + block);
+    }
+  }
+
+  template <int kCount>
+  static void tile(const Linear4& l, const char* room, int64_t group, int64_t row, const int8_t* weight,
+                   const int32_t* offsets) {
+    const int64_t left = groups(l) - group;
+    if (kColumns == 1 || left == 1) return tile_of<1, kCount>(l, room, group, row, weight, offsets);
+    if (left == 2) return tile_of<2, kCount>(l, room, group, row, weight, offsets);
+    return tile_of<kColumns, kCount>(l, room, group, row, weight, offsets);
+  }
+
+  // Adds the products of four columns.
+  template <int Columns, int kCount>
+  static VLPACK_INLINE void step(
+      const char* x, int64_t size, const int8_t* weight, int64_t wide, Sums (&products)[kCount][Columns]) {
+    Bytes operand[Columns];
+#pragma GCC unroll 3
+    for (int c = 0; c < Columns; ++c) operand[c] = Bytes::load(x + c * size);
+#pragma GCC unroll 4
+    for (int r = 0; r < kCount; ++r) {
+      const Bytes factor = spread(weight + r * wide);
+#pragma GCC unroll 3
+      for (int c = 0; c < Columns; ++c) products[r][c] = products[r][c].add(operand[c], factor);
+    }
+  }
+
+  // kCount rows of the matrix by Columns groups of rows of x.
+  template <int Columns, int kCount>
+  static void tile_of(
+      const Linear4& l, const char* room, int64_t group, int64_t row, const int8_t* weight, const int32_t* offsets) {
+    const int64_t size = group_room(l), wide = width(l);
+    const char* const x = room + group * size;
+    const char* const scales = x + wide * kLanes;
+    Floats sum[kCount][Columns];
+#pragma GCC unroll 4
+    for (int r = 0; r < kCount; ++r)
+#pragma GCC unroll 3
+      for (int c = 0; c < Columns; ++c) sum[r][c] = Floats::all(0);
+    for (int64_t b = 0; b < l.blocks; ++b) {
+      Sums products[kCount][Columns];
+#pragma GCC unroll 4
+      for (int r = 0; r < kCount; ++r)
+#pragma GCC unroll 3
+        for (int c = 0; c < Columns; ++c) products[r][c] = Sums::all(offsets[r * l.blocks + b]);
+      // The block's even columns lie in one vector of codes, and its odd ones in the next.
+      const int64_t span = std::min<int64_t>(l.block, kChunk) / 2, first = b * l.block;
+      for (int64_t at = place_of(first); at < place_of(first) + l.block; at += kChunk)
+        for (int64_t i = at; i < at + span; i += 4) {
+          step<Columns, kCount>(x + i * kLanes, size, weight + i, wide, products);
+          step<Columns, kCount>(x + (i + kChunk / 2) * kLanes, size, weight + i + kChunk / 2, wide, products);
+        }
+      Floats of_x[Columns];
+#pragma GCC unroll 3
+      for (int c = 0; c < Columns; ++c)
+        of_x[c] = Floats::load(reinterpret_cast<const float*>(scales + c * size) + b * kLanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < kCount; ++r) {
+        const Floats scale = Floats::all(l.scales[(row + r) * l.blocks + b]);
+#pragma GCC unroll 3
+        for (int c = 0; c < Columns; ++c)
+          sum[r][c] = Floats::fma(products[r][c].floats(), scale * of_x[c], sum[r][c]);
+      }
+    }
+    alignas(64) float lanes[kCount][Columns * kLanes];
+#pragma GCC unroll 4
+    for (int r = 0; r < kCount; ++r)
+#pragma GCC unroll 3
+      for (int c = 0; c < Columns; ++c) sum[r][c].store(&lanes[r][c * kLanes]);
+    const int64_t first = group * kLanes, count = std::min<int64_t>(Columns * kLanes, l.count - first);
+    for (int64_t i = 0; i < count; ++i)
+      for (int r = 0; r < kCount; ++r) l.y[(first + i) * l.rows + row + r] = lanes[r][i];
+  }
+};
+
+// The form for a product's number of rows.
+struct Multiply4 {
+  static bool few(const Linear4& l) { return l.count <= kFewRows; }
+  static int64_t room(const Linear4& l) {
+    return few(l) ? l.count * Few::row_room(l) : Many::groups(l) * Many::group_room(l);
+  }
+  static int64_t packs(const Linear4& l) { return few(l) ? l.count : Many::groups(l); }
+  static void pack(const Linear4& l, void* room, int64_t task) {
+    return few(l) ? Few::pack(l, static_cast<char*>(room), task) : Many::pack(l, static_cast<char*>(room), task);
+  }
+  static int64_t tasks(const Linear4& l) { return few(l) ? Few::tasks(l) : Many::tasks(l); }
+  static void run(const Linear4& l, const void* room, int64_t task) {
+    const char* from = static_cast<const char*>(room);
+    return few(l) ? Few::run(l, from, task) : Many::run(l, from, task);
+  }
+};
+
+}  // namespace
+}  // namespace vlpack

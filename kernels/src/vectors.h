@@ -1,0 +1,89 @@
+// Vectors of floats with one interface for AVX2 and AVX-512. Included only by files that are compiled for the set.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#define VLPACK_INLINE inline __attribute__((always_inline))
+
+namespace vlpack {
+namespace {
+
+#ifdef __AVX512F__
+
+struct Floats {
+  static constexpr int kLanes = 16;
+  static constexpr int kColumns = 3;  // vectors side by side in a tile of registers
+  static constexpr int kRows = 8;     // and above each other: 24 sums, 3 operands and a factor in 32 registers
+  __m512 v;
+
+  static VLPACK_INLINE Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static VLPACK_INLINE Floats all(float x) { return {_mm512_set1_ps(x)}; }
+  VLPACK_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  VLPACK_INLINE Floats operator+(Floats o) const { return {_mm512_add_ps(v, o.v)}; }
+  VLPACK_INLINE Floats operator-(Floats o) const { return {_mm512_sub_ps(v, o.v)}; }
+  VLPACK_INLINE Floats operator*(Floats o) const { return {_mm512_mul_ps(v, o.v)}; }
+  VLPACK_INLINE Floats operator/(Floats o) const { return {_mm512_div_ps(v, o.v)}; }
+  static VLPACK_INLINE Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+  static VLPACK_INLINE Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  // x minus its nearest integer
+  static VLPACK_INLINE Floats fraction(Floats x) { return {_mm512_reduce_ps(x.v, 0)}; }
+  // x · 2^n for a whole n, which may be far out of the range of exponents
+  static VLPACK_INLINE Floats scale(Floats x, Floats n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+};
+
+#else
+
+struct Floats {
+  static constexpr int kLanes = 8;
+  static constexpr int kColumns = 3;
+  static constexpr int kRows = 4;  // 12 sums, 3 operands and a factor in 16 registers
+  __m256 v;
+
+  static VLPACK_INLINE Floats load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static VLPACK_INLINE Floats all(float x) { return {_mm256_set1_ps(x)}; }
+  VLPACK_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  VLPACK_INLINE Floats operator+(Floats o) const { return {_mm256_add_ps(v, o.v)}; }
+  VLPACK_INLINE Floats operator-(Floats o) const { return {_mm256_sub_ps(v, o.v)}; }
+  VLPACK_INLINE Floats operator*(Floats o) const { return {_mm256_mul_ps(v, o.v)}; }
+  VLPACK_INLINE Floats operator/(Floats o) const { return {_mm256_div_ps(v, o.v)}; }
+  static VLPACK_INLINE Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.v, b.v)}; }
+  static VLPACK_INLINE Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static VLPACK_INLINE Floats fraction(Floats x) {
+    return {_mm256_sub_ps(x.v, _mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+  }
+  // x · 2^n for a whole n; 0 below the range of normal exponents.
+  static VLPACK_INLINE Floats scale(Floats x, Floats n) {
+    const __m256 whole = _mm256_min_ps(_mm256_max_ps(n.v, _mm256_set1_ps(-126)), _mm256_set1_ps(127));
+    const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127)), 23);
+    const __m256 normal = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126), _CMP_NLT_UQ);  // true for NaN
+    return {_mm256_and_ps(normal, _mm256_mul_ps(x.v, _mm256_castsi256_ps(bits)))};
+  }
+};
+
+#endif
+
+// 2^x for x ≤ 0. Largest relative error: 1.0e-04 with 3 terms, 2e-7 with 6; exact for 0.
+template <int kTerms>
+VLPACK_INLINE Floats exp2(Floats x) {
+  const Floats r = Floats::fraction(x);
+  Floats y;
+  if constexpr (kTerms == 3) {
+    y = Floats::fma(r, Floats::all(5.50089313e-02f), Floats::all(2.42210968e-01f));
+    y = Floats::fma(y, r, Floats::all(6.93282928e-01f));
+    y = Floats::fma(y, r, Floats::all(1.0f));
+  } else {
+    // Taylor's series: ln(2)^n / n!
+    y = Floats::fma(r, Floats::all(1.5403530e-4f), Floats::all(1.3333558e-3f));
+    y = Floats::fma(y, r, Floats::all(9.6181291e-3f));
+    y = Floats::fma(y, r, Floats::all(5.5504109e-2f));
+    y = Floats::fma(y, r, Floats::all(2.4022651e-1f));
+    y = Floats::fma(y, r, Floats::all(6.9314718e-1f));
+    y = Floats::fma(y, r, Floats::all(1.0f));
+  }
+  return Floats::scale(y, x - r);
+}
+
+}  // namespace
+}  // namespace vlpack

@@ -1,0 +1,49 @@
+"""Sessions of one operator each, and the instruction set that is tested.
+
+The variable VLPACK_KERNELS_ISA chooses the instruction set; .ci/run runs these tests once for each.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import vlpack_kernels
+from onnx import helper, numpy_helper
+
+DOMAIN = "vlpack"
+
+
+def pytest_report_header() -> str:
+    return f"vlpack-kernels: {vlpack_kernels.instruction_set()}"
+
+
+@pytest.fixture(autouse=True)
+def _needs_the_instruction_set() -> None:
+    if vlpack_kernels.instruction_set() is None:
+        pytest.skip("the processor does not have the instruction set")
+
+
+def session(
+    operator: str,
+    inputs: list[str],
+    constants: dict[str, Any],
+    threads: int = 1,
+    domain: str = DOMAIN,
+    **attributes: Any,
+) -> ort.InferenceSession:
+    """A session of one node, whose inputs are fp32 tensors of any shape and then the constants."""
+    node = helper.make_node(operator, [*inputs, *constants], ["y"], domain=domain, **attributes)
+    ports = [helper.make_tensor_value_info(name, 1, None) for name in inputs]
+    weights = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    graph = helper.make_graph([node], "graph", ports, [helper.make_tensor_value_info("y", 1, None)], weights)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(domain, 1)]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    if domain == DOMAIN:
+        options.register_custom_ops_library(str(vlpack_kernels.library()))
+    text = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    return ort.InferenceSession(text, options, providers=["CPUExecutionProvider"])

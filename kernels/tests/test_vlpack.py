@@ -1,0 +1,68 @@
+"""The operators in vlpack's own sessions, with the digits checkpoint that ships with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import vlpack_kernels
+
+import vlpack
+from vlpack.ort.kernels import SWITCH
+from vlpack.shipped import examples_folder
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("digits") / "int4"
+    vlpack.build(examples_folder() / "digits-qwen3-vl", folder, precision="int4")
+    return folder
+
+
+@pytest.fixture(params=["with", "without"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if request.param == "with":
+        monkeypatch.delenv(SWITCH, raising=False)
+    else:
+        monkeypatch.setenv(SWITCH, "0")
+    return bool(request.param == "with")
+
+
+def test_inspect_names_the_operators(package: Path, kernels: bool) -> None:
+    found = vlpack.inspect(package)["kernels"]
+    if not kernels:
+        assert found is None
+        return
+    best = vlpack_kernels.instruction_set()
+    assert found["instruction_set"] == best
+    used = {name for counts in found["operators"].values() for name in counts}
+    assert used == {"avx512_bf16": {"Attention", "Linear4"}, "avx512": {"Linear4"}, "avx2": set()}[str(best)]
+
+
+@pytest.mark.usefixtures("kernels")
+def test_answers_are_right(package: Path) -> None:
+    images = examples_folder() / "digits-images"
+    truths = json.loads((images / "answers.json").read_text(encoding="utf-8"))
+    chosen = sorted(truths)[:6]
+    model = vlpack.load(package, threads=2)
+    with vlpack.Engine(package, threads=2) as engine:
+        handles = [engine.submit("Read the digits.", images=[images / name]) for name in chosen]
+        for name, handle in zip(chosen, handles, strict=True):
+            assert handle.result().text.split() == truths[name]["read"].split()
+            answer = model.generate("Read the digits.", images=[images / name], temperature=0)
+            assert answer.text.split() == truths[name]["read"].split()
+
+
+def test_features_differ_by_rounding_only(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlpack.ort.session import kernel_session
+
+    grid = np.array([[1, 8, 12]], np.int64)
+    found = []
+    for switch in ("1", "0"):
+        monkeypatch.setenv(SWITCH, switch)
+        session = kernel_session(package / "vision.onnx", 2)
+        pixels = np.random.default_rng(0).standard_normal((96, session.get_inputs()[0].shape[1])).astype(np.float32)
+        found.append(session.run(None, {"pixel_values": pixels, "image_grid_thw": grid})[0])
+    assert np.linalg.norm(found[0] - found[1]) <= 0.05 * np.linalg.norm(found[1])

@@ -1,0 +1,33 @@
+"""Native operators for the onnxruntime sessions of vlpack, as a custom operator library.
+
+vlpack finds this module by its name and uses it if it is installed. The library has no Python interface of its own: a
+graph uses its operators (domain ``vlpack``) after ``SessionOptions.register_custom_ops_library(library())``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+__all__ = ["instruction_set", "library"]
+
+
+def library() -> Path:
+    """The path of the shared library."""
+    return Path(__file__).with_name("kernels.so")
+
+
+@cache
+def instruction_set() -> str | None:
+    """The instruction set whose kernels are used: ``avx512_bf16``, ``avx512`` (with VNNI) or ``avx2``.
+
+    The environment variable ``VLPACK_KERNELS_ISA`` can name one that the processor has.
+
+    Returns:
+        the name; None if the processor has none of them, and the library cannot be used.
+    """
+    name = ctypes.CDLL(str(library())).VlpackKernelsInstructionSet
+    name.restype = ctypes.c_char_p
+    found = name()
+    return None if found is None else str(found.decode())
