@@ -32,16 +32,20 @@ KEPT: dict[str, tuple[Format, str, str]] = {
     "pack": (quantized.compressed(), "int4", "int4 block 32 kept"),
     "pack-zeros": (quantized.compressed(symmetric=False, dtype=np.float32), "int4", "int4 block 32 asymmetric kept"),
     "pack-channel": (quantized.compressed(group=-1, symmetric=False), "int4", "int4 block 64 asymmetric kept"),
-    "pack-int8": (quantized.compressed(bits=8, symmetric=False), "int8", "int8 block 32 asymmetric kept"),
-    "pack-int8-channel": (quantized.compressed(bits=8, group=-1), "int8", "int8 kept"),
     "int-quantized": (quantized.int_quantized(), "int8", "int8 kept"),
     "awq": (quantized.awq(16), "int4", "int4 block 16 asymmetric kept"),
     "gptq": (quantized.gptq(), "int4", "int4 block 32 kept"),
+    "gptq-v2": (quantized.gptq(symmetric=False, version=2), "int4", "int4 block 32 asymmetric kept"),
     "gptq-zeros": (quantized.gptq(symmetric=False), "int4", "int4 block 32 asymmetric kept"),
-    "gptq-v2": (quantized.gptq(bits=8, symmetric=False, version=2), "int8", "int8 block 32 asymmetric kept"),
-    "int8": (quantized.int8(), "int8", "int8 kept"),
 }
 """Name → format, the precision that a package gets by default, and the storage of the matrices with 64 columns."""
+WEIGHTS_ALONE = {
+    "pack-int8": quantized.compressed(bits=8, symmetric=False),
+    "pack-int8-channel": quantized.compressed(bits=8, group=-1),
+    "gptq-v2": quantized.gptq(bits=8, symmetric=False, version=2),
+    "int8": quantized.int8(),
+}
+"""Name → format with 8-bit weights whose inputs the checkpoint's own model does not round."""
 PLAIN = Tiny(layers=2, depth=1, deepstack=(0,))
 
 
@@ -117,6 +121,21 @@ def test_codes_are_kept(name: str, copies: Callable[..., tuple[Path, dict[str, M
         norm = by_path[f"{stem}.input_layernorm.weight"]
         assert norm.transform.is_identity  # its channels are read by kept matrices only
     weights.checkpoint.close()
+
+
+@pytest.mark.parametrize("name", WEIGHTS_ALONE)
+def test_8_bits_of_weights_alone_are_rounded_again_with_rotation(
+    name: str, copies: Callable[..., tuple[Path, dict[str, Matrix]]], tmp_path: Path
+) -> None:
+    """Inputs with outliers, rounded without rotation, would cost a hundred times what rounding the weights costs."""
+    folder, _ = copies(WEIGHTS_ALONE[name])
+    for source, package in ((folder, "package"), (folder.with_name("checkpoint-values"), "plain")):
+        build(source, tmp_path / package, threads=2)
+    one, two = content(tmp_path / "package"), content(tmp_path / "plain")
+    assert one["decoder.onnx.data"] == two["decoder.onnx.data"]
+    found = outcome(tmp_path / "package")
+    assert {done for done, _ in found.values()} == {"rounded again"}
+    assert all("whose inputs are not rounded" in why for _, why in found.values())
 
 
 @pytest.mark.parametrize("form", [quantized.fp8(), quantized.nf4(), quantized.gptq(desc_act=True, symmetric=False)])

@@ -35,11 +35,10 @@ class GgufWeight(Gridded):
 
     @property
     def grid(self) -> Grid | None:
-        return (
-            Grid(self.bits, self.kind.values, symmetric=True, half=True, rounded_inputs=True)
-            if self.kind.has_grid
-            else None
-        )
+        if not self.kind.has_grid:
+            return None
+        # llama.cpp rounds the inputs of these types to 8 bits, in blocks of the same size
+        return Grid(self.bits, self.kind.values, symmetric=True, half=True, rounded_inputs=True)
 
     def rows(self, start: int, stop: int) -> Array:
         return self.kind.dequantized(self.base.rows(self.name, start, stop))
