@@ -262,10 +262,17 @@ def test_token_ids_are_those_of_transformers(family: str, pre: str, tmp_path: Pa
     transformers = pytest.importorskip("transformers")
     folder = make_member(tmp_path / "checkpoint", member(family, text={"num_hidden_layers": 1, "head_dim": 32}))
 
-    def begin(writer: gguf.GGUFWriter) -> None:
+    def with_numbers(writer: gguf.GGUFWriter) -> None:
+        """Adds tokens of several digits, which the rules allow in different numbers."""
         writer.add_bos_token_id(BOS)
+        tokens, kinds, merges = (
+            writer.kv_data[0][f"tokenizer.ggml.{name}"].value for name in ("tokens", "token_type", "merges")
+        )
+        for number, (first, second) in enumerate([("1", "2"), ("12", "3"), ("123", "4")]):
+            tokens[2100 + number], kinds[2100 + number] = first + second, gguf.TokenType.NORMAL
+            merges.append(f"{first} {second}")
 
-    write(folder, tmp_path / "model.gguf", matrices_as(Type.F16), begin, pre=pre)
+    write(folder, tmp_path / "model.gguf", matrices_as(Type.F16), with_numbers, pre=pre)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     with Checkpoint.open(tmp_path / "model.gguf") as opened:
         ours = Tokenizer.from_folder(opened.folder)
