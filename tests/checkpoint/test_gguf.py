@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from gguf import GGMLQuantizationType as Type
 from family import ROPE, Member, make_member
 from gguf_files import matrices_as, write
 from parity import Package, nothing_yet, relative
+from tiny import BOS, EOS
 from vlpack.architectures import architecture_of
 from vlpack.builder import build
 from vlpack.checkpoint.checkpoint import Checkpoint
@@ -226,6 +228,12 @@ def test_tokenizer_and_answers(plain: Path, tmp_path: Path) -> None:
         runtime = og.Tokenizer(og.Model(str(tmp_path / name)))
         answers[-1] += ([list(runtime.encode(text)) for text in TEXTS[:2]],)
     assert answers[0] == answers[1]
+    config, wanted = (
+        json.loads((tmp_path / name / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        for name in ("package", "wanted")
+    )
+    assert set(config["eos_token_id"]) == set(wanted["eos_token_id"])
+    assert config["context_length"] == wanted["context_length"]
 
 
 def test_a_folder_with_a_tokenizer_of_its_own(plain: Path, tmp_path: Path) -> None:
@@ -242,3 +250,46 @@ def test_a_folder_with_a_tokenizer_of_its_own(plain: Path, tmp_path: Path) -> No
     shutil.copyfile(folder / "model.gguf", folder / "second.gguf")
     with pytest.raises(CheckpointError, match="2 models in GGUF files: model"):
         build(folder, tmp_path / "other")
+    shutil.copyfile(plain / "config.json", folder / "config.json")
+    with pytest.raises(CheckpointError, match="and its weights only as GGUF") as caught:
+        build(folder, tmp_path / "other")
+    assert "Give the GGUF file itself" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(("family", "pre"), [("Qwen3", "qwen2"), ("Llama", "llama-bpe")])
+def test_token_ids_are_those_of_transformers(family: str, pre: str, tmp_path: Path) -> None:
+    """transformers reads the tokenizers of GGUF files too."""
+    transformers = pytest.importorskip("transformers")
+    folder = make_member(tmp_path / "checkpoint", member(family, text={"num_hidden_layers": 1, "head_dim": 32}))
+
+    def with_numbers(writer: gguf.GGUFWriter) -> None:
+        """Adds tokens of several digits, which the rules allow in different numbers."""
+        writer.add_bos_token_id(BOS)
+        tokens, kinds, merges = (
+            writer.kv_data[0][f"tokenizer.ggml.{name}"].value for name in ("tokens", "token_type", "merges")
+        )
+        for number, (first, second) in enumerate([("1", "2"), ("12", "3"), ("123", "4")]):
+            tokens[2100 + number], kinds[2100 + number] = first + second, gguf.TokenType.NORMAL
+            merges.append(f"{first} {second}")
+
+    write(folder, tmp_path / "model.gguf", matrices_as(Type.F16), with_numbers, pre=pre)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    with Checkpoint.open(tmp_path / "model.gguf") as opened:
+        ours = Tokenizer.from_folder(opened.folder)
+    # the last text is left out: transformers does not normalize it here, as Qwen's own tokenizer.json does (NFC)
+    for text in [*TEXTS[:-1], "1234567", "don't I'LL  stop\r\n\r\n", "naïve—“quoted” 東京 \U0001f600"]:
+        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+
+
+def test_tokens_around_a_text(plain: Path, tmp_path: Path) -> None:
+    def begin_and_end(writer: gguf.GGUFWriter) -> None:
+        writer.add_bos_token_id(BOS)
+        writer.kv_data[0]["tokenizer.ggml.add_bos_token"].value = True
+        writer.add_add_eos_token(True)
+
+    write(plain, tmp_path / "model.gguf", matrices_as(Type.F16), begin_and_end)
+    with Checkpoint.open(tmp_path / "model.gguf") as opened:
+        tokenizer = Tokenizer.from_folder(opened.folder)
+    wanted = [BOS, *Tokenizer.from_folder(plain).encode("Hello"), EOS]
+    assert tokenizer.encode("Hello", add_special_tokens=True) == wanted
+    assert tokenizer.encode("Hello") == wanted[1:-1]

@@ -354,6 +354,11 @@ def _no_weights(folder: Path, explicit: str | None) -> CheckpointError:
         )
     if "adapter_config.json" in names:
         return _is_adapter(folder)
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        return CheckpointError(
+            f"{folder} has a config.json, and its weights only as GGUF ({quote(gguf[0])}).",
+            "Give the GGUF file itself, which has its settings inside.",
+        )
     return CheckpointError(
         f"{folder} has no weights: neither {_SINGLE} nor {_INDEX}.", "Download the checkpoint's *.safetensors files."
     )

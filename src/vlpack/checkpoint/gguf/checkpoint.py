@@ -47,7 +47,7 @@ MAX_BESIDE_BYTES = 100_000_000
 
 
 def gguf_in(place: str | os.PathLike[str]) -> bool:
-    """Whether a place is a GGUF file, or a folder whose only weights are GGUF files."""
+    """Whether a place is a GGUF file, or a folder with such files and neither other weights nor a config.json."""
     path = Path(place).expanduser()
     try:
         if path.is_file():
@@ -56,7 +56,8 @@ def gguf_in(place: str | os.PathLike[str]) -> bool:
     except (OSError, ValueError):
         return False
     return any(name.endswith(END) for name in names) and not any(
-        name.endswith((".safetensors", ".index.json")) or name == "adapter_config.json" for name in names
+        name.endswith((".safetensors", ".index.json")) or name in ("adapter_config.json", "config.json")
+        for name in names
     )
 
 
