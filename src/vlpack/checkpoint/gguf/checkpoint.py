@@ -48,7 +48,7 @@ MAX_BESIDE_BYTES = 100_000_000
 
 def gguf_in(place: str | os.PathLike[str]) -> bool:
     """Whether a place is a GGUF file, or a folder with such files and neither other weights nor a config.json."""
-    path = Path(place).expanduser()
+    path = Path(os.path.expanduser(place))
     try:
         if path.is_file():
             return path.suffix == END
@@ -91,7 +91,7 @@ class Gguf(Checkpoint):
         Raises:
             CheckpointError: there are several models, or the file is damaged or not supported.
         """
-        path = Path(place).expanduser()
+        path = Path(os.path.expanduser(place))
         pool, beside = FilePool(), path if path.is_dir() else None
         try:
             if beside is not None:
