@@ -293,3 +293,22 @@ def test_tokens_around_a_text(plain: Path, tmp_path: Path) -> None:
     wanted = [BOS, *Tokenizer.from_folder(plain).encode("Hello"), EOS]
     assert tokenizer.encode("Hello", add_special_tokens=True) == wanted
     assert tokenizer.encode("Hello") == wanted[1:-1]
+
+
+def test_a_vision_encoder_beside_the_model(tmp_path: Path) -> None:
+    case, _ = CASES["qwen3vl"]
+    checkpoint = make_member(tmp_path / "checkpoint", case)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(checkpoint, folder / "model.gguf", matrices_as(Type.F16))
+    writer = gguf.GGUFWriter(folder / "mmproj.gguf", "clip")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    description = inspect(folder)
+    assert description["architecture"] == "Qwen3ForCausalLM"
+    assert any("for text alone; mmproj.gguf is not read" in note for note in description["notes"])
+    (folder / "model.gguf").unlink()
+    with pytest.raises(CheckpointError, match=r"only vision encoders: mmproj\.gguf"):
+        inspect(folder)

@@ -192,3 +192,6 @@ def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert done.code == 2
     assert "Where should the package go?" in done.err
     assert vlpack(capsys, "inspect", tmp_path / "model.gguf").code == 0
+    done = vlpack(capsys, "run", tmp_path / "model.gguf", "Hello")
+    assert done.code == 2
+    assert "Build a package from it" in done.err

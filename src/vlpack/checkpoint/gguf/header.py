@@ -215,7 +215,7 @@ def _entry(
     cursor: _Cursor, alignment: int, start: int, name: str, shape: tuple[int, ...], number: int, offset: int
 ) -> Entry:
     where = f"the tensor {quote(name)}"
-    kind: np.dtype[Any] | BlockType | None = FLOATS.get(number) or BLOCKS.get(number)
+    kind: np.dtype[Any] | BlockType | None = FLOATS[number] if number in FLOATS else BLOCKS.get(number)
     if kind is None:
         known = REFUSED.get(number)
         if known is None:
