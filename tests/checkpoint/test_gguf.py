@@ -247,6 +247,16 @@ def test_a_folder_with_a_tokenizer_of_its_own(plain: Path, tmp_path: Path) -> No
         shutil.copyfile(plain / name, folder / name)
     build(folder, tmp_path / "package", threads=1)
     assert (tmp_path / "package" / "tokenizer.json").read_bytes() == (plain / "tokenizer.json").read_bytes()
+
+    def without_tokens(writer: gguf.GGUFWriter) -> None:
+        writer.kv_data[0] = {key: value for key, value in writer.kv_data[0].items() if "tokenizer." not in key}
+        writer.add_tokenizer_model("no_vocab")
+
+    write(plain, folder / "model.gguf", matrices_as(Type.F16), without_tokens)
+    shutil.copyfile(plain / "generation_config.json", folder / "generation_config.json")
+    build(folder, tmp_path / "second", threads=1)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "second" / name).read_bytes() == (plain / name).read_bytes()
     shutil.copyfile(folder / "model.gguf", folder / "second.gguf")
     with pytest.raises(CheckpointError, match="2 models in GGUF files: model"):
         build(folder, tmp_path / "other")
@@ -293,3 +303,22 @@ def test_tokens_around_a_text(plain: Path, tmp_path: Path) -> None:
     wanted = [BOS, *Tokenizer.from_folder(plain).encode("Hello"), EOS]
     assert tokenizer.encode("Hello", add_special_tokens=True) == wanted
     assert tokenizer.encode("Hello") == wanted[1:-1]
+
+
+def test_a_vision_encoder_beside_the_model(tmp_path: Path) -> None:
+    case, _ = CASES["qwen3vl"]
+    checkpoint = make_member(tmp_path / "checkpoint", case)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(checkpoint, folder / "model.gguf", matrices_as(Type.F16))
+    writer = gguf.GGUFWriter(folder / "mmproj.gguf", "clip")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    description = inspect(folder)
+    assert description["architecture"] == "Qwen3ForCausalLM"
+    assert any("for text alone; mmproj.gguf is not read" in note for note in description["notes"])
+    (folder / "model.gguf").unlink()
+    with pytest.raises(CheckpointError, match=r"only vision encoders: mmproj\.gguf"):
+        inspect(folder)

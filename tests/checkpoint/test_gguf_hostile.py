@@ -63,8 +63,9 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "not UTF-8": (file([entry("a", 8, text(b"\xff\xfe"))]), "'a' is not UTF-8"),
     "a key twice": (file([entry("a", 4, bytes(4))] * 2), "'a' appears twice"),
     "an unknown type": (file([entry("a", 99, bytes(8))]), "of the type 99"),
-    "a long array": (file([entry("a", 9, struct.pack("<IQ", 4, HUGE))]), "truncated"),
-    "an array of many strings": (file([entry("a", 9, struct.pack("<IQ", 8, HUGE))]), f"would have {HUGE} strings"),
+    "a long array": (file([entry("a", 9, struct.pack("<IQ", 4, 1 << 20))]), "the header is truncated: 'a'"),
+    "an array of many numbers": (file([entry("a", 9, struct.pack("<IQ", 0, HUGE))]), f"would have {HUGE} elements"),
+    "an array of many strings": (file([entry("a", 9, struct.pack("<IQ", 8, HUGE))]), f"would have {HUGE} elements"),
     "an array of arrays": (file([entry("a", 9, struct.pack("<IQ", 9, 1))]), "elements of the type 9"),
     "no dimensions": (file([LLAMA], [tensor(shape=())]), "has 0 dimensions"),
     "many dimensions": (file([LLAMA], [tensor(shape=(1,) * 9)]), "has 9 dimensions"),
@@ -191,3 +192,6 @@ def test_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert done.code == 2
     assert "Where should the package go?" in done.err
     assert vlpack(capsys, "inspect", tmp_path / "model.gguf").code == 0
+    done = vlpack(capsys, "run", tmp_path / "model.gguf", "Hello")
+    assert done.code == 2
+    assert "Build a package from it" in done.err

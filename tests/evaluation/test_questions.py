@@ -156,6 +156,9 @@ def test_options(package: Path, data: Path, tmp_path: Path) -> None:
     asked: list[object] = []
     with pytest.raises(CheckpointError, match=r"There is no folder '\./no/where'"):
         evaluate(package, data, reference="./no/where", progress=lambda *where: asked.append(where))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(OptionError, match="reference is in GGUF"):
+        evaluate(package, data, reference=tmp_path / "model.gguf", progress=lambda *where: asked.append(where))
     assert asked == []
     build(DIGITS, tmp_path / "text", part="text")
     text = write(tmp_path, {"question": "How many?", "answer": "3"})

@@ -80,7 +80,7 @@ def read_settings(checkpoint: Checkpoint, task: str | None = None) -> Architectu
     family = ARCHITECTURES.get(HEADLESS.get(name, name))
     if family is None:
         raise CheckpointError(
-            f"{checkpoint.folder}: the architecture {name} is not supported.",
+            f"{checkpoint.place}: the architecture {name} is not supported.",
             "Supported: " + ", ".join(sorted(ARCHITECTURES)) + ".",
         )
     detect(checkpoint)  # raises for a quantized checkpoint that cannot be read
@@ -88,7 +88,7 @@ def read_settings(checkpoint: Checkpoint, task: str | None = None) -> Architectu
     offered = (EMBEDDING,) if name in HEADLESS else family.tasks
     if task is not None and task not in offered:
         raise CheckpointError(
-            f"{checkpoint.folder}: {name} is not offered for the task {task}.",
+            f"{checkpoint.place}: {name} is not offered for the task {task}.",
             f"It is offered for {' and '.join(offered)}.",
         )
     refuse_bidirectional(checkpoint)

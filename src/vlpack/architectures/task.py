@@ -78,7 +78,7 @@ def with_names_for(architecture: Architecture, checkpoint: Checkpoint, task: str
         return named.without(HEAD)
     if not architecture.tied and HEAD not in named.tensors:
         raise CheckpointError(
-            f"{checkpoint.folder}: tensor {HEAD} is missing from the checkpoint, so it can neither generate nor score.",
+            f"{checkpoint.place}: tensor {HEAD} is missing from the checkpoint, so it can neither generate nor score.",
             f"If it is an embedding model, which has no head, build it with {option('task', EMBEDDING)}. "
             "Otherwise the checkpoint is incomplete.",
         )

@@ -49,6 +49,8 @@ def existing_folder(
         exists = path.exists()
     except (OSError, ValueError, RuntimeError) as reason:  # permission, name too long, a null byte, no such ~user
         raise error(f"{quote(str(folder))} cannot be opened: {_reason(reason)}.") from reason
+    if exists and path.suffix == ".gguf":
+        raise error(f"{path} is a GGUF file, not a folder.", f"Build a package from it: vlpack build {path} -o FOLDER.")
     if exists:
         raise error(f"{path} is a file, not a folder.", f"Give the folder it is in: {path.absolute().parent}.")
     raise error(f"There is no folder {quote(str(path))}.", hint)

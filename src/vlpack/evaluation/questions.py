@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vlpack.checkpoint.gguf import gguf_in
 from vlpack.checkpoint.hub import resolve
 from vlpack.errors import OptionError, VerifyError, option
 from vlpack.jsonl import read_jsonl
@@ -154,6 +155,11 @@ def evaluate(
     if reference is not None:  # reports anything missing before the questions are asked
         require()
         checkpoint = resolve(reference).folder
+        if gguf_in(checkpoint):
+            raise OptionError(
+                f"{option('reference')} is in GGUF, and only checkpoints in safetensors can be asked.",
+                "Give the folder or Hub id of the model's checkpoint in safetensors.",
+            )
     folder = Path(package).expanduser()
     model = Model(folder, threads=threads)
 

@@ -32,7 +32,7 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise CheckpointError(
-            f"{checkpoint.folder}: {_some(missing)} {verb} missing from the checkpoint.",
+            f"{checkpoint.place}: {_some(missing)} {verb} missing from the checkpoint.",
             "The config and the weights do not belong together, or the checkpoint is incomplete.",
         )
     for name, shape in wanted.items():
@@ -61,7 +61,7 @@ def check_tensors(architecture: Architecture, checkpoint: Checkpoint, policy: Po
     ]
     if extra:
         raise CheckpointError(
-            f"{checkpoint.folder}: the model has no place for {_some(extra)}.",
+            f"{checkpoint.place}: the model has no place for {_some(extra)}.",
             "The config and the weights do not belong together, or this is another model.",
         )
 

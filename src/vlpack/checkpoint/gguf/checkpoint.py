@@ -42,6 +42,8 @@ BESIDE = (
     "generation_config.json",
 )
 """Files of a folder with a GGUF file that replace what is made from its metadata."""
+MAX_EXPERTS = 1 << 12
+"""Largest number of experts of a layer."""
 MAX_BESIDE_BYTES = 100_000_000
 """Largest of these files that is read, in bytes."""
 
@@ -189,7 +191,8 @@ class Gguf(Checkpoint):
 
 def _model_of(folder: Path, pool: FilePool) -> tuple[Path, list[str]]:
     """The one model among the GGUF files of a folder, and the names of its vision encoders."""
-    models, others = [], []
+    models: list[str] = []
+    others: list[str] = []
     for name in sorted(name for name in os.listdir(folder) if name.endswith(END)):
         target = locate(folder, name)
         if target is None:
@@ -223,7 +226,7 @@ def _check_whole(metadata: Section, path: Path) -> None:
 def _tensors(path: Path, entry: Entry) -> list[TensorInfo]:
     """The entries of a tensor under Hugging Face's names; one of bytes if it is stored in blocks."""
     shape = entry.shape
-    experts = shape[0] if len(shape) == 3 else 0
+    experts = shape[0] if len(shape) == 3 and shape[0] <= MAX_EXPERTS else 0
     names = new_names(entry.name, experts) or [entry.name]
     if experts and len(names) == experts:
         shape = shape[1:]

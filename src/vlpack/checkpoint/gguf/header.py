@@ -35,8 +35,8 @@ MAX_HEADER_BYTES = 200_000_000
 """Largest header that is read, in bytes; vocabularies of 260 000 tokens take 12 MB."""
 MAX_ENTRIES = 65_536
 """Largest number of metadata entries."""
-MAX_STRINGS = 4_000_000
-"""Largest number of strings in an array, which are the tokens or merges of a vocabulary."""
+MAX_ELEMENTS = 8_000_000
+"""Largest number of elements of all arrays together; a vocabulary of 260 000 tokens takes about a million."""
 MAX_TENSORS = 1_000_000
 """Largest number of tensors."""
 MAX_KEY, MAX_NAME, MAX_STRING = 1024, 256, 1 << 24
@@ -95,6 +95,7 @@ class _Cursor:
 
     def __init__(self, file: OpenFile) -> None:
         self.file, self.place = file, 0
+        self.elements = 0  # of all arrays so far
         self._start, self._window = 0, b""
 
     def take(self, count: int, what: str) -> bytes:
@@ -177,9 +178,12 @@ def _value(cursor: _Cursor, kind: int, what: str) -> Any:
     if kind != _ARRAY:
         raise cursor.wrong(f"{what} is of the type {kind}, which the format does not have")
     kind, count = cursor.number("<I", what), cursor.number("<Q", what)
+    cursor.elements += count
+    if cursor.elements > MAX_ELEMENTS:
+        raise cursor.wrong(
+            f"{what} would have {count} elements, and no more than {MAX_ELEMENTS} are read in all arrays"
+        )
     if kind == _STRING:
-        if count > MAX_STRINGS:
-            raise cursor.wrong(f"{what} would have {count} strings, and no more than {MAX_STRINGS} are read")
         return [cursor.text(MAX_STRING, what) for _ in range(count)]
     if kind not in _NUMBERS:
         raise cursor.wrong(f"{what} is an array of elements of the type {kind}, which are not read")
@@ -211,7 +215,7 @@ def _entry(
     cursor: _Cursor, alignment: int, start: int, name: str, shape: tuple[int, ...], number: int, offset: int
 ) -> Entry:
     where = f"the tensor {quote(name)}"
-    kind: np.dtype[Any] | BlockType | None = FLOATS.get(number) or BLOCKS.get(number)
+    kind: np.dtype[Any] | BlockType | None = FLOATS[number] if number in FLOATS else BLOCKS.get(number)
     if kind is None:
         known = REFUSED.get(number)
         if known is None:

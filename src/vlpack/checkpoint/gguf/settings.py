@@ -33,7 +33,7 @@ which for text is the text model of the same family: M-RoPE's three positions ar
 SEEING = ("qwen2vl", "qwen3vl", "qwen3vlmoe")
 """The architectures of decoders of vision-language models."""
 
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_LLAMA3: dict[str, float] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """Settings of Llama 3.1 to 3.3's rotary scaling, of which only the factor differs between models."""
 
 
@@ -169,16 +169,16 @@ def _llama3(keys: _Keys, config: Mapping[str, Any], factors: Array) -> dict[str,
     Raises:
         CheckpointError: the divisors are not those of Llama 3.1 to 3.3.
     """
-    scaling = {"rope_type": "llama3", "factor": float(np.rint(factors.max(initial=0))), **_LLAMA3}
-    if scaling["factor"] >= 1:
+    factor = float(np.rint(factors.max(initial=0)))
+    if factor >= 1:
         half = config["head_dim"] // 2
         turns = _LLAMA3["original_max_position_embeddings"] / (2 * np.pi)
         turns = turns * config["rope_theta"] ** -(np.arange(half) / half)  # rotations over the trained length
         low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
         smooth = np.clip((turns - low) / (high - low), 0, 1)
-        expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+        expected = 1 / ((1 - smooth) / factor + smooth)
         if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4, atol=0):
-            return scaling
+            return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
     raise CheckpointError(
         f"{keys.metadata.where.removesuffix(': metadata')}: the tensor {ROPE_FACTORS} has other rotary frequencies "
         "than Llama 3.1 to 3.3, which are not supported.",

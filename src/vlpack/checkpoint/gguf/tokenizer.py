@@ -86,7 +86,7 @@ def tokenizer_files(metadata: Section, vocabulary: int, length: int, *, settings
         CheckpointError: the tokenizer is of a kind that is not read, or damaged.
     """
     kind = metadata.values.get("tokenizer.ggml.model")
-    if kind is None or (kind == "no_vocab" and not settings_only):
+    if kind in (None, "no_vocab"):
         return {}
     tokens = _strings(metadata, "tokens")
     if len(tokens) > vocabulary:

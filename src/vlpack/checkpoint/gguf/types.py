@@ -73,7 +73,8 @@ class BlockType:
 
 def _fields(octets: Array, shifts: Sequence[int], mask: int) -> Array:
     """The bit fields at several places of each byte, ``[.., n]`` → ``[.., len(shifts), n]``."""
-    return (octets[..., None, :] >> np.array(shifts, np.uint8)[:, None]) & np.uint8(mask)
+    fields: Array = (octets[..., None, :] >> np.array(shifts, np.uint8)[:, None]) & np.uint8(mask)
+    return fields
 
 
 def _halves(octets: Array) -> Array:
@@ -97,11 +98,13 @@ def _q4_1(b: Array) -> Array:
 def _q5(b: Array) -> Array:
     """Codes of 5 bits: low halves, and the highest bits of all values in four bytes of their own."""
     high = np.unpackbits(b["h"], axis=-1, bitorder="little")
-    return (_halves(b["q"]) | high << 4).astype(np.float32)
+    codes: Array = _halves(b["q"]) | high << 4
+    return codes.astype(np.float32)
 
 
 def _q5_0(b: Array) -> Array:
-    return _wide(b["d"]) * (_q5(b) - 16)
+    values: Array = _wide(b["d"]) * (_q5(b) - 16)
+    return values
 
 
 def _q5_1(b: Array) -> Array:
@@ -124,7 +127,8 @@ def _pairs_of_bits(b: Array) -> Array:
 def _q2_k(b: Array) -> Array:
     scale = _wide(b["d"]) * (b["s"] & 15).astype(np.float32)
     least = _wide(b["m"]) * (b["s"] >> 4).astype(np.float32)
-    return scale[..., None] * _sub_blocks(b, _pairs_of_bits(b), 16) - least[..., None]
+    values: Array = scale[..., None] * _sub_blocks(b, _pairs_of_bits(b), 16) - least[..., None]
+    return values
 
 
 def _q3_k(b: Array) -> Array:
@@ -133,7 +137,8 @@ def _q3_k(b: Array) -> Array:
     scale = _wide(b["d"]) * ((low | high << 4).astype(np.float32) - 32)
     clear = _fields(b["h"], range(8), 1) ^ 1  # a bit that is not set stands for -4
     codes = _sub_blocks(b, _pairs_of_bits(b), 16) - 4 * _sub_blocks(b, clear, 16)
-    return scale[..., None] * codes
+    values: Array = scale[..., None] * codes
+    return values
 
 
 def _scales_and_minima(b: Array) -> tuple[Array, Array]:
@@ -161,7 +166,8 @@ def _q6_k(b: Array) -> Array:
     low = _halves(b["q"].reshape(*b.shape, 2, 64)).reshape(*b.shape, 8, 32)
     high = _fields(b["h"].reshape(*b.shape, 2, 32), (0, 2, 4, 6), 3).reshape(*b.shape, 8, 32)
     scales = _wide(b["d"]) * b["s"].astype(np.float32)
-    return scales[..., None] * (_sub_blocks(b, low | high << 4, 16) - 32)
+    values: Array = scales[..., None] * (_sub_blocks(b, low | high << 4, 16) - 32)
+    return values
 
 
 def _block(*fields: tuple[str, str, int]) -> np.dtype[Any]:
