@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -66,3 +68,20 @@ def test_features_differ_by_rounding_only(package: Path, monkeypatch: pytest.Mon
         pixels = np.random.default_rng(0).standard_normal((96, session.get_inputs()[0].shape[1])).astype(np.float32)
         found.append(session.run(None, {"pixel_values": pixels, "image_grid_thw": grid})[0])
     assert np.linalg.norm(found[0] - found[1]) <= 0.05 * np.linalg.norm(found[1])
+
+
+def printed(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "vlpack", *arguments], check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def test_the_command_line_names_them_and_turns_them_off(package: Path) -> None:
+    best = str(vlpack_kernels.instruction_set())
+    assert f"kernels {best}" in printed("inspect", "--no-hashes", str(package))
+    assert "kernels" not in printed("--no-kernels", "inspect", "--no-hashes", str(package))
+    image = examples_folder() / "digits-images" / "00.png"
+    question = ("run", str(package), "Read the digits.", "--image", str(image), "--stats")
+    # the decoder runs in the stock runtime, so only the operator of the vision encoder is named
+    text = printed(*question).strip()
+    assert text.endswith("kernels avx512_bf16: 6 Attention") if best == "avx512_bf16" else "kernels" not in text
+    assert "kernels" not in printed("--no-kernels", *question)

@@ -225,11 +225,13 @@ def show_answer(stream: AnswerStream | Handle, load_seconds: float, *, stats: bo
 
 
 def _kernels() -> str:
-    """The end of the line of statistics: the instruction set of vlpack-kernels, if that is used."""
-    from vlpack.ort.kernels import library  # imports onnx, which takes a while
+    """The end of the line of statistics: the operators of vlpack-kernels in the sessions of this process, if any."""
+    from vlpack.ort.kernels import library, opened  # imports onnx, which takes a while
 
     found = library()
-    return "" if found is None else f" · kernels {found.instruction_set}"
+    if found is None or not opened:
+        return ""
+    return f" · kernels {found.instruction_set}: {', '.join(f'{count} {name}' for name, count in opened.items())}"
 
 
 def timing(s: Stats) -> str:

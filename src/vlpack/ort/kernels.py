@@ -24,6 +24,10 @@ SWITCH = "VLPACK_KERNELS"
 """Environment variable that turns the library off if it is ``0``."""
 
 
+opened: Counter[str] = Counter()
+"""The nodes that operators of the library replaced in the sessions that this process has opened, by operator."""
+
+
 class Library(NamedTuple):
     """The installed operator library.
 

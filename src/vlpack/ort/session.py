@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 
 from vlpack.errors import PackageError
-from vlpack.ort.kernels import library, read_graph, use_kernels
+from vlpack.ort.kernels import library, opened, read_graph, use_kernels
 
 try:
     import onnxruntime as ort
@@ -52,9 +52,12 @@ def kernel_session(graph: Path, threads: int, edit: Callable[[onnx.ModelProto], 
     if available is None and edit is None:
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     model = read_graph(graph)
-    if use_kernels(model, available) and available is not None:
+    used = use_kernels(model, available)
+    if used and available is not None:
         options.register_custom_ops_library(available.path)
     if edit is not None:
         edit(model)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    opened.update(used)
+    return session
