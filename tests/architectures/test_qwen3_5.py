@@ -395,7 +395,8 @@ def test_images_in_a_conversation(
     picture, *others = (
         np.random.default_rng(5).integers(0, 256, (*shape, 3), np.uint8) for shape in (size, (64, 48), (32, 80))
     )
-    turns = (("Hello", []), ("?", [picture]), ("And?", []), (TURNS[2] * 3, [others[0]]), ("So?", [others[1]]))
+    turns: list[tuple[str, list[Any]]] = [("Hello", []), ("?", [picture]), ("And?", [])]
+    turns += [(TURNS[2] * 3, [others[0]]), ("So?", [others[1]])]
     for text, images in turns:
         parts = [{"type": "image", "image": image} for image in images]
         content = [*parts, {"type": "text", "text": text}] if parts else text
