@@ -38,10 +38,7 @@ ENDINGS = {
 }
 """Endings of tensor names that no unquantized model of the supported families has, and the methods that use them."""
 
-READ = (
-    "compressed-tensors (pack-quantized, int-quantized, float-quantized), AWQ gemm, GPTQ, AutoRound, FP8 and "
-    "bitsandbytes"
-)
+READ = "compressed-tensors (pack-, int- and float-quantized), AWQ gemm, GPTQ, AutoRound, FP8 and bitsandbytes"
 """The formats that are read, for messages."""
 HINT = f"Use the original checkpoint, in bfloat16 or float32, or one in a format that vlpack reads: {READ}."
 
