@@ -62,7 +62,7 @@ def test_rows_in_all_forms(ask: Ask, tmp_path: Path) -> None:
     shutil.copytree(IMAGES, data / "images")
     encoded = base64.b64encode((IMAGES / "03.png").read_bytes()).decode()
     part = {"type": "text", "text": READ}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"image": "images/00.png", "prompt": READ, "label": {"of": ["x", 1.5, None, True]}},
         {"image": str(data / "images" / "01.png"), "prompt": READ},  # an absolute path inside of the folder
         {"images": ["images/02.png"], "prompt": READ},
