@@ -75,7 +75,12 @@ def test_the_same_rows_as_without_ray_although_an_actor_is_killed(
     killed: list[int] = []
     made: list[cluster.Cluster] = []
     enter = cluster.Cluster.__enter__
-    monkeypatch.setattr(cluster.Cluster, "__enter__", lambda self: made.append(self) or enter(self))
+
+    def entered(self: cluster.Cluster) -> cluster.Cluster:
+        made.append(self)
+        return enter(self)
+
+    monkeypatch.setattr(cluster.Cluster, "__enter__", entered)
 
     def kill(progress: Any) -> None:
         if progress.answered >= 5 and not killed:
@@ -105,21 +110,21 @@ def test_clusters_that_are_too_small(ray: Any, ask: Ask, tmp_path: Path) -> None
 def test_predictor_in_ray_data(ray: Any, digits: Path, tmp_path: Path) -> None:
     """Rows with messages, pixels and bytes; results have Ray's column generated_text."""
     pytest.importorskip("pyarrow")
-    import ray.data
+    from ray import data
 
     from vlpack.ray import Predictor
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    data.DataContext.get_current().enable_progress_bars = False
+    data.DataContext.get_current().execution_options.preserve_order = True
     images = [{"image": (IMAGES / name).read_bytes(), "name": name} for name in NAMES[:10]]
     asked = {"prompt": READ, "max_tokens": 20, "sampling": Sampling(temperature=0), "context": 200, "slots": 2}
     rows = (
-        ray.data.from_items([*images, {"image": b"damaged", "name": "damaged"}])
+        data.from_items([*images, {"image": b"damaged", "name": "damaged"}])
         .map_batches(
             Predictor,
             fn_constructor_args=(digits.as_uri(),),  # copied once to this machine
             fn_constructor_kwargs=asked,
-            compute=ray.data.ActorPoolStrategy(size=2),
+            compute=data.ActorPoolStrategy(size=2),
             num_cpus=1,
             batch_size=4,
         )
