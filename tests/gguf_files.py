@@ -126,8 +126,8 @@ def _groups(tensors: Mapping[str, np.ndarray], text: Mapping[str, Any]) -> dict[
         before, _, after = own.partition(".experts.")
         group = f"{before}.experts.{after.partition('.')[2]}" if after else own
         groups.setdefault(group, []).append(own)
-    for own in groups.values():
-        own.sort(key=lambda one: int(one.partition(".experts.")[2].partition(".")[0] or 0))
+    for names in groups.values():
+        names.sort(key=lambda one: int(one.partition(".experts.")[2].partition(".")[0] or 0))
     return groups
 
 

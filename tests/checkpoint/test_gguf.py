@@ -37,7 +37,7 @@ pytest.importorskip("transformers")
 
 TOLERANCE = 1e-5
 YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LLAMA3 |= {"rope_type": "llama3", "factor": 32.0, "rope_theta": 500000.0}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32}
 VISION = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48}
