@@ -100,7 +100,7 @@ class Ids:
         if key is None and item.columns.get(self.column) is not None:
             given = item.columns[self.column]
             key = given if isinstance(given, str) else json.dumps(given, default=_hashed)
-        name = key or self._hash(item)
+        name = valid_text(key) if key else self._hash(item)
         unique, number = name, 1
         while (digest := short_hash(unique)) in self._seen:
             number += 1
@@ -122,6 +122,11 @@ class Ids:
 def short_hash(key: str) -> bytes:
     """A hash of an id in 16 bytes, to remember many ids in little memory."""
     return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def valid_text(text: str) -> str:
+    """A text that UTF-8 can represent: halves of surrogate pairs, as in odd file names, become escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _hashed(value: Any) -> Any:
