@@ -175,8 +175,12 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
         opened(tmp_path / "out"),
     ):
         pass
-    with opened(tmp_path / "out"):  # the lock was released
-        pass
+    with opened(tmp_path / "out") as output:  # the lock was released
+        output.add(0, row("a"))
+    with pytest.raises(OptionError, match="answers to another question") as kept:
+        opened(tmp_path / "out", identity(prompt="!")).__enter__()
+    with opened(tmp_path / "out"):  # also while a notebook keeps the error
+        assert kept.value is not None
 
 
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:
