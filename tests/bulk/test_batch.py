@@ -191,6 +191,7 @@ def test_bad_rows_become_rows_with_an_error(ask: Ask, tmp_path: Path) -> None:
         '{"prompt": NaN}',
         "[1]",
         "[" * 100_000,
+        f'{{"prompt": "Hello", "deep": {"[" * 900}{"]" * 900}}}',
         '{"prompt": "Hello \\ud800"}',
         {"id": "good", "prompt": "Hello"},
     ]
@@ -221,11 +222,12 @@ def test_bad_rows_become_rows_with_an_error(ask: Ask, tmp_path: Path) -> None:
             "line 20 is not JSON: NaN is not a JSON number",
             "line 21 is no JSON object",
             "line 22 is nested too deeply",
+            "line 23 is nested too deeply",
         ]
     ):
         assert part in (said[number] or ""), (number, said[number])
-    assert said[23] is None
-    assert all(row["answer"] is None for row in found[:22])
+    assert said[24] is None
+    assert all(row["answer"] is None for row in found[:23])
     assert result.errors == result.failed == sum(error is not None for error in said.values())
     assert len(found) == len(rows)
 

@@ -17,6 +17,9 @@ from vlpack.errors import InputError, OptionError, option
 MAX_LINE = 2**28
 """Largest length of a line of JSON, in bytes: 256 MiB."""
 
+MAX_DEPTH = 64
+"""Largest number of arrays and objects inside each other in a row; functions that call themselves read them."""
+
 LINES = (".jsonl", ".ndjson")
 TABLES = (".parquet", ".arrow")
 """Endings of names of files with rows."""
@@ -182,12 +185,20 @@ def _read_lines(path: Path) -> Iterator[Item]:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
+def _deeper(value: Any, depth: int) -> bool:
+    """Whether a value has more than ``depth`` arrays and objects inside each other."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (depth == 0 or any(_deeper(one, depth - 1) for one in inner))
+
+
 def _item(line: bytes, where: str) -> Item:
     def constant(text: str) -> NoReturn:
         raise ValueError(f"{text} is not a JSON number")
 
     try:
         columns = json.loads(line.decode("utf-8-sig"), parse_constant=constant)
+        if _deeper(columns, MAX_DEPTH):
+            raise RecursionError
     except (ValueError, RecursionError) as error:
         why = "is nested too deeply" if isinstance(error, RecursionError) else f"is not JSON: {str(error)[:200]}"
         text = line[:2000].decode("utf-8", "replace").rstrip("\n")
