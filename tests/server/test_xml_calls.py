@@ -263,12 +263,31 @@ def test_calls_in_grammars(prompts: PromptBuilder, takes: Callable[[Any, str], b
         {"type": "string", "pattern": "^a|b$"},
         {"type": "string", "pattern": r"a\b"},
         {"type": "string", "pattern": "a", "minLength": 3},
+        {"type": "string", "pattern": 5},
+        {"type": "string", "format": ["date"]},
+        {"type": "string", "minLength": "3"},
+        {"type": "string", "maxLength": -3},
         False,
     ],
 )
 def test_what_cannot_be_forced_is_an_error(schema: Any, prompts: PromptBuilder) -> None:
     with pytest.raises(ApiError, match="'a' of the function 'f' has"):
         constraint(prompts, read_tools([tool("f", a=schema)], "required", None, prompts))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"properties": "x"}, "'properties' must be an object"),
+        ({"properties": [{"a": 1}]}, "'properties' must be an object"),
+        ({"properties": {}, "required": 5}, "'required' must be a list of names"),
+        ({"properties": {}, "required": [["a"]]}, "'required' must be a list of names"),
+    ],
+)
+def test_parameters_that_are_no_schema(parameters: Any, said: str, prompts: PromptBuilder) -> None:
+    given = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with pytest.raises(ApiError, match=said):
+        constraint(prompts, read_tools([given], "required", None, prompts))
 
 
 def test_reasoning_and_calls_apart() -> None:

@@ -95,6 +95,10 @@ def _pattern(schema: Mapping[str, Any], where: tuple[Mapping[str, Any], str]) ->
         return "|".join(map(_escaped, texts))
     limits = [schema.get(key) for key in ("minLength", "maxLength")]
     pattern, form = schema.get("pattern"), schema.get("format")
+    if not all(isinstance(one, str | None) for one in (pattern, form)):
+        raise _not_forced(*where, "a 'pattern' or 'format' that is not a text")
+    if not all(limit is None or (type(limit) is int and limit >= 0) for limit in limits):
+        raise _not_forced(*where, "a length that is not a whole number from 0 on")
     if sum([pattern is not None, form is not None, limits != [None, None]]) > 1:
         raise _not_forced(*where, "a text with several of 'pattern', 'format' and lengths")
     if form is not None:
@@ -104,7 +108,7 @@ def _pattern(schema: Mapping[str, Any], where: tuple[Mapping[str, Any], str]) ->
     if pattern is not None:
         return _anywhere(pattern, where)
     if limits != [None, None]:
-        least, most = (None if limit is None else int(limit) for limit in limits)
+        least, most = limits
         return f"(?s:.{{{least or 0},{'' if most is None else most}}})"
     return _FREE
 
