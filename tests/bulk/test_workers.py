@@ -89,6 +89,17 @@ def test_a_row_that_ends_every_process_becomes_a_row_with_an_error(digits: Path)
     assert right(row for key, row in found.items() if key != "missing.png")
 
 
+def test_processes_import_nothing_from_the_current_folder(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    (tmp_path / "queue.py").write_text("raise SystemExit('a file of the data set was run')\n")
+    with workers(digits) as several:
+        ((_, row),) = several(tasks(NAMES[:1]))
+    assert row["error"] is None
+
+
 def test_a_package_that_processes_cannot_load(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(VlpackError, match="no folder"), workers(tmp_path / "nothing"):
         pass

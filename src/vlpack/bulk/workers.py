@@ -178,9 +178,11 @@ class _Worker:
     def start(self) -> None:
         """Starts the process; its first message says that it has loaded the package."""
         self.close()
-        command = [sys.executable, "-c", "from vlpack.bulk.workers import main; main()"]
+        # -c puts the current folder first, as an empty text; a data set there may have a file with a module's name
+        program = "import sys; sys.path[:] = filter(None, sys.path); from vlpack.bulk.workers import main; main()"
+        command = [sys.executable, "-c", program]
         # as in this process, so that the same vlpack is imported
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=os.name != "nt"
         )
