@@ -263,6 +263,7 @@ def test_calls_in_grammars(prompts: PromptBuilder, takes: Callable[[Any, str], b
         {"type": "string", "pattern": "^a|b$"},
         {"type": "string", "pattern": r"a\b"},
         {"type": "string", "pattern": "a", "minLength": 3},
+        {"type": "string", "pattern": "[" * 2001 + "]"},
         {"type": "string", "pattern": 5},
         {"type": "string", "format": ["date"]},
         {"type": "string", "minLength": "3"},

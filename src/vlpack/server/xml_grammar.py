@@ -12,6 +12,8 @@ from vlpack.server.xml_calls import BOOLEANS, branches_of, choices_of, is_text
 
 _AFTER = "\n</parameter>\n"
 _FREE = r"(?s:.*)"
+MAX_PATTERN = 2000
+"""Largest number of characters of a pattern, because the time to check one grows with the square."""
 _FORMATS = {
     "date": r"[0-9]{4}-[0-9]{2}-[0-9]{2}",
     "time": r"[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})",
@@ -115,6 +117,8 @@ def _pattern(schema: Mapping[str, Any], where: tuple[Mapping[str, Any], str]) ->
 
 def _anywhere(pattern: str, where: tuple[Mapping[str, Any], str]) -> str:
     """A pattern of a JSON schema, which may match anywhere in a text, as an expression for the whole text."""
+    if len(pattern) > MAX_PATTERN:
+        raise _not_forced(*where, f"a pattern of more than {MAX_PATTERN} characters")
     start, end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith(r"\$")
     inner = pattern[start : len(pattern) - end]
     plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "", inner)  # without escapes and classes
