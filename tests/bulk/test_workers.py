@@ -89,6 +89,24 @@ def test_a_row_that_ends_every_process_becomes_a_row_with_an_error(digits: Path)
     assert right(row for key, row in found.items() if key != "missing.png")
 
 
+def test_messages_stay_in_order_while_a_process_loads(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process answers a row and is killed while another one loads: the row is not answered a second time."""
+    several = workers(digits)
+    first, second = several._workers
+    (task,) = tasks(NAMES[:1])
+    sent: list[Any] = []
+    monkeypatch.setattr(first, "start", lambda: several._told.put((first, "ready")))
+    monkeypatch.setattr(second, "start", lambda: several._told.put((second, "ready")))
+    for worker in (first, second):
+        monkeypatch.setattr(worker, "_write", sent.append)
+    for message in ((second, (0, {"id": "answered"})), (first, "ready"), (second, None)):
+        several._told.put(message)
+    second.running[0] = task
+    several._ready(first)
+    assert list(several(iter(()))) == [(task, {"id": "answered"})]
+    assert sent == []
+
+
 def test_processes_import_nothing_from_the_current_folder(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

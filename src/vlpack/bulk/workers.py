@@ -72,6 +72,7 @@ class Workers:
 
     def __init__(self, setting: Setting, count: int, form: Form) -> None:
         self._form, self._told = form, queue.SimpleQueue[tuple[_Worker, Any]]()
+        self._early: deque[tuple[_Worker, Any]] = deque()  # messages that came while a new process was loading
         threads = checked_threads(setting.options.threads)
         cores = _cores(count)
         self._workers: list[_Worker] = []
@@ -125,7 +126,7 @@ class Workers:
                         worker.send(task)
             if not any(worker.running for worker in self._workers):
                 return
-            worker, message = self._told.get()
+            worker, message = self._early.popleft() if self._early else self._told.get()
             if isinstance(message, VlpackError):
                 raise message
             if message is not None:
@@ -147,14 +148,11 @@ class Workers:
 
     def _ready(self, worker: _Worker) -> None:
         """Waits until a new process has loaded the package; messages of others stay in order."""
-        others = []
         while True:
             sender, message = self._told.get()
             if sender is worker:
                 break
-            others.append((sender, message))
-        for one in others:
-            self._told.put(one)
+            self._early.append((sender, message))
         if isinstance(message, VlpackError):
             raise message
         if message is None:
