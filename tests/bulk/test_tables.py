@@ -186,3 +186,16 @@ def test_values_that_parquet_does_not_have(ask: Ask, tmp_path: Path) -> None:
     assert (row["id"], row["empty"], row["list"]) == ("x\\ud800", "{}", "[{}]")
     assert (row["half\\udfff"], json.loads(row["in"])) == ("b\\ud801", {"a": "\ud802"})
     assert ask(tmp_path / "in.jsonl", format="parquet").answered == 0
+
+
+def test_an_output_in_the_folder_of_the_input_is_no_input(ask: Ask, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    parquet.write_table(pa.table({"id": ["a", "b"], "prompt": ["a", "b"]}), data / "in.parquet")
+    ask(data, "data/out", format="parquet", limit=1)
+    result = ask(data, "data/out", format="parquet")
+    assert (result.rows, result.total, result.before) == (2, 2, 1)
+    write_rows(data / "lines" / "in.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    ask(f"{data}/**/*.jsonl", "data/lines/out", limit=1)
+    result = ask(f"{data}/**/*.jsonl", "data/lines/out")
+    assert (result.rows, result.total, result.before) == (2, 2, 1)
