@@ -321,6 +321,9 @@ def test_constrained_answers(ask: Ask, tmp_path: Path) -> None:
     assert all("was cut off after 2 tokens" in row["error"] for row in rows_of(tmp_path / "cut"))
     ask(path, "choice", prompt=COUNT, files=IMAGES, choices=["7", "8"])
     assert {row["answer"] for row in rows_of(tmp_path / "choice")} <= {"7", "8"}
+    assert all(row["error"] is None for row in rows_of(tmp_path / "choice"))
+    ask(path, "short", prompt=COUNT, files=IMAGES, choices=["seven digits here", "eight digits here"], max_tokens=1)
+    assert all("cut off after 1 tokens, so it is no choice" in row["error"] for row in rows_of(tmp_path / "short"))
     with pytest.raises(OptionError, match="schema and regex are both given"):
         ask(path, "x", prompt=COUNT, files=IMAGES, schema=schema, regex="a")
     assert not (tmp_path / "x").exists()
