@@ -378,6 +378,8 @@ def test_inputs_that_are_refused(ask: Ask, tmp_path: Path) -> None:
         ask(IMAGES)
     with pytest.raises(OptionError, match="files has no effect"):
         ask(IMAGES, prompt=READ, files=IMAGES)
+    with pytest.raises(OptionError, match="allow_urls has no effect on a folder of files"):
+        ask(IMAGES, prompt=READ, allow_urls=True)
     with pytest.raises(OptionError, match="which is not a folder"):
         ask(tmp_path / "rows.jsonl", files=tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()
