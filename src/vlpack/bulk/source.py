@@ -195,7 +195,9 @@ def _read_lines(path: Path) -> Iterator[Item]:
 
 def _deeper(value: Any, depth: int) -> bool:
     """Whether a value has more than ``depth`` arrays and objects inside each other."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    inner: Iterable[Any] | None = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    )
     return inner is not None and (depth == 0 or any(_deeper(one, depth - 1) for one in inner))
 
 
