@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from samples import ANSWERS, IMAGES, READ
 from vlpack import Sampling
 from vlpack.bulk import BatchResult
 from vlpack.bulk.answering import EngineOptions
+from vlpack.bulk.cluster import Cluster
 from vlpack.bulk.form import Rows
 from vlpack.bulk.media import Place
 from vlpack.bulk.question import Question
@@ -105,6 +107,23 @@ def test_messages_stay_in_order_while_a_process_loads(digits: Path, monkeypatch:
     several._ready(first)
     assert list(several(iter(()))) == [(task, {"id": "answered"})]
     assert sent == []
+
+
+def test_a_cluster_that_is_too_small_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that was started for the run does not outlive its error."""
+    ended: list[bool] = []
+    ray = SimpleNamespace(
+        is_initialized=lambda: False,
+        init=lambda **_: None,
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 1}}],
+        shutdown=lambda: ended.append(True),
+    )
+    monkeypatch.setattr("vlpack.bulk.cluster.require_ray", lambda: ray)
+    question = Question(prompt=READ)
+    setting = Setting("p", "files", "p", question, Place("."), in_python, EngineOptions())
+    with pytest.raises(OptionError, match="2 actors with 1 threads do not fit"):
+        Cluster(setting, 2, Rows(question, Place(".")), "local")
+    assert ended == [True]
 
 
 def test_processes_import_nothing_from_the_current_folder(
