@@ -191,6 +191,7 @@ def test_bad_rows_become_rows_with_an_error(ask: Ask, tmp_path: Path) -> None:
         '{"prompt": NaN}',
         "[1]",
         "[" * 100_000,
+        f'{{"prompt": "Hello", "deep": {"[" * 900}{"]" * 900}}}',
         '{"prompt": "Hello \\ud800"}',
         {"id": "good", "prompt": "Hello"},
     ]
@@ -221,11 +222,12 @@ def test_bad_rows_become_rows_with_an_error(ask: Ask, tmp_path: Path) -> None:
             "line 20 is not JSON: NaN is not a JSON number",
             "line 21 is no JSON object",
             "line 22 is nested too deeply",
+            "line 23 is nested too deeply",
         ]
     ):
         assert part in (said[number] or ""), (number, said[number])
-    assert said[23] is None
-    assert all(row["answer"] is None for row in found[:22])
+    assert said[24] is None
+    assert all(row["answer"] is None for row in found[:23])
     assert result.errors == result.failed == sum(error is not None for error in said.values())
     assert len(found) == len(rows)
 
@@ -319,6 +321,9 @@ def test_constrained_answers(ask: Ask, tmp_path: Path) -> None:
     assert all("was cut off after 2 tokens" in row["error"] for row in rows_of(tmp_path / "cut"))
     ask(path, "choice", prompt=COUNT, files=IMAGES, choices=["7", "8"])
     assert {row["answer"] for row in rows_of(tmp_path / "choice")} <= {"7", "8"}
+    assert all(row["error"] is None for row in rows_of(tmp_path / "choice"))
+    ask(path, "short", prompt=COUNT, files=IMAGES, choices=["seven digits here", "eight digits here"], max_tokens=1)
+    assert all("cut off after 1 tokens, so it is no choice" in row["error"] for row in rows_of(tmp_path / "short"))
     with pytest.raises(OptionError, match="schema and regex are both given"):
         ask(path, "x", prompt=COUNT, files=IMAGES, schema=schema, regex="a")
     assert not (tmp_path / "x").exists()
@@ -373,6 +378,8 @@ def test_inputs_that_are_refused(ask: Ask, tmp_path: Path) -> None:
         ask(IMAGES)
     with pytest.raises(OptionError, match="files has no effect"):
         ask(IMAGES, prompt=READ, files=IMAGES)
+    with pytest.raises(OptionError, match="allow_urls has no effect on a folder of files"):
+        ask(IMAGES, prompt=READ, allow_urls=True)
     with pytest.raises(OptionError, match="which is not a folder"):
         ask(tmp_path / "rows.jsonl", files=tmp_path / "nowhere")
     assert not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ import pytest
 
 from bulk.conftest import rows_of
 from vlpack.bulk.output import ROWS, Output
+from vlpack.bulk.row import Ids, Item, short_hash
 from vlpack.bulk.shards import JsonLines
 from vlpack.errors import OptionError, VlpackError
 
@@ -174,8 +175,12 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
         opened(tmp_path / "out"),
     ):
         pass
-    with opened(tmp_path / "out"):  # the lock was released
-        pass
+    with opened(tmp_path / "out") as output:  # the lock was released
+        output.add(0, row("a"))
+    with pytest.raises(OptionError, match="answers to another question") as kept:
+        opened(tmp_path / "out", identity(prompt="!")).__enter__()
+    with opened(tmp_path / "out"):  # also while a notebook keeps the error
+        assert kept.value is not None
 
 
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:
@@ -248,3 +253,21 @@ def test_odd_texts_and_values(tmp_path: Path) -> None:
     with opened(tmp_path / "out") as output:
         assert output.done(odd)
         output.finish()
+
+
+def test_many_equal_rows_have_ids_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = 0
+
+    def counted(key: str) -> bytes:
+        nonlocal hashes
+        hashes += 1
+        return short_hash(key)
+
+    monkeypatch.setattr("vlpack.bulk.row.short_hash", counted)
+    ids = Ids("id", {})
+    first, *others = [ids(Item({"prompt": "a"}, "a line"))[0] for _ in range(300)]
+    assert others == [f"{first}-{number}" for number in range(2, 301)]
+    assert hashes < 4 * 300
+    named = [ids(Item({"id": key}, "a line")) for key in ("b", "b-2", "b", "b")]
+    assert [key for key, _ in named] == ["b", "b-2", "b-3", "b-4"]
+    assert [item.error is None for _, item in named] == [True, True, False, False]

@@ -102,7 +102,8 @@ def test_requests_that_are_wrong(plain: Ask, tmp_path: Path) -> None:
 
 def test_options_that_requests_have_themselves(plain: Ask, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [request("a", max_tokens=None)])
-    for options in ({"prompt": "x"}, {"system": "x"}, {"sampling": Sampling(temperature=0)}, {"choices": ["a"]}):
+    sampling = Sampling(temperature=0)
+    for options in ({"prompt": "x"}, {"system": "x"}, {"sampling": sampling}, {"choices": ["a"]}, {"files": tmp_path}):
         with pytest.raises(OptionError, match="has no effect on requests in OpenAI's batch format"):
             plain(path, **options)
     with pytest.raises(OptionError, match="answers in OpenAI's batch format are JSON lines"):

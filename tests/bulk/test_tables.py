@@ -164,3 +164,38 @@ def test_messages_in_parquet(ask: Ask, tmp_path: Path) -> None:
     (row,) = rows_of(tmp_path / "out")
     assert row["answer"].split() == ANSWERS["00.png"]["read"].split(), row
     json.dumps(row)
+
+
+def test_shards_are_one_table(ask: Ask, tmp_path: Path) -> None:
+    """Columns of the answer have one type, also in shards in which all of them are null, or no row failed."""
+    rows = [{"prompt": "a", "id": "good"}, {"image": "missing.png", "prompt": "a", "id": "bad"}]
+    ask(write_rows(tmp_path / "in.jsonl", rows), format="parquet", shard_rows=1)
+    whole = parquet.read_table(sorted((tmp_path / "out").glob("*.parquet"))).to_pylist()
+    assert [(row["id"], row["error"] is None, row["answer_tokens"] is None) for row in whole] == [
+        ("good", True, False),
+        ("bad", False, True),
+    ]
+
+
+def test_values_that_parquet_does_not_have(ask: Ask, tmp_path: Path) -> None:
+    """Empty objects and halves of surrogate pairs end no run, and such rows are known again."""
+    rows = [{"prompt": "a", "id": "x\ud800", "empty": {}, "list": [{}], "half\udfff": "b\ud801", "in": {"a": "\ud802"}}]
+    ask(write_rows(tmp_path / "in.jsonl", rows), format="parquet")
+    (row,) = parquet.read_table(tmp_path / "out" / "part-00000.parquet").to_pylist()
+    assert row["error"] is None
+    assert (row["id"], row["empty"], row["list"]) == ("x\\ud800", "{}", "[{}]")
+    assert (row["half\\udfff"], json.loads(row["in"])) == ("b\\ud801", {"a": "\ud802"})
+    assert ask(tmp_path / "in.jsonl", format="parquet").answered == 0
+
+
+def test_an_output_in_the_folder_of_the_input_is_no_input(ask: Ask, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    parquet.write_table(pa.table({"id": ["a", "b"], "prompt": ["a", "b"]}), data / "in.parquet")
+    ask(data, "data/out", format="parquet", limit=1)
+    result = ask(data, "data/out", format="parquet")
+    assert (result.rows, result.total, result.before) == (2, 2, 1)
+    write_rows(data / "lines" / "in.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    ask(f"{data}/**/*.jsonl", "data/lines/out", limit=1)
+    result = ask(f"{data}/**/*.jsonl", "data/lines/out")
+    assert (result.rows, result.total, result.before) == (2, 2, 1)

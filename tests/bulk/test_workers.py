@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from samples import ANSWERS, IMAGES, READ
 from vlpack import Sampling
 from vlpack.bulk import BatchResult
 from vlpack.bulk.answering import EngineOptions
+from vlpack.bulk.cluster import Cluster
 from vlpack.bulk.form import Rows
 from vlpack.bulk.media import Place
 from vlpack.bulk.question import Question
@@ -87,6 +89,52 @@ def test_a_row_that_ends_every_process_becomes_a_row_with_an_error(digits: Path)
     assert len(found) == 10
     assert "A process that answers rows ended by signal 9" in found["missing.png"]["error"]
     assert right(row for key, row in found.items() if key != "missing.png")
+
+
+def test_messages_stay_in_order_while_a_process_loads(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process answers a row and is killed while another one loads: the row is not answered a second time."""
+    several = workers(digits)
+    first, second = several._workers
+    (task,) = tasks(NAMES[:1])
+    sent: list[Any] = []
+    monkeypatch.setattr(first, "start", lambda: several._told.put((first, "ready")))
+    monkeypatch.setattr(second, "start", lambda: several._told.put((second, "ready")))
+    for worker in (first, second):
+        monkeypatch.setattr(worker, "_write", sent.append)
+    for message in ((second, (0, {"id": "answered"})), (first, "ready"), (second, None)):
+        several._told.put(message)
+    second.running[0] = task
+    several._ready(first)
+    assert list(several(iter(()))) == [(task, {"id": "answered"})]
+    assert sent == []
+
+
+def test_a_cluster_that_is_too_small_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that was started for the run does not outlive its error."""
+    ended: list[bool] = []
+    ray = SimpleNamespace(
+        is_initialized=lambda: False,
+        init=lambda **_: None,
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 1}}],
+        shutdown=lambda: ended.append(True),
+    )
+    monkeypatch.setattr("vlpack.bulk.cluster.require_ray", lambda: ray)
+    question = Question(prompt=READ)
+    setting = Setting("p", "files", "p", question, Place("."), in_python, EngineOptions())
+    with pytest.raises(OptionError, match="2 actors with 1 threads do not fit"):
+        Cluster(setting, 2, Rows(question, Place(".")), "local")
+    assert ended == [True]
+
+
+def test_processes_import_nothing_from_the_current_folder(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    (tmp_path / "queue.py").write_text("raise SystemExit('a file of the data set was run')\n")
+    with workers(digits) as several:
+        ((_, row),) = several(tasks(NAMES[:1]))
+    assert row["error"] is None
 
 
 def test_a_package_that_processes_cannot_load(digits: Path, tmp_path: Path) -> None:

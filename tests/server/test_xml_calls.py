@@ -19,7 +19,7 @@ from vlpack.preprocess import PromptBuilder
 from vlpack.server.errors import ApiError
 from vlpack.server.settings import Settings
 from vlpack.server.tools import Tools, read_tools
-from vlpack.server.xml_calls import XmlCallStream
+from vlpack.server.xml_calls import XmlCallStream, value_of
 
 MEMBER = Member(
     "xml", "Qwen3_5Config", "Qwen3_5ForConditionalGeneration", text=HYBRID | {"max_position_embeddings": 2048},
@@ -132,6 +132,7 @@ def test_calls_in_a_text(text: str, said: str, calls: Any, size: int) -> None:
         ("share", "5", 5), ("share", "1e3", 1000.0), ("share", "NaN", "NaN"), ("share", "1e999", "1e999"),
         ("loud", "True", True), ("loud", "false", False), ("loud", "yes", "yes"),
         ("list", "[1, 2]", [1, 2]), ("list", '{"a": 1}', '{"a": 1}'), ("list", "[" * 100_000, "[" * 100_000),
+        ("list", "[NaN]", "[NaN]"), ("place", '{"x": 1e999}', '{"x": 1e999}'),
         ("place", '{"x": 1}', {"x": 1}),
         ("either", "3", 3), ("either", "None", None), ("either", "x", "x"),
         ("maybe", "x", "x"), ("maybe", "null", None), ("maybe", "3", "3"),
@@ -150,6 +151,11 @@ def test_schemas_without_end() -> None:
     stream = XmlCallStream([{"name": "f", "parameters": endless}])
     found = "".join(piece.text for piece in stream.push(call(a="1", b="2")) if piece.kind == "arguments")
     assert json.loads(found) == {"a": "1", "b": "2"}
+    # 20 references in each of 8 levels: 20 ** 8 alternatives
+    levels: dict[str, Any] = {str(n): {"anyOf": [{"$ref": f"#/$defs/{n + 1}"}] * 20} for n in range(7)}
+    many = {"$ref": "#/$defs/0"}
+    root = {"properties": {"a": many}, "$defs": {**levels, "7": {"type": "integer"}}}
+    assert value_of("1", many, root) == "1"
 
 
 @pytest.fixture(scope="module")
@@ -257,12 +263,32 @@ def test_calls_in_grammars(prompts: PromptBuilder, takes: Callable[[Any, str], b
         {"type": "string", "pattern": "^a|b$"},
         {"type": "string", "pattern": r"a\b"},
         {"type": "string", "pattern": "a", "minLength": 3},
+        {"type": "string", "pattern": "[" * 2001 + "]"},
+        {"type": "string", "pattern": 5},
+        {"type": "string", "format": ["date"]},
+        {"type": "string", "minLength": "3"},
+        {"type": "string", "maxLength": -3},
         False,
     ],
 )
 def test_what_cannot_be_forced_is_an_error(schema: Any, prompts: PromptBuilder) -> None:
     with pytest.raises(ApiError, match="'a' of the function 'f' has"):
         constraint(prompts, read_tools([tool("f", a=schema)], "required", None, prompts))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"properties": "x"}, "'properties' must be an object"),
+        ({"properties": [{"a": 1}]}, "'properties' must be an object"),
+        ({"properties": {}, "required": 5}, "'required' must be a list of names"),
+        ({"properties": {}, "required": [["a"]]}, "'required' must be a list of names"),
+    ],
+)
+def test_parameters_that_are_no_schema(parameters: Any, said: str, prompts: PromptBuilder) -> None:
+    given = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    with pytest.raises(ApiError, match=said):
+        constraint(prompts, read_tools([given], "required", None, prompts))
 
 
 def test_reasoning_and_calls_apart() -> None:

@@ -84,7 +84,12 @@ class Cluster:
         self._owned = not self._ray.is_initialized()
         if self._owned:
             self._connect(address)
-        threads = self._threads(setting.options.threads, count)
+        try:
+            threads = self._threads(setting.options.threads, count)
+        except BaseException:
+            if self._owned:  # the caller has no object yet that could end it
+                self._ray.shutdown()
+            raise
         self._window = setting.options.slots + max(2, setting.options.slots // 2)
         remote = self._ray.remote(Actor).options(
             num_cpus=threads,

@@ -103,6 +103,8 @@ class Rows:
             error = None
             if question.schema is not None and found.finish_reason == "length":
                 error = InputError(f"The answer was cut off after {len(found.tokens)} tokens, so it is not valid JSON.")
+            if question.choices is not None and found.text not in question.choices:
+                error = InputError(f"The answer was cut off after {len(found.tokens)} tokens, so it is no choice.")
             return {
                 "answer": found.text,
                 "finish_reason": found.finish_reason,

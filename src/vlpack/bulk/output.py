@@ -112,8 +112,12 @@ class Output:
         self._open = False
 
     def __enter__(self) -> Output:
-        with self._told():
-            self._prepare()
+        try:
+            with self._told():
+                self._prepare()
+        except BaseException:  # a notebook keeps the error, and with it this object
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

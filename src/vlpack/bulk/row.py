@@ -93,6 +93,7 @@ class Ids:
     column: str
     question: Mapping[str, Any]
     _seen: set[bytes] = field(default_factory=set)
+    _numbers: dict[bytes, int] = field(default_factory=dict)
 
     def __call__(self, item: Item) -> tuple[str, Item]:
         """The id of the next row, and the row, with an error if its key was given to an earlier one."""
@@ -100,12 +101,15 @@ class Ids:
         if key is None and item.columns.get(self.column) is not None:
             given = item.columns[self.column]
             key = given if isinstance(given, str) else json.dumps(given, default=_hashed)
-        name = key or self._hash(item)
+        name = valid_text(key) if key else self._hash(item)
+        first = short_hash(name)
         unique, number = name, 1
-        while (digest := short_hash(unique)) in self._seen:
-            number += 1
-            unique = f"{name}-{number}"
-        self._seen.add(digest)
+        if first in self._seen:  # the numbers up to the last one are taken
+            number = self._numbers.get(first, 1) + 1
+            while short_hash(unique := f"{name}-{number}") in self._seen:
+                number += 1
+            self._numbers[first] = number
+        self._seen.add(short_hash(unique))
         if key is not None and number > 1 and item.error is None:
             wrong = InputError(
                 f"An earlier row has the same {self.column}, {key[:200]!r}.",
@@ -122,6 +126,11 @@ class Ids:
 def short_hash(key: str) -> bytes:
     """A hash of an id in 16 bytes, to remember many ids in little memory."""
     return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def valid_text(text: str) -> str:
+    """A text that UTF-8 can represent: halves of surrogate pairs, as in odd file names, become escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _hashed(value: Any) -> Any:

@@ -200,8 +200,13 @@ def batch(
     if manifest_task(folder, manifest) != GENERATE:
         raise OptionError(f"{folder} is for the task {manifest_task(folder, manifest)} and generates no text.")
     question.check_constraint()
-    found = open_source(os.fspath(source), None if files is None else os.path.expanduser(files))
+    inside = None if files is None else os.path.expanduser(files)
+    found = open_source(os.fspath(source), inside, os.path.expanduser(output))
     _check_question(question, found)
+    for name, useless, kind in (("files", bool(files), "openai"), ("allow_urls", allow_urls, "files")):
+        if useless and found.name == kind:
+            what = "a folder of files" if kind == "files" else "requests in OpenAI's batch format"
+            raise OptionError(f"{option(name)} has no effect on {what}.", "Leave it out.")
     place = Place(os.path.realpath(found.folder), allow_urls, allow_private_urls)
     form = form_of(found.name, question, place, words, folder.resolve().name)
     if found.name == "openai" and format != "jsonl":

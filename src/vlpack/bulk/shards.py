@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from vlpack.bulk.row import RESULT, valid_text
 from vlpack.bulk.tables import kept_type, pyarrow
 from vlpack.errors import OptionError, VlpackError, option
 
@@ -77,8 +78,8 @@ class Parquet:
     """Parquet files, written by pyarrow.
 
     Columns of the answer have the same types in every shard. A column of the input keeps its type if the input is
-    Parquet; otherwise the type is inferred from the rows of the shard, and a column whose values have different types
-    becomes text in JSON.
+    Parquet; otherwise the type is inferred from the rows of the shard, and a column whose values have different types,
+    or a type that Parquet does not have, becomes text in JSON. Halves of surrogate pairs are written as escapes.
 
     Args:
         types: pyarrow types of the columns whose types are known.
@@ -90,15 +91,17 @@ class Parquet:
     suffix = ".parquet"
 
     def __init__(self, types: Mapping[str, Any]) -> None:
-        self._types = dict(types)
         self._arrow = pyarrow(option("format", "parquet"))
+        self._types = {**types, "id": self._arrow.string(), **dict.fromkeys(RESULT, self._arrow.string())}
+        self._types |= {name: self._arrow.int64() for name in RESULT if name.endswith("_tokens")}
+        self._types |= {name: self._arrow.float64() for name in RESULT if name.endswith("_seconds")}
 
     def encode(self, rows: Sequence[Row]) -> bytes:
         """The bytes of a shard with these rows."""
         from pyarrow import parquet
 
         names = dict.fromkeys(name for row in rows for name in row)
-        columns = {name: self._column(name, [row.get(name) for row in rows]) for name in names}
+        columns = {valid_text(name): self._column(name, [row.get(name) for row in rows]) for name in names}
         made = io.BytesIO()
         parquet.write_table(self._arrow.table(columns), made, compression="zstd")
         return made.getvalue()
@@ -106,10 +109,19 @@ class Parquet:
     def _column(self, name: str, values: list[Any]) -> Any:
         known = self._types.get(name)
         try:
-            return self._arrow.array(values, type=None if known is None else kept_type(known))
+            made = self._arrow.array(values, type=None if known is None else kept_type(known))
+            if not self._has_empty_struct(made.type):
+                return made
         except (self._arrow.ArrowException, TypeError, ValueError, OverflowError):
-            texts = [value if value is None or isinstance(value, str) else _text(value) for value in values]
-            return self._arrow.array(texts, type=self._arrow.string())
+            pass
+        texts = [value if value is None or isinstance(value, str) else _text(value) for value in values]
+        return self._arrow.array([text and valid_text(text) for text in texts], type=self._arrow.string())
+
+    def _has_empty_struct(self, given: Any) -> bool:
+        """Whether a type has an object without any fields, which Parquet cannot hold."""
+        if self._arrow.types.is_struct(given) and given.num_fields == 0:
+            return True
+        return any(self._has_empty_struct(given.field(place).type) for place in range(given.num_fields))
 
     def rows(self, path: Path) -> Iterator[Row]:
         """The rows of a shard, one by one; raises a VlpackError if the file is damaged."""

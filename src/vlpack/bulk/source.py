@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,6 +16,9 @@ from vlpack.errors import InputError, OptionError, option
 
 MAX_LINE = 2**28
 """Largest length of a line of JSON, in bytes: 256 MiB."""
+
+MAX_DEPTH = 64
+"""Largest number of arrays and objects inside each other in a row; functions that call themselves read them."""
 
 LINES = (".jsonl", ".ndjson")
 TABLES = (".parquet", ".arrow")
@@ -42,12 +45,13 @@ class Source(NamedTuple):
     types: dict[str, Any]
 
 
-def open_source(given: str, files: str | None = None) -> Source:
+def open_source(given: str, files: str | None = None, output: str | None = None) -> Source:
     """Finds an input.
 
     Args:
         given: a folder, a pattern, or a file.
         files: folder in which the files that rows name must be; None for the folder of the input.
+        output: folder of the output, whose files are no input, even if it lies in the folder of the input.
 
     Raises:
         InputError: there is no such input, or it has no rows.
@@ -59,11 +63,12 @@ def open_source(given: str, files: str | None = None) -> Source:
         raise InputError(f"{given} is a URL, which is not read.", f"Give {_KINDS}.")
     place = os.path.expanduser(given)
     if os.path.isdir(place):
-        return _folder(Path(place), files)
+        return _folder(Path(place), files, output)
     if os.path.isfile(place):
         return _paths(given, [Path(place)], str(Path(place).parent), files)
     if glob.has_magic(place):
-        found = sorted(Path(path) for path in glob.iglob(place, recursive=True) if os.path.isfile(path))
+        matches = (Path(path) for path in glob.iglob(place, recursive=True) if os.path.isfile(path))
+        found = _outside(matches, output)
         if not found:
             raise InputError(f"No file matches the pattern {given}.", "A pattern may contain *, ?, [a-z] and **.")
         return _paths(given, found, _fixed(place), files)
@@ -77,14 +82,20 @@ def _fixed(pattern: str) -> str:
     return str(Path(*parts[:end])) if end else "."
 
 
-def _folder(folder: Path, files: str | None) -> Source:
+def _outside(paths: Iterable[Path], output: str | None) -> list[Path]:
+    """The sorted paths of files that are not directly in the folder of the output."""
+    place = None if output is None else os.path.realpath(output)
+    return sorted(path for path in paths if os.path.realpath(path.parent) != place)
+
+
+def _folder(folder: Path, files: str | None, output: str | None) -> Source:
     """A folder of a data set, or of images, videos and PDFs."""
     if (folder / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(path.parent.name for path in folder.glob("*/state.json")))
         raise OptionError(f"{folder} is a data set with several splits: {splits}.", "Give the folder of one of them.")
     if (folder / "state.json").is_file():
         return _table(sorted(folder.glob("*.arrow")), folder, files)
-    tables = sorted(folder.rglob("*.parquet"))
+    tables = _outside(folder.rglob("*.parquet"), output)
     if tables:
         _check_one_split(tables, folder)
         return _table(tables, folder, files)
@@ -182,12 +193,22 @@ def _read_lines(path: Path) -> Iterator[Item]:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
+def _deeper(value: Any, depth: int) -> bool:
+    """Whether a value has more than ``depth`` arrays and objects inside each other."""
+    inner: Iterable[Any] | None = (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    )
+    return inner is not None and (depth == 0 or any(_deeper(one, depth - 1) for one in inner))
+
+
 def _item(line: bytes, where: str) -> Item:
     def constant(text: str) -> NoReturn:
         raise ValueError(f"{text} is not a JSON number")
 
     try:
         columns = json.loads(line.decode("utf-8-sig"), parse_constant=constant)
+        if _deeper(columns, MAX_DEPTH):
+            raise RecursionError
     except (ValueError, RecursionError) as error:
         why = "is nested too deeply" if isinstance(error, RecursionError) else f"is not JSON: {str(error)[:200]}"
         text = line[:2000].decode("utf-8", "replace").rstrip("\n")

@@ -72,6 +72,7 @@ class Workers:
 
     def __init__(self, setting: Setting, count: int, form: Form) -> None:
         self._form, self._told = form, queue.SimpleQueue[tuple[_Worker, Any]]()
+        self._early: deque[tuple[_Worker, Any]] = deque()  # messages that came while a new process was loading
         threads = checked_threads(setting.options.threads)
         cores = _cores(count)
         self._workers: list[_Worker] = []
@@ -125,7 +126,7 @@ class Workers:
                         worker.send(task)
             if not any(worker.running for worker in self._workers):
                 return
-            worker, message = self._told.get()
+            worker, message = self._early.popleft() if self._early else self._told.get()
             if isinstance(message, VlpackError):
                 raise message
             if message is not None:
@@ -147,14 +148,11 @@ class Workers:
 
     def _ready(self, worker: _Worker) -> None:
         """Waits until a new process has loaded the package; messages of others stay in order."""
-        others = []
         while True:
             sender, message = self._told.get()
             if sender is worker:
                 break
-            others.append((sender, message))
-        for one in others:
-            self._told.put(one)
+            self._early.append((sender, message))
         if isinstance(message, VlpackError):
             raise message
         if message is None:
@@ -178,9 +176,11 @@ class _Worker:
     def start(self) -> None:
         """Starts the process; its first message says that it has loaded the package."""
         self.close()
-        command = [sys.executable, "-c", "from vlpack.bulk.workers import main; main()"]
+        # -c puts the current folder first, as an empty text; a data set there may have a file with a module's name
+        program = "import sys; sys.path[:] = filter(None, sys.path); from vlpack.bulk.workers import main; main()"
+        command = [sys.executable, "-c", program]
         # as in this process, so that the same vlpack is imported
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=os.name != "nt"
         )

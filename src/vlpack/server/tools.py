@@ -178,6 +178,11 @@ def _checked(tool: Any, where: str) -> str:
         raise wrong(f"{where}.function.name must have 1 to 64 letters, digits, '_', '.' and '-'.", where)
     if parameters is not None and not isinstance(parameters, Mapping):
         raise wrong(f"{where}.function.parameters must be a JSON schema.", where)
+    if not isinstance((parameters or {}).get("properties"), Mapping | None):
+        raise wrong(f"{where}.function.parameters: 'properties' must be an object.", where)
+    required = (parameters or {}).get("required") or []
+    if not isinstance(required, list) or not all(isinstance(one, str) for one in required):
+        raise wrong(f"{where}.function.parameters: 'required' must be a list of names.", where)
     if not isinstance(function.get("description"), str | None) or not isinstance(function.get("strict"), bool | None):
         raise wrong(f"{where}.function: 'description' must be a text, and 'strict' true or false.", where)
     return name

@@ -17,7 +17,6 @@ parameter is a number.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -30,6 +29,9 @@ MARK = "<function="
 _HEAD = re.compile(r"\s*<function=([^>\n]*)>")
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]*)>")
 _END = re.compile(r"\s*</function>")
+MAX_VISITS = 1000
+"""Largest number of schemas that are visited for a parameter's alternatives; references to references can have more
+alternatives than any memory holds."""
 BOOLEANS = {"true": True, "false": False, "True": True, "False": False}
 
 
@@ -142,9 +144,8 @@ def _as_json(text: str, kinds: set[Any]) -> Any:
         return BOOLEANS[text.strip()]
     try:
         value = json.loads("null" if text.strip() == "None" else text)
+        json.dumps(value, allow_nan=False)  # JSON has no infinity
     except (ValueError, RecursionError):
-        return text
-    if isinstance(value, float) and not math.isfinite(value):  # JSON has no infinity
         return text
     if "number" not in kinds and isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -165,22 +166,34 @@ def _null_or(text: str, branches: Sequence[Mapping[str, Any]]) -> str | None:
     return None if nullable and text.strip() in ("null", "None") else text
 
 
-def branches_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> list[Mapping[str, Any]]:
-    """The alternatives of a schema, without references; an empty list if it allows everything."""
-    if not isinstance(schema, Mapping) or depth > 16:
-        return []
-    if isinstance(reference := schema.get("$ref"), str):
-        found: Any = root
-        for name in reference.removeprefix("#/").split("/"):
-            found = found.get(name) if isinstance(found, Mapping) else None
-        return branches_of(found, root, depth + 1)
-    for key in ("anyOf", "oneOf"):
-        if isinstance(several := schema.get(key), list):
-            parts = [branches_of(one, root, depth + 1) for one in several]
-            return [branch for part in parts for branch in part] if all(parts) else []
-    if isinstance(schema.get("type"), list):
-        return [{**schema, "type": kind} for kind in schema["type"]]
-    return [schema] if "type" in schema or choices_of(schema) is not None else []
+def branches_of(schema: Any, root: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The alternatives of a schema, without references; an empty list if it allows everything, or has too many."""
+    left = MAX_VISITS
+
+    def branches(schema: Any, depth: int) -> list[Mapping[str, Any]]:
+        nonlocal left
+        left -= 1
+        if not isinstance(schema, Mapping) or depth > 16 or left < 0:
+            return []
+        if isinstance(reference := schema.get("$ref"), str):
+            found: Any = root
+            for name in reference.removeprefix("#/").split("/"):
+                found = found.get(name) if isinstance(found, Mapping) else None
+            return branches(found, depth + 1)
+        for key in ("anyOf", "oneOf"):
+            if isinstance(several := schema.get(key), list):
+                made: list[Mapping[str, Any]] = []
+                for one in several:
+                    part = branches(one, depth + 1)
+                    if not part:  # this one allows everything
+                        return []
+                    made += part
+                return made
+        if isinstance(schema.get("type"), list):
+            return [{**schema, "type": kind} for kind in schema["type"]]
+        return [schema] if "type" in schema or choices_of(schema) is not None else []
+
+    return branches(schema, 0)
 
 
 def choices_of(schema: Mapping[str, Any]) -> list[Any] | None:

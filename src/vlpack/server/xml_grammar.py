@@ -12,6 +12,8 @@ from vlpack.server.xml_calls import BOOLEANS, branches_of, choices_of, is_text
 
 _AFTER = "\n</parameter>\n"
 _FREE = r"(?s:.*)"
+MAX_PATTERN = 2000
+"""Largest number of characters of a pattern, because the time to check one grows with the square."""
 _FORMATS = {
     "date": r"[0-9]{4}-[0-9]{2}-[0-9]{2}",
     "time": r"[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?(Z|[+-][0-9]{2}:[0-9]{2})",
@@ -95,6 +97,10 @@ def _pattern(schema: Mapping[str, Any], where: tuple[Mapping[str, Any], str]) ->
         return "|".join(map(_escaped, texts))
     limits = [schema.get(key) for key in ("minLength", "maxLength")]
     pattern, form = schema.get("pattern"), schema.get("format")
+    if not all(isinstance(one, str | None) for one in (pattern, form)):
+        raise _not_forced(*where, "a 'pattern' or 'format' that is not a text")
+    if not all(limit is None or (type(limit) is int and limit >= 0) for limit in limits):
+        raise _not_forced(*where, "a length that is not a whole number from 0 on")
     if sum([pattern is not None, form is not None, limits != [None, None]]) > 1:
         raise _not_forced(*where, "a text with several of 'pattern', 'format' and lengths")
     if form is not None:
@@ -104,13 +110,15 @@ def _pattern(schema: Mapping[str, Any], where: tuple[Mapping[str, Any], str]) ->
     if pattern is not None:
         return _anywhere(pattern, where)
     if limits != [None, None]:
-        least, most = (None if limit is None else int(limit) for limit in limits)
+        least, most = limits
         return f"(?s:.{{{least or 0},{'' if most is None else most}}})"
     return _FREE
 
 
 def _anywhere(pattern: str, where: tuple[Mapping[str, Any], str]) -> str:
     """A pattern of a JSON schema, which may match anywhere in a text, as an expression for the whole text."""
+    if len(pattern) > MAX_PATTERN:
+        raise _not_forced(*where, f"a pattern of more than {MAX_PATTERN} characters")
     start, end = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith(r"\$")
     inner = pattern[start : len(pattern) - end]
     plain = re.sub(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", "", inner)  # without escapes and classes
