@@ -187,7 +187,7 @@ class Cluster:
         running[self.actors[number].answer.remote(task)] = task, number
 
     def _cause(self, error: BaseException) -> BaseException:
-        """The VlpackError that caused an error of Ray, or one that describes it; other errors are returned unchanged."""
+        """The VlpackError that caused an error of Ray, or one that describes it; others are returned unchanged."""
         cause = getattr(error, "cause", None)
         if isinstance(cause, VlpackError):
             return cause

@@ -129,7 +129,7 @@ class Media:
 
 
 def _scheme(text: str) -> str | None:
-    """The scheme of a URL or ``data:`` URI, in lower case; None for a path, also for one of Windows such as ``C:\\a``."""
+    """The scheme of a URL or ``data:`` URI, in lower case; None for a path, such as ``a.png`` or ``C:\\a``."""
     scheme, colon, _ = text[:16].partition(":")
     return scheme.lower() if colon and len(scheme) > 1 and scheme.isalpha() else None
 
