@@ -23,6 +23,7 @@ from vlpack.ort.kernels import SWITCH, kernel_counts, library
 from vlpack.ort.session import kernel_session
 
 Inputs = dict[str, np.ndarray]
+"""Inputs of a graph, by name."""
 
 
 def decoder_inputs(ports: dict[str, Any], new: int, past: int) -> Inputs:

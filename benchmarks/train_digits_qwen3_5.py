@@ -38,6 +38,7 @@ EMPTY = 10
 """Class of a cell without a digit, for the auxiliary head."""
 IDS = {"image_token_id": 2060, "video_token_id": 2061, "vision_start_token_id": 2057, "vision_end_token_id": 2058}
 END = 2050
+"""Id of the token that ends an answer."""
 COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
           "preprocessor_config.json")  # fmt: skip
 """Files that are copied from the shipped checkpoint."""

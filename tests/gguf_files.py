@@ -21,7 +21,9 @@ ARCHITECTURES = {
     "Qwen3VLForConditionalGeneration": "qwen3vl",
     "Qwen3VLMoeForConditionalGeneration": "qwen3vlmoe",
 }
+"""Class in transformers → architecture in the metadata."""
 K_TYPES = (Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K)
+"""The K-quants, whose blocks have sub-blocks with scales of their own."""
 
 
 @dataclass
@@ -145,6 +147,7 @@ def _turned(values: np.ndarray, heads: int, first: int) -> np.ndarray:
 
 
 def _settings(writer: gguf.GGUFWriter, text: Mapping[str, Any]) -> None:
+    """Writes the settings of a decoder into the metadata."""
     rope = text.get("rope_parameters") or {**(text.get("rope_scaling") or {}), "rope_theta": text["rope_theta"]}
     heads = text["num_attention_heads"]
     writer.add_context_length(text["max_position_embeddings"])
@@ -184,6 +187,7 @@ def _llama3_factors(text: Mapping[str, Any], rope: Mapping[str, Any]) -> np.ndar
 
 
 def _tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, pre: str) -> None:
+    """Writes the tokenizer and the chat template of a checkpoint into the metadata."""
     data = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
     config = json.loads((checkpoint / "tokenizer_config.json").read_text(encoding="utf-8"))
     size = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))

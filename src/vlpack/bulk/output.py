@@ -39,6 +39,7 @@ MANIFEST, JOURNAL, LOCK = "manifest.json", ".journal", ".lock"
 """Names of the files of an output beside its shards."""
 _PART = re.compile(r"part-(\d{5,})\.(jsonl|parquet)")
 _TEMPORARY = re.compile(r"\.(part-\d+\.(jsonl|parquet)|manifest\.json|journal)\.new-[0-9a-f]{8}")
+"""Pattern of the names of temporary files, which a run that was killed may leave."""
 
 SHARD_BYTES = 64 * 2**20
 """Size of the rows waiting for a shard, in bytes, at which one is written even if it has fewer rows than usual. This

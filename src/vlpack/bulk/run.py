@@ -161,7 +161,7 @@ def batch(
         ray: address of a Ray cluster on which these processes run, ``auto`` or ``local``; None for this machine without
             Ray. The package and the files of rows must be at the same paths on all machines.
         progress: function that is called with the progress about twice a second.
-        words: function that writes the options in the errors of rows, for interfaces other than Python.
+        words: function that writes options in the errors of rows, for interfaces other than Python.
 
     Returns:
         The result of this run, with counts that include the rows of earlier runs.

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 OPEN_CALL, CLOSE_CALL = "<tool_call>", "</tool_call>"
+"""Tags around a tool call."""
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 

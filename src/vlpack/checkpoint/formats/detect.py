@@ -223,6 +223,7 @@ def _groups(size: int) -> str:
 
 
 def _awq(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
+    """The declaration of AWQ."""
     version = str(section.values.get("version", "gemm")).lower()
     bits = section.integer("bits", high=64)
     if version != "gemm" or bits != 4:
@@ -234,6 +235,7 @@ def _awq(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
 
 
 def _gptq(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
+    """The declaration of GPTQ, in either version of its format."""
     bits, size = section.integer("bits", high=64), _group_size(section, -1)
     form = section.values.get("checkpoint_format") or section.values.get("format") or "gptq"
     if form not in ("gptq", "gptq_v2") or bits not in (4, 8):
@@ -258,6 +260,7 @@ def _auto_round(checkpoint: Checkpoint, section: Section, where: str) -> Declare
 
 
 def _fp8(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
+    """The declaration of FP8 as transformers writes it, with or without blocks."""
     if section.values.get("fmt", "e4m3") != "e4m3":
         raise refused(checkpoint, f"FP8 of the type {quote(section.values['fmt'])}; {where}")
     if section.values.get("weight_block_size") is None:
@@ -275,6 +278,7 @@ def _pair(section: Section, name: str) -> tuple[int, int]:
 
 
 def _bitsandbytes(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
+    """The declaration of bitsandbytes, in 4 or 8 bits."""
     four, eight = (section.flag(name, False) for name in ("load_in_4bit", "load_in_8bit"))
     if four == eight:
         raise CheckpointError(f"{section.where}: one of 'load_in_4bit' and 'load_in_8bit' must be true.")
@@ -285,6 +289,7 @@ def _bitsandbytes(checkpoint: Checkpoint, section: Section, where: str) -> Decla
 
 
 def _modelopt(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
+    """The declaration of ModelOpt, of which only FP8 is read."""
     values = section.values
     layers = values.get("quantized_layers")
     each = layers.values() if isinstance(layers, dict) else []
@@ -300,6 +305,7 @@ def _modelopt(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
 
 
 def _compressed(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
+    """The declaration of compressed-tensors, with all its schemes."""
     form = str(section.values.get("format", "pack-quantized"))
     sparsity = section.values.get("sparsity_config") or {}
     sparse = sparsity.get("format", "dense") if isinstance(sparsity, dict) else str(sparsity)

@@ -20,6 +20,7 @@ _PATTERN = (
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2, _LLAMA3 = _PATTERN.format(digits=""), _PATTERN.format(digits="{1,3}")
+"""Regular expressions of pre-tokenization, which differ in the number of digits that stay together."""
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Numbers of the kinds of tokens in the metadata."""
 ENDS = ("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
