@@ -1,10 +1,10 @@
-"""Measures `vlpack batch` against a loop over `vlpack.load(...).generate`: rows a minute on the same images.
+"""Compares `vlpack batch` with a loop over `vlpack.load(...).generate`, in rows per minute on the same images.
 
 Usage: python benchmarks/batch.py PACKAGE [--images 200] [--size 640x480] [--tokens 64] [--slots 8] [--output FILE]
 
-Without --size, the images are the shipped ones, repeated, each with other pixels. Both ways are measured in one run and
-in turns: the loop on the first half of its images, then the batch on all, then the loop on its other half. Loading is
-measured separately. Packages with random weights usually generate --tokens tokens; the number is printed.
+Without --size, the images are the shipped ones, repeated, each with one pixel changed. Both are measured in turns: the
+loop on the first half of its images, then the batch on all images, then the loop on its other half. Loading is measured
+separately. Packages with random weights usually generate --tokens tokens; the average number is printed.
 """
 
 from __future__ import annotations

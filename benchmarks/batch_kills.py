@@ -2,9 +2,9 @@
 
 Usage: python benchmarks/batch_kills.py PACKAGE [--kills 50] [--rows 600]
 
-PACKAGE must be a package that reads the shipped images (vlpack demo --output digits). Runs are killed one after the
-other while they load, answer and write, each after another time; the last one may end. Then the script compares the
-rows of the output with those of the input, their order, and the answers with the digits on the images.
+PACKAGE must be a package that reads the shipped images (vlpack demo --output digits). One run after the other is killed
+after a random time, while it loads, answers or writes; a last run completes the output. Then the script checks that
+the output has the rows of the input, once and in their order, with the digits on the images as answers.
 """
 
 from __future__ import annotations

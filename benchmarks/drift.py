@@ -1,4 +1,4 @@
-"""Measures how far the states of linear attention drift from transformers' as a text grows, token by token.
+"""Measures how far the states of linear attention drift from those of transformers as a text grows, token by token.
 
 Usage:
     python benchmarks/drift.py make FOLDER
@@ -7,8 +7,8 @@ Usage:
 
 `make` writes a checkpoint of Qwen3.5's architecture with random weights and the initial decays of the reference: some
 heads remember a few tokens, others hundreds. `measure` gives every package the same random tokens, one at a time, and
-prints the relative L2 error of its states (all layers together) and logits after 1, 10, 100 … tokens. Each package sees
-its own states only, so that errors add up as they would in an answer.
+prints the relative L2 error of its states (all layers together) and logits after 1, 10, 100 … tokens. Each package
+continues from its own states, so errors accumulate as they do in an answer.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ Array = npt.NDArray[Any]
 STOPS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 """Numbers of tokens after which errors are printed."""
 VOCABULARY = 4096
+"""Number of tokens of the checkpoint."""
 
 
 def make(folder: Path) -> None:
-    """Write a checkpoint with 8 layers, two of them with full attention, and heads of the published size."""
+    """Writes a checkpoint with 8 layers, two of them with full attention, and heads of the published size."""
     import torch
     from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
@@ -53,7 +54,16 @@ def make(folder: Path) -> None:
 
 
 def reference(folder: Path, ids: Array, stops: list[int]) -> list[dict[str, Array]]:
-    """The states and logits of transformers after each number of tokens."""
+    """The states and logits of transformers after each number of tokens.
+
+    Args:
+        folder: folder of the checkpoint.
+        ids: token ids ``[1, S]``.
+        stops: numbers of tokens.
+
+    Returns:
+        For each number of tokens, the logits of the last token and the states, by name.
+    """
     import torch
     from transformers import DynamicCache, Qwen3_5ForCausalLM
 
@@ -73,7 +83,7 @@ def reference(folder: Path, ids: Array, stops: list[int]) -> list[dict[str, Arra
 
 
 def measured(package: Path, ids: Array, stops: list[int]) -> list[dict[str, Array]]:
-    """The states and logits of a text package after each number of tokens, which it gets one by one."""
+    """The states and logits of a text package after each number of tokens, which are given to it one by one."""
     config = json.loads((package / "genai_config.json").read_text(encoding="utf-8"))
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1

@@ -1,7 +1,8 @@
 """Times a package's graphs with and without the operators of vlpack-kernels, in turns, and compares their results.
 
-With one thread, processor time is reported, which other programs hardly change; with more, time on the clock. Inputs
-are random. The best of all rounds is shown, then the ratio, and the difference of the outputs (relative L2).
+With one thread, processor time is measured, which other programs hardly affect; with more threads, elapsed time.
+Inputs are random. Prints the best time of all rounds without and with the operators, in seconds, their ratio, and the
+relative L2 difference of the outputs.
 
 Usage: python benchmarks/native_operators.py PACKAGE [--tokens 512 2048] [--patches 30x40 48x64] [--threads 1]
     [--rounds 2]
@@ -22,9 +23,11 @@ from vlpack.ort.kernels import SWITCH, kernel_counts, library
 from vlpack.ort.session import kernel_session
 
 Inputs = dict[str, np.ndarray]
+"""Inputs of a graph, by name."""
 
 
 def decoder_inputs(ports: dict[str, Any], new: int, past: int) -> Inputs:
+    """Random inputs of a decoder for ``new`` tokens after ``past`` others."""
     random, given = np.random.default_rng(0), {}
     for name, port in ports.items():
         if name.startswith("past"):
@@ -42,6 +45,7 @@ def decoder_inputs(ports: dict[str, Any], new: int, past: int) -> Inputs:
 
 
 def cases(part: str, ports: dict[str, Any], options: argparse.Namespace) -> Iterator[tuple[str, Inputs]]:
+    """Yields the names and inputs of the calls of a graph that are measured."""
     if part == "decoder":
         yield "a token after 512", decoder_inputs(ports, 1, 512)
         for new in options.tokens:

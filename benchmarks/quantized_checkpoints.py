@@ -1,10 +1,11 @@
-"""Measures how near packages of quantized checkpoints are to these checkpoints, on real weights.
+"""Measures the divergence of packages of quantized checkpoints from these checkpoints, on real weights.
 
-Usage: python benchmarks/quantized_checkpoints.py WORK, the folder that `quality.py --prepare` fills.
+Usage: python benchmarks/quantized_checkpoints.py WORK
 
-The real model is quantized by rounding to the nearest code, in each format, with and without planted outliers. The
-reference is the fp32 package of the values that the codes stand for, so the divergence is what the package adds to
-that of the format. Prints a Markdown table; KL is in nats per token.
+WORK is the folder that `quality.py --prepare` fills. The real model is quantized by rounding to the nearest code, in
+each format, with and without planted outliers. The reference is the fp32 package of the values that the codes stand
+for, so only the error that the package adds to that of the format is measured. Prints a Markdown table of KL
+divergences in nats per token.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ FORMATS = {
     "AWQ, groups of 64": quantized.awq(64),
     "AWQ, groups of 64, accuracy_level=1": quantized.awq(64),
 }
-"""Name → format; options of the build follow the last comma."""
+"""Name of a row of the table → format. Text with ``=`` after the last comma is an option of the build."""
 
 
 def kl(expected: list[Array], package: Path, ids: Array, threads: int) -> float:
-    """Mean KL(expected ‖ package) over the texts."""
+    """The mean KL(expected ‖ package) over the texts, in nats per token."""
     found = logits(package, ids, threads)
     return float(np.mean([divergence(one, two)[0] for one, two in zip(expected, found, strict=True)]))
 
 
 def build(source: Path, package: Path, *options: str) -> Path:
-    """Builds a package with the logits of all tokens."""
+    """Builds a package whose decoder returns the logits of all tokens."""
     command = [sys.executable, "-m", "vlpack", "build", str(source), "-o", str(package), "--force", *options]
     extra = [] if "--extra-options" in options else ["--extra-options"]
     subprocess.run([*command, *extra, "prune_lm_head=false"], check=True, capture_output=True)

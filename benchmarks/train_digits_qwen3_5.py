@@ -1,16 +1,16 @@
-"""Trains a small checkpoint of Qwen3.5's architecture that reads digits in images, and lets packages read them.
+"""Trains a small checkpoint of Qwen3.5's architecture that reads digits in images, and evaluates packages of it.
 
 Usage:
     python benchmarks/train_digits_qwen3_5.py train FOLDER [--minutes 13]
     vlpack build FOLDER -o fp32 -p fp32        (and int8, int4)
     python benchmarks/train_digits_qwen3_5.py read FOLDER fp32 int8 int4 [--images 200]
 
-An image is a grid of cells, one visual token each, with a digit or nothing in each cell. Digits have Pillow's default
-font; they are slanted, thick or thin, blurred, and under noise. The answer is the digits, row by row. Training
-minimizes the cross-entropy of the answers; a linear head on the visual tokens, which is thrown away afterwards, also
-learns each cell's digit, which makes the vision encoder learn sooner. Images of `read` come from another random
-generator and were not seen in training. `read` prints how many answers are right, for transformers and each package in
-the stock onnxruntime-genai, and how many are those of transformers.
+An image is a grid of cells, one visual token each, with a digit or nothing in each cell. Digits are drawn in Pillow's
+default font with random slant, thickness, blur and noise. The answer is the digits, row by row. Training minimizes the
+cross-entropy of the answers. In addition, a linear head on the visual tokens, which is discarded afterwards, learns
+each cell's digit, so that the vision encoder learns sooner. The images of `read` have another seed and were not seen in
+training. `read` prints the number of right answers of transformers and of each package in the stock onnxruntime-genai,
+and the number of answers that equal those of transformers.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ Array = npt.NDArray[Any]
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits-qwen3-vl"
 CELL, PATCH = 32, 16
+"""Side of a cell and of a patch, in pixels."""
 QUESTION = "Read the digits."
 SHAPES = [(1, 1), (2, 1), (1, 2), (2, 2), (3, 1), (3, 2), (2, 3)]
 """Columns and rows of an image."""
 EMPTY = 10
-"""Class of a cell without a digit, for the head that is thrown away."""
+"""Class of a cell without a digit, for the auxiliary head."""
 IDS = {"image_token_id": 2060, "video_token_id": 2061, "vision_start_token_id": 2057, "vision_end_token_id": 2058}
 END = 2050
+"""Id of the token that ends an answer."""
 COPIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
           "preprocessor_config.json")  # fmt: skip
-"""Files that are those of the shipped checkpoint."""
+"""Files that are copied from the shipped checkpoint."""
 TEXT: dict[str, Any] = {
     "vocab_size": 2176,
     "hidden_size": 192,
@@ -79,7 +81,7 @@ VISION: dict[str, Any] = {
 
 
 def mask_of(digit: int, random: np.random.Generator) -> Array:
-    """A digit in a cell, from 0 to 1 ``[CELL, CELL]``: at a random place, slanted, thick or thin, and blurred."""
+    """The mask of a digit, float32 ``[CELL, CELL]`` from 0 to 1, with random place, slant, thickness and blur."""
     size, middle = 4 * CELL, 2 * CELL
     image = Image.new("L", (size, size))
     font = ImageFont.load_default(float(random.uniform(80, 110)))
@@ -130,7 +132,14 @@ def text_of(cells: Array) -> str:
 
 
 def patches_of(images: Array) -> Array:
-    """The patches of images uint8 ``[B, H, W, 3]`` as Qwen-VL's processor arranges them, fp32 ``[B · patches, …]``."""
+    """Patches of images, in the order of Qwen-VL's processor.
+
+    Args:
+        images: images of one size, uint8 ``[B, H, W, 3]``.
+
+    Returns:
+        The patches, fp32 ``[B · patches, 3 · 2 · PATCH · PATCH]``.
+    """
     values = images.astype(np.float32) / 127.5 - 1
     batch, height, width, _ = values.shape
     merged = 2 * PATCH
@@ -163,7 +172,7 @@ class Batches:
 
     Args:
         prompts: builder of the checkpoint's prompts.
-        count: number of images of one cell in a batch; there are fewer of larger ones.
+        count: number of images in a batch if they have one cell; batches of larger images are smaller.
     """
 
     def __init__(self, prompts: Any, count: int) -> None:
@@ -172,7 +181,7 @@ class Batches:
         self._heads: dict[tuple[int, int], Array] = {}
 
     def __call__(self, small: bool) -> Batch:
-        """The next batch; with ``small``, of images of one or two cells."""
+        """Makes the next batch; ``small`` limits images to one or two cells."""
         columns, rows = SHAPES[self._random.integers(3 if small else len(SHAPES))]
         count = max(8, self._count // (1 + columns * rows // 2))
         made = [self._digits.image(columns, rows) for _ in range(count)]
@@ -259,7 +268,7 @@ def train(folder: Path, minutes: float, batch: int, rate: float, threads: int) -
 
 
 def read(folder: Path, packages: list[Path], count: int) -> None:
-    """Lets transformers and packages read images that were not seen in training, and prints a table."""
+    """Evaluates transformers and packages on images that were not seen in training, and prints a table."""
     import torch
     from transformers import Qwen3_5ForConditionalGeneration
 

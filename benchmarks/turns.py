@@ -1,8 +1,9 @@
-"""Measures the first token of a turn in a conversation with a model with linear attention, kept and recomputed.
+"""Measures the time to the first token of a turn in a conversation with a model that has linear attention.
 
-``kept`` is a turn of `vlpack.Chat`, which continues from the states near the end of the turn before. ``runtime`` is the
-same prompt in the stock onnxruntime-genai, which computes it from the beginning. The conversation so far has a given
-number of tokens, and the turn adds a question and the answer before it. Both alternate in one process.
+``kept`` is a turn of `vlpack.Chat`, which continues from the states near the end of the previous prompt. ``runtime`` is
+the same prompt in the stock onnxruntime-genai, which computes it from the beginning. The first prompt has about
+--tokens tokens; the measured turn adds the answer to it and a question of about --new tokens. Both alternate in one
+process.
 
 Usage: python benchmarks/turns.py PACKAGE [--tokens 1000] [--new 32] [--repeat 3] [--threads N]
 """
@@ -24,7 +25,7 @@ GREEDY = Sampling(temperature=0)
 
 
 def words(count: int, seed: int) -> str:
-    """A text of about ``count`` tokens that no other seed begins with."""
+    """A random text of about ``count`` tokens; texts of different seeds differ from the beginning."""
     return " ".join(map(str, np.random.default_rng(seed).integers(10, 100, max(1, count // 3))))
 
 

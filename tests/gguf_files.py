@@ -1,4 +1,4 @@
-"""GGUF files of tiny checkpoints, written by the package ``gguf``: its names of tensors, its writer and its blocks."""
+"""GGUF files of tiny checkpoints, written by the package ``gguf`` with its names of tensors and its block formats."""
 
 from __future__ import annotations
 
@@ -21,12 +21,14 @@ ARCHITECTURES = {
     "Qwen3VLForConditionalGeneration": "qwen3vl",
     "Qwen3VLMoeForConditionalGeneration": "qwen3vlmoe",
 }
+"""Class in transformers → architecture in the metadata."""
 K_TYPES = (Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K)
+"""The K-quants, whose blocks have sub-blocks with scales of their own."""
 
 
 @dataclass
 class Stored:
-    """A tensor of a GGUF file: its type, its bytes as gguf has them, and the values that gguf computes from them."""
+    """A tensor of a GGUF file: its type, its bytes, and the values that the package gguf computes from them."""
 
     kind: Type
     data: np.ndarray
@@ -38,12 +40,12 @@ Choose = Callable[[str, np.ndarray], Type]
 
 
 def matrices_as(kind: Type) -> Choose:
-    """Matrices of one type, and F32 for everything else, as llama.cpp has it."""
+    """Returns a function that chooses one type for matrices and F32 for all other tensors, as llama.cpp does."""
     return lambda name, values: kind if values.ndim > 1 and "ffn_gate_inp" not in name else Type.F32
 
 
 def stored(values: np.ndarray, kind: Type, seed: int) -> Stored:
-    """A tensor of the given type; gguf cannot write K-quants, so theirs is random bytes with sensible scales."""
+    """A tensor of the given type. The package gguf cannot write K-quants, so these are random blocks."""
     if kind in K_TYPES:
         data = random_blocks(kind, values.shape, seed)
     else:
@@ -79,11 +81,11 @@ def write(
         checkpoint: folder of the checkpoint.
         path: path of the file.
         choose: chooses the type of each tensor.
-        change: adds to the file's metadata.
-        pre: kind of the tokenizer's rules.
+        change: function that adds to the file's metadata.
+        pre: name of the tokenizer's rules of pre-tokenization.
 
     Returns:
-        The values of the tensors by the names of the checkpoint, in its order of rows.
+        The values of the tensors by their names in the checkpoint, with rows in the checkpoint's order.
     """
     from safetensors.numpy import load_file
 
@@ -120,7 +122,7 @@ def write(
 
 
 def _groups(tensors: Mapping[str, np.ndarray], text: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Names of the checkpoint's tensors that become one tensor, by the name that stands for all of them."""
+    """The names of the checkpoint's tensors that become one tensor of the file, by a common name."""
     groups: dict[str, list[str]] = {}
     for own in tensors:
         before, _, after = own.partition(".experts.")
@@ -132,13 +134,20 @@ def _groups(tensors: Mapping[str, np.ndarray], text: Mapping[str, Any]) -> dict[
 
 
 def _turned(values: np.ndarray, heads: int, first: int) -> np.ndarray:
-    """Rows of each head with halves and pairs exchanged, as llama.cpp stores Llama's; ``first`` is 2 there, -1 back."""
+    """Reorders the rows of each head from halves to alternating pairs, as llama.cpp stores Llama's.
+
+    Args:
+        values: the rows.
+        heads: number of heads.
+        first: 2 for the order of llama.cpp, -1 for the way back.
+    """
     size = len(values) // heads
     split = (heads, 2, size // 2) if first == 2 else (heads, size // 2, 2)
     return values.reshape(*split, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
 def _settings(writer: gguf.GGUFWriter, text: Mapping[str, Any]) -> None:
+    """Writes the settings of a decoder into the metadata."""
     rope = text.get("rope_parameters") or {**(text.get("rope_scaling") or {}), "rope_theta": text["rope_theta"]}
     heads = text["num_attention_heads"]
     writer.add_context_length(text["max_position_embeddings"])
@@ -167,7 +176,7 @@ def _settings(writer: gguf.GGUFWriter, text: Mapping[str, Any]) -> None:
 
 
 def _llama3_factors(text: Mapping[str, Any], rope: Mapping[str, Any]) -> np.ndarray:
-    """The divisors of transformers' own frequencies."""
+    """The divisors of the rotary frequencies, computed from those of transformers."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -178,6 +187,7 @@ def _llama3_factors(text: Mapping[str, Any], rope: Mapping[str, Any]) -> np.ndar
 
 
 def _tokenizer(writer: gguf.GGUFWriter, checkpoint: Path, pre: str) -> None:
+    """Writes the tokenizer and the chat template of a checkpoint into the metadata."""
     data = json.loads((checkpoint / "tokenizer.json").read_text(encoding="utf-8"))
     config = json.loads((checkpoint / "tokenizer_config.json").read_text(encoding="utf-8"))
     size = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Quantized copies of tiny checkpoints, packed by hand in each format, and the values that they stand for.
+"""Quantized copies of tiny checkpoints, packed here in each format, and the values that they stand for.
 
 Values are computed here from codes, scales and zero points before these are packed, so they do not depend on how vlpack
 unpacks them. The layouts were compared with the formats' own libraries (`tests/checkpoint/test_formats_libraries.py`).
@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Column of the weight that belongs to each 4-bit code of a word in AWQ's layout."""
+"""For each 4-bit code of a word in AWQ's layout: the index of its row of the weight among the word's eight."""
 NF4 = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
@@ -64,7 +64,7 @@ def words(codes: np.ndarray, bits: int) -> np.ndarray:
 def rounded(
     weight: np.ndarray, bits: int, group: int, symmetric: bool, dtype: Any, order: np.ndarray | None = None
 ) -> Matrix:
-    """A matrix on a grid: codes, scales and zero points of plain rounding, and their products; nothing is packed."""
+    """A matrix rounded to the nearest codes of a grid: codes, scales, zero points and values, but no packed tensors."""
     rows, cols = weight.shape
     groups = cols // group
     order = np.arange(cols) // group if order is None else order
@@ -87,7 +87,7 @@ def rounded(
 def compressed(
     bits: int = 4, group: int = 32, symmetric: bool = True, dtype: Any = ml_dtypes.bfloat16, actorder: bool = False
 ) -> Format:
-    """compressed-tensors ``pack-quantized``; a group of -1 is one scale per row."""
+    """The format ``pack-quantized`` of compressed-tensors; a group of -1 stands for one scale per row."""
 
     def pack(weight: np.ndarray) -> Matrix:
         size = weight.shape[1] if group == -1 else group
@@ -111,7 +111,7 @@ def compressed(
 
 
 def int_quantized() -> Format:
-    """compressed-tensors ``int-quantized``: int8 with a scale per row (w8a8)."""
+    """The format ``int-quantized`` of compressed-tensors: int8 with a scale per row (w8a8)."""
 
     def pack(weight: np.ndarray) -> Matrix:
         matrix = rounded(weight, 8, weight.shape[1], True, ml_dtypes.bfloat16)
@@ -212,7 +212,7 @@ def fp8(block: tuple[int, int] | None = (64, 64), dtype: Any = np.float32) -> Fo
 
 
 def fp8_per_matrix() -> Format:
-    """FP8 with one scale per matrix, and one for its inputs, as ModelOpt writes it."""
+    """FP8 with one scale for a matrix and one for its inputs, as ModelOpt writes it."""
 
     def pack(weight: np.ndarray) -> Matrix:
         scale = np.float32(np.abs(weight).max() / 448)
@@ -277,13 +277,13 @@ def in_decoder(name: str) -> bool:
 
 
 def quantize(source: Path, folder: Path, form: Format, chosen: Callable[[str], bool] = in_decoder) -> dict[str, Matrix]:
-    """Writes a quantized copy of a checkpoint, and beside it a copy with the values that it stands for.
+    """Writes a quantized copy of a checkpoint, and beside it a float32 copy with the values of its codes.
 
     Args:
         source: the checkpoint, in one file of float32.
         folder: folder of the quantized copy; the other copy has the suffix ``-values``.
         form: the format.
-        chosen: function that says by its name whether a tensor is quantized.
+        chosen: function that returns, for the name of a tensor, whether it is quantized.
 
     Returns:
         The quantized matrices, by tensor name.

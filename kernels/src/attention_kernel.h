@@ -1,10 +1,10 @@
 // Attention with a running softmax, for the instruction set that the including file is compiled for.
 //
-// Scores are computed transposed: a vector holds one key's scores for neighbouring queries. So maximum, sum and
-// exponential need no sums across a vector, and both products take the same form: rows of one operand, of which one
-// element (or a pair) at a time is spread over a vector, times vectors of the other.
+// Scores are computed transposed: a vector holds one key's scores for neighbouring queries. So the maximum and the sum
+// over keys need no operations across the lanes of a vector. Both products (scores, and weighted values) have the same
+// form: an element, or a pair of elements, of one operand is broadcast and multiplied by a vector of the other.
 //
-// A task is a block of queries of one head. It goes over the keys in blocks of kBlock and keeps the largest score so
+// A task is a block of queries of one head. It processes the keys in blocks of kBlock and keeps the largest score so
 // far, the sum of exponentials and the weighted sum of values, which are rescaled when the largest score changes
 // (Milakov and Gimelshein 2018; Dao et al. 2022).
 #pragma once
@@ -21,14 +21,14 @@
 namespace vlpack {
 namespace {
 
-constexpr int kBlock = 64;  // keys
+constexpr int kBlock = 64;  // number of keys in a block
 constexpr int kLanes = Floats::kLanes;
 constexpr int kRows = Floats::kRows;
 
 // Products in fp32.
 struct Single {
   using Element = float;
-  static constexpr int kPair = 1;  // elements that one step of a product takes
+  static constexpr int kPair = 1;  // number of elements that one step of a product takes
   static constexpr int kTerms = 6;
   static VLPACK_INLINE Floats dot(const Element* spread, Floats packed, Floats sum) {
     return Floats::fma(Floats::all(*spread), packed, sum);
@@ -39,11 +39,11 @@ struct Single {
 };
 
 #ifdef __AVX512BF16__
-// Products of bfloat16, summed in fp32: twice as many in an instruction.
+// Products of bfloat16 numbers, summed in fp32: an instruction computes twice as many as in fp32.
 struct Brain {
   using Element = uint16_t;
   static constexpr int kPair = 2;
-  static constexpr int kTerms = 3;  // below the rounding of the exponentials to 8 bits
+  static constexpr int kTerms = 3;  // an error below that of rounding exponentials to the 8 bits of bfloat16
   static VLPACK_INLINE Floats dot(const Element* spread, Floats packed, Floats sum) {
     int32_t pair;
     std::memcpy(&pair, spread, sizeof pair);
@@ -60,18 +60,20 @@ struct Brain {
   static VLPACK_INLINE Element element(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
-    return x != x ? 0x7fc0 : static_cast<Element>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to even
+    return x != x ? 0x7fc0 : static_cast<Element>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // rounds ties to even
   }
 };
 #endif
 
+// Attention with one kind of products.
 template <class Product>
 struct Attend {
   using Element = typename Product::Element;
   static constexpr int kPair = Product::kPair;
 
+  // Number of steps of a product over `size` elements.
   static int64_t steps(int64_t size) { return (size + kPair - 1) / kPair; }
-  // Elements of one head's keys, [keys, steps · kPair], and of its values, [keys / kPair, size, kPair].
+  // Number of elements of one head's packed keys, [keys, steps · kPair], and values, [keys / kPair, size, kPair].
   static int64_t key_room(const Attention& a) { return a.keys * steps(a.size) * kPair; }
   static int64_t value_room(const Attention& a) { return steps(a.keys) * a.size * kPair; }
 
@@ -79,7 +81,7 @@ struct Attend {
     return a.batch * a.heads * (key_room(a) + value_room(a)) * static_cast<int64_t>(sizeof(Element));
   }
 
-  static constexpr int64_t kPacked = 256;  // rows that one task packs; a multiple of kPair
+  static constexpr int64_t kPacked = 256;  // number of rows that one task packs; a multiple of kPair
   static int64_t pack_tasks_per_head(const Attention& a) { return (a.keys + kPacked - 1) / kPacked; }
   static int64_t packs(const Attention& a) { return a.batch * a.heads * pack_tasks_per_head(a); }
 
@@ -104,7 +106,7 @@ struct Attend {
     }
   }
 
-  static constexpr int64_t kQueries = Floats::kColumns * kLanes;
+  static constexpr int64_t kQueries = Floats::kColumns * kLanes;  // number of queries of one task
   static int64_t blocks(const Attention& a) { return (a.queries + kQueries - 1) / kQueries; }
   static int64_t tasks(const Attention& a) { return a.batch * a.heads * blocks(a); }
 
@@ -116,7 +118,7 @@ struct Attend {
     return run_block<1>(a, room, head, first);
   }
 
-  // Products of kCount rows with `Columns` vectors, added to `sums`: [kCount, Columns] vectors.
+  // Products of `Count` rows with `Columns` vectors, stored in `sums` as [Count, Columns] vectors, or added to them.
   template <int Columns, int Count>
   static VLPACK_INLINE void multiply(
       const Element* rows, int64_t row, int64_t step, int64_t steps, const Element* packed, float* sums, bool add) {
@@ -191,7 +193,7 @@ struct Attend {
       for (; row < keys; ++row)
         multiply<Columns, 1>(these + row * width, width, kPair, steps(size), scratch.queries,
                              scratch.scores + row * kWidth, false);
-      if (keys % kPair)  // a key that weighs nothing
+      if (keys % kPair)  // pads the last pair with a key that gets no weight
         for (int c = 0; c < Columns; ++c) Floats::all(-1e30f).store(scratch.scores + keys * kWidth + c * kLanes);
       soften<Columns>(scratch, keys, size, largest, sum);
       int64_t d = 0;
@@ -214,7 +216,7 @@ struct Attend {
       for (int64_t d = 0; d < size; ++d) a.out[at + i * a.q_row + d] = scratch.values[d * kWidth + i];
   }
 
-  // Queries as [steps, width, kPair], scaled so that a difference of scores is an exponent of 2.
+  // Transposes queries to [steps, width, kPair], scaled so that differences of scores are exponents of base 2.
   template <int Width>
   static void turn_queries(const Attention& a, const float* q, int64_t count, const Scratch& scratch) {
     const float factor = a.scale * 1.44269504f;
@@ -230,7 +232,7 @@ struct Attend {
       }
   }
 
-  // Scores become exponentials of their differences to the largest so far; sum and values are rescaled.
+  // Turns scores into exponentials of their differences from the largest score so far, and rescales sum and values.
   template <int Columns>
   static VLPACK_INLINE void soften(
       const Scratch& scratch, int64_t keys, int64_t size, Floats (&largest)[Columns], Floats (&sum)[Columns]) {

@@ -1,6 +1,7 @@
 #pragma once
 #include "ort_api.h"
 namespace vlpack {
-// Attention(q, k, v) without a mask: [B, S, heads · D] each, fp32; attributes num_heads and scale (0: 1 / sqrt(D)).
+// The operator Attention(q, k, v) without a mask. Inputs are fp32 [B, S, heads · D]; its attributes are num_heads and
+// scale, of which 0 stands for 1 / sqrt(D).
 const ort::CustomOp* attention_op();
 }  // namespace vlpack

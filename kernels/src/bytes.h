@@ -1,4 +1,4 @@
-// Vectors of bytes and their products, with one interface for AVX2 and AVX-512 VNNI.
+// Vectors of bytes and their products, with the same interface for AVX2 and AVX-512 VNNI.
 #pragma once
 
 #include <cstring>
@@ -23,11 +23,12 @@ struct Bytes {
   VLPACK_INLINE Bytes high() const { return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))}; }
 };
 
-// Sums of 32 bits, each of which takes four neighbouring products of bytes.
+// A vector of 32-bit sums; each accumulates the products of four neighbouring bytes.
 struct Sums {
   __m512i v;
   static VLPACK_INLINE Sums all(int32_t x) { return {_mm512_set1_epi32(x)}; }
-  VLPACK_INLINE Sums add(Bytes a, Bytes b) const { return {_mm512_dpbusd_epi32(v, a.v, b.v)}; }  // unsigned · signed
+  // a is unsigned, b is signed
+  VLPACK_INLINE Sums add(Bytes a, Bytes b) const { return {_mm512_dpbusd_epi32(v, a.v, b.v)}; }
   VLPACK_INLINE void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
   // Subtracts 128 times the sum of each of 1, 2, 4 or 8 equal parts from p[part], for the first `left` parts.
   VLPACK_INLINE void subtract_parts(int parts, int64_t left, int32_t* p) const {
@@ -46,7 +47,7 @@ struct Sums {
 
 VLPACK_INLINE Sums integers(Floats x) { return {_mm512_cvtps_epi32(x.v)}; }
 
-// The lowest byte of each lane in all four bytes of the lane; the others must be 0.
+// Copies the lowest byte of each lane to all four bytes of the lane; the others must be 0.
 VLPACK_INLINE Sums repeat_bytes(Sums x) {
   const __m512i two = _mm512_or_si512(x.v, _mm512_slli_epi32(x.v, 8));
   return {_mm512_or_si512(two, _mm512_slli_epi32(two, 16))};
@@ -58,7 +59,8 @@ VLPACK_INLINE Bytes spread(const void* four) {
   return {_mm512_set1_epi32(x)};
 }
 
-// Vector whose lane i is p[i · count / kLanes]: each of `count` = 1, 2, 4 or 8 values is repeated.
+// The vector whose lane i is p[i · count / kLanes]: each of `count` = 1, 2, 4 or 8 values is repeated. Values from
+// index `left` on are not read.
 VLPACK_INLINE Floats repeat(const float* p, int count, int64_t left) {
   if (count == 1) return Floats::all(*p);
   const int many = static_cast<int>(left < count ? left : count);
@@ -70,12 +72,12 @@ VLPACK_INLINE Floats repeat(const float* p, int count, int64_t left) {
 
 VLPACK_INLINE float total(Floats x) { return _mm512_reduce_add_ps(x.v); }
 
-// The first `count` values, at most kLanes, and zeros.
+// A vector of the first `count` values, at most kLanes, followed by zeros.
 VLPACK_INLINE Floats load_some(const float* p, int64_t count) {
   return {_mm512_maskz_loadu_ps(count < 16 ? (1u << count) - 1 : 0xffff, p)};
 }
 
-// The first `count` values of 4 bits, at most kLanes, low nibbles first, and any values.
+// A vector of the first `count` 4-bit values, at most kLanes, low nibbles first. The other lanes are arbitrary.
 VLPACK_INLINE Floats nibbles(const uint8_t* p, int64_t count) {
   const __m128i bytes = _mm_maskz_loadu_epi8(count < 16 ? (1u << (count + 1) / 2) - 1 : 0xff, p);
   const __m128i mask = _mm_set1_epi8(15);
@@ -101,7 +103,7 @@ struct Bytes {
 struct Sums {
   __m256i v;
   static VLPACK_INLINE Sums all(int32_t x) { return {_mm256_set1_epi32(x)}; }
-  // Two products are added in 16 bits: exact while one factor is a 4-bit code (2 · 255 · 15 < 32768).
+  // Pairs of products are added in 16 bits, which is exact if one factor is a 4-bit code (2 · 255 · 15 < 32768).
   VLPACK_INLINE Sums add(Bytes a, Bytes b) const {
     const __m256i pairs = _mm256_maddubs_epi16(a.v, b.v);
     return {_mm256_add_epi32(v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};

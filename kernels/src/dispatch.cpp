@@ -1,4 +1,4 @@
-// The choice of an instruction set when the library is loaded.
+// The choice of an instruction set, which is made once in a process.
 #include <cstdlib>
 #include <cstring>
 

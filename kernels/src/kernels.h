@@ -1,4 +1,4 @@
-// The functions that exist once for each instruction set, and the choice among them.
+// The interface of the kernels, which are compiled once for each instruction set, and the choice among these.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 namespace vlpack {
 
 // Attention of `queries` rows to all of `keys` rows, for `batch` sequences and `heads` heads of `size` channels.
-// Rows of a sequence are `*_row` floats apart, sequences `*_batch`, and heads `*_head`.
+// Adjacent rows of a sequence are `*_row` floats apart, adjacent sequences `*_batch`, and adjacent heads `*_head`.
 struct Attention {
   const float *q, *k, *v;
   float* out;
@@ -16,11 +16,11 @@ struct Attention {
   float scale;                     // factor of the dot products
 };
 
-// Product y = x Wᵀ of fp32 rows x [count, cols] by a 4-bit matrix W [rows, cols].
+// The product y = x Wᵀ of fp32 rows x [count, cols] and a 4-bit matrix W [rows, cols].
 struct Linear4 {
-  const uint8_t* codes;  // as `linear4_lay` laid them out; the low nibble of a byte is the first of two columns
+  const uint8_t* codes;  // in the layout of `linear4_lay`; the low nibble of a byte is the first of two columns
   const float* scales;   // [rows, blocks]
-  const uint8_t* zeros;  // [rows, ceil(blocks / 2)], low nibble first; null if all zero points are 8
+  const uint8_t* zeros;  // zero points [rows, ceil(blocks / 2)], low nibble first; null if all are 8
   int64_t rows, cols, block, blocks;
   const float* x;
   float* y;
@@ -31,19 +31,20 @@ struct Linear4 {
 struct Kernels {
   const char* name;
 
-  // Attention in two steps, each a number of tasks that can run in any order; all of the first must end before the
-  // second. `room` is the scratch memory in bytes that both share.
+  // Attention has two steps, packing keys and values and then computing outputs. Each consists of tasks that can run in
+  // any order and at the same time, but all tasks of the first step must end before the second. `attention_room` is the
+  // size in bytes of the scratch memory `room` that both steps share.
   int64_t (*attention_room)(const Attention&);
   int64_t (*attention_packs)(const Attention&);
   void (*attention_pack)(const Attention&, void* room, int64_t task);
   int64_t (*attention_tasks)(const Attention&);
   void (*attention_run)(const Attention&, const void* room, int64_t task);
 
-  // Lays out codes [rows, blocks, block / 2], as MatMulNBits has them, in `linear4_bytes` bytes.
+  // Rearranges codes [rows, blocks, block / 2] of MatMulNBits into the layout of the kernels, in `linear4_bytes` bytes.
   int64_t (*linear4_bytes)(const Linear4&);
   void (*linear4_lay)(const Linear4&, const uint8_t* codes, uint8_t* to);
 
-  // The two steps for 4-bit matrices: the first step quantizes rows of x to 8 bits, with a scale for each block.
+  // Products by 4-bit matrices have two steps, too; the first quantizes rows of x to 8 bits, with a scale per block.
   int64_t (*linear4_room)(const Linear4&);
   int64_t (*linear4_packs)(const Linear4&);
   void (*linear4_pack)(const Linear4&, void* room, int64_t task);
@@ -55,8 +56,8 @@ const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
 
-// The best kernels of this processor, or those that the environment variable VLPACK_KERNELS_ISA names if the processor
-// has them; null if it has none.
+// The kernels for the best instruction set of this processor, or for the one that the environment variable
+// VLPACK_KERNELS_ISA names if the processor has it; null if there are none.
 const Kernels* best_kernels();
 
 }  // namespace vlpack

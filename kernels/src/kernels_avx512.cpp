@@ -1,4 +1,4 @@
-// The kernels for one instruction set; CMakeLists.txt compiles this file with its options.
+// The kernels for AVX-512 with VNNI; CMakeLists.txt compiles this file with the options for this instruction set.
 #include "attention_kernel.h"
 #include "linear4_kernel.h"
 

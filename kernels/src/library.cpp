@@ -4,23 +4,23 @@
 #include "linear4_op.h"
 #include "ort_api.h"
 
-// The name of the instruction set in use; null if the processor has none that the kernels are written for.
+// Returns the name of the instruction set in use; null if there are no kernels for this processor.
 VLPACK_EXPORT const char* VlpackKernelsInstructionSet() {
   const vlpack::Kernels* kernels = vlpack::best_kernels();
   return kernels ? kernels->name : nullptr;
 }
 
-// Called by SessionOptions.register_custom_ops_library: adds the domain `vlpack` with all operators.
+// Adds the domain `vlpack` with all operators to the options of a session; called by register_custom_ops_library.
 VLPACK_EXPORT ort::Status* VLPACK_CALL RegisterCustomOps(ort::SessionOptions* options, const ort::ApiBase* base) {
   ort::Table table = base->get_api(ort::kVersion);
   if (!table) {
-    // Every version has the first functions of the table, so that the error can be told.
+    // Every version of onnxruntime has version 1 of the table, with which the error can be reported.
     return ort::Api(base->get_api(1)).status("vlpack-kernels needs onnxruntime 1.17 or newer");
   }
   const ort::Api api(table);
   try {
     if (!vlpack::best_kernels()) throw ort::Error{"vlpack-kernels has no kernels for this processor"};
-    // onnxruntime's sessions refer to the domain as long as they live; it is made once and kept.
+    // Sessions refer to the domain as long as they exist, so it is made once and never freed.
     static ort::Domain* const domain = [&] {
       ort::Domain* made = nullptr;
       api.create_domain("vlpack", &made);

@@ -1,11 +1,11 @@
 // Products by 4-bit matrices, for the instruction set that the including file is compiled for.
 //
 // Rows of x are quantized to 8 bits with one scale for each block of the matrix, so that products within a block are
-// integers. There are two forms of the product:
-// - Few rows: a vector of codes is unpacked in registers and multiplied by the same columns of each row of x. The
+// products of integers. There are two forms:
+// - Few rows of x: a vector of codes is unpacked in registers and multiplied by the same columns of each row of x. The
 //   matrix is read once, at the speed of memory.
-// - Many rows: a task unpacks kTaskRows rows of the matrix to bytes. A vector holds the same four columns of
-//   neighbouring rows of x, and four bytes of the matrix are spread over a vector.
+// - Many rows of x: a task unpacks kTaskRows rows of the matrix to bytes. A vector holds the same four columns of
+//   neighbouring rows of x, and four bytes of the matrix are broadcast to a vector.
 // A byte of the matrix has the codes of two neighbouring columns. Unpacking a vector gives its even columns and then
 // its odd ones; rows of x are stored in the same order.
 #pragma once
@@ -20,30 +20,30 @@
 namespace vlpack {
 namespace {
 
-constexpr int64_t kFewRows = 12;
+constexpr int64_t kFewRows = 12;  // largest number of rows of x for the form for few rows
 
 constexpr int kLanes4 = Floats::kLanes;
-constexpr int kChunk = 2 * Bytes::kCount;       // columns in a vector of codes
-constexpr int kLaneColumns = kChunk / kLanes4;  // columns in a lane: always of one block, as blocks have 16 or more
+constexpr int kChunk = 2 * Bytes::kCount;       // number of columns in a vector of codes
+constexpr int kLaneColumns = kChunk / kLanes4;  // number of columns in a lane: all of one block, which has at least 16
 
-// Zero points of kLanes blocks of a row from block `first` on; any values after the last block.
+// Zero points of kLanes blocks of a row from block `first` on; lanes after the last block are arbitrary.
 VLPACK_INLINE Floats zeros_of(const Linear4& l, int64_t row, int64_t first) {
   return l.zeros ? nibbles(l.zeros + row * ((l.blocks + 1) / 2) + first / 2, l.blocks - first) : Floats::all(8);
 }
 
 VLPACK_INLINE int64_t chunks_of(const Linear4& l) { return (l.blocks * l.block + kChunk - 1) / kChunk; }
 
-// Blocks in a vector of codes.
+// Number of blocks in a vector of codes.
 VLPACK_INLINE int parts_of(const Linear4& l) { return l.block < kChunk ? static_cast<int>(kChunk / l.block) : 1; }
 
-// The place of a column among the unpacked codes.
+// Index of a column among the unpacked codes.
 VLPACK_INLINE int64_t place_of(int64_t column) {
   const int64_t within = column % kChunk;
   return column - within + within % 2 * (kChunk / 2) + within / 2;
 }
 
-// A vector of codes of a row. Laid-out codes are [rows / kLaid, chunks, kLaid, kCount]: few rows of x read them from
-// the first to the last byte.
+// The address of a vector of codes of a row. The layout of codes is [rows / kLaid, chunks, kLaid, kCount], which the
+// form for few rows reads sequentially.
 constexpr int kLaid = 4;
 
 VLPACK_INLINE const uint8_t* codes_of(const Linear4& l, int64_t row, int64_t chunk) {
@@ -54,7 +54,7 @@ inline int64_t laid_bytes(const Linear4& l) {
   return (l.rows + kLaid - 1) / kLaid * kLaid * chunks_of(l) * Bytes::kCount;
 }
 
-// Lays out the codes of MatMulNBits, [rows, blocks, block / 2]; zeros stand where there are none.
+// Rearranges the codes of MatMulNBits, [rows, blocks, block / 2], into this layout; the rest is filled with zeros.
 inline void lay(const Linear4& l, const uint8_t* codes, uint8_t* to) {
   const int64_t size = l.blocks * (l.block / 2), chunks = chunks_of(l);
   for (int64_t group = 0; group < l.rows; group += kLaid)
@@ -70,7 +70,8 @@ inline void lay(const Linear4& l, const uint8_t* codes, uint8_t* to) {
       }
 }
 
-// The largest magnitude; NaN if a value is. (Magnitudes are in the order of their bits, and NaN is above all.)
+// The largest magnitude of some values; NaN if one of them is NaN. (As integers, the bits of magnitudes have the same
+// order as the magnitudes, and those of NaN are larger than all others.)
 VLPACK_INLINE float peak_of(const float* x, int64_t count) {
   uint32_t top = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -83,15 +84,15 @@ VLPACK_INLINE float peak_of(const float* x, int64_t count) {
   return peak;
 }
 
-// Numbers of steps of peak / 127, rounded and added to 128. All are 128 if the peak is 0, infinite or NaN; then the
-// scale, which is a multiple of the peak, makes the product so.
+// Quantizes values to whole steps of peak / 127, around 128. All codes are 128 if the peak is 0, infinite or NaN; the
+// product is then 0, infinite or NaN because the scale is a multiple of the peak.
 VLPACK_INLINE void quantize(const float* x, int64_t count, float peak, uint8_t* codes) {
   const float steps = 127 / peak;
   if (!(peak > 0) || !(steps > 0) || steps > 3e38f) return void(std::fill_n(codes, count, uint8_t{128}));
   for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(static_cast<int32_t>(x[i] * steps + 128.5f));
 }
 
-// A thread's memory for `count` values, kept for its next tasks; each use has a number of its own.
+// Scratch memory of a thread for `count` values, kept for its next tasks; kUse distinguishes the purposes.
 template <class Value, int kUse>
 Value* scratch(int64_t count) {
   thread_local std::vector<Value> memory;
@@ -107,8 +108,8 @@ struct Few {
 
   static int64_t chunks(const Linear4& l) { return chunks_of(l); }
 
-  // A row of x: codes [chunks, kChunk] signed; for each lane of each chunk the scale of its block; and for each block
-  // the scale times the sum of codes, by which a zero point counts.
+  // A packed row of x has signed codes [chunks, kChunk]; for each lane of each chunk the scale of its block; and for
+  // each block the scale times the sum of its codes, which is multiplied by the zero point.
   static int64_t scales_at(const Linear4& l) { return chunks(l) * kChunk; }
   static int64_t sums_at(const Linear4& l) { return scales_at(l) + chunks(l) * kLanes * 4; }
   static int64_t row_room(const Linear4& l) { return (sums_at(l) + (l.blocks + kLanes) * 4 + 63) / 64 * 64; }
@@ -156,14 +157,14 @@ struct Few {
     }
   }
 
-  // Rows of the matrix by Count rows of x.
+  // The products of `Rows` rows of the matrix, from `row` on, and `Count` rows of x, from `first` on.
   template <int Rows, int Count>
   static VLPACK_INLINE void product(const Linear4& l, const char* room, int64_t row, int64_t first) {
     if (l.block >= kChunk) return product<Rows, Count, true>(l, room, row, first);
     return product<Rows, Count, false>(l, room, row, first);
   }
 
-  // The same, where all columns of a vector of codes are of one block (kWhole), or not.
+  // The same; kWhole states that all columns of a vector of codes belong to one block.
   template <int Rows, int Count, bool kWhole>
   static void product(const Linear4& l, const char* room, int64_t row, int64_t first) {
     const char* x[Count];
@@ -218,7 +219,7 @@ struct Many {
   static constexpr int kRows = 4;                        // rows of the matrix
   static constexpr int kTaskRows = 32;
 
-  // A group of kLanes rows of x: codes [width / 4, kLanes, 4] unsigned around 128, and scales [blocks, kLanes].
+  // A group of kLanes rows of x has unsigned codes around 128, [width / 4, kLanes, 4], and scales [blocks, kLanes].
   static int64_t width(const Linear4& l) { return chunks_of(l) * kChunk; }
   static int64_t group_room(const Linear4& l) { return (width(l) + l.blocks * 4) * kLanes; }
   static int64_t groups(const Linear4& l) { return (l.count + kLanes - 1) / kLanes; }
@@ -265,10 +266,11 @@ struct Many {
     }
   }
 
-  // A row of the matrix as differences from the zero points; `offsets` is what 128 in x adds to each block's product.
+  // Unpacks a row of the matrix to differences from the zero points. `offsets` cancel what the 128 in codes of x adds
+  // to each block's product.
   static void unpack(const Linear4& l, int64_t row, int8_t* to, int32_t* offsets) {
     const int64_t all = chunks_of(l);
-    int32_t* const zeros = scratch<int32_t, 4>(l.blocks + 3 * kLanes);  // four equal bytes in each
+    int32_t* const zeros = scratch<int32_t, 4>(l.blocks + 3 * kLanes);  // each has four equal bytes
     for (int64_t b = 0; b < l.blocks; b += kLanes) {
       repeat_bytes(integers(zeros_of(l, row, b))).store(zeros + b);
     }
@@ -294,7 +296,7 @@ struct Many {
     return tile_of<kColumns, kCount>(l, room, group, row, weight, offsets);
   }
 
-  // Adds the products of four columns.
+  // Adds the products of four columns to the sums.
   template <int Columns, int kCount>
   static VLPACK_INLINE void step(
       const char* x, int64_t size, const int8_t* weight, int64_t wide, Sums (&products)[kCount][Columns]) {
@@ -309,7 +311,7 @@ struct Many {
     }
   }
 
-  // kCount rows of the matrix by Columns groups of rows of x.
+  // The products of kCount rows of the matrix and `Columns` groups of rows of x.
   template <int Columns, int kCount>
   static void tile_of(
       const Linear4& l, const char* room, int64_t group, int64_t row, const int8_t* weight, const int32_t* offsets) {
@@ -357,7 +359,7 @@ struct Many {
   }
 };
 
-// The form for a product's number of rows.
+// The product in the form that suits the number of rows of x.
 struct Multiply4 {
   static bool few(const Linear4& l) { return l.count <= kFewRows; }
   static int64_t room(const Linear4& l) {

@@ -65,7 +65,7 @@ struct Linear4Op {
                       [&](int64_t task) { kernels.linear4_run(l, room.get(), task); });
   }
 
-  // The data of a tensor that must have `count` values.
+  // The data of a tensor, after a check that it has `count` values.
   template <class Value>
   const Value* array(const ort::Value* value, int64_t count) const {
     int64_t sizes[kMostDimensions], found = 1;

@@ -1,7 +1,7 @@
-// What all custom operators have in common: a kernel class `Op` with
+// The part that all custom operators share: `custom_op<Op>()` makes an operator for onnxruntime from a class `Op` with
 //   static const char* kName; static constexpr size_t kInputs; static int input_type(size_t);
 //   static int presence(size_t); Op(const ort::Api&, const ort::KernelInfo*); void run(ort::KernelContext*) const;
-// becomes an entry for onnxruntime. All outputs are fp32, and there is one.
+// An operator has one output, of fp32.
 #pragma once
 
 #include <exception>

@@ -43,6 +43,7 @@ struct ApiBase {
   const char*(VLPACK_CALL* version_string)();
 };
 
+// Positions of functions in the table.
 enum Position : size_t {
   kCreateStatus = 0,
   kCreateDomain = 26,
@@ -91,7 +92,7 @@ struct CustomOp {
   const void* later[4] = {};
 };
 
-// An error that ends the call and whose text reaches the caller of the session.
+// An error that ends the call; the caller of the session gets its text.
 struct Error {
   std::string text;
 };

@@ -1,4 +1,4 @@
-// Memory for weights.
+// Memory for weights, in huge pages where possible.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ namespace vlpack {
 
 constexpr int64_t kPage = 4096, kHugePage = 1 << 21;
 
-// Memory in pages of 2 MiB where the system gives them: reading it from one end to the other needs few translations.
+// A block of memory in pages of 2 MiB where the system provides them, so reading it needs few address translations.
 class Pages {
  public:
   Pages() = default;
@@ -36,7 +36,8 @@ class Pages {
   std::unique_ptr<uint8_t, Free> data_;
 };
 
-// Tells the system that memory is not read soon. Its contents stay; pages that are mapped from a file leave memory.
+// Tells the system that some memory will not be read soon. Its contents stay valid; pages that are mapped from a file
+// are removed from memory until they are read again.
 inline void not_needed(const void* memory, int64_t bytes) {
 #ifdef MADV_PAGEOUT
   const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;

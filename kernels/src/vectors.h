@@ -1,4 +1,5 @@
-// Vectors of floats with one interface for AVX2 and AVX-512. Included only by files that are compiled for the set.
+// Vectors of floats with the same interface for AVX2 and AVX-512. Only files that are compiled for one of these
+// instruction sets may include this one.
 #pragma once
 
 #include <immintrin.h>
@@ -14,8 +15,8 @@ namespace {
 
 struct Floats {
   static constexpr int kLanes = 16;
-  static constexpr int kColumns = 3;  // vectors side by side in a tile of registers
-  static constexpr int kRows = 8;     // and above each other: 24 sums, 3 operands and a factor in 32 registers
+  static constexpr int kColumns = 3;  // number of vectors in a row of a tile of registers
+  static constexpr int kRows = 8;     // number of rows of a tile: 24 sums, 3 operands and a factor in 32 registers
   __m512 v;
 
   static VLPACK_INLINE Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -29,7 +30,7 @@ struct Floats {
   static VLPACK_INLINE Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   // x minus its nearest integer
   static VLPACK_INLINE Floats fraction(Floats x) { return {_mm512_reduce_ps(x.v, 0)}; }
-  // x · 2^n for a whole n, which may be far out of the range of exponents
+  // x · 2^n for a whole n, which may be far outside of the range of exponents
   static VLPACK_INLINE Floats scale(Floats x, Floats n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 };
 

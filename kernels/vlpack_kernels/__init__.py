@@ -1,7 +1,7 @@
 """Native operators for the onnxruntime sessions of vlpack, as a custom operator library.
 
-vlpack finds this module by its name and uses it if it is installed. The library has no Python interface of its own: a
-graph uses its operators (domain ``vlpack``) after ``SessionOptions.register_custom_ops_library(library())``.
+vlpack imports this module by its name if it is installed. The operators have no Python interface: a graph can use them
+(domain ``vlpack``) after ``SessionOptions.register_custom_ops_library(library())``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def library() -> Path:
 def instruction_set() -> str | None:
     """The instruction set whose kernels are used: ``avx512_bf16``, ``avx512`` (with VNNI) or ``avx2``.
 
-    The environment variable ``VLPACK_KERNELS_ISA`` can name one that the processor has.
+    The environment variable ``VLPACK_KERNELS_ISA`` can choose one of those that the processor has.
 
     Returns:
-        the name; None if the processor has none of them, and the library cannot be used.
+        The name; None if the processor has none of them, so that the library cannot be used.
     """
     name = ctypes.CDLL(str(library())).VlpackKernelsInstructionSet
     name.restype = ctypes.c_char_p

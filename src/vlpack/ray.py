@@ -1,4 +1,4 @@
-"""`Predictor`, with which Ray Data answers a question about every row of a data set, on any number of machines.
+"""`Predictor`, a class with which Ray Data answers a question about every row of a data set, on any number of machines.
 
     ds = ray.data.read_parquet("s3://…")
     ds = ds.map_batches(
@@ -42,6 +42,7 @@ Batch = dict[str, Any]
 """A batch of Ray Data: name of a column → array of its values."""
 
 RowFunction = Callable[[dict[str, Any]], dict[str, Any]]
+"""A function that takes a row and returns a row."""
 
 
 class Predictor:
@@ -63,7 +64,8 @@ class Predictor:
         choices: texts of which every answer is one.
         max_tokens: largest number of tokens of an answer; None for 512.
         sampling: sampling parameters; None for the package's.
-        special_tokens: meaning of special tokens written in texts: ``control`` tokens, or plain ``text``.
+        special_tokens: how special tokens that are written in texts are encoded: as ``control`` tokens, or as plain
+            ``text``.
         image_column: column with the image of a row; None for ``image`` or ``images``.
         min_pixels: smallest area of an image in pixels; None for the package's.
         max_pixels: largest area of an image in pixels; None for the package's.
@@ -154,6 +156,7 @@ def rows_of(batch: Batch) -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
+    """A value of a batch as JSON-like data and bytes."""
     if isinstance(value, np.ndarray):
         if value.dtype == np.uint8 and value.ndim == 3 and value.shape[2] == 3:
             return b"P6 %d %d 255\n" % (value.shape[1], value.shape[0]) + np.ascontiguousarray(value).tobytes()
@@ -188,7 +191,7 @@ def package_on_node(package: str | os.PathLike[str]) -> Path:
         package: folder, URI for pyarrow, or Hub id.
 
     Raises:
-        PackageError: what was copied is not a complete package.
+        PackageError: the package cannot be copied, or the copy is not complete.
         VlpackError: the package cannot be built.
     """
     given = os.fspath(package)
@@ -202,7 +205,7 @@ def package_on_node(package: str | os.PathLike[str]) -> Path:
 
 
 def _copied(uri: str) -> Path:
-    """The folder with a copy of the package at a URI, of which every file has the hash in the manifest."""
+    """The folder with a copy of the package at a URI; all its files were checked against the hashes in the manifest."""
     pyarrow(f"The package {uri}")
     from pyarrow import fs
 
@@ -211,7 +214,7 @@ def _copied(uri: str) -> Path:
     with FileLock(f"{place}.lock"):
         if not place.exists():
             partial = place.with_name(f"{place.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)  # what a killed process has left
+            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
             partial.mkdir()
             try:
                 fs.copy_files(uri, partial.as_uri())

@@ -1,4 +1,4 @@
-"""Batches over files and rows: answers, ids, templates, errors, and what rows may not do."""
+"""Batches over files and rows: answers, ids, templates, errors, and the limits on what rows may name."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def vars_of(progress: Progress) -> dict[str, Any]:
 
 
 def test_rows_in_all_forms(ask: Ask, tmp_path: Path) -> None:
-    """Paths, data: URIs, base64, several images, messages, and a text without an image; columns are kept."""
+    """Rows may give paths, data: URIs, base64, several images, messages, or text alone; their columns are kept."""
     data = tmp_path / "data"
     shutil.copytree(IMAGES, data / "images")
     encoded = base64.b64encode((IMAGES / "03.png").read_bytes()).decode()
@@ -246,18 +246,18 @@ def test_paths_never_lead_out_of_the_folder(ask: Ask, tmp_path: Path) -> None:
     found = rows_of(tmp_path / "out")
     assert [row["error"] is None for row in found] == [False] * 5 + [True]
     assert all("is outside of the folder" in row["error"] for row in found[:5])
-    ask(data, "folder", prompt=READ)  # a folder as input: links out of it are no images of it
+    ask(data, "folder", prompt=READ)  # links that lead out of a folder of images are errors, too
     by_name = {row["file"]: row for row in rows_of(tmp_path / "folder")}
     assert set(by_name) == {"inside.png", "link.png", "mine.png"}
     assert "is outside of the folder" in by_name["link.png"]["error"]
-    # with the folder above as the place of files, they may be read
+    # with the parent folder as the folder of files, they may be read
     ask(data / "rows.jsonl", "above", prompt=READ, files=tmp_path)
     assert rows_of(tmp_path / "above")[1]["error"] is None
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links")
 def test_a_snapshot_in_the_cache_of_hugging_face(ask: Ask, tmp_path: Path) -> None:
-    """Its files are links to the blobs of the same repository; a folder with another name may not have such links."""
+    """Files of the Hub's cache are links to blobs of the same repository; other links may not leave their folder."""
     for repository, good in (("datasets--org--name", True), ("data", False)):
         snapshot = tmp_path / repository / "snapshots" / "0123"
         snapshot.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The command ``vlpack batch``: its output, exit codes and messages, and runs that are killed while they answer."""
+"""The command ``vlpack batch``: its output, exit codes and messages, and runs that are killed while answering."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_progress_on_one_line() -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
 def test_a_run_that_is_killed_twice_and_interrupted_once(digits: Path, tmp_path: Path) -> None:
-    """kill -9 after some rows, then Control-C after some more; the third run completes the output."""
+    """A run is ended by kill -9 after some rows, the next one by Control-C; the third run completes the output."""
     names = sorted(ANSWERS)
     rows = [{"id": f"r{number}", "image": names[number % 24]} for number in range(60)]
     write_rows(tmp_path / "rows.jsonl", rows)

@@ -1,4 +1,4 @@
-"""Folders with PDFs and videos: a row for every page and for every video."""
+"""Batches over folders with PDFs and videos: a row for every page and for every video."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ NAMES = sorted(ANSWERS)
 
 
 def write_pdf(path: Path, count: int) -> Path:
-    """Writes a PDF whose pages are shipped images, in a size that is rendered in their own pixels."""
+    """Writes a PDF whose pages are shipped images, in a size that is rendered to as many pixels as they have."""
     pages = [Image.open(IMAGES / name).convert("RGB") for name in NAMES[:count]]
     pages[0].save(path, save_all=True, append_images=pages[1:], resolution=144)
     return path
 
 
 def test_pages_of_pdfs(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages are images, in more than one group; a finished page is not rendered again."""
+    """Pages of several groups are answered as images, and finished pages are not rendered again."""
     pytest.importorskip("pypdfium2")
     data = tmp_path / "data"
     data.mkdir()
@@ -66,7 +66,7 @@ def test_the_number_of_a_page_is_checked(tmp_path: Path) -> None:
 
 
 def test_without_pypdfium2(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A missing library is reported before anything is answered, not as an error of every page."""
+    """A missing library is reported before any row is answered, and not as an error of every page."""
     (tmp_path / "data").mkdir()
     write_pdf(tmp_path / "data" / "a.pdf", 1)
     real = subprocess.run
@@ -82,7 +82,7 @@ def test_without_pypdfium2(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_videos(tmp_path: Path, digits: Path) -> None:
-    """A video of a folder and one that a row names get the answers of the same video alone."""
+    """A video in a folder, and one that a row names, get the same answer as the video by itself."""
     data = tmp_path / "data"
     data.mkdir()
     write_video(data / "a.mp4", pictures(8, 64, 96))

@@ -1,4 +1,4 @@
-"""The output of a batch: every row exactly once and in order, whenever a run is killed, and never a mixture."""
+"""The output of a batch: every row exactly once and in order, no matter when a run is killed, for one question only."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ print(json.dumps({"steps": len(found), "expected": KEYS, "found": found}))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
 @pytest.mark.parametrize("write", ["whole", "half"])
 def test_a_run_killed_before_each_of_its_steps(write: str, tmp_path: Path) -> None:
-    """Two runs are killed, the first before each of its steps (or in the middle of each write); the third one ends."""
+    """Two runs are killed, the first before each of its steps or within each write; the third completes the output."""
     command = [sys.executable, "-c", STEPPER, str(tmp_path / "out"), write]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -159,7 +159,7 @@ def test_an_output_belongs_to_one_package_and_question(tmp_path: Path) -> None:
 
 
 def test_an_output_without_rows_takes_another_question(tmp_path: Path) -> None:
-    """For example if the first run failed because of another option."""
+    """Options may change after a first run that failed because of one of them, before it answered a row."""
     with opened(tmp_path / "out"):
         pass
     with opened(tmp_path / "out", identity(prompt="!")) as output:
@@ -241,7 +241,7 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_odd_texts_and_values(tmp_path: Path) -> None:
-    """Half of a surrogate pair, line separators, bytes and NaN: every line is JSON, and ids are found again."""
+    """With half a surrogate pair, line separators, bytes and NaN, every line is valid JSON, and ids are found again."""
     odd = "\ud800 \u2028 \x00 ü"
     with opened(tmp_path / "out") as output:
         output.add(0, {**row(odd), "bytes": b"\xff", "nan": float("nan"), "list": [1, {"a": b"x"}]})

@@ -1,4 +1,4 @@
-"""Batches on a real Ray cluster of two nodes on this machine: the same rows, also if actors are killed."""
+"""Batches on a real Ray cluster of two nodes on this machine give the same rows, even if actors are killed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def test_the_same_rows_as_without_ray_although_an_actor_is_killed(
     ray: Any, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two actors, one on each node; one is killed while it answers, and Ray restarts it."""
+    """There are two actors, one on each node; one is killed while it answers rows, and Ray restarts it."""
     rows = [{"image": "missing.png"}, *({"image": NAMES[number % 24], "n": number} for number in range(48))]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     ask(path, "plain", prompt=READ, files=IMAGES)
@@ -108,7 +108,7 @@ def test_clusters_that_are_too_small(ray: Any, ask: Ask, tmp_path: Path) -> None
 
 
 def test_predictor_in_ray_data(ray: Any, digits: Path, tmp_path: Path) -> None:
-    """Rows with messages, pixels and bytes; results have Ray's column generated_text."""
+    """Rows may have messages, pixels or bytes; results have the column generated_text, as in ray.data.llm."""
     pytest.importorskip("pyarrow")
     from ray import data
 

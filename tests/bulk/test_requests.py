@@ -1,4 +1,4 @@
-"""Files in OpenAI's batch format: requests are answered as the server answers them."""
+"""Batches over files in OpenAI's batch format, whose requests are answered as the server answers them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def request(key: Any, name: str = "00.png", **fields: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def plain(ask: Ask) -> Ask:
-    """Runs a batch without the options that requests have themselves."""
+    """Returns a function that runs a batch without the options that each request has itself."""
     return lambda *arguments, **options: ask(*arguments, **{"max_tokens": None, "sampling": None, **options})
 
 

@@ -32,7 +32,7 @@ def parts(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_parquet_to_parquet(ask: Ask, tmp_path: Path) -> None:
-    """Images as bytes; columns keep their values and types, also in shards where all values are null."""
+    """Images may be bytes; columns keep their values and types, even in shards where all values are null."""
     when = datetime.datetime(2026, 11, 28, 12, 30)
     given = table(NAMES, n=pa.array(range(24), pa.int16()), when=[when] * 24, empty=pa.array([None] * 24, pa.float32()))
     parquet.write_table(given, tmp_path / "in.parquet", row_group_size=5)
@@ -57,7 +57,7 @@ def test_parquet_to_parquet(ask: Ask, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_keeps_bytes(ask: Ask, tmp_path: Path) -> None:
-    """Rows in the journal have the bytes of their images when they come into a shard."""
+    """Rows that were in the journal have the bytes of their images in a shard."""
     parquet.write_table(table(NAMES[:6]), tmp_path / "in.parquet")
 
     class StoppedError(Exception):
@@ -77,7 +77,7 @@ def test_an_interrupted_run_keeps_bytes(ask: Ask, tmp_path: Path) -> None:
 
 
 def test_parquet_to_json_lines(ask: Ask, tmp_path: Path) -> None:
-    """Bytes are left out; images as paths lie beside the table; a column may be chosen."""
+    """In JSON lines, bytes are left out; paths of images are relative to the table; the image column may be chosen."""
     given = pa.table({"image": [None, None], "page": ["00.png", "missing.png"], "id": [5, 6]})
     for name in ("00.png",):
         (tmp_path / name).write_bytes((IMAGES / name).read_bytes())
@@ -104,7 +104,7 @@ def test_json_lines_to_parquet(ask: Ask, tmp_path: Path) -> None:
 
 
 def test_data_sets_of_hugging_face(ask: Ask, tmp_path: Path) -> None:
-    """Parquet in a folder, ``save_to_disk``, and a folder of images with metadata.jsonl."""
+    """Data sets may be folders with Parquet files, from ``save_to_disk``, or with images and metadata.jsonl."""
     data = tmp_path / "hub" / "data"
     data.mkdir(parents=True)
     for number in range(2):
@@ -154,7 +154,7 @@ def test_without_pyarrow(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_messages_in_parquet(ask: Ask, tmp_path: Path) -> None:
-    """Parquet gives every part of a message all keys, most of them null."""
+    """In Parquet, every part of a message has all keys, most of them null."""
     part = [{"type": "image", "image": "00.png"}, {"type": "text", "text": READ}]
     given = pa.table({"messages": [[{"role": "user", "content": part}]]})
     assert given.to_pylist()[0]["messages"][0]["content"][0].keys() == {"type", "image", "text"}

@@ -1,4 +1,4 @@
-"""Batches with several processes: the same rows, also if processes are killed."""
+"""Batches with several processes give the same rows, even if processes are killed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NAMES = sorted(ANSWERS)
 
 
 def deadly(text: str) -> str:
-    """Writes the options of an error, except in a process that answers rows, which it ends."""
+    """Writes the options of an error in the parent; in a process that answers rows, ends the process."""
     if os.environ["VLPACK_TEST_PARENT"] != str(os.getpid()):
         os.kill(os.getpid(), signal.SIGKILL)
     return in_python(text)
@@ -83,7 +83,7 @@ def test_a_killed_process_costs_no_row(digits: Path) -> None:
 
 
 def test_a_row_that_ends_every_process_becomes_a_row_with_an_error(digits: Path) -> None:
-    """Rows that were answered beside it get their answers; the error of the deadly row says how its process ended."""
+    """A row that ends its process gets an error that says how; rows answered at the same time get their answers."""
     with workers(digits, deadly) as running:
         found = {task.key: row for task, row in running(tasks([*NAMES[:6], "missing.png", *NAMES[6:9]]))}
     assert len(found) == 10

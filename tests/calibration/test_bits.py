@@ -60,7 +60,7 @@ def test_the_most_avoided_harm_per_byte_comes_first() -> None:
 def test_layers_by_path() -> None:
     assert layer_and_name("model.language_model.layers.12.mlp.down_proj") == (12, "mlp.down_proj")
     assert layer_and_name("lm_head") == (None, "lm_head")
-    assert layer_and_name("model.visual.blocks.3.mlp.linear_fc1") == (None, "model.visual.blocks.3.mlp.linear_fc1")
+    assert layer_and_name("model.visual.blocks.3.mlp.linear_fc1") == (3, "mlp.linear_fc1")
 
 
 LAYERS = (0, 2, 10, 11, 27)

@@ -76,7 +76,7 @@ def test_help_names_the_verbs_and_the_builders_flags(capsys: Capsys) -> None:
 
 def test_help_explains_defaults_that_depend_on_other_options(capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "300")
-    assert "default: int8 on cpu, else fp16" in vlpack(capsys, "build", "--help").out
+    assert "otherwise int8 on cpu, else fp16" in vlpack(capsys, "build", "--help").out
     assert "default: the model's" in vlpack(capsys, "run", "--help").out
 
 

@@ -1,4 +1,4 @@
-"""Answers a question about every row of a data set with the engine: many rows at a time, each exactly once."""
+"""Batches: a question is answered about every row of a data set, with many rows at a time and each exactly once."""
 
 from vlpack.bulk.run import BatchResult, Progress, batch
 

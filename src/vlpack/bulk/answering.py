@@ -1,4 +1,4 @@
-"""Answers rows with the engine: as many at a time as keep all slots busy, which also bounds the memory."""
+"""Answers rows with the engine in this process: as many at a time as keep all slots busy, which also bounds memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ PREPARING = 2
 """Number of rows whose images are decoded at a time."""
 
 AHEAD, AHEAD_BYTES = 8, 64 * 2**20
-"""Rows that are read ahead to be ordered by the size of their images: number for each slot, and bytes of all."""
+"""Limits of the rows that are read ahead and ordered by the size of their images: number for each slot, and total size
+in bytes."""
 
 
 class EngineOptions(NamedTuple):
@@ -56,7 +57,7 @@ class Answerer:
             slots=options.slots,
             context=options.context,
             threads=options.threads,
-            stall=math.inf,  # nobody reads along, so prompts come first: that gives the most answers
+            stall=math.inf,  # nobody reads answers as they are generated, and prompts first give the highest throughput
             min_pixels=question.min_pixels,
             max_pixels=question.max_pixels,
         )
@@ -75,7 +76,7 @@ class Answerer:
         self.close()
 
     def submit(self, task: Task) -> Future[Row]:
-        """Starts to answer a row in another thread; the result is the row of the output."""
+        """Starts to answer a row in another thread and returns a future, whose result is the row of the output."""
         return self._pool.submit(self._answer, task)
 
     def __call__(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Row]]:
@@ -111,9 +112,9 @@ class Answerer:
 
 
 def alike(tasks: Iterable[Task], area: Callable[[Item], int], count: int) -> Iterator[Task]:
-    """Yields the same rows in another order: among the next few, those with images of like size follow each other.
+    """Reorders rows, among the next few, so that those with images of similar size follow each other.
 
-    Rows with the same image follow each other, too, so that its features are computed once.
+    Rows with the same image follow each other, too, so its features are computed only once.
 
     Args:
         tasks: rows in the order of the input.
@@ -132,13 +133,13 @@ def alike(tasks: Iterable[Task], area: Callable[[Item], int], count: int) -> Ite
 
 
 def _images(item: Item) -> int:
-    """A number that is the same for rows whose images are given in the same way."""
+    """A hash of a row's images as the row gives them, by which rows with the same images are brought together."""
     columns = item.columns
     return hash(repr([item.images, columns.get("image"), columns.get("images")])) if columns else 0
 
 
 def held_bytes(value: Any) -> int:
-    """About how many bytes the texts and images of a row take."""
+    """An estimate of the memory that the texts and images of a row take, in bytes."""
     if isinstance(value, Item):
         return held_bytes(value.columns) + held_bytes(list(value.images))
     if isinstance(value, str | bytes):

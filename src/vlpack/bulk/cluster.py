@@ -1,7 +1,7 @@
 """Answers rows on a Ray cluster: actors with an engine each, which Ray restarts if they or their machines fail.
 
 The process that runs the batch reads the input and writes the output, as without Ray, so ids, resuming and the order of
-rows are the same. Only rows and answers travel through Ray: the package and the files that rows name must be at the
+rows are the same. Only rows and answers are sent through Ray: the package and the files that rows name must be at the
 same paths on all machines.
 """
 
@@ -22,10 +22,10 @@ from vlpack.errors import OptionError, VlpackError, option
 
 
 def require_ray() -> Any:
-    """The module ray.
+    """Imports and returns the module ray.
 
     Raises:
-        OptionError: it is not installed.
+        OptionError: Ray is not installed.
     """
     if importlib.util.find_spec("ray") is None:
         raise OptionError("Ray is not installed.", "pip install 'vlpack[ray]'")
@@ -36,7 +36,7 @@ def require_ray() -> Any:
 
 
 class Actor:
-    """An actor of Ray that answers rows with an engine of its own.
+    """A Ray actor that answers rows with an engine of its own.
 
     Args:
         setting: what the actor needs to make an engine.
@@ -48,7 +48,7 @@ class Actor:
         try:
             form = form_of(setting.kind, setting.question, setting.place, setting.words, setting.name)
             self._answerer = Answerer(setting.package, setting.question, form, setting.options)
-        except VlpackError as error:  # Ray would wrap it in a text; `ready` hands it over
+        except VlpackError as error:  # Ray would turn it into text, so `ready` returns it
             self._error = error
 
     def answer(self, task: Task) -> Row:
@@ -57,12 +57,12 @@ class Actor:
         return self._answerer.submit(task).result()
 
     def ready(self) -> int | VlpackError:
-        """The process id of the actor when the package is loaded, or why it cannot be loaded."""
+        """The process id of the actor if it has loaded the package, or the error if it could not."""
         return self._error or os.getpid()
 
 
 class Cluster:
-    """Actors that answer rows. Use it as a context manager.
+    """Ray actors that answer rows. Use it as a context manager.
 
     Args:
         setting: what every actor needs; its threads are those of all actors together, or None for all of the cluster.
@@ -75,7 +75,7 @@ class Cluster:
         actors: handles of the actors.
 
     Raises:
-        OptionError: Ray is not installed, or has no cluster at this address, or it is too small.
+        OptionError: Ray is not installed, there is no cluster at the address, or the cluster is too small.
         VlpackError: an actor cannot load the package.
     """
 
@@ -102,6 +102,7 @@ class Cluster:
         self.actors = [remote.remote(setting._replace(options=options)) for _ in range(count)]
 
     def _connect(self, address: str) -> None:
+        """Connects to the cluster; raises an OptionError if there is none."""
         quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
         if address == "local":
             quiet["include_dashboard"] = False
@@ -155,7 +156,7 @@ class Cluster:
             VlpackError: an engine has failed.
         """
         running: dict[Any, tuple[Task, int]] = {}
-        suspects: deque[Task] = deque()  # rows whose actor failed several times; at the end each is answered alone
+        suspects: deque[Task] = deque()  # rows whose actors failed several times; each is answered alone at the end
         load = [0] * len(self.actors)
         more = True
         while True:
@@ -191,7 +192,7 @@ class Cluster:
         running[self.actors[number].answer.remote(task)] = task, number
 
     def _cause(self, error: BaseException) -> BaseException:
-        """The error of vlpack in an error of Ray; the same error if there is none."""
+        """The VlpackError that caused an error of Ray, or one that describes it; others are returned unchanged."""
         cause = getattr(error, "cause", None)
         if isinstance(cause, VlpackError):
             return cause

@@ -1,4 +1,4 @@
-"""Folders and lists of images, videos and PDFs as inputs: a row for each file, and for each page of a PDF."""
+"""Folders and lists of images, videos and PDFs as inputs: a row for each image, video and page of a PDF."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def kind_of(name: str) -> str | None:
 
 
 class Files:
-    """Images, videos and PDFs, each of which becomes a row, in the order of their paths.
+    """A source of rows from files, in the order of their paths: one for each image, video and page of a PDF.
 
-    The id of a row is the path of its file relative to the folder, for a page of a PDF with ``#page=…``.
+    The id of a row is the path of its file relative to the folder, followed by ``#page=…`` for a page of a PDF.
 
     Args:
         folder: folder that the paths are relative to.
@@ -38,7 +38,7 @@ class Files:
 
     Attributes:
         count: number of files.
-        total: number of rows; None if there are PDFs, whose pages are not counted before.
+        total: number of rows; None if there are PDFs, whose pages are counted only when they are read.
     """
 
     def __init__(self, folder: Path, paths: Sequence[Path] | None) -> None:
@@ -62,6 +62,7 @@ class Files:
                 yield Item({"file": name}, name, name, images=[name])
 
     def _of_pdf(self, name: str, pages: Pages) -> Iterator[Item]:
+        """The rows of a PDF; one with an error if it cannot be read."""
         try:
             count = pages.count(name)
         except InputError as error:

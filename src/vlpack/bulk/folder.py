@@ -1,4 +1,4 @@
-"""The folder in which the files of rows must be: neither ``..`` nor a link in a row's path leads out of it."""
+"""The folder in which the files of rows must be, which paths in rows cannot leave, neither by ``..`` nor by a link."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from vlpack.checkpoint.files import read_small
 from vlpack.errors import CheckpointError, InputError, option
 
 _SNAPSHOT = re.compile(r"/(datasets|models)--[^/]+/snapshots/[^/]+$")
+"""Pattern of the path of a snapshot in the Hugging Face cache."""
 
 
 class Folder:

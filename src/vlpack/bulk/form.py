@@ -1,4 +1,4 @@
-"""Forms of rows: how a row becomes a request to the engine, and what the output has for it."""
+"""Forms of rows: how a row becomes a request to the engine, and how its answer becomes a row of the output."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from vlpack.errors import InputError, OptionError, VlpackError, in_python
 from vlpack.preprocess import VideoOptions
 
 Words = Callable[[str], str]
-"""A function that writes the options in an error in the words of the caller's interface."""
+"""A function that writes the options in an error message as the caller's interface names them."""
 
 
 class Form(Protocol):
-    """A form of rows.
+    """The interface of a form of rows.
 
     Attributes:
         layout: what the output needs to know about its rows.
@@ -32,10 +32,10 @@ class Form(Protocol):
     id_column: str
 
     def begin(self, engine: Engine, item: Item) -> Callable[[], Row]:
-        """Makes the prompt of a row and submits it; blocks while images are decoded.
+        """Makes the prompt of a row and submits it to the engine; blocks while images are decoded.
 
         Returns:
-            a function that waits for the answer and returns its columns.
+            A function that waits for the answer and returns its columns.
 
         Raises:
             VlpackError: the row cannot be answered.
@@ -43,7 +43,7 @@ class Form(Protocol):
         ...
 
     def area(self, item: Item) -> int:
-        """The area of a row's images in pixels; 0 if there are none, or if it cannot be told."""
+        """The total area of a row's images in pixels; 0 if there are none, or if it is not known."""
         ...
 
     def row(self, task: Task, result: Row) -> Row:
@@ -60,7 +60,7 @@ class Form(Protocol):
 
 
 class Rows:
-    """Rows with images, videos, a prompt or messages, and any other columns.
+    """The form of rows with images, videos, a prompt or messages, and any other columns.
 
     Args:
         question: what is asked about every row.
@@ -120,18 +120,19 @@ class Rows:
         return answer
 
     def _video(self, engine: Engine, given: Given, options: VideoOptions | None) -> Any:
+        """A processed video, sampled by its own options or else by those of the question."""
         common = self._question.video_options
         chosen = options or (None if common == VideoOptions() else common)
         try:
             return engine.prompts.processed_video(self._media.video(given), chosen)
-        except OptionError as error:  # a row's video does not fit the options for all rows
+        except OptionError as error:  # the options for all rows cannot be applied to this row's video
             raise InputError(error.message, error.hint) from None
 
     def area(self, item: Item) -> int:
-        """The area of a row's images in pixels."""
+        """The total area of a row's images in pixels."""
         try:
             return sum(map(self._media.area, asked(item, self._question).images))
-        except VlpackError:  # it is reported when the row is answered
+        except VlpackError:  # the error is reported when the row is answered
             return 0
 
     def row(self, task: Task, result: Row) -> Row:
@@ -173,7 +174,7 @@ def form_of(kind: str, question: Question, place: Place, words: Words, name: str
 
 
 def explained(error: Exception) -> VlpackError:
-    """The error of a row as a sentence, also if no one has foreseen it: one bad row must not end a long run."""
+    """The error of a row as a VlpackError, also for unexpected errors, because one bad row must not end a long run."""
     if isinstance(error, VlpackError):
         return error
     return VlpackError(f"The row cannot be answered: {type(error).__name__}: {str(error)[:300]}")

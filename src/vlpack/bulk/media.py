@@ -21,14 +21,19 @@ from vlpack.preprocess.fetch import fetch
 from vlpack.preprocess.image_source import FORMATS, MAX_ENCODED_BYTES, data_uri_bytes
 
 MAX_IMAGE_PIXELS = 64_000_000
-"""Largest area of an image before it is resized, in pixels, as in the server."""
+"""Largest area of an image before it is resized, in pixels; the server has the same default."""
 
 LONGEST_PATH = 1024
-"""Largest number of characters of a path; longer texts without a scheme are base64."""
+"""Largest number of characters of a path; a longer text without a scheme is decoded as base64."""
 
 
 class Page(NamedTuple):
-    """A page of a PDF as an image: path of the PDF relative to the folder, and number of the page from 1."""
+    """A page of a PDF as an image.
+
+    Attributes:
+        path: path of the PDF, relative to the folder.
+        number: number of the page, from 1.
+    """
 
     path: str
     number: int
@@ -40,7 +45,7 @@ Given: TypeAlias = "str | bytes | Page"
 
 @dataclass(frozen=True)
 class Place:
-    """Where the files of rows are, and what rows may name.
+    """The place of the files of rows, and the kinds of sources that rows may name.
 
     Args:
         folder: folder in which all files must be; None if rows may name no files.
@@ -54,7 +59,7 @@ class Place:
 
 
 class Media:
-    """Reads the images and videos of rows.
+    """A reader of the images and videos of rows.
 
     Args:
         place: where the files are, and what rows may name.
@@ -83,7 +88,7 @@ class Media:
         return self._bytes(given, "video/*")
 
     def area(self, given: Given) -> int:
-        """The area of an image in pixels before it is resized, read from its header; 0 if it cannot be told."""
+        """The area of an image in pixels before it is resized, read from its header; 0 if it is not known."""
         try:
             if isinstance(given, bytes):
                 source: Any = io.BytesIO(given)
@@ -93,10 +98,11 @@ class Media:
                 return 0
             with Image.open(source, formats=FORMATS) as image:
                 return int(image.width * image.height)
-        except Exception:  # it is reported when the row is answered
+        except Exception:  # the error is reported when the row is answered
             return 0
 
     def _bytes(self, given: Given, accept: str = "image/*") -> bytes:
+        """The encoded bytes of an image or video; ``accept`` is the media type that a server is asked for."""
         if isinstance(given, Page):
             return self._pages(given.path, given.number)
         if isinstance(given, bytes):
@@ -111,6 +117,7 @@ class Media:
         return self._folder.read(given, MAX_ENCODED_BYTES)
 
     def _fetched(self, url: str, scheme: str, accept: str) -> bytes:
+        """Downloads an http(s) URL; raises an InputError if that is not allowed."""
         if scheme not in ("http", "https"):
             raise InputError(f"{url[:200]!r} is not a file, an http(s) URL or a data: URI.")
         if not self._place.allow_urls:
@@ -122,7 +129,7 @@ class Media:
 
 
 def _scheme(text: str) -> str | None:
-    """The scheme of a URL or ``data:`` URI, in lower case; None for a path, also one of Windows such as ``C:\\a``."""
+    """The scheme of a URL or ``data:`` URI, in lower case; None for a path, such as ``a.png`` or ``C:\\a``."""
     scheme, colon, _ = text[:16].partition(":")
     return scheme.lower() if colon and len(scheme) > 1 and scheme.isalpha() else None
 
@@ -130,14 +137,14 @@ def _scheme(text: str) -> str | None:
 def held(value: Any, what: str = "image") -> Given | None:
     """The image or video in a column: a path, URL, bytes, or object with ``bytes``, ``path``, ``url`` or ``base64``.
 
-    Data sets of Hugging Face write images as objects with ``bytes`` and ``path``.
+    Hugging Face data sets store images as objects with ``bytes`` and ``path``.
 
     Args:
         value: value of the column.
         what: ``image`` or ``video``, for error messages.
 
     Returns:
-        the image or video; None if the column holds none.
+        The image or video; None if the column holds none.
 
     Raises:
         InputError: the value has another type.

@@ -1,16 +1,17 @@
-"""The output of a batch: a folder of shards, each of which appears whole, and a manifest that says what was asked.
+"""The output of a batch: a folder of shards, which are written atomically, and a manifest that records the question.
 
-Every finished row is first appended to a journal. When enough rows that follow each other in the input are finished,
-they are written to a temporary file, which is renamed to the next shard. Then the journal is replaced by one with the
-remaining rows. If a run is killed between these two steps, rows are in both; the shard counts, and the next run drops
-them from the journal. So a killed run loses only the rows that were being answered, and no row is written twice.
+Every finished row is first appended to a journal. When enough consecutive rows of the input are finished, they are
+written to a temporary file, which is renamed to become the next shard. Then the journal is replaced by one with the
+remaining rows. If a run is killed between these two steps, some rows are in both; the next run keeps those in the shard
+and drops them from the journal. So a killed run loses only the rows that were being answered, and no row is written
+twice.
 
 A folder has these files:
 
 - ``manifest.json``: the package and the question, which are the same for all rows, and the runs that wrote rows;
 - ``part-00000.jsonl`` (or ``.parquet``) and so on: the rows, in the order of the input;
-- ``.journal``: finished rows that are in no shard yet; only while a run is unfinished;
-- ``.lock``: locked by the run that writes into the folder.
+- ``.journal``: finished rows that are in no shard yet; it exists only until a run is complete;
+- ``.lock``: a file that is locked by the run that writes into the folder.
 """
 
 from __future__ import annotations
@@ -35,25 +36,27 @@ FORMAT = 1
 """Version of the manifest's format."""
 
 MANIFEST, JOURNAL, LOCK = "manifest.json", ".journal", ".lock"
+"""Names of the files of an output beside its shards."""
 _PART = re.compile(r"part-(\d{5,})\.(jsonl|parquet)")
 _TEMPORARY = re.compile(r"\.(part-\d+\.(jsonl|parquet)|manifest\.json|journal)\.new-[0-9a-f]{8}")
+"""Pattern of the names of temporary files, which a run that was killed may leave."""
 
 SHARD_BYTES = 64 * 2**20
-"""Number of bytes of rows in the journal at which a shard is written, even if it has fewer rows than usual; it bounds
-the memory."""
+"""Size of the rows waiting for a shard, in bytes, at which one is written even if it has fewer rows than usual. This
+bounds the memory."""
 
 SYNC_SECONDS = 1.0
-"""Longest time until a row in the journal is also safe from a power failure."""
+"""Longest time in seconds until a row in the journal is also safe from a power failure."""
 
 
 class Layout(NamedTuple):
-    """What an output needs to know about its rows.
+    """The columns of an output's rows that have a meaning for the output itself.
 
     Attributes:
         name: name of the layout in the manifest.
         key: column with the row's id.
-        status: column that says whether the row failed.
-        failed: function that says so for the value of that column.
+        status: column that shows whether the row failed.
+        failed: function that returns, for the value of that column, whether the row failed.
     """
 
     name: str
@@ -71,7 +74,7 @@ class Output:
 
     Args:
         folder: folder of the output; it is created, or continues an earlier run.
-        layout: what the rows look like.
+        layout: meaning of the columns of the rows.
         shards: file format of the shards.
         identity: what all rows have in common: ``package`` and ``question``, as JSON-like data.
         run: what the manifest records about this run, as JSON-like data.
@@ -134,14 +137,14 @@ class Output:
         return short_hash(key) in self._done
 
     def keep(self, place: int, key: str) -> bool:
-        """Puts a row that an earlier run finished, but did not write to a shard, into its place.
+        """Takes over a row from the journal, which an earlier run finished but did not write to a shard.
 
         Args:
             place: place of the row among those that are in no shard, from 0.
             key: id of the row.
 
         Returns:
-            whether there was such a row; otherwise the row must be answered and given to `add`.
+            Whether there was such a row; otherwise the row must be answered and given to `add`.
         """
         row = self._kept.pop(key, None)
         if row is None:
@@ -196,7 +199,7 @@ class Output:
                 self._new_journal()
 
     def _size(self) -> int:
-        """The number of finished rows that the next shard gets."""
+        """The number of rows of the next shard."""
         size = 0
         for place, (_, length) in enumerate(self._ready[: self._shard_rows], 1):
             size += length
@@ -205,6 +208,7 @@ class Output:
         return min(len(self._ready), self._shard_rows)
 
     def _write_shard(self, count: int) -> None:
+        """Writes the first ``count`` of the finished rows into a new shard."""
         rows, self._ready = [row for row, _ in self._ready[:count]], self._ready[count:]
         self._bytes = sum(size for _, size in self._ready)
         _replace(self.folder / f"part-{self._part:05}{self._shards.suffix}", self._shards.encode(rows))
@@ -223,11 +227,12 @@ class Output:
         self._open = True
 
     def _count(self, row: Row) -> None:
+        """Counts a finished row, and whether it failed."""
         self.rows += 1
         self.errors += self._layout.failed(row.get(self._layout.status))
 
     def _prepare(self) -> None:
-        """Locks the folder, reads what earlier runs have finished, and removes what they have left."""
+        """Locks the folder, reads the rows that earlier runs have finished, and removes their temporary files."""
         self._check_place()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / LOCK)
@@ -255,7 +260,7 @@ class Output:
         self._new_journal()
 
     def _check_place(self) -> None:
-        """Raises an OptionError if the folder is something other than an output, a new or an empty folder."""
+        """Raises an OptionError if the folder is neither new nor empty nor an output of a batch."""
         if self.folder.suffix in (".jsonl", ".parquet", ".json") and not self.folder.is_dir():
             raise OptionError(
                 f"{option('output')} is {self.folder}, but the output is a folder of files.",
@@ -273,6 +278,7 @@ class Output:
             )
 
     def _manifest(self) -> dict[str, Any]:
+        """The manifest that an earlier run has written; empty if there is none."""
         path = self.folder / MANIFEST
         if not path.is_file():
             return {}
@@ -322,6 +328,7 @@ class Output:
             _replace(path, self._shards.encode(good))
 
     def _read_shard(self, path: Path) -> None:
+        """Records the ids of a shard's rows."""
         for row in self._shards.heads(path, [self._layout.key, self._layout.status]):
             self._done.add(short_hash(str(row[self._layout.key])))
             self._count(row)
@@ -349,7 +356,7 @@ class Output:
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Turns an error of the system into a sentence."""
+        """Turns an OSError into a VlpackError with a message for the user."""
         try:
             yield
         except OSError as error:
@@ -360,6 +367,7 @@ class Output:
 
 
 def _shown(value: Any) -> str:
+    """The value of an option in an error message."""
     if value is None:
         return "not given"
     text = value if isinstance(value, str) else json.dumps(value)
@@ -367,13 +375,14 @@ def _shown(value: Any) -> str:
 
 
 def _write(descriptor: int, data: bytes) -> None:
+    """Writes all bytes to a file descriptor."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]
 
 
 def _replace(path: Path, data: bytes) -> None:
-    """Writes a file as a whole: no reader and no power failure ever sees a part of it."""
+    """Writes a file atomically: neither a reader nor a power failure can find it written in part."""
     partial = path.with_name(f".{path.name.lstrip('.')}.new-{secrets.token_hex(4)}")
     try:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)

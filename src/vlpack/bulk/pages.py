@@ -1,4 +1,4 @@
-"""The pages of PDFs as images, a few of them rendered at a time and kept for the rows that follow."""
+"""The pages of PDFs as images: a few are rendered at a time and kept for the rows that follow."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ AT_ONCE = 8
 MAX_BYTES = 2**28
 """Largest size of a PDF, in bytes: 256 MiB."""
 
-_KEPT = 4  # groups of pages
+_KEPT = 4
+"""Number of groups of `AT_ONCE` pages that are kept."""
 
 
 class Pages:
-    """Renders pages of PDFs. Any thread may call it.
+    """A renderer of pages of PDFs, which any thread may call.
 
     Args:
         folder: folder with the PDFs.
@@ -31,7 +32,7 @@ class Pages:
         self._kept: OrderedDict[tuple[str, int], list[bytes]] = OrderedDict()
 
     def count(self, path: str) -> int:
-        """The number of pages of a PDF; raises as calling the object does."""
+        """The number of pages of a PDF; raises the same errors as rendering a page."""
         return page_count(self._folder.read(path, MAX_BYTES), path)
 
     def __call__(self, path: str, number: int) -> bytes:

@@ -1,4 +1,4 @@
-"""The question of a batch: what is asked about every row, and how it is answered."""
+"""The question of a batch: what is asked about every row, and the options of the answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about every row, and how it is answered. None stands for a default.
+    """The question about every row, and the options of the answers. None stands for a default.
 
     Args:
         prompt: question about the rows that have none of their own.
@@ -119,7 +119,10 @@ class Question:
 
 
 def pieces(template: str) -> tuple[list[tuple[str, str | None]], list[str]]:
-    """The texts of a template, each with the column after it (None after the last), and the names of all columns.
+    """Splits a template into its texts and the names of columns.
+
+    Returns:
+        The texts, each with the name of the column after it (None after the last text), and the names of all columns.
 
     Raises:
         OptionError: a brace has no partner, or there is no name between two braces.

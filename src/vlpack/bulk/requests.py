@@ -1,4 +1,4 @@
-"""Rows in OpenAI's batch format: requests to the route for chats, answered as ``vlpack serve`` answers them."""
+"""Rows in OpenAI's batch format: requests for chat completions, which are answered as ``vlpack serve`` answers them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from vlpack.server.reading import fields_of
 from vlpack.server.settings import Settings
 
 URL = "/v1/chat/completions"
-"""The route that requests may name."""
+"""The only route that requests may name."""
 
 KEYS = ("custom_id", "method", "url", "body")
+"""Keys of a line with a request."""
 
 
 class Requests:
     """The form of requests in OpenAI's batch format.
 
     Args:
-        model: name of the package, which responses have as their model, whatever model a request names.
+        model: name of the package; responses name it as their model, whatever model the request names.
         place: which URLs may be downloaded; requests never name files.
-        max_tokens: largest number of tokens of an answer for requests without a limit; None for the slot's room.
+        max_tokens: largest number of tokens of an answer for requests without a limit; None for the room in a slot.
         words: function that writes options in errors.
     """
 
@@ -50,7 +51,7 @@ class Requests:
 
         Raises:
             ApiError: the request is invalid.
-            VlpackError: the line is no request, or the engine refuses it.
+            VlpackError: the line is not a request, or the engine refuses it.
         """
         asked = submit(engine, self._asked(item), self._settings)
         return lambda: self._response(asked)
@@ -90,7 +91,7 @@ class Requests:
         return {"status_code": 200, "request_id": uuid.uuid4().hex, "body": body}
 
     def area(self, item: Item) -> int:
-        """The length of the request, which is about that of its images."""
+        """The length of the request in characters, in place of an area, because encoded images make up most of it."""
         return len(str(item.columns.get("body")))
 
     def row(self, task: Task, result: Row) -> Row:
@@ -103,7 +104,7 @@ class Requests:
         answer = error
         if not isinstance(answer, ApiError):
             answer = told(explained(error))
-            answer.message = sentence(explained(error), self._words)  # not in the words of a request
+            answer.message = sentence(explained(error), self._words)  # names options, not fields of a request
         return self.row(task, {"status_code": answer.status, "request_id": uuid.uuid4().hex, "body": answer.body})
 
     def tokens(self, row: Row) -> int:

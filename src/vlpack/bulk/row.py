@@ -1,4 +1,4 @@
-"""Rows: what an input gives for each of them, their ids, the messages that are asked, and the rows of the output."""
+"""Rows of an input: their ids, the messages that are made of them, and the rows of the output."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RESULT = (
 
 @dataclass(frozen=True)
 class Item:
-    """A row as the input gives it.
+    """A row of the input.
 
     Args:
         columns: names and values of its columns, as JSON-like data and bytes.
@@ -38,7 +38,7 @@ class Item:
         key: id of the row, such as the path of its file; None if a column or the content is the id.
         images: images that are not in a column.
         videos: videos that are not in a column.
-        error: why the row cannot be used at all; None if it can.
+        error: reason why the row cannot be used; None if it can.
     """
 
     columns: dict[str, Any]
@@ -65,7 +65,7 @@ class Task:
 
 
 class Asked(NamedTuple):
-    """What is asked about a row.
+    """The conversation that is made of a row.
 
     Attributes:
         messages: conversation whose image and video parts have no sources.
@@ -80,10 +80,10 @@ class Asked(NamedTuple):
 
 @dataclass
 class Ids:
-    """Gives every row an id: its key, or a hash of its content and of the question.
+    """A function that gives every row an id: its key, or a hash of its content and of the question.
 
-    Rows with the same content get the same hash with a number, ``…-2`` for the second one. That two rows have the same
-    key is an error of the second one.
+    Rows with the same content get the same hash followed by a number, ``…-2`` for the second one. If two rows have the
+    same key, the second one gets an error.
 
     Args:
         column: column with the keys; rows without this column get a hash.
@@ -96,7 +96,7 @@ class Ids:
     _numbers: dict[bytes, int] = field(default_factory=dict)
 
     def __call__(self, item: Item) -> tuple[str, Item]:
-        """The id of the next row, and the row, with an error if its key was given to an earlier one."""
+        """The id of the next row, and the row itself, with an error if an earlier row had the same key."""
         key = item.key
         if key is None and item.columns.get(self.column) is not None:
             given = item.columns[self.column]
@@ -124,7 +124,7 @@ class Ids:
 
 
 def short_hash(key: str) -> bytes:
-    """A hash of an id in 16 bytes, to remember many ids in little memory."""
+    """A hash of an id in 16 bytes, so that many ids take little memory."""
     return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -134,13 +134,14 @@ def valid_text(text: str) -> str:
 
 
 def _hashed(value: Any) -> Any:
+    """Bytes as an object with their hash, for `json.dumps`."""
     if isinstance(value, bytes):
         return {"sha256": hashlib.sha256(value).hexdigest()}
     raise TypeError(f"a row cannot hold a value of the type {type(value).__name__}")
 
 
 def asked(item: Item, question: Question) -> Asked:
-    """What is asked about a row.
+    """Makes the conversation of a row.
 
     Raises:
         InputError: the row has no question, or its columns contradict each other or have wrong types.
@@ -160,6 +161,7 @@ def asked(item: Item, question: Question) -> Asked:
 
 
 def _text(columns: Mapping[str, Any], question: Question) -> str:
+    """The question about a row: the filled template, the row's own prompt, or the prompt for all rows."""
     if question.template is not None:
         return question.filled(columns)
     text = columns.get("prompt")
@@ -200,7 +202,7 @@ def _sources(columns: Mapping[str, Any], chosen: str | None, names: Sequence[str
 
 
 def _conversation(given: Any, images: list[Given], videos: list[Given], question: Question) -> Asked:
-    """The conversation of a row's ``messages``, whose images may be in its parts or in columns."""
+    """The conversation of a row's ``messages``, whose images and videos may be in its parts or in columns."""
     if question.template is not None:
         raise InputError(f"The row has messages, so {option('template')} cannot be used.", "Leave one of them out.")
     if isinstance(given, str):
@@ -226,7 +228,7 @@ def _conversation(given: Any, images: list[Given], videos: list[Given], question
 
 
 def _whole(message: Any) -> Any:
-    """A message whose parts have no null fields, which Parquet adds, and whose base64 is a ``data:`` URI."""
+    """A copy of a message without the null fields that Parquet adds to parts, and with base64 as ``data:`` URIs."""
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), list):
         return message
     parts = []
@@ -242,7 +244,7 @@ def _whole(message: Any) -> Any:
 
 
 def _bare(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose image parts have no sources."""
+    """A copy of a message whose image parts have no sources."""
     if not isinstance(message.get("content"), list):
         return message
     parts = [
@@ -253,7 +255,7 @@ def _bare(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _filled(parts: list[Given | None], given: list[Given], what: str) -> list[Given]:
-    """The sources of all parts of a kind; those without a source get those of the columns, in order."""
+    """The sources of all image or video parts; parts without a source get those of the columns, in order."""
     bare = sum(part is None for part in parts)
     if bare != len(given):
         raise InputError(
@@ -265,14 +267,14 @@ def _filled(parts: list[Given | None], given: list[Given], what: str) -> list[Gi
 
 
 def finished(key: str, item: Item, result: Mapping[str, Any], id_column: str) -> dict[str, Any]:
-    """A row of the output: its id, the columns of the input, and those of the answer.
+    """Makes a row of the output: its id, the columns of the input, and those of the answer.
 
-    A column of the input that has the name of one of ours gets the prefix ``input_``.
+    A column of the input that has the name of an output column gets the prefix ``input_``.
 
     Args:
         key: id of the row.
         item: the row.
-        result: columns of the answer, or some of them; the others are None.
+        result: columns of the answer; those that are missing become None.
         id_column: column of the input with the ids.
     """
     made: dict[str, Any] = {"id": key}

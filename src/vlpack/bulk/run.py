@@ -1,4 +1,4 @@
-"""`vlpack.batch`: answers a question about every row of a data set, exactly once, also if runs are interrupted."""
+"""`vlpack.batch`: answers a question about every row of a data set, exactly once even if runs are interrupted."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ from vlpack.tasks import GENERATE, manifest_task
 from vlpack.version import __version__
 
 PROGRESS_SECONDS = 0.5
-"""Shortest time between two reports of the progress."""
+"""Shortest time in seconds between two reports of the progress."""
 
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        rows: number of rows in the output, with those of earlier runs.
+        rows: number of rows in the output, including those of earlier runs.
         total: number of rows of the input; None if it is not known yet.
         answered: number of rows that this run has finished.
         errors: number of rows in the output that failed.
-        seconds: time since this run began to answer rows.
-        rows_per_minute: rows that this run finishes in a minute.
-        tokens_per_second: tokens of answers that this run generates in a second.
-        seconds_left: time until all rows are finished; None if it is not known.
+        seconds: time in seconds since this run began to answer rows.
+        rows_per_minute: number of rows that this run finishes in a minute.
+        tokens_per_second: number of tokens of answers that this run generates in a second.
+        seconds_left: estimated time in seconds until all rows are finished; None if it is not known.
     """
 
     rows: int = 0
@@ -68,7 +68,7 @@ class BatchResult(Progress):
         before: number of rows that earlier runs had finished.
         failed: number of rows that failed in this run.
         stopped: whether the run stopped early, because too many rows failed.
-        load_seconds: time for loading the package.
+        load_seconds: time for loading the package, in seconds.
     """
 
     output: str = ""
@@ -79,7 +79,7 @@ class BatchResult(Progress):
 
 
 class Answers(Protocol):
-    """Something that answers rows: an engine in this process, or several in processes of their own."""
+    """The interface of what answers rows: an engine in this process, several processes, or a Ray cluster."""
 
     def __call__(self, tasks: Iterator[Task]) -> Iterator[tuple[Task, Row]]:
         """Yields each row with its row of the output, as they are finished."""
@@ -123,23 +123,24 @@ def batch(
 ) -> BatchResult:
     """Asks a package about every row of a data set and writes the answers into a folder.
 
-    A run that was interrupted in any way goes on where it was if it is started again with the same arguments. Rows that
-    cannot be answered get an error in the output and do not end the run.
+    A run that was interrupted in any way resumes if it is started again with the same arguments. Rows that cannot be
+    answered get an error in the output and do not end the run.
 
     Args:
         package: folder of a package that generates text, built for the CPU.
-        source: folder or pattern of images, videos and PDFs, file of JSON lines, file of OpenAI's batch format, Parquet
-            file, or folder of a data set of Hugging Face.
+        source: folder or pattern of images, videos and PDFs, file of JSON lines, file in OpenAI's batch format, Parquet
+            file, or folder of a Hugging Face data set.
         output: folder for the answers; a new one, or that of an interrupted run.
         prompt: question about the rows that have no ``prompt`` or ``messages`` of their own.
-        template: question with names of columns in braces, ``Describe {title}.``.
+        template: question with names of columns in braces, such as ``Describe {title}.``.
         system: system prompt.
         schema: JSON schema that every answer matches.
         regex: regular expression that every answer matches as a whole.
         choices: texts of which every answer is one.
         max_tokens: largest number of tokens of an answer; None for 512.
         sampling: sampling parameters; None for the package's.
-        special_tokens: meaning of special tokens written in texts: ``control`` tokens, or plain ``text``.
+        special_tokens: how special tokens that are written in texts are encoded: as ``control`` tokens, or as plain
+            ``text``.
         image_column: column with the image of a row; None for ``image`` or ``images``.
         id_column: column with the id of a row; None for ``id``, and for a hash of the row if it has none.
         min_pixels: smallest area of an image in pixels; None for the package's.
@@ -149,8 +150,8 @@ def batch(
         allow_urls: whether http(s) URLs in rows are downloaded.
         allow_private_urls: whether these URLs may lead to this machine or its network.
         format: format of the output, ``jsonl`` or ``parquet``.
-        shard_rows: number of rows of a file of the output.
-        limit: number of rows of the input that are answered; None for all.
+        shard_rows: number of rows of each file of the output.
+        limit: number of rows from the beginning of the input that are answered; None for all.
         max_errors: number of rows that may fail in this run before it stops; None for any number.
         retry_errors: whether rows that failed in an earlier run are answered again.
         slots: number of rows that each process answers at a time.
@@ -160,7 +161,10 @@ def batch(
         ray: address of a Ray cluster on which these processes run, ``auto`` or ``local``; None for this machine without
             Ray. The package and the files of rows must be at the same paths on all machines.
         progress: function that is called with the progress about twice a second.
-        words: function that writes the options in the errors of rows, for other interfaces than Python.
+        words: function that writes options in the errors of rows, for interfaces other than Python.
+
+    Returns:
+        The result of this run, with counts that include the rows of earlier runs.
 
     Raises:
         OptionError: an option is wrong, or the output belongs to another package or question, or is in use.
@@ -234,7 +238,7 @@ def batch(
 
 
 class _Run:
-    """A run: it takes rows from the input, and puts their answers into the output.
+    """A run, which takes rows from the input and puts their answers into the output.
 
     Attributes:
         tasks: rows that are not in the output yet, in the order of the input.
@@ -262,6 +266,7 @@ class _Run:
         self.tasks = self._pending()
 
     def _pending(self) -> Iterator[Task]:
+        """Yields the rows that must be answered, and takes over those that are in the journal."""
         place = 0
         for item in itertools.islice(self._source.items(), self._limit):
             self._found += 1
@@ -274,7 +279,7 @@ class _Run:
         self.result.total = self._found
 
     def answer(self, answers: Answers, tasks: Iterator[Task], slots: int) -> None:
-        """Answers all rows, or stops when too many have failed."""
+        """Answers all rows, and stops early when too many have failed."""
         self._began = time.perf_counter()
         layout = self._form.layout
         for task, row in answers(alike(tasks, self._form.area, AHEAD * slots)):
@@ -294,6 +299,7 @@ class _Run:
         return self.result
 
     def _tell(self, *, last: bool = False) -> None:
+        """Updates the result and reports it, if the last report is old enough or this is the last one."""
         now, result = time.perf_counter(), self.result
         if not last and now - self._reported < PROGRESS_SECONDS:
             return
@@ -312,7 +318,7 @@ class _Run:
 
 
 def _answering(setting: Setting, workers: int, form: Form, ray: str | None) -> AbstractContextManager[Answers]:
-    """What answers the rows: an engine in this process, several processes, or actors of Ray."""
+    """The object that answers the rows: an engine in this process, several processes, or Ray actors."""
     if ray is not None:
         from vlpack.bulk.cluster import Cluster
 
@@ -323,7 +329,7 @@ def _answering(setting: Setting, workers: int, form: Form, ray: str | None) -> A
 
 
 def _check_question(question: Question, source: Source) -> None:
-    """Raises an OptionError if an option has no effect on an input, or no row can have a question."""
+    """Raises an OptionError if an option has no effect on the input, or if no row can have a question."""
     if source.name == "openai":
         for name in question.record().keys() - {"max_tokens", "min_pixels", "max_pixels", "special_tokens"}:
             raise OptionError(f"{option(name)} has no effect on requests in OpenAI's batch format.", "Leave it out.")
@@ -338,7 +344,7 @@ def _check_question(question: Question, source: Source) -> None:
 
 
 def _identity(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What an output records about a package: its hash is that of all its files."""
+    """The entry about the package in the manifest of an output; its hash covers all files of the package."""
     return {
         "name": folder.resolve().name,
         "sha256": str(manifest.get("sha256")),
@@ -347,7 +353,7 @@ def _identity(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _record(source: str, slots: int, context: int | None, threads: int | None, workers: int) -> dict[str, Any]:
-    """What an output records about a run."""
+    """The entry about a run in the manifest of an output."""
     import onnxruntime
 
     return {

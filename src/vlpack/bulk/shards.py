@@ -1,4 +1,4 @@
-"""The file formats of an output's shards: JSON lines and Parquet. A shard is encoded in memory and written whole."""
+"""The file formats of an output's shards, JSON lines and Parquet. A shard is encoded in memory as a whole."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BYTES = "$vlpack.bytes"
 
 
 class Format(Protocol):
-    """A file format of shards.
+    """The interface of a file format of shards.
 
     Attributes:
         suffix: ending of a shard's file name.
@@ -43,12 +43,12 @@ class Format(Protocol):
         ...
 
     def heads(self, path: Path, columns: Sequence[str]) -> Iterator[Row]:
-        """The rows of a shard with only some of their columns, which is faster; raises as `rows` does."""
+        """The rows of a shard with only some of their columns, which is faster to read; raises the errors of `rows`."""
         ...
 
 
 class JsonLines:
-    """JSON lines in UTF-8: a JSON object for each row. Bytes become None, because JSON has none."""
+    """The format JSON lines in UTF-8: a JSON object for each row. Bytes become null, because JSON cannot hold them."""
 
     suffix = ".jsonl"
 
@@ -75,7 +75,7 @@ class JsonLines:
 
 
 class Parquet:
-    """Parquet files, written by pyarrow.
+    """The format Parquet, written by pyarrow.
 
     Columns of the answer have the same types in every shard. A column of the input keeps its type if the input is
     Parquet; otherwise the type is inferred from the rows of the shard, and a column whose values have different types,
@@ -107,6 +107,7 @@ class Parquet:
         return made.getvalue()
 
     def _column(self, name: str, values: list[Any]) -> Any:
+        """A column as a pyarrow array: of its known or inferred type, or else as JSON text."""
         known = self._types.get(name)
         try:
             made = self._arrow.array(values, type=None if known is None else kept_type(known))
@@ -169,7 +170,7 @@ def _line(row: Row) -> bytes:
 
 
 def plain(value: Any) -> Any:
-    """A value with only what JSON can represent: bytes, infinity and NaN become None."""
+    """A value restricted to what JSON can represent: bytes, infinity and NaN become None."""
     if isinstance(value, dict):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -180,11 +181,12 @@ def plain(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
+    """A value as JSON text."""
     return json.dumps(plain(value), ensure_ascii=False)
 
 
 def journal_line(row: Row) -> bytes:
-    """A row as a line of the journal: ASCII, with bytes as base64."""
+    """A row as a line of the journal: JSON in ASCII, with bytes as base64."""
 
     def held(value: Any) -> Any:
         if isinstance(value, bytes):

@@ -1,4 +1,4 @@
-"""Inputs of a batch: what a user names, and the rows in it, which are read one by one while others are answered."""
+"""Inputs of a batch: finding the input that a user names, and reading its rows one by one while others are answered."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ MAX_DEPTH = 64
 
 LINES = (".jsonl", ".ndjson")
 TABLES = (".parquet", ".arrow")
-"""Endings of names of files with rows."""
+"""Endings of the names of files with JSON lines, and of files with tables."""
 
 _KINDS = "a folder or pattern of images, videos and PDFs, a file .jsonl or .parquet, or a folder of a data set"
+"""The kinds of inputs, for messages."""
 
 
 class Source(NamedTuple):
@@ -34,8 +35,8 @@ class Source(NamedTuple):
         name: name of its kind: ``files``, ``jsonl``, ``openai`` or ``table``.
         items: function that iterates over the rows, from the beginning.
         folder: folder in which the files that rows name must be.
-        total: number of rows; None if it is not known before all are read.
-        types: pyarrow types of the columns, if they are known.
+        total: number of rows; None if it is not known until all are read.
+        types: pyarrow types of the columns; empty if they are not known.
     """
 
     name: str
@@ -124,7 +125,7 @@ def _check_one_split(tables: Sequence[Path], folder: Path) -> None:
 
 
 def _paths(given: str, paths: list[Path], folder: str, files: str | None) -> Source:
-    """Files that were named one by one or by a pattern, which must be of the same kind."""
+    """A file, or the files that match a pattern, which must be of one kind."""
     suffixes = {path.suffix.lower() for path in paths}
     if suffixes <= set(LINES):
         return _lines(paths, files or folder)
@@ -142,6 +143,7 @@ def _paths(given: str, paths: list[Path], folder: str, files: str | None) -> Sou
 
 
 def _table(paths: list[Path], folder: Path, files: str | None) -> Source:
+    """Files of a table, of which the rows of all are read one after the other."""
     if not paths:
         raise InputError(f"The data set {folder} has no .arrow files.")
     made = Tables(paths)
@@ -149,7 +151,7 @@ def _table(paths: list[Path], folder: Path, files: str | None) -> Source:
 
 
 def _lines(paths: list[Path], folder: str) -> Source:
-    """Files of JSON lines, which are OpenAI's batch format if the first line is."""
+    """Files of JSON lines; they are in OpenAI's batch format if the first line is."""
     first = next((item.columns for path in paths for item in _read_lines(path)), None)
     if first is None:
         raise InputError(f"{paths[0]} has no rows.", 'A line is {"image": "a.png", "prompt": "…"}, for example.')
@@ -176,7 +178,7 @@ def _count(path: Path) -> int:
 
 
 def _read_lines(path: Path) -> Iterator[Item]:
-    """The rows of a file of JSON lines; a line that cannot be used is a row with an error."""
+    """Yields the rows of a file of JSON lines; a line that cannot be used becomes a row with an error."""
     try:
         with path.open("rb") as file:
             number = 0
@@ -202,6 +204,8 @@ def _deeper(value: Any, depth: int) -> bool:
 
 
 def _item(line: bytes, where: str) -> Item:
+    """The row in a line of JSON; ``where`` names the line in messages."""
+
     def constant(text: str) -> NoReturn:
         raise ValueError(f"{text} is not a JSON number")
 

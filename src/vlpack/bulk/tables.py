@@ -1,4 +1,4 @@
-"""Tables as inputs: Parquet files, and folders of data sets of Hugging Face, read with pyarrow row by row."""
+"""Tables as inputs: Parquet files, and folders of Hugging Face data sets, read row by row with pyarrow."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vlpack.bulk.row import Item
 from vlpack.errors import InputError, OptionError
 
 ROWS = 32
-"""Number of rows that are read at a time; rows may hold images."""
+"""Number of rows that are read at a time; it is small because rows may hold images."""
 
 
 def pyarrow(what: str) -> Any:
-    """The module pyarrow.
+    """Imports and returns the module pyarrow.
 
     Args:
-        what: what needs it, for the error.
+        what: what needs pyarrow, for the error.
 
     Raises:
-        OptionError: it is not installed.
+        OptionError: pyarrow is not installed.
     """
     if importlib.util.find_spec("pyarrow") is None:
         raise OptionError(f"{what} needs pyarrow, which is not installed.", "pip install 'vlpack[batch]'")
@@ -33,7 +33,7 @@ def pyarrow(what: str) -> Any:
 
 
 def kept_type(given: Any) -> Any:
-    """The type in which a column of this pyarrow type is written: text for types that JSON does not have."""
+    """The pyarrow type as which a column of the given pyarrow type is written: text for types that JSON lacks."""
     arrow = pyarrow("Parquet")
     types = arrow.types
     if types.is_dictionary(given):
@@ -47,13 +47,13 @@ def kept_type(given: Any) -> Any:
 
 
 class Tables:
-    """Tables in one or more files with the same columns.
+    """A table in one or more files with the same columns, as a source of rows.
 
     Args:
         paths: Parquet files, or Arrow files as ``Dataset.save_to_disk`` of Hugging Face's datasets writes them.
 
     Attributes:
-        total: number of rows; None if it is not known before all are read.
+        total: number of rows; None if it is not known until all are read.
         types: pyarrow types of the columns.
 
     Raises:
@@ -86,7 +86,7 @@ class Tables:
                 raise InputError(f"{path} cannot be read after row {number}: {str(error)[:200]}.") from None
 
     def _head(self, path: Path) -> tuple[Any, int | None]:
-        """The columns of a file, and its number of rows, if it says so."""
+        """The schema of a file, and its number of rows; None if the file does not store it."""
         from pyarrow import ipc, parquet
 
         if path.suffix == ".arrow":
@@ -96,6 +96,7 @@ class Tables:
             return table.schema_arrow, table.metadata.num_rows
 
     def _batches(self, path: Path) -> Iterator[Any]:
+        """Yields the rows of a file in record batches of at most `ROWS` rows."""
         from pyarrow import ipc, parquet
 
         if path.suffix == ".arrow":
@@ -109,7 +110,7 @@ class Tables:
 
 
 def _plain(value: Any) -> Any:
-    """A value of pyarrow as JSON-like data and bytes: dates, times and decimals become text."""
+    """A value that pyarrow returned as JSON-like data and bytes: dates, times and decimals become text."""
     if isinstance(value, dict):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
-"""Several processes that answer rows, each with an engine on its own cores: for machines with several processors.
+"""Several processes that answer rows, each with an engine on its own cores, for machines with several processors.
 
-The parent reads the input and writes the output. It sends rows to the processes and receives finished rows, as pickled
-frames over pipes that no one else can open. If a process is killed, its rows are given to a new one.
+The parent reads the input and writes the output. It sends rows to the processes and receives finished rows as pickled
+messages over pipes that no other process can open. If a process is killed, its rows are given to a new one.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ from vlpack.errors import VlpackError
 from vlpack.system import available_cores, checked_threads
 
 TRIES = 3
-"""Number of processes that may be killed while they answer a row before the row is given up."""
+"""Number of times that a process may be killed while it answers a row, after which the row gets an error."""
 
 _LENGTH = struct.Struct("<Q")
+"""Format of the length in bytes that precedes every message in a pipe."""
 
 
 class Setting(NamedTuple):
-    """What a process needs to make an engine and a form.
+    """The settings from which a process makes its engine and its form of rows.
 
     Attributes:
         package: folder of the package.
@@ -106,10 +107,10 @@ class Workers:
         """Answers rows and yields each with its row of the output, as they are finished.
 
         Raises:
-            VlpackError: a process has failed in a way that another one would, too.
+            VlpackError: a process has failed in a way in which a new one would fail, too.
         """
         again: deque[Task] = deque()
-        suspects: deque[Task] = deque()  # rows whose process was killed twice; each is now answered alone
+        suspects: deque[Task] = deque()  # rows whose processes were killed twice; each is answered alone
         tries: dict[int, int] = {}
         more = True
         while True:
@@ -160,10 +161,14 @@ class Workers:
 
 
 class _Worker:
-    """A process that answers rows, as the parent sees it.
+    """The parent's end of a process that answers rows.
+
+    Args:
+        setting: settings of the process.
+        told: queue for its messages; None stands for its end.
 
     Attributes:
-        running: place → row that the process is answering.
+        running: rows that the process is answering, by their places.
         window: number of rows that it is given at a time.
     """
 
@@ -174,7 +179,7 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Starts the process; its first message says that it has loaded the package."""
+        """Starts the process; its first message reports that it has loaded the package, or why it could not."""
         self.close()
         # -c puts the current folder first, as an empty text; a data set there may have a file with a module's name
         program = "import sys; sys.path[:] = filter(None, sys.path); from vlpack.bulk.workers import main; main()"
@@ -211,12 +216,14 @@ class _Worker:
                 self._process.stdin.close()
 
     def _write(self, value: Any) -> None:
+        """Sends a value to the process."""
         assert self._process is not None, "it was started"
         assert self._process.stdin is not None, "a pipe"
-        with contextlib.suppress(OSError):  # it was killed; the listening thread says so
+        with contextlib.suppress(OSError):  # it was killed, which the listening thread reports
             _send(self._process.stdin, value)
 
     def _listen(self, process: subprocess.Popen[bytes]) -> None:
+        """Puts the messages of the process into the queue until it ends; runs in a thread of its own."""
         assert process.stdout is not None, "a pipe"
         while True:
             try:
@@ -230,13 +237,14 @@ class _Worker:
 
 
 def _send(file: IO[bytes], value: Any) -> None:
+    """Writes a value into a pipe."""
     data = pickle.dumps(value)
     file.write(_LENGTH.pack(len(data)) + data)
     file.flush()
 
 
 def _receive(file: IO[bytes]) -> Any:
-    """The next value; raises an EOFError if the other end has closed the pipe."""
+    """Reads the next value from a pipe; raises an EOFError if the other end has closed it."""
     head = file.read(_LENGTH.size)
     if len(head) < _LENGTH.size:
         raise EOFError
@@ -245,7 +253,10 @@ def _receive(file: IO[bytes]) -> Any:
 
 
 def _cores(count: int) -> list[tuple[int, ...]]:
-    """The cores of each of several processes: neighbours, which share a processor; empty if they cannot be chosen."""
+    """The cores of each of several processes; empty if cores cannot be chosen.
+
+    Each process gets cores with adjacent numbers, which usually belong to one processor.
+    """
     if not hasattr(os, "sched_setaffinity"):
         return [()] * count
     cores = sorted(os.sched_getaffinity(0))
@@ -255,10 +266,10 @@ def _cores(count: int) -> list[tuple[int, ...]]:
 
 
 def main() -> None:
-    """Answers the rows that arrive on standard input until it ends, which also happens if the parent is killed."""
+    """Answers the rows that arrive on standard input, until the parent closes it or is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Control-C is handled by the parent, which ends this process
     given, out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not get between the frames
+    os.dup2(2, 1)  # the output of libraries goes to standard error, so that it does not mix with messages
     setting: Setting = _receive(given)
     if setting.cores and sys.platform != "win32" and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, setting.cores)
@@ -279,7 +290,7 @@ def main() -> None:
         try:
             task: Task = _receive(given)
         except EOFError:
-            os._exit(0)  # the parent has ended; rows in progress are of no use any more
+            os._exit(0)  # the parent has ended, so the rows in progress are no longer needed
         future = answerer.submit(task)
 
         def done(future: Any, place: int = task.place) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlpack.bulk import BatchResult, Progress
 
 JSON_SECONDS = 5.0
-"""Shortest time between two lines of progress with ``--json``."""
+"""Shortest time in seconds between two lines of progress with ``--json``."""
 
 
 def batch(
@@ -125,7 +125,7 @@ def batch(
 
     rules = {"schema": None if schema is None else opt.json_schema(schema), "regex": regex, "choices": choice}
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed)
-    if folder is None:  # after a check, because it may be downloaded and built
+    if folder is None:  # options are checked first, because the package may have to be downloaded and built
         Question(prompt=prompt, template=template, sampling=sampling)
         folder = package_folder(package, precision, update=update, yes=yes)
     try:
@@ -173,7 +173,7 @@ def batch(
 
 @contextmanager
 def _shown(*, as_json: bool) -> Iterator[Callable[[Progress], None]]:
-    """Yields a function that shows the progress on standard error: a line on a terminal, or lines of JSON."""
+    """Yields a function that shows the progress on standard error: one line on a terminal, or lines of JSON."""
     terminal = console.err.is_terminal and not console.err.is_dumb_terminal
     shown = 0.0
 
@@ -219,6 +219,7 @@ def duration(seconds: float) -> str:
 
 
 def _facts(progress: Progress) -> dict[str, object]:
+    """The fields of the progress, without those that only a result has."""
     from vlpack.bulk.run import Progress as Fields
 
     return {name: getattr(progress, name) for name in Fields.__dataclass_fields__}

@@ -23,10 +23,16 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(int32)": np.dtype(np.int32),
     "tensor(int64)": np.dtype(np.int64),
 }
+"""Numpy dtypes of onnxruntime's types of tensors."""
 
 
 class CachePort:
     """An input of the decoder for a layer's cached keys or values, with the output for the same cache after the call.
+
+    Args:
+        past: name of the input.
+        present: name of the output.
+        port: onnxruntime's description of the input, which has the shape ``[B, heads, tokens, channels]``.
 
     Attributes:
         past: name of the input.
@@ -56,6 +62,7 @@ class Graphs:
 
     Attributes:
         cache: the decoder's inputs for keys and values, layer by layer.
+        vocab_size: number of logits of a token.
         image_width: number of channels of an image token's features in the embedding graph; 0 if it takes no images.
         packed: whether a call takes any number of new tokens of each sequence; otherwise a call takes new tokens of one
             sequence, or at most one new token of each.
@@ -100,7 +107,7 @@ class Graphs:
 
     @property
     def rewinds(self) -> bool:
-        """Whether a call may take tokens that are rejected afterwards: a step can then check several of an answer."""
+        """Whether tokens of a call can be rejected afterwards, so that a step can check several draft tokens."""
         return self.packed and not self.states
 
     def tokens(self, ids: Array, features: Array | None = None) -> dict[str, Array]:
@@ -130,17 +137,18 @@ class Graphs:
 
         Args:
             binding: I/O binding in which the sequences' cached keys and values are bound as inputs and outputs.
-            tokens: decoder input for the new tokens of all sequences, one sequence after the other, ``[1, N]``, as
-                `tokens` returns it.
+            tokens: decoder inputs for the new tokens of all sequences, one sequence after the other, ``[1, N]``, as
+                the method `tokens` returns them.
             counts: number of new tokens of each sequence, ``[B]``. A graph that is not packed takes tokens of one
-                sequence only, or at most one of each; a sequence without a new token writes one key behind its own.
+                sequence only, or at most one of each; for a sequence without a new token, it writes one key after
+                those of the sequence.
             held: number of cached keys of each sequence before the call, ``[B]``.
             positions: positions of the new tokens, ``[3, N]``.
             wanted: indices of the tokens whose logits are returned, ``[K]``; for a graph that is not packed, the last
                 token of each sequence.
 
         Returns:
-            logits of the wanted tokens, fp32 ``[K, V]``.
+            Logits of the wanted tokens, fp32 ``[K, V]``.
 
         Raises:
             PackageError: onnxruntime fails.
@@ -177,7 +185,7 @@ class Graphs:
 
 
 def _open_decoder(path: Path, threads: int) -> tuple[Any, Edits]:
-    """Opens the decoder, edited in memory if necessary, and returns it with what was edited."""
+    """Opens the decoder's session, with the graph edited in memory if necessary, and returns it with the edits."""
     made = Edits(False, [])
 
     def edit(model: onnx.ModelProto) -> None:
@@ -194,6 +202,7 @@ def _open_decoder(path: Path, threads: int) -> tuple[Any, Edits]:
 
 
 def _open(path: Path, threads: int) -> Any:
+    """Opens the session of a graph that is not edited."""
     try:
         return kernel_session(path, threads)
     except Exception as error:

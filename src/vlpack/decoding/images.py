@@ -1,4 +1,4 @@
-"""A prompt's images as the decoder takes them: positions of all tokens, and features of the placeholders."""
+"""A prompt's positions and images as inputs of the decoder: positions of all tokens, and features of placeholders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlpack.preprocess.mrope import mrope_positions
 
 
 def positions_of(prompt: Prompt, model: Mapping[str, Any]) -> npt.NDArray[np.int64]:
-    """The positions of a prompt's tokens on three axes, int64 ``[3, S]``.
+    """The M-RoPE positions of a prompt's tokens (time, height, width), int64 ``[3, S]``.
 
     Args:
         prompt: the prompt.
@@ -29,11 +29,11 @@ def positions_of(prompt: Prompt, model: Mapping[str, Any]) -> npt.NDArray[np.int
 
 
 class Unseen:
-    """The images of a prompt whose placeholders are not all computed yet.
+    """The images of a prompt with placeholders that the decoder has not computed yet.
 
     Args:
         prompt: a prompt with images.
-        tokens: its tokens, with the places of its images.
+        tokens: its tokens, with the positions of its images.
         known: number of the prompt's first tokens that need not be computed.
 
     Attributes:
@@ -53,6 +53,6 @@ class Unseen:
             self.prompt = replace(prompt, pixel_values=pixels, image_grid_thw=grids)
 
     def within(self, start: int, end: int) -> slice:
-        """The rows of these images' features that belong to the prompt's tokens from ``start`` to before ``end``."""
+        """The rows of these images' features that belong to tokens ``[start, end)`` of the prompt."""
         first, last = (int(np.clip(place - self._starts, 0, self._counts).sum()) for place in (start, end))
         return slice(first - self._before, last - self._before)

@@ -1,10 +1,10 @@
 """Packed decoder graphs, which are edited in memory so that each sequence can have any number of new tokens in a call.
 
-A decoder as it is built takes tokens ``[B, S]``, the same number S of each sequence. The packed one takes the N tokens
+The decoder of a package takes tokens ``[B, S]``, the same number S of each sequence. The packed one takes the N tokens
 of all sequences one after the other, ``[1, N]``. Only attention distinguishes sequences: before it, tokens are spread
 over ``[B, S]`` rows with padding on the right, and GroupQueryAttention gets the number of tokens in each row as
 ``query_seqlens`` (from onnxruntime 1.32 on); after it, the tokens are collected again. A sequence without new tokens
-costs nothing. The last layer and the head compute only the tokens whose logits are wanted, at any place of a sequence.
+costs nothing. The last layer and the head compute only the tokens whose logits are wanted, anywhere in a sequence.
 Linear-attention layers are spread and collected in the same way (`vlpack.decoding.states`).
 """
 
@@ -28,7 +28,7 @@ NEWEST_INPUT = 16
 """Index of ``query_seqlens`` among the inputs of GroupQueryAttention."""
 
 WANTED = "wanted"
-"""Name of the input with the indices of the tokens whose logits are computed, and of its dimension."""
+"""Name of the input with the indices of the tokens whose logits are computed, and name of its dimension."""
 
 PACKING_INPUTS: dict[str, tuple[int, list[str | int | None]]] = {
     "query_seqlens": (TensorProto.INT32, ["rows"]),
@@ -36,14 +36,15 @@ PACKING_INPUTS: dict[str, tuple[int, list[str | int | None]]] = {
     "collect": (TensorProto.INT64, [1, "tokens", 2]),
     WANTED: (TensorProto.INT64, [WANTED]),
 }
+"""Inputs of a packed graph in addition to those of the original graph: name → type and shape."""
 
 
 class Packing(NamedTuple):
     """Indices that map between the packed tokens ``[1, N]`` and the rows ``[B, S]`` of their sequences.
 
     Attributes:
-        spread: int64 ``[B, S]``, index among the N tokens of each sequence's s-th token; padding repeats the index of
-            the sequence's last token, and rows without tokens have any index.
+        spread: int64 ``[B, S]``, the index among the N tokens of each sequence's s-th token; padding repeats the index
+            of the sequence's last token, and rows without tokens have arbitrary valid indices.
         collect: int64 ``[N, 2]``, row and column of each token.
     """
 
@@ -52,7 +53,7 @@ class Packing(NamedTuple):
 
     @classmethod
     def of(cls, counts: Array) -> Packing:
-        """Makes the indices from the number of new tokens of each sequence, ``[B]``."""
+        """Computes the indices from the number of new tokens of each sequence, ``[B]``."""
         ends = np.cumsum(counts)
         within = np.minimum(np.arange(int(counts.max()))[None], np.maximum(counts, 1)[:, None] - 1)
         spread = np.minimum((ends - counts)[:, None] + within, ends[-1] - 1)
@@ -60,7 +61,12 @@ class Packing(NamedTuple):
         return cls(spread.astype(np.int64), np.stack([rows, np.arange(ends[-1]) - (ends - counts)[rows]], axis=1))
 
     def inputs(self, counts: Array, wanted: Array) -> dict[str, Array]:
-        """The inputs that a packed graph has in addition to those of the original graph."""
+        """The values of `PACKING_INPUTS` for one call.
+
+        Args:
+            counts: number of new tokens of each sequence, ``[B]``.
+            wanted: indices of the tokens whose logits are computed, ``[K]``.
+        """
         return {
             "query_seqlens": counts.astype(np.int32),
             "spread": np.stack([np.zeros_like(self.spread), self.spread], axis=-1),
@@ -70,7 +76,7 @@ class Packing(NamedTuple):
 
 
 class Edits(NamedTuple):
-    """What was edited in a decoder's graph.
+    """The edits of a decoder's graph.
 
     Attributes:
         packed: whether it takes packed tokens.
@@ -82,12 +88,15 @@ class Edits(NamedTuple):
 
 
 def edit_decoder(model: onnx.ModelProto) -> Edits:
-    """Makes a decoder's graph a packed one, in place, or one that only keeps states if it cannot be packed.
+    """Edits a decoder's graph in place: packs it if possible, and makes it keep states if it has linear attention.
 
     A graph cannot be packed if onnxruntime is older than 1.32 or the key/value cache is not in full precision.
 
     Args:
         model: the decoder, whose weights stay in their files.
+
+    Returns:
+        The edits that were made.
     """
     graph, states = model.graph, state_ports(model)
     pack = tuple(map(int, re.findall(r"\d+", ort.__version__)[:2])) >= (1, 32) and _can_be_packed(graph, states)
@@ -107,9 +116,9 @@ def edit_decoder(model: onnx.ModelProto) -> Edits:
 
 
 def _can_be_packed(graph: onnx.GraphProto, states: Sequence[StatePort]) -> bool:
-    """Whether every cached tensor is a state, or belongs to attention that is no part of another node.
+    """Whether every cached tensor is a state or belongs to a GroupQueryAttention node of the main graph.
 
-    The attention of an int8 cache is inside an If node.
+    The attention of an int8 cache is in the branches of an If node, so it is not in the main graph.
     """
     attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
     caches = [port.name for port in graph.input if port.name.startswith("past")]
@@ -144,7 +153,7 @@ def _spread(node: onnx.NodeProto) -> list[onnx.NodeProto]:
 
 
 def _takes_last(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> bool:
-    """Whether a node is the Slice of a decoder's graph that selects the last token: from -1 on, along axis 1."""
+    """Whether a node is the Slice that selects the last token of a sequence: from index -1 on, along axis 1."""
     if node.op_type != "Slice" or len(node.input) < 4:
         return False
     starts, axes = (constants.get(node.input[place]) for place in (1, 3))
@@ -153,7 +162,7 @@ def _takes_last(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) ->
 
 
 def _rename_dimensions(graph: onnx.GraphProto) -> None:
-    """Renames dimensions that are no longer equal, because onnxruntime reuses memory for shapes with equal names."""
+    """Gives dimensions that are no longer equal different names: onnxruntime shares memory between equal shapes."""
     for port in [*graph.input, *graph.output]:
         shape = port.type.tensor_type.shape.dim
         if port.name in STATE_INPUTS:

@@ -1,4 +1,4 @@
-"""Prefix matching: how many of a prompt's first tokens are the same as those that a slot of the cache already holds."""
+"""Prefix matching: how many of a prompt's first tokens are equal to those that a slot of the cache already holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from vlpack.preprocess import Prompt
 
 
 class SeenImage(NamedTuple):
-    """An image of a prompt: the index of its first placeholder, and the hash of its pixels and grid."""
+    """An image of a prompt, as it is compared with others.
+
+    Attributes:
+        start: index of its first placeholder among the prompt's tokens.
+        digest: SHA-256 of its grid and pixels.
+    """
 
     start: int
     digest: bytes
@@ -23,7 +28,7 @@ class SeenImage(NamedTuple):
 class Tokens(NamedTuple):
     """A sequence of tokens with hashes of its images, so that it can be compared with others.
 
-    The placeholders of any two images have the same token id, so two prefixes are equal only if their images are, too.
+    All images have placeholders with the same token id, so two prefixes are equal only if their images are equal, too.
 
     Attributes:
         ids: token ids with expanded placeholders, int32 ``[S]``.
@@ -35,7 +40,12 @@ class Tokens(NamedTuple):
 
 
 def tokens_of(prompt: Prompt, image_token_id: int | None) -> Tokens:
-    """The tokens of a prompt, with a hash of each image."""
+    """The tokens of a prompt, with a hash of each image.
+
+    Args:
+        prompt: the prompt.
+        image_token_id: token id of placeholders of images; None if the package takes no images.
+    """
     ids = prompt.input_ids[0]
     if not prompt.has_images:
         return Tokens(ids)
@@ -50,11 +60,11 @@ def tokens_of(prompt: Prompt, image_token_id: int | None) -> Tokens:
 
 
 def common_prefix(left: Tokens, right: Tokens) -> int:
-    """The length of the common prefix in tokens: it ends at the first different id or the first different image."""
+    """The number of tokens of the common prefix, which ends at the first different id or the first different image."""
     length = min(len(left.ids), len(right.ids))
     other = np.flatnonzero(left.ids[:length] != right.ids[:length])
     common = int(other[0]) if len(other) else length
     for one, two in zip_longest(left.images, right.images):
-        if one != two:  # also where the other sequence has a generated placeholder, which stands for no image
+        if one != two:  # also if only one has an image here: a generated placeholder stands for no image
             return min(common, *(image.start for image in (one, two) if image is not None))
     return common

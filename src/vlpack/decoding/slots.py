@@ -2,11 +2,11 @@
 
 GroupQueryAttention writes new keys in place if past and present are bound to the same memory. So a slot is a row of the
 buffers, and a decoding step of several sequences is one call on a range of rows. Idle rows within the range are
-computed, too: each gets one key after those that it holds, at the place that the next token overwrites anyway.
+computed, too: each gets one key after those that it holds, where the next token is written anyway.
 
-Keys and values of a prefix are those of its tokens, whatever follows. The states of linear attention are not: they can
-be used for a prompt only where they were kept, at the end of a slot's tokens or in a snapshot. Snapshots are taken
-while a prompt is processed, at the places that `Slots.take` chooses.
+The keys and values of a prefix do not depend on the tokens after it, so any prefix in a slot can be continued. The
+states of linear attention change with every token: a prompt can continue only from the end of a slot's tokens, or from
+a snapshot. Snapshots are taken while a prompt is processed, after the numbers of tokens that `Slots.take` chooses.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from vlpack.ort.session import ort
 from vlpack.system import total_memory_bytes
 
 FEW = 4096
-"""Number of tokens of a slot if the user gives none and the system does not report how much memory it has."""
+"""Number of tokens of a slot if the user gives none and the size of the machine's memory is not known."""
 
 SNAPSHOTS = 3
 """Largest number of snapshots of a slot."""
 
 BACK = 16
-"""Number of tokens before a prompt's end at which a snapshot is taken. A later turn of the conversation often has other
-tokens from the generation prompt on, because chat templates leave the reasoning of earlier answers out."""
+"""Number of tokens before a prompt's end at which a snapshot is taken. A later turn of the conversation often differs
+from the generation prompt on, because chat templates leave out the reasoning of earlier answers."""
 
 WORTH = 64
-"""Smallest number of tokens for which a snapshot is taken: it costs one more call, which reads all weights."""
+"""Smallest number of tokens that a snapshot must save to be taken, because it costs one more call of the decoder."""
 
 
 class Slot:
@@ -43,11 +43,11 @@ class Slot:
     Attributes:
         row: index of the row, which changes when rows are exchanged.
         length: number of tokens whose keys and values it holds.
-        images: images of the prompt that was put into it last; some may begin after ``length``.
-        snapshots: copies of its states after fewer tokens, the shortest first.
-        marks: numbers of tokens after which a snapshot shall be taken.
+        images: images of the last prompt in it; some may begin after ``length``.
+        snapshots: copies of its states after fewer tokens, sorted by the number of tokens.
+        marks: numbers of tokens after which a snapshot is to be taken.
         owner: request that uses it; None if it is free.
-        used: number that grows with every use of any slot; the least recently used slot has the smallest.
+        used: value of a counter of uses when it was last used; the least recently used slot has the smallest.
     """
 
     def __init__(self, row: int, context: int) -> None:
@@ -70,12 +70,12 @@ class Slot:
 
 
 class Prefix(NamedTuple):
-    """The longest prefix of a prompt that a slot holds in a way that a sequence can continue.
+    """The longest prefix of a prompt that a slot holds and from which a sequence can continue.
 
     Attributes:
         length: number of tokens.
         slot: slot that holds it; None if no slot holds any.
-        snapshot: states after the prefix; None if the slot's current states are, or there are no states.
+        snapshot: states after the prefix; None if the slot's current states are used, or if there are no states.
         shared: largest number of the prompt's first tokens that a slot holds, with or without states.
     """
 
@@ -92,10 +92,10 @@ class Slots:
         graphs: sessions of the package.
         count: number of slots.
         context: number of tokens that fit into a slot.
-        beside: bytes that the rest of the package takes in memory.
+        beside: memory that the rest of the package takes, in bytes.
 
     Attributes:
-        bytes: size of all keys, values and states, with as many snapshots as there may be.
+        bytes: size of all keys, values and states in bytes, with the largest number of snapshots.
         context: number of tokens that fit into a slot.
 
     Raises:
@@ -129,7 +129,7 @@ class Slots:
         return sum(slot.owner is None for slot in self._by_row)
 
     def rows(self, first: int, end: int) -> list[Slot]:
-        """The slots of the rows from ``first`` to before ``end``."""
+        """The slots of rows ``[first, end)``."""
         return self._by_row[first:end]
 
     def run(self, first: int, counts: Array, tokens: dict[str, Array], positions: Array, wanted: Array) -> Array:
@@ -138,12 +138,12 @@ class Slots:
         Args:
             first: first row.
             counts: number of new tokens of each slot, ``[B]``.
-            tokens: decoder input for the new tokens, as `Graphs.tokens` returns it.
+            tokens: decoder inputs for the new tokens, as `Graphs.tokens` returns them.
             positions: positions of the new tokens, ``[3, N]``.
             wanted: indices of the tokens whose logits are returned, as in `Graphs.run`.
 
         Returns:
-            logits, fp32 ``[K, V]``.
+            Logits, fp32 ``[K, V]``.
 
         Raises:
             PackageError: onnxruntime fails.
@@ -168,12 +168,16 @@ class Slots:
         return self._bindings[first, end]
 
     def take(self, owner: Any, tokens: Tokens) -> Slot | None:
-        """Gives a free slot to ``owner``, filled with the longest prefix of ``tokens`` that can be continued.
+        """Gives a free slot to a request, filled with the longest prefix of its tokens that can be continued.
 
         The last token is never part of that prefix: it must be computed, because its logits are needed.
 
+        Args:
+            owner: the request.
+            tokens: tokens of its prompt.
+
         Returns:
-            the slot; None if all are in use.
+            The slot; None if all are in use.
         """
         idle = [slot for slot in self._by_row if slot.owner is None]
         if not idle:
@@ -193,7 +197,15 @@ class Slots:
         return slot
 
     def catch_up(self, slot: Slot, tokens: Tokens) -> int:
-        """Copies a longer prefix of ``tokens`` that another slot holds by now; returns the number of tokens gained."""
+        """Copies a longer prefix of a prompt that another slot has computed meanwhile.
+
+        Args:
+            slot: slot of the prompt.
+            tokens: tokens of the prompt.
+
+        Returns:
+            The number of tokens that need no longer be computed.
+        """
         before = slot.length
         found = self._longest(tokens)
         if found.slot is not slot and found.length > before:
@@ -202,14 +214,20 @@ class Slots:
         return slot.length - before
 
     def until(self, slot: Slot, most: int, size: int) -> int:
-        """The end of the next part of a prompt of ``size`` tokens: after about ``most`` tokens, or at the next mark."""
+        """The index of the token at which the next chunk of a prompt ends.
+
+        Args:
+            slot: slot of the prompt, with the tokens that are already computed.
+            most: number of tokens of a chunk; it ends earlier, or up to `BACK` tokens later, at a mark for a snapshot.
+            size: number of tokens of the prompt.
+        """
         mark = next((mark for mark in slot.marks if mark > slot.length), None)
-        if mark is not None and mark - slot.length <= most + BACK:  # a few tokens more save a call
+        if mark is not None and mark - slot.length <= most + BACK:  # some more tokens in this chunk save a call
             return mark
         return min(size, slot.length + most)
 
     def wrote(self, slot: Slot, ids: Array) -> None:
-        """Records that a part of a prompt was computed, and takes a snapshot if one is wanted here."""
+        """Records that a chunk of a prompt was computed, and takes a snapshot if one is to be taken here."""
         slot.write(ids)
         if slot.length in slot.marks and self._states.knows(slot.row, slot.length):
             slot.snapshots.append(self._states.snapshot(slot.row))
@@ -219,7 +237,7 @@ class Slots:
 
     def release(self, slot: Slot) -> None:
         """Frees the slot; its contents stay, because later prompts may begin in the same way."""
-        # the keys of an answer's last token are not computed, so a step over this idle row has room for the key it adds
+        # the key of an answer's last token is not computed, so a step over this idle row has room for the key it writes
         slot.owner = None
         self.touch(slot)
 
@@ -277,10 +295,14 @@ class Slots:
         slot.snapshots = kept
 
     def _marks(self, found: Prefix, size: int) -> list[int]:
-        """The places of snapshots in a prompt of ``size`` tokens, of which a slot has the prefix ``found``.
+        """The numbers of tokens of a prompt after which snapshots are to be taken.
 
-        They are the place where the prompt differs from another one, because a third one may differ there too, and the
-        last place that a later turn of the conversation is likely to share.
+        One is where the prompt begins to differ from another one, because a third prompt may differ there, too. The
+        other is the last one that a later turn of the conversation is likely to share.
+
+        Args:
+            found: prefix of the prompt that a slot holds.
+            size: number of tokens of the prompt.
         """
         end, marks = size - BACK, []
         if found.length + WORTH <= found.shared < end:
@@ -291,7 +313,7 @@ class Slots:
 
 
 def planned_bytes(graphs: Graphs, slots: int, context: int) -> int:
-    """The bytes that ``slots`` slots with ``context`` tokens each take: keys, values, states and snapshots."""
+    """The size in bytes of ``slots`` slots with ``context`` tokens each: keys, values, states and snapshots."""
     states = (1 + SNAPSHOTS) * sum(port.row_bytes for port in graphs.states)
     return slots * (states + sum(port.row_bytes(context) for port in graphs.cache))
 
@@ -306,4 +328,5 @@ def default_context(graphs: Graphs, slots: int, longest: int) -> int:
 
 
 def _before(slot: Slot, other: Slot) -> bool:
+    """Whether a slot is preferred to another one with an equally long prefix: free slots first, then shorter ones."""
     return (slot.owner is not None, slot.length) < (other.owner is not None, other.length)

@@ -1,8 +1,8 @@
 """The states of linear-attention layers: how a decoder's graph keeps them, and the buffers that hold them.
 
-A state has a constant size and cannot be taken back to an earlier token. So a graph must leave the states of sequences
-without new tokens as they are, and those of shorter sequences untouched by padding; `with_kept_states` edits a graph
-in memory to do so. What was a state some tokens ago is known only if it was copied then: a `Snapshot`.
+A state has a constant size and cannot be rewound to an earlier token. So a call must not change the states of sequences
+without new tokens, and padding must not change those of shorter sequences; `with_kept_states` edits a graph in memory
+to ensure this. An earlier state is available only if it was copied at that time, into a `Snapshot`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ STATE_INPUTS: dict[str, tuple[int, list[str | int | None]]] = {
     "renewed": (TensorProto.BOOL, [None, None, 1]),
     "present_tokens": (TensorProto.FLOAT, [None, None, 1]),
 }
-"""Inputs that an edited graph has in addition to those of the original graph; `state_inputs` makes their values."""
+"""Inputs of an edited graph in addition to those of the original graph: name → type and shape. `state_inputs` computes
+their values."""
 
 UNKNOWN = -1
-"""The length of a sequence whose state is unknown, because a call that changed it did not end."""
+"""The length of a sequence whose state is unknown, because a call that changed it has not succeeded."""
 
 
 class StatePort(NamedTuple):
@@ -38,7 +39,7 @@ class StatePort(NamedTuple):
         past: name of the input.
         present: name of the output.
         shape: shape of one sequence's state.
-        in_place: whether the output may have the memory of the input.
+        in_place: whether input and output may share the same memory.
     """
 
     past: str
@@ -48,18 +49,18 @@ class StatePort(NamedTuple):
 
     @property
     def row_bytes(self) -> int:
-        """The bytes of one sequence's state, which is fp32."""
+        """The size of one sequence's state in bytes; its values are fp32."""
         return 4 * int(np.prod(self.shape))
 
 
 def state_ports(model: onnx.ModelProto) -> list[StatePort]:
-    """The states of a decoder's graph, in the order of its nodes; an empty list if it has no linear attention."""
+    """The states of a decoder's graph, in the order of its nodes; empty if the decoder has no linear attention."""
     shapes = {
         port.name: tuple(int(size.dim_value) for size in port.type.tensor_type.shape.dim[1:])
         for port in model.graph.input
     }
     return [
-        # the operator of the recurrence reads a state before it writes it; the convolution's state is gathered
+        # LinearAttention reads a state before it writes it; the new state of a convolution is gathered from the old one
         StatePort(node.input[3], node.output[1], shapes[node.input[3]], node.op_type == "LinearAttention")
         for node in model.graph.node
         if node.op_type in ("CausalConvWithState", "LinearAttention")
@@ -69,7 +70,7 @@ def state_ports(model: onnx.ModelProto) -> list[StatePort]:
 
 
 def with_kept_states(nodes: Sequence[onnx.NodeProto], packed: bool) -> list[onnx.NodeProto]:
-    """Edits the nodes of a graph so that states change by each sequence's own new tokens only.
+    """Edits the nodes of a graph so that only a sequence's own new tokens change its states.
 
     A padding token has a decay of 1 and an update rate of 0, which leaves the recurrent state as it is. The
     convolution's state after a call is gathered from a sequence's newest tokens and, if they are too few, from its
@@ -79,6 +80,9 @@ def with_kept_states(nodes: Sequence[onnx.NodeProto], packed: bool) -> list[onnx
         nodes: nodes in their order.
         packed: whether tokens are packed ``[1, N]`` and must be spread over rows ``[B, S]`` for these layers
             (`vlpack.decoding.packing`).
+
+    Returns:
+        The nodes of the edited graph, in their order.
     """
     made: list[onnx.NodeProto] = []
     makers = {output: node for node in nodes for output in node.output}
@@ -94,7 +98,7 @@ def with_kept_states(nodes: Sequence[onnx.NodeProto], packed: bool) -> list[onnx
 
 
 def _convolved(node: onnx.NodeProto, transpose: onnx.NodeProto, packed: bool) -> list[onnx.NodeProto]:
-    """The nodes of a convolution whose state comes from each sequence's own tokens."""
+    """The nodes of a convolution whose state after a call is gathered from each sequence's own tokens."""
     tokens, state, present = transpose.input[0], node.input[3], node.output[1]
     made = []
     if packed:
@@ -159,8 +163,8 @@ class Snapshot(NamedTuple):
     """A copy of a sequence's states.
 
     Attributes:
-        length: number of tokens that the states have seen.
-        values: arrays of the states, which are never changed.
+        length: number of tokens after which the states were copied.
+        values: array of each state, which is never changed.
     """
 
     length: int
@@ -168,10 +172,10 @@ class Snapshot(NamedTuple):
 
 
 class States:
-    """The states of a number of sequences, one row each, beside the rows of the key/value cache.
+    """The buffers for the states of sequences, whose rows correspond to the rows of the key/value cache.
 
     Args:
-        ports: states of the decoder; without any, all methods do nothing, and `seen` agrees with every length.
+        ports: states of the decoder; if there are none, methods do nothing, and `knows` is true for every length.
         rows: number of sequences.
     """
 
@@ -200,12 +204,17 @@ class States:
         return not self._ports or self._seen[row] == length
 
     def begin(self, first: int, counts: Array) -> None:
-        """Marks the states of the rows that a call changes as unknown, until `end`."""
+        """Marks the states that a call changes as unknown, until `end` is called.
+
+        Args:
+            first: first row of the call.
+            counts: number of new tokens of each row.
+        """
         for row in first + np.flatnonzero(counts):
             self._seen[row] = UNKNOWN
 
     def end(self, first: int, counts: Array, held: Array) -> None:
-        """Makes the states after a call the current ones, of the rows from ``first`` on.
+        """Makes the states after a call the current ones.
 
         Args:
             first: first row of the call.
@@ -223,7 +232,7 @@ class States:
         return Snapshot(self._seen[row], [rows[row].copy() for rows in self._rows])
 
     def restore(self, row: int, snapshot: Snapshot | None) -> None:
-        """Sets a row's states to those of a snapshot; to those before the first token if it is None."""
+        """Sets a row's states to those of a snapshot, or to zeros, the states before the first token, if it is None."""
         self._seen[row] = UNKNOWN
         for place, rows in enumerate(self._rows):
             rows[row] = 0 if snapshot is None else snapshot.values[place]

@@ -1,4 +1,4 @@
-"""Decides which matrices of a quantized checkpoint keep their codes in a package, and says so to the user."""
+"""The import of a quantized checkpoint: which matrices keep their codes in a package, and the notes about this."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from vlpack.quantize.policy import Policy, layer_and_name
 from vlpack.quantize.storage import Blocks, ChannelInt8
 
 OWN_BITS = (4, 8)
-"""Numbers of bits that a package keeps if no precision is asked for."""
+"""Numbers of bits of codes that are kept if the user chooses no precision."""
 MATRICES_OF_EXPERTS = 2
 """Number of matrices in which a layer's experts are stored: gate and up, and down."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one quantized matrix.
+    """The treatment of one quantized matrix: its codes are kept, or it is dequantized and perhaps rounded again.
 
     Args:
         path: path of the module.
         storage: the storage that keeps its codes; None if it is dequantized.
         why: reason why it is dequantized; empty if its codes are kept.
-        rounded: whether it is rounded again, because the policy's storage for it is quantized.
+        rounded: whether the policy's storage for it is quantized, so that a dequantized matrix is rounded again.
     """
 
     path: str
@@ -53,15 +53,15 @@ def outcomes(
     bits: Collection[int],
     given: str = "",
 ) -> list[Outcome]:
-    """What becomes of each quantized matrix of a checkpoint.
+    """Decides for each quantized matrix of a checkpoint whether its codes are kept.
 
     Args:
         architecture: architecture of the model.
         policy: precision policy without kept matrices.
         base: the quantized checkpoint.
         merged: the same checkpoint with adapters merged; the base itself if there are none.
-        bits: numbers of bits that are kept whatever the policy gives a matrix.
-        given: option that asks for other values than the checkpoint's, so that nothing is kept; empty if there is none.
+        bits: numbers of bits that are kept even if the policy gives a matrix another number.
+        given: option that asks for other values than the checkpoint's; then no codes are kept. Empty if there is none.
     """
     found: dict[str, Outcome] = {}
     for part in architecture.parts(GraphOptions.of_policy(policy)):
@@ -82,9 +82,10 @@ def outcomes(
 
 
 def _with_equal_experts(found: Sequence[Outcome]) -> list[Outcome]:
-    """The outcomes, with the experts of a layer in blocks of one size, or not kept, as the kernel needs.
+    """The outcomes, changed so that both matrices of a layer's experts have blocks of one size, or neither is kept.
 
-    Smaller blocks divide larger ones, because both are powers of two; then a scale is repeated.
+    The kernel needs blocks of one size. A larger block is divided into smaller ones with the same scale, because sizes
+    are powers of two.
     """
     layers: dict[str, list[Outcome]] = {}
     for one in found:
@@ -116,7 +117,7 @@ def kept_rules(found: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def described(declared: Declared, found: Sequence[Outcome]) -> dict[str, Any]:
-    """The import of a quantized checkpoint as JSON: its format, and what became of each group of matrices."""
+    """The import of a quantized checkpoint as JSON-like data: its format, and what was done with each group."""
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     for one in found:
         done = "kept" if one.storage is not None else "rounded again" if one.rounded else "dequantized"
@@ -127,7 +128,7 @@ def described(declared: Declared, found: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def notes(declared: Declared, found: Sequence[Outcome]) -> list[str]:
-    """Sentences for the user on what became of the quantized matrices."""
+    """Sentences for the user on how the quantized matrices were stored."""
     kept = [one for one in found if one.storage is not None]
     sentences = [f"The checkpoint is quantized: {declared.label}."]
     if kept:

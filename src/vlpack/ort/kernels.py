@@ -1,7 +1,7 @@
-"""Native operators of the optional distribution vlpack-kernels, in sessions that vlpack opens itself.
+"""The use of native operators of the optional distribution vlpack-kernels, in sessions that vlpack opens itself.
 
 A graph is edited in memory when it is loaded: nodes for which the library has a faster operator on this processor are
-replaced. The package's files do not change, and without the library, sessions run the graph as it is.
+replaced. The package's files do not change, and without the library, sessions run the original graph.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from onnx import TensorProto, helper
 from vlpack.errors import PackageError
 
 DOMAIN = "vlpack"
-"""Domain of the operators."""
+"""Domain of the library's operators in a graph."""
 
 SWITCH = "VLPACK_KERNELS"
 """Environment variable that turns the library off if it is ``0``."""
 
 
 opened: Counter[str] = Counter()
-"""The nodes that operators of the library replaced in the sessions that this process has opened, by operator."""
+"""Number of nodes that operators of the library replaced in the sessions that this process has opened, by operator."""
 
 
 class Library(NamedTuple):
@@ -72,7 +72,7 @@ def use_kernels(model: onnx.ModelProto, available: Library | None) -> Counter[st
         available: the operator library, or None to change nothing.
 
     Returns:
-        number of nodes by the names of the operators that replaced them.
+        The number of replaced nodes, by the names of the operators that replaced them.
     """
     used: Counter[str] = Counter()
     if available is None:
@@ -99,7 +99,7 @@ def kernel_counts(graph: Path) -> dict[str, int]:
 
 
 def _attention(node: onnx.NodeProto, instruction_set: str) -> bool:
-    """Makes MultiHeadAttention without a mask Attention, which is faster where products are in bfloat16."""
+    """Replaces MultiHeadAttention without a mask by Attention, which is faster where products are in bfloat16."""
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     scale = attributes.pop("scale", 0.0)
     heads = attributes.pop("num_heads", 0)
@@ -110,7 +110,7 @@ def _attention(node: onnx.NodeProto, instruction_set: str) -> bool:
 
 
 def _linear4(node: onnx.NodeProto, instruction_set: str) -> bool:
-    """Makes MatMulNBits with 4-bit weights and 8-bit activations Linear4, which is faster with VNNI."""
+    """Replaces MatMulNBits with 4-bit weights and 8-bit activations by Linear4, which is faster with VNNI."""
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     sizes = {name: attributes.pop(name, 0) for name in ("K", "N", "block_size")}
     quantized = (attributes.pop("bits", 4), attributes.pop("accuracy_level", 0)) == (4, 4)
@@ -121,6 +121,7 @@ def _linear4(node: onnx.NodeProto, instruction_set: str) -> bool:
 
 
 def _rename(node: onnx.NodeProto, operator: str, **attributes: Any) -> None:
+    """Changes the operator and all attributes of a node."""
     node.op_type = operator
     del node.attribute[:]
     node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
@@ -130,4 +131,5 @@ _REPLACE: dict[str, Callable[[onnx.NodeProto, str], bool]] = {
     "MultiHeadAttention": _attention,
     "MatMulNBits": _linear4,
 }
-"""For operators of com.microsoft: a function that edits a node, or leaves it and returns False."""
+"""For each operator of com.microsoft that may be replaced: a function that edits a node in place and returns True, or
+leaves it unchanged and returns False."""

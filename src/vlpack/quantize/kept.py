@@ -1,7 +1,7 @@
 """Matrices of a quantized checkpoint that keep their codes: which storage holds them, and how they are read.
 
 A kept matrix is neither balanced nor rotated, because both would change its values. Its storage is a rule of the policy
-like any other; a package's manifest has these rules, so that they are known without the quantized checkpoint.
+like any other. The rules are written into a package's manifest, so they can be read without the quantized checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vlpack.quantize.storage import Blocks, ChannelInt8, Storage
 Array = npt.NDArray[Any]
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 256, 16
-"""Limits of the number of values that share a scale in a kernel's blocks."""
+"""Largest and smallest number of values that share a scale in a kernel's blocks."""
 CHANNEL_ROLES = ("text.linear", "vision.linear", "vision.output")
 """Roles of weights that can be stored in 8 bits with one scale per channel."""
 
@@ -52,7 +52,12 @@ class KeptRows:
 
 
 class _View:
-    """A checkpoint whose tensors are the codes, scales or zero points of its quantized tensors, for `Rows.read`."""
+    """A view of a checkpoint whose tensors are the codes, scales or zero points of its quantized tensors.
+
+    Args:
+        checkpoint: the quantized checkpoint.
+        what: ``codes``, ``scales`` or ``zeros``.
+    """
 
     def __init__(self, checkpoint: Checkpoint, what: str) -> None:
         self._checkpoint, self._what = checkpoint, what
@@ -66,10 +71,14 @@ class _View:
 
 
 def common_grid(source: Rows, checkpoint: Checkpoint) -> tuple[Grid | None, str]:
-    """The grid that all rows of a matrix share, and otherwise the reason why they have none.
+    """The grid that all rows of a matrix share, or the reason why they share none.
+
+    Args:
+        source: the rows of the matrix.
+        checkpoint: the quantized checkpoint.
 
     Returns:
-        The grid, or None. The reason is empty if there is a grid, or if no tensor of the matrix is quantized.
+        The grid or None, and the reason, which is empty if there is a grid or if no tensor of the matrix is quantized.
     """
     names = [tensor.name for tensor in source.tensors()]
     packed: list[Packed | None] = [checkpoint.packed(name) for name in names]
@@ -93,7 +102,7 @@ def common_grid(source: Rows, checkpoint: Checkpoint) -> tuple[Grid | None, str]
 
 
 def _reads_rows(source: Rows) -> bool:
-    """Whether each row of a matrix is a row of a tensor."""
+    """Whether each row of a matrix is a row of one of the checkpoint's tensors, and not a column."""
     match source:
         case Source():
             return True
@@ -110,7 +119,7 @@ def _reads_rows(source: Rows) -> bool:
 def kept_storage(
     grid: Grid, cols: int, chosen: Storage, role: str, provider: str, bits: Iterable[int]
 ) -> tuple[Blocks | ChannelInt8 | None, str]:
-    """The storage that holds a matrix's codes as they are, or None and the reason.
+    """The storage that holds a matrix's codes unchanged, or the reason why there is none.
 
     Args:
         grid: the matrix's grid.
@@ -118,20 +127,24 @@ def kept_storage(
         chosen: the storage that the policy gives it.
         role: its role.
         provider: execution provider of the package.
-        bits: numbers of bits that are kept whatever the policy's storage has.
+        bits: numbers of bits that are kept even if the policy's storage has another number.
+
+    Returns:
+        The storage and an empty text, or None and the reason.
     """
     if not isinstance(chosen, Blocks | ChannelInt8):
         return None, f"the precision stores it in {chosen.label}"
     own = chosen.bits if isinstance(chosen, Blocks) else 8
     whole = grid.group == cols
-    # a scale of a larger group is repeated for each block in it
+    # a group that is larger than a block becomes several blocks with the same scale
     size = cols if whole and cols % SMALLEST_BLOCK == 0 else LARGEST_BLOCK // 2 if whole else grid.group
     block = min(size & -size, LARGEST_BLOCK)
     dtype = chosen.dtype if isinstance(chosen, Blocks) else "float32"
     obstacles = {
         f"it has {grid.bits} bits there and {own} here": grid.bits not in (own, *bits),
         f"{provider} multiplies only 4-bit codes": provider != "cpu" and grid.bits != 4,
-        # rounding 8-bit weights again loses less than rounding inputs that are not rotated (docs/results.md)
+        # rounding 8-bit weights again, with rotation, loses less than rounding inputs that are not rotated
+        # (docs/results.md)
         "8 bits with rotation are nearer to the checkpoint, whose inputs are not rounded": grid.bits == 8
         and not grid.rounded_inputs,
         f"groups of {grid.group} columns do not fit the kernel's blocks": block < SMALLEST_BLOCK
@@ -148,7 +161,7 @@ def kept_storage(
 
 
 def holds(storage: Storage, source: Rows, checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint has the codes that a storage of kept codes was made for."""
+    """Whether a matrix of a checkpoint still has the grid that a storage of kept codes was made for."""
     grid, _ = common_grid(source, checkpoint)
     if grid is None or not isinstance(storage, Blocks | ChannelInt8):
         return False
@@ -159,7 +172,13 @@ def holds(storage: Storage, source: Rows, checkpoint: Checkpoint) -> bool:
 
 
 def as_rule(modules: str, layers: Sequence[int] | None, storage: Blocks | ChannelInt8) -> dict[str, Any]:
-    """The storage of kept matrices as JSON, for the manifest: the pattern of their paths, their layers, the storage."""
+    """The rule for the storage of kept matrices as JSON-like data, for the manifest.
+
+    Args:
+        modules: pattern of the paths of the matrices.
+        layers: indices of their layers; None if they are in no layer.
+        storage: their storage.
+    """
     rule: dict[str, Any] = {"modules": modules, "layers": None if layers is None else list(layers)}
     if isinstance(storage, ChannelInt8):
         return {**rule, "bits": 8, "signed": storage.signed}
@@ -168,7 +187,12 @@ def as_rule(modules: str, layers: Sequence[int] | None, storage: Blocks | Channe
 
 
 def storage_of(rule: Mapping[str, Any], dtype: str) -> Blocks | ChannelInt8:
-    """The storage that `as_rule` described; ``dtype`` is that of the activations."""
+    """The storage in a rule that `as_rule` made.
+
+    Args:
+        rule: the rule.
+        dtype: dtype of the activations.
+    """
     if "block_size" not in rule:
         return ChannelInt8(rule["signed"], kept=True)
     bits, size, symmetric, level = (rule[key] for key in ("bits", "block_size", "symmetric", "accuracy_level"))

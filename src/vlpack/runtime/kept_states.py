@@ -1,6 +1,6 @@
-"""Conversations with models with linear attention, in vlpack's own decoding on plain onnxruntime.
+"""Conversations with models that have linear attention, decoded by vlpack itself on plain onnxruntime.
 
-onnxruntime-genai cannot take the states of such a model back to an earlier token, so it would compute the whole
+onnxruntime-genai cannot rewind the states of such a model to an earlier token, so it would compute the whole
 conversation again for every turn. `vlpack.decoding` copies the states near the end of each prompt, and the next turn
 continues from there.
 """
@@ -32,7 +32,7 @@ class KeptConversation:
         graphs: sessions of the package.
         model: ``model`` section of the package's genai_config.json.
         see: function that computes the features of a prompt's images; None if the package takes no images.
-        ends: tokens that end an answer.
+        ends: ids of the tokens that end an answer.
         context: largest number of tokens of the conversation.
     """
 
@@ -55,10 +55,14 @@ class KeptConversation:
             prompt: prompt, with fewer tokens than the context.
             choice: how tokens are chosen.
 
+        Returns:
+            The answer that has begun, the time for images in seconds, and the number of tokens that were not computed
+            again.
+
         Raises:
             PackageError: onnxruntime fails.
         """
-        if self._slot is not None:  # the answer before is over, whether it was finished or not
+        if self._slot is not None:  # the previous answer has ended, even if it was not read to its end
             self._slots.release(self._slot)
         tokens = tokens_of(prompt, self._model.get("image_token_id"))
         slot = self._slot = self._slots.take(self, tokens)
@@ -83,7 +87,12 @@ class KeptConversation:
         return Begun(generator, seconds, reused)
 
     def step(self, slot: Slot, token: int, position: int) -> Array:
-        """Computes the logits ``[V]`` after one more token of the answer.
+        """Computes the logits, fp32 ``[V]``, after one more token of the answer.
+
+        Args:
+            slot: slot of the conversation.
+            token: id of the token.
+            position: its position on all three axes.
 
         Raises:
             PackageError: onnxruntime fails.
@@ -98,13 +107,14 @@ class KeptConversation:
         return slot.length >= self._slots.context
 
     def _run(self, slot: Slot, ids: Array, positions: Array, features: Array | None) -> Array:
+        """Runs the decoder on some tokens and returns the logits of the last one, fp32 ``[V]``."""
         given = self._graphs.tokens(ids[None], features)
         logits: Array = self._slots.run(slot.row, np.array([len(ids)]), given, positions, np.array([len(ids) - 1]))[0]
         return logits
 
 
 class KeptGenerator:
-    """An answer in a `KeptConversation`, with those methods of the runtime's generator that answers are made with.
+    """An answer in a `KeptConversation`, with the methods of the runtime's generator that are used to make answers.
 
     Args:
         conversation: decoder of the conversation.
@@ -127,7 +137,7 @@ class KeptGenerator:
         return self._conversation.is_full(self._slot)
 
     def generate_next_token(self) -> None:
-        """Computes the last token and chooses the next one.
+        """Runs the decoder on the last token and chooses the next one.
 
         Raises:
             PackageError: onnxruntime fails.

@@ -1,4 +1,4 @@
-"""What is asked of a package: questions as messages, and checks of prompts that were made before."""
+"""Questions to a package: texts as messages, and checks of prompts that were made before."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ NO_VIDEOS = (
 """The reason why videos are refused for models other than those of `VIDEO_TYPES`."""
 
 VIDEO_TYPES = ("qwen3_vl", "qwen3_5", "qwen3_5_moe")
-"""The runtime's types of models that take videos: they give every temporal patch the positions of a single image, which
-the runtime computes correctly."""
+"""The runtime's types of models that take videos. In these models, every temporal patch has the positions of a single
+image, which the runtime computes correctly."""
 
 
 def as_messages(
@@ -25,6 +25,11 @@ def as_messages(
     """Turns a question into a conversation of one message, with images and videos before the text.
 
     A conversation is returned unchanged.
+
+    Args:
+        messages: a question, or a conversation.
+        images: images of the question.
+        videos: videos of the question.
     """
     if not isinstance(messages, str):
         return messages
@@ -35,7 +40,16 @@ def as_messages(
 
 
 def check_prompt(prompt: Prompt, given: dict[str, Any], model: dict[str, Any]) -> None:
-    """Checks a prompt that is already made: that no options for making it are given, and that it suits the package."""
+    """Checks that a prompt that is already made suits the package, and that no options for making it are given.
+
+    Args:
+        prompt: the prompt.
+        given: options for making a prompt, by name.
+        model: ``model`` section of the package's genai_config.json.
+
+    Raises:
+        InputError: the prompt or an option cannot be used.
+    """
     for what, value in given.items():
         if value:
             raise InputError(

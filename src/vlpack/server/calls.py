@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 OPEN_CALL, CLOSE_CALL = "<tool_call>", "</tool_call>"
+"""Tags around a tool call."""
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 
@@ -19,7 +20,7 @@ class Piece(NamedTuple):
     """A piece of an answer.
 
     Attributes:
-        kind: ``text``, ``reasoning``, ``call`` (a new call) or ``arguments`` (of the last call).
+        kind: ``text``, ``reasoning``, ``call`` (a new call) or ``arguments`` (more of the last call's arguments).
         text: text to add; for ``call``, the name of the function.
     """
 
@@ -28,9 +29,9 @@ class Piece(NamedTuple):
 
 
 class CallStream:
-    """Separates tool calls from the text around them, in generated text that arrives in pieces.
+    """A parser that separates tool calls from the text around them, in generated text that arrives in pieces.
 
-    If the text between the tags is not a valid call, it stays text, including its tags.
+    If the text between the tags is not a valid call, it is passed on as text, including its tags.
 
     Attributes:
         calls: number of calls so far.
@@ -49,7 +50,7 @@ class CallStream:
         return not self._inside
 
     def push(self, piece: str) -> Iterator[Piece]:
-        """Adds generated text; yields the pieces that are certain by now."""
+        """Adds generated text and yields the pieces that no later text can change."""
         self._held += piece
         while True:
             before = self._state()
@@ -58,7 +59,7 @@ class CallStream:
                 return
 
     def _state(self) -> object:
-        """A value that changes whenever text was processed."""
+        """A value that changes whenever some text is processed, so that equal values mean that more text is needed."""
         return self._held, self._inside, self._arguments
 
     def flush(self) -> Iterator[Piece]:
@@ -71,12 +72,13 @@ class CallStream:
         self._inside, self._arguments = False, None
 
     def _text(self) -> Iterator[Piece]:
+        """Processes text outside of calls."""
         before, tag, after = self._held.partition(OPEN_CALL)
         if tag:
             yield from self._said(before if not self.calls or before.strip() else "", last=True)
             self._held, self._inside = after, True
             return
-        # white space before a call is dropped, and the end may be the beginning of a tag, so both must wait
+        # white space at the end may precede a call and be dropped, and the end may be the beginning of a tag: both wait
         kept = next(
             (n for n in range(min(len(OPEN_CALL) - 1, len(before)), 0, -1) if before.endswith(OPEN_CALL[:n])), 0
         )
@@ -85,6 +87,7 @@ class CallStream:
         self._held = before[end:]
 
     def _said(self, text: str, *, last: bool = False) -> Iterator[Piece]:
+        """Yields text outside of calls, without white space between calls; ``last`` is text directly before a call."""
         text = text.rstrip() if last else text
         if self.calls and not self._begun_after_call(text):
             return
@@ -92,10 +95,12 @@ class CallStream:
             yield Piece("text", text)
 
     def _begun_after_call(self, text: str) -> bool:
+        """Whether there is text other than white space after the last call."""
         self._begun = self._begun or bool(text.strip())
         return self._begun
 
     def _call(self) -> Iterator[Piece]:
+        """Processes text inside of a call."""
         if self._arguments is None:
             head = _HEAD.match(self._held)
             name = None if head is None else _name(head[1])
@@ -120,7 +125,7 @@ class CallStream:
                 self._held, self._inside, self._arguments = after, False, None
 
     def _whole(self, body: str, *, ended: bool = True) -> Iterator[Piece]:
-        """Yields a call whose keys are in an unusual order, or the text if it is not a call."""
+        """Yields a complete call whose keys are in an unusual order, or its text if it is not a valid call."""
         try:
             call = json.loads(body)
             name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
@@ -136,7 +141,7 @@ class CallStream:
 
 
 def _name(text: str) -> str | None:
-    """The name in a JSON string; None if it is invalid."""
+    """The name of a function from a JSON string; None if it is invalid."""
     try:
         name = str(json.loads(text))
         name.encode()
@@ -146,7 +151,11 @@ def _name(text: str) -> str | None:
 
 
 class _Value:
-    """A scanner that finds the end of a JSON object that arrives in pieces."""
+    """A scanner that finds the end of a JSON object in text that arrives in pieces.
+
+    Attributes:
+        over: whether the end was found.
+    """
 
     def __init__(self) -> None:
         self.over = False
@@ -154,7 +163,7 @@ class _Value:
         self._quoted = self._escaped = False
 
     def take(self, text: str) -> int:
-        """Scans the next piece; returns how many of its characters belong to the object."""
+        """Scans the next piece and returns the number of its characters that belong to the object."""
         for place, character in enumerate(text):
             if self.over:
                 return place

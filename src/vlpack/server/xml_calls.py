@@ -10,8 +10,8 @@ A call is a name and parameters, whose values are written as text without quotes
     </function>
     </tool_call>
 
-Clients get arguments as JSON, so the schema of the function says what a text stands for: "5" is a number if the
-parameter is a number.
+Clients get arguments as JSON, so the function's schema decides the type of a value: the text "5" becomes a number if
+the parameter is a number.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from vlpack.server.calls import CLOSE_CALL, OPEN_CALL, CallStream, Piece
 
 MARK = "<function="
-"""Beginning of a function's name in a call, by which a chat template with this form is known."""
+"""Text before a function's name in a call; a chat template that contains it uses this form."""
 
 _HEAD = re.compile(r"\s*<function=([^>\n]*)>")
 _PARAMETER = re.compile(r"\s*<parameter=([^>\n]*)>")
@@ -33,10 +33,11 @@ MAX_VISITS = 1000
 """Largest number of schemas that are visited for a parameter's alternatives; references to references can have more
 alternatives than any memory holds."""
 BOOLEANS = {"true": True, "false": False, "True": True, "False": False}
+"""Texts that stand for booleans; chat templates write those of Python."""
 
 
 class XmlCallStream(CallStream):
-    """Separates XML-like tool calls from the text around them, in generated text that arrives in pieces.
+    """A parser that separates XML-like tool calls from the text around them, in text that arrives in pieces.
 
     The arguments of a call are passed on as JSON, each parameter when its text is complete.
 
@@ -47,7 +48,7 @@ class XmlCallStream(CallStream):
     def __init__(self, functions: Sequence[Mapping[str, Any]]) -> None:
         super().__init__()
         self._parameters = {function["name"]: function.get("parameters") or {} for function in functions}
-        self._name: str | None = None  # of the call that has begun
+        self._name: str | None = None  # the function of the current call
         self._given: set[str] = set()
         self._over = False  # whether the function's end has been read
 
@@ -73,10 +74,11 @@ class XmlCallStream(CallStream):
             yield from self._ended(end.end())
         elif (head := _PARAMETER.match(self._held)) is not None:
             yield from self._parameter(head)
-        elif (place := self._held.find(CLOSE_CALL)) >= 0:  # without an end of the function
+        elif (place := self._held.find(CLOSE_CALL)) >= 0:  # the end of the function is missing
             yield from self._ended(place)
 
     def _begun_call(self) -> Iterator[Piece]:
+        """Yields a new call when the name of its function is complete."""
         if (head := _HEAD.match(self._held)) is not None and head[1]:
             self.calls += 1
             self._begun, self._name, self._given = False, head[1], set()
@@ -89,6 +91,7 @@ class XmlCallStream(CallStream):
             yield Piece("text", OPEN_CALL + body + CLOSE_CALL)
 
     def _parameter(self, head: re.Match[str]) -> Iterator[Piece]:
+        """Yields a parameter as JSON when its text is complete; ``head`` is the match of its opening tag."""
         rest = self._held[head.end() :]
         value, tag, after = rest.partition("</parameter>")
         if not tag:
@@ -108,10 +111,12 @@ class XmlCallStream(CallStream):
         yield Piece("arguments", f"{before}{json.dumps(head[1], ensure_ascii=False)}: {value_json}")
 
     def _ended(self, place: int) -> Iterator[Piece]:
+        """Yields the end of the arguments; ``place`` is the index of the text after the function."""
         self._held, self._over = self._held[place:], True
         yield Piece("arguments", "}" if self._given else "{}")
 
     def _closed(self) -> Iterator[Piece]:
+        """Drops the text up to the closing tag of a call."""
         _, tag, after = self._held.partition(CLOSE_CALL)
         if tag:
             self._held, self._inside, self._name, self._over = after, False, None, False
@@ -119,12 +124,12 @@ class XmlCallStream(CallStream):
 
 
 def value_of(text: str, schema: Any, root: Mapping[str, Any]) -> Any:
-    """The JSON value that a parameter's text stands for; the text itself if its schema says nothing else.
+    """The JSON value that a parameter's text stands for; the text itself if the schema demands no other type.
 
     Args:
         text: text between the tags.
         schema: JSON schema of the parameter; None if it has none.
-        root: schema of all parameters, to which references lead.
+        root: schema of all parameters, in which references are looked up.
     """
     branches = branches_of(schema, root)
     if not branches or any(is_text(branch) and not choices_of(branch) for branch in branches):
@@ -161,7 +166,7 @@ def _as_json(text: str, kinds: set[Any]) -> Any:
 
 
 def _null_or(text: str, branches: Sequence[Mapping[str, Any]]) -> str | None:
-    """A free text; None if it says null and the schema allows null beside text."""
+    """A text; None if it is ``null`` or ``None`` and the schema also allows null."""
     nullable = any("null" in kinds_of(branch) for branch in branches)
     return None if nullable and text.strip() in ("null", "None") else text
 
@@ -209,5 +214,5 @@ def kinds_of(schema: Mapping[str, Any]) -> list[Any]:
 
 
 def is_text(schema: Mapping[str, Any]) -> bool:
-    """Whether a schema is one of strings."""
+    """Whether a schema demands a string."""
     return schema.get("type") == "string"

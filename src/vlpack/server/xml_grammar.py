@@ -11,6 +11,7 @@ from vlpack.server.errors import wrong
 from vlpack.server.xml_calls import BOOLEANS, branches_of, choices_of, is_text
 
 _AFTER = "\n</parameter>\n"
+"""Text after a parameter's value."""
 _FREE = r"(?s:.*)"
 MAX_PATTERN = 2000
 """Largest number of characters of a pattern, because the time to check one grows with the square."""
@@ -21,10 +22,11 @@ _FORMATS = {
     "uuid": r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}",
     "email": r"[A-Za-z0-9_.+-]+@[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)+",
 }
+"""Regular expressions of values of ``format`` in a JSON schema."""
 
 
 def call_rules(name: str, function: Mapping[str, Any], parameters: Mapping[str, Any], style: Any) -> dict[str, str]:
-    """Rules of a Lark grammar for the text of a call between its tags, with arguments that match a schema.
+    """The rules of a Lark grammar for the text of a call between its tags, with arguments that match a schema.
 
     Args:
         name: name of the first rule, and prefix of the others.
@@ -32,8 +34,11 @@ def call_rules(name: str, function: Mapping[str, Any], parameters: Mapping[str, 
         parameters: schema of its parameters.
         style: ``x-guidance`` options for values that are written as JSON.
 
+    Returns:
+        The rules, by name.
+
     Raises:
-        ApiError: a schema cannot be forced in a text without quotes.
+        ApiError: a schema cannot be enforced on text without quotes.
     """
     rules: dict[str, str] = {}
     properties = parameters.get("properties") or {}
@@ -62,7 +67,15 @@ def call_rules(name: str, function: Mapping[str, Any], parameters: Mapping[str, 
 def _value_rules(
     rule: str, schema: Any, root: Mapping[str, Any], style: Any, where: tuple[Mapping[str, Any], str]
 ) -> dict[str, str]:
-    """The rules for a parameter's value and its closing tag."""
+    """The rules for a parameter's value and its closing tag.
+
+    Args:
+        rule: name of the first rule, and prefix of the others.
+        schema: schema of the value.
+        root: schema of all parameters, in which references are looked up.
+        style: ``x-guidance`` options for values that are written as JSON.
+        where: function and name of the parameter, for errors.
+    """
     branches = branches_of(schema, root)
     texts = [_pattern(branch, where) for branch in branches if is_text(branch) or choices_of(branch) is not None]
     if schema is False:
@@ -86,10 +99,10 @@ def _value_rules(
 
 
 def _pattern(schema: Mapping[str, Any], where: tuple[Mapping[str, Any], str]) -> str:
-    """The regular expression of a text that matches a schema of strings, or of constants.
+    """The regular expression for texts that match a schema of strings or constants.
 
     Raises:
-        ApiError: the schema has keywords for which there is none.
+        ApiError: the schema has keywords that cannot be expressed.
     """
     chosen = choices_of(schema)
     if chosen is not None:
@@ -140,11 +153,12 @@ def _outside(pattern: str) -> bool:
 
 
 def _escaped(text: str) -> str:
-    """A regular expression that matches exactly this text, as it may stand between slashes."""
+    """A regular expression, for use between slashes, that matches exactly this text."""
     return "".join(c if (c.isalnum() and c.isascii()) or c in " _" else f"\\x{{{ord(c):x}}}" for c in text)
 
 
 def _not_forced(function: Mapping[str, Any], name: str, what: str) -> Exception:
+    """The error for a parameter whose schema cannot be enforced."""
     return wrong(
         f"The parameter {name!r} of the function {function['name']!r} has {what}, to which calls of this model cannot "
         "be constrained. Leave it out of the schema, or do not require calls ('strict', 'tool_choice').",

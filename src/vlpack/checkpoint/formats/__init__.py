@@ -1,4 +1,4 @@
-"""The formats of quantized checkpoints: which tensors a weight consists of there, and which values they stand for.
+"""The formats of quantized checkpoints: which stored tensors make up a weight, and which values these stand for.
 
 `detect.py` reads what a checkpoint declares, one module per format lists its weights as `Packed`, and `unpacked.py`
 presents the checkpoint as if it were not quantized, so that no other code needs to know.

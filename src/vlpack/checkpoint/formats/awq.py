@@ -1,4 +1,4 @@
-"""AWQ's layout ``gemm``: 4-bit codes packed along the rows of the weight, in an order of their own.
+"""AWQ's layout ``gemm``: 4-bit codes packed along the rows of the weight, interleaved within each 32-bit word.
 
 A weight ``X.weight`` [N, K] is stored as ``X.qweight`` int32 [K, N / 8], ``X.qzeros`` int32 [G, N / 8] and ``X.scales``
 [G, N], for G groups of adjacent columns. Source: AutoAWQ 0.2.9, ``awq/modules/linear/gemm.py``.
@@ -20,12 +20,22 @@ from vlpack.errors import CheckpointError
 Array = npt.NDArray[Any]
 
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Number of the 4-bit code in a word that belongs to each of the word's eight rows of the weight."""
+"""For each of the eight rows of the weight that a word holds: the index of its 4-bit code in the word."""
 _OF = "the format AWQ gemm"
+"""Name of the format in error messages."""
 
 
 class AwqWeight(ColumnPacked):
-    """A weight in AWQ's layout ``gemm``."""
+    """A weight in AWQ's layout ``gemm``.
+
+    Args:
+        base: the checkpoint.
+        module: name of the module.
+        group_size: declared number of columns that share a scale; -1 for one scale per row.
+
+    Raises:
+        CheckpointError: a tensor is missing, or its type or shape does not fit the format.
+    """
 
     label = "AWQ"
     bits = 4
@@ -56,7 +66,7 @@ class AwqWeight(ColumnPacked):
 
 
 def _columns(words: Array, start: int, stop: int) -> Array:
-    """Columns ``[start, stop)`` of what words ``[k, N / 8]`` hold, uint8 ``[k, stop - start]``."""
+    """Unpacks columns ``[start, stop)`` of the codes in words ``[k, N / 8]``: uint8 ``[k, stop - start]``."""
     low = start // 8
     codes = nibbles(words[:, low : -(-stop // 8)]).reshape(len(words), -1, 8)
     ordered: Array = codes[:, :, PLACES].reshape(len(words), -1)[:, start - 8 * low : stop - 8 * low]

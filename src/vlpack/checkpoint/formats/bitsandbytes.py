@@ -1,7 +1,7 @@
-"""The formats of bitsandbytes: 4-bit codes of a codebook (nf4, fp4), and 8-bit integers with a scale per row.
+"""The formats of bitsandbytes: 4-bit indices into a codebook (nf4, fp4), and 8-bit integers with a scale per row.
 
 A 4-bit weight ``X.weight`` is stored flat, uint8 [N · K / 2, 1] with the earlier code in the upper half of a byte,
-beside ``X.weight.absmax`` (one for each block of the flat weight), ``X.weight.quant_map`` (the codebook) and
+beside ``X.weight.absmax`` (a factor for each block of the flat weight), ``X.weight.quant_map`` (the codebook) and
 ``X.weight.quant_state.bitsandbytes__nf4``, a JSON object in UTF-8 with shape, block size and dtype. With double
 quantization, absmax is itself 8-bit codes of ``nested_quant_map`` with ``nested_absmax``. An 8-bit weight is int8
 [N, K] with ``X.SCB`` [N], 127 times the scale. Source: bitsandbytes 0.50, ``functional.py`` and ``backends/``.
@@ -26,20 +26,25 @@ from vlpack.errors import CheckpointError
 Array = npt.NDArray[Any]
 
 STATE = ".quant_state.bitsandbytes__"
+"""Part of a tensor's name between the name of a 4-bit weight and the name of its codebook."""
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 """Types to which the library rounds dequantized values."""
 INVERSE_OF_127 = np.float32(7.874015718698502e-3)
-"""The factor by which the library multiplies products of codes and ``SCB``."""
+"""The constant 1 / 127, in the digits of the library, by which it multiplies products of codes and ``SCB``."""
 _OF = "the format bitsandbytes"
+"""Name of the format in error messages."""
 
 
 class CodebookWeight(Packed):
-    """A weight of 4-bit codes of a codebook, in blocks of the flattened weight.
+    """A weight of 4-bit indices into a codebook of 16 values, with a factor for each block of the flattened weight.
 
     Args:
         base: the checkpoint.
         name: name of the weight.
         kind: ``nf4`` or ``fp4``.
+
+    Raises:
+        CheckpointError: a tensor or a setting is missing, or does not fit the format.
     """
 
     obstacle = "the values of its codebook lie on no grid of integers"
@@ -99,7 +104,7 @@ class CodebookWeight(Packed):
         check_scales(self, self._absmax(0, self.base.tensors[self.absmax].shape[0])[None], 1.0)
 
     def _absmax(self, start: int, stop: int) -> Array:
-        """The factors of the blocks ``[start, stop)`` of the flat weight, float32."""
+        """The factors of blocks ``[start, stop)`` of the flat weight, float32 ``[stop - start]``."""
         stored_factors = self.base.rows(self.absmax, start, stop, width=1).reshape(-1)
         if not self.nested:
             return stored_factors
@@ -113,7 +118,15 @@ class CodebookWeight(Packed):
 
 
 class Int8Weight(Gridded):
-    """A weight of 8-bit integers with a scale per row (LLM.int8)."""
+    """A weight of 8-bit integers with a scale per row (LLM.int8).
+
+    Args:
+        base: the checkpoint.
+        module: name of the module.
+
+    Raises:
+        CheckpointError: a tensor is missing, or does not fit the format.
+    """
 
     label, bits, groups = "bitsandbytes int8", 8, 1
 
@@ -150,6 +163,7 @@ class Int8Weight(Gridded):
 
 
 def _state(base: Checkpoint, name: str) -> Section:
+    """The settings of a 4-bit weight, from the tensor that holds them as JSON text."""
     tensor = stored(base, name, ["uint8"], of=_OF)
     if len(tensor.shape) != 1 or tensor.nbytes > 10_000:
         raise CheckpointError(f"{tensor.file}: the tensor {name} is not a short text.", DAMAGED)
@@ -158,7 +172,11 @@ def _state(base: Checkpoint, name: str) -> Section:
 
 
 def find(base: Checkpoint, declared: Declared) -> dict[str, Packed]:
-    """The weights of a checkpoint that bitsandbytes quantized, by name."""
+    """The weights of a checkpoint that bitsandbytes quantized, by name.
+
+    Raises:
+        CheckpointError: a weight uses a codebook that is not read, or its tensors do not fit the format.
+    """
     weights: dict[str, Packed] = {}
     for name in base.tensors:
         weight, state, kind = name.rpartition(STATE)

@@ -1,7 +1,7 @@
-"""Weights that are stored transposed, with codes packed into words: the layouts of GPTQ and AWQ.
+"""Weights that are stored transposed, with codes packed into 32-bit words: the layouts of GPTQ and AWQ.
 
-A range of a weight's rows is a range of columns there. Each thread keeps the codes of a window of rows that it read
-last, so that a weight that is read slab by slab is unpacked once.
+The rows of such a weight are columns of the stored tensors. Each thread keeps the unpacked codes of the rows that it
+read last (a window), so a weight that is read slab by slab is unpacked only once.
 """
 
 from __future__ import annotations
@@ -20,10 +20,17 @@ Array = npt.NDArray[Any]
 WINDOW = 1 << 25
 """Largest number of codes that a thread keeps, one byte each."""
 _SLAB = 1 << 22
+"""Number of packed words that are read and unpacked at a time."""
 
 
 class _Window(NamedTuple):
-    """Rows of a weight from ``start`` on: codes ``[n, K]``."""
+    """The unpacked codes of some adjacent rows of a weight.
+
+    Attributes:
+        owner: the weight.
+        start: first row.
+        codes: codes, uint8 ``[n, K]``.
+    """
 
     owner: Any
     start: int
@@ -31,7 +38,7 @@ class _Window(NamedTuple):
 
 
 class _Last(threading.local):
-    """The window that a thread read last."""
+    """Thread-local storage for the window that a thread read last."""
 
     window: _Window | None = None
 
@@ -40,7 +47,7 @@ _last = _Last()
 
 
 class ColumnPacked(Gridded):
-    """A weight with codes ``[K, N]``, zero points ``[G, N]`` and scales ``[G, N]``, of which the first two are packed.
+    """A weight that is stored transposed: packed codes ``[K, N]``, packed zero points and scales ``[G, N]``.
 
     Attributes:
         qweight: name of the packed codes.
@@ -91,12 +98,22 @@ class ColumnPacked(Gridded):
 
     @abstractmethod
     def unpack(self, words: Array, start: int, stop: int) -> Array:
-        """Codes uint8 ``[stop - start, k]`` of rows ``[start, stop)``, from adjacent rows of the packed tensor."""
+        """Unpacks the codes of rows ``[start, stop)`` from some adjacent rows of the packed tensor.
+
+        Args:
+            words: rows of the packed tensor, int32; they hold k columns of the weight.
+            start: first row of the weight.
+            stop: row of the weight after the last one.
+
+        Returns:
+            The codes, uint8 ``[stop - start, k]``.
+        """
 
     def _window(self, start: int, stop: int) -> Array:
+        """The codes of rows ``[start, stop)`` in all columns, uint8 ``[stop - start, K]``."""
         codes = np.empty((stop - start, self.cols), np.uint8)
         rows, width = self.base.tensors[self.qweight].shape
-        per_row = self.cols // rows  # columns of the weight for each packed row: 1, or those of a word
+        per_row = self.cols // rows  # columns of the weight in each packed row: 1, or as many as a word has codes
         step = max(1, _SLAB // max(1, width))
         for first in range(0, rows, step):
             last = min(first + step, rows)

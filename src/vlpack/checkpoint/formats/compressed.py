@@ -2,8 +2,8 @@
 
 A weight ``X.weight`` [N, K] is stored as ``X.weight_packed`` int32 [N, K · bits / 32] with ``X.weight_shape``, or as
 ``X.weight`` int8 [N, K]; with ``X.weight_scale`` [N, G] or [1], perhaps ``X.weight_zero_point``, packed along N or int8
-[N, G], and perhaps ``X.weight_g_idx`` [K], the group of each column. Packed codes and zero points are larger by half
-their range than the signed ones. Source: compressed-tensors 0.20, ``compressors/pack_quantized``.
+[N, G], and perhaps ``X.weight_g_idx`` [K], the group of each column. Packed codes and zero points are unsigned: half
+their range was added to the signed ones. Source: compressed-tensors 0.20, ``compressors/pack_quantized``.
 """
 
 from __future__ import annotations
@@ -22,16 +22,20 @@ from vlpack.errors import CheckpointError
 Array = npt.NDArray[Any]
 
 _OF = "the format compressed-tensors"
+"""Name of the format in error messages."""
 
 
 class CompressedWeight(Gridded):
-    """A weight of integers in one of the formats of compressed-tensors.
+    """A weight of 4-bit or 8-bit integers in one of the formats of compressed-tensors.
 
     Args:
         base: the checkpoint.
         module: name of the module.
         packed: whether codes are packed into words.
         schemes: the declared schemes; the tensors must fit one of them.
+
+    Raises:
+        CheckpointError: a tensor is missing, or does not fit the format or any scheme.
     """
 
     def __init__(self, base: Checkpoint, module: str, packed: bool, schemes: tuple[Scheme, ...]) -> None:
@@ -139,7 +143,17 @@ def _packed_shape(base: Checkpoint, module: str) -> tuple[tuple[int, ...], int]:
 def _fitting(
     schemes: tuple[Scheme, ...], bits: int | None, scales: tuple[int, ...], shape: tuple[int, int]
 ) -> Scheme | None:
-    """The scheme of integers that a weight with scales of that shape can have; symmetric ones come first."""
+    """The first integer scheme that fits a weight's bits and the shape of its scales; symmetric ones are tried first.
+
+    Args:
+        schemes: the declared schemes.
+        bits: bits of a code; None if the tensors do not show them.
+        scales: shape of the scales.
+        shape: shape ``(N, K)`` of the weight.
+
+    Returns:
+        The scheme; None if none fits.
+    """
     rows, cols = shape
     for scheme in sorted(schemes, key=lambda scheme: not scheme.symmetric):
         fits = {
@@ -156,7 +170,11 @@ def _fitting(
 
 
 def find(base: Checkpoint, declared: Declared) -> dict[str, Packed]:
-    """The weights of integers of a checkpoint in the formats of compressed-tensors, by name."""
+    """The integer weights of a checkpoint in the formats of compressed-tensors, by name.
+
+    Raises:
+        CheckpointError: the tensors of a weight do not fit the format or its declaration.
+    """
     weights: dict[str, Packed] = {}
     for name, tensor in base.tensors.items():
         module, _, end = name.rpartition(".")

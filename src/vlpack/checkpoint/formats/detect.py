@@ -1,4 +1,4 @@
-"""Reads what a checkpoint declares about its quantization: the method and its parameters, checked, without any weights.
+"""Reads and checks the declaration of a checkpoint's quantization, its method and parameters, without reading weights.
 
 A method that vlpack does not read is an error that names it.
 """
@@ -41,11 +41,13 @@ ENDINGS = {
 READ = "compressed-tensors (pack-, int- and float-quantized), AWQ gemm, GPTQ, AutoRound, FP8 and bitsandbytes"
 """The formats that are read, for messages."""
 HINT = f"Use the original checkpoint, in bfloat16 or float32, or one in a format that vlpack reads: {READ}."
+"""Hint of errors about formats that are not read."""
 
 ALGORITHMS = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
 """ModelOpt's algorithms whose weights are FP8 with scales per tensor or per channel."""
 NVFP4 = "NVFP4, 4-bit floating point with scales for 16 values"
 MXFP4 = "MXFP4, 4-bit floating point with scales for 32 values"
+"""Descriptions of formats that are not read, for messages."""
 MAX_GROUP = 1 << 20
 """Largest group or block size that is accepted."""
 
@@ -77,7 +79,7 @@ class Declared:
 
     Args:
         method: name of the method, as in ``quant_method``; it decides which tensors are read, and how.
-        where: place of the declaration, for messages.
+        where: place of the declaration, such as ``quantization_config in config.json``, for messages.
         label: description of the format for users, such as ``GPTQ, 4 bits, groups of 128``.
         bits: bits of the smallest codes, 4 or 8.
         group_size: number of columns that share a scale, for AWQ and GPTQ; -1 for one scale per row.
@@ -104,8 +106,8 @@ def detect(checkpoint: Checkpoint) -> Declared | None:
     """The quantization that a checkpoint declares; None if it is not quantized.
 
     Raises:
-        CheckpointError: it is quantized in a way that vlpack does not read, or its declaration is damaged. If it is
-            only the tensors that show a quantization, there is nothing that says how to read them.
+        CheckpointError: the method is not one that vlpack reads, the declaration is damaged, or only the names of
+            tensors show that the checkpoint is quantized, so that nothing tells how to read them.
     """
     if isinstance(checkpoint, Gguf):
         return _gguf(checkpoint)
@@ -132,10 +134,11 @@ def detect(checkpoint: Checkpoint) -> Declared | None:
 
 
 def _gguf(checkpoint: Gguf) -> Declared | None:
+    """The quantization of a GGUF file, from the types of its tensors; None if no tensor is stored in blocks."""
     kinds = list(checkpoint.block_values())
     if not kinds:
         return None
-    # the bits in which most values are stored: files for 4 bits have some matrices in 5 or 6
+    # the most frequent type decides, because files with 4 bits store some matrices in 5 or 6 bits
     label = f"GGUF, {' and '.join(kind.name for kind in kinds)}"
     return Declared("gguf", f"GGUF, {checkpoint.place.name}", label, 4 if kinds[0].bits <= 4 else 8)
 
@@ -146,7 +149,7 @@ def refused(checkpoint: Checkpoint, what: str, why: str = "which vlpack does not
 
 
 def _declarations(checkpoint: Checkpoint) -> Iterator[tuple[Section, str]]:
-    """The declarations of a checkpoint, most important first: the object, and where it is, for messages."""
+    """Yields the declarations of a checkpoint, most important first: the object, and its place for messages."""
     config_file = str(checkpoint.folder / "config.json")
     text = checkpoint.config.get("text_config")
     for config in (checkpoint.config, text if isinstance(text, dict) else {}):
@@ -178,6 +181,16 @@ def _declarations(checkpoint: Checkpoint) -> Iterator[tuple[Section, str]]:
 
 
 def _read(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
+    """Reads a declaration with the reader of its method.
+
+    Args:
+        checkpoint: the checkpoint, for messages.
+        section: the object with the declaration.
+        where: its place, for messages.
+
+    Raises:
+        CheckpointError: the method is not read, or the declaration is damaged.
+    """
     method = section.values.get("quant_method")
     readers = {
         "compressed-tensors": _compressed,
@@ -205,10 +218,12 @@ def _group_size(section: Section, default: int | None = None) -> int:
 
 
 def _groups(size: int) -> str:
+    """The description of a group size for users."""
     return "one scale per row" if size == -1 else f"groups of {size}"
 
 
 def _awq(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
+    """The declaration of AWQ."""
     version = str(section.values.get("version", "gemm")).lower()
     bits = section.integer("bits", high=64)
     if version != "gemm" or bits != 4:
@@ -220,6 +235,7 @@ def _awq(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
 
 
 def _gptq(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
+    """The declaration of GPTQ, in either version of its format."""
     bits, size = section.integer("bits", high=64), _group_size(section, -1)
     form = section.values.get("checkpoint_format") or section.values.get("format") or "gptq"
     if form not in ("gptq", "gptq_v2") or bits not in (4, 8):
@@ -244,6 +260,7 @@ def _auto_round(checkpoint: Checkpoint, section: Section, where: str) -> Declare
 
 
 def _fp8(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
+    """The declaration of FP8 as transformers writes it, with or without blocks."""
     if section.values.get("fmt", "e4m3") != "e4m3":
         raise refused(checkpoint, f"FP8 of the type {quote(section.values['fmt'])}; {where}")
     if section.values.get("weight_block_size") is None:
@@ -253,6 +270,7 @@ def _fp8(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
 
 
 def _pair(section: Section, name: str) -> tuple[int, int]:
+    """The numbers of rows and of columns of a block, from a setting."""
     sizes = section.integers(name, low=1, high=MAX_GROUP)
     if len(sizes) != 2:
         raise CheckpointError(f"{section.where}: '{name}' must be two numbers, of rows and of columns.")
@@ -260,6 +278,7 @@ def _pair(section: Section, name: str) -> tuple[int, int]:
 
 
 def _bitsandbytes(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
+    """The declaration of bitsandbytes, in 4 or 8 bits."""
     four, eight = (section.flag(name, False) for name in ("load_in_4bit", "load_in_8bit"))
     if four == eight:
         raise CheckpointError(f"{section.where}: one of 'load_in_4bit' and 'load_in_8bit' must be true.")
@@ -270,6 +289,7 @@ def _bitsandbytes(checkpoint: Checkpoint, section: Section, where: str) -> Decla
 
 
 def _modelopt(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
+    """The declaration of ModelOpt, of which only FP8 is read."""
     values = section.values
     layers = values.get("quantized_layers")
     each = layers.values() if isinstance(layers, dict) else []
@@ -285,6 +305,7 @@ def _modelopt(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
 
 
 def _compressed(checkpoint: Checkpoint, section: Section, where: str) -> Declared:
+    """The declaration of compressed-tensors, with all its schemes."""
     form = str(section.values.get("format", "pack-quantized"))
     sparsity = section.values.get("sparsity_config") or {}
     sparse = sparsity.get("format", "dense") if isinstance(sparsity, dict) else str(sparsity)
@@ -309,6 +330,7 @@ def _compressed(checkpoint: Checkpoint, section: Section, where: str) -> Declare
 
 
 def _scheme_label(scheme: Scheme) -> str:
+    """The description of a scheme for users."""
     extent = {
         "tensor": "one scale per matrix",
         "channel": "one scale per row",
@@ -320,7 +342,7 @@ def _scheme_label(scheme: Scheme) -> str:
 
 
 def _schemes(checkpoint: Checkpoint, section: Section, where: str) -> Iterator[Scheme]:
-    """The schemes of ``config_groups`` that quantize weights."""
+    """Yields the schemes of ``config_groups`` that quantize weights."""
     groups = section.section("config_groups")
     if len(groups.values) > 10_000:
         raise CheckpointError(f"{groups.where} has more than 10000 entries.")

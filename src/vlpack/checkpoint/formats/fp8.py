@@ -1,8 +1,8 @@
-"""FP8 weights (E4M3) with scales per block, per row or per matrix: Qwen's own, and those of compressed-tensors.
+"""FP8 weights (E4M3) with scales per block, per row or per matrix, as Qwen, compressed-tensors and ModelOpt store them.
 
 A weight ``X.weight`` float8_e4m3fn [N, K] has scales ``X.weight_scale_inv`` or ``X.weight_scale``: [⌈N / a⌉, ⌈K / b⌉]
 for blocks of a × b, [N, 1] or [N] per row, [1] or [] per matrix. Scales of the type uint8 are exponents:
-2 ** (byte - 127). Experts in one tensor have the same names without ``.weight`` and one more axis in front. Source:
+2 ** (byte - 127). Experts in one tensor have names without ``.weight``, and one more axis in front. Source:
 transformers 5.24, ``integrations/finegrained_fp8.py``.
 """
 
@@ -26,8 +26,9 @@ LARGEST = 448.0
 EXPONENTS = ("uint8", "float8_e8m0fnu")
 """Types of scales that are powers of two."""
 VALUES = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
-"""The value of each byte, which is looked up faster than it is converted."""
+"""The E4M3 value of each byte, float32 ``[256]``; looking values up is faster than converting them."""
 _OF = "FP8"
+"""Name of the format in error messages."""
 
 
 class Fp8Weight(Packed):
@@ -38,6 +39,9 @@ class Fp8Weight(Packed):
         name: name of the weight.
         scale: name of its scales.
         extents: accepted extents of a scale: ``tensor``, ``channel``, or numbers of rows and columns.
+
+    Raises:
+        CheckpointError: the shape of the weight or of the scales does not fit.
     """
 
     label = "FP8"

@@ -1,7 +1,7 @@
-"""GGUF's blocks: matrices of which each row is a sequence of blocks of bytes, with their scales inside.
+"""Quantized matrices of GGUF files: each row is a sequence of blocks, which hold codes together with their scales.
 
-Q4_0 and Q8_0 have a grid, ``(code - zero) · scale`` in blocks of 32 with scales in float16. The values of the other
-types are sums of products of several numbers, which no kernel's grid holds. `vlpack.checkpoint.gguf` reads the files.
+Q4_0 and Q8_0 have a grid, ``(code - zero) · scale`` in blocks of 32 with scales in float16. A value of the other types
+is a sum of products of several numbers, which no kernel can represent. `vlpack.checkpoint.gguf` reads the files.
 """
 
 from __future__ import annotations
@@ -20,10 +20,17 @@ from vlpack.checkpoint.gguf.types import BlockType
 Array = npt.NDArray[Any]
 
 _SLAB = 1 << 22
+"""Number of values whose scales are checked at a time."""
 
 
 class GgufWeight(Gridded):
-    """A matrix that is stored in blocks of one type."""
+    """A matrix of a GGUF file that is stored in blocks of one type.
+
+    Args:
+        base: the checkpoint.
+        name: name of the weight.
+        kind: type of its blocks.
+    """
 
     def __init__(self, base: Checkpoint, name: str, kind: BlockType) -> None:
         rows, octets = base.tensors[name].shape

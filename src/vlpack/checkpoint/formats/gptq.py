@@ -1,4 +1,4 @@
-"""GPTQ's layout: codes packed along the columns of the weight, whose groups may be permuted (``desc_act``).
+"""GPTQ's layout: codes packed along the columns of the weight, in groups of columns that ``desc_act`` may permute.
 
 A weight ``X.weight`` [N, K] is stored as ``X.qweight`` int32 [K · bits / 32, N], ``X.qzeros`` int32 [G, N · bits / 32],
 ``X.scales`` [G, N] and perhaps ``X.g_idx`` int32 [K], the group of each column. The first version of the format stores
@@ -23,6 +23,7 @@ Array = npt.NDArray[Any]
 BITS = (4, 8)
 """Numbers of bits of a code that are read."""
 _OF = "the format GPTQ"
+"""Name of the format in error messages."""
 
 
 class GptqWeight(ColumnPacked):
@@ -32,7 +33,10 @@ class GptqWeight(ColumnPacked):
         base: the checkpoint.
         module: name of the module.
         first_version: whether stored zero points are smaller by 1.
-        sizes: declared pairs of bits and group size; None if they can differ from module to module.
+        sizes: declared bits and group size; None if they can differ from module to module.
+
+    Raises:
+        CheckpointError: a tensor is missing, or does not fit the format or the declaration.
     """
 
     label = "GPTQ"
@@ -84,10 +88,17 @@ class GptqWeight(ColumnPacked):
 
 
 def group_order(base: Checkpoint, name: str, cols: int, groups: int, of: str) -> Array | None:
-    """The group of each column, int64 ``[K]``, from a checkpoint's tensor; None if groups are of adjacent columns.
+    """The group of each column, int64 ``[K]``, from a checkpoint's tensor; None if groups have adjacent columns.
+
+    Args:
+        base: the checkpoint.
+        name: name of the tensor.
+        cols: number of columns K.
+        groups: number of groups.
+        of: name of the format, for errors.
 
     Raises:
-        CheckpointError: a group does not exist.
+        CheckpointError: the tensor is missing or has another type or shape, or it names a group that does not exist.
     """
     tensor = stored(base, name, ["int32", "int64"], (cols,), of=of)
     order = base.read(name).astype(np.int64)

@@ -1,7 +1,7 @@
-"""A quantized weight of a checkpoint: its stored tensors, its values, and, where it has one, its grid of codes.
+"""A quantized weight of a checkpoint: its stored tensors, its values, and its grid of codes if it has one.
 
-Values are products in fp32, which is what the formats' own libraries compute when they load a model in fp32. Where
-scales have 16 bits, such a product is exact.
+Values are computed in fp32, as the formats' own libraries do when they load a model in fp32. A product of a code and
+a scale in 16 bits is exact.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ Array = npt.NDArray[Any]
 FLOATS = ("float16", "bfloat16", "float32")
 """Types that scales may have."""
 DAMAGED = "The config and the weights do not belong together, or the checkpoint is damaged; download it again."
+"""Hint of errors about tensors that do not fit the declaration."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Grid:
         group: number of adjacent columns that share a scale and a zero point; K if there is one for each row.
         symmetric: whether all zero points are the middle code ``2 ** (bits - 1)``.
         half: whether every scale is exact in float16.
-        rounded_inputs: whether the checkpoint's own model rounds the inputs of the weight to 8 bits, as w8a8 does.
+        rounded_inputs: whether the original model also quantizes the inputs of the weight to 8 bits (w8a8).
     """
 
     bits: int
@@ -51,7 +52,7 @@ class Packed(ABC):
     Args:
         base: the checkpoint with the stored tensors.
         name: name of the weight in an unquantized checkpoint, such as ``model.layers.0.mlp.up_proj.weight``.
-        shape: its shape there; the last axis is K, and the others count rows.
+        shape: its shape in an unquantized checkpoint; the last axis has size K, and the others count rows.
         parts: names of the stored tensors that it consists of.
 
     Attributes:
@@ -77,7 +78,7 @@ class Packed(ABC):
 
     @property
     def info(self) -> TensorInfo:
-        """The entry of the weight in the table of tensors, as one of float32; it has no place in a file of its own."""
+        """The entry of the dequantized weight for a table of tensors: float32, with no bytes of its own in a file."""
         stored = self.base.tensors[self.parts[0]]
         return TensorInfo(self.name, np.dtype(np.float32), self.shape, stored.file, 0, 4 * int(np.prod(self.shape)))
 
@@ -112,7 +113,7 @@ class Packed(ABC):
 
 
 class Gridded(Packed):
-    """A weight with codes, scales and zero points; a subclass says how they are read.
+    """A weight with codes, scales and zero points, which subclasses read.
 
     Attributes:
         bits: bits of a code.
@@ -150,10 +151,16 @@ class Gridded(Packed):
 
 
 def check_scales(weight: Packed, scales: Array, largest: float, first_row: int = 0) -> None:
-    """Checks that scales ``[rows, groups]`` are finite, and products with values up to ``largest`` too.
+    """Checks that scales, and their products with values up to ``largest``, are finite.
+
+    Args:
+        weight: the weight, for messages.
+        scales: scales ``[rows, groups]``.
+        largest: largest magnitude that a scale is multiplied by.
+        first_row: index of the first row, for messages.
 
     Raises:
-        CheckpointError: one is not.
+        CheckpointError: a scale or a product is NaN or infinite.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         bad = ~np.isfinite(scales * np.float32(largest))
@@ -167,7 +174,7 @@ def check_scales(weight: Packed, scales: Array, largest: float, first_row: int =
 
 
 def stored(base: Checkpoint, name: str, dtypes: Sequence[str], *shapes: Sequence[int], of: str) -> TensorInfo:
-    """The entry of a stored tensor, after its type and shape were checked.
+    """Checks the type and shape of a stored tensor, and returns its entry.
 
     Args:
         base: the checkpoint.
@@ -197,7 +204,7 @@ def stored(base: Checkpoint, name: str, dtypes: Sequence[str], *shapes: Sequence
 
 
 def is_half(base: Checkpoint, name: str) -> bool:
-    """Whether the stored tensor ``name`` is of float16."""
+    """Whether the dtype of the stored tensor ``name`` is float16."""
     return base.tensors[name].dtype == np.float16
 
 

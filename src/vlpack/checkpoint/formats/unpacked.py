@@ -1,4 +1,4 @@
-"""A quantized checkpoint, presented as if it were not: the tensors have the names and shapes of the original model.
+"""A quantized checkpoint, presented as an unquantized one: its tensors have the names and shapes of the original model.
 
 Code that reads it needs no knowledge of quantization; `Checkpoint.packed` gives access to the codes.
 """
@@ -30,17 +30,24 @@ FINDERS = {
     "bitsandbytes": (bitsandbytes.find,),
     "gguf": (gguf.find,),
 }
-"""Method → functions that find the weights that it quantized."""
+"""For each method, the functions that find the weights that it quantized."""
 
 ACTIVATIONS = (
     ".input_scale", ".output_scale", ".input_zero_point", ".output_zero_point", ".activation_scale", ".q_scale",
     ".k_scale", ".v_scale", ".weight_format",
 )  # fmt: skip
-"""Endings of tensors that concern activations, the cache or the memory layout, and not the values of weights."""
+"""Endings of the names of tensors that are left out, because they do not affect the values of weights: they concern
+activations, the cache or the memory layout."""
 
 
 class Unpacked(Checkpoint):
     """A quantized checkpoint whose packed weights are presented as float32 tensors.
+
+    Args:
+        base: the quantized checkpoint, with its stored tensors.
+        declared: the quantization that it declares.
+        tensors: entries of the presented tensors, by name.
+        weights: quantized weights, by name.
 
     Attributes:
         declared: the quantization that it declares.
@@ -109,7 +116,7 @@ class Unpacked(Checkpoint):
 
 
 def unpacked(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint as if it were not quantized; the same object if it is not.
+    """A view of a quantized checkpoint as an unquantized one; the checkpoint itself if it is not quantized.
 
     Raises:
         CheckpointError: it is quantized in a way that vlpack does not read, or its tensors do not fit what it declares.
@@ -134,7 +141,7 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
     for name in weights:
         if name in tensors:
             raise CheckpointError(f"{checkpoint.folder} holds {quote(name)} twice, quantized and not quantized.")
-    # in the order of the stored bytes, so that reading in this order reads the disk from front to back
+    # in the order of the stored bytes, so that tensors that are read in this order are read sequentially from disk
     places = {weight.parts[0]: name for name, weight in weights.items()}
     ordered = {
         name if name in tensors else places[name]: tensors.get(name) or weights[places[name]].info

@@ -1,7 +1,8 @@
 """Checkpoints in GGUF files, the format of llama.cpp.
 
 `header.py` reads the untrusted file, `types.py` has the layouts of quantized blocks, `names.py`, `settings.py` and
-`tokenizer.py` translate to what a Hugging Face checkpoint has, and `checkpoint.py` puts these together.
+`tokenizer.py` translate names, settings and tokenizer into those of a Hugging Face checkpoint, and `checkpoint.py`
+combines them.
 """
 
 from vlpack.checkpoint.gguf.checkpoint import Gguf, gguf_in

@@ -1,7 +1,7 @@
-"""A GGUF file as a checkpoint: tensors under Hugging Face's names, and the other files of a checkpoint's folder.
+"""A GGUF file as a checkpoint: its tensors under Hugging Face's names, and a folder with its settings and tokenizer.
 
-The settings and the tokenizer are written to a temporary folder, so that all code that reads a checkpoint's folder
-reads them in the same way.
+That folder is a temporary one with files such as config.json, so all code that reads a checkpoint's folder works
+unchanged.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ BESIDE = (
     "chat_template.json",
     "generation_config.json",
 )
-"""Files of a folder with a GGUF file that replace what is made from its metadata."""
+"""Files beside a GGUF file that replace those that are made from its metadata."""
 MAX_EXPERTS = 1 << 12
 """Largest number of experts of a layer."""
 MAX_BESIDE_BYTES = 100_000_000
-"""Largest of these files that is read, in bytes."""
+"""Largest size of a file of `BESIDE` that is read, in bytes."""
 
 
 def gguf_in(place: str | os.PathLike[str]) -> bool:
-    """Whether a place is a GGUF file, or a folder with such files and neither other weights nor a config.json."""
+    """Whether a path is a GGUF file, or a folder with such files and with neither other weights nor a config.json."""
     path = Path(os.path.expanduser(place))
     try:
         if path.is_file():
@@ -64,10 +64,21 @@ def gguf_in(place: str | os.PathLike[str]) -> bool:
 
 
 class Gguf(Checkpoint):
-    """The checkpoint in a GGUF file.
+    """A checkpoint whose weights are in a GGUF file.
+
+    Args:
+        folder: folder with config.json and the tokenizer's files.
+        config: contents of config.json.
+        tensors: entries of the tensors, by Hugging Face's names.
+        path: path of the GGUF file.
+        pool: pool in which the file is open.
+        blocks: types of the matrices that are stored in blocks, by name.
+        heads: numbers of heads of the tensors whose rows are in llama.cpp's order, by name.
+        notes: sentences for the user.
 
     Attributes:
         blocks: types of the matrices that are stored in blocks, by name; in `tensors` they are matrices of bytes.
+        notes: sentences for the user.
     """
 
     def __init__(
@@ -84,14 +95,15 @@ class Gguf(Checkpoint):
         super().__init__(folder, config, tensors, [path], pool)
         self.blocks, self.notes = blocks, notes
         self._heads = heads
-        self._opened: Gguf | None = None  # a view keeps the opened checkpoint alive, with which the folder is removed
+        # a view keeps the opened checkpoint alive, because the temporary folder is removed together with it
+        self._opened: Gguf | None = None
 
     @classmethod
     def open(cls, place: str | os.PathLike[str]) -> Gguf:
         """Opens and validates a GGUF file, or a folder with one.
 
         Raises:
-            CheckpointError: there are several models, or the file is damaged or not supported.
+            CheckpointError: the folder has no model or several, or the file is damaged or not supported.
         """
         path = Path(os.path.expanduser(place))
         pool, beside = FilePool(), path if path.is_dir() else None
@@ -110,6 +122,15 @@ class Gguf(Checkpoint):
 
     @classmethod
     def _of_header(cls, path: Path, header: Header, pool: FilePool, beside: Path | None, skipped: list[str]) -> Gguf:
+        """The checkpoint of a file whose header was read.
+
+        Args:
+            path: path of the file.
+            header: its header.
+            pool: pool in which the file is open.
+            beside: folder whose other files replace those made from the metadata; None for none.
+            skipped: names of files with vision encoders, which are not read.
+        """
         metadata = Section(header.metadata, f"{path}: metadata")
         _check_whole(metadata, path)
         entries = {entry.name: entry for entry in header.tensors}
@@ -175,7 +196,7 @@ class Gguf(Checkpoint):
         return view
 
     def _read(self, tensor: TensorInfo, shape: tuple[int, ...], offset: int) -> Array:
-        """Reads rows, those of Llama's queries and keys in Hugging Face's order."""
+        """Reads rows of a tensor, and puts those of Llama's queries and keys into Hugging Face's order."""
         count = self._heads.get(tensor.name, 0)
         if not count or not shape or 0 in shape:
             return super()._read(tensor, shape, offset)
@@ -190,7 +211,11 @@ class Gguf(Checkpoint):
 
 
 def _model_of(folder: Path, pool: FilePool) -> tuple[Path, list[str]]:
-    """The one model among the GGUF files of a folder, and the names of its vision encoders."""
+    """The path of the only model among the GGUF files of a folder, and the names of the vision encoders beside it.
+
+    Raises:
+        CheckpointError: there is no model, or several.
+    """
     models: list[str] = []
     others: list[str] = []
     for name in sorted(name for name in os.listdir(folder) if name.endswith(END)):
@@ -211,6 +236,7 @@ def _model_of(folder: Path, pool: FilePool) -> tuple[Path, list[str]]:
 
 
 def _check_whole(metadata: Section, path: Path) -> None:
+    """Raises a CheckpointError if a file has only a vision encoder, or only a part of a model."""
     if architecture_of(metadata) == "clip":
         raise CheckpointError(
             f"{path} has a vision encoder alone (mmproj), without a decoder.", "Give the GGUF file of the model."
@@ -224,7 +250,7 @@ def _check_whole(metadata: Section, path: Path) -> None:
 
 
 def _tensors(path: Path, entry: Entry) -> list[TensorInfo]:
-    """The entries of a tensor under Hugging Face's names; one of bytes if it is stored in blocks."""
+    """The entries of a tensor under Hugging Face's names, one for each expert; uint8 if it is stored in blocks."""
     shape = entry.shape
     experts = shape[0] if len(shape) == 3 and shape[0] <= MAX_EXPERTS else 0
     names = new_names(entry.name, experts) or [entry.name]
@@ -245,6 +271,7 @@ def _tensors(path: Path, entry: Entry) -> list[TensorInfo]:
 
 
 def _rope_factors(path: Path, entries: Mapping[str, Entry], pool: FilePool) -> Array | None:
+    """The divisors of the rotary frequencies, float64 ``[head_dim / 2]``; None if the file has none."""
     entry = entries.get(ROPE_FACTORS)
     if entry is None:
         return None
@@ -255,6 +282,7 @@ def _rope_factors(path: Path, entries: Mapping[str, Entry], pool: FilePool) -> A
 
 
 def _beside(folder: Path | None) -> dict[str, bytes]:
+    """The contents of the files of `BESIDE` in a folder, by name."""
     found = {name: locate(folder, name) for name in BESIDE} if folder is not None else {}
     return {
         name: read_small(folder / name, target, MAX_BESIDE_BYTES)
@@ -264,7 +292,7 @@ def _beside(folder: Path | None) -> dict[str, bytes]:
 
 
 def _folder_of(path: Path, files: Mapping[str, bytes]) -> Path:
-    """A temporary folder with the given files, named as the GGUF file for messages."""
+    """Makes a temporary folder with the given files; messages show its name, which is that of the GGUF file."""
     try:
         folder = Path(tempfile.mkdtemp(prefix="vlpack-gguf-")) / path.name
         folder.mkdir()

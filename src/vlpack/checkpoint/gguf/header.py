@@ -1,6 +1,6 @@
-"""Reads the header of an untrusted GGUF file, metadata and table of tensors, and checks all of it.
+"""A reader of the header of an untrusted GGUF file, its metadata and table of tensors, which checks all of it.
 
-The whole format, in little-endian numbers:
+The format of a file, whose numbers are little-endian:
 
     4 bytes   the letters GGUF
     uint32    version, 2 or 3
@@ -31,6 +31,7 @@ from vlpack.checkpoint.gguf.types import BLOCKS, FLOATS, READ, REFUSED, BlockTyp
 from vlpack.errors import CheckpointError
 
 MAGIC = b"GGUF"
+"""First four bytes of a GGUF file."""
 MAX_HEADER_BYTES = 200_000_000
 """Largest header that is read, in bytes; vocabularies of 260 000 tokens take 12 MB."""
 MAX_ENTRIES = 65_536
@@ -44,7 +45,7 @@ MAX_KEY, MAX_NAME, MAX_STRING = 1024, 256, 1 << 24
 MAX_RANK = 4
 """Largest number of dimensions of a tensor."""
 WINDOW = 1 << 20
-"""Number of bytes that are read at once."""
+"""Number of bytes of the header that are read at a time."""
 
 _NUMBERS = {
     0: "u1",
@@ -59,8 +60,9 @@ _NUMBERS = {
     11: "<i8",
     12: "<f8",
 }
-"""Types of metadata values → dtypes; 7 is a truth value."""
+"""Numpy dtypes of metadata values, by their types in the format; 7 is a truth value."""
 _BOOL, _FLOAT, _STRING, _ARRAY = 7, 6, 8, 9
+"""Types of metadata values that are treated specially."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,10 @@ class Entry:
     """A tensor of a GGUF file.
 
     Args:
-        name: its name there, such as ``blk.0.attn_q.weight``.
-        shape: its shape, the last axis being the one whose values are adjacent.
+        name: its name in the file, such as ``blk.0.attn_q.weight``.
+        shape: its shape; values along the last axis are adjacent in memory.
         kind: its type: the dtype of its values, or the description of its blocks.
-        offset: place of its bytes, from the beginning of the file.
+        offset: offset of its bytes from the beginning of the file.
         nbytes: number of its bytes.
     """
 
@@ -84,18 +86,29 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """The metadata of a GGUF file, by key, and its tensors in the order of their bytes."""
+    """The header of a GGUF file.
+
+    Args:
+        metadata: values of the metadata, by key.
+        tensors: the tensors, in the order of their bytes.
+    """
 
     metadata: Mapping[str, Any]
     tensors: tuple[Entry, ...]
 
 
 class _Cursor:
-    """A place in the header of a file, which is read in pieces."""
+    """A sequential reader of the header of a file.
+
+    Attributes:
+        file: the file.
+        place: offset of the next byte.
+        elements: number of elements of all arrays so far.
+    """
 
     def __init__(self, file: OpenFile) -> None:
         self.file, self.place = file, 0
-        self.elements = 0  # of all arrays so far
+        self.elements = 0
         self._start, self._window = 0, b""
 
     def take(self, count: int, what: str) -> bytes:
@@ -116,10 +129,12 @@ class _Cursor:
         return piece
 
     def number(self, form: str, what: str) -> int:
+        """The next number, in a format of `struct`; ``what`` names it in errors."""
         value: int = struct.unpack(form, self.take(struct.calcsize(form), what))[0]
         return value
 
     def text(self, limit: int, what: str) -> str:
+        """The next string, of at most ``limit`` bytes; ``what`` names it in errors."""
         length = self.number("<Q", what)
         if length > limit:
             raise self.wrong(f"{what} would have {length} bytes, and no more than {limit} are read")
@@ -171,6 +186,7 @@ def read_header(file: OpenFile) -> Header:
 
 
 def _value(cursor: _Cursor, kind: int, what: str) -> Any:
+    """Reads a metadata value of the type ``kind``; ``what`` names it in errors."""
     if kind == _STRING:
         return cursor.text(MAX_STRING, what)
     if kind in _NUMBERS:
@@ -191,15 +207,17 @@ def _value(cursor: _Cursor, kind: int, what: str) -> Any:
 
 
 def _numbers(cursor: _Cursor, kind: int, count: int, what: str) -> list[Any]:
+    """Reads ``count`` numbers of the type ``kind``; ``what`` names them in errors."""
     dtype = np.dtype(_NUMBERS[kind])
     values = np.frombuffer(cursor.take(count * dtype.itemsize, what), dtype)
     if kind == _BOOL:
         return [bool(value) for value in values]
-    # the shortest decimal, because settings such as 1e-6 were rounded to float32
+    # the shortest decimal with the same float32 value, such as 1e-6, is the setting that was rounded to float32
     return [float(str(value)) for value in values] if kind == _FLOAT else values.tolist()
 
 
 def _raw_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    """Reads an entry of the table of tensors: name, shape, number of the type, and offset."""
     name = cursor.text(MAX_NAME, "a tensor's name")
     where = f"the entry of the tensor {quote(name)}"
     if not name or not name.isprintable():
@@ -214,6 +232,20 @@ def _raw_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 def _entry(
     cursor: _Cursor, alignment: int, start: int, name: str, shape: tuple[int, ...], number: int, offset: int
 ) -> Entry:
+    """Checks an entry of the table of tensors.
+
+    Args:
+        cursor: reader of the header, for errors.
+        alignment: number of which offsets are multiples, in bytes.
+        start: offset of the tensors' bytes from the beginning of the file.
+        name: name of the tensor.
+        shape: its shape.
+        number: number of its type.
+        offset: offset of its bytes from ``start``.
+
+    Raises:
+        CheckpointError: the type is unknown or not read, or shape or offset are invalid.
+    """
     where = f"the tensor {quote(name)}"
     kind: np.dtype[Any] | BlockType | None = FLOATS[number] if number in FLOATS else BLOCKS.get(number)
     if kind is None:

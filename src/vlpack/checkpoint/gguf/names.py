@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-"""Modules outside of the layers."""
+"""Modules outside of the layers: name in GGUF → name in Hugging Face checkpoints."""
 INSIDE = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -24,27 +24,28 @@ INSIDE = {
     "ffn_down": "mlp.down_proj",
     "ffn_gate_inp": "mlp.gate",
 }
-"""Modules of a layer."""
+"""Modules of a layer: name in GGUF → name in Hugging Face checkpoints."""
 EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
-"""Matrices of all experts of a layer, one tensor ``[experts, rows, columns]`` for each."""
+"""Matrices of experts: name in GGUF, of one tensor ``[experts, rows, columns]`` → name in Hugging Face checkpoints."""
 ROPE_FACTORS = "rope_freqs.weight"
-"""Tensor with the divisors of the rotary frequencies, which a Hugging Face checkpoint has as settings."""
+"""Name of the tensor with the divisors of the rotary frequencies; Hugging Face checkpoints have settings instead."""
 HEAD = "output.weight"
-"""Tensor of the head; a model whose head is tied to the embedding has none."""
+"""Name of the head's tensor; a model whose head is tied to the embedding has none."""
 
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d{1,4})\.)?(?P<module>[a-z_]+)\.(?P<kind>weight|bias)", re.ASCII)
 _TURNED = ("attn_q", "attn_k")
+"""Modules of Llama whose rows llama.cpp stores in another order."""
 
 
 def new_names(name: str, experts: int) -> list[str] | None:
-    """The names of a tensor in a Hugging Face checkpoint: several if it holds several experts.
+    """The names of a tensor in a Hugging Face checkpoint: one, or one for each expert that it holds.
 
     Args:
         name: name of the tensor in the GGUF file.
         experts: size of its first axis, if it has three axes; otherwise 0.
 
     Returns:
-        The names, in the order of their bytes; None if the tensor belongs to no module that is known.
+        The names, in the order of their bytes; None if the tensor belongs to no known module.
     """
     found = _NAME.fullmatch(name)
     if found is None:
@@ -59,10 +60,16 @@ def new_names(name: str, experts: int) -> list[str] | None:
 
 
 def turned_heads(architecture: str, name: str, heads: int, kv_heads: int) -> int:
-    """The number of heads of a tensor whose rows are in llama.cpp's order for Llama; 0 for all other tensors.
+    """The number of heads of a tensor whose rows llama.cpp stores in its own order; 0 for all other tensors.
 
-    There, the rows of each query and key head alternate between its first and its second half, because rotary angles
-    are applied to adjacent values. In Qwen's models they are in Hugging Face's order.
+    The rows of Llama's query and key heads alternate between the first and the second half of the head, because
+    llama.cpp rotates pairs of adjacent values. Other models have Hugging Face's order.
+
+    Args:
+        architecture: architecture in the metadata.
+        name: name of the tensor in the GGUF file.
+        heads: number of query heads.
+        kv_heads: number of key/value heads.
     """
     found = _NAME.fullmatch(name)
     if architecture != "llama" or found is None or found["module"] not in _TURNED:

@@ -1,7 +1,7 @@
 """The configuration of a model in a GGUF file, as the config.json of a Hugging Face checkpoint.
 
-The metadata has the settings under keys such as ``qwen3.embedding_length``. A few facts are in the tensors: whether the
-head is tied, whether projections have biases, and the divisors of rotary frequencies.
+The metadata has the settings under keys such as ``qwen3.embedding_length``. Only the tensors show whether the head is
+tied and whether projections have biases, and one of them holds the divisors of the rotary frequencies.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ MODELS = {
     "qwen3vl": ("Qwen3ForCausalLM", "qwen3"),
     "qwen3vlmoe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
 }
-"""Architecture in the metadata → class and model type in transformers. A vision-language model's file has its decoder,
-which for text is the text model of the same family: M-RoPE's three positions are then equal."""
+"""Architecture in the metadata → class and model type in transformers. The file of a vision-language model has only its
+decoder. For text alone this is the text model of the same family, because the three positions of M-RoPE are equal."""
 SEEING = ("qwen2vl", "qwen3vl", "qwen3vlmoe")
-"""The architectures of decoders of vision-language models."""
+"""Architectures of the decoders of vision-language models."""
 
 _LLAMA3: dict[str, float] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""Settings of Llama 3.1 to 3.3's rotary scaling, of which only the factor differs between models."""
+"""Settings of the rotary scaling of Llama 3.1 to 3.3 that all models share; only the factor differs between them."""
 
 
 def architecture_of(metadata: Section) -> str:
     """The architecture that the metadata names.
 
     Raises:
-        CheckpointError: the metadata names none, or the file has a vision encoder alone.
+        CheckpointError: the metadata names none.
     """
     name = metadata.values.get("general.architecture")
     if not isinstance(name, str):
@@ -54,8 +54,8 @@ def model_config(metadata: Section, tensors: Mapping[str, Entry], rope_factors: 
 
     Args:
         metadata: the file's metadata.
-        tensors: its tensors, by their names there.
-        rope_factors: values of the tensor `ROPE_FACTORS`; None if there is none.
+        tensors: its tensors, by their names in the file.
+        rope_factors: values of the tensor `ROPE_FACTORS`, ``[head_dim / 2]``; None if there is no such tensor.
 
     Raises:
         CheckpointError: the architecture is not supported, or a setting is missing, out of range or not supported.
@@ -113,7 +113,7 @@ def model_config(metadata: Section, tensors: Mapping[str, Entry], rope_factors: 
 
 
 class _Keys:
-    """Settings of one architecture, whose keys begin with its name."""
+    """A reader of the settings of one architecture, whose keys begin with its name."""
 
     def __init__(self, metadata: Section, name: str) -> None:
         self.metadata, self.name = metadata, name
@@ -125,7 +125,7 @@ class _Keys:
         return self.metadata.number(f"{self.name}.{key}", default)
 
     def must_be(self, key: str, value: float) -> None:
-        """Refuses a setting that has another value than the only one that is supported."""
+        """Raises a CheckpointError if a setting has another value than the only one that is supported."""
         given = self.metadata.values.get(f"{self.name}.{key}")
         if given is not None and given != value:
             raise CheckpointError(
@@ -134,6 +134,7 @@ class _Keys:
 
 
 def _rope_scaling(keys: _Keys, config: Mapping[str, Any], factors: Array | None) -> dict[str, Any] | None:
+    """The ``rope_scaling`` of config.json; None if the model has none."""
     kind = keys.metadata.values.get(f"{keys.name}.rope.scaling.type", "none")
     if factors is not None:
         if kind not in ("none", "llama3"):
@@ -164,7 +165,7 @@ def _rope_scaling(keys: _Keys, config: Mapping[str, Any], factors: Array | None)
 
 
 def _llama3(keys: _Keys, config: Mapping[str, Any], factors: Array) -> dict[str, Any]:
-    """Llama 3.1's settings, from the divisors of the frequencies that they lead to.
+    """The rotary settings of Llama 3.1 that lead to the given divisors of the frequencies.
 
     Raises:
         CheckpointError: the divisors are not those of Llama 3.1 to 3.3.
@@ -187,6 +188,7 @@ def _llama3(keys: _Keys, config: Mapping[str, Any], factors: Array) -> dict[str,
 
 
 def _experts(keys: _Keys, tensors: Mapping[str, Entry], experts: int) -> dict[str, Any]:
+    """The settings of config.json for a mixture of experts."""
     first = tensors.get("blk.0.ffn_gate_exps.weight")
     if first is None or len(first.shape) != 3 or first.shape[0] != experts:
         shape = None if first is None else list(first.shape)
@@ -199,5 +201,5 @@ def _experts(keys: _Keys, tensors: Mapping[str, Entry], experts: int) -> dict[st
         "num_experts_per_tok": keys.integer("expert_used_count", high=experts),
         "moe_intermediate_size": keys.integer("expert_feed_forward_length", first.shape[1], high=1 << 24),
         "decoder_sparse_step": 1,
-        "norm_topk_prob": True,  # llama.cpp does so for all files of these architectures
+        "norm_topk_prob": True,  # llama.cpp normalizes the weights of experts for all files of these architectures
     }

@@ -1,7 +1,7 @@
 """The tokenizer in a GGUF file's metadata, as tokenizer.json and tokenizer_config.json of a Hugging Face checkpoint.
 
-Byte-level BPE is read, with the rules of pre-tokenization that the metadata names. Tokens of the kinds control and
-user-defined become added tokens; unused ones, which fill the vocabulary up to the size of the embedding, are left out.
+Byte-level BPE is read, with the rules of pre-tokenization that the metadata names. Control tokens and user-defined
+tokens become added tokens. Unused tokens, which fill the vocabulary up to the size of the embedding, are left out.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ _PATTERN = (
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2, _LLAMA3 = _PATTERN.format(digits=""), _PATTERN.format(digits="{1,3}")
+"""Regular expressions of pre-tokenization, which differ in the number of digits that stay together."""
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""Kinds of tokens in the metadata."""
+"""Numbers of the kinds of tokens in the metadata."""
 ENDS = ("<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
-"""Control tokens that end an answer by their names, as in llama.cpp, in addition to those that the metadata names."""
+"""Control tokens that end an answer in addition to those that the metadata names, as in llama.cpp."""
 OWN = (
     "Put the tokenizer.json and tokenizer_config.json of the original model into one folder with the GGUF file, and "
     "give the folder."
 )
-"""What to do about a tokenizer that is not read."""
+"""Hint of errors about a tokenizer that is not read."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules of a kind of tokenizer.
+    """The rules of a kind of tokenizer.
 
     Args:
-        pieces: rules that split a text before byte-level BPE.
+        pieces: pre-tokenizers of tokenizer.json, which split a text before byte-level BPE.
         nfc: whether a text is normalized (NFC) first.
-        whole: whether a piece that is a token is not split further.
+        whole: whether a piece that is a token is not split further (``ignore_merges``).
         name: class of the tokenizer in transformers.
-        begins: whether a text begins with a token by default.
+        begins: whether a BOS token is put before a text if the metadata does not say so.
     """
 
     pieces: tuple[dict[str, Any], ...]
@@ -51,10 +52,12 @@ class Rules:
 
 
 def _split(pattern: str) -> dict[str, Any]:
+    """A pre-tokenizer that splits a text at the matches of a regular expression."""
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def _bytes(*, regex: bool) -> dict[str, Any]:
+    """The byte-level pre-tokenizer or post-processor; with ``regex``, it also splits a text as GPT-2 does."""
     return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": regex}
 
 
@@ -113,6 +116,7 @@ def tokenizer_files(metadata: Section, vocabulary: int, length: int, *, settings
 
 
 def _strings(metadata: Section, name: str) -> list[str]:
+    """A list of strings among the tokenizer's settings, not empty."""
     values = metadata.values.get(f"tokenizer.ggml.{name}")
     if not isinstance(values, list) or not values or not all(isinstance(one, str) for one in values):
         raise CheckpointError(f"{metadata.where}: 'tokenizer.ggml.{name}' must be a list of strings.")
@@ -120,6 +124,7 @@ def _strings(metadata: Section, name: str) -> list[str]:
 
 
 def _kinds(metadata: Section, count: int) -> list[int]:
+    """The kind of each token; all are normal if the metadata has none."""
     kinds = metadata.values.get("tokenizer.ggml.token_type") or [NORMAL] * count
     if not isinstance(kinds, list) or len(kinds) != count or not set(kinds) <= set(range(7)):
         raise CheckpointError(
@@ -129,6 +134,7 @@ def _kinds(metadata: Section, count: int) -> list[int]:
 
 
 def _token_id(metadata: Section, name: str, count: int) -> int | None:
+    """The id of a named token, such as ``eos``; None if the metadata does not name it."""
     key = f"tokenizer.ggml.{name}_token_id"
     return metadata.integer(key, low=0, high=count - 1) if key in metadata else None
 
@@ -143,6 +149,7 @@ def _generation(metadata: Section, tokens: Sequence[str], kinds: Sequence[int]) 
 
 
 def _added(token: str, number: int, kind: int) -> dict[str, Any]:
+    """The entry of an added token in tokenizer.json."""
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": number, "content": token, **plain, "special": kind == CONTROL}
 
@@ -161,6 +168,7 @@ def _affixes(metadata: Section, rules: Rules, count: int) -> tuple[list[int], li
 def _config(
     metadata: Section, rules: Rules | None, tokens: Sequence[str], added: Sequence[dict[str, Any]], length: int
 ) -> dict[str, Any]:
+    """The contents of tokenizer_config.json; ``rules`` are None if another tokenizer.json is used."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast" if rules is None else rules.name,
         "model_max_length": length,
@@ -188,6 +196,11 @@ def _config(
 def _tokenizer(
     metadata: Section, rules: Rules, tokens: Sequence[str], kinds: Sequence[int], added: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
+    """The contents of tokenizer.json.
+
+    Raises:
+        CheckpointError: two tokens are equal, a token is empty, or a merge has no tokens.
+    """
     vocabulary: dict[str, int] = {}
     for number, token in enumerate(tokens):
         if kinds[number] == UNUSED:
@@ -232,7 +245,7 @@ def _tokenizer(
 
 
 def _template(tokens: Sequence[str], before: Sequence[int], after: Sequence[int]) -> dict[str, Any]:
-    """The rule that puts tokens before and after a text, or each of two texts."""
+    """The post-processor that puts tokens before and after a text, or before and after each of two texts."""
 
     def special(numbers: Sequence[int], text: int) -> list[dict[str, Any]]:
         return [{"SpecialToken": {"id": tokens[number], "type_id": text}} for number in numbers]

@@ -1,4 +1,4 @@
-"""The types of GGUF's tensors: how many values a block of bytes holds, and how they are computed from it.
+"""The types of GGUF's tensors: the layout of their blocks of bytes, and how values are computed from a block.
 
 A row of a quantized tensor is a sequence of blocks. Each type is described by a structured dtype of one block, and by a
 function from an array of blocks to float32 values. Products and sums are those of ggml's ``ggml-quants.c``, in the same
@@ -43,7 +43,8 @@ class BlockType:
         block: dtype of a block.
         decode: function from blocks ``[..]`` to values, float32 ``[.., values]``.
         scales: names of the fields with the scales of a block, float16.
-        has_grid: whether a value is ``(code - zero) · scale``, with one scale per block and the middle code as zero.
+        has_grid: whether a value is ``(code - zero) · scale``, with one scale per block and the middle code as the
+            zero point.
     """
 
     name: str
@@ -96,7 +97,7 @@ def _q4_1(b: Array) -> Array:
 
 
 def _q5(b: Array) -> Array:
-    """Codes of 5 bits: low halves, and the highest bits of all values in four bytes of their own."""
+    """The 5-bit codes of Q5_0 and Q5_1 in float32, from the four low bits in ``q`` and the highest bits in ``h``."""
     high = np.unpackbits(b["h"], axis=-1, bitorder="little")
     codes: Array = _halves(b["q"]) | high << 4
     return codes.astype(np.float32)
@@ -121,6 +122,7 @@ def _sub_blocks(b: Array, codes: Array, count: int) -> Array:
 
 
 def _pairs_of_bits(b: Array) -> Array:
+    """The 2-bit codes of Q2_K and Q3_K."""
     return _fields(b["q"].reshape(*b.shape, 2, 32), (0, 2, 4, 6), 3)
 
 
@@ -171,10 +173,12 @@ def _q6_k(b: Array) -> Array:
 
 
 def _block(*fields: tuple[str, str, int]) -> np.dtype[Any]:
+    """The structured dtype of a block, from the name, dtype and size of each field."""
     return np.dtype([(name, kind) if size == 1 else (name, kind, (size,)) for name, kind, size in fields])
 
 
 _D, _M = ("d", "<f2", 1), ("m", "<f2", 1)
+"""The fields with the scale and the minimum (or the scale of minima) of a block."""
 BLOCKS: dict[int, BlockType] = {
     2: BlockType("Q4_0", 4, 32, _block(_D, ("q", "u1", 16)), _q4_0, has_grid=True),
     3: BlockType("Q4_1", 4, 32, _block(_D, _M, ("q", "u1", 16)), _q4_1, ("d", "m")),
