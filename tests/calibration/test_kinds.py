@@ -150,7 +150,7 @@ def test_a_calibrated_mixture_of_experts(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "out" / "vlpack.json").read_text(encoding="utf-8"))
     weights = next(iter(manifest["parts"].values()))["weights"]
     fitted = {path.rpartition(".")[2] for path, weight in weights.items() if weight["storage"].endswith("calibrated")}
-    assert fitted == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert fitted == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"}
     report = verify(tmp_path / "out", source, tokens=2)
     assert not [finding for finding in report.findings if finding.stage == "weights"]
     experts = [weight for weight in report.weights if ".experts." in weight.path]

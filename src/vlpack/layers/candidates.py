@@ -13,6 +13,10 @@ CANDIDATES = 128
 """Number of tokens that are scored again; docs/results.md has the accuracy and time of other numbers."""
 
 
+NAME = "lm_head_candidates"
+"""Name of the module with the 8-bit rows."""
+
+
 class Candidates(Table):
     """The weight of a head ``[V, H]`` as a table, from which only the rows of the likeliest tokens are read.
 
@@ -27,7 +31,7 @@ class Candidates(Table):
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, tied_to: str) -> None:
-        super().__init__(vocab_size, hidden_size, name="lm_head_candidates", role="candidates", tied_to=tied_to)
+        super().__init__(vocab_size, hidden_size, name=NAME, role="candidates", tied_to=tied_to)
 
     def forward(self, op: OpBuilder, x: ir.Value, logits: ir.Value) -> ir.Value:
         """Replace the largest of ``logits [B, S, V]`` by exact products of ``x [B, S, H]``; both are fp32."""

@@ -116,6 +116,8 @@ class Reference:
         streamed: whether parameters are unloaded after each use, so that memory for the largest module is enough.
         head: computes the result of an embedding model or reranker from the last token's hidden state ``[H]``; None
             for a model that generates.
+        second_stage: computes the logits of a head with two stages from those of its first stage ``[S, V]`` and the
+            head's inputs ``[S, H]``; None for a head with one stage.
 
     Raises:
         VerifyError: transformers does not know the model, or is not installed.
@@ -129,13 +131,15 @@ class Reference:
         *,
         streamed: bool,
         head: Callable[[Array], Array] | None = None,
+        second_stage: Callable[[Array, Array], Array] | None = None,
     ) -> None:
         require()
         import accelerate
         import torch
         import transformers
 
-        self.prefix, self.parameters, self.streamed, self.head = prefix, parameters, streamed, head
+        self.prefix, self.parameters, self.streamed = prefix, parameters, streamed
+        self.head, self.second_stage = head, second_stage
         try:
             config = transformers.AutoConfig.from_pretrained(folder)
             model_class = from_transformers(config.architectures[0])
@@ -192,10 +196,21 @@ class Reference:
         layers = self.model.get_submodule(self.prefix).layers
         with watched(layers, trace.inner), self._watched(trace, arrays.get("image_grid_thw")), torch.no_grad():
             if self.head is None:
-                trace.result = self.model(**arguments).logits[0].numpy()
+                trace.result = self._logits(arguments)
             else:
                 trace.result = self.head(self.model.model(**arguments).last_hidden_state[0, -1].numpy())
         return trace
+
+    def _logits(self, arguments: Mapping[str, Any]) -> Array:
+        if self.second_stage is None:
+            return np.asarray(self.model(**arguments).logits[0].numpy())
+        states: list[Array] = []
+        hook = self.model.lm_head.register_forward_pre_hook(_keep_input(states.append))
+        try:
+            logits = self.model(**arguments).logits[0].numpy()
+        finally:
+            hook.remove()
+        return self.second_stage(logits, states[0][0])
 
     @contextmanager
     def _watched(self, trace: Trace, grid: Array | None) -> Iterator[None]:

@@ -223,7 +223,14 @@ class _Comparison:
         self.progress("loading the reference" + (" with the package's weights" if stored else ""))
         self.parameters = Parameters(self.weights, stored=stored)
         prefix, head = self.architecture.decoder.prefix, self.weights.head(self.architecture.task, stored=stored)
-        return Reference(self.checkpoint.folder, prefix, self.parameters, streamed=self.streamed, head=head)
+        return Reference(
+            self.checkpoint.folder,
+            prefix,
+            self.parameters,
+            streamed=self.streamed,
+            head=head,
+            second_stage=self.weights.second_stage() if stored else None,
+        )
 
     def _trace(self, reference: Reference, one: Asked) -> Trace:
         facts, arrays = self.architecture.vision, {"input_ids": one.ids}

@@ -16,6 +16,8 @@ from vlpack.checkpoint.rows import Shifted, Source, Stacked
 from vlpack.errors import PackageError, VerifyError, VlpackError
 from vlpack.export.graph import Weight, declare
 from vlpack.export.weights import encode
+from vlpack.layers.candidates import CANDIDATES
+from vlpack.layers.candidates import NAME as CANDIDATES_PATH
 from vlpack.quantize.kept import holds
 from vlpack.quantize.policy import Policy, PrecisionFacts, QuantizationOptions, make_policy
 from vlpack.quantize.storage import is_kept, slabs
@@ -109,6 +111,26 @@ class Weights:
             return np.asarray(shares / shares.sum())
 
         return probabilities
+
+    def second_stage(self) -> Callable[[Array, Array], Array] | None:
+        """The second stage of a 4-bit head (`vlpack.layers.candidates`), with the package's values.
+
+        Returns:
+            the function from logits ``[S, V]`` and inputs of the head ``[S, H]`` to the logits in which the likeliest
+            tokens are scored again; None if the head has one stage.
+        """
+        found = [(part, weight) for part, weight in self.all() if weight.path.endswith(CANDIDATES_PATH)]
+        if not found:
+            return None
+
+        def scored(logits: Array, states: Array) -> Array:
+            rows, scored = self.stored(*found[0]), logits.copy()  # [V, H]
+            for line, state in zip(scored, states, strict=True):
+                ids = np.argsort(-line, kind="stable")[:CANDIDATES]
+                line[ids] = rows[ids] @ state
+            return scored
+
+        return scored
 
     def all(self) -> Iterator[tuple[str, Weight]]:
         """All weights with the name of their part; a weight that two parts share comes twice."""
@@ -231,10 +253,13 @@ class Parameters:
         self._fused: dict[str, tuple[str, Weight]] = {}
         self._last: tuple[Any, Array] | None = None
         for part, weight in weights.all():
-            for name, first, stop in _named_rows(weight):
-                self._places.setdefault(name, (part, weight, first, stop))
+            self._places.setdefault(_own_name(weight), (part, weight, 0, weight.rows))
             if ".experts." in weight.path:
                 self._fused[weight.path] = (part, weight)
+        # after all modules' own names: a tied head reads the embedding's tensor, but may be stored in fewer bits
+        for part, weight in weights.all():
+            for name, first, stop in _tensors_of(weight):
+                self._places.setdefault(name, (part, weight, first, stop))
 
     def __call__(self, name: str, shape: tuple[int, ...]) -> Array:
         """The values of a parameter, float32, in the shape that transformers' module has.
@@ -275,15 +300,15 @@ class Parameters:
         return self._last[1]
 
 
-def _named_rows(weight: Weight) -> Iterator[tuple[str, int, int]]:
+def _own_name(weight: Weight) -> str:
+    """The name of a weight's parameter in transformers, if it is one parameter there."""
+    return weight.path if isinstance(weight.source, Shifted) or weight.cols == 1 else f"{weight.path}.weight"
+
+
+def _tensors_of(weight: Weight) -> Iterator[tuple[str, int, int]]:
     """The checkpoint's tensors that make a weight: name, first row and end row of each."""
-    source = weight.source
-    own = weight.path if isinstance(source, Shifted) or weight.cols == 1 else f"{weight.path}.weight"
-    parts = source.parts if isinstance(source, Stacked) else (source,)
-    first = 0
-    for part in parts:
+    source, first = weight.source, 0
+    for part in source.parts if isinstance(source, Stacked) else (source,):
         if isinstance(part, Source):
             yield part.name, first, first + part.rows
         first += part.rows
-    if len(parts) == 1:
-        yield own, 0, weight.rows
