@@ -81,7 +81,7 @@ class BuildOptions:
     def quantization(self) -> QuantizationOptions:
         """The options of quantization that follow from these options."""
         calibrated = self.calibrate is not None
-        # Calibrated, a 4-bit head costs 0.0015 of KL and saves a tenth of a token's time (docs/results.md). With
+        # Calibrated, a 4-bit head costs 0.0015 of KL and saves a twentieth of a token's time (docs/results.md). With
         # a number of bits the user asks for accuracy, and the CPU alone scores the likeliest tokens again.
         narrow = calibrated and self.precision == "int4" and self.execution_provider == "cpu" and self.bits is None
         return self.extra.quantization(self.vision_precision, calibrated=calibrated, head="int4" if narrow else None)

@@ -123,14 +123,15 @@ class Weights:
         if not found:
             return None
 
-        def scored(logits: Array, states: Array) -> Array:
-            rows, scored = self.stored(*found[0]), logits.copy()  # [V, H]
-            for line, state in zip(scored, states, strict=True):
+        def scored_again(logits: Array, states: Array) -> Array:
+            rows = self.stored(*found[0])  # [V, H]
+            result: Array = logits.copy()
+            for line, state in zip(result, states, strict=True):
                 ids = np.argsort(-line, kind="stable")[:CANDIDATES]
                 line[ids] = rows[ids] @ state
-            return scored
+            return result
 
-        return scored
+        return scored_again
 
     def all(self) -> Iterator[tuple[str, Weight]]:
         """All weights with the name of their part; a weight that two parts share comes twice."""
