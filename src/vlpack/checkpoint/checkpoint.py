@@ -68,24 +68,29 @@ class Checkpoint:
         self._files, self._pool = files, pool
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
+    def open(cls, folder: str | os.PathLike[str], mmproj: str | os.PathLike[str] | None = None) -> Checkpoint:
         """Opens and validates a folder or a GGUF file.
+
+        Args:
+            folder: the folder or the file.
+            mmproj: GGUF file with the vision encoder of the model in another GGUF file.
 
         Raises:
             CheckpointError: it is not usable; the message says what is wrong, where, and what to do.
+            OptionError: ``mmproj`` is given for another checkpoint than one in GGUF format.
         """
-        if (gguf := _as_gguf(folder)) is not None:
+        if (gguf := _as_gguf(folder, mmproj)) is not None:
             return gguf
         settings = cls.open_settings(folder)
         return cls.of_files(settings.folder, settings.config, *_find_weights(settings.folder, settings.config))
 
     @classmethod
-    def open_settings(cls, folder: str | os.PathLike[str]) -> Checkpoint:
+    def open_settings(cls, folder: str | os.PathLike[str], mmproj: str | os.PathLike[str] | None = None) -> Checkpoint:
         """Opens only config.json and the other small files: weights are not looked for, and `tensors` is empty.
 
         A GGUF file has its settings and the table of its tensors in one place, so it is opened as by `open`.
         """
-        if (gguf := _as_gguf(folder)) is not None:
+        if (gguf := _as_gguf(folder, mmproj)) is not None:
             return gguf
         folder = existing_folder(folder, hint="Give a folder that holds config.json and model*.safetensors.")
         config = _read_json(folder, "config.json")
@@ -273,11 +278,12 @@ class Checkpoint:
         return array
 
 
-def _as_gguf(place: str | os.PathLike[str]) -> Checkpoint | None:
+def _as_gguf(place: str | os.PathLike[str], mmproj: str | os.PathLike[str] | None) -> Checkpoint | None:
     """The checkpoint in a GGUF file, or in the one of a folder without other weights; None for all other places."""
-    from vlpack.checkpoint.gguf import Gguf, gguf_in  # imported late, because it is a subclass
+    from vlpack.checkpoint.gguf import Gguf, check_mmproj, gguf_in  # imported late, because it is a subclass
 
-    return Gguf.open(place) if gguf_in(place) else None
+    check_mmproj(place, mmproj)
+    return Gguf.open(place, mmproj) if gguf_in(place) else None
 
 
 def new_name(name: str, prefixes: Mapping[str, str]) -> str:
