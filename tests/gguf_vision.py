@@ -61,10 +61,9 @@ def write_mmproj(
             chosen = next(kernels)
         else:
             chosen = kind if values.ndim == 2 and "position_embd" not in new else Type.F32
-        if legacy:
-            new = ".".join(SWAPPED.get(part, part) for part in new.split("."))
+        place = ".".join(SWAPPED.get(part, part) for part in new.split(".")) if legacy else new
         one = stored(values, chosen, number)
-        writer.add_tensor(new, one.data, raw_dtype=one.kind)
+        writer.add_tensor(place, one.data, raw_dtype=one.kind)
         if "patch_embd.weight" in new:
             done.setdefault(own, np.empty(tensors[own].shape, np.float32))[:, :, int(new.endswith(".1"))] = one.values
         else:
@@ -105,8 +104,7 @@ def set_values(model: Any, values: Mapping[str, np.ndarray]) -> None:
                         for expert in range(len(parameter))
                     ]
                 )
-                # Qwen3-VL-MoE's are transposed in memory
-                parameter.copy_(torch.tensor(each if each.shape == parameter.shape else each.swapaxes(1, 2)))
+                parameter.copy_(torch.tensor(each))
             else:
                 assert ".visual." in name, name
 

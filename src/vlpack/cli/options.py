@@ -19,7 +19,8 @@ Mmproj = Annotated[
     typer.Option(
         "--mmproj",
         metavar="FILE",
-        help="GGUF file with the vision encoder of the model in another GGUF file. (default for a folder: the one in it)",
+        help="GGUF file with the vision encoder of the model in another GGUF file. (default: the one in a folder, if "
+        "a folder is given)",
     ),
 ]
 

@@ -97,8 +97,8 @@ def join(path: Path, name: str, entries: Sequence[Entry]) -> tuple[TensorInfo, J
     same = len({part.shape for part in parts}) == 1 and (kernel or len({entry.kind for entry in entries}) == 1)
     if not same or (kernel and len(first.shape) != 4):
         raise CheckpointError(
-            f"{path}: the tensors {', '.join(entry.name for entry in entries)} are the parts of one, but have different "
-            f"types or the shapes {', '.join(str(list(entry.shape)) for entry in entries)}."
+            f"{path}: the tensors {', '.join(entry.name for entry in entries)} are the parts of one, but do not fit in "
+            f"their types or in their shapes, {', '.join(str(list(entry.shape)) for entry in entries)}."
         )
     shape, values = parts[0].shape, len(parts) * int(np.prod(parts[0].shape, dtype=np.int64))
     whole = (*shape[:2], len(parts), *shape[2:]) if kernel else (len(parts) * shape[0], *shape[1:])

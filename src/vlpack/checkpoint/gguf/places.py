@@ -45,7 +45,7 @@ def gguf_in(place: str | os.PathLike[str]) -> bool:
 
 
 def check_mmproj(place: str | os.PathLike[str], mmproj: str | os.PathLike[str] | None) -> None:
-    """Raises an OptionError if a vision encoder's file is given for something else than a GGUF file or a folder of one."""
+    """Raises an OptionError if a vision encoder's file is given for a checkpoint that is not in GGUF files."""
     if mmproj is not None and not gguf_in(place):
         raise OptionError(
             f"{option('mmproj')} is the vision encoder of a GGUF file, and {os.fspath(place)[:200]} is none.",
