@@ -127,7 +127,7 @@ def test_answers_of_the_trained_model(tmp_path: Path) -> None:
 def test_command_line(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_both(checkpoint, tmp_path / "gguf", Type.BF16)
     model, mmproj, package = tmp_path / "gguf" / "model.gguf", tmp_path / "gguf" / "mmproj.gguf", tmp_path / "package"
-    assert vlpack(capsys, "build", model, "--mmproj", mmproj, "-o", package, "-p", "int8", "--threads", 1).code == 0
+    assert vlpack(capsys, "build", model, "--mmproj", mmproj, "-o", package, "-p", "fp32", "--threads", 1).code == 0
     manifest = read_manifest(package)
     assert manifest["source"]["architecture"] == "Qwen3VLForConditionalGeneration"
     assert list(manifest["source"]["files"]) == ["mmproj.gguf", "model.gguf"]
