@@ -170,7 +170,9 @@ def test_limits_and_tokens_that_the_files_have(checkpoint: Path, tmp_path: Path)
 
     write_both(checkpoint, tmp_path / "gguf", Type.F16, change=limits)
     with Checkpoint.open(tmp_path / "gguf") as opened:
-        assert opened.json("preprocessor_config.json")["size"] == {"shortest_edge": 1024, "longest_edge": 4096}
+        images = opened.json("preprocessor_config.json")
+        assert images is not None
+        assert images["size"] == {"shortest_edge": 1024, "longest_edge": 4096}
         assert opened.config["image_token_id"] == IMAGE
         assert "images of" not in " ".join(opened.notes)
         assert "videos of" in " ".join(opened.notes)

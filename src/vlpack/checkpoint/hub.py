@@ -242,8 +242,8 @@ def _refuse_gguf(repo_id: str, revision: str | None, token: str | bool | None) -
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     raise CheckpointError(
         f"{repo_id} has its weights in GGUF files: {', '.join(map(ascii, found[:3]))}{more}.",
-        f"Download one of them, for instance with: hf download {repo_id} {shlex.quote(first)} --local-dir FOLDER (for images also "
-        "its mmproj file), and give the file, or the folder.",
+        f"Download one of them, for instance with: hf download {repo_id} {shlex.quote(first)} --local-dir FOLDER (for "
+        "images also its mmproj file), and give the file, or the folder.",
     )
 
 
