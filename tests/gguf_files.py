@@ -17,6 +17,7 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3moe",
     "LlamaForCausalLM": "llama",
+    "Qwen2VLForConditionalGeneration": "qwen2vl",
     "Qwen2_5_VLForConditionalGeneration": "qwen2vl",
     "Qwen3VLForConditionalGeneration": "qwen3vl",
     "Qwen3VLMoeForConditionalGeneration": "qwen3vlmoe",
@@ -94,11 +95,13 @@ def write(
     writer = gguf.GGUFWriter(path, name)
     _settings(writer, text)
     _tokenizer(writer, checkpoint, pre)
-    tensors = {
-        own.replace("model.language_model.", "model."): values.astype(np.float32)
-        for own, values in load_file(checkpoint / "model.safetensors").items()
-        if "visual." not in own
-    }
+    tensors = _apart(
+        {
+            own.replace("model.language_model.", "model."): values.astype(np.float32)
+            for own, values in load_file(checkpoint / "model.safetensors").items()
+            if "visual." not in own
+        }
+    )
     change(writer)
     done: dict[str, np.ndarray] = {}
     names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[name], text["num_hidden_layers"])
@@ -119,6 +122,21 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return done
+
+
+def _apart(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors with those that hold all experts of a layer, ``[experts, rows, columns]``, split by expert."""
+    apart: dict[str, np.ndarray] = {}
+    for own, values in tensors.items():
+        stem, _, module = own.rpartition(".")
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+        if not stem.endswith(".experts"):
+            apart[own] = values
+            continue
+        for expert, matrix in enumerate(values):
+            split = np.split(matrix, len(parts[module]))
+            apart |= {f"{stem}.{expert}.{part}.weight": one for part, one in zip(parts[module], split, strict=True)}
+    return apart
 
 
 def _groups(tensors: Mapping[str, np.ndarray], text: Mapping[str, Any]) -> dict[str, list[str]]:

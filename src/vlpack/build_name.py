@@ -12,6 +12,7 @@ from vlpack.build_plan import BuildOptions, Place
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.formats import detect
 from vlpack.checkpoint.formats.detect import FILES
+from vlpack.checkpoint.gguf import check_mmproj
 from vlpack.checkpoint.hub import hub_id, is_folder, is_hub_id, resolve
 from vlpack.checkpoint.hub_sizes import plan_download
 from vlpack.errors import CheckpointError, OptionError, option
@@ -50,12 +51,14 @@ class Wanted:
             CheckpointError: the source is not a Hub id.
         """
         if is_folder(source) or not is_hub_id(source):
+            check_mmproj(source, options.mmproj)
             if not is_folder(source):
                 hub_id(source, options.revision)  # says why it is not a Hub id
             raise OptionError(
                 "Where should the package go?",
                 f"Give its folder with {option('output')}; only the packages of Hub ids have a place of their own.",
             )
+        check_mmproj(source, options.mmproj)
         repository, revision = hub_id(source, options.revision)
         return cls(repository, revision, options, _key_options(options))
 

@@ -17,6 +17,7 @@ from vlpack.calibration.bits import check_reachable
 from vlpack.calibration.options import check_bits, check_calibration
 from vlpack.checkpoint.checkpoint import Checkpoint
 from vlpack.checkpoint.formats import Unpacked, detect
+from vlpack.checkpoint.gguf import check_mmproj
 from vlpack.checkpoint.hub import ResolvedSource, is_folder
 from vlpack.errors import OptionError, option
 from vlpack.export.check import check_tensors, ignored_notes
@@ -59,6 +60,7 @@ class BuildOptions:
     calibrate: Place | None = None
     bits: float | None = None
     own_bits: bool = False
+    mmproj: Place | None = None
 
     def __post_init__(self) -> None:
         for name in ("execution_provider", "vision_precision", "precision"):
@@ -124,6 +126,7 @@ class BuildPlan:
 
     Args:
         options: options of the build.
+        place: folder or GGUF file of the checkpoint.
         task: task of the model, one of `vlpack.tasks.TASKS`.
         architecture: architecture of the model.
         checkpoint: checkpoint to read weights from, with adapters merged.
@@ -137,6 +140,7 @@ class BuildPlan:
     """
 
     options: BuildOptions
+    place: Path
     task: str
     architecture: Architecture
     checkpoint: Checkpoint
@@ -194,6 +198,7 @@ def plan_build(source: Place, output: Path, options: BuildOptions, stack: ExitSt
         VlpackError: the checkpoint or an adapter is missing, not supported, or not compatible with the options.
     """
     extra = options.extra
+    check_mmproj(source, options.mmproj)
     # adapters first: they are small, so that errors in them are reported before the model is downloaded
     places = places_of(options.lora)
     adapters = open_adapters(places, options.cache_dir, extra.hf_token)
@@ -217,8 +222,9 @@ def plan_build(source: Place, output: Path, options: BuildOptions, stack: ExitSt
         revision=options.revision,
         cache_dir=options.cache_dir,
         token=extra.hf_token,
+        mmproj=options.mmproj,
     )
-    opened = stack.enter_context(Checkpoint.open(found.folder))
+    opened = stack.enter_context(Checkpoint.open(found.folder, options.mmproj))
     options = options.for_checkpoint(opened)
     task, reasons = decide_task(opened, options.task, found.repo_id or found.name)
     check_task_options(extra, task, str(options.precision))
@@ -238,6 +244,7 @@ def plan_build(source: Place, output: Path, options: BuildOptions, stack: ExitSt
         )
     return BuildPlan(
         options=options,
+        place=found.folder,
         task=task,
         architecture=architecture,
         checkpoint=[base, *merged][-1],

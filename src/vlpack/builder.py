@@ -114,6 +114,7 @@ def build(
     lora: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     calibrate: str | os.PathLike[str] | None = None,
     bits: float | None = None,
+    mmproj: str | os.PathLike[str] | None = None,
 ) -> BuildResult:
     """Builds a package from a checkpoint.
 
@@ -140,6 +141,8 @@ def build(
             images. Calibration takes minutes and, while it runs, the disk space of an 8-bit package.
         bits: average number of bits per weight of the decoder of a calibrated int4 package, scales included; the
             matrices that 4 bits harm most get 8.
+        mmproj: GGUF file with the vision encoder of the model in the GGUF file ``source``. If ``source`` is a folder
+            with one such file beside the model, it is used by default.
 
     Raises:
         VlpackError: the package cannot be built; the message says why and what to do. Nothing new is left at
@@ -158,6 +161,7 @@ def build(
         lora=lora,
         calibrate=calibrate,
         bits=bits,
+        mmproj=mmproj,
     )
     if output is None:
         return build_by_name(Wanted.read(source, options), force=force, progress=progress)
@@ -324,11 +328,12 @@ def calibrate_plan(plan: BuildPlan, beside: Path, progress: Progress | None) -> 
 
     report = progress.say if progress else report_nothing
     eight_bits = build(
-        plan.checkpoint.place,
+        plan.place,
         beside,
         precision="int8",
         task=plan.task,
         lora=[adapter.weights.folder for adapter in plan.adapters],
+        mmproj=options.mmproj,
         threads=options.threads,
         progress=_NestedProgress(report),
     )

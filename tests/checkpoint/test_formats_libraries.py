@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -130,3 +131,26 @@ def test_fp8_as_transformers_reads_it(dtype: Any) -> None:
     tensors, values = torch_tensors(quantized.fp8((32, 64), dtype), weight())
     read = Fp8Dequantize(None)._dequantize_one(tensors["weight"], tensors["weight_scale_inv"], torch.float32)
     assert np.array_equal(read.numpy(), values)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(64, 96), (80, 72)])
+def test_fp8_of_all_experts_as_transformers_packs_them(rows: int, cols: int, tmp_path: Path) -> None:
+    """transformers stores the experts of Qwen3-VL-MoE in one tensor, whose scales are in one tensor too."""
+    import torch
+    from transformers.integrations import finegrained_fp8
+
+    settings = SimpleNamespace(weight_block_size=(32, 32), scale_fmt="float")
+    quantizer = finegrained_fp8.Fp8Quantize(SimpleNamespace(quantization_config=settings))
+    given = torch.from_numpy(np.stack([weight(rows, cols) * (1 + expert) for expert in range(3)]))
+    whole = torch.nn.functional.pad(given, (0, -cols % 32, 0, -rows % 32))  # it packs whole blocks alone
+    packed = quantizer._quantize_one("gate_up_proj", whole)
+    packed["gate_up_proj"] = packed["gate_up_proj"][:, :rows, :cols].contiguous()
+    scales = packed["gate_up_proj_scale_inv"]
+    assert scales.shape == (3, -(-rows // 32), -(-cols // 32))
+    wanted = finegrained_fp8._dequantize_fp8_weight(packed["gate_up_proj"], scales, [32, 32], torch.float32).numpy()
+    config = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    name = "model.layers.0.mlp.up_proj.gate_up_proj"
+    with written(tmp_path, config, packed) as checkpoint:
+        assert np.array_equal(checkpoint.read(name), wanted)
+        flat = wanted.reshape(-1, cols)
+        assert np.array_equal(checkpoint.rows(name, 50, 2 * rows + 7, width=cols), flat[50 : 2 * rows + 7])

@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType as Type
 
 from family import ROPE, Member, make_member
 from gguf_files import matrices_as, write
+from gguf_vision import set_values
 from parity import Package, nothing_yet, relative
 from tiny import BOS, EOS
 from vlpack.architectures import architecture_of
@@ -81,22 +82,8 @@ def test_values_are_those_of_gguf(number: int) -> None:
 def reference_logits(folder: Path, member: Member, values: dict[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
     """The logits of transformers' model with the values of the GGUF file in the place of its own."""
     model = member.model.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    own = dict(model.named_parameters())
+    set_values(model, values)
     with torch.no_grad():
-        for name, parameter in own.items():
-            plain = name.replace("model.language_model.", "model.")
-            if plain in values:
-                parameter.copy_(torch.tensor(values[plain]))
-            elif ".experts." in name:
-                stem = plain.rpartition(".")[0]
-                parts = ["gate_proj", "up_proj"] if name.endswith("gate_up_proj") else ["down_proj"]
-                each = [
-                    np.concatenate([values[f"{stem}.{expert}.{part}.weight"] for part in parts])
-                    for expert in range(len(parameter))
-                ]
-                parameter.copy_(torch.tensor(np.stack(each)))
-            else:
-                assert ".visual." in name, name
         logits: np.ndarray = model(torch.tensor(ids)).logits.numpy()
     return logits
 
@@ -303,22 +290,3 @@ def test_tokens_around_a_text(plain: Path, tmp_path: Path) -> None:
     wanted = [BOS, *Tokenizer.from_folder(plain).encode("Hello"), EOS]
     assert tokenizer.encode("Hello", add_special_tokens=True) == wanted
     assert tokenizer.encode("Hello") == wanted[1:-1]
-
-
-def test_a_vision_encoder_beside_the_model(tmp_path: Path) -> None:
-    case, _ = CASES["qwen3vl"]
-    checkpoint = make_member(tmp_path / "checkpoint", case)
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    write(checkpoint, folder / "model.gguf", matrices_as(Type.F16))
-    writer = gguf.GGUFWriter(folder / "mmproj.gguf", "clip")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    description = inspect(folder)
-    assert description["architecture"] == "Qwen3ForCausalLM"
-    assert any("for text alone; mmproj.gguf is not read" in note for note in description["notes"])
-    (folder / "model.gguf").unlink()
-    with pytest.raises(CheckpointError, match=r"only vision encoders: mmproj\.gguf"):
-        inspect(folder)

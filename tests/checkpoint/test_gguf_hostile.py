@@ -161,6 +161,22 @@ def test_metadata(name: str, folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "package").exists()
 
 
+def test_no_token_that_ends_an_answer(folder: Path, tmp_path: Path) -> None:
+    def without_end(writer: gguf.GGUFWriter) -> None:
+        values = writer.kv_data[0]
+        del values["tokenizer.ggml.eos_token_id"]
+        tokens, kinds = (values[f"tokenizer.ggml.{name}"].value for name in ("tokens", "token_type"))
+        for name in ("<|im_end|>", "<|endoftext|>"):
+            kinds[tokens.index(name)] = gguf.TokenType.USER_DEFINED
+
+    write(folder, tmp_path / "model.gguf", matrices_as(Type.F16), without_end)
+    with pytest.raises(CheckpointError, match=r"which token ends an answer: .*tokenizer\.ggml\.eos_token_id"):
+        build(tmp_path / "model.gguf", tmp_path / "package")
+    assert not (tmp_path / "package").exists()
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2050}', encoding="utf-8")
+    build(tmp_path, tmp_path / "package", threads=1)
+
+
 @pytest.mark.parametrize("kind", [Type.Q4_0, Type.Q4_1])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_scales_that_are_not_finite(kind: Type, bad: float, folder: Path, tmp_path: Path) -> None:

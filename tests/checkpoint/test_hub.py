@@ -28,6 +28,13 @@ class FakeHub:
         self.folder = folder
         self.error: BaseException | None = None
         self.calls: list[dict[str, Any]] = []
+        self.files: list[str] = []
+        self.listed: list[dict[str, Any]] = []
+
+    def list_files(self, repo_id: str, **options: Any) -> list[str]:
+        """Stands in for `list_repo_files`."""
+        self.listed.append({"repo_id": repo_id, **options})
+        return self.files
 
     def __call__(self, repo_id: str, **options: Any) -> str:
         self.calls.append({"repo_id": repo_id, **options})
@@ -53,6 +60,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     folder.mkdir(parents=True)
     fake = FakeHub(folder)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", fake.list_files)
     return fake
 
 
@@ -153,6 +161,45 @@ def test_download(fake: FakeHub) -> None:
         "token": None,
         "local_files_only": False,
     }
+
+
+def test_a_repository_of_gguf_files(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.files = ["README.md", *(f"name-{kind}.gguf" for kind in ("Q4_0", "Q5_K", "Q8_0")), "mmproj-F16.gguf"]
+    match = "org/name has its weights in GGUF files: 'mmproj-F16.gguf', 'name-Q4_0.gguf', 'name-Q5_K.gguf' and 1 more"
+    with pytest.raises(CheckpointError, match=match) as caught:
+        resolve("org/name", token="secret")
+    assert "hf download org/name name-Q4_0.gguf --local-dir FOLDER" in str(caught.value.hint)
+    assert fake.listed == [{"repo_id": "org/name", "revision": COMMIT, "token": "secret"}]
+    (fake.folder / "config.json").touch()  # some have a config.json, which shows nothing before weights are wanted
+    assert resolve("org/name", patterns=hub.SETTINGS).commit == COMMIT
+    with pytest.raises(CheckpointError, match=match):
+        resolve("org/name")
+    assert len(fake.listed) == 2
+    resolve("org/name", offline=True)
+    assert len(fake.listed) == 2
+    for files in ([*fake.files, "model.safetensors"], ["pytorch_model.bin"]):
+        monkeypatch.setattr(fake, "files", files)
+        resolve("org/name")
+
+    def fails(*arguments: object, **options: object) -> list[str]:
+        raise ConnectionError
+
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", fails)
+    resolve("org/name")
+    (fake.folder / "model.safetensors").touch()
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", fake.list_files)
+    resolve("org/name")
+    assert len(fake.listed) == 4
+
+
+@pytest.mark.parametrize(
+    "source", ["org/name-GGUF:Q8_0", "hf.co/org/name-GGUF:Q8_0", "https://hf.co/org/name-GGUF:Q8_0"]
+)
+def test_a_quantization_of_a_repository(source: str, fake: FakeHub) -> None:
+    with pytest.raises(CheckpointError, match="names GGUF files of a repository by their quantization") as caught:
+        resolve(source)
+    assert "hf download org/name-GGUF --include '*Q8_0*.gguf'" in str(caught.value.hint)
+    assert not fake.calls
 
 
 def test_options_reach_the_hub_library(fake: FakeHub, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,33 @@ def test_quantized_according_to_another_tools_file(
 ) -> None:
     (source / file).write_text(json.dumps(settings), encoding="utf-8")
     refused(source, tmp_path, match)
+
+
+def test_files_with_the_names_of_old_releases_of_autogptq(checkpoint: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    quantized.quantize(checkpoint(PLAIN), folder, quantized.gptq())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "quantize_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with Checkpoint.open(folder) as opened:
+        wanted = dict(opened.tensors)
+    one, two = (folder / f"gptq_model-4bit-{size}g.safetensors" for size in (32, 128))
+    (folder / "model.safetensors").rename(one)
+    assert inspect(folder)["files"] == {one.name: one.stat().st_size}
+    build(folder, tmp_path / "package", threads=1)
+    index = one.with_name(f"{one.name}.index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(wanted, two.name)}), encoding="utf-8")
+    one.rename(two)
+    with Checkpoint.open(folder) as opened:
+        assert opened.weight_files() == [two]
+    index.unlink()
+    shutil.copyfile(two, one)
+    with pytest.raises(CheckpointError, match=r"2 models of AutoGPTQ: 'gptq_model-4bit-128g\.safetensors'"):
+        Checkpoint.open(folder)
+    shutil.copyfile(two, folder / "model.safetensors")
+    with Checkpoint.open(folder) as opened:
+        assert opened.weight_files() == [folder / "model.safetensors"]
 
 
 def test_a_file_that_names_no_method(source: Path, tmp_path: Path) -> None:

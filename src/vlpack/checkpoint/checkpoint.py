@@ -20,24 +20,18 @@ from vlpack.checkpoint.files import (
     existing_folder,
     locate,
     quote,
-    quote_error,
     read_json,
     sha256_file,
 )
-from vlpack.checkpoint.safetensors import MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, read_header
-from vlpack.errors import CheckpointError, option
+from vlpack.checkpoint.safetensors import MAX_TENSORS, TensorInfo, read_header
+from vlpack.checkpoint.weight_files import find_weights, is_adapter
+from vlpack.errors import CheckpointError
 
 if TYPE_CHECKING:
     from vlpack.checkpoint.formats.packed import Packed
 
 __all__ = ["Checkpoint", "TensorInfo"]
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-_CONVERT = (
-    "If you trust its source, convert it once with transformers: `from_pretrained(folder).save_pretrained(new)` "
-    "writes safetensors."
-)
 _MIXED = "Files of different downloads seem to be mixed: download the checkpoint again into an empty folder."
 
 
@@ -68,29 +62,34 @@ class Checkpoint:
         self._files, self._pool = files, pool
 
     @classmethod
-    def open(cls, folder: str | os.PathLike[str]) -> Checkpoint:
+    def open(cls, folder: str | os.PathLike[str], mmproj: str | os.PathLike[str] | None = None) -> Checkpoint:
         """Opens and validates a folder or a GGUF file.
+
+        Args:
+            folder: the folder or the file.
+            mmproj: GGUF file with the vision encoder of the model in another GGUF file.
 
         Raises:
             CheckpointError: it is not usable; the message says what is wrong, where, and what to do.
+            OptionError: ``mmproj`` is given for another checkpoint than one in GGUF format.
         """
-        if (gguf := _as_gguf(folder)) is not None:
+        if (gguf := _as_gguf(folder, mmproj)) is not None:
             return gguf
         settings = cls.open_settings(folder)
-        return cls.of_files(settings.folder, settings.config, *_find_weights(settings.folder, settings.config))
+        return cls.of_files(settings.folder, settings.config, *find_weights(settings.folder, settings.config))
 
     @classmethod
-    def open_settings(cls, folder: str | os.PathLike[str]) -> Checkpoint:
+    def open_settings(cls, folder: str | os.PathLike[str], mmproj: str | os.PathLike[str] | None = None) -> Checkpoint:
         """Opens only config.json and the other small files: weights are not looked for, and `tensors` is empty.
 
         A GGUF file has its settings and the table of its tensors in one place, so it is opened as by `open`.
         """
-        if (gguf := _as_gguf(folder)) is not None:
+        if (gguf := _as_gguf(folder, mmproj)) is not None:
             return gguf
         folder = existing_folder(folder, hint="Give a folder that holds config.json and model*.safetensors.")
         config = _read_json(folder, "config.json")
         if config is None and locate(folder, "adapter_config.json"):
-            raise _is_adapter(folder)
+            raise is_adapter(folder)
         if config is None:
             raise CheckpointError(
                 f"{folder} has no config.json, so it is not a Hugging Face checkpoint.",
@@ -103,7 +102,7 @@ class Checkpoint:
         """Whether all weight files of a checkpoint are present. Their contents are not checked."""
         settings = cls.open_settings(folder)
         try:
-            return bool(_find_weights(settings.folder, settings.config))
+            return bool(find_weights(settings.folder, settings.config))
         except CheckpointError:
             return False
 
@@ -273,11 +272,12 @@ class Checkpoint:
         return array
 
 
-def _as_gguf(place: str | os.PathLike[str]) -> Checkpoint | None:
+def _as_gguf(place: str | os.PathLike[str], mmproj: str | os.PathLike[str] | None) -> Checkpoint | None:
     """The checkpoint in a GGUF file, or in the one of a folder without other weights; None for all other places."""
-    from vlpack.checkpoint.gguf import Gguf, gguf_in  # imported late, because it is a subclass
+    from vlpack.checkpoint.gguf import Gguf, check_mmproj, gguf_in  # imported late, because it is a subclass
 
-    return Gguf.open(place) if gguf_in(place) else None
+    check_mmproj(place, mmproj)
+    return Gguf.open(place, mmproj) if gguf_in(place) else None
 
 
 def new_name(name: str, prefixes: Mapping[str, str]) -> str:
@@ -289,86 +289,6 @@ def new_name(name: str, prefixes: Mapping[str, str]) -> str:
 def _read_json(folder: Path, name: str, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any] | None:
     target = locate(folder, check_plain_name(name, str(folder)))
     return None if target is None else read_json(folder / name, target, limit=limit)
-
-
-def _find_weights(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Path], dict[str, str] | None]:
-    """Finds the weight files: name → real path and, for shards, the index's map from tensor name to file name.
-
-    The order of preference is that of transformers: a file named in the config, the single file, then the shards.
-    """
-    explicit = config.get("transformers_weights")
-    if explicit is not None and not isinstance(explicit, str):
-        raise CheckpointError(f"{folder / 'config.json'}: transformers_weights must be a file name.")
-    for name in [explicit] if explicit is not None else [_SINGLE, _INDEX]:
-        target = locate(folder, check_plain_name(name, str(folder / "config.json")))
-        if target is None:
-            continue
-        if not name.endswith(".index.json"):
-            _check_suffix(folder / name)
-            return {name: target}, None
-        weight_map = _read_index(folder / name, target)
-        shards = {shard: locate(folder, shard) for shard in sorted(set(weight_map.values()))}
-        if missing := [shard for shard, place in shards.items() if place is None]:
-            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-            raise CheckpointError(
-                f"{folder} lacks {len(missing)} of the {len(shards)} files that {name} lists: "
-                f"{', '.join(missing[:3])}{more}.",
-                "The download is incomplete: download the missing files.",
-            )
-        return {shard: place for shard, place in shards.items() if place is not None}, weight_map
-    raise _no_weights(folder, explicit)
-
-
-def _read_index(path: Path, target: Path) -> dict[str, str]:
-    weight_map = read_json(path, target, limit=MAX_HEADER_BYTES, strict=True).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{path} has no weight_map, an object that gives each tensor's file.")
-    for name, file in weight_map.items():
-        if not isinstance(file, str):
-            raise CheckpointError(f"{path}: the file of tensor {quote(name)} must be a name, not {quote(file)}.")
-    for file in set(weight_map.values()):
-        _check_suffix(path.parent / check_plain_name(file, str(path)))
-    return weight_map
-
-
-def _check_suffix(path: Path) -> None:
-    if path.suffix == ".safetensors":
-        return
-    if path.suffix in _PICKLES:
-        raise CheckpointError(f"{path} is a pickle, which can run any program when loaded.", _CONVERT)
-    raise CheckpointError(f"{path} is not a safetensors file; no other weights are read.", _CONVERT)
-
-
-def _no_weights(folder: Path, explicit: str | None) -> CheckpointError:
-    if explicit is not None:
-        return CheckpointError(f"{folder} lacks {quote(explicit)}, the weights that its config.json names.")
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError as error:
-        return CheckpointError(f"{folder} cannot be listed: {quote_error(error)}.")
-    if pickles := [name for name in names if Path(name).suffix in _PICKLES]:
-        return CheckpointError(
-            f"{folder} has its weights only as pickles ({quote(pickles[0])}), which vlpack never loads: "
-            "a pickle can run any program.",
-            _CONVERT,
-        )
-    if "adapter_config.json" in names:
-        return _is_adapter(folder)
-    if gguf := [name for name in names if name.endswith(".gguf")]:
-        return CheckpointError(
-            f"{folder} has a config.json, and its weights only as GGUF ({quote(gguf[0])}).",
-            "Give the GGUF file itself, which has its settings inside.",
-        )
-    return CheckpointError(
-        f"{folder} has no weights: neither {_SINGLE} nor {_INDEX}.", "Download the checkpoint's *.safetensors files."
-    )
-
-
-def _is_adapter(folder: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{folder} is an adapter, not a model.",
-        f"Build the model that it was trained on, with {option('lora', folder)}.",
-    )
 
 
 def _merge(

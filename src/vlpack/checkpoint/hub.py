@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,11 @@ _HUB_PAGE = re.compile(
     r"https?://[\w.:-]+/(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(/(tree|blob|resolve)/(?P<revision>[\w.+-]+))?([/?#].*)?",
     re.ASCII,
 )
+_GGUF_ID = re.compile(
+    r"(https?://)?((hf\.co|huggingface\.co)/)?(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*):(?P<kind>[\w.-]+)",
+    re.ASCII,
+)
+"""A repository with a quantization, as llama.cpp and Ollama name a GGUF file on the Hub."""
 _REVISION = re.compile(r"[A-Za-z0-9][\w.+-]*(/[\w.+-]+)*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -84,7 +90,10 @@ def resolve(
     downloaded = _download(
         repo_id, revision, cache_dir=cache_dir, token=token, offline=is_offline(offline), patterns=list(patterns)
     )
-    return ResolvedSource(downloaded, repo_id, _origin(downloaded)[1])
+    found = ResolvedSource(downloaded, repo_id, _origin(downloaded)[1])
+    if not is_offline(offline) and _lacks(downloaded, patterns):
+        _refuse_gguf(repo_id, found.commit or revision, token)
+    return found
 
 
 def hub_id(source: str | os.PathLike[str], revision: str | None = None) -> tuple[str, str | None]:
@@ -102,6 +111,12 @@ def hub_id(source: str | os.PathLike[str], revision: str | None = None) -> tuple
     match = _HUB_ID.fullmatch(text)
     is_path = isinstance(source, os.PathLike) or _looks_like_path(text)
     if match is None or is_path:
+        if gguf := _GGUF_ID.fullmatch(text):
+            raise CheckpointError(
+                f"{text[:200]!r} names GGUF files of a repository by their quantization, and vlpack takes such a file.",
+                f"Download it: hf download {gguf['repo']} --include '*{gguf['kind']}*.gguf' --local-dir FOLDER (for "
+                "images also the mmproj file), and give the file, or the folder.",
+            )
         page = _HUB_PAGE.fullmatch(text)
         raise CheckpointError(
             f"There is no folder {text[:200]!r}{'' if is_path else ', and it is not a Hub id'}.",
@@ -199,6 +214,37 @@ def _download(
                 ignore_patterns=list(IGNORED),
             )
         )
+
+
+def _lacks(folder: Path, patterns: Sequence[str]) -> bool:
+    """Whether a downloaded folder has no config.json, or no weights although the patterns ask for them."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return False  # reported when the checkpoint is opened
+    if "config.json" not in names and {"config.json", "*.json"} & set(patterns):
+        return True
+    return "*.safetensors" in patterns and not any(name.endswith((".safetensors", ".index.json")) for name in names)
+
+
+def _refuse_gguf(repo_id: str, revision: str | None, token: str | bool | None) -> None:
+    """Raises a CheckpointError if a repository has its weights in GGUF files only; silent if the Hub does not tell."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        names = list_repo_files(repo_id, revision=revision, token=token)
+    except Exception:  # the reason for asking is reported in another way
+        return
+    found = sorted(name for name in names if name.endswith(".gguf") and name.isprintable())
+    if not found or any(name.endswith(".safetensors") for name in names):
+        return
+    first = next((name for name in found if "mmproj" not in name.lower()), found[0])
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    raise CheckpointError(
+        f"{repo_id} has its weights in GGUF files: {', '.join(map(ascii, found[:3]))}{more}.",
+        f"Download one of them, for instance with: hf download {repo_id} {shlex.quote(first)} --local-dir FOLDER (for "
+        "images also its mmproj file), and give the file, or the folder.",
+    )
 
 
 @contextmanager

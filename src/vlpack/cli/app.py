@@ -138,6 +138,7 @@ def build(
             "8 for the matrices that need them most.",
         ),
     ] = None,
+    mmproj: opt.Mmproj = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a Hub id.")] = None,
     cache_dir: Annotated[
         Path | None, typer.Option("-c", "--cache_dir", "--cache-dir", help="Folder for files from the Hub.")
@@ -190,6 +191,7 @@ def build(
             lora=lora or (),
             calibrate=calibrate,
             bits=bits,
+            mmproj=mmproj,
         )
     report = None
     if verify_it:
@@ -197,7 +199,9 @@ def build(
         from vlpack.verification.card import record
 
         source_name = f"{given[0]}@{revision}" if revision else str(given[0])
-        report = run_verify(result.folder, source_name, threads=threads, lora=lora or (), progress=console.say_progress)
+        report = run_verify(
+            result.folder, source_name, threads=threads, lora=lora or (), progress=console.say_progress, mmproj=mmproj
+        )
         record(result.folder, report)
     console.show_build(result, report, as_json=as_json)
     if report and not as_json:
@@ -220,12 +224,13 @@ def inspect(
         Path, typer.Argument(help="A folder of a package or checkpoint, a GGUF file, or a Hub id (no weights).")
     ],
     hashes: Annotated[bool, typer.Option("--hashes/--no-hashes", help="Compare the contents of all files.")] = True,
+    mmproj: opt.Mmproj = None,
     as_json: opt.Json = False,
 ) -> None:
     """Show the graphs, weights and settings of a package or checkpoint; exit with 1 if a package is damaged."""
     from vlpack.inspection import inspect as run_inspect
 
-    description = run_inspect(path, hashes=hashes)
+    description = run_inspect(path, hashes=hashes, mmproj=mmproj)
     console.show_inspection(description, as_json=as_json)
     if description.get("problems"):
         raise typer.Exit(1)

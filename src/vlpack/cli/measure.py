@@ -58,6 +58,7 @@ def verify(
             help="LoRA adapter that was merged into the package; repeat the option for more.",
         ),
     ] = None,
+    mmproj: opt.Mmproj = None,
     report: Annotated[
         Path | None, typer.Option("--report", help="Write an HTML report to this file, such as report.html.")
     ] = None,
@@ -86,6 +87,7 @@ def verify(
         threads=threads,
         lora=lora or (),
         progress=console.say_progress,
+        mmproj=mmproj,
     )
     console_measure.show_verification(result, report, as_json=as_json)
     if not result.ok:

@@ -14,6 +14,16 @@ from vlpack.errors import CheckpointError, InputError, OptionError
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Number of threads. (default: all cores)")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
+Mmproj = Annotated[
+    Path | None,
+    typer.Option(
+        "--mmproj",
+        metavar="FILE",
+        help="GGUF file with the vision encoder of the model in another GGUF file. (default: the one in a folder, if "
+        "a folder is given)",
+    ),
+]
+
 Package = Annotated[
     str,
     typer.Argument(help="Folder of a package, or Hub id of a checkpoint, whose package is built once and kept."),

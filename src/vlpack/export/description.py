@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from vlpack.quantize.policy import QuantizationOptions, make_policy
 from vlpack.tasks import AUTO, GENERATE, RERANKER
 
 
-def inspect_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
+def inspect_checkpoint(
+    folder: Path, *, weights: bool = True, mmproj: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
     """Describes a checkpoint: architecture, sizes, tensors by dtype, and the parts of a package built from it.
 
     For a quantized checkpoint, ``quantized`` has its format and, if weights are read, what a build without a precision
@@ -30,11 +33,12 @@ def inspect_checkpoint(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     Args:
         folder: the checkpoint's folder.
         weights: whether to read the weights' headers; otherwise only config.json is used, and ``bytes`` is None.
+        mmproj: GGUF file with the vision encoder of the model in the GGUF file ``folder``.
 
     Raises:
         CheckpointError: the checkpoint is not supported, or its weights do not fit its config.
     """
-    with Checkpoint.open(folder) if weights else Checkpoint.open_settings(folder) as checkpoint:
+    with Checkpoint.open(folder, mmproj) if weights else Checkpoint.open_settings(folder) as checkpoint:
         described: dict[str, Any] = {
             "kind": "checkpoint",
             "folder": str(folder),

@@ -153,6 +153,14 @@ def _token_ids(text: Section, config: Section, generation: Mapping[str, Any], vo
         return None
 
     ids = Section({name: first(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}, config.where)
+    if "eos_token_id" not in ids:
+        raise CheckpointError(
+            "The checkpoint does not say which token ends an answer: neither generation_config.json nor config.json "
+            "has an eos_token_id. (In a GGUF file, the metadata has neither tokenizer.ggml.eos_token_id nor a control "
+            "token such as <|im_end|>.)",
+            'Put generation_config.json with {"eos_token_id": …}, the id of that token, into the folder of the '
+            "checkpoint, or into one folder with the GGUF file, and give the folder.",
+        )
     eos = ids.integers("eos_token_id", high=vocab_size - 1)
     if not eos:
         raise CheckpointError(f"{config.where}: 'eos_token_id' is an empty list, so no answer would ever end.")

@@ -26,6 +26,7 @@ def resolve_checked(
     revision: str | None,
     cache_dir: str | os.PathLike[str] | None,
     token: str | bool | None,
+    mmproj: str | os.PathLike[str] | None = None,
 ) -> ResolvedSource:
     """Finds a checkpoint's folder; downloads its weights only after ``check`` has accepted its settings.
 
@@ -36,10 +37,11 @@ def resolve_checked(
         revision: branch, tag or commit of a Hub id.
         cache_dir: the Hugging Face cache to use.
         token: a Hub token.
+        mmproj: GGUF file with the vision encoder of the model in another GGUF file.
     """
     found = resolve(source, revision=revision, cache_dir=cache_dir, token=token, patterns=SETTINGS)
     complete = is_folder(source) or found.repo_id is None or Checkpoint.has_weights(found.folder)
-    check(Checkpoint.open_settings(found.folder), room=not complete)
+    check(Checkpoint.open_settings(found.folder, mmproj), room=not complete)
     if complete or found.repo_id is None:
         return found
     # the same commit, as the branch may have moved meanwhile

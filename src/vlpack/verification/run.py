@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from vlpack.architectures import Architecture, architecture_of
 from vlpack.checkpoint.checkpoint import Checkpoint
+from vlpack.checkpoint.gguf import check_mmproj
 from vlpack.checkpoint.hub import resolve
 from vlpack.errors import VerifyError
 from vlpack.export.check import check_tensors
@@ -71,6 +72,7 @@ def verify(
     threads: int | None = None,
     lora: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     progress: Progress | None = None,
+    mmproj: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Compare a package, stage by stage, with the checkpoint that it was built from.
 
@@ -84,6 +86,7 @@ def verify(
         threads: number of threads of onnxruntime.
         lora: the LoRA adapters that were merged when the package was built, in the same order and form.
         progress: called with a description of each step.
+        mmproj: GGUF file with the vision encoder of the model in the GGUF file ``reference``.
 
     Raises:
         VlpackError: the comparison could not be made.
@@ -95,8 +98,9 @@ def verify(
     manifest = read_manifest(folder)
     task = manifest_task(folder, manifest)
     adapters = open_adapters(places_of(lora))
+    check_mmproj(reference, mmproj)
     found = resolve(reference)
-    with ExitStack() as stack, Checkpoint.open(found.folder) as opened:
+    with ExitStack() as stack, Checkpoint.open(found.folder, mmproj) as opened:
         for adapter in adapters:
             stack.callback(adapter.close)
         architecture, base = architecture_of(opened, task)

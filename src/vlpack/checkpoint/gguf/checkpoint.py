@@ -7,11 +7,12 @@ unchanged.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,60 +21,72 @@ import numpy.typing as npt
 
 from vlpack.checkpoint.checkpoint import Checkpoint, new_name
 from vlpack.checkpoint.config import Section
-from vlpack.checkpoint.files import FilePool, locate, quote, read_small
-from vlpack.checkpoint.gguf.header import Entry, Header, read_header
+from vlpack.checkpoint.files import FilePool, quote
+from vlpack.checkpoint.gguf.header import Entry, read_header
+from vlpack.checkpoint.gguf.joined import Joined, join, stored
 from vlpack.checkpoint.gguf.names import ROPE_FACTORS, new_names, turned_heads
+from vlpack.checkpoint.gguf.places import files_beside, given_encoder, model_in, settings_folder, several_encoders
 from vlpack.checkpoint.gguf.settings import SEEING, architecture_of, model_config
 from vlpack.checkpoint.gguf.tokenizer import tokenizer_files
 from vlpack.checkpoint.gguf.types import BlockType
+from vlpack.checkpoint.gguf.vision import (
+    VISION,
+    assumed,
+    check_match,
+    family_of,
+    processor_files,
+    token_ids,
+    vision_config,
+    whole_config,
+)
+from vlpack.checkpoint.gguf.vision_names import TEXT, vision_names
 from vlpack.checkpoint.safetensors import TensorInfo
-from vlpack.errors import CheckpointError
+from vlpack.errors import CheckpointError, option
 
 Array = npt.NDArray[Any]
 
-END = ".gguf"
-"""Ending of the names of GGUF files."""
-BESIDE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-"""Files beside a GGUF file that replace those that are made from its metadata."""
 MAX_EXPERTS = 1 << 12
 """Largest number of experts of a layer."""
-MAX_BESIDE_BYTES = 100_000_000
-"""Largest size of a file of `BESIDE` that is read, in bytes."""
 
 
-def gguf_in(place: str | os.PathLike[str]) -> bool:
-    """Whether a path is a GGUF file, or a folder with such files and with neither other weights nor a config.json."""
-    path = Path(os.path.expanduser(place))
-    try:
-        if path.is_file():
-            return path.suffix == END
-        names = os.listdir(path) if path.is_dir() else []
-    except (OSError, ValueError):
-        return False
-    return any(name.endswith(END) for name in names) and not any(
-        name.endswith((".safetensors", ".index.json")) or name in ("adapter_config.json", "config.json")
-        for name in names
-    )
+@dataclass
+class Contents:
+    """The tensors of a checkpoint in GGUF files, by Hugging Face's names.
+
+    Args:
+        tensors: their entries; a matrix that is stored in blocks is one of bytes.
+        blocks: types of the matrices that are stored in blocks.
+        heads: numbers of heads of the tensors whose rows are in llama.cpp's order.
+        joined: the parts of tensors that are stored in several.
+    """
+
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    blocks: dict[str, BlockType] = field(default_factory=dict)
+    heads: dict[str, int] = field(default_factory=dict)
+    joined: dict[str, Joined] = field(default_factory=dict)
+
+    def add(self, tensor: TensorInfo, kind: np.dtype[Any] | BlockType) -> None:
+        """Adds a tensor whose values are of the given type.
+
+        Raises:
+            CheckpointError: there is one of this name.
+        """
+        if tensor.name in self.tensors:
+            raise CheckpointError(f"{tensor.file} has {quote(tensor.name)} twice, under different names.")
+        self.tensors[tensor.name] = tensor
+        if isinstance(kind, BlockType):
+            self.blocks[tensor.name] = kind
 
 
 class Gguf(Checkpoint):
-    """A checkpoint whose weights are in a GGUF file.
+    """A checkpoint whose weights are in a GGUF file, or in two: the decoder's and the vision encoder's (mmproj).
 
     Args:
         folder: folder with config.json and the tokenizer's files.
         config: contents of config.json.
-        tensors: entries of the tensors, by Hugging Face's names.
-        path: path of the GGUF file.
-        pool: pool in which the file is open.
-        blocks: types of the matrices that are stored in blocks, by name.
-        heads: numbers of heads of the tensors whose rows are in llama.cpp's order, by name.
+        contents: the tensors.
+        paths: paths of the GGUF files, the decoder's first.
+        pool: pool in which the files are open.
         notes: sentences for the user.
 
     Attributes:
@@ -85,89 +98,87 @@ class Gguf(Checkpoint):
         self,
         folder: Path,
         config: dict[str, Any],
-        tensors: dict[str, TensorInfo],
-        path: Path,
+        contents: Contents,
+        paths: list[Path],
         pool: FilePool,
-        blocks: Mapping[str, BlockType],
-        heads: Mapping[str, int],
         notes: tuple[str, ...],
     ) -> None:
-        super().__init__(folder, config, tensors, [path], pool)
-        self.blocks, self.notes = blocks, notes
-        self._heads = heads
+        super().__init__(folder, config, contents.tensors, paths, pool)
+        self.blocks: Mapping[str, BlockType] = contents.blocks
+        self.notes = notes
+        self._contents = contents
         # a view keeps the opened checkpoint alive, because the temporary folder is removed together with it
         self._opened: Gguf | None = None
 
     @classmethod
-    def open(cls, place: str | os.PathLike[str]) -> Gguf:
+    def open(cls, place: str | os.PathLike[str], mmproj: str | os.PathLike[str] | None = None) -> Gguf:
         """Opens and validates a GGUF file, or a folder with one.
 
+        Args:
+            place: path of the file or the folder.
+            mmproj: path of the file with the vision encoder; by default the only one in the folder, if it is one.
+
         Raises:
-            CheckpointError: the folder has no model or several, or the file is damaged or not supported.
+            CheckpointError: the folder has no model or several, a file is damaged or not supported, or the files do
+                not belong together.
         """
         path = Path(os.path.expanduser(place))
         pool, beside = FilePool(), path if path.is_dir() else None
         try:
+            encoders: list[Path] = []
             if beside is not None:
-                path, skipped = _model_of(beside, pool)
+                path, encoders = model_in(beside, pool)
             else:
                 pool.add(path, path.resolve())
-                skipped = []
-            with pool.use(path) as file:
-                header = read_header(file)
-            return cls._of_header(path, header, pool, beside, skipped)
+            model = _opened(path, pool)
+            _check_whole(model)
+            sees = architecture_of(model.metadata) in SEEING
+            if mmproj is not None:
+                encoders = [given_encoder(mmproj, path, pool)]
+            elif sees and len(encoders) > 1:
+                raise several_encoders(beside, encoders)
+            notes = [_without_images(path, encoders, sees=sees)] if mmproj is None and not (sees and encoders) else []
+            vision = None if notes else _opened(encoders[0], pool)
+            return cls._of_files(model, vision, pool, beside, [note for note in notes if note])
         except BaseException:
             pool.close()
             raise
 
     @classmethod
-    def _of_header(cls, path: Path, header: Header, pool: FilePool, beside: Path | None, skipped: list[str]) -> Gguf:
-        """The checkpoint of a file whose header was read.
+    def _of_files(
+        cls, model: _File, vision: _File | None, pool: FilePool, beside: Path | None, notes: list[str]
+    ) -> Gguf:
+        """The checkpoint of files whose headers were read.
 
         Args:
-            path: path of the file.
-            header: its header.
-            pool: pool in which the file is open.
+            model: the decoder's file.
+            vision: the vision encoder's file; None for text alone.
+            pool: pool in which the files are open.
             beside: folder whose other files replace those made from the metadata; None for none.
-            skipped: names of files with vision encoders, which are not read.
+            notes: sentences for the user.
         """
-        metadata = Section(header.metadata, f"{path}: metadata")
-        _check_whole(metadata, path)
-        entries = {entry.name: entry for entry in header.tensors}
-        config = model_config(metadata, entries, _rope_factors(path, entries, pool))
-        name = architecture_of(metadata)
-        tensors: dict[str, TensorInfo] = {}
-        blocks: dict[str, BlockType] = {}
-        heads: dict[str, int] = {}
-        for entry in header.tensors:
-            if entry.name == ROPE_FACTORS:
-                continue
-            count = turned_heads(name, entry.name, config["num_attention_heads"], config["num_key_value_heads"])
-            if count and entry.shape[0] % (2 * count):
-                raise CheckpointError(
-                    f"{path}: the tensor {quote(entry.name)} has {entry.shape[0]} rows, which {count} heads do "
-                    "not divide."
-                )
-            for tensor in _tensors(path, entry):
-                if tensor.name in tensors:
-                    raise CheckpointError(f"{path} has {quote(tensor.name)} twice, under different names.")
-                tensors[tensor.name] = tensor
-                if isinstance(entry.kind, BlockType):
-                    blocks[tensor.name] = entry.kind
-                if count:
-                    heads[tensor.name] = count
-        files = {"config.json": json.dumps(config, indent=2).encode(), **_beside(beside)}
-        length = config["max_position_embeddings"]
-        made = tokenizer_files(metadata, config["vocab_size"], length, settings_only="tokenizer.json" in files)
-        folder = _folder_of(path, {**made, **files})
-        notes = []
-        if name in SEEING:
-            images = f"; {', '.join(skipped)} is not read" if skipped else ""
-            notes.append(
-                f"{path.name} has the decoder of a vision-language model, and the package is for text alone{images}. "
-                "For images, build from the model's checkpoint in safetensors."
-            )
-        opened = cls(folder, config, tensors, path, pool, blocks, heads, tuple(notes))
+        config = model_config(model.metadata, model.entries, _rope_factors(model.path, model.entries, pool))
+        contents = _decoder(model, config, "model." if vision is None else TEXT)
+        given = files_beside(beside, images=vision is not None)
+        length, count = config["max_position_embeddings"], config["vocab_size"]
+        made = tokenizer_files(model.metadata, count, length, settings_only="tokenizer.json" in given)
+        if vision is not None:
+            family = family_of(architecture_of(model.metadata), vision.metadata)
+            encoder = vision_config(vision.metadata, vision.entries, family)
+            check_match(model.metadata, vision.metadata, encoder)
+            ids = token_ids(model.metadata, given.get("tokenizer.json"))
+            config = whole_config(model.metadata, config, encoder, family, ids)
+            made |= processor_files(vision.metadata, encoder, family)
+            for name, parts in vision_names(vision.entries, family.names).items():
+                tensor, joined = join(vision.path, name, [vision.entries[part] for part in parts])
+                contents.add(tensor, vision.entries[parts[0]].kind)
+                if joined is not None:
+                    contents.joined[name] = joined
+            notes = [*notes, *assumed(vision.path.name, vision.metadata, family, given, ids)]
+        files = {**made, **given, "config.json": json.dumps(config, indent=2).encode()}
+        folder = settings_folder(model.path, files)
+        paths = [model.path] if vision is None else [model.path, vision.path]
+        opened = cls(folder, config, contents, paths, pool, tuple(notes))
         weakref.finalize(opened, shutil.rmtree, folder.parent, ignore_errors=True)
         return opened
 
@@ -189,19 +200,23 @@ class Gguf(Checkpoint):
         plain = super().without(name)
         return self._view(dict(plain.tensors), {key: one for key, one in self.blocks.items() if key != name})
 
-    def _view(self, tensors: dict[str, TensorInfo], blocks: Mapping[str, BlockType]) -> Gguf:
-        path, pool = self.weight_files()[0], self._pool
-        view = Gguf(self.folder, self.config, tensors, path, pool, blocks, self._heads, self.notes)
+    def _view(self, tensors: dict[str, TensorInfo], blocks: dict[str, BlockType]) -> Gguf:
+        contents = replace(self._contents, tensors=tensors, blocks=blocks)
+        view = Gguf(self.folder, self.config, contents, self.weight_files(), self._pool, self.notes)
         view._opened = self._opened or self
         return view
 
     def _read(self, tensor: TensorInfo, shape: tuple[int, ...], offset: int) -> Array:
-        """Reads rows of a tensor, and puts those of Llama's queries and keys into Hugging Face's order."""
-        count = self._heads.get(tensor.name, 0)
-        if not count or not shape or 0 in shape:
+        """Reads rows of a tensor; joins its parts, and puts rows of Llama's queries and keys into the usual order."""
+        count, joined = self._contents.heads.get(tensor.name, 0), self._contents.joined.get(tensor.name)
+        if not (count or joined) or not shape or 0 in shape:
             return super()._read(tensor, shape, offset)
         row = tensor.nbytes // tensor.shape[0]
-        start, half = (offset - tensor.offset) // row, tensor.shape[0] // count // 2
+        start = (offset - tensor.offset) // row
+        if joined is not None:
+            stop = start + math.prod(shape) * tensor.dtype.itemsize // row
+            return joined.rows(self._rows_of, start, stop, tensor.dtype).reshape(shape)
+        half = tensor.shape[0] // count // 2
         head, place = np.divmod(np.arange(start, start + shape[0]), 2 * half)
         stored = head * 2 * half + 2 * (place % half) + place // half
         low, high = int(head[0]) * 2 * half, (int(head[-1]) + 1) * 2 * half
@@ -209,44 +224,73 @@ class Gguf(Checkpoint):
         taken: Array = whole[stored - low]
         return taken
 
+    def _rows_of(self, tensor: TensorInfo, start: int, stop: int) -> Array:
+        """Rows of a part of a joined tensor, as they are stored."""
+        place = tensor.offset + start * (tensor.nbytes // tensor.shape[0])
+        return super()._read(tensor, (stop - start, *tensor.shape[1:]), place)
 
-def _model_of(folder: Path, pool: FilePool) -> tuple[Path, list[str]]:
-    """The path of the only model among the GGUF files of a folder, and the names of the vision encoders beside it.
 
-    Raises:
-        CheckpointError: there is no model, or several.
-    """
-    models: list[str] = []
-    others: list[str] = []
-    for name in sorted(name for name in os.listdir(folder) if name.endswith(END)):
-        target = locate(folder, name)
-        if target is None:
-            continue
-        pool.add(folder / name, target)
-        with pool.use(folder / name) as file:
-            metadata = read_header(file).metadata
-        (others if metadata.get("general.architecture") == "clip" else models).append(name)
-    if len(models) != 1:
-        shown = ", ".join(models[:4]) + (" and others" if len(models) > 4 else "")
-        what = (
-            f"{len(models)} models in GGUF files: {shown}" if models else f"only vision encoders: {', '.join(others)}"
+@dataclass(frozen=True)
+class _File:
+    """A GGUF file whose header was read: its path, metadata, and the tensors by their names in the file."""
+
+    path: Path
+    metadata: Section
+    entries: Mapping[str, Entry]
+
+
+def _opened(path: Path, pool: FilePool) -> _File:
+    """Reads the header of a file that is in the pool."""
+    with pool.use(path) as file:
+        header = read_header(file)
+    metadata = Section(header.metadata, f"{path}: metadata")
+    return _File(path, metadata, {entry.name: entry for entry in header.tensors})
+
+
+def _without_images(path: Path, encoders: Sequence[Path], *, sees: bool) -> str:
+    """The note about a decoder that is opened without a vision encoder; empty if there is nothing to say."""
+    if sees:
+        return (
+            f"{path.name} has the decoder of a vision-language model, and the package is for text alone. For images, "
+            f"give the model's vision encoder (mmproj-….gguf) with {option('mmproj')}, or one folder with both files."
         )
-        raise CheckpointError(f"{folder} has {what}.", "Give the GGUF file of one model.")
-    return folder / models[0], others
+    names = ", ".join(encoder.name for encoder in encoders)
+    return f"{path.name} is for text alone, so {names} is not read." if encoders else ""
 
 
-def _check_whole(metadata: Section, path: Path) -> None:
+def _check_whole(model: _File) -> None:
     """Raises a CheckpointError if a file has only a vision encoder, or only a part of a model."""
-    if architecture_of(metadata) == "clip":
+    if architecture_of(model.metadata) == VISION:
         raise CheckpointError(
-            f"{path} has a vision encoder alone (mmproj), without a decoder.", "Give the GGUF file of the model."
+            f"{model.path} has a vision encoder alone (mmproj), without a decoder.",
+            f"Give the GGUF file of the model, and this one with {option('mmproj')}.",
         )
-    count = metadata.integer("split.count", 1, low=0)
+    count = model.metadata.integer("split.count", 1, low=0)
     if count > 1:
         raise CheckpointError(
-            f"{path} is one of {count} parts of a model.",
+            f"{model.path} is one of {count} parts of a model.",
             "Join them with llama.cpp: llama-gguf-split --merge FIRST_PART NEW_FILE.",
         )
+
+
+def _decoder(model: _File, config: Mapping[str, Any], prefix: str) -> Contents:
+    """The tensors of a decoder; those that are not the head's begin with ``prefix`` in place of ``model.``."""
+    contents, name = Contents(), architecture_of(model.metadata)
+    for entry in model.entries.values():
+        if entry.name == ROPE_FACTORS:
+            continue
+        count = turned_heads(name, entry.name, config["num_attention_heads"], config["num_key_value_heads"])
+        if count and entry.shape[0] % (2 * count):
+            raise CheckpointError(
+                f"{model.path}: the tensor {quote(entry.name)} has {entry.shape[0]} rows, which {count} heads do not "
+                "divide."
+            )
+        for tensor in _tensors(model.path, entry):
+            renamed = replace(tensor, name=new_name(tensor.name, {"model.": prefix}))
+            contents.add(renamed, entry.kind)
+            if count:
+                contents.heads[renamed.name] = count
+    return contents
 
 
 def _tensors(path: Path, entry: Entry) -> list[TensorInfo]:
@@ -254,20 +298,11 @@ def _tensors(path: Path, entry: Entry) -> list[TensorInfo]:
     shape = entry.shape
     experts = shape[0] if len(shape) == 3 and shape[0] <= MAX_EXPERTS else 0
     names = new_names(entry.name, experts) or [entry.name]
-    if experts and len(names) == experts:
-        shape = shape[1:]
-    dtype: np.dtype[Any] = np.dtype(np.uint8)
-    if isinstance(entry.kind, BlockType):
-        if len(shape) != 2:
-            raise CheckpointError(
-                f"{path}: the tensor {quote(entry.name)} is stored as {entry.kind.name}, which only matrices can be; "
-                f"it has the shape {list(shape)}."
-            )
-        shape = (shape[0], shape[1] // entry.kind.values * entry.kind.block.itemsize)
-    else:
-        dtype = entry.kind
-    each = entry.nbytes // len(names)
-    return [TensorInfo(name, dtype, shape, path, entry.offset + i * each, each) for i, name in enumerate(names)]
+    if not experts or len(names) != experts:
+        return [stored(path, entry, names[0])]
+    each = entry.nbytes // experts
+    parts = [replace(entry, shape=shape[1:], offset=entry.offset + i * each, nbytes=each) for i in range(experts)]
+    return [stored(path, part, name) for part, name in zip(parts, names, strict=True)]
 
 
 def _rope_factors(path: Path, entries: Mapping[str, Entry], pool: FilePool) -> Array | None:
@@ -279,25 +314,3 @@ def _rope_factors(path: Path, entries: Mapping[str, Entry], pool: FilePool) -> A
         raise CheckpointError(f"{path}: the tensor {ROPE_FACTORS} must have one number for each frequency.")
     with pool.use(path) as file:
         return np.frombuffer(file.read(entry.offset, entry.nbytes), entry.kind).astype(np.float64)
-
-
-def _beside(folder: Path | None) -> dict[str, bytes]:
-    """The contents of the files of `BESIDE` in a folder, by name."""
-    found = {name: locate(folder, name) for name in BESIDE} if folder is not None else {}
-    return {
-        name: read_small(folder / name, target, MAX_BESIDE_BYTES)
-        for name, target in found.items()
-        if folder is not None and target is not None
-    }
-
-
-def _folder_of(path: Path, files: Mapping[str, bytes]) -> Path:
-    """Makes a temporary folder with the given files; messages show its name, which is that of the GGUF file."""
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="vlpack-gguf-")) / path.name
-        folder.mkdir()
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
-    except OSError as error:
-        raise CheckpointError(f"A temporary folder for the settings of {path} cannot be written: {error}.") from None
-    return folder
