@@ -19,7 +19,7 @@ from bulk.conftest import right, rows_of, write_rows
 from samples import ANSWERS, COUNT, IMAGES, READ
 from vlpack import Sampling
 from vlpack.bulk import BatchResult
-from vlpack.bulk.run import Progress
+from vlpack.bulk.progress import Progress
 from vlpack.errors import InputError, OptionError
 from vlpack.runtime.model import Model
 

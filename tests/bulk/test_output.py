@@ -14,15 +14,17 @@ from typing import Any
 import pytest
 
 from bulk.conftest import rows_of
-from vlpack.bulk.output import ROWS, Output
+from vlpack.bulk.output import Output
 from vlpack.bulk.row import Ids, Item, short_hash
 from vlpack.bulk.shards import JsonLines
+from vlpack.bulk.written import ROWS
 from vlpack.errors import OptionError, VlpackError
 
 STEPPER = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from vlpack.bulk.output import ROWS, Output
+from vlpack.bulk.output import Output
+from vlpack.bulk.written import ROWS
 from vlpack.bulk.shards import JsonLines
 
 os.fsync = lambda descriptor: None  # takes long, and matters only if the machine fails

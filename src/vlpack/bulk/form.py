@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from vlpack.bulk.media import Given, Media, Place
-from vlpack.bulk.output import ROWS, Layout
 from vlpack.bulk.question import MAX_TOKENS, Question
 from vlpack.bulk.row import Item, Task, asked, finished
 from vlpack.bulk.shards import Row
+from vlpack.bulk.written import ROWS, Layout
 from vlpack.engine import Engine
 from vlpack.errors import InputError, OptionError, VlpackError, in_python
 from vlpack.preprocess import VideoOptions
