@@ -119,6 +119,11 @@ def opened(folder: Path, given: dict[str, Any] | None = None, **options: Any) ->
         yield output
 
 
+def rows_in(folder: Path) -> list[dict[str, Any]]:
+    """The rows of the shards of an output that is not complete."""
+    return [json.loads(line) for path in sorted(folder.glob("part-*")) for line in path.read_text().splitlines()]
+
+
 def row(key: str, error: str | None = None) -> dict[str, Any]:
     return {"id": key, "answer": None if error else "yes", "error": error}
 
@@ -216,6 +221,83 @@ def test_rows_that_failed_are_answered_again_if_asked_for(tmp_path: Path) -> Non
     assert all(one["error"] is None for one in rows_of(tmp_path / "out"))
 
 
+def test_only_rows_that_come_are_retried(tmp_path: Path) -> None:
+    """Failed rows that a limited or interrupted run does not answer again stay; others change places with answers."""
+    with opened(tmp_path / "out", shard_rows=2) as output:
+        for place, key in enumerate("abcdef"):
+            output.add(place, row(key, "damaged" if key in "bcef" else None))
+    assert [name.name for name in sorted((tmp_path / "out").glob("part-*"))] == [
+        f"part-0000{n}.jsonl" for n in range(3)
+    ]
+    with opened(tmp_path / "out", retry_errors=True) as output:  # it is killed after it has answered one row
+        assert (output.rows, output.errors) == (2, 0)
+        assert output.done("a")
+        assert not output.done("b")
+        output.add(0, row("b"))
+        assert not output.done("c")
+    assert [one["error"] is None for one in rows_in(tmp_path / "out")] == [True, False, False, True, False, False]
+    with opened(tmp_path / "out", retry_errors=True) as output:  # a limited run, of which one row fails again
+        assert (output.rows, output.errors) == (3, 0)
+        assert output.done("b")
+        assert not output.done("c")
+        output.add(0, row("c", "still damaged"))
+        assert (output.rows, output.errors) == (4, 1)
+        output.finish()
+        assert (output.rows, output.errors) == (6, 3)
+    found = rows_of(tmp_path / "out")
+    assert [one["id"] for one in found] == list("abcdef")
+    assert [one["error"] for one in found] == [None, None, "still damaged", None, "damaged", "damaged"]
+    with opened(tmp_path / "out", retry_errors=True, shard_rows=1) as output:
+        output.add(0, row("e"))
+        output.add(1, row("new"))
+    with opened(tmp_path / "out") as output:  # without the option, rows that were answered are still exchanged
+        assert (output.rows, output.errors) == (7, 2)
+        output.finish()
+    found = rows_of(tmp_path / "out")
+    assert [one["id"] for one in found] == [*"abcdef", "new"]
+    assert [one["error"] is None for one in found] == [True, True, False, True, True, False, True]
+
+
+def test_failed_rows_in_the_journal_are_kept_until_they_are_answered(tmp_path: Path) -> None:
+    with opened(tmp_path / "out") as output:
+        output.add(0, row("a", "damaged"))
+        output.add(1, row("b", "damaged"))
+    with opened(tmp_path / "out", retry_errors=True) as output:
+        assert not output.keep(0, "a")
+        output.add(0, row("a"))
+    with opened(tmp_path / "out", retry_errors=True) as output:
+        assert output.keep(0, "a")
+        assert not output.keep(1, "b")
+        output.finish()
+        assert (output.rows, output.errors) == (2, 1)
+    assert [(one["id"], one["error"]) for one in rows_of(tmp_path / "out")] == [("a", None), ("b", "damaged")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "\xff",
+        "[" * 100_000,
+        '{"format": 1, "kind": "vlpack batch"}',
+        '{"format": 1, "kind": "vlpack batch", "package": [], "question": {}, "runs": []}',
+        '{"format": 1, "kind": "vlpack batch", "package": {}, "question": 3, "runs": []}',
+        '{"format": 1, "kind": "vlpack batch", "package": {}, "question": {}, "runs": 5}',
+        '{"format": 2, "kind": "vlpack batch", "package": {}, "question": {}, "runs": []}',
+    ],
+    ids=["empty", "half", "list", "bytes", "deep", "bare", "package", "question", "runs", "version"],
+)
+def test_a_damaged_manifest_is_a_sentence(text: str, tmp_path: Path) -> None:
+    with opened(tmp_path / "out") as output:
+        output.add(0, row("a"))
+        output.finish()
+    (tmp_path / "out" / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(OptionError, match=r"manifest\.json is damaged, or not a manifest"), opened(tmp_path / "out"):
+        pass
+
+
 def test_a_damaged_shard_is_an_error(tmp_path: Path) -> None:
     with opened(tmp_path / "out") as output:
         output.add(0, row("a"))
@@ -245,13 +327,15 @@ def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_odd_texts_and_values(tmp_path: Path) -> None:
     """With half a surrogate pair, line separators, bytes and NaN, every line is valid JSON, and ids are found again."""
     odd = "\ud800 \u2028 \x00 ü"
+    ours = [{"$vlpack.bytes": "eA=="}, {"$vlpack.bytes": 5}, {"$vlpack.object": {"$vlpack.bytes": "eA=="}}]
     with opened(tmp_path / "out") as output:
-        output.add(0, {**row(odd), "bytes": b"\xff", "nan": float("nan"), "list": [1, {"a": b"x"}]})
+        given = {"bytes": b"\xff", "nan": float("nan"), "list": [1, {"a": b"x"}], "ours": ours}
+        output.add(0, {**row(odd), **given})
     with opened(tmp_path / "out") as output:
         assert output.keep(0, odd)
         output.finish()
     (found,) = rows_of(tmp_path / "out")
-    assert found == {**row(odd), "bytes": None, "nan": None, "list": [1, {"a": None}]}
+    assert found == {**row(odd), "bytes": None, "nan": None, "list": [1, {"a": None}], "ours": ours}
     with opened(tmp_path / "out") as output:
         assert output.done(odd)
         output.finish()

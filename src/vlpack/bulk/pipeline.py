@@ -9,6 +9,7 @@ an actor or its machine fails, Ray restarts the actor and gives its unit to anot
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -190,9 +191,6 @@ def answer(units: Sequence[Unit], job: Job, cluster: Cluster, count: int, thread
                 batch_size=None,
                 batch_format="numpy",
                 zero_copy_batch=True,
-                scheduling_strategy="SPREAD",
-                max_restarts=-1,
-                max_task_retries=-1,
             )
             for batch in found.iter_batches(batch_size=None, prefetch_batches=0, batch_format="numpy"):
                 yield from map(unpacked, batch["done"])
@@ -211,6 +209,9 @@ def _settings(*, in_order: bool) -> Iterator[None]:
         in_order: whether results are in the order of their tasks.
     """
     context = data.DataContext.get_current()
+    log = logging.getLogger("ray.data")
+    level = log.level
+    log.setLevel(logging.ERROR)
     before = context.enable_progress_bars, context.execution_options.preserve_order, context.target_max_block_size
     context.enable_progress_bars = False
     context.execution_options.preserve_order = in_order
@@ -218,4 +219,5 @@ def _settings(*, in_order: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        log.setLevel(level)
         context.enable_progress_bars, context.execution_options.preserve_order, context.target_max_block_size = before
