@@ -92,7 +92,8 @@ def test_a_run_is_killed_and_an_actor_of_the_next_one(ray: Any, ask: Ask, digits
     table = pa.table({"image": images, "name": names, "n": pa.array(range(48), pa.int16())})
     parquet.write_table(table, data / "a.parquet", row_group_size=10)
     out = tmp_path / "out"
-    options = {"workers": 2, "threads": 2, "slots": 2, "shard_rows": 4, "format": "parquet", "ray": "auto"}
+    options: dict[str, Any] = {"workers": 2, "threads": 2, "slots": 2, "shard_rows": 4}
+    options |= {"format": "parquet", "ray": "auto"}
     command: list[Any] = [sys.executable, "-m", "vlpack", "batch", digits.as_uri(), data.as_uri(), "-o", out.as_uri()]
     command += ["--prompt", READ, "--max-tokens", "20", "--temperature", "0", "--context", "200"]
     for name, value in {**options, "ray": ray.get_runtime_context().gcs_address}.items():
@@ -134,10 +135,12 @@ def test_a_run_is_killed_and_an_actor_of_the_next_one(ray: Any, ask: Ask, digits
 
 
 def kill_actor() -> int:
-    """Kills a process of Ray that answers rows, and returns its id."""
+    """Kills a process of the cluster that answers rows, and returns its id."""
     for place in Path("/proc").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if place.name.isdigit() and b"MapWorker(MapBatches(Actor))" in (place / "cmdline").read_bytes():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if not place.name.isdigit() or b"MapWorker(MapBatches(Actor))" not in (place / "cmdline").read_bytes():
+                continue
+            if os.environ["RAY_TMPDIR"].encode() in (place / "environ").read_bytes():  # not one of another cluster
                 os.kill(int(place.name), signal.SIGKILL)
                 return int(place.name)
     raise AssertionError("no process answers rows")

@@ -13,7 +13,7 @@ from samples import ANSWERS, IMAGES
 from vlpack import batch
 from vlpack.bulk.folder import folder_of
 from vlpack.bulk.source import open_source
-from vlpack.bulk.storage import Local, Remote
+from vlpack.bulk.storage import Local, Remote, without_secrets
 from vlpack.errors import InputError, OptionError
 
 pa = pytest.importorskip("pyarrow")
@@ -144,3 +144,12 @@ def test_files_appear_whole(kind: str, tmp_path: Path, monkeypatch: pytest.Monke
     place.remove("a.txt")
     place.remove("a.txt")
     assert list(place.names()) == []
+
+
+def test_passwords_are_not_shown() -> None:
+    assert without_secrets("s3://key:se/cret@bucket/a?b=c@d") == "s3://key:se/cret@bucket/a?b=c@d"
+    assert without_secrets("s3://key:secret@bucket/a@b?c=d@e") == "s3://bucket/a@b?c=d@e"
+    assert without_secrets("folder/a:b@c") == "folder/a:b@c"
+    with pytest.raises(InputError) as caught:
+        open_source("nonsense://key:secret@bucket/a")
+    assert "secret" not in str(caught.value)

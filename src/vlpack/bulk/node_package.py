@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from vlpack.bulk.storage import Remote, is_uri
+from vlpack.bulk.storage import Remote, is_uri, without_secrets
 from vlpack.errors import PackageError
 from vlpack.package.manifest import MANIFEST, damaged_files, read_manifest, whole_package
 from vlpack.store.place import packages_folder
@@ -64,10 +64,14 @@ def manifest_at(package: str) -> dict[str, Any]:
         with Remote(package).open(MANIFEST) as file:
             data = file.read()
     except OSError as error:
-        raise PackageError(f"The package {package} cannot be read: {str(error)[:200]}.") from None
+        raise PackageError(f"The package {without_secrets(package)} cannot be read: {str(error)[:200]}.") from None
     with tempfile.TemporaryDirectory(prefix="vlpack-") as place:
         (Path(place) / MANIFEST).write_bytes(data)
-        return read_manifest(Path(place))
+        try:
+            return read_manifest(Path(place))
+        except PackageError as error:
+            shown = error.message.replace(place, without_secrets(package))
+            raise PackageError(shown, error.hint) from None
 
 
 def copied(name: str, chunks: Chunks) -> Path:
@@ -80,16 +84,17 @@ def copied(name: str, chunks: Chunks) -> Path:
     Raises:
         PackageError: the package cannot be copied, or the copy is not complete.
     """
+    shown = without_secrets(name)
     try:
         manifest = b"".join(chunks(MANIFEST))
     except OSError as error:
-        raise PackageError(f"The package {name} cannot be copied: {str(error)[:200]}.") from None
+        raise PackageError(f"The package {shown} cannot be copied: {str(error)[:200]}.") from None
     key = hashlib.sha256(name.encode()).hexdigest()[:24]
     place = packages_folder().parent / "copied" / f"{key}-{hashlib.sha256(manifest).hexdigest()[:12]}"
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(place.parent / f"{key}.lock"):
         if not place.exists():
-            _copy(name, manifest, chunks, place)
+            _copy(shown, manifest, chunks, place)
         os.utime(place)
         for other in place.parent.glob(f"{key}-*"):  # one that was used just now may be about to be loaded
             if other != place and time.time() - other.stat().st_mtime > KEPT_SECONDS:

@@ -57,7 +57,7 @@ def _answered(given: Assignment, written: Written, cluster: Cluster, threads: in
     written.begin({**given.record, "run": run})
     package_hash = str(given.identity["package"]["sha256"])
     job = Job(given.setting, package_hash, written.place, given.format, given.source.types, run)
-    meter = Meter(written, None, given.output, given.report)
+    meter = Meter(written, None, written.place.name, given.report)
     started = time.perf_counter()
     units, meter.result.total = plan(
         pipeline.index(given.source, job), given.ids(), written, given.shard_rows or SHARD_ROWS, given.limit

@@ -19,7 +19,7 @@ from vlpack.bulk.node_package import manifest_at
 from vlpack.bulk.progress import BatchResult, Progress
 from vlpack.bulk.question import Question
 from vlpack.bulk.source import Source, open_source
-from vlpack.bulk.storage import is_uri
+from vlpack.bulk.storage import is_uri, without_secrets
 from vlpack.bulk.workers import Setting
 from vlpack.errors import OptionError, in_python, option
 from vlpack.preprocess import VideoOptions
@@ -149,12 +149,13 @@ def batch(
         for text in (there, given, target, inside or ""):
             if is_uri(text) and not text.startswith("http"):  # refused with a better message
                 raise OptionError(
-                    f"{text} is a URI, which only Ray reads and writes.", f"Give {option('ray', 'local')}."
+                    f"{without_secrets(text)} is a URI, which only Ray reads and writes.",
+                    f"Give {option('ray', 'local')}.",
                 )
     manifest = manifest_at(there)
     task = manifest_task(Path(there), manifest)
     if task != GENERATE:
-        raise OptionError(f"{there} is for the task {task} and generates no text.")
+        raise OptionError(f"{without_secrets(there)} is for the task {task} and generates no text.")
     question.check_constraint()
     found = open_source(given, inside, target)
     _check_question(question, found)
@@ -165,7 +166,7 @@ def batch(
     folder = found.folder if is_uri(found.folder) else os.path.realpath(found.folder)
     place = Place(folder, allow_urls, allow_private_urls)
     there = there.rstrip("/") if is_uri(there) else str(Path(there).resolve())
-    name = posixpath.basename(there) if is_uri(there) else Path(there).name
+    name = posixpath.basename(there.partition("?")[0]) if is_uri(there) else Path(there).name
     if found.name == "openai" and format != "jsonl":
         raise OptionError(f"{option('format')} is {format!r}, but answers in OpenAI's batch format are JSON lines.")
     assignment = Assignment(
@@ -174,7 +175,7 @@ def batch(
         Setting(there, found.name, name, question, place, words, EngineOptions(slots, context, threads)),
         form_of(found.name, question, place, words, name),
         {"package": _identity(name, manifest), "question": question.record()},
-        _record(given, slots, context, threads, workers),
+        _record(without_secrets(given), slots, context, threads, workers),
         format,
         shard_rows,
         retry_errors,

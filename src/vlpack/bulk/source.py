@@ -86,14 +86,19 @@ def open_source(given: str, files: str | None = None, output: str | None = None)
     raise InputError(f"There is no file or folder {given}.", f"Give {_KINDS}.")
 
 
+def _path(place: Local | Remote) -> str:
+    """The path or URI of a folder."""
+    return place.uri if isinstance(place, Remote) else str(place.folder)
+
+
 def _at_uri(given: str, files: str | None, output: str | None) -> Source:
     """A file or folder at a URI."""
     if given.startswith(("http://", "https://")):
         raise InputError(f"{given} is a URL, which is not read.", f"Give {_KINDS}.")
     place = Remote(given)
     if place.is_file():
-        folder, name = posixpath.split(place.name)
-        return _paths(given, Remote(folder), [name], files)
+        folder, name = place.split()
+        return _paths(given, folder, [name], files)
     if place.is_folder():
         return _folder(place, files, output)
     raise InputError(f"There is no file or folder {given}.", "A URI may not be a pattern: give a file or a folder.")
@@ -151,7 +156,7 @@ def _folder(place: Local | Remote, files: str | None, output: str | None) -> Sou
         raise InputError(f"The folder {folder} has no images, videos or PDFs.", hint)
     if files is not None:
         raise OptionError(f"{option('files')} has no effect on a folder of files.", "Leave it out.")
-    return _files(folder, lambda: files_in(place), None if pdfs else media)
+    return _files(_path(place), lambda: files_in(place), None if pdfs else media)
 
 
 def _input_tables(place: Local | Remote, names: list[str], output: str | None) -> list[str]:
@@ -159,8 +164,8 @@ def _input_tables(place: Local | Remote, names: list[str], output: str | None) -
     if isinstance(place, Local):
         root = place.folder
         return [path.relative_to(root).as_posix() for path in _outside((root / name for name in names), output)]
-    there = None if output is None else output.rstrip("/")
-    return sorted(name for name in names if f"{place.name}/{name}".rpartition("/")[0] != there)
+    there = None if output is None or not is_uri(output) else Remote(output)
+    return sorted(name for name in names if there is None or not there.has(place, name))
 
 
 def _files(folder: str, names: Callable[[], Iterable[str]], total: int | None) -> Source:
@@ -201,7 +206,7 @@ def _paths(given: str, place: Local | Remote, names: list[str], files: str | Non
     if files is not None:
         raise OptionError(f"{option('files')} has no effect on images, videos and PDFs.", "Leave it out.")
     pdfs = any(kind_of(name.rpartition("/")[2]) == "pdf" for name in usable)
-    return _files(place.name, lambda: usable, None if pdfs else len(usable))
+    return _files(_path(place), lambda: usable, None if pdfs else len(usable))
 
 
 def _table(place: Local | Remote, names: list[str], files: str | None) -> Source:
@@ -211,7 +216,7 @@ def _table(place: Local | Remote, names: list[str], files: str | None) -> Source
         heads = list(pool.map(Table.head, made))
     counts = [count for _, count in heads if count is not None]
     total = sum(counts) if len(counts) == len(made) else None
-    return Source("table", lambda: iter(made), files or place.name, total, heads[0][0])
+    return Source("table", lambda: iter(made), files or _path(place), total, heads[0][0])
 
 
 def _lines(place: Local | Remote, names: list[str], files: str | None) -> Source:
@@ -224,4 +229,4 @@ def _lines(place: Local | Remote, names: list[str], files: str | None) -> Source
         )
     name = "openai" if {"custom_id", "url", "body"} <= first.keys() else "jsonl"
     total = sum(one.count() for one in made) if isinstance(place, Local) else None
-    return Source(name, lambda: iter(made), files or place.name, total, {})
+    return Source(name, lambda: iter(made), files or _path(place), total, {})

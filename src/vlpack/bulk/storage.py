@@ -7,10 +7,12 @@ import importlib.util
 import io
 import os
 import posixpath
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
+from urllib.parse import unquote
 
 from vlpack.errors import InputError, OptionError
 
@@ -36,11 +38,16 @@ def is_uri(given: str) -> bool:
     return "://" in given[:16]
 
 
+def without_secrets(given: str) -> str:
+    """A URI without the user name and password that it may have; other texts are returned unchanged."""
+    return re.sub(r"(://)[^/?]*@", r"\1", given) if is_uri(given) else given
+
+
 class Storage(Protocol):
     """The interface of a folder with files, whose names are paths relative to it with ``/`` between folders.
 
     Attributes:
-        name: the folder as the user gave it, for messages.
+        name: the folder as the user gave it, without passwords, for messages.
     """
 
     name: str
@@ -101,17 +108,32 @@ class Remote:
     Args:
         uri: URI of the folder, such as ``s3://bucket/folder``.
 
+    Attributes:
+        uri: the URI.
+
     Raises:
         OptionError: pyarrow is not installed.
         InputError: pyarrow has no file system for the URI.
     """
 
     def __init__(self, uri: str) -> None:
-        self.name = uri.rstrip("/")
-        self._fs, self._root = _file_system(self.name)
+        base, mark, query = uri.partition("?")
+        self.uri = f"{base.rstrip('/')}{mark}{query}"
+        self.name = without_secrets(self.uri)
+        self._fs, self._root = _file_system(self.uri)
 
     def __reduce__(self) -> tuple[type[Remote], tuple[str]]:
-        return Remote, (self.name,)
+        return Remote, (self.uri,)
+
+    def split(self) -> tuple[Remote, str]:
+        """The folder in which the file at this URI is, and the file's name."""
+        base, mark, query = self.uri.partition("?")
+        folder, _, name = base.rpartition("/")
+        return Remote(f"{folder}{mark}{query}"), unquote(name)
+
+    def has(self, other: Remote, name: str) -> bool:
+        """Whether a file of another folder is directly in this one."""
+        return posixpath.dirname(other._path(name)) == self._root and other._fs.equals(self._fs)
 
     def is_file(self) -> bool:
         """Whether the URI is that of a file."""
@@ -184,7 +206,8 @@ def _file_system(uri: str) -> tuple[Any, str]:
     try:
         found, path = fs.FileSystem.from_uri(uri)
     except (arrow.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{uri} cannot be opened: {_said(error)}.") from None
+        shown = without_secrets(uri)
+        raise InputError(f"{shown} cannot be opened: {_said(error).replace(uri, shown)}.") from None
     return found, path.rstrip("/")
 
 

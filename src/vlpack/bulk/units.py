@@ -132,7 +132,7 @@ class Station:
         given = job.setting
         if read_manifest(folder).get("sha256") != job.package_hash:
             raise PackageError(
-                f"The package {given.package} on {socket.gethostname()} is another one than where the run began.",
+                f"The package {given.name} on {socket.gethostname()} is another one than where the run began.",
                 "Copy it again, or give a URI, from which every machine copies it.",
             )
         self._answerer = Answerer(folder, given.question, self._form, given.options)
