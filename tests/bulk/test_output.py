@@ -159,6 +159,15 @@ def test_shards_have_the_rows_in_the_order_of_the_input(tmp_path: Path) -> None:
     assert [path.name for path in sorted((tmp_path / "out").glob("part*"))] == [f"part-{n:05}.jsonl" for n in range(3)]
 
 
+def test_rows_after_one_without_an_answer_are_in_order(tmp_path: Path) -> None:
+    """A run that stops early, because too many rows failed, may have no answer to an early row."""
+    with opened(tmp_path / "out") as output:
+        for place in (3, 1, 2):
+            output.add(place, row(f"{place}"))
+        output.finish()
+    assert [one["id"] for one in rows_of(tmp_path / "out")] == ["1", "2", "3"]
+
+
 def test_rows_that_the_input_no_longer_has_are_not_lost(tmp_path: Path) -> None:
     with opened(tmp_path / "out") as output:
         output.add(0, row("old"))

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bulk.conftest import right, write_rows
+from bulk.conftest import right, rows_of, write_rows
 from samples import ANSWERS, IMAGES, READ, vlpack
 from vlpack import Sampling
 from vlpack.bulk import BatchResult
@@ -152,6 +152,24 @@ def test_clusters_that_are_too_small(ray: Any, ask: Ask, tmp_path: Path) -> None
         ask(path, ray="auto", workers=3, threads=None)
     with pytest.raises(OptionError, match="context is 1000000000"):
         ask(path, ray="auto", threads=1, context=10**9)
+
+
+def test_a_run_without_ray_is_continued(ray: Any, ask: Ask, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": text} for text in "abca"])
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(progress: Any) -> None:
+        if progress.answered == 4:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        ask(path, max_tokens=1, progress=stop)
+    assert (tmp_path / "out" / ".journal").exists()
+    result = ask(path, max_tokens=1, ray="auto")
+    assert (result.before, result.answered, result.total) == (4, 0, 4)
+    assert len(rows_of(tmp_path / "out")) == 4
 
 
 def test_predictor_in_ray_data(ray: Any, digits: Path, tmp_path: Path) -> None:

@@ -148,6 +148,10 @@ def test_attempts() -> None:
     attempts.alone("a", "third")
     assert attempts.begin("a") == (True, {"second", "third"})
     assert attempts.begin("b") == (False, set())
+    for _ in range(5):
+        attempts.begin("a")
+    with pytest.raises(VlpackError, match="answered the rows of a ended 9 times"):
+        attempts.begin("a")
 
 
 @pytest.fixture

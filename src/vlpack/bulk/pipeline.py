@@ -112,7 +112,10 @@ class _RemoteAttempts:
         self._handle = handle
 
     def begin(self, shard: str) -> Any:
-        return ray.get(self._handle.begin.remote(shard))
+        try:
+            return ray.get(self._handle.begin.remote(shard))
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, VlpackError) else error) from None
 
     def alone(self, shard: str, key: str | None) -> None:
         ray.get(self._handle.alone.remote(shard, key))

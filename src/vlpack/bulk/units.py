@@ -99,11 +99,21 @@ class Attempts:
         self._deadly: dict[str, set[str]] = {}
 
     def begin(self, shard: str) -> tuple[bool, set[str]]:
-        """Whether the rows of a unit shall be answered one by one, and the ids of those that are not tried again."""
+        """Whether the rows of a unit shall be answered one by one, and the ids of those that are not tried again.
+
+        Raises:
+            VlpackError: its processes have ended too often for reasons other than one row.
+        """
         self._begun[shard] = self._begun.get(shard, 0) + 1
         deadly = self._deadly.setdefault(shard, set())
         if shard in self._alone:
             deadly.add(self._alone.pop(shard))
+        ended = self._begun[shard] - 1 - len(deadly)
+        if ended >= 3 * TRIES:
+            raise VlpackError(
+                f"The processes that answered the rows of {shard} ended {ended} times.",
+                "If there was not enough memory, give them fewer rows at a time.",
+            )
         return self._begun[shard] >= TRIES, set(deadly)
 
     def alone(self, shard: str, key: str | None) -> None:
