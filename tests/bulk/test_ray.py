@@ -87,7 +87,7 @@ def test_a_run_is_killed_and_an_actor_of_the_next_one(ray: Any, ask: Ask, digits
     data = tmp_path / "data"
     data.mkdir()
     names = [NAMES[number % 24] for number in range(48)]
-    images = [{"bytes": (IMAGES / name).read_bytes(), "path": name} for name in names]
+    images: list[Any] = [{"bytes": (IMAGES / name).read_bytes(), "path": name} for name in names]
     images[3] = {"bytes": None, "path": "late.png"}
     table = pa.table({"image": images, "name": names, "n": pa.array(range(48), pa.int16())})
     parquet.write_table(table, data / "a.parquet", row_group_size=10)
@@ -154,7 +154,8 @@ def test_clusters_that_are_too_small(ray: Any, ask: Ask, tmp_path: Path) -> None
         ask(path, ray="auto", threads=1, context=10**9)
 
 
-def test_a_run_without_ray_is_continued(ray: Any, ask: Ask, tmp_path: Path) -> None:
+def test_a_run_without_ray_is_continued(ray: Any, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlpack.bulk.progress.PROGRESS_SECONDS", 0)
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": text} for text in "abca"])
 
     class StoppedError(Exception):

@@ -15,13 +15,13 @@ import pytest
 from bulk.conftest import right, rows_of, write_rows
 from samples import ANSWERS, IMAGES, READ
 from vlpack import Sampling
-from vlpack.bulk.answering import EngineOptions
+from vlpack.bulk.answering import EngineOptions, alike
 from vlpack.bulk.identity import manifest_bytes
 from vlpack.bulk.media import Place
 from vlpack.bulk.node_package import KEPT_SECONDS, PackageFiles, copied, node_package
 from vlpack.bulk.plan import Unit, index_of, plan
 from vlpack.bulk.question import Question
-from vlpack.bulk.row import Ids
+from vlpack.bulk.row import Ids, Item, Task
 from vlpack.bulk.shards import JsonLines
 from vlpack.bulk.source import open_source
 from vlpack.bulk.storage import Local
@@ -123,6 +123,16 @@ def test_a_table_with_keys_is_read_once(tmp_path: Path, monkeypatch: pytest.Monk
         (portion,) = open_source(str(tmp_path / "b.parquet")).portions()
         names = index_of(portion, ids()).names
         assert (names[0], len(names[1]), names[2]) == ("3", 32, "2")
+
+
+def test_rows_with_images_of_like_size_follow_each_other() -> None:
+    """Rows are ordered among the next few only, and those with the same image follow each other."""
+    sizes = [("a", 9), ("b", 1), ("a", 9), ("c", 9), ("a", 9), ("d", 1), ("e", 0)]
+    tasks = [Task(n, name, Item({"image": name, "area": area}, name)) for n, (name, area) in enumerate(sizes)]
+    found = [task.key for task in alike(tasks, lambda item: int(item.columns["area"]), 6)]
+    assert sorted(found[:2]) == ["b", "d"]
+    assert "".join(found[2:6]) in ("aaac", "caaa")
+    assert found[6] == "e"
 
 
 def test_an_input_that_changes_is_an_error(tmp_path: Path) -> None:
