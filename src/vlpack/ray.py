@@ -12,31 +12,25 @@ Install Ray with ``pip install 'vlpack[ray]'``.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock
 
 from vlpack.bulk.answering import Answerer, EngineOptions
 from vlpack.bulk.cluster import require_ray
 from vlpack.bulk.form import Rows
 from vlpack.bulk.media import Place
+from vlpack.bulk.node_package import node_package
 from vlpack.bulk.question import Question
 from vlpack.bulk.row import RESULT, Item, Task
-from vlpack.bulk.tables import pyarrow
 from vlpack.checkpoint.hub import is_folder, is_hub_id
-from vlpack.errors import PackageError
-from vlpack.package.manifest import damaged_files, read_manifest
 from vlpack.preprocess import VideoOptions
 from vlpack.preprocess.literal import CONTROL
 from vlpack.runtime.sampling import Sampling
-from vlpack.store.place import packages_folder
 
 Batch = dict[str, Any]
 """A batch of Ray Data: name of a column → array of its values."""
@@ -188,40 +182,15 @@ def package_on_node(package: str | os.PathLike[str]) -> Path:
     """The folder of a package on this machine; it is copied or built here once, whatever the number of actors.
 
     Args:
-        package: folder, URI for pyarrow, or Hub id.
+        package: folder, URI for pyarrow, or Hub id. A copy is made again if the package at the URI has changed.
 
     Raises:
         PackageError: the package cannot be copied, or the copy is not complete.
         VlpackError: the package cannot be built.
     """
     given = os.fspath(package)
-    if "://" in given:
-        return _copied(given)
     if is_hub_id(given) and not is_folder(given):
         from vlpack.builder import build
 
         return build(given).folder
-    return Path(given).expanduser()
-
-
-def _copied(uri: str) -> Path:
-    """The folder with a copy of the package at a URI; all its files were checked against the hashes in the manifest."""
-    pyarrow(f"The package {uri}")
-    from pyarrow import fs
-
-    place = packages_folder().parent / "copied" / hashlib.sha256(uri.encode()).hexdigest()[:24]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{place}.lock"):
-        if not place.exists():
-            partial = place.with_name(f"{place.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-            partial.mkdir()
-            try:
-                fs.copy_files(uri, partial.as_uri())
-            except (OSError, ValueError) as error:
-                raise PackageError(f"The package {uri} cannot be copied: {str(error)[:200]}.") from None
-            problems = damaged_files(partial, read_manifest(partial), hashes=True)
-            if problems:
-                raise PackageError(f"The copy of the package {uri} is damaged: {' '.join(problems[:3])}")
-            partial.rename(place)
-    return place
+    return node_package(given)

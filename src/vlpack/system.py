@@ -32,6 +32,21 @@ def checked_threads(threads: int | None) -> int:
     return threads or cores
 
 
+def own_process(module: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """A command that calls ``main`` of one of vlpack's modules in a new process, and the environment for it.
+
+    The process imports modules from the same places as this one. Unlike with ``python -m``, the current folder is not
+    among them, because a data set there may have a file with a module's name.
+
+    Args:
+        module: name of the module.
+        arguments: arguments of the command.
+    """
+    program = f"import sys; sys.path[:] = filter(None, sys.path); from {module} import main; main()"
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    return [sys.executable, "-c", program, *arguments], {**os.environ, "PYTHONPATH": paths}
+
+
 def peak_memory_bytes() -> int:
     """Peak resident memory of this process so far, in bytes."""
     if sys.platform == "win32":

@@ -23,11 +23,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ask(digits: Path, tmp_path: Path) -> Callable[..., BatchResult]:
-    """Returns a function that runs a batch with short greedy answers; the output is the folder ``out``."""
+    """Returns a function that runs a batch with short greedy answers; the output is the folder ``out`` or a URI."""
 
-    def get(source: Path | str, output: str = "out", **options: Any) -> BatchResult:
+    def get(source: Path | str, output: str = "out", package: Path | str = digits, **options: Any) -> BatchResult:
         common = {"max_tokens": 20, "sampling": Sampling(temperature=0), "threads": 1, "context": 200}
-        return batch(digits, source, tmp_path / output, **{**common, **options})
+        place = output if "://" in output else tmp_path / output
+        return batch(package, source, place, **{**common, **options})
 
     return get
 

@@ -19,7 +19,7 @@ from bulk.conftest import right, rows_of, write_rows
 from samples import ANSWERS, COUNT, IMAGES, READ
 from vlpack import Sampling
 from vlpack.bulk import BatchResult
-from vlpack.bulk.run import Progress
+from vlpack.bulk.progress import Progress
 from vlpack.errors import InputError, OptionError
 from vlpack.runtime.model import Model
 
@@ -323,7 +323,13 @@ def test_constrained_answers(ask: Ask, tmp_path: Path) -> None:
     assert {row["answer"] for row in rows_of(tmp_path / "choice")} <= {"7", "8"}
     assert all(row["error"] is None for row in rows_of(tmp_path / "choice"))
     ask(path, "short", prompt=COUNT, files=IMAGES, choices=["seven digits here", "eight digits here"], max_tokens=1)
-    assert all("cut off after 1 tokens, so it is no choice" in row["error"] for row in rows_of(tmp_path / "short"))
+    assert all(
+        "cut off after 1 tokens, so it may be no whole choice" in row["error"] for row in rows_of(tmp_path / "short")
+    )
+    ask(path, "pattern", prompt=COUNT, files=IMAGES, regex="[a-z]{3,9}", max_tokens=1)
+    assert all("so it may not match regex as a whole" in row["error"] for row in rows_of(tmp_path / "pattern"))
+    ask(path, "whole", prompt=COUNT, files=IMAGES, regex="[0-9]", max_tokens=1)
+    assert all(row["error"] is None for row in rows_of(tmp_path / "whole"))
     with pytest.raises(OptionError, match="schema and regex are both given"):
         ask(path, "x", prompt=COUNT, files=IMAGES, schema=schema, regex="a")
     assert not (tmp_path / "x").exists()

@@ -16,7 +16,7 @@ import pytest
 
 from bulk.conftest import right, rows_of, write_rows
 from samples import ANSWERS, IMAGES, READ, edit_json, vlpack
-from vlpack.bulk.run import Progress
+from vlpack.bulk.progress import Progress
 from vlpack.cli.batch import duration, line
 
 GREEDY = ["--max-tokens", "20", "--temperature", "0", "--threads", "1"]

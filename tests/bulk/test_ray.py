@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from bulk.conftest import right, rows_of, write_rows
 from samples import ANSWERS, IMAGES, READ, vlpack
 from vlpack import Sampling
 from vlpack.bulk import BatchResult
-from vlpack.errors import OptionError, PackageError, VlpackError
+from vlpack.errors import OptionError, VlpackError
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None or not sys.platform.startswith("linux"), reason="pip install 'ray[data]'"
@@ -28,7 +31,18 @@ pytestmark = pytest.mark.skipif(
 
 Ask = Callable[..., BatchResult]
 NAMES = sorted(ANSWERS)
-SAME = ("id", "image", "answer", "finish_reason", "prompt_tokens", "image_tokens", "answer_tokens", "error")
+SAME = (
+    "id",
+    "image",
+    "name",
+    "n",
+    "answer",
+    "finish_reason",
+    "prompt_tokens",
+    "image_tokens",
+    "answer_tokens",
+    "error",
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,40 +77,73 @@ def ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             os.environ[name] = value
 
 
-def test_the_same_rows_as_without_ray_although_an_actor_is_killed(
-    ray: Any, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """There are two actors, one on each node; one is killed while it answers rows, and Ray restarts it."""
-    rows = [{"image": "missing.png"}, *({"image": NAMES[number % 24], "n": number} for number in range(48))]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    ask(path, "plain", prompt=READ, files=IMAGES)
-    from vlpack.bulk import cluster
+def test_a_run_is_killed_and_an_actor_of_the_next_one(ray: Any, ask: Ask, digits: Path, tmp_path: Path) -> None:
+    """Rows of Parquet at a URI get the answers that they get without Ray, and each exactly once, in order.
 
+    The first run is killed after some shards, while both nodes answer. In the second run an actor is killed, and Ray
+    restarts it. One row names an image that exists only in the second run, which answers it again.
+    """
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    data = tmp_path / "data"
+    data.mkdir()
+    names = [NAMES[number % 24] for number in range(48)]
+    images: list[Any] = [{"bytes": (IMAGES / name).read_bytes(), "path": name} for name in names]
+    images[3] = {"bytes": None, "path": "late.png"}
+    table = pa.table({"image": images, "name": names, "n": pa.array(range(48), pa.int16())})
+    parquet.write_table(table, data / "a.parquet", row_group_size=10)
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"workers": 2, "threads": 2, "slots": 2, "shard_rows": 4}
+    options |= {"format": "parquet", "ray": "auto"}
+    command: list[Any] = [sys.executable, "-m", "vlpack", "batch", digits.as_uri(), data.as_uri(), "-o", out.as_uri()]
+    command += ["--prompt", READ, "--max-tokens", "20", "--temperature", "0", "--context", "200"]
+    for name, value in {**options, "ray": ray.get_runtime_context().gcs_address}.items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as running:
+        end = time.monotonic() + 100
+        while len(list(out.glob("part-*"))) < 2:
+            assert running.poll() is None, running.stderr
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        running.kill()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("part-*")}
+    assert 2 <= len(kept) < 12
+
+    shutil.copyfile(IMAGES / names[3], data / "late.png")
     killed: list[int] = []
-    made: list[cluster.Cluster] = []
-    enter = cluster.Cluster.__enter__
-
-    def entered(self: cluster.Cluster) -> cluster.Cluster:
-        made.append(self)
-        return enter(self)
-
-    monkeypatch.setattr(cluster.Cluster, "__enter__", entered)
 
     def kill(progress: Any) -> None:
-        if progress.answered >= 5 and not killed:
-            killed.append(ray.get(made[0].actors[0].ready.remote()))
-            os.kill(killed[0], signal.SIGKILL)
+        if not killed and progress.answered:
+            killed.append(kill_actor())
 
-    result = ask(path, prompt=READ, files=IMAGES, workers=2, threads=None, slots=2, ray="auto", progress=kill)
+    arguments = {"prompt": READ, "package": digits.as_uri(), "retry_errors": True, "progress": kill, **options}
+    again = ask(data.as_uri(), out.as_uri(), **arguments)
     assert killed
-    assert (result.rows, result.answered, result.errors) == (49, 49, 1)
-    plain, found = rows_of(tmp_path / "plain"), rows_of(tmp_path / "out")
+    assert (again.rows, again.total, again.errors) == (48, 48, 0)
+    assert again.before + again.answered == 48
+    assert again.before >= 4 * len(kept) - 1
+    assert sum(path.stat().st_mtime_ns == changed for path, changed in kept.items()) >= len(kept) - 1
+    found = parquet.read_table(sorted(out.glob("part-*"))).to_pylist()
+    assert [row["n"] for row in found] == list(range(48))
+    ask(data / "a.parquet", "plain", prompt=READ, format="parquet")
+    plain = parquet.read_table(tmp_path / "plain" / "part-00000.parquet").to_pylist()
     assert [{name: row[name] for name in SAME} for row in found] == [
         {name: row[name] for name in SAME} for row in plain
     ]
-    assert right(found[1:], "image")
-    again = ask(path, prompt=READ, files=IMAGES, workers=2, threads=None, slots=2, ray="auto")
-    assert (again.before, again.answered) == (49, 0)
+    assert right(found, "name")
+    assert parquet.read_schema(out / "part-00000.parquet").field("n").type == pa.int16()
+    assert {path.name for path in out.iterdir()} == {"manifest.json", *(f"part-{n:05}.parquet" for n in range(12))}
+
+
+def kill_actor() -> int:
+    """Kills a process of the cluster that answers rows, and returns its id."""
+    for place in Path("/proc").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+            if not place.name.isdigit() or b"MapWorker(MapBatches(Actor))" not in (place / "cmdline").read_bytes():
+                continue
+            if os.environ["RAY_TMPDIR"].encode() in (place / "environ").read_bytes():  # not one of another cluster
+                os.kill(int(place.name), signal.SIGKILL)
+                return int(place.name)
+    raise AssertionError("no process answers rows")
 
 
 def test_clusters_that_are_too_small(ray: Any, ask: Ask, tmp_path: Path) -> None:
@@ -105,6 +152,25 @@ def test_clusters_that_are_too_small(ray: Any, ask: Ask, tmp_path: Path) -> None
         ask(path, ray="auto", workers=3, threads=None)
     with pytest.raises(OptionError, match="context is 1000000000"):
         ask(path, ray="auto", threads=1, context=10**9)
+
+
+def test_a_run_without_ray_is_continued(ray: Any, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlpack.bulk.progress.PROGRESS_SECONDS", 0)
+    path = write_rows(tmp_path / "rows.jsonl", [{"prompt": text} for text in "abca"])
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(progress: Any) -> None:
+        if progress.answered == 4:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        ask(path, max_tokens=1, progress=stop)
+    assert (tmp_path / "out" / ".journal").exists()
+    result = ask(path, max_tokens=1, ray="auto")
+    assert (result.before, result.answered, result.total) == (4, 0, 4)
+    assert len(rows_of(tmp_path / "out")) == 4
 
 
 def test_predictor_in_ray_data(ray: Any, digits: Path, tmp_path: Path) -> None:
@@ -175,25 +241,6 @@ def test_arrays_of_pixels_and_files(predictor: Callable[..., Any]) -> None:
     assert found["n"].dtype == np.int16
     found = made({"image": np.array([str(IMAGES / NAMES[0])], object)})
     assert "has no folder of files" in found["error"][0] or "have no folder of files" in found["error"][0]
-
-
-def test_packages_on_a_node(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray")
-    pytest.importorskip("pyarrow")
-    from vlpack.ray import package_on_node
-
-    monkeypatch.setenv("VLPACK_CACHE", str(tmp_path / "cache"))
-    assert package_on_node(digits) == digits
-    shutil.copytree(digits, tmp_path / "package")
-    copy = package_on_node((tmp_path / "package").as_uri())
-    assert sorted(path.name for path in copy.iterdir()) == sorted(path.name for path in digits.iterdir())
-    (tmp_path / "package" / "tokenizer.json").write_text("{}")
-    assert package_on_node((tmp_path / "package").as_uri()) == copy  # copied before
-    (tmp_path / "package").rename(tmp_path / "other")
-    with pytest.raises(PackageError, match=r"is damaged: tokenizer\.json has 2 bytes"):
-        package_on_node((tmp_path / "other").as_uri())
-    with pytest.raises(PackageError, match="cannot be copied"):
-        package_on_node((tmp_path / "nothing").as_uri())
 
 
 def test_without_ray(

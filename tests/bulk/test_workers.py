@@ -119,10 +119,8 @@ def test_a_cluster_that_is_too_small_ends(monkeypatch: pytest.MonkeyPatch) -> No
         shutdown=lambda: ended.append(True),
     )
     monkeypatch.setattr("vlpack.bulk.cluster.require_ray", lambda: ray)
-    question = Question(prompt=READ)
-    setting = Setting("p", "files", "p", question, Place("."), in_python, EngineOptions())
-    with pytest.raises(OptionError, match="2 actors with 1 threads do not fit"):
-        Cluster(setting, 2, Rows(question, Place(".")), "local")
+    with pytest.raises(OptionError, match="2 actors with 1 threads do not fit"), Cluster("local") as cluster:
+        cluster.threads(None, 2)
     assert ended == [True]
 
 

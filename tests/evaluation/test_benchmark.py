@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import vlpack
 from samples import DIGITS
 from samples import vlpack as run_vlpack
 from vlpack.builder import build
-from vlpack.errors import InputError, OptionError, VlpackError
-from vlpack.evaluation.benchmark import Benchmark, compare, parse_size
+from vlpack.errors import InputError, OptionError, PackageError, VlpackError
+from vlpack.evaluation.benchmark import Benchmark, _measure, compare, parse_size
 
 STAGES = ("vision", "prefill", "token")
 Capsys = pytest.CaptureFixture[str]
@@ -69,6 +70,14 @@ def test_an_end_token_does_not_end_the_measurement(package: Path, monkeypatch: p
     asked = {"package": str(package), "threads": 1, "new": 40, "repeat": 1, "image": (64, 32)}
     found = benchmark_work.work(asked)
     assert steps[0].token_count() == found["prompt_tokens"] + 40
+
+
+def test_the_process_imports_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    (tmp_path / "json.py").write_text("raise SystemExit('a file of the user was run')\n")
+    with pytest.raises(PackageError, match="There is no folder"):
+        _measure({"package": str(tmp_path / "nothing"), "threads": 1, "tokens": 4})
 
 
 def test_every_answer_looks_at_the_image(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

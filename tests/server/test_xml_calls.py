@@ -216,6 +216,7 @@ def tool(name: str, required: tuple[str, ...] = (), **properties: Any) -> dict[s
         ({"type": "string", "pattern": "^[a-c]+$"}, ["abc"], ["abd", ""]),
         ({"type": "string", "pattern": "b"}, ["abc", "b"], ["ac"]),
         ({"type": "string", "pattern": "^(a|b/c)$"}, ["a", "b/c"], ["b"]),
+        ({"type": "string", "pattern": r"^[^\/]\/\\/$"}, ["a/\\/"], ["a\\/", "//\\/", "a/\\"]),
         ({"type": "string", "minLength": 2, "maxLength": 3}, ["ab", "abc"], ["a", "abcd"]),
         ({"type": "string", "format": "date"}, ["2026-11-28"], ["28.11.2026"]),
         ({}, ["whatever", "3"], []),

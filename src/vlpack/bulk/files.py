@@ -1,15 +1,15 @@
-"""Folders and lists of images, videos and PDFs as inputs: a row for each image, video and page of a PDF."""
+"""Images, videos and PDFs as inputs: a row for each image, video and page of a PDF."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-from vlpack.bulk.folder import Folder
+from vlpack.bulk.folder import folder_of
 from vlpack.bulk.media import Page
 from vlpack.bulk.pages import Pages
-from vlpack.bulk.row import Item
+from vlpack.bulk.row import Item, Mark
+from vlpack.bulk.storage import Storage
 from vlpack.errors import InputError
 from vlpack.preprocess.image_source import file_endings
 
@@ -27,58 +27,50 @@ def kind_of(name: str) -> str | None:
     return "video" if ending in VIDEOS else "pdf" if ending == ".pdf" else None
 
 
+def files_in(place: Storage) -> Iterator[str]:
+    """The names of the images, videos and PDFs in a folder and the folders in it, without hidden ones."""
+    for name in place.names():
+        if not any(part.startswith(".") for part in name.split("/")) and kind_of(os.path.basename(name)) is not None:
+            yield name
+
+
 class Files:
-    """A source of rows from files, in the order of their paths: one for each image, video and page of a PDF.
+    """Files of a folder as rows: one for each image, video and page of a PDF.
 
     The id of a row is the path of its file relative to the folder, followed by ``#page=…`` for a page of a PDF.
 
     Args:
-        folder: folder that the paths are relative to.
-        paths: the files; None for all in the folder and the folders in it.
-
-    Attributes:
-        count: number of files.
-        total: number of rows; None if there are PDFs, whose pages are counted only when they are read.
+        folder: path or URI of the folder.
+        names: names of the files.
     """
 
-    def __init__(self, folder: Path, paths: Sequence[Path] | None) -> None:
-        self._folder, self._paths = folder, paths
-        self.count, pdfs = 0, False
-        for name in self._names():
-            self.count += 1
-            pdfs = pdfs or kind_of(os.path.basename(name)) == "pdf"
-        self.total = None if pdfs else self.count
+    def __init__(self, folder: str, names: Sequence[str]) -> None:
+        self._folder, self._names = folder, names
 
-    def items(self) -> Iterator[Item]:
-        """Iterates over the rows."""
-        pages = Pages(Folder(str(self._folder)))
-        for name in self._names():
+    def read(self, start: Mark = (0, 0)) -> Iterator[tuple[Mark, Item]]:
+        """Iterates over the rows from a mark on: the number of a file, and that of the page in it, both from 0."""
+        pages: Pages | None = None
+        for place, name in enumerate(self._names[start[0] :], start[0]):
             kind = kind_of(os.path.basename(name))
             if kind == "pdf":
-                yield from self._of_pdf(name, pages)
+                pages = pages or Pages(folder_of(self._folder))
+                first = start[1] if place == start[0] else 0
+                yield from (((place, page), item) for page, item in self._of_pdf(name, pages, first))
             elif kind == "video":
-                yield Item({"file": name}, name, name, videos=[name])
+                yield (place, 0), Item({"file": name}, name, name, videos=[name])
             else:
-                yield Item({"file": name}, name, name, images=[name])
+                yield (place, 0), Item({"file": name}, name, name, images=[name])
 
-    def _of_pdf(self, name: str, pages: Pages) -> Iterator[Item]:
-        """The rows of a PDF; one with an error if it cannot be read."""
+    def _of_pdf(self, name: str, pages: Pages, first: int) -> Iterator[tuple[int, Item]]:
+        """The rows of a PDF from a page on; one with an error if it cannot be read."""
         try:
             count = pages.count(name)
         except InputError as error:
-            yield Item({"file": name, "page": None}, name, name, error=error)
+            yield 0, Item({"file": name, "page": None}, name, name, error=error)
             return
-        for number in range(1, count + 1):
-            key = f"{name}#page={number}"
-            yield Item({"file": name, "page": number}, key, key, images=[Page(name, number)])
+        for page in range(first, count):
+            key = f"{name}#page={page + 1}"
+            yield page, Item({"file": name, "page": page + 1}, key, key, images=[Page(name, page + 1)])
 
-    def _names(self) -> Iterator[str]:
-        """The paths of all files, relative to the folder, with ``/`` between folders."""
-        if self._paths is not None:
-            yield from (Path(os.path.relpath(path, self._folder)).as_posix() for path in self._paths)
-            return
-        for place, folders, names in os.walk(self._folder):  # does not follow links to folders
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                if kind_of(name) is not None:
-                    yield Path(os.path.relpath(os.path.join(place, name), self._folder)).as_posix()
+    def column(self, name: str) -> None:
+        """None, because files have no columns."""

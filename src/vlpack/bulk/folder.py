@@ -1,11 +1,16 @@
-"""The folder in which the files of rows must be, which paths in rows cannot leave, neither by ``..`` nor by a link."""
+"""The folder in which the files of rows must be, which paths in rows cannot leave, neither by ``..`` nor by a link.
+
+It is on this machine, or at a URI that pyarrow knows.
+"""
 
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from pathlib import Path
 
+from vlpack.bulk.storage import Remote, is_uri
 from vlpack.checkpoint.files import read_small
 from vlpack.errors import CheckpointError, InputError, option
 
@@ -64,3 +69,39 @@ class Folder:
             return read_small(Path(path), target, most)
         except CheckpointError as error:
             raise InputError(error.message, error.hint) from None
+
+
+class RemoteFolder:
+    """A folder at a URI, from which files are read by paths that come from untrusted rows.
+
+    Args:
+        uri: URI of the folder.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._storage = Remote(uri)
+
+    def read(self, path: str, most: int) -> bytes:
+        """The bytes of a file in the folder.
+
+        Raises:
+            InputError: there is no such file, it is outside of the folder, or has more than ``most`` bytes.
+        """
+        name = posixpath.normpath(path)
+        if posixpath.isabs(name) or name.split("/")[0] == ".." or "\0" in name:
+            raise InputError(f"{path[:200]!r} is outside of the folder {self._storage.name}.")
+        try:
+            size = self._storage.size(name)
+            if size > most:
+                raise InputError(f"{path[:200]!r} has {size} bytes; at most {most} are read.")
+            with self._storage.open(name) as file:
+                return file.read(most)
+        except FileNotFoundError:
+            raise InputError(f"There is no file {path[:200]!r} in {self._storage.name}.") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path[:200]!r} cannot be read: {str(error)[:200]}.") from None
+
+
+def folder_of(folder: str | None) -> Folder | RemoteFolder:
+    """The folder at a path or URI; None if rows may name no files."""
+    return RemoteFolder(folder) if folder is not None and is_uri(folder) else Folder(folder)

@@ -8,16 +8,24 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from vlpack.bulk.media import Given, Media, Place
-from vlpack.bulk.output import ROWS, Layout
 from vlpack.bulk.question import MAX_TOKENS, Question
 from vlpack.bulk.row import Item, Task, asked, finished
 from vlpack.bulk.shards import Row
+from vlpack.bulk.written import ROWS, Layout
 from vlpack.engine import Engine
-from vlpack.errors import InputError, OptionError, VlpackError, in_python
+from vlpack.errors import InputError, OptionError, VlpackError, in_python, option
 from vlpack.preprocess import VideoOptions
 
 Words = Callable[[str], str]
 """A function that writes the options in an error message as the caller's interface names them."""
+
+
+_CUT = {
+    "schema": "is not valid JSON",
+    "regex": f"may not match {option('regex')} as a whole",
+    "choices": "may be no whole choice",
+}
+"""What is wrong with an answer that was cut off, by the constraint that it had to match."""
 
 
 class Form(Protocol):
@@ -96,15 +104,14 @@ class Rows:
         )
         seconds = time.perf_counter() - began
         handle = engine.submit(prompt, wait=True, **self._options)
+        cut = [said for name, said in _CUT.items() if name in question.constraint]
 
         def answer() -> Row:
             found = handle.result()
             stats = found.stats
             error = None
-            if question.schema is not None and found.finish_reason == "length":
-                error = InputError(f"The answer was cut off after {len(found.tokens)} tokens, so it is not valid JSON.")
-            if question.choices is not None and found.text not in question.choices:
-                error = InputError(f"The answer was cut off after {len(found.tokens)} tokens, so it is no choice.")
+            if question.constraint and found.finish_reason == "length":
+                error = InputError(f"The answer was cut off after {len(found.tokens)} tokens, so it {cut[0]}.")
             return {
                 "answer": found.text,
                 "finish_reason": found.finish_reason,

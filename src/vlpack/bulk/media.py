@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from PIL import Image
 
-from vlpack.bulk.folder import Folder
+from vlpack.bulk.folder import Folder, folder_of
 from vlpack.bulk.pages import Pages
 from vlpack.errors import InputError, option
 from vlpack.preprocess import load_image
@@ -48,7 +48,7 @@ class Place:
     """The place of the files of rows, and the kinds of sources that rows may name.
 
     Args:
-        folder: folder in which all files must be; None if rows may name no files.
+        folder: path or URI of the folder in which all files must be; None if rows may name no files.
         allow_urls: whether http(s) URLs are downloaded.
         allow_private_urls: whether URLs may lead to this machine or its network.
     """
@@ -66,7 +66,7 @@ class Media:
     """
 
     def __init__(self, place: Place) -> None:
-        self._place, self._folder = place, Folder(place.folder)
+        self._place, self._folder = place, folder_of(place.folder)
         self._pages = Pages(self._folder)
 
     def image(self, given: Given) -> Image.Image:
@@ -83,7 +83,7 @@ class Media:
         Raises:
             InputError: the video is missing, out of the folder, or may not be downloaded.
         """
-        if isinstance(given, str) and _scheme(given) is None:
+        if isinstance(given, str) and _scheme(given) is None and isinstance(self._folder, Folder):
             return str(self._folder.find(given))
         return self._bytes(given, "video/*")
 
@@ -92,7 +92,7 @@ class Media:
         try:
             if isinstance(given, bytes):
                 source: Any = io.BytesIO(given)
-            elif isinstance(given, str) and _scheme(given) is None:
+            elif isinstance(given, str) and _scheme(given) is None and isinstance(self._folder, Folder):
                 source = self._folder.find(given)
             else:
                 return 0

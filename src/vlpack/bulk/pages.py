@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-from vlpack.bulk.folder import Folder
+from vlpack.bulk.folder import Folder, RemoteFolder
 from vlpack.errors import InputError
 from vlpack.preprocess.image_source import data_uri_bytes
 from vlpack.preprocess.pdf import page_count, render
@@ -27,7 +27,7 @@ class Pages:
         folder: folder with the PDFs.
     """
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder | RemoteFolder) -> None:
         self._folder, self._lock = folder, threading.Lock()
         self._kept: OrderedDict[tuple[str, int], list[bytes]] = OrderedDict()
 

@@ -95,7 +95,12 @@ class Question:
                 made |= {each.name: getattr(value, each.name) for each in fields(value)}
             else:
                 made[one.name] = list(value) if one.name == "choices" and value is not None else value
-        return {name: value for name, value in made.items() if value is not None}
+        # 0 and 0.0 are the same option, and must give the same ids
+        return {
+            name: int(value) if isinstance(value, float) and value.is_integer() else value
+            for name, value in made.items()
+            if value is not None
+        }
 
     def filled(self, columns: Mapping[str, Any]) -> str:
         """The template with the values of a row's columns.

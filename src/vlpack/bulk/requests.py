@@ -10,9 +10,9 @@ from typing import Any
 
 from vlpack.bulk.form import Words, explained, sentence
 from vlpack.bulk.media import MAX_IMAGE_PIXELS, Place
-from vlpack.bulk.output import Layout
 from vlpack.bulk.row import Item, Task
 from vlpack.bulk.shards import Row
+from vlpack.bulk.written import Layout
 from vlpack.engine import Engine
 from vlpack.errors import InputError, in_python, option
 from vlpack.server.answers import whole

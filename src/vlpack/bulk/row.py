@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from vlpack.bulk.media import Given, held
 from vlpack.bulk.question import Question
@@ -47,6 +47,26 @@ class Item:
     images: Sequence[Given] = ()
     videos: Sequence[Given] = ()
     error: VlpackError | None = None
+
+
+Mark: TypeAlias = "tuple[int, int]"
+"""The place of a row in a portion of the input, from which reading can begin."""
+
+
+class Portion(Protocol):
+    """The interface of a portion of an input, such as a file, which can be read in any process."""
+
+    def read(self, start: Mark = (0, 0)) -> Iterator[tuple[Mark, Item]]:
+        """Iterates over the rows from a mark on, each with its own mark.
+
+        Raises:
+            InputError: the portion cannot be read.
+        """
+        ...
+
+    def column(self, name: str) -> tuple[list[Any], int] | None:
+        """All values of a column, and the mean size of a row in bytes; None if that needs all columns to be read."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -97,30 +117,50 @@ class Ids:
 
     def __call__(self, item: Item) -> tuple[str, Item]:
         """The id of the next row, and the row itself, with an error if an earlier row had the same key."""
-        key = item.key
-        if key is None and item.columns.get(self.column) is not None:
-            given = item.columns[self.column]
-            key = given if isinstance(given, str) else json.dumps(given, default=_hashed)
-        name = valid_text(key) if key else self._hash(item)
+        name, keyed = self.name(item)
+        number = self.number(name)
+        return numbered(name, number), self.checked(item, name, keyed, number)
+
+    def name(self, item: Item) -> tuple[str, bool]:
+        """The id of a row without the number that makes it unique, and whether it is a key, and not a hash."""
+        given = item.columns.get(self.column) if item.key is None else item.key
+        return (self._hash(item) if given in (None, "") else self.key_name(given)), given is not None
+
+    @staticmethod
+    def key_name(given: Any) -> str:
+        """The id of a row with a key in the column with the ids, which is not empty."""
+        return valid_text(given if isinstance(given, str) else json.dumps(given, default=_hashed))
+
+    def number(self, name: str) -> int:
+        """The number that makes the name of the next row unique: 1 if no earlier row has it."""
         first = short_hash(name)
-        unique, number = name, 1
+        number = 1
         if first in self._seen:  # the numbers up to the last one are taken
             number = self._numbers.get(first, 1) + 1
-            while short_hash(unique := f"{name}-{number}") in self._seen:
+            while short_hash(numbered(name, number)) in self._seen:
                 number += 1
             self._numbers[first] = number
-        self._seen.add(short_hash(unique))
-        if key is not None and number > 1 and item.error is None:
-            wrong = InputError(
-                f"An earlier row has the same {self.column}, {key[:200]!r}.",
-                f"Give every row its own, or choose another column with {option('id_column')}.",
-            )
-            item = Item(item.columns, item.where, item.key, item.images, item.videos, wrong)
-        return unique, item
+        self._seen.add(short_hash(numbered(name, number)))
+        return number
+
+    def checked(self, item: Item, name: str, keyed: bool, number: int) -> Item:
+        """A row with an error if an earlier row had the same key; otherwise the row itself."""
+        if not keyed or number == 1 or item.error is not None:
+            return item
+        wrong = InputError(
+            f"An earlier row has the same {self.column}, {name[:200]!r}.",
+            f"Give every row its own, or choose another column with {option('id_column')}.",
+        )
+        return replace(item, error=wrong)
 
     def _hash(self, item: Item) -> str:
         content = json.dumps([item.columns, self.question], sort_keys=True, default=_hashed)
         return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def numbered(name: str, number: int) -> str:
+    """An id that is made unique by a number."""
+    return name if number == 1 else f"{name}-{number}"
 
 
 def short_hash(key: str) -> bytes:

@@ -2,88 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import platform
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+import posixpath
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from vlpack.bulk.answering import AHEAD, Answerer, EngineOptions, alike
-from vlpack.bulk.form import Form, Words, form_of
+from vlpack.bulk.answering import EngineOptions
+from vlpack.bulk.assignment import Assignment
+from vlpack.bulk.form import Words, form_of
+from vlpack.bulk.here import answer_here
 from vlpack.bulk.media import Place
-from vlpack.bulk.output import Output
+from vlpack.bulk.node_package import manifest_at
+from vlpack.bulk.progress import BatchResult, Progress
 from vlpack.bulk.question import Question
-from vlpack.bulk.row import Ids, Task
-from vlpack.bulk.shards import Row, format_of
 from vlpack.bulk.source import Source, open_source
-from vlpack.bulk.workers import Setting, Workers
+from vlpack.bulk.storage import is_uri, without_secrets
+from vlpack.bulk.workers import Setting
 from vlpack.errors import OptionError, in_python, option
-from vlpack.package.manifest import whole_package
 from vlpack.preprocess import VideoOptions
 from vlpack.preprocess.literal import CONTROL
 from vlpack.runtime.sampling import Sampling, check_number
 from vlpack.tasks import GENERATE, manifest_task
 from vlpack.version import __version__
-
-PROGRESS_SECONDS = 0.5
-"""Shortest time in seconds between two reports of the progress."""
-
-
-@dataclass
-class Progress:
-    """The progress of a run.
-
-    Attributes:
-        rows: number of rows in the output, including those of earlier runs.
-        total: number of rows of the input; None if it is not known yet.
-        answered: number of rows that this run has finished.
-        errors: number of rows in the output that failed.
-        seconds: time in seconds since this run began to answer rows.
-        rows_per_minute: number of rows that this run finishes in a minute.
-        tokens_per_second: number of tokens of answers that this run generates in a second.
-        seconds_left: estimated time in seconds until all rows are finished; None if it is not known.
-    """
-
-    rows: int = 0
-    total: int | None = None
-    answered: int = 0
-    errors: int = 0
-    seconds: float = 0.0
-    rows_per_minute: float = 0.0
-    tokens_per_second: float = 0.0
-    seconds_left: float | None = None
-
-
-@dataclass
-class BatchResult(Progress):
-    """The result of a run.
-
-    Attributes:
-        output: folder of the output.
-        before: number of rows that earlier runs had finished.
-        failed: number of rows that failed in this run.
-        stopped: whether the run stopped early, because too many rows failed.
-        load_seconds: time for loading the package, in seconds.
-    """
-
-    output: str = ""
-    before: int = 0
-    failed: int = 0
-    stopped: bool = False
-    load_seconds: float = 0.0
-
-
-class Answers(Protocol):
-    """The interface of what answers rows: an engine in this process, several processes, or a Ray cluster."""
-
-    def __call__(self, tasks: Iterator[Task]) -> Iterator[tuple[Task, Row]]:
-        """Yields each row with its row of the output, as they are finished."""
-        ...
 
 
 def batch(
@@ -109,7 +52,7 @@ def batch(
     allow_urls: bool = False,
     allow_private_urls: bool = False,
     format: str = "jsonl",
-    shard_rows: int = 1000,
+    shard_rows: int | None = None,
     limit: int | None = None,
     max_errors: int | None = None,
     retry_errors: bool = False,
@@ -127,10 +70,11 @@ def batch(
     answered get an error in the output and do not end the run.
 
     Args:
-        package: folder of a package that generates text, built for the CPU.
+        package: folder of a package that generates text, built for the CPU; with ``ray``, also its URI.
         source: folder or pattern of images, videos and PDFs, file of JSON lines, file in OpenAI's batch format, Parquet
-            file, or folder of a Hugging Face data set.
-        output: folder for the answers; a new one, or that of an interrupted run.
+            file, or folder of a Hugging Face data set; with ``ray``, also the URI of a file or folder for pyarrow, such
+            as ``s3://bucket/folder``.
+        output: folder for the answers; a new one, or that of an interrupted run; with ``ray``, also its URI.
         prompt: question about the rows that have no ``prompt`` or ``messages`` of their own.
         template: question with names of columns in braces, such as ``Describe {title}.``.
         system: system prompt.
@@ -150,7 +94,7 @@ def batch(
         allow_urls: whether http(s) URLs in rows are downloaded.
         allow_private_urls: whether these URLs may lead to this machine or its network.
         format: format of the output, ``jsonl`` or ``parquet``.
-        shard_rows: number of rows of each file of the output.
+        shard_rows: number of rows of each file of the output; None for 1000, or for 128 with Ray.
         limit: number of rows from the beginning of the input that are answered; None for all.
         max_errors: number of rows that may fail in this run before it stops; None for any number.
         retry_errors: whether rows that failed in an earlier run are answered again.
@@ -158,8 +102,8 @@ def batch(
         context: number of tokens of prompt and answer together; None for what the model and memory allow.
         threads: number of threads of all processes together; None for all cores.
         workers: number of processes that answer rows.
-        ray: address of a Ray cluster on which these processes run, ``auto`` or ``local``; None for this machine without
-            Ray. The package and the files of rows must be at the same paths on all machines.
+        ray: address of a Ray cluster, ``auto`` or ``local``, on which Ray Data reads, answers and writes the rows; None
+            for this machine without Ray. Folders of inputs and outputs must be at the same paths on all machines.
         progress: function that is called with the progress about twice a second.
         words: function that writes options in the errors of rows, for interfaces other than Python.
 
@@ -199,133 +143,52 @@ def batch(
         max_pixels=max_pixels,
         video_options=video_options or VideoOptions(),
     )
-    folder = Path(os.path.expanduser(package))
-    manifest = whole_package(folder)
-    if manifest_task(folder, manifest) != GENERATE:
-        raise OptionError(f"{folder} is for the task {manifest_task(folder, manifest)} and generates no text.")
-    question.check_constraint()
+    there, given, target = os.path.expanduser(package), os.fspath(source), os.path.expanduser(output)
     inside = None if files is None else os.path.expanduser(files)
-    found = open_source(os.fspath(source), inside, os.path.expanduser(output))
+    if ray is None:
+        for text in (there, given, target, inside or ""):
+            if is_uri(text) and not text.startswith("http"):  # refused with a better message
+                raise OptionError(
+                    f"{without_secrets(text)} is a URI, which only Ray reads and writes.",
+                    f"Give {option('ray', 'local')}.",
+                )
+    manifest = manifest_at(there)
+    task = manifest_task(Path(there), manifest)
+    if task != GENERATE:
+        raise OptionError(f"{without_secrets(there)} is for the task {task} and generates no text.")
+    question.check_constraint()
+    found = open_source(given, inside, target)
     _check_question(question, found)
     for name, useless, kind in (("files", bool(files), "openai"), ("allow_urls", allow_urls, "files")):
         if useless and found.name == kind:
             what = "a folder of files" if kind == "files" else "requests in OpenAI's batch format"
             raise OptionError(f"{option(name)} has no effect on {what}.", "Leave it out.")
-    place = Place(os.path.realpath(found.folder), allow_urls, allow_private_urls)
-    form = form_of(found.name, question, place, words, folder.resolve().name)
+    folder = found.folder if is_uri(found.folder) else os.path.realpath(found.folder)
+    place = Place(folder, allow_urls, allow_private_urls)
+    there = there.rstrip("/") if is_uri(there) else str(Path(there).resolve())
+    name = posixpath.basename(there.partition("?")[0]) if is_uri(there) else Path(there).name
     if found.name == "openai" and format != "jsonl":
         raise OptionError(f"{option('format')} is {format!r}, but answers in OpenAI's batch format are JSON lines.")
-    written = Output(
-        Path(os.path.expanduser(output)),
-        form.layout,
-        format_of(format, found.types),
-        {"package": _identity(folder, manifest), "question": question.record()},
-        _record(os.fspath(source), slots, context, threads, workers),
-        shard_rows=shard_rows,
-        retry_errors=retry_errors,
+    assignment = Assignment(
+        found,
+        target,
+        Setting(there, found.name, name, question, place, words, EngineOptions(slots, context, threads)),
+        form_of(found.name, question, place, words, name),
+        {"package": _identity(name, manifest), "question": question.record()},
+        _record(without_secrets(given), slots, context, threads, workers),
+        format,
+        shard_rows,
+        retry_errors,
+        limit,
+        max_errors,
+        workers,
+        progress,
     )
-    with written:
-        run = _Run(written, found, form, question, limit, max_errors, progress)
-        started = time.perf_counter()
-        first = next(run.tasks, None)  # nothing is loaded if nothing is left to do
-        if first is not None:
-            options = EngineOptions(slots, context, threads)
-            several = Setting(str(folder.resolve()), found.name, folder.resolve().name, question, place, words, options)
-            with _answering(several, workers, form, ray) as answers:
-                run.result.load_seconds = round(time.perf_counter() - started, 3)
-                run.answer(answers, itertools.chain([first], run.tasks), slots * workers)
-        return run.end()
+    if ray is None:
+        return answer_here(assignment)
+    from vlpack.bulk.on_ray import answer_on_ray
 
-
-class _Run:
-    """A run, which takes rows from the input and puts their answers into the output.
-
-    Attributes:
-        tasks: rows that are not in the output yet, in the order of the input.
-        result: the result so far.
-    """
-
-    def __init__(
-        self,
-        output: Output,
-        source: Source,
-        form: Form,
-        question: Question,
-        limit: int | None,
-        max_errors: int | None,
-        progress: Callable[[Progress], object] | None,
-    ) -> None:
-        self._output, self._source, self._form = output, source, form
-        self._ids, self._limit, self._max_errors = Ids(form.id_column, question.record()), limit, max_errors
-        self._report, self._reported = progress, 0.0
-        total = source.total if limit is None or source.total is None else min(source.total, limit)
-        self.result = BatchResult(
-            output.rows, total, errors=output.errors, output=str(output.folder), before=output.rows
-        )
-        self._began, self._tokens, self._found = time.perf_counter(), 0, 0
-        self.tasks = self._pending()
-
-    def _pending(self) -> Iterator[Task]:
-        """Yields the rows that must be answered, and takes over those that are in the journal."""
-        place = 0
-        for item in itertools.islice(self._source.items(), self._limit):
-            self._found += 1
-            key, checked = self._ids(item)
-            if self._output.done(key):
-                continue
-            if not self._output.keep(place, key):
-                yield Task(place, key, checked)
-            place += 1
-        self.result.total = self._found
-
-    def answer(self, answers: Answers, tasks: Iterator[Task], slots: int) -> None:
-        """Answers all rows, and stops early when too many have failed."""
-        self._began = time.perf_counter()
-        layout = self._form.layout
-        for task, row in answers(alike(tasks, self._form.area, AHEAD * slots)):
-            self._output.add(task.place, row)
-            self.result.answered += 1
-            self._tokens += self._form.tokens(row)
-            self.result.failed += layout.failed(row.get(layout.status))
-            self._tell()
-            if self._max_errors is not None and self.result.failed > self._max_errors:
-                self.result.stopped = True
-                return
-
-    def end(self) -> BatchResult:
-        """Writes the last files of the output, and returns the result."""
-        self._output.finish()
-        self._tell(last=True)
-        return self.result
-
-    def _tell(self, *, last: bool = False) -> None:
-        """Updates the result and reports it, if the last report is old enough or this is the last one."""
-        now, result = time.perf_counter(), self.result
-        if not last and now - self._reported < PROGRESS_SECONDS:
-            return
-        self._reported = now
-        result.rows, result.errors = self._output.rows, self._output.errors
-        result.seconds = round(now - self._began, 3)
-        if result.answered and result.seconds:
-            result.rows_per_minute = round(60 * result.answered / result.seconds, 2)
-            result.tokens_per_second = round(self._tokens / result.seconds, 2)
-            if result.total is not None:
-                result.seconds_left = round(max(0, result.total - result.rows) * result.seconds / result.answered, 1)
-        if last:
-            result.seconds_left = None if result.stopped else 0.0
-        if self._report is not None:
-            self._report(result)
-
-
-def _answering(setting: Setting, workers: int, form: Form, ray: str | None) -> AbstractContextManager[Answers]:
-    """The object that answers the rows: an engine in this process, several processes, or Ray actors."""
-    if ray is not None:
-        from vlpack.bulk.cluster import Cluster
-
-        return Cluster(setting, workers, form, ray)
-    if workers > 1:
-        return Workers(setting, workers, form)
-    return Answerer(setting.package, setting.question, form, setting.options)
+    return answer_on_ray(assignment, ray)
 
 
 def _check_question(question: Question, source: Source) -> None:
@@ -343,10 +206,10 @@ def _check_question(question: Question, source: Source) -> None:
                 raise OptionError(f"{option(name)} has no effect on a folder of files.", "Leave it out.")
 
 
-def _identity(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(name: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The entry about the package in the manifest of an output; its hash covers all files of the package."""
     return {
-        "name": folder.resolve().name,
+        "name": name,
         "sha256": str(manifest.get("sha256")),
         "precision": manifest.get("precision"),
     }
@@ -366,8 +229,3 @@ def _record(source: str, slots: int, context: int | None, threads: int | None, w
             "python": platform.python_version(),
         },
     }
-
-
-def as_json(result: Progress) -> dict[str, Any]:
-    """A result or progress as JSON-like data."""
-    return asdict(result)

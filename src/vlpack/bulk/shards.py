@@ -7,18 +7,19 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from vlpack.bulk.row import RESULT, valid_text
-from vlpack.bulk.tables import kept_type, pyarrow
+from vlpack.bulk.storage import Storage, pyarrow
+from vlpack.bulk.tables import kept_type
 from vlpack.errors import OptionError, VlpackError, option
 
 Row = dict[str, Any]
 """A row of an output: its id, the columns of the input, and the columns of the answer."""
 
 _BYTES = "$vlpack.bytes"
-"""Key of the object that stands for bytes in the journal, which is JSON."""
+_OBJECT = "$vlpack.object"
+"""Keys of objects in the journal, which is JSON: one that stands for bytes, and one around an object that looks so."""
 
 
 class Format(Protocol):
@@ -34,7 +35,7 @@ class Format(Protocol):
         """The bytes of a shard with these rows."""
         ...
 
-    def rows(self, path: Path) -> Iterator[Row]:
+    def rows(self, storage: Storage, name: str) -> Iterator[Row]:
         """The rows of a shard, one by one.
 
         Raises:
@@ -42,7 +43,7 @@ class Format(Protocol):
         """
         ...
 
-    def heads(self, path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    def heads(self, storage: Storage, name: str, columns: Sequence[str]) -> Iterator[Row]:
         """The rows of a shard with only some of their columns, which is faster to read; raises the errors of `rows`."""
         ...
 
@@ -56,22 +57,22 @@ class JsonLines:
         """The bytes of a shard with these rows."""
         return b"".join(_line(row) for row in rows)
 
-    def rows(self, path: Path) -> Iterator[Row]:
+    def rows(self, storage: Storage, name: str) -> Iterator[Row]:
         """The rows of a shard, one by one; raises a VlpackError if the file is damaged."""
-        with path.open("rb") as file:
+        with storage.open(name) as file:
             for number, line in enumerate(file, 1):
                 try:
                     row = json.loads(line)
                 except ValueError:
                     row = None
                 if not isinstance(row, dict):
-                    raise _damaged(path, f"line {number} is not a JSON object")
+                    raise _damaged(storage, name, f"line {number} is not a JSON object")
                 yield row
 
-    def heads(self, path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    def heads(self, storage: Storage, name: str, columns: Sequence[str]) -> Iterator[Row]:
         """The rows of a shard with only some of their columns."""
-        for row in self.rows(path):
-            yield {name: row.get(name) for name in columns}
+        for row in self.rows(storage, name):
+            yield {column: row.get(column) for column in columns}
 
 
 class Parquet:
@@ -124,23 +125,23 @@ class Parquet:
             return True
         return any(self._has_empty_struct(given.field(place).type) for place in range(given.num_fields))
 
-    def rows(self, path: Path) -> Iterator[Row]:
+    def rows(self, storage: Storage, name: str) -> Iterator[Row]:
         """The rows of a shard, one by one; raises a VlpackError if the file is damaged."""
-        yield from self._read(path, None)
+        yield from self._read(storage, name, None)
 
-    def heads(self, path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    def heads(self, storage: Storage, name: str, columns: Sequence[str]) -> Iterator[Row]:
         """The rows of a shard with only some of their columns."""
-        yield from self._read(path, list(columns))
+        yield from self._read(storage, name, list(columns))
 
-    def _read(self, path: Path, columns: list[str] | None) -> Iterator[Row]:
+    def _read(self, storage: Storage, name: str, columns: list[str] | None) -> Iterator[Row]:
         from pyarrow import parquet
 
         try:
-            with parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(256, columns=columns):
+            with storage.open(name) as file, parquet.ParquetFile(file) as table:
+                for batch in table.iter_batches(256, columns=columns):
                     yield from batch.to_pylist()
         except (self._arrow.ArrowException, OSError) as error:
-            raise _damaged(path, str(error)[:200]) from None
+            raise _damaged(storage, name, str(error)[:200]) from None
 
 
 def format_of(name: str, types: Mapping[str, Any]) -> Format:
@@ -187,27 +188,41 @@ def _text(value: Any) -> str:
 
 def journal_line(row: Row) -> bytes:
     """A row as a line of the journal: JSON in ASCII, with bytes as base64."""
+    return json.dumps(_held(row)).encode() + b"\n"
 
-    def held(value: Any) -> Any:
-        if isinstance(value, bytes):
-            return {_BYTES: base64.b64encode(value).decode()}
-        raise TypeError(f"a row cannot hold a value of the type {type(value).__name__}")
 
-    return json.dumps(row, default=held).encode() + b"\n"
+def _held(value: Any) -> Any:
+    """A value as JSON-like data without bytes, from which `_unheld` makes the value again."""
+    if isinstance(value, bytes):
+        return {_BYTES: base64.b64encode(value).decode()}
+    if isinstance(value, dict):
+        made = {name: _held(item) for name, item in value.items()}
+        # an object that only looks like bytes is marked as an object, and so is an object that looks like such a mark
+        return {_OBJECT: made} if len(value) == 1 and value.keys() <= {_BYTES, _OBJECT} else made
+    return [_held(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _unheld(value: Any) -> Any:
+    """The value that `_held` was given."""
+    if isinstance(value, dict):
+        if value.keys() == {_BYTES}:
+            return base64.b64decode(value[_BYTES])
+        if value.keys() == {_OBJECT}:
+            value = value[_OBJECT]
+        return {name: _unheld(item) for name, item in value.items()}
+    return [_unheld(item) for item in value] if isinstance(value, list) else value
 
 
 def journal_row(line: bytes) -> Row | None:
     """The row in a line of the journal; None if the line is incomplete or damaged."""
-
-    def held(value: Row) -> Any:
-        return base64.b64decode(value[_BYTES]) if value.keys() == {_BYTES} else value
-
     try:
-        row = json.loads(line, object_hook=held) if line.endswith(b"\n") else None
-    except (ValueError, TypeError, RecursionError):
+        row = _unheld(json.loads(line)) if line.endswith(b"\n") else None
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 
 
-def _damaged(path: Path, why: str) -> VlpackError:
-    return VlpackError(f"{path} is damaged: {why}.", "Remove this file, and its rows will be answered again.")
+def _damaged(storage: Storage, name: str, why: str) -> VlpackError:
+    return VlpackError(
+        f"{storage.name}/{name} is damaged: {why}.", "Remove this file, and its rows will be answered again."
+    )

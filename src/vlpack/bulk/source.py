@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import glob
-import json
+import itertools
 import os
+import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from vlpack.bulk.files import Files, kind_of
-from vlpack.bulk.row import Item
-from vlpack.bulk.tables import Tables
+from vlpack.bulk.files import Files, files_in, kind_of
+from vlpack.bulk.lines import Lines
+from vlpack.bulk.row import Item, Portion
+from vlpack.bulk.storage import Local, Remote, is_uri
+from vlpack.bulk.tables import Table
 from vlpack.errors import InputError, OptionError, option
 
-MAX_LINE = 2**28
-"""Largest length of a line of JSON, in bytes: 256 MiB."""
+AT_ONCE = 16
+"""Number of files that are opened at a time to find out their columns and numbers of rows."""
 
-MAX_DEPTH = 64
-"""Largest number of arrays and objects inside each other in a row; functions that call themselves read them."""
+FILES = 256
+"""Number of files in a portion of an input of images, videos and PDFs."""
 
 LINES = (".jsonl", ".ndjson")
 TABLES = (".parquet", ".arrow")
@@ -33,47 +37,71 @@ class Source(NamedTuple):
 
     Attributes:
         name: name of its kind: ``files``, ``jsonl``, ``openai`` or ``table``.
-        items: function that iterates over the rows, from the beginning.
-        folder: folder in which the files that rows name must be.
+        portions: function that iterates over its portions, such as files, in order.
+        folder: path or URI of the folder in which the files that rows name must be.
         total: number of rows; None if it is not known until all are read.
         types: pyarrow types of the columns; empty if they are not known.
     """
 
     name: str
-    items: Callable[[], Iterator[Item]]
+    portions: Callable[[], Iterator[Portion]]
     folder: str
     total: int | None
     types: dict[str, Any]
+
+    def items(self) -> Iterator[Item]:
+        """Iterates over the rows, from the beginning."""
+        return (item for portion in self.portions() for _, item in portion.read())
 
 
 def open_source(given: str, files: str | None = None, output: str | None = None) -> Source:
     """Finds an input.
 
     Args:
-        given: a folder, a pattern, or a file.
-        files: folder in which the files that rows name must be; None for the folder of the input.
+        given: a folder, a pattern, a file, or the URI of a folder or file.
+        files: folder or URI in which the files that rows name must be; None for the folder of the input.
         output: folder of the output, whose files are no input, even if it lies in the folder of the input.
 
     Raises:
         InputError: there is no such input, or it has no rows.
         OptionError: it has files of different kinds, or a library that it needs is not installed.
     """
-    if files is not None and not os.path.isdir(os.path.expanduser(files)):
+    if files is not None and not (is_uri(files) or os.path.isdir(os.path.expanduser(files))):
         raise OptionError(f"{option('files')} is {files}, which is not a folder.")
-    if "://" in given[:16]:
-        raise InputError(f"{given} is a URL, which is not read.", f"Give {_KINDS}.")
+    if is_uri(given):
+        return _at_uri(given, files, output)
     place = os.path.expanduser(given)
     if os.path.isdir(place):
-        return _folder(Path(place), files, output)
+        return _folder(Local(Path(place)), files, output)
     if os.path.isfile(place):
-        return _paths(given, [Path(place)], str(Path(place).parent), files)
+        return _paths(given, Local(Path(place).parent), [Path(place).name], files)
     if glob.has_magic(place):
         matches = (Path(path) for path in glob.iglob(place, recursive=True) if os.path.isfile(path))
         found = _outside(matches, output)
         if not found:
             raise InputError(f"No file matches the pattern {given}.", "A pattern may contain *, ?, [a-z] and **.")
-        return _paths(given, found, _fixed(place), files)
+        fixed = _fixed(place)
+        names = [Path(os.path.relpath(path, fixed)).as_posix() for path in found]
+        return _paths(given, Local(Path(fixed)), names, files)
     raise InputError(f"There is no file or folder {given}.", f"Give {_KINDS}.")
+
+
+def _path(place: Local | Remote) -> str:
+    """The path or URI of a folder."""
+    return place.uri if isinstance(place, Remote) else str(place.folder)
+
+
+def _at_uri(given: str, files: str | None, output: str | None) -> Source:
+    """A file or folder at a URI."""
+    if given.startswith(("http://", "https://")):
+        raise InputError(f"{given} is a URL, which is not read.", f"Give {_KINDS}.")
+    place = Remote(given)
+    if place.is_file():
+        folder, name = place.split()
+        return _paths(given, folder, [name], files)
+    if place.is_folder():
+        return _folder(place, files, output)
+    raise InputError(f"There is no file or folder {given}.", "A URI may not be a pattern: give a file or a folder.")
 
 
 def _fixed(pattern: str) -> str:
@@ -89,135 +117,116 @@ def _outside(paths: Iterable[Path], output: str | None) -> list[Path]:
     return sorted(path for path in paths if os.path.realpath(path.parent) != place)
 
 
-def _folder(folder: Path, files: str | None, output: str | None) -> Source:
+def _folder(place: Local | Remote, files: str | None, output: str | None) -> Source:
     """A folder of a data set, or of images, videos and PDFs."""
-    if (folder / "dataset_dict.json").is_file():
-        splits = ", ".join(sorted(path.parent.name for path in folder.glob("*/state.json")))
-        raise OptionError(f"{folder} is a data set with several splits: {splits}.", "Give the folder of one of them.")
-    if (folder / "state.json").is_file():
-        return _table(sorted(folder.glob("*.arrow")), folder, files)
-    tables = _outside(folder.rglob("*.parquet"), output)
+    folder = place.name
+    top: set[str] = set()  # files of the folder itself by which it is recognized
+    splits: set[str] = set()
+    tables, media, pdfs = [], 0, False
+    for name in place.names():
+        parent, _, last = name.rpartition("/")
+        if not parent and last.endswith((".json", ".arrow", *LINES)):
+            top.add(last)
+        elif last == "state.json" and "/" not in parent:
+            splits.add(parent)
+        if last.endswith(".parquet"):
+            tables.append(name)
+    if "dataset_dict.json" in top:
+        raise OptionError(
+            f"{folder} is a data set with several splits: {', '.join(sorted(splits))}.",
+            "Give the folder of one of them.",
+        )
+    if "state.json" in top:
+        arrows = sorted(name for name in top if name.endswith(".arrow"))
+        if not arrows:
+            raise InputError(f"The data set {folder} has no .arrow files.")
+        return _table(place, arrows, files)
+    tables = _input_tables(place, tables, output)
     if tables:
         _check_one_split(tables, folder)
-        return _table(tables, folder, files)
-    described = folder / "metadata.jsonl"
-    if described.is_file():
-        return _paths(str(described), [described], str(folder), files)
-    found = Files(folder, None)
-    if not found.count:
-        lines = sorted(path.name for path in folder.iterdir() if path.suffix in LINES)
+        return _table(place, tables, files)
+    if "metadata.jsonl" in top:
+        return _paths(f"{folder}/metadata.jsonl", place, ["metadata.jsonl"], files)
+    for name in files_in(place):
+        media += 1
+        pdfs = pdfs or kind_of(name.rpartition("/")[2]) == "pdf"
+    if not media:
+        lines = sorted(name for name in top if name.endswith(LINES))
         hint = f"It has {lines[0]}: give that file." if lines else f"Give {_KINDS}."
         raise InputError(f"The folder {folder} has no images, videos or PDFs.", hint)
     if files is not None:
         raise OptionError(f"{option('files')} has no effect on a folder of files.", "Leave it out.")
-    return Source("files", found.items, str(folder), found.total, {})
+    return _files(_path(place), lambda: files_in(place), None if pdfs else media)
 
 
-def _check_one_split(tables: Sequence[Path], folder: Path) -> None:
+def _input_tables(place: Local | Remote, names: list[str], output: str | None) -> list[str]:
+    """The Parquet files of a folder, sorted, without those of the output."""
+    if isinstance(place, Local):
+        root = place.folder
+        return [path.relative_to(root).as_posix() for path in _outside((root / name for name in names), output)]
+    there = None if output is None or not is_uri(output) else Remote(output)
+    return sorted(name for name in names if there is None or not there.has(place, name))
+
+
+def _files(folder: str, names: Callable[[], Iterable[str]], total: int | None) -> Source:
+    """Images, videos and PDFs as an input."""
+
+    def portions() -> Iterator[Portion]:
+        rest = iter(names())
+        while some := list(itertools.islice(rest, FILES)):
+            yield Files(folder, some)
+
+    return Source("files", portions, folder, total, {})
+
+
+def _check_one_split(tables: Sequence[str], folder: str) -> None:
     """Raises an OptionError if a folder has the files of several splits, such as train and test."""
-    splits = {path.name.split("-")[0].removesuffix(".parquet") for path in tables}
+    splits = {name.rpartition("/")[2].split("-")[0].removesuffix(".parquet") for name in tables}
     known = sorted(splits & {"train", "test", "validation", "dev", "val"})
     if len(known) > 1:
+        parent = f"{folder}/{tables[0]}".rpartition("/")[0]
         raise OptionError(
             f"{folder} is a data set with several splits: {', '.join(known)}.",
-            f"Give one of them as a pattern: '{tables[0].parent}/{known[0]}*.parquet'.",
+            f"Give one of them as a pattern: '{parent}/{known[0]}*.parquet'.",
         )
 
 
-def _paths(given: str, paths: list[Path], folder: str, files: str | None) -> Source:
+def _paths(given: str, place: Local | Remote, names: list[str], files: str | None) -> Source:
     """A file, or the files that match a pattern, which must be of one kind."""
-    suffixes = {path.suffix.lower() for path in paths}
+    suffixes = {posixpath.splitext(name)[1].lower() for name in names}
     if suffixes <= set(LINES):
-        return _lines(paths, files or folder)
+        return _lines(place, names, files)
     if suffixes <= set(TABLES):
-        return _table(paths, Path(folder), files)
+        return _table(place, names, files)
     if suffixes & {*LINES, *TABLES}:
         raise OptionError(f"{given} has files of different kinds: {', '.join(sorted(suffixes))}.", "Give one kind.")
-    usable = [path for path in paths if kind_of(path.name) is not None]
+    usable = [name for name in names if kind_of(name.rpartition("/")[2]) is not None]
     if not usable:
         raise InputError(f"{given} is no input: its ending is {', '.join(sorted(suffixes))}.", f"Give {_KINDS}.")
     if files is not None:
         raise OptionError(f"{option('files')} has no effect on images, videos and PDFs.", "Leave it out.")
-    found = Files(Path(folder), usable)
-    return Source("files", found.items, folder, found.total, {})
+    pdfs = any(kind_of(name.rpartition("/")[2]) == "pdf" for name in usable)
+    return _files(_path(place), lambda: usable, None if pdfs else len(usable))
 
 
-def _table(paths: list[Path], folder: Path, files: str | None) -> Source:
+def _table(place: Local | Remote, names: list[str], files: str | None) -> Source:
     """Files of a table, of which the rows of all are read one after the other."""
-    if not paths:
-        raise InputError(f"The data set {folder} has no .arrow files.")
-    made = Tables(paths)
-    return Source("table", lambda: iter(made), files or str(folder), made.total, made.types)
+    made = [Table(place, name) for name in names]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        heads = list(pool.map(Table.head, made))
+    counts = [count for _, count in heads if count is not None]
+    total = sum(counts) if len(counts) == len(made) else None
+    return Source("table", lambda: iter(made), files or _path(place), total, heads[0][0])
 
 
-def _lines(paths: list[Path], folder: str) -> Source:
+def _lines(place: Local | Remote, names: list[str], files: str | None) -> Source:
     """Files of JSON lines; they are in OpenAI's batch format if the first line is."""
-    first = next((item.columns for path in paths for item in _read_lines(path)), None)
+    made = [Lines(place, name) for name in names]
+    first = next((item.columns for one in made for _, item in one.read()), None)
     if first is None:
-        raise InputError(f"{paths[0]} has no rows.", 'A line is {"image": "a.png", "prompt": "…"}, for example.')
+        raise InputError(
+            f"{place.name}/{names[0]} has no rows.", 'A line is {"image": "a.png", "prompt": "…"}, for example.'
+        )
     name = "openai" if {"custom_id", "url", "body"} <= first.keys() else "jsonl"
-    total = sum(map(_count, paths))
-
-    def items() -> Iterator[Item]:
-        for path in paths:
-            yield from _read_lines(path)
-
-    return Source(name, items, folder, total, {})
-
-
-def _count(path: Path) -> int:
-    """The number of lines of a file that are not empty."""
-    count = 0
-    with path.open("rb") as file:
-        while line := file.readline(1 << 20):
-            blank = not line.strip()
-            while not line.endswith(b"\n") and (line := file.readline(1 << 20)):
-                blank = blank and not line.strip()
-            count += not blank
-    return count
-
-
-def _read_lines(path: Path) -> Iterator[Item]:
-    """Yields the rows of a file of JSON lines; a line that cannot be used becomes a row with an error."""
-    try:
-        with path.open("rb") as file:
-            number = 0
-            while line := file.readline(MAX_LINE + 1):
-                number += 1
-                where = f"{path.name}, line {number}"
-                if len(line) > MAX_LINE:
-                    while line and not line.endswith(b"\n"):
-                        line = file.readline(1 << 20)
-                    yield Item({}, where, where, error=InputError(f"{where} has more than {MAX_LINE} bytes."))
-                elif line.strip():
-                    yield _item(line, where)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}.") from None
-
-
-def _deeper(value: Any, depth: int) -> bool:
-    """Whether a value has more than ``depth`` arrays and objects inside each other."""
-    inner: Iterable[Any] | None = (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    )
-    return inner is not None and (depth == 0 or any(_deeper(one, depth - 1) for one in inner))
-
-
-def _item(line: bytes, where: str) -> Item:
-    """The row in a line of JSON; ``where`` names the line in messages."""
-
-    def constant(text: str) -> NoReturn:
-        raise ValueError(f"{text} is not a JSON number")
-
-    try:
-        columns = json.loads(line.decode("utf-8-sig"), parse_constant=constant)
-        if _deeper(columns, MAX_DEPTH):
-            raise RecursionError
-    except (ValueError, RecursionError) as error:
-        why = "is nested too deeply" if isinstance(error, RecursionError) else f"is not JSON: {str(error)[:200]}"
-        text = line[:2000].decode("utf-8", "replace").rstrip("\n")
-        return Item({"line": text}, where, error=InputError(f"{where} {why}."))
-    if not isinstance(columns, dict):
-        wrong = InputError(f"{where} is no JSON object.", 'A line is {"image": "a.png", "prompt": "…"}, for example.')
-        return Item({"line": columns}, where, error=wrong)
-    return Item(columns, where)
+    total = sum(one.count() for one in made) if isinstance(place, Local) else None
+    return Source(name, lambda: iter(made), files or _path(place), total, {})

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
-import importlib.util
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from vlpack.bulk.row import Item
-from vlpack.errors import InputError, OptionError
+from vlpack.bulk.row import Item, Mark
+from vlpack.bulk.storage import Storage, pyarrow
+from vlpack.errors import InputError
 
 ROWS = 32
 """Number of rows that are read at a time; it is small because rows may hold images."""
-
-
-def pyarrow(what: str) -> Any:
-    """Imports and returns the module pyarrow.
-
-    Args:
-        what: what needs pyarrow, for the error.
-
-    Raises:
-        OptionError: pyarrow is not installed.
-    """
-    if importlib.util.find_spec("pyarrow") is None:
-        raise OptionError(f"{what} needs pyarrow, which is not installed.", "pip install 'vlpack[batch]'")
-    import pyarrow as module
-
-    return module
 
 
 def kept_type(given: Any) -> Any:
@@ -46,67 +30,82 @@ def kept_type(given: Any) -> Any:
     return given if any(getattr(types, f"is_{name}")(given) for name in tests) else arrow.string()
 
 
-class Tables:
-    """A table in one or more files with the same columns, as a source of rows.
+class Table:
+    """A file of a table, which is read row by row.
 
     Args:
-        paths: Parquet files, or Arrow files as ``Dataset.save_to_disk`` of Hugging Face's datasets writes them.
-
-    Attributes:
-        total: number of rows; None if it is not known until all are read.
-        types: pyarrow types of the columns.
-
-    Raises:
-        OptionError: pyarrow is not installed.
-        InputError: a file is damaged.
+        storage: folder of the file.
+        name: name of a Parquet file, or of an Arrow file as ``Dataset.save_to_disk`` of Hugging Face's datasets writes
+            it.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._arrow = pyarrow(f"The input {paths[0].name}")
-        self._paths = paths
-        self.total: int | None = 0
-        for place, path in enumerate(paths):
-            try:
-                schema, rows = self._head(path)
-            except (self._arrow.ArrowException, OSError) as error:
-                raise InputError(f"{path} cannot be read: {str(error)[:200]}.") from None
-            if place == 0:
-                self.types: dict[str, Any] = {one.name: one.type for one in schema}
-            self.total = None if self.total is None or rows is None else self.total + rows
+    def __init__(self, storage: Storage, name: str) -> None:
+        self._storage, self._name = storage, name
 
-    def __iter__(self) -> Iterator[Item]:
-        for path in self._paths:
-            number = 0
-            try:
-                for batch in self._batches(path):
-                    for columns in batch.to_pylist():
-                        number += 1
-                        yield Item(_plain(columns), f"{path.name}, row {number}")
-            except (self._arrow.ArrowException, OSError) as error:
-                raise InputError(f"{path} cannot be read after row {number}: {str(error)[:200]}.") from None
+    def head(self) -> tuple[dict[str, Any], int | None]:
+        """The pyarrow types of the columns, and the number of rows; None if the file does not store it.
 
-    def _head(self, path: Path) -> tuple[Any, int | None]:
-        """The schema of a file, and its number of rows; None if the file does not store it."""
-        from pyarrow import ipc, parquet
+        Raises:
+            OptionError: pyarrow is not installed.
+            InputError: the file is damaged.
+        """
+        with self._opened("cannot be read") as (stream, table):
+            schema = table.schema_arrow if stream is None else stream.schema
+            return {one.name: one.type for one in schema}, None if table is None else table.metadata.num_rows
 
-        if path.suffix == ".arrow":
-            with self._arrow.OSFile(str(path)) as file, ipc.open_stream(file) as stream:
-                return stream.schema, None
-        with parquet.ParquetFile(path) as table:
-            return table.schema_arrow, table.metadata.num_rows
+    def read(self, start: Mark = (0, 0)) -> Iterator[tuple[Mark, Item]]:
+        """Iterates over the rows from a mark on, which is the number of a row and 0."""
+        first = number = start[0]
+        with self._opened(lambda: f"cannot be read after row {number}") as (stream, table):
+            for batch in self._batches(stream, table, first, None):
+                for columns in batch.to_pylist():
+                    number += 1
+                    yield (number - 1, 0), Item(_plain(columns), f"{self._name.rpartition('/')[2]}, row {number}")
 
-    def _batches(self, path: Path) -> Iterator[Any]:
-        """Yields the rows of a file in record batches of at most `ROWS` rows."""
-        from pyarrow import ipc, parquet
+    def column(self, name: str) -> tuple[list[Any], int] | None:
+        """All values of a column, and the mean size of a row in bytes; None if that needs all columns to be read."""
+        with self._opened("cannot be read") as (_, table):
+            if table is None or name not in table.schema_arrow.names:
+                return None
+            data = table.metadata
+            size = sum(data.row_group(place).total_byte_size for place in range(data.num_row_groups))
+            values = [_plain(one) for batch in table.iter_batches(4096, columns=[name]) for one in batch[0].to_pylist()]
+            return values, size // max(1, data.num_rows)
 
-        if path.suffix == ".arrow":
-            with self._arrow.OSFile(str(path)) as file, ipc.open_stream(file) as stream:
-                for batch in stream:
-                    for start in range(0, batch.num_rows, ROWS):
-                        yield batch.slice(start, ROWS)
+    def _batches(self, stream: Any, table: Any, first: int, columns: list[str] | None) -> Iterator[Any]:
+        """Yields the rows from number ``first`` on, in record batches of at most `ROWS` rows."""
+        if table is None:
+            found = (batch.slice(place, ROWS) for batch in stream for place in range(0, batch.num_rows, ROWS))
         else:
-            with parquet.ParquetFile(path) as table:
-                yield from table.iter_batches(ROWS)
+            sizes = [table.metadata.row_group(place).num_rows for place in range(table.metadata.num_row_groups)]
+            skipped = 0
+            while skipped < len(sizes) and first >= sizes[skipped]:  # row groups before the first row are not read
+                first -= sizes[skipped]
+                skipped += 1
+            groups = list(range(skipped, len(sizes)))
+            found = table.iter_batches(ROWS, row_groups=groups, columns=columns) if groups else iter(())
+        for batch in found:
+            if first < batch.num_rows:
+                yield batch.slice(first)
+            first = max(0, first - batch.num_rows)
+
+    @contextlib.contextmanager
+    def _opened(self, what: str | Callable[[], str]) -> Iterator[tuple[Any, Any]]:
+        """Yields a reader of Arrow's stream or else of Parquet; ``what`` says what failed, for the InputError."""
+        arrow = pyarrow(f"The input {self._name}")
+        from pyarrow import ipc, parquet
+
+        try:
+            with self._storage.open(self._name) as file:
+                if self._name.endswith(".arrow"):
+                    with ipc.open_stream(file) as stream:
+                        yield stream, None
+                else:
+                    with parquet.ParquetFile(file) as table:
+                        yield None, table
+        except (arrow.ArrowException, OSError) as error:
+            said = what if isinstance(what, str) else what()
+            raise InputError(f"{self._storage.name}/{self._name} {said}: {str(error)[:200]}.") from None
 
 
 def _plain(value: Any) -> Any:

@@ -26,7 +26,7 @@ from vlpack.bulk.question import Question
 from vlpack.bulk.row import Task
 from vlpack.bulk.shards import Row
 from vlpack.errors import VlpackError
-from vlpack.system import available_cores, checked_threads
+from vlpack.system import available_cores, checked_threads, own_process
 
 TRIES = 3
 """Number of times that a process may be killed while it answers a row, after which the row gets an error."""
@@ -181,11 +181,7 @@ class _Worker:
     def start(self) -> None:
         """Starts the process; its first message reports that it has loaded the package, or why it could not."""
         self.close()
-        # -c puts the current folder first, as an empty text; a data set there may have a file with a module's name
-        program = "import sys; sys.path[:] = filter(None, sys.path); from vlpack.bulk.workers import main; main()"
-        command = [sys.executable, "-c", program]
-        # as in this process, so that the same vlpack is imported
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        command, environment = own_process("vlpack.bulk.workers")
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=os.name != "nt"
         )

@@ -31,12 +31,14 @@ def batch(
         typer.Argument(
             metavar="INPUT",
             help="Folder or pattern of images, videos and PDFs, file of rows (.jsonl, .parquet) or of OpenAI's batch "
-            "format, or folder of a Hugging Face data set.",
+            "format, or folder of a Hugging Face data set; with --ray also a URI.",
         ),
     ],
     output: Annotated[
-        Path,
-        typer.Option("-o", "--output", help="Folder for the answers; an unfinished one is continued."),
+        str,
+        typer.Option(
+            "-o", "--output", help="Folder for the answers; an unfinished one is continued. With --ray also a URI."
+        ),
     ],
     precision: opt.Precision = None,
     update: opt.Update = False,
@@ -69,7 +71,7 @@ def batch(
         typer.Option("--id-column", help="Column with the id of a row. (default: id, or else a hash of the row)"),
     ] = None,
     files: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--files", help="Folder with the files that rows name. (default: the folder of the input)"),
     ] = None,
     allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Download images that rows give as URLs.")] = False,
@@ -83,7 +85,10 @@ def batch(
     max_pixels: opt.MaxPixels = None,
     literal: opt.Literal = False,
     file_format: Annotated[str, typer.Option("--format", help="Format of the output: jsonl or parquet.")] = "jsonl",
-    shard_rows: Annotated[int, typer.Option("--shard-rows", help="Number of rows of each file of the output.")] = 1000,
+    shard_rows: Annotated[
+        int | None,
+        typer.Option("--shard-rows", help="Number of rows of each file of the output. (default: 1000, with --ray 128)"),
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Answer only the first rows of the input.")] = None,
     max_errors: Annotated[
         int | None, typer.Option("--max-errors", help="Stop when more rows than this have failed. (default: never)")
@@ -111,13 +116,15 @@ def batch(
         typer.Option(
             "--ray",
             metavar="ADDRESS",
-            help="Run the processes on a Ray cluster: its address, auto or local. Its machines must share all paths.",
+            help="Read, answer and write on a Ray cluster: its address, auto or local.",
         ),
     ] = None,
     as_json: opt.Json = False,
 ) -> None:
     """Ask about every row of a data set, such as a folder of images; an interrupted run goes on where it was."""
-    folder = None if is_by_name(package) else package_folder(package, precision, update=update)
+    folder: str | Path | None = package if "://" in package else None
+    if folder is None and not is_by_name(package):
+        folder = package_folder(package, precision, update=update)
     from vlpack.bulk import batch as run_batch
     from vlpack.bulk.question import Question
     from vlpack.preprocess import VideoOptions
@@ -220,14 +227,14 @@ def duration(seconds: float) -> str:
 
 def _facts(progress: Progress) -> dict[str, object]:
     """The fields of the progress, without those that only a result has."""
-    from vlpack.bulk.run import Progress as Fields
+    from vlpack.bulk.progress import Progress as Fields
 
     return {name: getattr(progress, name) for name in Fields.__dataclass_fields__}
 
 
 def _show(result: BatchResult, *, as_json: bool) -> None:
     """Prints the summary of a run."""
-    from vlpack.bulk.run import as_json as to_json
+    from vlpack.bulk.progress import as_json as to_json
 
     if as_json:
         print(json.dumps(to_json(result)))

@@ -11,7 +11,6 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from vlpack import errors
 from vlpack.checkpoint.files import read_json
 from vlpack.errors import InputError, OptionError, PackageError, option
 from vlpack.package.manifest import whole_package
-from vlpack.system import available_cores, checked_threads, total_memory_bytes
+from vlpack.system import available_cores, checked_threads, own_process, total_memory_bytes
 from vlpack.tasks import GENERATE, check_package_task
 
 PROMPTS = (512, 2048)
@@ -210,8 +209,8 @@ def _read(folder: Path, manifest: Mapping[str, Any]) -> float:
 
 def _measure(work: Mapping[str, Any]) -> Measurement:
     """Measure one prompt in another process."""
-    command = [sys.executable, "-m", "vlpack.evaluation.benchmark_worker", json.dumps(work)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command, environment = own_process("vlpack.evaluation.benchmark_worker", json.dumps(work))
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     try:
         found = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):

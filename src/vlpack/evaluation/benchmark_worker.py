@@ -1,6 +1,6 @@
 """The worker process of `vlpack bench`, which measures one prompt.
 
-``python -m vlpack.evaluation.benchmark_worker JSON`` takes the description of the prompt and prints the result as JSON.
+`main` takes the description of the prompt as JSON, the only argument of the process, and prints the result as JSON.
 """
 
 from __future__ import annotations
@@ -95,7 +95,3 @@ def _answer(model: Model, prompt: Prompt, count: int) -> dict[str, float]:
         generator.generate_next_token()
     token = (time.perf_counter() - first) / (count - 1)
     return {"vision": vision, "prefill": first - started - vision, "token": token}
-
-
-if __name__ == "__main__":
-    main()

@@ -138,7 +138,7 @@ def _anywhere(pattern: str, where: tuple[Mapping[str, Any], str]) -> str:
     alone = "|" in plain and (start or end) and _outside(plain)  # the anchor belongs to one alternative only
     if re.search(r"[\^$]|\(\?[=!<]", plain) or re.search(r"\\[bBk1-9]", inner) or alone:
         raise _not_forced(*where, f"the pattern {pattern!r}")
-    inner = inner.replace(r"\/", "/").replace("/", r"\/")
+    inner = re.sub(r"\\.|/", lambda found: r"\/" if found[0][-1] == "/" else found[0], inner, flags=re.DOTALL)
     return f"{'' if start else _FREE}({inner}){'' if end else _FREE}"
 
 
