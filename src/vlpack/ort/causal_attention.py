@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import onnx
@@ -25,8 +26,9 @@ def replaced_attention(graph: onnx.GraphProto, instruction_set: str) -> list[onn
         graph: a graph with the types of its values; the nodes that are returned are edited in place.
         instruction_set: that of the library.
     """
-    nodes = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
-    kinds = {value.name: value.type.tensor_type.elem_type for value in graph.value_info}
+    graphs = list(_with_branches(graph))
+    nodes = [node for one in graphs for node in one.node if node.op_type == "GroupQueryAttention"]
+    kinds = {value.name: value.type.tensor_type.elem_type for one in graphs for value in one.value_info}
     exact = sum(map(_is_quantized, graph.node)) < len(nodes)
     found: list[onnx.NodeProto] = []
     if instruction_set == "avx2":
@@ -45,6 +47,15 @@ def replaced_attention(graph: onnx.GraphProto, instruction_set: str) -> list[onn
         node.attribute.extend(made.attribute)
         found.append(node)
     return found
+
+
+def _with_branches(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Yields a graph and the branches of its If nodes, in which a graph with an int8 cache has its attention."""
+    yield graph
+    for node in graph.node:
+        if node.op_type == "If":
+            for attribute in node.attribute:
+                yield from _with_branches(attribute.g)
 
 
 def _is_quantized(node: onnx.NodeProto) -> bool:
