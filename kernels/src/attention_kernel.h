@@ -22,9 +22,9 @@
 namespace vlpack {
 namespace {
 
-constexpr int kBlock = 64;          // number of keys in a block
-constexpr float kSlack = 8;         // exponents of base 2 by which a score may exceed the largest one before rescaling
-constexpr float kHidden = -1e30f;   // score of a key that gets no weight
+constexpr int kBlock = 64;         // number of keys in a block
+constexpr float kHidden = -1e30f;  // score of a key that gets no weight
+constexpr float kSlack = 8;        // by how much scores may exceed `largest` without rescaling, as exponents of base 2
 constexpr int kLanes = Floats::kLanes;
 constexpr int kRows = Floats::kRows;
 
@@ -288,7 +288,8 @@ struct Attend {
       }
   }
 
-  // Turns scores into exponentials of their differences from the largest score so far, and rescales sum and values.
+  // Turns scores into exponentials of their differences from the largest score so far, and rescales sum and values if
+  // that has become much larger.
   template <int Columns>
   static VLPACK_INLINE void soften(
       const Scratch& scratch, int64_t keys, int64_t size, Floats (&largest)[Columns], Floats (&sum)[Columns]) {
@@ -298,11 +299,12 @@ struct Attend {
       const float* scores = scratch.scores + c * kLanes;
       Floats top = largest[c];
       for (int64_t row = 0; row < keys; ++row) top = Floats::max(top, Floats::load(scores + row * kWidth));
-      Floats total = sum[c];
-      const bool rescale = Floats::any_less(largest[c] + Floats::all(kSlack), top);
-      const Floats shrink = rescale ? exp2<6>(largest[c] - top) : Floats::all(1);
-      if (rescale) total = total * shrink;
-      else top = largest[c];
+      // each lane decides by itself, so that the result of a query does not depend on its neighbours
+      const Floats above = largest[c] + Floats::all(kSlack);
+      const bool rescale = Floats::any_less(above, top);
+      top = Floats::where_less(above, top, top, largest[c]);
+      const Floats shrink = exp2<6>(largest[c] - top);
+      Floats total = sum[c] * shrink;
       for (int64_t row = 0; row < keys; row += kPair) {
         Floats pair[2];
         for (int i = 0; i < kPair; ++i) {

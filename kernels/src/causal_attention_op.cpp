@@ -71,7 +71,7 @@ struct CausalAttentionOp {
       const int64_t head = task % key_heads;
       for (int i = 0; i < 2; ++i) {
         float* to = present[i] + task * room * size;
-        if (present[i] != past_tensors[i])
+        if (present[i] != past_tensors[i] && before > 0)
           std::memcpy(to, past_tensors[i] + task * before * size, sizeof(float) * std::min(row.held, before) * size);
         const float* from = new_tensors[i] + task / key_heads * tokens * width + head * size;
         for (int64_t t = 0; t < row.count; ++t)
@@ -93,7 +93,7 @@ struct CausalAttentionOp {
       a.q_row = q[2], a.q_head = size, a.k_row = size, a.k_head = room * size;
       a.scale = scale > 0 ? scale : 1 / std::sqrt(static_cast<float>(size));
       a.exact = exact;
-      std::memset(a.out + rows[b].count * q[2], 0, sizeof(float) * (tokens - rows[b].count) * q[2]);
+      std::fill(a.out + rows[b].count * q[2], a.out + tokens * q[2], 0.f);
       if (a.queries) parts.push_back(a);
     }
     attend(kernels, context, parts);

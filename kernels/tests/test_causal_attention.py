@@ -174,6 +174,23 @@ def test_threads_do_not_change_the_result(case: Case) -> None:
         np.testing.assert_array_equal(case.run(threads)[0], first)
 
 
+@pytest.mark.parametrize(("total", "parts"), [(8, [1] * 8), (8, [3, 5]), (180, [100, 80]), (180, [77, 103])])
+def test_a_token_does_not_depend_on_others_of_its_call(total: int, parts: list[int]) -> None:
+    """A prompt can be processed in parts, and drafted tokens checked together."""
+    case = Case((4, 2, 40), 300, [75], [total], size=2.0)
+    given = case.arrays()
+    whole = case.run()
+    done, cache = 0, [given["past_key"], given["past_value"]]
+    for count in parts:
+        step = {name: np.ascontiguousarray(given[name][:, done : done + count]) for name in "qkv"}
+        step |= dict(zip(("past_key", "past_value"), cache, strict=True))
+        part = case._replace(held=[75 + done], counts=[count])
+        y, *cache = in_place(part.open(scale=0.0, exact=0), step)
+        np.testing.assert_array_equal(y, whole[0][:, done : done + count])
+        done += count
+    np.testing.assert_array_equal(cache, whole[1:])
+
+
 @pytest.mark.parametrize("case", CASES[1:7], ids=NAMES[1:7])
 def test_a_cache_in_other_memory_is_copied(case: Case) -> None:
     given = case.arrays()
