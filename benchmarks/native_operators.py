@@ -1,11 +1,11 @@
 """Times a package's graphs with and without the operators of vlpack-kernels, in turns, and compares their results.
 
 With one thread, processor time is measured, which other programs hardly affect; with more threads, elapsed time.
-Inputs are random. The cache of keys and values is written in place, as in the engine. Prints the best time of all rounds without and with the operators, in seconds, their ratio, and the
-relative L2 difference of the outputs.
+Inputs are random. The cache of keys and values is written in place, as in the engine. Prints the best time of all
+rounds without and with the operators, in seconds, their ratio, and the relative L2 difference of the outputs.
 
-Usage: python benchmarks/native_operators.py PACKAGE [--tokens 512 2048] [--cached 512 4096] [--patches 30x40 48x64] [--threads 1]
-    [--rounds 2] [--rows 8]
+Usage: python benchmarks/native_operators.py PACKAGE [--tokens 512 2048] [--cached 512 4096] [--rows 8]
+    [--patches 30x40 48x64] [--threads 1] [--rounds 2]
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def decoder_inputs(ports: dict[str, Any], new: int, past: int, rows: int = 1) ->
     random, given = np.random.default_rng(0), {}
     for name, port in ports.items():
         if name.startswith("past"):
-            given[name] = (random.standard_normal((rows, port.shape[1], past + new, port.shape[3])) / 2).astype(np.float32)
+            shape = (rows, port.shape[1], past + new, port.shape[3])
+            given[name] = (random.standard_normal(shape) / 2).astype(np.float32)
         elif name == "attention_mask":
             given[name] = np.ones((rows, past + new), np.int64)
         elif name == "position_ids":

@@ -203,7 +203,7 @@ def test_a_cache_in_other_memory_is_copied(case: Case) -> None:
 
 
 def test_a_cache_that_grows() -> None:
-    """Without room for the new tokens, the present cache is as long as all tokens, as when genai does not share them."""
+    """Without room for the new tokens, the present cache is in other memory and as long as all tokens."""
     case = Case((4, 2, 16), 90, [60, 40], [30, 30])
     given, (truth, caches) = case.arrays(), case.truth()
     for name in ("past_key", "past_value"):

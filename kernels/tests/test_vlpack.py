@@ -40,11 +40,14 @@ def test_inspect_names_the_operators(package: Path, kernels: bool) -> None:
     best = vlpack_kernels.instruction_set()
     assert found["instruction_set"] == best
     used = {name for counts in found["operators"].values() for name in counts}
-    assert used == {
-        "avx512_bf16": {"Attention", "Linear4", "GroupQueryAttention"},
-        "avx512": {"Linear4", "GroupQueryAttention"},
-        "avx2": set(),
-    }[str(best)]
+    assert (
+        used
+        == {
+            "avx512_bf16": {"Attention", "Linear4", "GroupQueryAttention"},
+            "avx512": {"Linear4", "GroupQueryAttention"},
+            "avx2": set(),
+        }[str(best)]
+    )
 
 
 @pytest.mark.usefixtures("kernels")
