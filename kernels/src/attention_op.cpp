@@ -11,7 +11,7 @@ namespace {
 
 struct AttentionOp {
   static constexpr const char* kName = "Attention";
-  static constexpr size_t kInputs = 3;
+  static constexpr size_t kInputs = 3, kOutputs = 1;
   static int input_type(size_t) { return ort::kFloat; }
   static int presence(size_t) { return ort::kRequired; }
 
@@ -43,7 +43,7 @@ struct AttentionOp {
     if (batch * queries * width == 0) return;
     Attention a{};
     a.q = data[0], a.k = data[1], a.v = data[2], a.out = out;
-    a.batch = batch, a.heads = heads, a.queries = queries, a.keys = keys, a.size = width / heads;
+    a.batch = batch, a.heads = heads, a.group = 1, a.queries = queries, a.keys = a.visible = keys, a.size = width / heads;
     a.q_row = a.k_row = width, a.q_head = a.k_head = a.size;
     a.q_batch = queries * width, a.k_batch = keys * width;
     a.scale = scale > 0 ? scale : 1 / std::sqrt(static_cast<float>(a.size));

@@ -5,15 +5,18 @@
 
 namespace vlpack {
 
-// Attention of `queries` rows to all of `keys` rows, for `batch` sequences and `heads` heads of `size` channels.
-// Adjacent rows of a sequence are `*_row` floats apart, adjacent sequences `*_batch`, and adjacent heads `*_head`.
+// Attention of `queries` tokens to `keys` tokens, for `batch` sequences and `heads` heads of keys with `size` channels.
+// Each head of keys serves `group` adjacent heads of queries. The first query attends to the first `visible` keys, and
+// every later one to one more, up to all of them. Adjacent tokens of a sequence are `*_row` floats apart, adjacent
+// sequences `*_batch`, and adjacent heads `*_head`.
 struct Attention {
   const float *q, *k, *v;
   float* out;
-  int64_t batch, heads, queries, keys, size;
+  int64_t batch, heads, group, queries, keys, size, visible;
   int64_t q_row, q_batch, q_head;  // of queries and outputs
   int64_t k_row, k_batch, k_head;  // of keys and values
   float scale;                     // factor of the dot products
+  bool exact;                      // whether products are in fp32 in any case
 };
 
 // The product y = x Wᵀ of fp32 rows x [count, cols] and a 4-bit matrix W [rows, cols].

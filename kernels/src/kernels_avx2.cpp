@@ -1,11 +1,11 @@
 // The kernels for AVX2; CMakeLists.txt compiles this file with the options for this instruction set.
-#include "attention_kernel.h"
+#include "attention_few.h"
 #include "linear4_kernel.h"
 
 namespace vlpack {
 
 const Kernels& avx2_kernels() {
-  using Attend = Attend<Single>;
+  using Attend = AttendBest<Single>;
   using Four = Multiply4;
   static const Kernels kernels = {
       "avx2",

@@ -1,11 +1,11 @@
 // The kernels for AVX-512 with VNNI and bfloat16; CMakeLists.txt compiles this file with the options for these.
-#include "attention_kernel.h"
+#include "attention_few.h"
 #include "linear4_kernel.h"
 
 namespace vlpack {
 
 const Kernels& avx512_bf16_kernels() {
-  using Attend = Attend<Brain>;
+  using Attend = AttendBest<Brain>;
   using Four = Multiply4;
   static const Kernels kernels = {
       "avx512_bf16",

@@ -1,5 +1,6 @@
 // The entry points of the library.
 #include "attention_op.h"
+#include "causal_attention_op.h"
 #include "kernels.h"
 #include "linear4_op.h"
 #include "ort_api.h"
@@ -26,6 +27,7 @@ VLPACK_EXPORT ort::Status* VLPACK_CALL RegisterCustomOps(ort::SessionOptions* op
       api.create_domain("vlpack", &made);
       api.add(made, vlpack::attention_op());
       api.add(made, vlpack::linear4_op());
+      api.add(made, vlpack::causal_attention_op());
       return made;
     }();
     api.add(options, domain);

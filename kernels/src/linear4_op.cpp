@@ -13,7 +13,7 @@ constexpr size_t kMostDimensions = 8;
 
 struct Linear4Op {
   static constexpr const char* kName = "Linear4";
-  static constexpr size_t kInputs = 4;
+  static constexpr size_t kInputs = 4, kOutputs = 1;
   static int input_type(size_t index) { return index % 2 ? ort::kUint8 : ort::kFloat; }
   static int presence(size_t index) { return index == 3 ? ort::kOptional : ort::kRequired; }
 

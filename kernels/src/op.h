@@ -1,7 +1,7 @@
 // The part that all custom operators share: `custom_op<Op>()` makes an operator for onnxruntime from a class `Op` with
-//   static const char* kName; static constexpr size_t kInputs; static int input_type(size_t);
+//   static const char* kName; static constexpr size_t kInputs, kOutputs; static int input_type(size_t);
 //   static int presence(size_t); Op(const ort::Api&, const ort::KernelInfo*); void run(ort::KernelContext*) const;
-// An operator has one output, of fp32.
+// Outputs are fp32.
 #pragma once
 
 #include <exception>
@@ -21,7 +21,7 @@ const ort::CustomOp* custom_op() {
     made.input_type = [](const CustomOp*, size_t index) { return Op::input_type(index); };
     made.input_presence = [](const CustomOp*, size_t index) { return Op::presence(index); };
     made.input_memory = [](const CustomOp*, size_t) { return 0; };
-    made.output_count = [](const CustomOp*) { return size_t{1}; };
+    made.output_count = [](const CustomOp*) { return Op::kOutputs; };
     made.output_type = [](const CustomOp*, size_t) { return int{kFloat}; };
     made.output_presence = [](const CustomOp*, size_t) { return int{kRequired}; };
     made.variadic_input_least = made.variadic_output_least = [](const CustomOp*) { return 0; };

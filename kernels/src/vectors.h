@@ -28,6 +28,11 @@ struct Floats {
   VLPACK_INLINE Floats operator/(Floats o) const { return {_mm512_div_ps(v, o.v)}; }
   static VLPACK_INLINE Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
   static VLPACK_INLINE Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+  static VLPACK_INLINE bool any_less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ) != 0; }
+  // x where a < b, and y elsewhere
+  static VLPACK_INLINE Floats where_less(Floats a, Floats b, Floats x, Floats y) {
+    return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+  }
   // x minus its nearest integer
   static VLPACK_INLINE Floats fraction(Floats x) { return {_mm512_reduce_ps(x.v, 0)}; }
   // x · 2^n for a whole n, which may be far outside of the range of exponents
@@ -51,6 +56,12 @@ struct Floats {
   VLPACK_INLINE Floats operator/(Floats o) const { return {_mm256_div_ps(v, o.v)}; }
   static VLPACK_INLINE Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.v, b.v)}; }
   static VLPACK_INLINE Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+  static VLPACK_INLINE bool any_less(Floats a, Floats b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)) != 0;
+  }
+  static VLPACK_INLINE Floats where_less(Floats a, Floats b, Floats x, Floats y) {
+    return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+  }
   static VLPACK_INLINE Floats fraction(Floats x) {
     return {_mm256_sub_ps(x.v, _mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
   }
@@ -64,6 +75,19 @@ struct Floats {
 };
 
 #endif
+
+// Stores the sums of the lanes of four vectors.
+VLPACK_INLINE void store_totals(Floats a, Floats b, Floats c, Floats d, float* four) {
+#ifdef __AVX512F__
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+#else
+  const __m256 half = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+#endif
+  _mm_storeu_ps(four, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 
 // 2^x for x ≤ 0. Largest relative error: 1.0e-04 with 3 terms, 2e-7 with 6; exact for 0.
 template <int kTerms>

@@ -40,7 +40,14 @@ def test_inspect_names_the_operators(package: Path, kernels: bool) -> None:
     best = vlpack_kernels.instruction_set()
     assert found["instruction_set"] == best
     used = {name for counts in found["operators"].values() for name in counts}
-    assert used == {"avx512_bf16": {"Attention", "Linear4"}, "avx512": {"Linear4"}, "avx2": set()}[str(best)]
+    assert (
+        used
+        == {
+            "avx512_bf16": {"Attention", "Linear4", "GroupQueryAttention"},
+            "avx512": {"Linear4", "GroupQueryAttention"},
+            "avx2": set(),
+        }[str(best)]
+    )
 
 
 @pytest.mark.usefixtures("kernels")
@@ -55,6 +62,25 @@ def test_answers_are_right(package: Path) -> None:
             assert handle.result().text.split() == truths[name]["read"].split()
             answer = model.generate("Read the digits.", images=[images / name], temperature=0)
             assert answer.text.split() == truths[name]["read"].split()
+
+
+def test_the_engine_gives_the_same_tokens_in_fp32(tmp_path: Path) -> None:
+    """As the stock runtime, which does not use the operators, for several requests at a time and drafted tokens."""
+    package, images = tmp_path / "fp32", examples_folder() / "digits-images"
+    vlpack.build(examples_folder() / "digits-qwen3-vl", package, precision="fp32")
+    counts = vlpack.inspect(package)["kernels"]["operators"].get("decoder", {})
+    assert counts == ({} if vlpack_kernels.instruction_set() == "avx2" else {"GroupQueryAttention": 6})
+    model = vlpack.load(package, threads=2)
+    asked = [
+        ("Read the digits.", [images / "00.png"]),
+        ("How many digits are there?", [images / "01.png", images / "02.png"]),
+        ("Read the digits. " * 40, []),
+        ("3 1 4 1 5 9 2 6 5 " * 30, [images / "03.png"]),
+    ]
+    with vlpack.Engine(package, threads=2, slots=3, context=1024) as engine:
+        handles = [engine.submit(text, images=shown, max_tokens=40) for text, shown in asked]
+        for (text, shown), handle in zip(asked, handles, strict=True):
+            assert handle.result().tokens == model.generate(text, images=shown, max_tokens=40, temperature=0).tokens
 
 
 def test_features_differ_by_rounding_only(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,13 @@ def product(inputs: int = 3, kind: int = TensorProto.FLOAT, **attributes: Any) -
     return graph("MatMulNBits", inputs, kind, **{**sizes, **attributes})
 
 
+def causal(inputs: int = 7, kind: int = TensorProto.FLOAT, **attributes: Any) -> onnx.ModelProto:
+    sizes = {"num_heads": 4, "kv_num_heads": 2, "do_rotary": 0}
+    made = graph("GroupQueryAttention", inputs, kind, **{**sizes, **attributes})
+    made.graph.node[0].output.extend(["key", "value"])
+    return made
+
+
 def attributes_of(model: onnx.ModelProto) -> dict[str, Any]:
     return {entry.name: helper.get_attribute_value(entry) for entry in model.graph.node[0].attribute}
 
@@ -50,12 +57,59 @@ def test_products_by_4_bits_are_replaced(inputs: int) -> None:
     assert (model.graph.node[0].domain, attributes_of(model)) == (DOMAIN, {"K": 64, "N": 8, "block_size": 32})
 
 
+def test_causal_attention_is_replaced() -> None:
+    model = causal()
+    assert use_kernels(model, FAST) == {"GroupQueryAttention": 1}
+    found = {"num_heads": 4, "kv_num_heads": 2, "scale": 0.0, "exact": 1}
+    assert (model.graph.node[0].domain, attributes_of(model)) == (DOMAIN, found)
+
+
+@pytest.mark.parametrize(
+    ("others", "exact"),
+    [
+        ([], 1),
+        ([product()], 0),
+        ([product(accuracy_level=1)], 1),  # 4-bit weights, fp32 activations
+        ([graph("MatMulIntegerToFloat", 5)], 0),
+        ([graph("MatMul", 2)], 1),
+    ],
+    ids=["none", "4-bits", "4-bits-fp32", "8-bits", "fp32"],
+)
+def test_causal_attention_rounds_only_where_the_graph_does(others: list[onnx.ModelProto], exact: int) -> None:
+    model = causal()
+    model.graph.node.extend(node for other in others for node in other.graph.node)
+    use_kernels(model, FAST)
+    assert attributes_of(model)["exact"] == exact
+
+
+def test_one_quantized_product_among_many_layers_does_not_make_attention_round() -> None:
+    """For instance a quantized head of an fp32 model."""
+    model = causal()
+    model.graph.node.extend([*causal().graph.node, *product().graph.node])
+    use_kernels(model, FAST)
+    assert attributes_of(model)["exact"] == 1
+
+
+def test_causal_attention_in_a_branch_is_replaced() -> None:
+    """An int8 cache has the attention of several new tokens in a branch."""
+    branch = causal().graph
+    node = helper.make_node("If", ["condition"], ["y"], then_branch=branch, else_branch=graph("MatMul", 2).graph)
+    model = helper.make_model(helper.make_graph([node], "graph", [], []))
+    assert use_kernels(model, FAST) == {"GroupQueryAttention": 1}
+    branches = {entry.name: entry.g for entry in model.graph.node[0].attribute}
+    assert branches["then_branch"].node[0].domain == DOMAIN
+
+
 @pytest.mark.parametrize(
     "model",
     [
         attention(5),  # with a mask
         attention(unidirectional=1),
         attention(kind=TensorProto.FLOAT16),
+        causal(9),  # with a rotary embedding's tables
+        causal(do_rotary=1),
+        causal(local_window_size=128),
+        causal(kind=TensorProto.FLOAT16),
         product(bits=8),
         product(accuracy_level=1),  # fp32 activations
         product(inputs=5),  # with an order of columns
@@ -69,11 +123,11 @@ def test_other_nodes_stay(model: onnx.ModelProto) -> None:
 
 
 @pytest.mark.parametrize(
-    ("instruction_set", "replaced"), [("avx512_bf16", (1, 1)), ("avx512", (0, 1)), ("avx2", (0, 0))]
+    ("instruction_set", "replaced"), [("avx512_bf16", (1, 1, 1)), ("avx512", (0, 1, 1)), ("avx2", (0, 0, 0))]
 )
-def test_only_what_is_faster_is_replaced(instruction_set: str, replaced: tuple[int, int]) -> None:
+def test_only_what_is_faster_is_replaced(instruction_set: str, replaced: tuple[int, int, int]) -> None:
     slower = Library("kernels.so", instruction_set)
-    assert (use_kernels(attention(), slower).total(), use_kernels(product(), slower).total()) == replaced
+    assert tuple(use_kernels(model, slower).total() for model in (attention(), product(), causal())) == replaced
 
 
 def test_without_the_library_nothing_is_replaced() -> None:

@@ -16,6 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from vlpack.errors import PackageError
+from vlpack.ort.causal_attention import replaced_attention
 
 DOMAIN = "vlpack"
 """Domain of the library's operators in a graph."""
@@ -77,6 +78,9 @@ def use_kernels(model: onnx.ModelProto, available: Library | None) -> Counter[st
     used: Counter[str] = Counter()
     if available is None:
         return used
+    for node in replaced_attention(model.graph, available.instruction_set):
+        node.domain = DOMAIN
+        used[node.op_type] += 1
     kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     for node in model.graph.node:
         if node.domain == "com.microsoft" and kinds.get(node.output[0]) == TensorProto.FLOAT:
