@@ -2,6 +2,7 @@
 #include "attention_op.h"
 #include "kernels.h"
 #include "linear4_op.h"
+#include "linear8_op.h"
 #include "ort_api.h"
 
 // Returns the name of the instruction set in use; null if there are no kernels for this processor.
@@ -26,6 +27,8 @@ VLPACK_EXPORT ort::Status* VLPACK_CALL RegisterCustomOps(ort::SessionOptions* op
       api.create_domain("vlpack", &made);
       api.add(made, vlpack::attention_op());
       api.add(made, vlpack::linear4_op());
+      api.add(made, vlpack::linear8_op());
+      api.add(made, vlpack::linear8_blocks_op());
       return made;
     }();
     api.add(options, domain);

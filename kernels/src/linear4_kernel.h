@@ -12,10 +12,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "bytes.h"
 #include "kernels.h"
+#include "scratch.h"
 
 namespace vlpack {
 namespace {
@@ -90,14 +90,6 @@ VLPACK_INLINE void quantize(const float* x, int64_t count, float peak, uint8_t* 
   const float steps = 127 / peak;
   if (!(peak > 0) || !(steps > 0) || steps > 3e38f) return void(std::fill_n(codes, count, uint8_t{128}));
   for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(static_cast<int32_t>(x[i] * steps + 128.5f));
-}
-
-// Scratch memory of a thread for `count` values, kept for its next tasks; kUse distinguishes the purposes.
-template <class Value, int kUse>
-Value* scratch(int64_t count) {
-  thread_local std::vector<Value> memory;
-  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
-  return memory.data();
 }
 
 struct Few {

@@ -34,10 +34,13 @@ def session(
     domain: str = DOMAIN,
     **attributes: Any,
 ) -> ort.InferenceSession:
-    """A session of one node, whose inputs are fp32 tensors of any shape and then the constants."""
+    """A session of one node, whose inputs are fp32 tensors of any shape and then the constants.
+
+    The name of an optional input that is not given is empty.
+    """
     node = helper.make_node(operator, [*inputs, *constants], ["y"], domain=domain, **attributes)
     ports = [helper.make_tensor_value_info(name, 1, None) for name in inputs]
-    weights = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
+    weights = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items() if name]
     graph = helper.make_graph([node], "graph", ports, [helper.make_tensor_value_info("y", 1, None)], weights)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(domain, 1)]
     options = ort.SessionOptions()
