@@ -30,6 +30,7 @@ struct Sums {
   // a is unsigned, b is signed
   VLPACK_INLINE Sums add(Bytes a, Bytes b) const { return {_mm512_dpbusd_epi32(v, a.v, b.v)}; }
   VLPACK_INLINE Sums add_exactly(Bytes a, Bytes b) const { return add(a, b); }
+  VLPACK_INLINE Sums operator+(Sums o) const { return {_mm512_add_epi32(v, o.v)}; }
   VLPACK_INLINE void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
   // Subtracts 128 times the sum of each of 1, 2, 4 or 8 equal parts from p[part], for the first `left` parts.
   VLPACK_INLINE void subtract_parts(int parts, int64_t left, int32_t* p) const {
@@ -131,6 +132,7 @@ struct Sums {
     const __m256i even = _mm256_madd_epi16(even_a, even_b), odd = _mm256_madd_epi16(odd_a, odd_b);
     return {_mm256_add_epi32(v, _mm256_add_epi32(even, odd))};
   }
+  VLPACK_INLINE Sums operator+(Sums o) const { return {_mm256_add_epi32(v, o.v)}; }
   VLPACK_INLINE void store(int32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   VLPACK_INLINE void subtract_parts(int parts, int64_t left, int32_t* p) const {
     int32_t lanes[8];

@@ -220,35 +220,43 @@ struct Multiply8 {
   template <int Rows, int Panels, bool kBlocks>
   static void product(const Linear8& l, const char* room, int64_t row, int64_t panel) {
     constexpr int kCount = Rows * Panels;  // sum i is that of row i / Panels and panel i % Panels
+    constexpr int kUnroll = kCount == 1 ? 4 : kCount <= 6 ? 2 : 1;  // steps with sums of their own, as adding takes long
     const int64_t blocks = kBlocks ? l.blocks() : 1, stride = panel_bytes(l);
     const char* const x = room + row * width(l);
     const float* const factor = factors(l, room) + row * blocks;
     const int32_t* const offset = offsets(l, room) + row * blocks;
     const uint8_t* const codes = l.codes + panel * stride;
-    Sums sum[kCount];
+    Sums sum[kUnroll * kCount];
     Floats y[kCount];
     if (kBlocks) each<kCount>([&](auto i) VLPACK_BODY { y[i] = Floats::all(0); });
     for (int64_t block = 0; block < blocks; ++block) {
-      each<kCount>([&](auto i) VLPACK_BODY { sum[i] = Sums::all(offset[i / Panels * blocks + block]); });
+      each<kUnroll * kCount>([&](auto i) VLPACK_BODY {
+        sum[i] = i < kCount ? Sums::all(offset[i / Panels * blocks + block]) : Sums::all(0);
+      });
       const int64_t first = kBlocks ? block * (l.block / 4) : 0, last = kBlocks ? first + l.block / 4 : steps(l);
       for (int64_t step = first; step < last;) {
         const int64_t chunk = step / kChunkSteps, end = std::min(last, (chunk + 1) * kChunkSteps);
         const char* four = x + chunk * Rows * kChunk + step % kChunkSteps * 4;
-        for (; step < end; ++step, four += 4) {
+        const auto add = [&](auto u) VLPACK_BODY {
           Bytes weight[Panels];
           each<Panels>([&](auto p) VLPACK_BODY {
-            const uint8_t* const from = codes + p * stride + step * kVector;
+            const uint8_t* const from = codes + p * stride + (step + u) * kVector;
             weight[p] = Bytes::load(from);
             if (Panels == 1) _mm_prefetch(reinterpret_cast<const char*>(from + kAhead), _MM_HINT_T0);
           });
           each<Rows>([&](auto r) VLPACK_BODY {
-            const Bytes factor = spread(four + r * kChunk);
+            const Bytes factor = spread(four + r * kChunk + u * 4);
             each<Panels>([&](auto p) VLPACK_BODY {
-              sum[r * Panels + p] = sum[r * Panels + p].add_exactly(weight[p], factor);
+              constexpr int i = u * kCount + r * Panels + p;
+              sum[i] = sum[i].add_exactly(weight[p], factor);
             });
           });
-        }
+        };
+        if constexpr (kUnroll > 1)
+          for (; step + kUnroll <= end; step += kUnroll, four += 4 * kUnroll) each<kUnroll>(add);
+        for (; step < end; ++step, four += 4) add(std::integral_constant<int, 0>());
       }
+      each<(kUnroll - 1) * kCount>([&](auto i) VLPACK_BODY { sum[i % kCount] = sum[i % kCount] + sum[i + kCount]; });
       if (kBlocks)
         each<kCount>([&](auto i) VLPACK_BODY {
           const Floats scale = Floats::load(l.scales + ((panel + i % Panels) * blocks + block) * kLanes);
