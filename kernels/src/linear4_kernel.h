@@ -16,6 +16,7 @@
 #include "bytes.h"
 #include "kernels.h"
 #include "scratch.h"
+#include "unroll.h"
 
 namespace vlpack {
 namespace {
@@ -208,7 +209,7 @@ struct Few {
 struct Many {
   static constexpr int kLanes = kLanes4;
   static constexpr int kColumns = kLanes == 16 ? 3 : 1;  // vectors of rows of x
-  static constexpr int kRows = 4;                        // rows of the matrix
+  static constexpr int kRows = kLanes == 16 ? 8 : 4;     // rows of the matrix
   static constexpr int kTaskRows = 32;
 
   // A group of kLanes rows of x has unsigned codes around 128, [width / 4, kLanes, 4], and scales [blocks, kLanes].
@@ -291,36 +292,30 @@ struct Many {
   // Adds the products of four columns to the sums.
   template <int Columns, int kCount>
   static VLPACK_INLINE void step(
-      const char* x, int64_t size, const int8_t* weight, int64_t wide, Sums (&products)[kCount][Columns]) {
+      const char* x, int64_t size, const int8_t* weight, int64_t wide, Sums (&products)[kCount * Columns]) {
     Bytes operand[Columns];
-#pragma GCC unroll 3
-    for (int c = 0; c < Columns; ++c) operand[c] = Bytes::load(x + c * size);
-#pragma GCC unroll 4
-    for (int r = 0; r < kCount; ++r) {
+    each<Columns>([&](auto c) VLPACK_BODY { operand[c] = Bytes::load(x + c * size); });
+    each<kCount>([&](auto r) VLPACK_BODY {
       const Bytes factor = spread(weight + r * wide);
-#pragma GCC unroll 3
-      for (int c = 0; c < Columns; ++c) products[r][c] = products[r][c].add(operand[c], factor);
-    }
+      each<Columns>([&](auto c) VLPACK_BODY {
+        products[r * Columns + c] = products[r * Columns + c].add(operand[c], factor);
+      });
+    });
   }
 
   // The products of kCount rows of the matrix and `Columns` groups of rows of x.
   template <int Columns, int kCount>
   static void tile_of(
       const Linear4& l, const char* room, int64_t group, int64_t row, const int8_t* weight, const int32_t* offsets) {
+    constexpr int kSums = kCount * Columns;  // sum i is that of row i / Columns and group i % Columns
     const int64_t size = group_room(l), wide = width(l);
     const char* const x = room + group * size;
     const char* const scales = x + wide * kLanes;
-    Floats sum[kCount][Columns];
-#pragma GCC unroll 4
-    for (int r = 0; r < kCount; ++r)
-#pragma GCC unroll 3
-      for (int c = 0; c < Columns; ++c) sum[r][c] = Floats::all(0);
+    Floats sum[kSums];
+    each<kSums>([&](auto i) VLPACK_BODY { sum[i] = Floats::all(0); });
     for (int64_t b = 0; b < l.blocks; ++b) {
-      Sums products[kCount][Columns];
-#pragma GCC unroll 4
-      for (int r = 0; r < kCount; ++r)
-#pragma GCC unroll 3
-        for (int c = 0; c < Columns; ++c) products[r][c] = Sums::all(offsets[r * l.blocks + b]);
+      Sums products[kSums];
+      each<kSums>([&](auto i) VLPACK_BODY { products[i] = Sums::all(offsets[i / Columns * l.blocks + b]); });
       // The block's even columns lie in one vector of codes, and its odd ones in the next.
       const int64_t span = std::min<int64_t>(l.block, kChunk) / 2, first = b * l.block;
       for (int64_t at = place_of(first); at < place_of(first) + l.block; at += kChunk)
@@ -329,22 +324,19 @@ struct Many {
           step<Columns, kCount>(x + (i + kChunk / 2) * kLanes, size, weight + i + kChunk / 2, wide, products);
         }
       Floats of_x[Columns];
-#pragma GCC unroll 3
-      for (int c = 0; c < Columns; ++c)
+      each<Columns>([&](auto c) VLPACK_BODY {
         of_x[c] = Floats::load(reinterpret_cast<const float*>(scales + c * size) + b * kLanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < kCount; ++r) {
+      });
+      each<kCount>([&](auto r) VLPACK_BODY {
         const Floats scale = Floats::all(l.scales[(row + r) * l.blocks + b]);
-#pragma GCC unroll 3
-        for (int c = 0; c < Columns; ++c)
-          sum[r][c] = Floats::fma(products[r][c].floats(), scale * of_x[c], sum[r][c]);
-      }
+        each<Columns>([&](auto c) VLPACK_BODY {
+          constexpr int i = r * Columns + c;
+          sum[i] = Floats::fma(products[i].floats(), scale * of_x[c], sum[i]);
+        });
+      });
     }
     alignas(64) float lanes[kCount][Columns * kLanes];
-#pragma GCC unroll 4
-    for (int r = 0; r < kCount; ++r)
-#pragma GCC unroll 3
-      for (int c = 0; c < Columns; ++c) sum[r][c].store(&lanes[r][c * kLanes]);
+    each<kSums>([&](auto i) VLPACK_BODY { sum[i].store(&lanes[i / Columns][i % Columns * kLanes]); });
     const int64_t first = group * kLanes, count = std::min<int64_t>(Columns * kLanes, l.count - first);
     for (int64_t i = 0; i < count; ++i)
       for (int r = 0; r < kCount; ++r) l.y[(first + i) * l.rows + row + r] = lanes[r][i];
