@@ -4,8 +4,8 @@ With one thread, processor time is measured, which other programs hardly affect;
 Inputs are random. Prints the best time of all rounds without and with the operators, in seconds, their ratio, and the
 relative L2 difference of the outputs.
 
-Usage: python benchmarks/native_operators.py PACKAGE [--tokens 512 2048] [--rows 8] [--patches 30x40 48x64]
-    [--threads 1] [--rounds 2]
+Usage: python benchmarks/native_operators.py PACKAGE [--tokens 512 2048] [--patches 30x40 48x64] [--threads 1]
+    [--rounds 2]
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ Inputs = dict[str, np.ndarray]
 """Inputs of a graph, by name."""
 
 
-def decoder_inputs(ports: dict[str, Any], new: int, past: int, rows: int = 1) -> Inputs:
-    """Random inputs of a decoder for ``new`` tokens after ``past`` others, in each of ``rows`` sequences."""
+def decoder_inputs(ports: dict[str, Any], new: int, past: int) -> Inputs:
+    """Random inputs of a decoder for ``new`` tokens after ``past`` others."""
     random, given = np.random.default_rng(0), {}
     for name, port in ports.items():
         if name.startswith("past"):
-            given[name] = (random.standard_normal((rows, port.shape[1], past, port.shape[3])) / 2).astype(np.float32)
+            given[name] = (random.standard_normal((1, port.shape[1], past, port.shape[3])) / 2).astype(np.float32)
         elif name == "attention_mask":
-            given[name] = np.ones((rows, past + new), np.int64)
+            given[name] = np.ones((1, past + new), np.int64)
         elif name == "position_ids":
             places = np.arange(past, past + new, dtype=np.int64)
-            given[name] = np.broadcast_to(places, (3, rows, new) if len(port.shape) == 3 else (rows, new)).copy()
+            given[name] = np.broadcast_to(places, (3, 1, new) if len(port.shape) == 3 else (1, new)).copy()
         elif name == "input_ids":
-            given[name] = random.integers(0, 1000, (rows, new))
+            given[name] = random.integers(0, 1000, (1, new))
         else:
-            given[name] = (random.standard_normal((rows, new, port.shape[2])) / 20).astype(np.float32)
+            given[name] = (random.standard_normal((1, new, port.shape[2])) / 20).astype(np.float32)
     return given
 
 
@@ -48,8 +48,6 @@ def cases(part: str, ports: dict[str, Any], options: argparse.Namespace) -> Iter
     """Yields the names and inputs of the calls of a graph that are measured."""
     if part == "decoder":
         yield "a token after 512", decoder_inputs(ports, 1, 512)
-        for rows in options.rows:
-            yield f"{rows} rows of a token after 512", decoder_inputs(ports, 1, 512, rows)
         for new in options.tokens:
             yield f"{new} tokens", decoder_inputs(ports, new, 0)
         return
@@ -90,7 +88,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("package", type=Path)
     parser.add_argument("--tokens", type=int, nargs="*", default=[512])
-    parser.add_argument("--rows", type=int, nargs="*", default=[8])
     parser.add_argument("--patches", nargs="*", default=["30x40", "48x64"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=2)

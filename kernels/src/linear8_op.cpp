@@ -64,7 +64,7 @@ struct Product8 {
 
 struct Linear8Op : Product8 {
   static constexpr const char* kName = "Linear8";
-  static constexpr size_t kInputs = 5;
+  static constexpr size_t kInputs = 5, kOutputs = 1;
   static int input_type(size_t index) { return index == 1 ? ort::kInt8 : ort::kFloat; }
   static int presence(size_t index) { return index >= 3 ? ort::kOptional : ort::kRequired; }
 
@@ -87,7 +87,7 @@ struct Linear8BlocksOp : Product8 {
   Pages laid_scales;
 
   static constexpr const char* kName = "Linear8Blocks";
-  static constexpr size_t kInputs = 4;
+  static constexpr size_t kInputs = 4, kOutputs = 1;
   static int input_type(size_t index) { return index == 1 ? ort::kUint8 : ort::kFloat; }
   static int presence(size_t index) { return index == 3 ? ort::kOptional : ort::kRequired; }
 

@@ -5,6 +5,7 @@ The variable VLPACK_KERNELS_ISA chooses the instruction set; .ci/run runs these 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,16 +33,16 @@ def session(
     constants: dict[str, Any],
     threads: int = 1,
     domain: str = DOMAIN,
+    outputs: Sequence[str] = ("y",),
     **attributes: Any,
 ) -> ort.InferenceSession:
-    """A session of one node, whose inputs are fp32 tensors of any shape and then the constants.
-
-    The name of an optional input that is not given is empty.
-    """
-    node = helper.make_node(operator, [*inputs, *constants], ["y"], domain=domain, **attributes)
+    """A session of one node, whose inputs are fp32 tensors of any shape and then the constants; None is no input."""
+    names = [*inputs, *("" if value is None else name for name, value in constants.items())]
+    node = helper.make_node(operator, names, outputs, domain=domain, **attributes)
     ports = [helper.make_tensor_value_info(name, 1, None) for name in inputs]
-    weights = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items() if name]
-    graph = helper.make_graph([node], "graph", ports, [helper.make_tensor_value_info("y", 1, None)], weights)
+    weights = [numpy_helper.from_array(np.asarray(x), name) for name, x in constants.items() if x is not None]
+    results = [helper.make_tensor_value_info(name, 1, None) for name in outputs]
+    graph = helper.make_graph([node], "graph", ports, results, weights)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(domain, 1)]
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads

@@ -58,11 +58,11 @@ class Matrix(NamedTuple):
         made = session("Linear8Blocks" if self.block else "Linear8", ["x"], self.inputs(), threads, **sizes)
         return np.asarray(made.run(None, {"x": x})[0])
 
-    def inputs(self) -> dict[str, np.ndarray]:
-        """The arrays in the order of the inputs; the name of one that is not given is empty."""
-        if "bias" in self.arrays and "rotation" not in self.arrays:
-            return {name: self.arrays.get(name, np.zeros(0)) for name in ("codes", "scales", "", "bias")}
-        return self.arrays
+    def inputs(self) -> dict[str, np.ndarray | None]:
+        """The arrays in the order of the inputs; None for one that is not given."""
+        return {
+            name: self.arrays.get(name) for name in ("codes", "scales", "rotation", *([] if self.block else ["bias"]))
+        }
 
     def turned(self, x: np.ndarray) -> np.ndarray:
         """Rotated rows, float64."""
