@@ -29,6 +29,8 @@ struct Sums {
   static VLPACK_INLINE Sums all(int32_t x) { return {_mm512_set1_epi32(x)}; }
   // a is unsigned, b is signed
   VLPACK_INLINE Sums add(Bytes a, Bytes b) const { return {_mm512_dpbusd_epi32(v, a.v, b.v)}; }
+  VLPACK_INLINE Sums add_exactly(Bytes a, Bytes b) const { return add(a, b); }
+  VLPACK_INLINE Sums operator+(Sums o) const { return {_mm512_add_epi32(v, o.v)}; }
   VLPACK_INLINE void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
   // Subtracts 128 times the sum of each of 1, 2, 4 or 8 equal parts from p[part], for the first `left` parts.
   VLPACK_INLINE void subtract_parts(int parts, int64_t left, int32_t* p) const {
@@ -77,6 +79,21 @@ VLPACK_INLINE Floats load_some(const float* p, int64_t count) {
   return {_mm512_maskz_loadu_ps(count < 16 ? (1u << count) - 1 : 0xffff, p)};
 }
 
+VLPACK_INLINE void store_some(Floats x, float* p, int64_t count) {
+  _mm512_mask_storeu_ps(p, count < 16 ? (1u << count) - 1 : 0xffff, x.v);
+}
+
+// Whether all magnitudes are below the limits; false if there is a NaN.
+VLPACK_INLINE bool all_within(Floats x, Floats limits) {
+  return _mm512_cmp_ps_mask(_mm512_abs_ps(x.v), limits.v, _CMP_LT_OQ) == 0xffff;
+}
+
+// Rounds kLanes values to the nearest integers from -127 to 127, ties to even; NaN becomes -127.
+VLPACK_INLINE void store_codes(Floats x, int8_t* p) {
+  const __m512 inside = _mm512_min_ps(_mm512_max_ps(x.v, _mm512_set1_ps(-127)), _mm512_set1_ps(127));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(inside)));
+}
+
 // A vector of the first `count` 4-bit values, at most kLanes, low nibbles first. The other lanes are arbitrary.
 VLPACK_INLINE Floats nibbles(const uint8_t* p, int64_t count) {
   const __m128i bytes = _mm_maskz_loadu_epi8(count < 16 ? (1u << (count + 1) / 2) - 1 : 0xff, p);
@@ -108,6 +125,14 @@ struct Sums {
     const __m256i pairs = _mm256_maddubs_epi16(a.v, b.v);
     return {_mm256_add_epi32(v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
   }
+  // The same for any bytes: products of even and of odd bytes in 32 bits.
+  VLPACK_INLINE Sums add_exactly(Bytes a, Bytes b) const {
+    const __m256i even_a = _mm256_and_si256(a.v, _mm256_set1_epi16(255)), odd_a = _mm256_srli_epi16(a.v, 8);
+    const __m256i even_b = _mm256_srai_epi16(_mm256_slli_epi16(b.v, 8), 8), odd_b = _mm256_srai_epi16(b.v, 8);
+    const __m256i even = _mm256_madd_epi16(even_a, even_b), odd = _mm256_madd_epi16(odd_a, odd_b);
+    return {_mm256_add_epi32(v, _mm256_add_epi32(even, odd))};
+  }
+  VLPACK_INLINE Sums operator+(Sums o) const { return {_mm256_add_epi32(v, o.v)}; }
   VLPACK_INLINE void store(int32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   VLPACK_INLINE void subtract_parts(int parts, int64_t left, int32_t* p) const {
     int32_t lanes[8];
@@ -149,6 +174,25 @@ VLPACK_INLINE Floats load_some(const float* p, int64_t count) {
   alignas(32) float some[8] = {};
   std::memcpy(some, p, count * sizeof(float));
   return Floats::load(some);
+}
+
+VLPACK_INLINE void store_some(Floats x, float* p, int64_t count) {
+  if (count >= 8) return x.store(p);
+  alignas(32) float some[8];
+  x.store(some);
+  std::memcpy(p, some, count * sizeof(float));
+}
+
+VLPACK_INLINE bool all_within(Floats x, Floats limits) {
+  const __m256 magnitudes = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v);
+  return _mm256_movemask_ps(_mm256_cmp_ps(magnitudes, limits.v, _CMP_LT_OQ)) == 0xff;
+}
+
+VLPACK_INLINE void store_codes(Floats x, int8_t* p) {
+  const __m256 inside = _mm256_min_ps(_mm256_max_ps(x.v, _mm256_set1_ps(-127)), _mm256_set1_ps(127));
+  const __m256i whole = _mm256_cvtps_epi32(inside);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 
 VLPACK_INLINE Floats nibbles(const uint8_t* p, int64_t count) {

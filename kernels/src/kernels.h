@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "linear8.h"
+
 namespace vlpack {
 
 // Attention of `queries` tokens to `keys` tokens, for `batch` sequences and `heads` heads of keys with `size` channels.
@@ -53,6 +55,8 @@ struct Kernels {
   void (*linear4_pack)(const Linear4&, void* room, int64_t task);
   int64_t (*linear4_tasks)(const Linear4&);
   void (*linear4_run)(const Linear4&, const void* room, int64_t task);
+
+  Linear8Kernels linear8;
 };
 
 const Kernels& avx2_kernels();

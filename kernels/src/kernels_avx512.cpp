@@ -1,6 +1,7 @@
 // The kernels for AVX-512 with VNNI; CMakeLists.txt compiles this file with the options for this instruction set.
 #include "attention_few.h"
 #include "linear4_kernel.h"
+#include "linear8_kernel.h"
 
 namespace vlpack {
 
@@ -12,6 +13,7 @@ const Kernels& avx512_kernels() {
       Attend::room, Attend::packs, Attend::pack, Attend::tasks, Attend::run,
       laid_bytes, lay,
       Four::room, Four::packs, Four::pack, Four::tasks, Four::run,
+      kLinear8,
   };
   return kernels;
 }

@@ -1,6 +1,7 @@
 // The kernels for AVX-512 with VNNI and bfloat16; CMakeLists.txt compiles this file with the options for these.
 #include "attention_few.h"
 #include "linear4_kernel.h"
+#include "linear8_kernel.h"
 
 namespace vlpack {
 
@@ -12,6 +13,7 @@ const Kernels& avx512_bf16_kernels() {
       Attend::room, Attend::packs, Attend::pack, Attend::tasks, Attend::run,
       laid_bytes, lay,
       Four::room, Four::packs, Four::pack, Four::tasks, Four::run,
+      kLinear8,
   };
   return kernels;
 }

@@ -3,6 +3,7 @@
 #include "causal_attention_op.h"
 #include "kernels.h"
 #include "linear4_op.h"
+#include "linear8_op.h"
 #include "ort_api.h"
 
 // Returns the name of the instruction set in use; null if there are no kernels for this processor.
@@ -28,6 +29,8 @@ VLPACK_EXPORT ort::Status* VLPACK_CALL RegisterCustomOps(ort::SessionOptions* op
       api.add(made, vlpack::attention_op());
       api.add(made, vlpack::linear4_op());
       api.add(made, vlpack::causal_attention_op());
+      api.add(made, vlpack::linear8_op());
+      api.add(made, vlpack::linear8_blocks_op());
       return made;
     }();
     api.add(options, domain);

@@ -12,10 +12,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "bytes.h"
 #include "kernels.h"
+#include "scratch.h"
+#include "unroll.h"
 
 namespace vlpack {
 namespace {
@@ -90,14 +91,6 @@ VLPACK_INLINE void quantize(const float* x, int64_t count, float peak, uint8_t* 
   const float steps = 127 / peak;
   if (!(peak > 0) || !(steps > 0) || steps > 3e38f) return void(std::fill_n(codes, count, uint8_t{128}));
   for (int64_t i = 0; i < count; ++i) codes[i] = static_cast<uint8_t>(static_cast<int32_t>(x[i] * steps + 128.5f));
-}
-
-// Scratch memory of a thread for `count` values, kept for its next tasks; kUse distinguishes the purposes.
-template <class Value, int kUse>
-Value* scratch(int64_t count) {
-  thread_local std::vector<Value> memory;
-  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
-  return memory.data();
 }
 
 struct Few {
@@ -216,7 +209,7 @@ struct Few {
 struct Many {
   static constexpr int kLanes = kLanes4;
   static constexpr int kColumns = kLanes == 16 ? 3 : 1;  // vectors of rows of x
-  static constexpr int kRows = 4;                        // rows of the matrix
+  static constexpr int kRows = kLanes == 16 ? 8 : 4;     // rows of the matrix
   static constexpr int kTaskRows = 32;
 
   // A group of kLanes rows of x has unsigned codes around 128, [width / 4, kLanes, 4], and scales [blocks, kLanes].
@@ -299,36 +292,30 @@ struct Many {
   // Adds the products of four columns to the sums.
   template <int Columns, int kCount>
   static VLPACK_INLINE void step(
-      const char* x, int64_t size, const int8_t* weight, int64_t wide, Sums (&products)[kCount][Columns]) {
+      const char* x, int64_t size, const int8_t* weight, int64_t wide, Sums (&products)[kCount * Columns]) {
     Bytes operand[Columns];
-#pragma GCC unroll 3
-    for (int c = 0; c < Columns; ++c) operand[c] = Bytes::load(x + c * size);
-#pragma GCC unroll 4
-    for (int r = 0; r < kCount; ++r) {
+    each<Columns>([&](auto c) VLPACK_BODY { operand[c] = Bytes::load(x + c * size); });
+    each<kCount>([&](auto r) VLPACK_BODY {
       const Bytes factor = spread(weight + r * wide);
-#pragma GCC unroll 3
-      for (int c = 0; c < Columns; ++c) products[r][c] = products[r][c].add(operand[c], factor);
-    }
+      each<Columns>([&](auto c) VLPACK_BODY {
+        products[r * Columns + c] = products[r * Columns + c].add(operand[c], factor);
+      });
+    });
   }
 
   // The products of kCount rows of the matrix and `Columns` groups of rows of x.
   template <int Columns, int kCount>
   static void tile_of(
       const Linear4& l, const char* room, int64_t group, int64_t row, const int8_t* weight, const int32_t* offsets) {
+    constexpr int kSums = kCount * Columns;  // sum i is that of row i / Columns and group i % Columns
     const int64_t size = group_room(l), wide = width(l);
     const char* const x = room + group * size;
     const char* const scales = x + wide * kLanes;
-    Floats sum[kCount][Columns];
-#pragma GCC unroll 4
-    for (int r = 0; r < kCount; ++r)
-#pragma GCC unroll 3
-      for (int c = 0; c < Columns; ++c) sum[r][c] = Floats::all(0);
+    Floats sum[kSums];
+    each<kSums>([&](auto i) VLPACK_BODY { sum[i] = Floats::all(0); });
     for (int64_t b = 0; b < l.blocks; ++b) {
-      Sums products[kCount][Columns];
-#pragma GCC unroll 4
-      for (int r = 0; r < kCount; ++r)
-#pragma GCC unroll 3
-        for (int c = 0; c < Columns; ++c) products[r][c] = Sums::all(offsets[r * l.blocks + b]);
+      Sums products[kSums];
+      each<kSums>([&](auto i) VLPACK_BODY { products[i] = Sums::all(offsets[i / Columns * l.blocks + b]); });
       // The block's even columns lie in one vector of codes, and its odd ones in the next.
       const int64_t span = std::min<int64_t>(l.block, kChunk) / 2, first = b * l.block;
       for (int64_t at = place_of(first); at < place_of(first) + l.block; at += kChunk)
@@ -337,22 +324,19 @@ struct Many {
           step<Columns, kCount>(x + (i + kChunk / 2) * kLanes, size, weight + i + kChunk / 2, wide, products);
         }
       Floats of_x[Columns];
-#pragma GCC unroll 3
-      for (int c = 0; c < Columns; ++c)
+      each<Columns>([&](auto c) VLPACK_BODY {
         of_x[c] = Floats::load(reinterpret_cast<const float*>(scales + c * size) + b * kLanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < kCount; ++r) {
+      });
+      each<kCount>([&](auto r) VLPACK_BODY {
         const Floats scale = Floats::all(l.scales[(row + r) * l.blocks + b]);
-#pragma GCC unroll 3
-        for (int c = 0; c < Columns; ++c)
-          sum[r][c] = Floats::fma(products[r][c].floats(), scale * of_x[c], sum[r][c]);
-      }
+        each<Columns>([&](auto c) VLPACK_BODY {
+          constexpr int i = r * Columns + c;
+          sum[i] = Floats::fma(products[i].floats(), scale * of_x[c], sum[i]);
+        });
+      });
     }
     alignas(64) float lanes[kCount][Columns * kLanes];
-#pragma GCC unroll 4
-    for (int r = 0; r < kCount; ++r)
-#pragma GCC unroll 3
-      for (int c = 0; c < Columns; ++c) sum[r][c].store(&lanes[r][c * kLanes]);
+    each<kSums>([&](auto i) VLPACK_BODY { sum[i].store(&lanes[i / Columns][i % Columns * kLanes]); });
     const int64_t first = group * kLanes, count = std::min<int64_t>(Columns * kLanes, l.count - first);
     for (int64_t i = 0; i < count; ++i)
       for (int r = 0; r < kCount; ++r) l.y[(first + i) * l.rows + row + r] = lanes[r][i];

@@ -9,8 +9,6 @@
 namespace vlpack {
 namespace {
 
-constexpr size_t kMostDimensions = 8;
-
 struct Linear4Op {
   static constexpr const char* kName = "Linear4";
   static constexpr size_t kInputs = 4, kOutputs = 1;
@@ -30,7 +28,7 @@ struct Linear4Op {
     const ort::Value* codes = api.constant(info, 1);
     if (!codes) throw ort::Error{"codes must be an initializer of the graph"};
     const Linear4 l = matrix();
-    const uint8_t* from = array<uint8_t>(codes, rows * l.blocks * (block / 2));
+    const uint8_t* from = array<uint8_t>(api, codes, rows * l.blocks * (block / 2));
     laid = Pages(best_kernels()->linear4_bytes(l));
     best_kernels()->linear4_lay(l, from, laid.data());
     not_needed(from, rows * l.blocks * (block / 2));
@@ -45,34 +43,17 @@ struct Linear4Op {
   void run(ort::KernelContext* context) const {
     const Kernels& kernels = *best_kernels();
     Linear4 l = matrix();
-    int64_t sizes[kMostDimensions];
-    const ort::Value* x = api.input(context, 0);
-    const size_t rank = api.sizes(x, sizes, kMostDimensions);
-    if (rank < 1 || sizes[rank - 1] != cols) throw ort::Error{"the last dimension of x is not K"};
-    l.count = 1;
-    for (size_t i = 0; i + 1 < rank; ++i) l.count *= sizes[i];
-    sizes[rank - 1] = rows;
-    l.scales = array<float>(api.input(context, 2), rows * l.blocks);
+    const Rows rows_of(api, context, cols, rows);
+    l.count = rows_of.count, l.x = rows_of.x, l.y = rows_of.y;
+    l.scales = array<float>(api, api.input(context, 2), rows * l.blocks);
     const ort::Value* zeros = api.input_count(context) > 3 ? api.input(context, 3) : nullptr;
-    l.zeros = zeros ? array<uint8_t>(zeros, rows * ((l.blocks + 1) / 2)) : nullptr;
-    l.x = static_cast<const float*>(api.data(x));
-    l.y = static_cast<float*>(api.data(api.output(context, 0, sizes, rank)));
+    l.zeros = zeros ? array<uint8_t>(api, zeros, rows * ((l.blocks + 1) / 2)) : nullptr;
     if (l.count == 0) return;
     const std::unique_ptr<char[]> room(new char[kernels.linear4_room(l)]);
     ort::parallel_for(api, context, kernels.linear4_packs(l),
                       [&](int64_t task) { kernels.linear4_pack(l, room.get(), task); });
     ort::parallel_for(api, context, kernels.linear4_tasks(l),
                       [&](int64_t task) { kernels.linear4_run(l, room.get(), task); });
-  }
-
-  // The data of a tensor, after a check that it has `count` values.
-  template <class Value>
-  const Value* array(const ort::Value* value, int64_t count) const {
-    int64_t sizes[kMostDimensions], found = 1;
-    const size_t rank = api.sizes(value, sizes, kMostDimensions);
-    for (size_t i = 0; i < rank; ++i) found *= sizes[i];
-    if (found != count) throw ort::Error{"codes, scales and zeros do not have the sizes that K, N and block_size say"};
-    return static_cast<const Value*>(api.data(value));
   }
 };
 

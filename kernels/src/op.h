@@ -10,6 +10,37 @@
 
 namespace vlpack {
 
+// The largest number of dimensions of an operator's tensors.
+constexpr size_t kMostDimensions = 8;
+
+// The data of a tensor, after a check that it has `count` values.
+template <class Element>
+const Element* array(const ort::Api& api, const ort::Value* value, int64_t count) {
+  int64_t sizes[kMostDimensions], found = 1;
+  const size_t rank = api.sizes(value, sizes, kMostDimensions);
+  for (size_t i = 0; i < rank; ++i) found *= sizes[i];
+  if (found != count) throw ort::Error{"codes, scales, zeros and bias do not have the sizes that the attributes say"};
+  return static_cast<const Element*>(api.data(value));
+}
+
+// The rows x [.., cols] and y [.., rows] of a product.
+struct Rows {
+  int64_t count;
+  const float* x;
+  float* y;
+
+  Rows(const ort::Api& api, ort::KernelContext* context, int64_t cols, int64_t rows) : count(1) {
+    int64_t sizes[kMostDimensions];
+    const ort::Value* value = api.input(context, 0);
+    const size_t rank = api.sizes(value, sizes, kMostDimensions);
+    if (rank < 1 || sizes[rank - 1] != cols) throw ort::Error{"the last dimension of x is not K"};
+    for (size_t i = 0; i + 1 < rank; ++i) count *= sizes[i];
+    sizes[rank - 1] = rows;
+    x = static_cast<const float*>(api.data(value));
+    y = static_cast<float*>(api.data(api.output(context, 0, sizes, rank)));
+  }
+};
+
 template <class Op>
 const ort::CustomOp* custom_op() {
   using namespace ort;

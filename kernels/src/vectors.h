@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #define VLPACK_INLINE inline __attribute__((always_inline))
+#define VLPACK_BODY __attribute__((always_inline))  // of a lambda
 
 namespace vlpack {
 namespace {

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 
 from vlpack.errors import PackageError
 from vlpack.ort.causal_attention import replaced_attention
+from vlpack.ort.linear8 import use_linear8
 
 DOMAIN = "vlpack"
 """Domain of the library's operators in a graph."""
@@ -88,6 +89,8 @@ def use_kernels(model: onnx.ModelProto, available: Library | None) -> Counter[st
             if replace is not None and replace(node, available.instruction_set):
                 node.domain = DOMAIN
                 used[node.op_type] += 1
+    if available.instruction_set != "avx2":  # products of bytes are faster with VNNI
+        used += use_linear8(model, DOMAIN)
     if used:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return used

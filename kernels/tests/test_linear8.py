@@ -1,0 +1,225 @@
+"""Products by 8-bit matrices against float64, and against the nodes of onnxruntime that they replace."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from onnx import helper, numpy_helper
+
+from conftest import session
+
+COUNTS = [*range(1, 19), 24, 31, 33, 70]  # rows of x: both forms of the product, and all their ends
+SIZES = [(16, 64), (7, 96), (33, 100), (65, 2048), (5, 3), (1, 1), (48, 4), (130, 514), (50, 1000)]  # rows, cols
+
+
+def rotated(x: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """Groups of x multiplied by a matrix, float64; an empty matrix changes nothing."""
+    groups = x.astype(np.float64).reshape(-1, len(rotation) or 1)
+    return (groups @ rotation.astype(np.float64) if len(rotation) else groups).reshape(x.shape)
+
+
+class Matrix(NamedTuple):
+    """A random 8-bit matrix: its arrays as the operator takes them, and its numbers in float64 [rows, cols].
+
+    Attributes:
+        block: number of columns of a block; 0 if the scales are those of rows.
+    """
+
+    arrays: dict[str, np.ndarray]
+    numbers: np.ndarray
+    block: int
+
+    @classmethod
+    def make(cls, rows: int, cols: int, block: int = 0, group: int = 0, bias: bool = False, seed: int = 0) -> Matrix:
+        random = np.random.default_rng(seed)
+        rotation = np.linalg.qr(random.standard_normal((group, group)))[0].astype(np.float32)
+        if block:
+            blocks = -(-cols // block)
+            codes = random.integers(0, 256, (rows, blocks, block)).astype(np.uint8)
+            scales = random.uniform(-0.02, 0.02, (rows, blocks)).astype(np.float32)
+            numbers = ((codes - 128.0) * scales[..., None]).reshape(rows, -1)[:, :cols]
+        else:
+            codes = random.integers(-127, 128, (cols, rows)).astype(np.int8)
+            scales = random.uniform(-0.02, 0.02, rows).astype(np.float32)
+            numbers = (codes * scales.astype(np.float64)).T
+        arrays = {"codes": codes, "scales": scales}
+        if group:
+            arrays["rotation"] = rotation
+        if bias and not block:
+            arrays["bias"] = random.standard_normal(rows).astype(np.float32)
+        return cls(arrays, numbers, block)
+
+    def run(self, x: np.ndarray, threads: int = 1) -> np.ndarray:
+        rows, cols = self.numbers.shape
+        sizes = {"K": cols, "N": rows, "block_size": self.block} if self.block else {}
+        made = session("Linear8Blocks" if self.block else "Linear8", ["x"], self.inputs(), threads, **sizes)
+        return np.asarray(made.run(None, {"x": x})[0])
+
+    def inputs(self) -> dict[str, np.ndarray | None]:
+        """The arrays in the order of the inputs; None for one that is not given."""
+        return {
+            name: self.arrays.get(name) for name in ("codes", "scales", "rotation", *([] if self.block else ["bias"]))
+        }
+
+    def turned(self, x: np.ndarray) -> np.ndarray:
+        """Rotated rows, float64."""
+        return rotated(x, self.arrays.get("rotation", np.zeros((0, 0))))
+
+    def exact(self, x: np.ndarray) -> np.ndarray:
+        """The product in float64."""
+        return self.turned(x) @ self.numbers.T + self.arrays.get("bias", 0)
+
+    def bound(self, x: np.ndarray) -> np.ndarray:
+        """The largest error that rounding each block or row of x to steps of peak / 127 can cause, [count, rows]."""
+        x, cols = self.turned(x), self.numbers.shape[1]
+        total = np.full((len(x), len(self.numbers)), 1e-6)
+        for first in range(0, cols, self.block or cols):
+            part = slice(first, min(first + (self.block or cols), cols))
+            step = np.abs(x[:, part]).max(1) / 127
+            total += 0.501 * step[:, None] * np.abs(self.numbers[:, part]).sum(1)
+        return total + 1e-5 * np.abs(x) @ np.abs(self.numbers).T  # and sums in fp32
+
+
+def stock(matrix: Matrix, x: np.ndarray) -> np.ndarray:
+    """What the nodes of an int8 package compute."""
+    given = matrix.arrays
+    cols, size = x.shape[1], len(given.get("rotation", []))
+    weights = {"axes": np.array([-1]), "least": np.float32(1e-20), "step": np.float32(1 / 127), "zero": np.uint8(128)}
+    weights |= {"parts": np.array([0, cols // (size or 1), size]), "whole": np.array([0, cols])}
+    make, microsoft = helper.make_node, "com.microsoft"
+    turn = [
+        make("Reshape", ["x", "parts"], ["groups"]),
+        make("MatMul", ["groups", "rotation"], ["turned"]),
+        make("Reshape", ["turned", "whole"], ["start"]),
+    ]
+    product = make("MatMulIntegerToFloat", ["q", "codes", "step", "scales", "zero"], ["product"], domain=microsoft)
+    nodes = [
+        *(turn if size else [make("Identity", ["x"], ["start"])]),
+        make("Abs", ["start"], ["size"]),
+        make("ReduceMax", ["size", "axes"], ["largest"], keepdims=1),
+        make("Add", ["largest", "least"], ["peak"]),
+        make("Div", ["start", "peak"], ["divided"]),
+        make("QuantizeLinear", ["divided", "step", "zero"], ["q"]),
+        product,
+        make("Mul", ["product", "peak"], ["back"]),
+        make("Add", ["back", "bias"], ["y"]) if "bias" in given else make("Identity", ["back"], ["y"]),
+    ]
+    port = helper.make_tensor_value_info
+    initializers = [numpy_helper.from_array(np.asarray(v), k) for k, v in {**weights, **given}.items()]
+    graph = helper.make_graph(nodes, "graph", [port("x", 1, None)], [port("y", 1, None)], initializers)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(microsoft, 1)]
+    text = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    made = ort.InferenceSession(text, providers=["CPUExecutionProvider"])
+    return np.asarray(made.run(None, {"x": x})[0])
+
+
+def rows_of(count: int, cols: int, seed: int = 0) -> np.ndarray:
+    random = np.random.default_rng(seed)
+    return (random.standard_normal((count, cols)) * np.exp(random.standard_normal((count, 1)))).astype(np.float32)
+
+
+@pytest.mark.parametrize("block", [0, 16, 64, 128])
+@pytest.mark.parametrize(("rows", "cols"), SIZES)
+def test_it_is_close_to_float64(rows: int, cols: int, block: int) -> None:
+    matrix = Matrix.make(rows, cols, block)
+    for count in COUNTS:
+        x = rows_of(count, cols, count)
+        assert (np.abs(matrix.run(x) - matrix.exact(x)) <= matrix.bound(x)).all(), count
+
+
+def test_fuzzed_shapes() -> None:
+    random = np.random.default_rng(1)
+    for seed in range(60):
+        group = int(random.integers(1, 140))
+        rows, groups, count = (int(random.integers(1, top)) for top in (150, 2 + 1000 // group, 70))
+        block = int(random.choice([0, 16, 32, 48, 256]))
+        given = group if random.integers(2) else 0
+        matrix = Matrix.make(rows, groups * group, block, given, bool(random.integers(2)), seed)
+        x = rows_of(count, groups * group, seed)
+        error = np.abs(matrix.run(x, threads=2) - matrix.exact(x))
+        assert (error <= matrix.bound(x)).all(), (rows, groups, group, block, count)
+
+
+@pytest.mark.parametrize("group", [0, 20, 64, 80])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_its_bits_are_those_of_the_stock_nodes(count: int, bias: bool, group: int) -> None:
+    matrix = Matrix.make(100, 320, group=group, bias=bias)
+    x = rows_of(count, 320)
+    x[0, :3] = np.abs(x[0]).max() * np.array([0.5, 1.5, 2.5]) / 127  # ties, or as near as fp32 can be
+    x[-1, 7:] = 0
+    np.testing.assert_array_equal(matrix.run(x), stock(matrix, x))
+
+
+@pytest.mark.parametrize("count", [1, 50])
+def test_blocks_are_as_accurate_as_the_stock_operator(count: int) -> None:
+    matrix = Matrix.make(64, 1024, 64)
+    x = rows_of(count, 1024)
+    sizes = {"K": 1024, "N": 64, "block_size": 64, "bits": 8, "accuracy_level": 4}
+    stock = session("MatMulNBits", ["x"], matrix.arrays, domain="com.microsoft", **sizes).run(None, {"x": x})[0]
+    assert np.linalg.norm(matrix.run(x) - matrix.exact(x)) <= 1.02 * np.linalg.norm(stock - matrix.exact(x))
+
+
+@pytest.mark.parametrize("block", [0, 64])
+@pytest.mark.parametrize("count", [3, 60])
+def test_threads_do_not_change_the_result(count: int, block: int) -> None:
+    matrix = Matrix.make(300, 512, block, 64)
+    x = rows_of(count, 512)
+    first = matrix.run(x)
+    for threads in (2, 3):
+        np.testing.assert_array_equal(matrix.run(x, threads), first)
+
+
+@pytest.mark.parametrize("block", [0, 32])
+@pytest.mark.parametrize("count", [5, 40])
+def test_rows_that_are_not_finite_stay_alone(count: int, block: int) -> None:
+    matrix = Matrix.make(20, 64, block, 32)
+    x = rows_of(count, 64)
+    clean = matrix.run(x)
+    x[2, 40], x[3, 1], x[4] = np.nan, np.inf, 0
+    y = matrix.run(x)
+    assert np.isnan(y[2]).all()
+    assert not np.isfinite(y[3]).any()
+    assert not y[4].any()
+    np.testing.assert_array_equal(np.delete(y, [2, 3, 4], 0), np.delete(clean, [2, 3, 4], 0))
+
+
+def test_tiny_and_huge_rows() -> None:
+    matrix = Matrix.make(20, 64)
+    x = rows_of(4, 64)
+    x[0] *= 1e-30
+    x[1] *= 1e-39
+    x[2] *= 1e35
+    np.testing.assert_array_equal(matrix.run(x), stock(matrix, x))
+
+
+@pytest.mark.parametrize("block", [0, 32])
+def test_other_ranks_and_no_rows(block: int) -> None:
+    matrix = Matrix.make(8, 32, block)
+    x = rows_of(6, 32).reshape(2, 3, 32)
+    np.testing.assert_array_equal(matrix.run(x), matrix.run(x.reshape(6, 32)).reshape(2, 3, 8))
+    assert matrix.run(x[:, :0]).shape == (2, 0, 8)
+    assert matrix.run(x[0, 0]).shape == (8,)
+
+
+def test_sizes_that_do_not_fit_are_errors() -> None:
+    matrix = Matrix.make(8, 64, bias=True)
+    x = np.zeros((1, 64), np.float32)
+    with pytest.raises(Exception, match="last dimension of x is not K"):
+        matrix.run(x[:, :63])
+    for name in ("scales", "bias"):
+        changed = matrix._replace(arrays={**matrix.arrays, name: matrix.arrays[name][:7]})
+        with pytest.raises(Exception, match="do not have the sizes"):
+            changed.run(x)
+    for shape in ((0, 0), (3, 3), (2, 4), (128, 128)):
+        arrays = {**Matrix.make(8, 64).arrays, "rotation": np.zeros(shape, np.float32)}
+        with pytest.raises(Exception, match="rotation must be"):
+            session("Linear8", ["x"], arrays).run(None, {"x": x})
+    blocks = Matrix.make(8, 64, 32)
+    with pytest.raises(Exception, match="block_size must be"):
+        session("Linear8Blocks", ["x"], blocks.arrays, K=64, N=8, block_size=24)
+    with pytest.raises(Exception, match="do not have the sizes"):
+        session("Linear8Blocks", ["x"], blocks.arrays, K=96, N=8, block_size=32)

@@ -1,0 +1,173 @@
+"""Which nodes around products by 8-bit matrices the operators replace; kernels/tests tests the operators themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from vlpack.ort.kernels import DOMAIN, Library, use_kernels
+from vlpack.quantize.rotate import rotation_matrix
+
+FAST = Library("kernels.so", "avx512")
+CONSTANTS: dict[str, Any] = {
+    "codes": np.ones((64, 8), np.int8),
+    "scales": np.ones(8, np.float32),
+    "bias": np.ones(8, np.float32),
+    "step": np.float32(1 / 127),
+    "zero": np.uint8(128),
+    "least": np.float32(1e-20),
+    "axes": np.array([-1]),
+    "rotation": rotation_matrix(16),
+    "parts": np.array([0, 0, 4, 16]),
+    "whole": np.array([0, 0, 64]),
+}
+CHAIN = {  # output: operator and inputs
+    "groups": ("Reshape", "x", "parts"),
+    "turned": ("MatMul", "groups", "rotation"),
+    "start": ("Reshape", "turned", "whole"),
+    "size": ("Abs", "start"),
+    "largest": ("ReduceMax", "size", "axes"),
+    "peak": ("Add", "largest", "least"),
+    "divided": ("Div", "start", "peak"),
+    "rounded": ("QuantizeLinear", "divided", "step", "zero"),
+    "product": ("MatMulIntegerToFloat", "rounded", "codes", "step", "scales", "zero"),
+    "back": ("Mul", "product", "peak"),
+    "y": ("Add", "back", "bias"),
+}
+
+
+def model_of(
+    chain: dict[str, tuple[str, ...]], constants: dict[str, Any] | None = None, outputs: tuple[str, ...] = ("y",)
+) -> onnx.ModelProto:
+    attributes: dict[str, dict[str, Any]] = {
+        "ReduceMax": {"keepdims": 1},
+        "MatMulIntegerToFloat": {"domain": "com.microsoft"},
+    }
+    nodes = [
+        helper.make_node(operator, inputs, [name], **attributes.get(operator, {}))
+        for name, (operator, *inputs) in chain.items()
+    ]
+    arrays = {**CONSTANTS, **(constants or {})}
+    weights = [numpy_helper.from_array(np.asarray(value), name) for name, value in arrays.items()]
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+    return helper.make_model(helper.make_graph(nodes, "graph", [], ports, weights))
+
+
+def nodes_of(model: onnx.ModelProto) -> list[tuple[str, str, list[str], list[str]]]:
+    return [(node.domain, node.op_type, list(node.input), list(node.output)) for node in model.graph.node]
+
+
+def test_rotation_rounding_and_bias_become_part_of_the_product() -> None:
+    model = model_of(CHAIN)
+    assert use_kernels(model, FAST) == {"Linear8": 1}
+    assert nodes_of(model) == [(DOMAIN, "Linear8", ["x", "codes", "scales", "rotation", "bias"], ["y"])]
+
+
+def test_several_products_of_one_input() -> None:
+    """Nodes that they share are removed with the last product that needs them, and stay if another node does."""
+    second = {"product2": ("MatMulIntegerToFloat", *CHAIN["product"][1:]), "z": ("Mul", "product2", "peak")}
+    model = model_of({**CHAIN, **second}, outputs=("y", "z"))
+    assert use_kernels(model, FAST) == {"Linear8": 2}
+    assert [(node.op_type, node.output[0]) for node in model.graph.node] == [("Linear8", "y"), ("Linear8", "z")]
+    model = model_of({**CHAIN, "z": ("Neg", "start")}, outputs=("y", "z"))
+    assert use_kernels(model, FAST) == {"Linear8": 1}
+    assert [node.op_type for node in model.graph.node] == ["Reshape", "MatMul", "Reshape", "Linear8", "Neg"]
+
+
+@pytest.mark.parametrize(
+    ("change", "outputs", "inputs", "output"),
+    [
+        ({"groups": ("Identity", "x")}, ("y",), ["start", "codes", "scales", "", "bias"], "y"),  # no rotation
+        ({}, ("y", "back"), ["x", "codes", "scales", "rotation"], "back"),
+        ({"y": ("Add", "back", "other")}, ("y",), ["x", "codes", "scales", "rotation"], "back"),  # no bias
+        ({"y": ("Add", "back", "back")}, ("y",), ["x", "codes", "scales", "rotation"], "back"),
+    ],
+    ids=["rotation", "output", "sum", "twice"],
+)
+def test_parts_that_differ_stay(
+    change: dict[str, tuple[str, ...]], outputs: tuple[str, ...], inputs: list[str], output: str
+) -> None:
+    model = model_of({**CHAIN, **change}, outputs=outputs)
+    assert use_kernels(model, FAST) == {"Linear8": 1}
+    found = next(node for node in nodes_of(model) if node[1] == "Linear8")
+    assert found == (DOMAIN, "Linear8", inputs, [output])
+
+
+def test_another_shape_is_no_rotation() -> None:
+    model = model_of(CHAIN, {"parts": np.array([0, -1, 4, 16])})
+    assert use_kernels(model, FAST) == {"Linear8": 1}
+    assert [node.op_type for node in model.graph.node] == ["Reshape", "MatMul", "Reshape", "Linear8"]
+
+
+@pytest.mark.parametrize(
+    ("change", "constants", "outputs"),
+    [
+        ({}, {"step": np.float32(1 / 128)}, ("y",)),
+        ({}, {"zero": np.uint8(127)}, ("y",)),
+        ({}, {"least": np.float32(1e-5)}, ("y",)),
+        ({}, {"axes": np.array([-2])}, ("y",)),
+        ({}, {"codes": np.ones((64, 8), np.uint8)}, ("y",)),
+        ({"size": ("Abs", "x")}, {}, ("y",)),
+        ({"back": ("Mul", "product", "largest")}, {}, ("y",)),
+        ({"back": ("Mul", "product", "product")}, {}, ("y",)),
+        ({"rounded": ("QuantizeLinear", "divided", "scales", "zero")}, {}, ("y",)),
+        ({}, {}, ("y", "product")),
+        ({"also": ("Neg", "product")}, {}, ("y", "also")),
+    ],
+    ids=["step", "zero", "least", "axes", "uint8", "magnitude", "factor", "square", "other step", "output", "use"],
+)
+def test_other_chains_stay(
+    change: dict[str, tuple[str, ...]], constants: dict[str, Any], outputs: tuple[str, ...]
+) -> None:
+    model = model_of({**CHAIN, **change}, constants, outputs)
+    before = model.SerializeToString()
+    assert not use_kernels(model, FAST)
+    assert model.SerializeToString() == before
+
+
+def test_a_value_that_a_branch_uses_is_kept() -> None:
+    model = model_of(CHAIN)
+    branch = helper.make_graph([helper.make_node("Neg", ["product"], ["n"])], "b", [], [])
+    model.graph.node.append(helper.make_node("If", ["c"], ["z"], then_branch=branch, else_branch=branch))
+    assert not use_kernels(model, FAST)
+
+
+def blocks(**changes: Any) -> onnx.ModelProto:
+    chain = {name: CHAIN[name] for name in ("groups", "turned", "start")}
+    arrays = {"codes": np.ones((8, 2, 32), np.uint8), "scales": np.ones((8, 2), np.float32)}
+    model = model_of(chain, {**arrays, **changes.pop("arrays", {})})
+    sizes = {"K": 64, "N": 8, "bits": 8, "block_size": 32, "accuracy_level": 4}
+    names = ["start", "codes", "scales", *changes.pop("inputs", [])]
+    node = helper.make_node("MatMulNBits", names, ["y"], domain="com.microsoft", **{**sizes, **changes})
+    model.graph.node.append(node)
+    model.graph.value_info.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, None))
+    return model
+
+
+def test_products_by_8_bits_in_blocks_are_replaced() -> None:
+    model = blocks()
+    assert use_kernels(model, FAST) == {"Linear8Blocks": 1}
+    assert nodes_of(model) == [(DOMAIN, "Linear8Blocks", ["x", "codes", "scales", "rotation"], ["y"])]
+    found = {entry.name: helper.get_attribute_value(entry) for entry in model.graph.node[0].attribute}
+    assert found == {"K": 64, "N": 8, "block_size": 32}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"accuracy_level": 1},  # fp32 activations
+        {"inputs": ["zeros"]},
+        {"arrays": {"scales": np.ones((8, 2), np.float16)}},
+    ],
+    ids=["fp32", "zeros", "fp16"],
+)
+def test_other_products_in_blocks_stay(changes: dict[str, Any]) -> None:
+    assert not use_kernels(blocks(**changes), FAST)
+
+
+def test_without_vnni_nothing_is_replaced() -> None:
+    assert not use_kernels(model_of(CHAIN), Library("kernels.so", "avx2"))
