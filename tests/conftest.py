@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,9 @@ from tiny import Tiny, make_checkpoint
 
 if TYPE_CHECKING:
     from parity import Package, Reference
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a program in the background of a shell ignores Control-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
