@@ -7,13 +7,15 @@ pays for everything that is prepared then (together with loading, it is the wait
 the later requests (the wait of a server's users). Figures are the best and the worst of the rounds, and ratios compare
 the best ones. ``cores`` and ``others'`` are the numbers of cores that the tool and all other programs kept busy in the
 least disturbed round: repeat the run if others' are above about 0.1, or if the tool's own are few (it was stopped).
+On a machine that is never quiet, ``--processor-time`` measures the processor time of the tool's process instead of the
+clock's time; use it with ``--threads 1``, because threads that wait for each other often spin.
 Each tool is compared with the best peer whose weights have as many bits. Peers that are not given are left out;
 benchmarks/peers/make.py makes them and prints the options. The name of a peer's file ends with its kind: `-int8`,
 `-q4_0.gguf`.
 
 Usage: python benchmarks/compare.py --vlpack PACKAGE [PACKAGE ...] [--upstream FOLDER] [--llama FILE.gguf ... --node
        FOLDER] [--openvino FOLDER ... --openvino-python PYTHON] [--works 512 2048 640x480 ...] [--rounds 3]
-       [--output result.json]
+       [--threads N] [--processor-time] [--output result.json]
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ from vlpack.evaluation.benchmark import machine
 PEERS = Path(__file__).parent / "peers"
 LIMIT = 1800
 """Largest number of seconds for one task."""
+
+PROCESSOR_TIME = "COMPARE_PROCESSOR_TIME"
+"""Environment variable that makes the tools' processes measure their processor time."""
 
 Runs = dict[str, dict[str, list[dict[str, Any]]]]
 """Results of all rounds, by task and tool."""
@@ -98,6 +103,8 @@ def one(arguments: list[str]) -> None:
     """A command for vlpack with the arguments of the peers' scripts: PACKAGE THREADS NEW_TOKENS REPEAT WORK …"""
     from importlib.metadata import version
 
+    if os.environ.get(PROCESSOR_TIME):  # everything that the worker measures
+        time.perf_counter = time.process_time
     from vlpack.evaluation.benchmark_worker import work
 
     package, threads, new, repeat, *works = arguments
@@ -179,13 +186,16 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=3, help="answers of each process; the first is cold")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--processor-time", action="store_true", help="measure processor time, not the clock's")
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
+    if given.processor_time:
+        os.environ[PROCESSOR_TIME] = "1"
     everybody = contenders(given)
     for contender in everybody.values():
         if not contender.model.exists():
             parser.error(f"there is no {contender.model}")
-    settings = {name: getattr(given, name) for name in ("threads", "new_tokens", "answers", "rounds")}
+    settings = {name: getattr(given, name) for name in ("threads", "new_tokens", "answers", "rounds", "processor_time")}
     results: Runs = {}
     for number in range(given.rounds):
         for work in given.works:

@@ -2,8 +2,10 @@
 
 The list of tensors comes from vlpack's own architectures, so a size is defined by its configuration alone.
 
+Sizes of Qwen3.5 give a text model, or a complete one with --vision. Token ids of images are those of Qwen3's tokenizer.
+
 Usage: python benchmarks/synthetic.py {2b,4b,8b,30b-a3b,3.5-2b,3.5-9b} FOLDER [--layers N] [--experts LAYOUT]
-       [--tokenizer FOLDER]
+       [--vision] [--tokenizer FOLDER]
 """
 
 from __future__ import annotations
@@ -38,18 +40,60 @@ HYBRIDS: dict[str, tuple[int, ...]] = {
     "3.5-2b": (2048, 24, 8, 2, 6144, 16, 16),
     "3.5-9b": (4096, 32, 16, 4, 12288, 16, 32),
 }
-"""Sizes of text models with Qwen3.5's layers, by name; those of the 9B are the published ones.
+"""Sizes of models with Qwen3.5's layers, by name; those of the 9B are the published ones.
 
 Hidden size, layers, heads, key-value heads, intermediate size, key heads and value heads of linear attention.
 """
 EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
+IMAGE_TOKENS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
 
+ENCODERS = {"3.5-2b": (24, 1024, 4096), "3.5-9b": (27, 1152, 4304)}
+"""Depth, hidden size and intermediate size of the vision encoders of Qwen3.5's sizes."""
+
+
+def complete_hybrid_config(size: str, layers: int | None) -> dict[str, Any]:
+    text = hybrid_config(size, layers)
+    del text["architectures"]
+    return {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "model_type": "qwen3_5",
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        **IMAGE_TOKENS,
+        "text_config": text,
+        "vision_config": {"model_type": "qwen3_5", **encoder(*ENCODERS[size], text["hidden_size"], [])},
+    }
+
+
+def encoder(depth: int, hidden: int, intermediate: int, out: int, deepstack: list[int]) -> dict[str, Any]:
+    """The settings of a vision encoder."""
+    return {
+        "depth": depth,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_heads": 16,
+        "hidden_act": "gelu_pytorch_tanh",
+        "deepstack_visual_indexes": deepstack,
+        "num_position_embeddings": 2304,
+        "out_hidden_size": out,
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "in_channels": 3,
+    }
+
+
 def hybrid_config(size: str, layers: int | None) -> dict[str, Any]:
     hidden, all_layers, heads, kv_heads, intermediate, key_heads, value_heads = HYBRIDS[size]
-    rope = {"rope_type": "default", "rope_theta": 1e7, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25}
+    rope = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
+    rope |= {"mrope_interleaved": True, "mrope_section": [11, 11, 10]}
     return {
         "architectures": ["Qwen3_5ForCausalLM"],
         "model_type": "qwen3_5_text",
@@ -67,25 +111,21 @@ def hybrid_config(size: str, layers: int | None) -> dict[str, Any]:
         "vocab_size": 248320,
         "max_position_embeddings": 262144,
         "rope_parameters": rope,
-        "eos_token_id": 248046,
+        "eos_token_id": 151645,
     }
 
 
-def config(size: str, layers: int | None = None) -> dict[str, Any]:
+def config(size: str, layers: int | None = None, *, vision: bool = False) -> dict[str, Any]:
     if size in HYBRIDS:
-        return hybrid_config(size, layers)
+        return complete_hybrid_config(size, layers) if vision else hybrid_config(size, layers)
     sizes = SIZES[size]
     hidden, all_layers, heads, kv_heads, intermediate = sizes["text"]
     mixture = size == "30b-a3b"
-    depth, vision_hidden, vision_intermediate = sizes["vision"]
     return {
         "architectures": [f"Qwen3VL{'Moe' if mixture else ''}ForConditionalGeneration"],
         "model_type": "qwen3_vl_moe" if mixture else "qwen3_vl",
         "tie_word_embeddings": sizes["tied"],
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
+        **IMAGE_TOKENS,
         "text_config": {
             **(EXPERTS if mixture else {}),
             "hidden_size": hidden,
@@ -103,21 +143,7 @@ def config(size: str, layers: int | None = None) -> dict[str, Any]:
             "bos_token_id": 151643,
             "eos_token_id": 151645,
         },
-        "vision_config": {
-            "model_type": "qwen3_vl",
-            "depth": depth,
-            "hidden_size": vision_hidden,
-            "intermediate_size": vision_intermediate,
-            "num_heads": 16,
-            "hidden_act": "gelu_pytorch_tanh",
-            "deepstack_visual_indexes": sizes["deepstack"],
-            "num_position_embeddings": 2304,
-            "out_hidden_size": hidden,
-            "patch_size": 16,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "in_channels": 3,
-        },
+        "vision_config": {"model_type": "qwen3_vl", **encoder(*sizes["vision"], hidden, sizes["deepstack"])},
     }
 
 
@@ -166,9 +192,10 @@ def main() -> None:
         default="TRANSPOSED",
         help="layout of a mixture's; TRANSPOSED is the Hub's",
     )
+    parser.add_argument("--vision", action="store_true", help="with a vision encoder, which other sizes always have")
     parser.add_argument("--tokenizer", type=Path, help="folder whose tokenizer files are copied")
     arguments = parser.parse_args()
-    values = config(arguments.size, arguments.layers)
+    values = config(arguments.size, arguments.layers, vision=arguments.vision)
     arguments.folder.mkdir(parents=True)
     (arguments.folder / "config.json").write_text(json.dumps(values, indent=1))
     generation = {"bos_token_id": 151643, "eos_token_id": [151645, 151643], "pad_token_id": 151643, "do_sample": False}

@@ -7,10 +7,13 @@ const require = createRequire(process.cwd() + "/");
 const {getLlama} = await import(pathToFileURL(require.resolve("node-llama-cpp")).href);
 
 const [file, threads, fresh, repeat, ...lengths] = process.argv.slice(2);
+// milliseconds: the clock's, or the processor time of this process
+const usage = () => { const {user, system} = process.cpuUsage(); return (user + system) / 1000; };
+const now = process.env.COMPARE_PROCESSOR_TIME ? usage : () => performance.now();
 const llama = await getLlama({gpu: false, maxThreads: Number(threads), logLevel: "error"});
-const begun = performance.now();
+const begun = now();
 const model = await llama.loadModel({modelPath: file});
-const load = (performance.now() - begun) / 1000;
+const load = (now() - begun) / 1000;
 const words = model.tokenize("The river rose in the night, and by morning the lower fields stood under water. ");
 const works = [];
 for (const length of lengths.map(Number)) {
@@ -22,11 +25,11 @@ for (const length of lengths.map(Number)) {
         const head = model.tokenize(`${round}. `);  // every prompt begins differently
         const tokens = Array.from({length}, (_, at) => at < head.length ? head[at] : words[at % words.length]);
         const sequence = context.getSequence();
-        let start = performance.now(), count = 0;
+        let start = now(), count = 0;
         for await (const _ of sequence.evaluate(tokens, {temperature: 0, yieldEogToken: true})) {
-            const now = performance.now();
-            if (count === 0) { first.push((now - start) / 1000); start = now; }
-            if (++count === Number(fresh)) { token.push((now - start) / 1000 / (count - 1)); break; }
+            const at = now();
+            if (count === 0) { first.push((at - start) / 1000); start = at; }
+            if (++count === Number(fresh)) { token.push((at - start) / 1000 / (count - 1)); break; }
         }
         if (token.length <= round) throw new Error(`an end token came after ${count} tokens`);
         sequence.dispose();

@@ -219,8 +219,8 @@ def no_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def late_state(patch: pytest.MonkeyPatch) -> None:
-    def causal_convolution(op: Any, x: Any, kernel: Any, state: Any, silu: bool) -> Any:
-        y, present = right(op, x, kernel, state, silu)
+    def causal_convolution(op: Any, x: Any, kernel: Any, state: Any) -> Any:
+        y, present = right(op, x, kernel, state)
         older = op.Slice(op.Concat(state, present, axis=2), [-4], [-1], [2])  # without the newest token
         return y, ops.typed(older, ops.FLOAT, ops.shape_of(state))
 

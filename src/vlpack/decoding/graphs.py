@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnx
 
 from vlpack.decoding.packing import PACKING_INPUTS, WANTED, Edits, Packing, edit_decoder
-from vlpack.decoding.states import STATE_INPUTS, state_inputs
+from vlpack.decoding.states import STATE_INPUTS, state_inputs, state_ports
 from vlpack.errors import PackageError
 from vlpack.ort.session import kernel_session, ort
 
@@ -59,6 +59,8 @@ class Graphs:
         folder: folder of the package.
         model: ``model`` section of the package's genai_config.json.
         threads: number of threads of the decoder's session.
+        several: whether calls can take several sequences. For one sequence, the decoder's graph needs no edits, and a
+            token of a model with linear attention takes less time.
 
     Attributes:
         cache: the decoder's inputs for keys and values, layer by layer.
@@ -72,10 +74,10 @@ class Graphs:
         PackageError: onnxruntime cannot load a graph, or the decoder is not one that vlpack writes.
     """
 
-    def __init__(self, folder: Path, model: dict[str, Any], threads: int) -> None:
+    def __init__(self, folder: Path, model: dict[str, Any], threads: int, *, several: bool = True) -> None:
         decoder = model["decoder"]
         self.path = folder / str(decoder["filename"])
-        self.decoder, (self.packed, self.states) = _open_decoder(self.path, threads)
+        self.decoder, (self.packed, self.states) = _open_decoder(self.path, threads, several)
         self._ports = {port.name: port for port in self.decoder.get_inputs()}
         outputs = {port.name: port for port in self.decoder.get_outputs()}
         self.cache: list[CachePort] = []
@@ -163,7 +165,7 @@ class Graphs:
             lengths = held + new
             given = {name: array[0][packing.spread] for name, array in tokens.items()}
             positions = positions[:, packing.spread]
-        if self.states:
+        if "present_tokens" in self._ports:  # the graph was edited to keep states
             window = next(port.shape[-1] for port in self.states if not port.in_place)
             given |= state_inputs(counts, window, self.packed)
         given["attention_mask"] = (np.arange(int(lengths.max())) < lengths[:, None]).astype(np.int64)
@@ -184,13 +186,13 @@ class Graphs:
         return values
 
 
-def _open_decoder(path: Path, threads: int) -> tuple[Any, Edits]:
+def _open_decoder(path: Path, threads: int, several: bool) -> tuple[Any, Edits]:
     """Opens the decoder's session, with the graph edited in memory if necessary, and returns it with the edits."""
     made = Edits(False, [])
 
     def edit(model: onnx.ModelProto) -> None:
         nonlocal made
-        made = edit_decoder(model)
+        made = edit_decoder(model) if several else Edits(False, state_ports(model))
 
     try:
         session = kernel_session(path, threads, edit)

@@ -147,7 +147,7 @@ class Model(Loaded):
             self._runtime = None
             started = time.perf_counter()
             self._files.check()
-            graphs = Graphs(self.folder, model, self._threads)
+            graphs = Graphs(self.folder, model, self._threads, several=False)
             self._files.check()
             self._graphs = graphs
             self.load_seconds += time.perf_counter() - started

@@ -50,12 +50,21 @@ def inner_values(graph: ir.Graph, layers: int) -> dict[str, list[ir.Value]]:
         (node,) = {use.node for use in state.uses()}
         _, _, v, _, g, beta = node.inputs
         split = v.producer()  # type: ignore[union-attr]
-        (norm,) = {use.node for use in node.outputs[0].uses() if use.node.op_type == "GatedRMSNorm"}
         stages = {CONVOLUTION: [split.inputs[0]], GATES: [g, beta]}  # type: ignore[union-attr]
-        stages |= {RECURRENCE: [node.outputs[0]], GATED_NORM: [norm.outputs[0]]}
+        stages |= {RECURRENCE: [node.outputs[0]], GATED_NORM: [_gated_norm(graph, layer)]}
         for stage, values in stages.items():
             found[stage_name(layer, stage)] = values  # type: ignore[assignment]
     return found
+
+
+def _gated_norm(graph: ir.Graph, layer: int) -> ir.Value:
+    """The output of a layer's gated norm: its last Sigmoid is that of the SiLU by which the norm is multiplied."""
+    *_, last = (
+        node for node in graph if node.op_type == "Sigmoid" and f"layers.{layer}/linear_attn/" in str(node.name)
+    )
+    (silu,) = {use.node for use in last.outputs[0].uses()}
+    (product,) = {use.node for use in silu.outputs[0].uses()}
+    return product.outputs[0]
 
 
 def _gated_attention(graph: ir.Graph, layer: int) -> ir.Value | None:
