@@ -16,7 +16,6 @@ import numpy as np
 import openvino as ov
 import openvino_genai as og
 
-
 PROCESSOR_TIME = bool(os.environ.get("COMPARE_PROCESSOR_TIME"))
 CLOCK = time.process_time if PROCESSOR_TIME else time.perf_counter
 

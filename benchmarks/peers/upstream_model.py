@@ -14,7 +14,6 @@ import time
 import numpy as np
 import onnxruntime_genai as og
 
-
 CLOCK = time.process_time if os.environ.get("COMPARE_PROCESSOR_TIME") else time.perf_counter
 
 
