@@ -81,15 +81,29 @@ class EventStream:
         headers += [(b"x-accel-buffering", b"no")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
 
+        loop, task, late = asyncio.get_running_loop(), asyncio.current_task(), False
+
+        def expire() -> None:
+            nonlocal late
+            late = True
+            assert task is not None, "a coroutine runs in a task"
+            task.cancel()
+
         async def write(data: bytes, more: bool = True) -> None:
-            message = {"type": "http.response.body", "body": data, "more_body": more}
-            await asyncio.wait_for(send(message), SEND_SECONDS)
+            # not asyncio.wait_for, which in Python 3.11 swallows a cancellation that comes when the data has been sent
+            limit = loop.call_later(SEND_SECONDS, expire)
+            try:
+                await send({"type": "http.response.body", "body": data, "more_body": more})
+            finally:
+                limit.cancel()
 
         try:
             async for event in self._events:
                 await write(encoded(event))
-        except asyncio.TimeoutError:
-            return  # the client does not read, so an error could not be sent either
+        except asyncio.CancelledError:
+            if late:
+                return  # the client does not read, so an error could not be sent either
+            raise
         except Exception as error:
             await write(encoded(as_api_error(error).body))
         await write(b"", more=False)
