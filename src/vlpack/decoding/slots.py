@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vlpack.decoding.graphs import Array, Graphs
+from vlpack.decoding.memory import sparse_zeros
 from vlpack.decoding.prefixes import SeenImage, Tokens, common_prefix
 from vlpack.decoding.states import Snapshot, States
 from vlpack.errors import OptionError, option
@@ -113,8 +114,7 @@ class Slots:
                 f"Give fewer {option('slots')} or a smaller {option('context')}.",
             )
         self.context, self._graphs = context, graphs
-        # the system provides pages of zeros when they are first written, so unused parts take no memory
-        self._buffers = [np.zeros((count, p.heads, context, p.channels), p.dtype) for p in graphs.cache]
+        self._buffers = [sparse_zeros((count, p.heads, context, p.channels), p.dtype) for p in graphs.cache]
         self._states = States(graphs.states, count)
         self._bindings: dict[tuple[int, int], Any] = {}
         self._by_row = [Slot(row, context) for row in range(count)]
