@@ -26,6 +26,7 @@ from vlpack.decoding.slots import Slots
 
 KINDS = {
     "GroupQueryAttention": "attention",
+    "NarrowGroupQueryAttention": "attention",
     "MatMulIntegerToFloat": "products",
     "MatMulNBits": "products",
     "Linear4": "products",

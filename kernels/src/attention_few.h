@@ -19,6 +19,12 @@ struct AttendFew {
 
   // The queries of one key head.
   static void run(const Attention& a, int64_t head) {
+    if (a.narrow) run_on(a, static_cast<const uint16_t*>(a.k), static_cast<const uint16_t*>(a.v), head);
+    else run_on(a, static_cast<const float*>(a.k), static_cast<const float*>(a.v), head);
+  }
+
+  template <class Key>
+  static void run_on(const Attention& a, const Key* k, const Key* v, int64_t head) {
     const int64_t count = a.queries * a.group, width = (a.size + kLanes - 1) / kLanes * kLanes;
     float* q = thread_memory(count * (2 * width + kBlock));  // [count, width], scaled, and padded with zeros
     float* values = q + count * width;                       // [count, width]
@@ -36,18 +42,18 @@ struct AttendFew {
       for (int64_t i = 0; i < count; i += kTogether) {
         const int64_t left = count - i;
         float *these = weights + i * kBlock, *sums = values + i * width;
-        if (left >= 4 && kTogether == 4) score<4>(a, a.k + from, keys, q + i * width, width, these);
-        else if (left == 3 && kTogether == 4) score<3>(a, a.k + from, keys, q + i * width, width, these);
-        else if (left >= 2) score<2>(a, a.k + from, keys, q + i * width, width, these);
-        else score<1>(a, a.k + from, keys, q + i * width, width, these);
+        if (left >= 4 && kTogether == 4) score<4>(a, k + from, keys, q + i * width, width, these);
+        else if (left == 3 && kTogether == 4) score<3>(a, k + from, keys, q + i * width, width, these);
+        else if (left >= 2) score<2>(a, k + from, keys, q + i * width, width, these);
+        else score<1>(a, k + from, keys, q + i * width, width, these);
         for (int64_t n = i; n < std::min<int64_t>(i + kTogether, count); ++n) {
           const int64_t seen = std::min<int64_t>(keys, keys_of(a, n) - start);
           soften(seen, width, largest[n], sum[n], weights + n * kBlock, values + n * width);
         }
-        if (left >= 4 && kTogether == 4) add_values<4>(a, a.v + from, keys, these, width, sums);
-        else if (left == 3 && kTogether == 4) add_values<3>(a, a.v + from, keys, these, width, sums);
-        else if (left >= 2) add_values<2>(a, a.v + from, keys, these, width, sums);
-        else add_values<1>(a, a.v + from, keys, these, width, sums);
+        if (left >= 4 && kTogether == 4) add_values<4>(a, v + from, keys, these, width, sums);
+        else if (left == 3 && kTogether == 4) add_values<3>(a, v + from, keys, these, width, sums);
+        else if (left >= 2) add_values<2>(a, v + from, keys, these, width, sums);
+        else add_values<1>(a, v + from, keys, these, width, sums);
       }
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -58,11 +64,11 @@ struct AttendFew {
   }
 
   // Scores [Count, kBlock] of a block of keys; those after the last key repeat it.
-  template <int Count>
+  template <int Count, class Key>
   static VLPACK_INLINE void score(
-      const Attention& a, const float* k, int64_t keys, const float* q, int64_t width, float* scores) {
+      const Attention& a, const Key* k, int64_t keys, const float* q, int64_t width, float* scores) {
     for (int64_t row = 0; row < keys; row += kKeys) {
-      const float* rows[kKeys];
+      const Key* rows[kKeys];
       for (int r = 0; r < kKeys; ++r) rows[r] = k + std::min(row + r, keys - 1) * a.k_row;
       Floats sums[Count][kKeys];
       for (int i = 0; i < Count; ++i)
@@ -111,9 +117,9 @@ struct AttendFew {
   }
 
   // Adds a block's values, weighted, to values [Count, width].
-  template <int Count>
+  template <int Count, class Key>
   static VLPACK_INLINE void add_values(
-      const Attention& a, const float* v, int64_t keys, const float* weights, int64_t width, float* values) {
+      const Attention& a, const Key* v, int64_t keys, const float* weights, int64_t width, float* values) {
     constexpr int kMany = (kLanes == 16 ? 16 : 8) / Count;
     int64_t d = 0;
     for (; d + kMany * kLanes <= a.size; d += kMany * kLanes)
@@ -123,8 +129,8 @@ struct AttendFew {
   }
 
   // The part of `add_values` for some columns of vectors, or for one column of which only `left` channels exist.
-  template <int Count, int Columns>
-  static VLPACK_INLINE void add_columns(const Attention& a, const float* v, int64_t keys, const float* weights,
+  template <int Count, int Columns, class Key>
+  static VLPACK_INLINE void add_columns(const Attention& a, const Key* v, int64_t keys, const float* weights,
                                         int64_t width, float* values, int64_t left = 0) {
     Floats sums[Count][Columns];
     for (int i = 0; i < Count; ++i)
@@ -135,7 +141,7 @@ struct AttendFew {
       for (int i = 0; i < Count; ++i) weight[i] = Floats::all(weights[i * kBlock + row]);
 #pragma GCC unroll 16
       for (int c = 0; c < Columns; ++c) {
-        const float* at = v + row * a.k_row + c * kLanes;
+        const Key* at = v + row * a.k_row + c * kLanes;
         const Floats value = left ? load_some(at, left) : Floats::load(at);
 #pragma GCC unroll 4
         for (int i = 0; i < Count; ++i) sums[i][c] = Floats::fma(weight[i], value, sums[i][c]);
@@ -152,7 +158,9 @@ struct AttendBest {
   static constexpr int64_t kFastFrom = 48;  // number of queries of a key head from which packing pays
 
   static bool few(const Attention& a) { return a.queries * a.group <= AttendFew::kMost; }
-  static bool fast(const Attention& a) { return !a.exact && a.queries * a.group >= kFastFrom; }
+  static bool fast(const Attention& a) {
+    return !few(a) && !a.exact && (a.narrow || a.queries * a.group >= kFastFrom);
+  }
 
   static int64_t room(const Attention& a) { return fast(a) ? Attend<Fast>::room(a) : 0; }
   static int64_t packs(const Attention& a) { return fast(a) ? Attend<Fast>::packs(a) : 0; }

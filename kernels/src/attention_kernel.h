@@ -67,6 +67,7 @@ struct Brain {
     std::memcpy(&bits, &x, sizeof bits);
     return x != x ? 0x7fc0 : static_cast<Element>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // rounds ties to even
   }
+  static VLPACK_INLINE Element element(Element x) { return x; }
 };
 #endif
 
@@ -123,18 +124,27 @@ struct Attend {
       const Element* k = static_cast<const Element*>(room) + head * (key_room(a) + value_room(a));
       return {k, k + key_room(a), steps(a.size) * kPair, a.size * kPair};
     } else {
-      return {a.k + keys_place(a, head), a.v + keys_place(a, head), a.k_row, a.k_row};
+      const int64_t from = keys_place(a, head);
+      return {static_cast<const float*>(a.k) + from, static_cast<const float*>(a.v) + from, a.k_row, a.k_row};
     }
   }
 
   static void pack(const Attention& a, void* room, int64_t task) {
+    if constexpr (Product::kPacks) {
+      if (a.narrow) pack_from(a, static_cast<const uint16_t*>(a.k), static_cast<const uint16_t*>(a.v), room, task);
+      else pack_from(a, static_cast<const float*>(a.k), static_cast<const float*>(a.v), room, task);
+    }
+  }
+
+  template <class Source>
+  static void pack_from(const Attention& a, const Source* keys, const Source* values, void* room, int64_t task) {
     const int64_t per_head = pack_tasks_per_head(a), head = task / per_head, first = task % per_head * kPacked;
     const int64_t last = std::min(first + kPacked, a.keys), width = steps(a.size) * kPair;
     const int64_t from = keys_place(a, head);
     Element* k = static_cast<Element*>(room) + head * (key_room(a) + value_room(a));
     Element* v = k + key_room(a);
     for (int64_t row = first; row < last; ++row) {
-      const float* source = a.k + from + row * a.k_row;
+      const Source* source = keys + from + row * a.k_row;
       Element* to = k + row * width;
       for (int64_t d = 0; d < a.size; ++d) to[d] = Product::element(source[d]);
       for (int64_t d = a.size; d < width; ++d) to[d] = 0;
@@ -142,7 +152,7 @@ struct Attend {
     for (int64_t row = first; row < last; row += kPair) {
       Element* to = v + row * a.size;
       for (int64_t i = 0; i < kPair; ++i) {
-        const float* source = a.v + from + (row + i) * a.k_row;
+        const Source* source = values + from + (row + i) * a.k_row;
         for (int64_t d = 0; d < a.size; ++d) to[d * kPair + i] = row + i < a.keys ? Product::element(source[d]) : 0;
       }
     }

@@ -78,6 +78,9 @@ VLPACK_INLINE float total(Floats x) { return _mm512_reduce_add_ps(x.v); }
 VLPACK_INLINE Floats load_some(const float* p, int64_t count) {
   return {_mm512_maskz_loadu_ps(count < 16 ? (1u << count) - 1 : 0xffff, p)};
 }
+VLPACK_INLINE Floats load_some(const uint16_t* p, int64_t count) {
+  return Floats::widen(_mm256_maskz_loadu_epi16(count < 16 ? (1u << count) - 1 : 0xffff, p));
+}
 
 VLPACK_INLINE void store_some(Floats x, float* p, int64_t count) {
   _mm512_mask_storeu_ps(p, count < 16 ? (1u << count) - 1 : 0xffff, x.v);
@@ -169,10 +172,11 @@ VLPACK_INLINE float total(Floats x) {
   return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
 }
 
-VLPACK_INLINE Floats load_some(const float* p, int64_t count) {
+template <class Element>
+VLPACK_INLINE Floats load_some(const Element* p, int64_t count) {
   if (count >= 8) return Floats::load(p);
-  alignas(32) float some[8] = {};
-  std::memcpy(some, p, count * sizeof(float));
+  alignas(32) Element some[8] = {};
+  std::memcpy(some, p, count * sizeof(Element));
   return Floats::load(some);
 }
 

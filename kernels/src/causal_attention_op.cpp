@@ -22,12 +22,18 @@ struct Row {
   int64_t held, count;  // number of keys before the call, and of new tokens
 };
 
+// Attention with a cache of `Cell` numbers: floats, or bfloat16.
+template <class Cell>
 struct CausalAttentionOp {
-  static constexpr const char* kName = "GroupQueryAttention";
+  static constexpr bool kNarrow = sizeof(Cell) == 2;
+  static constexpr const char* kName = kNarrow ? "NarrowGroupQueryAttention" : "GroupQueryAttention";
+  static constexpr int kCell = kNarrow ? ort::kBrain : ort::kFloat;
   static constexpr size_t kInputs = kNewTokens + 1, kOutputs = 3;
   static int input_type(size_t index) {
-    return index == kLastKeys || index == kTotal || index == kNewTokens ? ort::kInt32 : ort::kFloat;
+    if (index == kLastKeys || index == kTotal || index == kNewTokens) return ort::kInt32;
+    return index == kPastKey || index == kPastValue ? kCell : int{ort::kFloat};
   }
+  static int output_type(size_t index) { return index == 0 ? int{ort::kFloat} : kCell; }
   static int presence(size_t index) { return index <= kTotal ? ort::kRequired : ort::kOptional; }
 
   ort::Api api;
@@ -37,17 +43,19 @@ struct CausalAttentionOp {
 
   CausalAttentionOp(const ort::Api& api, const ort::KernelInfo* info)
       : api(api), heads(api.int_attribute(info, "num_heads")), key_heads(api.int_attribute(info, "kv_num_heads")),
-        scale(api.float_attribute(info, "scale")), exact(api.int_attribute(info, "exact") != 0) {
+        scale(api.float_attribute(info, "scale")), exact(!kNarrow && api.int_attribute(info, "exact") != 0) {
     if (key_heads < 1 || heads < 1 || heads % key_heads)
       throw ort::Error{"num_heads must be a positive multiple of kv_num_heads"};
+    if (kNarrow && !best_kernels()->narrow) throw ort::Error{"it needs a processor with AVX-512 and bfloat16"};
   }
 
   void run(ort::KernelContext* context) const {
     const Kernels& kernels = *best_kernels();
     int64_t q[3], k[3], v[3], past[4], past_v[4];
-    const float* query = floats(context, kQuery, q, 3);
-    const float* new_tensors[2] = {floats(context, kKey, k, 3), floats(context, kValue, v, 3)};
-    const float* past_tensors[2] = {floats(context, kPastKey, past, 4), floats(context, kPastValue, past_v, 4)};
+    const float* query = tensor<float>(context, kQuery, q, 3);
+    const float* new_tensors[2] = {tensor<float>(context, kKey, k, 3), tensor<float>(context, kValue, v, 3)};
+    const Cell* past_tensors[2] = {tensor<Cell>(context, kPastKey, past, 4),
+                                   tensor<Cell>(context, kPastValue, past_v, 4)};
     const int64_t batch = q[0], tokens = q[1], size = q[2] / heads, width = key_heads * size;
     if (size < 1 || size * heads != q[2]) throw ort::Error{"the width of q is not a positive multiple of num_heads"};
     for (const int64_t* sizes : {k, v})
@@ -61,8 +69,8 @@ struct CausalAttentionOp {
     const std::vector<Row> rows = read_rows(context, batch, tokens, total);
     past[2] = std::max(past[2], total);
     float* out = static_cast<float*>(api.data(api.output(context, 0, q, 3)));
-    float* present[2];
-    for (int i = 0; i < 2; ++i) present[i] = static_cast<float*>(api.data(api.output(context, 1 + i, past, 4)));
+    Cell* present[2];
+    for (int i = 0; i < 2; ++i) present[i] = static_cast<Cell*>(api.data(api.output(context, 1 + i, past, 4)));
 
     // one row of the cache and one of its heads at a time
     const int64_t room = past[2], before = past_v[2];
@@ -70,12 +78,12 @@ struct CausalAttentionOp {
       const Row& row = rows[task / key_heads];
       const int64_t head = task % key_heads;
       for (int i = 0; i < 2; ++i) {
-        float* to = present[i] + task * room * size;
+        Cell* to = present[i] + task * room * size;
         if (present[i] != past_tensors[i] && before > 0)
-          std::memcpy(to, past_tensors[i] + task * before * size, sizeof(float) * std::min(row.held, before) * size);
+          std::memcpy(to, past_tensors[i] + task * before * size, sizeof(Cell) * std::min(row.held, before) * size);
         const float* from = new_tensors[i] + task / key_heads * tokens * width + head * size;
         for (int64_t t = 0; t < row.count; ++t)
-          std::memcpy(to + (row.held + t) * size, from + t * width, sizeof(float) * size);
+          put(kernels, from + t * width, to + (row.held + t) * size, size);
       }
     };
     if (present[0] == past_tensors[0] && batch * tokens * width <= kCopiedAtOnce)
@@ -92,11 +100,19 @@ struct CausalAttentionOp {
       a.keys = rows[b].held + rows[b].count, a.visible = rows[b].held + 1;
       a.q_row = q[2], a.q_head = size, a.k_row = size, a.k_head = room * size;
       a.scale = scale > 0 ? scale : 1 / std::sqrt(static_cast<float>(size));
-      a.exact = exact;
+      a.exact = exact, a.narrow = kNarrow;
       std::fill(a.out + rows[b].count * q[2], a.out + tokens * q[2], 0.f);
       if (a.queries) parts.push_back(a);
     }
     attend(kernels, context, parts);
+  }
+
+  // Writes new numbers to the cache.
+  static void put(const Kernels&, const float* from, float* to, int64_t count) {
+    std::memcpy(to, from, sizeof(float) * count);
+  }
+  static void put(const Kernels& kernels, const float* from, uint16_t* to, int64_t count) {
+    kernels.narrow(from, to, count);
   }
 
   // Attention of all parts, whose tasks run at the same time.
@@ -134,11 +150,12 @@ struct CausalAttentionOp {
     return rows;
   }
 
-  const float* floats(ort::KernelContext* context, size_t index, int64_t* sizes, size_t rank) const {
+  template <class Element>
+  const Element* tensor(ort::KernelContext* context, size_t index, int64_t* sizes, size_t rank) const {
     const ort::Value* value = api.input(context, index);
     if (api.sizes(value, sizes, rank) != rank)
       throw ort::Error{"q, k and v must have three dimensions, and past keys and values four"};
-    return static_cast<const float*>(api.data(value));
+    return static_cast<const Element*>(api.data(value));
   }
 
   const int32_t* integers(ort::KernelContext* context, size_t index, int64_t count) const {
@@ -153,6 +170,7 @@ struct CausalAttentionOp {
 
 }  // namespace
 
-const ort::CustomOp* causal_attention_op() { return custom_op<CausalAttentionOp>(); }
+const ort::CustomOp* causal_attention_op() { return custom_op<CausalAttentionOp<float>>(); }
+const ort::CustomOp* narrow_causal_attention_op() { return custom_op<CausalAttentionOp<uint16_t>>(); }
 
 }  // namespace vlpack

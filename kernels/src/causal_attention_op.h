@@ -6,4 +6,7 @@ namespace vlpack {
 // attributes it does not have. Its attributes are num_heads, kv_num_heads, scale, of which 0 stands for 1 / sqrt(D), and
 // exact: whether products are in fp32 in any case. Outputs of padding tokens are 0.
 const ort::CustomOp* causal_attention_op();
+
+// The same with a cache of bfloat16 numbers.
+const ort::CustomOp* narrow_causal_attention_op();
 }  // namespace vlpack

@@ -9,16 +9,18 @@ namespace vlpack {
 
 // Attention of `queries` tokens to `keys` tokens, for `batch` sequences and `heads` heads of keys with `size` channels.
 // Each head of keys serves `group` adjacent heads of queries. The first query attends to the first `visible` keys, and
-// every later one to one more, up to all of them. Adjacent tokens of a sequence are `*_row` floats apart, adjacent
+// every later one to one more, up to all of them. Adjacent tokens of a sequence are `*_row` elements apart, adjacent
 // sequences `*_batch`, and adjacent heads `*_head`.
 struct Attention {
-  const float *q, *k, *v;
+  const float* q;
+  const void *k, *v;  // floats, or bfloat16 numbers if `narrow`
   float* out;
   int64_t batch, heads, group, queries, keys, size, visible;
   int64_t q_row, q_batch, q_head;  // of queries and outputs
   int64_t k_row, k_batch, k_head;  // of keys and values
   float scale;                     // factor of the dot products
   bool exact;                      // whether products are in fp32 in any case
+  bool narrow;                     // whether keys and values are bfloat16 numbers; never if `exact`
 };
 
 // The product y = x Wᵀ of fp32 rows x [count, cols] and a 4-bit matrix W [rows, cols].
@@ -44,6 +46,9 @@ struct Kernels {
   void (*attention_pack)(const Attention&, void* room, int64_t task);
   int64_t (*attention_tasks)(const Attention&);
   void (*attention_run)(const Attention&, const void* room, int64_t task);
+
+  // Rounds numbers to bfloat16; null if this instruction set does not multiply such numbers, so `narrow` is not allowed.
+  void (*narrow)(const float* from, uint16_t* to, int64_t count);
 
   // Rearranges codes [rows, blocks, block / 2] of MatMulNBits into the layout of the kernels, in `linear4_bytes` bytes.
   int64_t (*linear4_bytes)(const Linear4&);

@@ -10,7 +10,7 @@ const Kernels& avx512_kernels() {
   using Four = Multiply4;
   static const Kernels kernels = {
       "avx512",
-      Attend::room, Attend::packs, Attend::pack, Attend::tasks, Attend::run,
+      Attend::room, Attend::packs, Attend::pack, Attend::tasks, Attend::run, nullptr,
       laid_bytes, lay,
       Four::room, Four::packs, Four::pack, Four::tasks, Four::run,
       kLinear8,

@@ -4,13 +4,23 @@
 #include "linear8_kernel.h"
 
 namespace vlpack {
+namespace {
+
+void narrow_all(const float* from, uint16_t* to, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const __m256i halves = (__m256i)_mm512_cvtneps_pbh(load_some(from + i, count - i).v);
+    _mm256_mask_storeu_epi16(to + i, count - i < 16 ? (1u << (count - i)) - 1 : 0xffff, halves);
+  }
+}
+
+}  // namespace
 
 const Kernels& avx512_bf16_kernels() {
   using Attend = AttendBest<Brain>;
   using Four = Multiply4;
   static const Kernels kernels = {
       "avx512_bf16",
-      Attend::room, Attend::packs, Attend::pack, Attend::tasks, Attend::run,
+      Attend::room, Attend::packs, Attend::pack, Attend::tasks, Attend::run, narrow_all,
       laid_bytes, lay,
       Four::room, Four::packs, Four::pack, Four::tasks, Four::run,
       kLinear8,

@@ -29,6 +29,7 @@ VLPACK_EXPORT ort::Status* VLPACK_CALL RegisterCustomOps(ort::SessionOptions* op
       api.add(made, vlpack::attention_op());
       api.add(made, vlpack::linear4_op());
       api.add(made, vlpack::causal_attention_op());
+      api.add(made, vlpack::narrow_causal_attention_op());
       api.add(made, vlpack::linear8_op());
       api.add(made, vlpack::linear8_blocks_op());
       return made;

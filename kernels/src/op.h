@@ -1,7 +1,7 @@
 // The part that all custom operators share: `custom_op<Op>()` makes an operator for onnxruntime from a class `Op` with
 //   static const char* kName; static constexpr size_t kInputs, kOutputs; static int input_type(size_t);
 //   static int presence(size_t); Op(const ort::Api&, const ort::KernelInfo*); void run(ort::KernelContext*) const;
-// Outputs are fp32.
+// Outputs are fp32, unless there is a `static int output_type(size_t)`.
 #pragma once
 
 #include <exception>
@@ -42,6 +42,15 @@ struct Rows {
 };
 
 template <class Op>
+auto output_type(size_t index, int) -> decltype(Op::output_type(index)) {
+  return Op::output_type(index);
+}
+template <class Op>
+int output_type(size_t, long) {
+  return ort::kFloat;
+}
+
+template <class Op>
 const ort::CustomOp* custom_op() {
   using namespace ort;
   static const CustomOp op = [] {
@@ -53,7 +62,7 @@ const ort::CustomOp* custom_op() {
     made.input_presence = [](const CustomOp*, size_t index) { return Op::presence(index); };
     made.input_memory = [](const CustomOp*, size_t) { return 0; };
     made.output_count = [](const CustomOp*) { return Op::kOutputs; };
-    made.output_type = [](const CustomOp*, size_t) { return int{kFloat}; };
+    made.output_type = [](const CustomOp*, size_t index) { return output_type<Op>(index, 0); };
     made.output_presence = [](const CustomOp*, size_t) { return int{kRequired}; };
     made.variadic_input_least = made.variadic_output_least = [](const CustomOp*) { return 0; };
     made.variadic_input_equal = made.variadic_output_equal = [](const CustomOp*) { return 1; };

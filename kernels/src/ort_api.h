@@ -31,7 +31,7 @@ struct Domain;
 // The version of the table whose functions are used: KernelContext_ParallelFor came with 17.
 constexpr uint32_t kVersion = 17;
 
-enum ElementType : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6 };
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kBrain = 16 };
 enum Presence : int { kRequired = 0, kOptional = 1 };
 constexpr int kInvalidArgument = 2;  // an error code
 

@@ -21,6 +21,11 @@ struct Floats {
   __m512 v;
 
   static VLPACK_INLINE Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  // bfloat16 numbers, which are the upper halves of floats
+  static VLPACK_INLINE Floats load(const uint16_t* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+  static VLPACK_INLINE Floats widen(__m256i halves) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16))};
+  }
   static VLPACK_INLINE Floats all(float x) { return {_mm512_set1_ps(x)}; }
   VLPACK_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   VLPACK_INLINE Floats operator+(Floats o) const { return {_mm512_add_ps(v, o.v)}; }
@@ -49,6 +54,11 @@ struct Floats {
   __m256 v;
 
   static VLPACK_INLINE Floats load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  // bfloat16 numbers, which are the upper halves of floats
+  static VLPACK_INLINE Floats load(const uint16_t* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+  }
   static VLPACK_INLINE Floats all(float x) { return {_mm256_set1_ps(x)}; }
   VLPACK_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
   VLPACK_INLINE Floats operator+(Floats o) const { return {_mm256_add_ps(v, o.v)}; }

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import vlpack_kernels
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 DOMAIN = "vlpack"
 
@@ -34,14 +34,19 @@ def session(
     threads: int = 1,
     domain: str = DOMAIN,
     outputs: Sequence[str] = ("y",),
+    narrow: Sequence[str] = (),
     **attributes: Any,
 ) -> ort.InferenceSession:
-    """A session of one node, whose inputs are fp32 tensors of any shape and then the constants; None is no input."""
+    """A session of one node, whose inputs are fp32 tensors of any shape and then the constants; None is no input.
+
+    Inputs and outputs whose names are in ``narrow`` are bfloat16.
+    """
+    kinds = {name: TensorProto.BFLOAT16 if name in narrow else TensorProto.FLOAT for name in (*inputs, *outputs)}
     names = [*inputs, *("" if value is None else name for name, value in constants.items())]
     node = helper.make_node(operator, names, outputs, domain=domain, **attributes)
-    ports = [helper.make_tensor_value_info(name, 1, None) for name in inputs]
+    ports = [helper.make_tensor_value_info(name, kinds[name], None) for name in inputs]
     weights = [numpy_helper.from_array(np.asarray(x), name) for name, x in constants.items() if x is not None]
-    results = [helper.make_tensor_value_info(name, 1, None) for name in outputs]
+    results = [helper.make_tensor_value_info(name, kinds[name], None) for name in outputs]
     graph = helper.make_graph([node], "graph", ports, results, weights)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(domain, 1)]
     options = ort.SessionOptions()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 import pytest
 import vlpack_kernels
+from onnx import TensorProto
 
 from conftest import DOMAIN, session
 
 BRAIN = vlpack_kernels.instruction_set() == "avx512_bf16"
+needs_brain = pytest.mark.skipif(not BRAIN, reason="this instruction set has no products in bfloat16")
 OUTPUTS = ("y", "present_key", "present_value")
 
 
@@ -25,6 +28,7 @@ class Case(NamedTuple):
         counts: number of new tokens of each sequence.
         size: standard deviation of the numbers.
         seed: seed of the numbers.
+        narrow: whether the cache is in bfloat16.
     """
 
     sizes: tuple[int, int, int]
@@ -33,6 +37,7 @@ class Case(NamedTuple):
     counts: list[int]
     size: float = 1.0
     seed: int = 0
+    narrow: bool = False
 
     def arrays(self) -> dict[str, np.ndarray]:
         heads, key_heads, channels = self.sizes
@@ -43,6 +48,7 @@ class Case(NamedTuple):
         for row, (held, count) in enumerate(zip(self.held, self.counts, strict=True)):
             for cache in made[3:]:
                 cache[row, :, held:] = np.nan
+                cache[...] = narrowed(cache) if self.narrow else cache
             for new_ones in made[:3]:
                 new_ones[row, count:] = np.nan
         return dict(zip(("q", "k", "v", "past_key", "past_value"), made, strict=True))
@@ -57,7 +63,10 @@ class Case(NamedTuple):
             constants["query_seqlens"] = np.array(self.counts, np.int32)
         attributes |= {"num_heads": self.sizes[0], "kv_num_heads": self.sizes[1]}
         names = list(self.arrays())
-        return session("GroupQueryAttention", names, constants, threads, domain, OUTPUTS, **attributes)
+        operator, narrow = "GroupQueryAttention", ()
+        if self.narrow:
+            operator, narrow = "NarrowGroupQueryAttention", (*names[3:], *OUTPUTS[1:])
+        return session(operator, names, constants, threads, domain, OUTPUTS, narrow, **attributes)
 
     def run(self, *args: Any, scale: float = 0.0, exact: int = 0, **options: Any) -> list[np.ndarray]:
         """The outputs, with the cache bound in place."""
@@ -73,6 +82,7 @@ class Case(NamedTuple):
             for cache, name in zip(caches, "kv", strict=True):
                 new = given[name][row, :count].reshape(count, key_heads, channels)
                 cache[row, :, held : held + count] = new.transpose(1, 0, 2)
+                cache[...] = narrowed(cache) if self.narrow else cache
             q = given["q"][row, :count].reshape(count, heads, channels).transpose(1, 0, 2).astype(np.float64)
             k, v = (cache[row, :, : held + count].repeat(heads // key_heads, 0).astype(np.float64) for cache in caches)
             scores = q @ k.transpose(0, 2, 1) * scale
@@ -86,8 +96,8 @@ class Case(NamedTuple):
         """The largest error that rounding q, k, v and the exponentials can cause."""
         heads, key_heads, channels = self.sizes
         # fewer queries of a key head are multiplied in fp32 in any case
-        narrow = BRAIN and not exact and max(self.counts) * heads // key_heads >= 48
-        rounding = 2**-9 if narrow else 2**-20
+        rounds = BRAIN and not exact and max(self.counts) * heads // key_heads > (16 if self.narrow else 47)
+        rounding = 2**-9 if rounds else 2**-20
         given = {name: np.nan_to_num(np.abs(array)) for name, array in self.arrays().items()}
         top = {name: array.reshape(-1, channels) for name, array in given.items()}
         # Σ |q| |k| of any query with any key
@@ -107,16 +117,28 @@ class Case(NamedTuple):
             np.testing.assert_array_equal(after, cache)  # also in places that must not be written
 
 
+def narrowed(array: np.ndarray) -> np.ndarray:
+    """The numbers rounded to bfloat16, ties to even."""
+    return array.astype(ml_dtypes.bfloat16).astype(np.float32)
+
+
 def in_place(made: Any, given: dict[str, np.ndarray]) -> list[np.ndarray]:
     """Runs a session with past and present keys and values in the same memory."""
-    binding = made.io_binding()
+    binding, kinds = made.io_binding(), {port.name: port.type for port in made.get_inputs()}
+    caches = {name: array for name, array in given.items() if kinds[name] == "tensor(bfloat16)"}
+    halves = {name: array.astype(ml_dtypes.bfloat16).view(np.uint16) for name, array in caches.items()}
     for name, array in given.items():
-        value = ort.OrtValue.ortvalue_from_numpy(array)
+        if name in halves:
+            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(halves[name], TensorProto.BFLOAT16)
+        else:
+            value = ort.OrtValue.ortvalue_from_numpy(array)
         binding.bind_ortvalue_input(name, value)
         if name.startswith("past"):
             binding.bind_ortvalue_output(name.replace("past", "present"), value)
     binding.bind_output("y")
     made.run_with_iobinding(binding)
+    for name, array in halves.items():
+        given[name][...] = array.view(ml_dtypes.bfloat16)
     return [binding.get_outputs()[-1].numpy(), given["past_key"], given["past_value"]]
 
 
@@ -144,8 +166,24 @@ def test_it_is_close_to_float64(case: Case, exact: int, threads: int) -> None:
     case.check(case.run(threads, exact=exact), exact=exact)
 
 
+@needs_brain
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_with_a_narrow_cache_it_is_close_to_float64(case: Case, threads: int) -> None:
+    case = case._replace(narrow=True)
+    case.check(case.run(threads))
+
+
+@pytest.mark.skipif(BRAIN, reason="this processor has the instructions")
+def test_a_narrow_cache_needs_bfloat16() -> None:
+    with pytest.raises(Exception, match="needs a processor with AVX-512 and bfloat16"):
+        CASES[1]._replace(narrow=True).run()
+
+
+@pytest.mark.parametrize("narrow", [False, pytest.param(True, marks=needs_brain)])
 @pytest.mark.parametrize("exact", [0, 1])
-def test_fuzzed_lengths_and_scales(exact: int) -> None:
+def test_fuzzed_lengths_and_scales(exact: int, narrow: bool) -> None:
+    exact = 0 if narrow else exact
     random = np.random.default_rng(1)
     for seed in range(40):
         batch, key_heads, group = (int(random.integers(1, top)) for top in (5, 4, 6))
@@ -154,7 +192,7 @@ def test_fuzzed_lengths_and_scales(exact: int) -> None:
         held = [int(random.integers(0, 150)) for _ in range(batch)]
         room = max(map(sum, zip(held, counts, strict=True))) + int(random.integers(1, 20))
         sizes = (key_heads * group, key_heads, int(random.integers(1, 100)))
-        case = Case(sizes, room, held, counts, float(random.uniform(0.1, 2)), seed)
+        case = Case(sizes, room, held, counts, float(random.uniform(0.1, 2)), seed, narrow)
         scale = float(random.uniform(0.02, 0.3))
         case.check(case.run(2, scale=scale, exact=exact), scale, exact)
 
@@ -174,10 +212,11 @@ def test_threads_do_not_change_the_result(case: Case) -> None:
         np.testing.assert_array_equal(case.run(threads)[0], first)
 
 
+@pytest.mark.parametrize("narrow", [False, pytest.param(True, marks=needs_brain)])
 @pytest.mark.parametrize(("total", "parts"), [(8, [1] * 8), (8, [3, 5]), (180, [100, 80]), (180, [77, 103])])
-def test_a_token_does_not_depend_on_others_of_its_call(total: int, parts: list[int]) -> None:
+def test_a_token_does_not_depend_on_others_of_its_call(total: int, parts: list[int], narrow: bool) -> None:
     """A prompt can be processed in parts, and drafted tokens checked together."""
-    case = Case((4, 2, 40), 300, [75], [total], size=2.0)
+    case = Case((4, 2, 40), 300, [75], [total], size=2.0, narrow=narrow)
     given = case.arrays()
     whole = case.run()
     done, cache = 0, [given["past_key"], given["past_value"]]
@@ -236,9 +275,10 @@ def test_it_does_what_the_stock_operator_does(case: Case) -> None:
             np.testing.assert_array_equal(mine[row, :, : held + count], theirs[row, :, : held + count])
 
 
+@pytest.mark.parametrize("narrow", [False, pytest.param(True, marks=needs_brain)])
 @pytest.mark.parametrize("count", [1, 40])
-def test_a_nan_stays_in_its_sequence(count: int) -> None:
-    case = Case((4, 2, 16), 200, [100, 64, 30], [count] * 3)
+def test_a_nan_stays_in_its_sequence(count: int, narrow: bool) -> None:
+    case = Case((4, 2, 16), 200, [100, 64, 30], [count] * 3, narrow=narrow)
     clean, given = case.run()[0], case.arrays()
     given["k"][1, 0, 3] = np.nan  # of the first key head, which serves two query heads
     y = in_place(case.open(scale=0.0, exact=0), given)[0]

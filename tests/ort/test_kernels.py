@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from vlpack.ort.kernels import DOMAIN, SWITCH, Library, library, use_kernels
 
 FAST = Library("kernels.so", "avx512_bf16")
+SLOW = Library("kernels.so", "avx512")
 
 
 def graph(operator: str, inputs: int, kind: int = TensorProto.FLOAT, **attributes: Any) -> onnx.ModelProto:
@@ -88,6 +89,41 @@ def test_one_quantized_product_among_many_layers_does_not_make_attention_round()
     model.graph.node.extend([*causal().graph.node, *product().graph.node])
     use_kernels(model, FAST)
     assert attributes_of(model)["exact"] == 1
+
+
+def cached(rounds: bool = True) -> onnx.ModelProto:
+    """Causal attention whose cache is an input and an output of the graph, with a product that rounds activations."""
+    model = causal()
+    model.graph.input.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x3", "x4"))
+    model.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("key", "value"))
+    model.graph.node.extend(product().graph.node if rounds else [])
+    return model
+
+
+def cache_kinds(model: onnx.ModelProto) -> set[int]:
+    return {value.type.tensor_type.elem_type for value in [*model.graph.input, *model.graph.output]}
+
+
+def test_a_cache_becomes_bfloat16() -> None:
+    model = cached()
+    assert use_kernels(model, FAST)["NarrowGroupQueryAttention"] == 1
+    assert attributes_of(model) == {"num_heads": 4, "kv_num_heads": 2, "scale": 0.0}
+    assert cache_kinds(model) == {TensorProto.BFLOAT16}
+
+
+@pytest.mark.parametrize("reason", ["fp32", "processor", "shared", "used", "inner"])
+def test_a_cache_that_stays_fp32(reason: str) -> None:
+    model = cached(rounds=reason != "fp32")
+    if reason == "shared":  # by two layers
+        model.graph.node.extend([*causal().graph.node, *product().graph.node])
+    elif reason == "used":  # by another node, after the call
+        model.graph.node.append(helper.make_node("Identity", ["key"], ["copy"]))
+    elif reason == "inner":  # quantized keys and values are not the graph's own
+        del model.graph.input[0]
+    counts = use_kernels(model, SLOW if reason == "processor" else FAST)
+    assert counts["GroupQueryAttention"] == 1 + (reason == "shared")
+    assert counts["NarrowGroupQueryAttention"] == 0
+    assert cache_kinds(model) == {TensorProto.FLOAT}
 
 
 def test_causal_attention_in_a_branch_is_replaced() -> None:

@@ -19,6 +19,7 @@ Array = npt.NDArray[Any]
 DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
+    "tensor(bfloat16)": np.dtype(np.uint16),  # numpy has no such type; only keys and values have it
     "tensor(int8)": np.dtype(np.int8),
     "tensor(int32)": np.dtype(np.int32),
     "tensor(int64)": np.dtype(np.int64),
@@ -39,13 +40,20 @@ class CachePort:
         present: name of the output.
         heads: number of key/value heads.
         channels: number of channels of a head.
-        dtype: data type of the cache.
+        dtype: data type of the cache; for bfloat16, an integer type of the same size.
     """
 
     def __init__(self, past: str, present: str, port: Any) -> None:
         self.past, self.present = past, present
         self.heads, self.channels = int(port.shape[1]), int(port.shape[3])
         self.dtype = DTYPES[port.type]
+        self._narrow = port.type == "tensor(bfloat16)"
+
+    def value(self, buffer: Array) -> Any:
+        """An onnxruntime value for the cache in this memory, ``[B, heads, tokens, channels]``."""
+        if self._narrow:
+            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(buffer, onnx.TensorProto.BFLOAT16)
+        return ort.OrtValue.ortvalue_from_numpy(buffer)
 
     def row_bytes(self, tokens: int) -> int:
         """The bytes that ``tokens`` tokens of one sequence take in this cache."""

@@ -20,6 +20,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from vlpack.decoding.states import STATE_INPUTS, StatePort, state_ports, with_kept_states
+from vlpack.ort.causal_attention import ATTENTION
 from vlpack.ort.session import ort
 
 Array = npt.NDArray[Any]
@@ -116,11 +117,11 @@ def edit_decoder(model: onnx.ModelProto) -> Edits:
 
 
 def _can_be_packed(graph: onnx.GraphProto, states: Sequence[StatePort]) -> bool:
-    """Whether every cached tensor is a state or belongs to a GroupQueryAttention node of the main graph.
+    """Whether every cached tensor is a state or belongs to an attention node of the main graph.
 
     The attention of an int8 cache is in the branches of an If node, so it is not in the main graph.
     """
-    attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    attention = [node for node in graph.node if node.op_type in ATTENTION]
     caches = [port.name for port in graph.input if port.name.startswith("past")]
     whole = len(caches) == 2 * len(attention) + len(states)
     return bool(attention) and whole and all(len(node.input) <= 7 for node in attention)
@@ -130,7 +131,7 @@ def _packed(nodes: Sequence[onnx.NodeProto], constants: dict[str, onnx.TensorPro
     """The nodes of a graph that takes packed tokens, with attention spread over rows."""
     made: list[onnx.NodeProto] = []
     for node in nodes:
-        if node.op_type == "GroupQueryAttention":
+        if node.op_type in ATTENTION:
             made += _spread(node)
         elif _takes_last(node, constants):
             made.append(helper.make_node("Gather", [node.input[0], WANTED], node.output, axis=1))

@@ -160,7 +160,7 @@ class Slots:
         if (first, end) not in self._bindings:
             binding = self._graphs.decoder.io_binding()
             for port, buffer in zip(self._graphs.cache, self._buffers, strict=True):
-                value = ort.OrtValue.ortvalue_from_numpy(buffer[first:end])
+                value = port.value(buffer[first:end])
                 binding.bind_ortvalue_input(port.past, value)
                 binding.bind_ortvalue_output(port.present, value)
             self._states.bind(binding, first, end)

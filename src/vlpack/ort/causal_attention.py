@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
+
+ATTENTION = ("GroupQueryAttention", "NarrowGroupQueryAttention")
+"""Operators of causal attention with a cache. The second one is the library's for a cache in bfloat16."""
 
 INPUTS = 7
 """Number of inputs of the nodes that are replaced: queries, keys, values, past keys and values, and two lengths."""
@@ -45,6 +49,35 @@ def replaced_attention(graph: onnx.GraphProto, instruction_set: str) -> list[onn
         )
         del node.attribute[:]
         node.attribute.extend(made.attribute)
+        found.append(node)
+    return found
+
+
+def narrowed_attention(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """Those of the replaced nodes whose keys and values can be cached in bfloat16, which halves the time to read them.
+
+    The operator rounds keys and values to bfloat16 in any case where a graph rounds its activations to 8 bits. The types
+    of the graph's inputs and outputs for the cache are changed to bfloat16, and the attribute ``exact`` is removed.
+
+    Args:
+        graph: the graph; edited in place.
+        nodes: nodes that `replaced_attention` returned.
+    """
+    inputs = {value.name: value for value in graph.input}
+    outputs = {value.name: value for value in graph.output}
+    uses = Counter(name for one in _with_branches(graph) for node in one.node for name in node.input)
+    found = []
+    for node in nodes:
+        past, present = node.input[3:5], node.output[1:3]
+        exact = next(attribute for attribute in node.attribute if attribute.name == "exact")
+        own = all(name in inputs and uses[name] == 1 for name in past) and all(
+            name in outputs and uses[name] == 0 for name in present
+        )
+        if exact.i or not own:
+            continue
+        for value in [*(inputs[name] for name in past), *(outputs[name] for name in present)]:
+            value.type.tensor_type.elem_type = TensorProto.BFLOAT16
+        node.attribute.remove(exact)
         found.append(node)
     return found
 

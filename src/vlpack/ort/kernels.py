@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from vlpack.errors import PackageError
-from vlpack.ort.causal_attention import replaced_attention
+from vlpack.ort.causal_attention import ATTENTION, narrowed_attention, replaced_attention
 from vlpack.ort.linear8 import use_linear8
 
 DOMAIN = "vlpack"
@@ -79,7 +79,11 @@ def use_kernels(model: onnx.ModelProto, available: Library | None) -> Counter[st
     used: Counter[str] = Counter()
     if available is None:
         return used
-    for node in replaced_attention(model.graph, available.instruction_set):
+    attention = replaced_attention(model.graph, available.instruction_set)
+    if available.instruction_set == "avx512_bf16":
+        for node in narrowed_attention(model.graph, attention):
+            node.op_type = ATTENTION[1]
+    for node in attention:
         node.domain = DOMAIN
         used[node.op_type] += 1
     kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
