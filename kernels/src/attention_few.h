@@ -63,6 +63,14 @@ struct AttendFew {
     }
   }
 
+  // Starts to load elements of the next block, because the processor itself does not look beyond a page of memory.
+  template <class Key>
+  static VLPACK_INLINE void expect(const Key* from, int64_t count) {
+    const char* bytes = reinterpret_cast<const char*>(from);
+    for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(Key)); at += 64)
+      _mm_prefetch(bytes + at, _MM_HINT_T0);
+  }
+
   // Scores [Count, kBlock] of a block of keys; those after the last key repeat it.
   template <int Count, class Key>
   static VLPACK_INLINE void score(
@@ -70,6 +78,7 @@ struct AttendFew {
     for (int64_t row = 0; row < keys; row += kKeys) {
       const Key* rows[kKeys];
       for (int r = 0; r < kKeys; ++r) rows[r] = k + std::min(row + r, keys - 1) * a.k_row;
+      for (int r = 0; r < kKeys; ++r) expect(rows[r] + kBlock * a.k_row, a.size);
       Floats sums[Count][kKeys];
       for (int i = 0; i < Count; ++i)
         for (int r = 0; r < kKeys; ++r) sums[i][r] = Floats::all(0);
@@ -136,6 +145,7 @@ struct AttendFew {
     for (int i = 0; i < Count; ++i)
       for (int c = 0; c < Columns; ++c) sums[i][c] = Floats::load(values + i * width + c * kLanes);
     for (int64_t row = 0; row < keys; ++row) {
+      expect(v + (row + kBlock) * a.k_row, Columns * kLanes);
       Floats weight[Count];
 #pragma GCC unroll 4
       for (int i = 0; i < Count; ++i) weight[i] = Floats::all(weights[i * kBlock + row]);
