@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import vlpack_kernels
+from onnx import TensorProto
 
 import vlpack
 from vlpack.ort.kernels import SWITCH, kernel_counts
@@ -24,37 +26,54 @@ def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built(tmp_path_factory.mktemp("digits"), "int8")
 
 
-def logits(package: Path, embeddings: np.ndarray, monkeypatch: pytest.MonkeyPatch, switch: str) -> np.ndarray:
-    """The decoder's logits for the last of some tokens, with (``1``) or without (``0``) the operators."""
+def opened(package: Path, monkeypatch: pytest.MonkeyPatch, switch: str) -> ort.InferenceSession:
+    """A session of the decoder with (``1``) or without (``0``) the operators."""
     monkeypatch.setenv(SWITCH, switch)
-    session = kernel_session(package / "decoder.onnx", 2)
-    count, given = embeddings.shape[1], {}
+    return kernel_session(package / "decoder.onnx", 2)
+
+
+def logits(session: ort.InferenceSession, embeddings: np.ndarray) -> np.ndarray:
+    """The decoder's logits for the last of some tokens."""
+    count, values = embeddings.shape[1], {}
     for port in session.get_inputs():
         if port.name.startswith("past"):
-            given[port.name] = np.zeros((1, port.shape[1], 0, port.shape[3]), np.float32)
-        elif port.name == "attention_mask":
-            given[port.name] = np.ones((1, count), np.int64)
+            kind = TensorProto.BFLOAT16 if port.type == "tensor(bfloat16)" else TensorProto.FLOAT
+            shape = (1, port.shape[1], 0, port.shape[3])
+            values[port.name] = ort.OrtValue.ortvalue_from_shape_and_type(shape, kind)
+            continue
+        if port.name == "attention_mask":
+            array = np.ones((1, count), np.int64)
         elif port.name == "position_ids":
-            given[port.name] = np.tile(np.arange(count, dtype=np.int64), (3, 1, 1))
+            array = np.tile(np.arange(count, dtype=np.int64), (3, 1, 1))
         else:
-            given[port.name] = np.resize(embeddings, (1, count, port.shape[2]))
-    return np.asarray(session.run(["logits"], given)[0])
+            array = np.resize(embeddings, (1, count, port.shape[2]))
+        values[port.name] = ort.OrtValue.ortvalue_from_numpy(array)
+    return np.asarray(session.run_with_ort_values(["logits"], values)[0].numpy())
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 40])
-def test_logits_are_those_of_the_stock_nodes(int8: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only sums of the head's blocks, and bfloat16 in attention, may differ in rounding."""
+def test_logits_are_as_near_to_fp32_as_those_of_the_stock_nodes(
+    int8: Path, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only sums of the head's blocks, and bfloat16 in attention, may differ in rounding.
+
+    A difference before a value is rounded to 8 bits can grow to a step, in either direction, so the errors of many
+    inputs are compared.
+    """
     monkeypatch.delenv(SWITCH, raising=False)
     fast = vlpack_kernels.instruction_set() != "avx2"
     counts = kernel_counts(int8 / "decoder.onnx")
     assert (counts.get("Linear8", 0), counts.get("Linear8Blocks", 0)) == ((30, 1) if fast else (0, 0))
     fp32 = built(int8.parent, "fp32") if not (int8.parent / "fp32").exists() else int8.parent / "fp32"
-    x = np.random.default_rng(count).standard_normal((1, count, 256)).astype(np.float32) / 20
-    ours, stock = (logits(int8, x, monkeypatch, switch) for switch in "10")
-    exact = logits(fp32, x, monkeypatch, "0")
-    if not any(name.endswith("GroupQueryAttention") for name in counts):
-        assert np.linalg.norm(ours - stock) <= 1e-5 * np.linalg.norm(stock)
-    assert np.linalg.norm(ours - exact) <= 1.1 * np.linalg.norm(stock - exact)
+    sessions = [opened(int8, monkeypatch, switch) for switch in "10"] + [opened(fp32, monkeypatch, "0")]
+    ratios = []
+    for seed in range(24):
+        x = np.random.default_rng(seed).standard_normal((1, count, 256)).astype(np.float32) / 20
+        ours, stock, exact = (logits(session, x) for session in sessions)
+        if not any(name.endswith("GroupQueryAttention") for name in counts):
+            assert np.linalg.norm(ours - stock) <= 1e-5 * np.linalg.norm(stock)
+        ratios.append(np.linalg.norm(ours - exact) / np.linalg.norm(stock - exact))
+    assert np.exp(np.mean(np.log(ratios))) <= 1.25
 
 
 def test_the_engine_gives_the_tokens_of_the_stock_runtime(int8: Path, monkeypatch: pytest.MonkeyPatch) -> None:
