@@ -21,7 +21,6 @@ from vlpack.decoding.memory import sparse_zeros
 from vlpack.decoding.prefixes import SeenImage, Tokens, common_prefix
 from vlpack.decoding.states import Snapshot, States
 from vlpack.errors import OptionError, option
-from vlpack.ort.session import ort
 from vlpack.system import total_memory_bytes
 
 FEW = 4096

@@ -56,8 +56,8 @@ def replaced_attention(graph: onnx.GraphProto, instruction_set: str) -> list[onn
 def narrowed_attention(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> list[onnx.NodeProto]:
     """Those of the replaced nodes whose keys and values can be cached in bfloat16, which halves the time to read them.
 
-    The operator rounds keys and values to bfloat16 in any case where a graph rounds its activations to 8 bits. The types
-    of the graph's inputs and outputs for the cache are changed to bfloat16, and the attribute ``exact`` is removed.
+    Where a graph rounds its activations to 8 bits, the operator rounds keys and values to bfloat16 in any case. The
+    types of the graph's inputs and outputs for the cache are changed, and the attribute ``exact`` is removed.
 
     Args:
         graph: the graph; edited in place.
