@@ -26,6 +26,7 @@ from vlpack.decoding.slots import Prefix, Slots
 from vlpack.engine import scheduler
 from vlpack.errors import OptionError, PackageError, VlpackError
 from vlpack.runtime.model import Model
+from vlpack.runtime.vision import VisionEncoder
 from vlpack.sample_images import picture
 
 GREEDY = Sampling(temperature=0)
@@ -396,3 +397,50 @@ def test_a_callers_prompt_is_not_changed(engine: Callable[..., Engine]) -> None:
     before = [prompt.input_ids.copy(), np.copy(prompt.pixel_values)]
     made.submit(prompt, max_tokens=3, sampling=GREEDY, repetition_penalty=None).result(30)
     assert all(np.array_equal(*pair) for pair in zip(before, (prompt.input_ids, prompt.pixel_values), strict=True))
+
+
+@pytest.mark.parametrize(("stall", "thread"), [(4, "vlpack-vision"), (math.inf, "vlpack-engine")])
+def test_images_are_encoded_beside_answers_only_if_these_must_not_wait(
+    stall: float,
+    thread: str,
+    engine: Callable[..., Engine],
+    alone: Callable[..., Model],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, threads, look = engine(stall=stall), set(), VisionEncoder._run
+
+    def seen(self: Any, pixels: Any, grid: Any) -> Any:
+        threads.add(threading.current_thread().name.partition("_")[0])
+        return look(self, pixels, grid)
+
+    prompts = [
+        made.prompt([{"role": "user", "content": [{"type": "image", "image": picture(64, 48, seed)}]}])
+        for seed in range(6)
+    ]
+    with monkeypatch.context() as patched:
+        patched.setattr(VisionEncoder, "_run", seen)
+        handles = [made.submit(prompt, max_tokens=12, sampling=GREEDY) for prompt in prompts]
+        found = [handle.result(60) for handle in handles]
+    assert threads == {thread}
+    assert min(answer.stats.vision_seconds or 0 for answer in found) > 0
+    for prompt, answer in zip(prompts, found, strict=True):
+        assert answer.tokens == alone().generate(prompt, max_tokens=12, sampling=GREEDY).tokens
+
+
+@pytest.mark.parametrize("stall", [4, math.inf])
+def test_an_encoder_that_fails_ends_its_request_only(
+    stall: float, engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = engine(stall=stall)
+    image = {"role": "user", "content": [{"type": "image", "image": picture(64, 48, 1)}]}
+
+    def fails(*_: Any) -> Any:
+        raise PackageError("The encoder fails.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(VisionEncoder, "_run", fails)
+        handles = [made.submit(made.prompt([image])), made.submit("Hello", max_tokens=5)]
+        with pytest.raises(PackageError, match="The encoder fails"):
+            handles[0].result(60)
+        assert handles[1].result(60).tokens
+    assert made.submit(made.prompt([image]), max_tokens=5).result(60).tokens

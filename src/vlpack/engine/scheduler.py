@@ -10,16 +10,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
 
 from vlpack.decoding.graphs import Array, Graphs
-from vlpack.decoding.images import Unseen
 from vlpack.decoding.slots import Slots
 from vlpack.engine.counters import Counters
 from vlpack.engine.drafting import StepCost
+from vlpack.engine.looking import Looking
 from vlpack.engine.parts import SHORT, Part, short_ends
 from vlpack.engine.queue import FairQueue
 from vlpack.engine.request import Request
@@ -60,7 +60,7 @@ class Scheduler:
     def __init__(
         self, graphs: Graphs, slots: Slots, queue: FairQueue, see: Callable[[Prompt], Array] | None, stall: float = 4.0
     ) -> None:
-        self._graphs, self._slots, self._queue, self._see, self._stall = graphs, slots, queue, see, stall
+        self._graphs, self._slots, self._queue, self._stall = graphs, slots, queue, stall
         self.counters = Counters()
         self._prefilling: deque[Request] = deque()
         self._decoding: list[Request] = []
@@ -71,7 +71,7 @@ class Scheduler:
         self._chunk, self._step_seconds, self._waste = SMALLEST_CHUNK, 0.0, 0
         self._cost = StepCost()
         self._owed = 0.0  # seconds for which steps must run before the next chunk, to balance the time that chunks took
-        self._looking = ThreadPoolExecutor(1, "vlpack-vision")
+        self._looking = Looking(see, self._wake, at_once=stall == math.inf)
         self._masking = ThreadPoolExecutor(1, "vlpack-masks")
         self._thread = threading.Thread(target=self._run, name="vlpack-engine", daemon=True)
         self._thread.start()
@@ -147,7 +147,7 @@ class Scheduler:
                 left.append(self._queue.pop())
         for request in left:
             request.close(error)
-        self._looking.shutdown(wait=False, cancel_futures=True)
+        self._looking.close()
         self._masking.shutdown(wait=False, cancel_futures=True)
 
     def _turn(self) -> bool:
@@ -189,31 +189,9 @@ class Scheduler:
             assert request.slot is not None, "one was free"
             self._reused(request, request.slot.length)
             if request.prompt.has_images:
-                self._look(request, request.slot.length)
+                self._looking.start(request, request.slot.length)
 
-    def _look(self, request: Request, known: int) -> None:
-        """Starts the vision encoder, in another thread, on the images whose tokens the slot does not hold.
-
-        Args:
-            request: request with images.
-            known: number of the prompt's first tokens that the slot holds.
-        """
-        request.unseen = Unseen(request.prompt, request.tokens, known)
-        rest = request.unseen.prompt
-        if rest is None:
-            return
-        started = time.perf_counter()
-
-        def look() -> Array:
-            assert self._see is not None, "a package that takes images has an encoder"
-            features = self._see(rest)
-            request.answer.stats.vision_seconds = time.perf_counter() - started
-            return features
-
-        request.features = self._looking.submit(look)
-        request.features.add_done_callback(self._wake)
-
-    def _wake(self, _: Future[Array]) -> None:
+    def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
 
