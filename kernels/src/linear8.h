@@ -15,6 +15,7 @@ struct Linear8 {
   const float* bias;      // [rows], or null
   const float* rotation;  // [group, group], or null
   int64_t rows, cols, block, group;
+  int64_t core;  // rotation is the Kronecker product of Sylvester's Hadamard matrix and its first part [core, core]
   const float* x;
   float* y;
   int64_t count;

@@ -116,10 +116,16 @@ struct Multiply8 {
     char* const start = static_cast<char*>(room);
     float* const values = scratch<float, 8>(width(l));
     int8_t* const codes = scratch<int8_t, 9>(width(l));
+    const float* x = l.x + row * l.cols;
+    if (l.rotation && l.core < l.group) {
+      float* const sums = scratch<float, 10>(l.cols);
+      add_halves(x, l.cols, l.group, l.core, sums);
+      x = sums;
+    }
     if (l.rotation)
-      rotate(l.x + row * l.cols, l.cols, l.rotation, l.group, values);
+      rotate(x, l.cols, l.rotation, l.group, l.core, values);
     else
-      std::memcpy(values, l.x + row * l.cols, l.cols * sizeof(float));
+      std::memcpy(values, x, l.cols * sizeof(float));
     std::fill(values + l.cols, values + width(l), 0.0f);
     float* const factor = const_cast<float*>(factors(l, start)) + row * l.blocks();
     int32_t* const offset = const_cast<int32_t*>(offsets(l, start)) + row * l.blocks();

@@ -9,6 +9,7 @@
 namespace vlpack {
 namespace {
 
+constexpr int64_t kSmallestCore = 32;  // a smaller matrix would not fill the registers
 constexpr int64_t kInline = 1 << 12;  // largest number of values that are quantized in the calling thread
 
 // The part that both operators share.
@@ -35,6 +36,29 @@ struct Product8 {
     matrix.codes = codes.data();
   }
 
+  // The size of the smallest matrix of which a rotation [size, size] is made by doubling: C becomes [C, C; C, -C].
+  static int64_t core(const float* rotation, int64_t size) {
+    const auto doubled = [&](int64_t half) {
+      for (int64_t i = 0; i < 2 * half; ++i)
+        for (int64_t j = 0; j < 2 * half; ++j) {
+          const float first = rotation[i % half * size + j % half];
+          if (rotation[i * size + j] != (i >= half && j >= half ? -first : first)) return false;
+        }
+      return true;
+    };
+    int64_t found = size;
+    while (found % kSmallestCore == 0 && found / 2 >= kSmallestCore && doubled(found / 2)) found /= 2;
+    return found;
+  }
+
+  // Looks at the form of a constant rotation, which need not be known.
+  void look_at_rotation(const ort::KernelInfo* info) {
+    const ort::Value* value = api.constant(info, 3);
+    int64_t sizes[2];
+    if (value && api.sizes(value, sizes, 2) == 2 && sizes[0] == sizes[1])
+      matrix.core = core(static_cast<const float*>(api.data(value)), sizes[0]);
+  }
+
   // The value of an optional input; null if it is not given.
   const ort::Value* optional(const ort::KernelContext* context, size_t index) const {
     return api.input_count(context) > index ? api.input(context, index) : nullptr;
@@ -50,6 +74,7 @@ struct Product8 {
       if (api.sizes(rotation, sizes, 2) != 2 || sizes[0] != sizes[1] || sizes[0] < 1 || l.cols % sizes[0])
         throw ort::Error{"rotation must be a square matrix whose size divides K"};
       l.rotation = static_cast<const float*>(api.data(rotation)), l.group = sizes[0];
+      l.core = matrix.core ? matrix.core : l.group;
     }
     if (l.count == 0) return;
     const std::unique_ptr<char[]> room(new char[kernels.room(l)]);
@@ -74,6 +99,7 @@ struct Linear8Op : Product8 {
     if (api.sizes(given, sizes, 2) != 2) throw ort::Error{"codes must have two dimensions"};
     matrix.cols = sizes[0], matrix.rows = sizes[1];
     lay(static_cast<const uint8_t*>(api.data(given)), matrix.rows * matrix.cols);
+    look_at_rotation(info);
   }
 
   void run(ort::KernelContext* context) const {
@@ -99,6 +125,7 @@ struct Linear8BlocksOp : Product8 {
     const uint8_t* given = array<uint8_t>(api, constant(info, 1), size);
     const float* all = array<float>(api, constant(info, 2), blocks);
     lay(given, size);
+    look_at_rotation(info);
     laid_scales = Pages(best_kernels()->linear8.scales(matrix) * sizeof(float));
     float* const laid = reinterpret_cast<float*>(laid_scales.data());
     best_kernels()->linear8.lay_scales(matrix, all, laid);

@@ -154,6 +154,24 @@ def test_its_bits_are_those_of_the_stock_nodes(count: int, bias: bool, group: in
     np.testing.assert_array_equal(matrix.run(x), stock(matrix, x))
 
 
+@pytest.mark.parametrize(("core", "doublings"), [(32, 1), (32, 2), (48, 1), (16, 3), (20, 2), (1, 7)])
+@pytest.mark.parametrize("count", [1, 30])
+@pytest.mark.parametrize("block", [0, 32])
+def test_rotations_that_were_made_by_doubling(core: int, doublings: int, count: int, block: int) -> None:
+    """Sums and differences of halves come first, and then a smaller matrix."""
+    rotation = np.linalg.qr(np.random.default_rng(core).standard_normal((core, core)))[0]
+    for _ in range(doublings):
+        rotation = np.block([[rotation, rotation], [rotation, -rotation]]) / np.sqrt(2)
+    matrix = Matrix.make(40, 3 * len(rotation), block)
+    matrix.arrays["rotation"] = rotation.astype(np.float32)
+    x = rows_of(count, 3 * len(rotation))
+    assert (np.abs(matrix.run(x) - matrix.exact(x)) <= matrix.bound(x)).all()
+    changed = rotation.astype(np.float32)
+    changed[-1, -1] *= -1  # no longer of this form, only in the last place
+    matrix.arrays["rotation"] = changed
+    assert (np.abs(matrix.run(x) - matrix.exact(x)) <= matrix.bound(x)).all()
+
+
 @pytest.mark.parametrize("count", [1, 50])
 def test_blocks_are_as_accurate_as_the_stock_operator(count: int) -> None:
     matrix = Matrix.make(64, 1024, 64)
