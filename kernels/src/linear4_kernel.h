@@ -97,6 +97,7 @@ struct Few {
   static constexpr int kTaskRows = 64;
   static constexpr int kRows = kLanes4 == 16 ? 4 : 2;  // rows of the matrix at a time
   static constexpr int64_t kAhead = 4096;              // bytes of the matrix that are fetched in advance
+  static constexpr int64_t kScalesAhead = 1024;        // and scales, if blocks are so small that there are many
   static constexpr int kLanes = kLanes4;
 
   static int64_t chunks(const Linear4& l) { return chunks_of(l); }
@@ -179,7 +180,9 @@ struct Few {
         _mm_prefetch(reinterpret_cast<const char*>(codes + r * Bytes::kCount + kAhead), _MM_HINT_T0);
         const Bytes packed = Bytes::load(codes + r * Bytes::kCount);
         const Bytes low = packed.low(), high = packed.high();
-        const Floats scale = repeat(scales + r * l.blocks + block, parts, l.blocks - block);
+        const float* const these_scales = scales + r * l.blocks + block;
+        if (!kWhole) _mm_prefetch(reinterpret_cast<const char*>(these_scales + kScalesAhead), _MM_HINT_T0);
+        const Floats scale = repeat(these_scales, parts, l.blocks - block);
 #pragma GCC unroll 4
         for (int i = 0; i < Count; ++i) {
           const char* const these = x[i] + chunk * kChunk;
