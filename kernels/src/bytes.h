@@ -45,6 +45,7 @@ struct Sums {
     _mm512_mask_storeu_epi32(p, some, _mm512_sub_epi32(_mm512_maskz_loadu_epi32(some, p), sums));
   }
   VLPACK_INLINE Floats floats() const { return {_mm512_cvtepi32_ps(v)}; }
+  VLPACK_INLINE int32_t total() const { return _mm512_reduce_add_epi32(v); }
 };
 
 VLPACK_INLINE Sums integers(Floats x) { return {_mm512_cvtps_epi32(x.v)}; }
@@ -86,15 +87,19 @@ VLPACK_INLINE void store_some(Floats x, float* p, int64_t count) {
   _mm512_mask_storeu_ps(p, count < 16 ? (1u << count) - 1 : 0xffff, x.v);
 }
 
-// Whether all magnitudes are below the limits; false if there is a NaN.
-VLPACK_INLINE bool all_within(Floats x, Floats limits) {
-  return _mm512_cmp_ps_mask(_mm512_abs_ps(x.v), limits.v, _CMP_LT_OQ) == 0xffff;
+// Whether all values are below the limits; false if there is a NaN.
+VLPACK_INLINE bool all_less(Floats x, Floats limits) {
+  return _mm512_cmp_ps_mask(x.v, limits.v, _CMP_LT_OQ) == 0xffff;
 }
 
-// Rounds kLanes values to the nearest integers from -127 to 127, ties to even; NaN becomes -127.
-VLPACK_INLINE void store_codes(Floats x, int8_t* p) {
-  const __m512 inside = _mm512_min_ps(_mm512_max_ps(x.v, _mm512_set1_ps(-127)), _mm512_set1_ps(127));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(inside)));
+// The nearest integers from -127 to 127, ties to even; NaN becomes -127.
+VLPACK_INLINE Sums codes_of(Floats x) {
+  return integers({_mm512_min_ps(_mm512_max_ps(x.v, _mm512_set1_ps(-127)), _mm512_set1_ps(127))});
+}
+
+// Stores kLanes codes as bytes.
+VLPACK_INLINE void store_codes(Sums codes, char* p) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(codes.v));
 }
 
 // A vector of the first `count` 4-bit values, at most kLanes, low nibbles first. The other lanes are arbitrary.
@@ -144,6 +149,11 @@ struct Sums {
       for (int i = 0; i < 8 / parts; ++i) p[part] -= 128 * lanes[part * (8 / parts) + i];
   }
   VLPACK_INLINE Floats floats() const { return {_mm256_cvtepi32_ps(v)}; }
+  VLPACK_INLINE int32_t total() const {
+    int32_t lanes[8];
+    store(lanes);
+    return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+  }
 };
 
 VLPACK_INLINE Sums integers(Floats x) { return {_mm256_cvtps_epi32(x.v)}; }
@@ -187,15 +197,16 @@ VLPACK_INLINE void store_some(Floats x, float* p, int64_t count) {
   std::memcpy(p, some, count * sizeof(float));
 }
 
-VLPACK_INLINE bool all_within(Floats x, Floats limits) {
-  const __m256 magnitudes = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v);
-  return _mm256_movemask_ps(_mm256_cmp_ps(magnitudes, limits.v, _CMP_LT_OQ)) == 0xff;
+VLPACK_INLINE bool all_less(Floats x, Floats limits) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(x.v, limits.v, _CMP_LT_OQ)) == 0xff;
 }
 
-VLPACK_INLINE void store_codes(Floats x, int8_t* p) {
-  const __m256 inside = _mm256_min_ps(_mm256_max_ps(x.v, _mm256_set1_ps(-127)), _mm256_set1_ps(127));
-  const __m256i whole = _mm256_cvtps_epi32(inside);
-  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+VLPACK_INLINE Sums codes_of(Floats x) {
+  return integers({_mm256_min_ps(_mm256_max_ps(x.v, _mm256_set1_ps(-127)), _mm256_set1_ps(127))});
+}
+
+VLPACK_INLINE void store_codes(Sums codes, char* p) {
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(codes.v), _mm256_extracti128_si256(codes.v, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
 }
 

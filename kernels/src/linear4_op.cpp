@@ -43,8 +43,8 @@ struct Linear4Op {
   void run(ort::KernelContext* context) const {
     const Kernels& kernels = *best_kernels();
     Linear4 l = matrix();
-    const Rows rows_of(api, context, cols, rows);
-    l.count = rows_of.count, l.x = rows_of.x, l.y = rows_of.y;
+    Rows rows_of(api, context, cols);
+    l.count = rows_of.count, l.x = rows_of.x, l.y = rows_of.output(0, rows);
     l.scales = array<float>(api, api.input(context, 2), rows * l.blocks);
     const ort::Value* zeros = api.input_count(context) > 3 ? api.input(context, 3) : nullptr;
     l.zeros = zeros ? array<uint8_t>(api, zeros, rows * ((l.blocks + 1) / 2)) : nullptr;

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <utility>
 
+#include "activate.h"
 #include "bytes.h"
 #include "linear8.h"
 #include "rotate.h"
@@ -114,39 +115,59 @@ struct Multiply8 {
 
   static void pack(const Linear8& l, void* room, int64_t row) {
     char* const start = static_cast<char*>(room);
-    float* const values = scratch<float, 8>(width(l));
-    int8_t* const codes = scratch<int8_t, 9>(width(l));
+    const int64_t size = l.block ? l.block : width(l), first = row / tile(l) * tile(l);
+    const int64_t stride = std::min(tile(l), l.count - first) * kChunk;
+    char* const to = start + first * width(l) + (row - first) * kChunk;
+    const float* const values = prepared(l, row);
+    float* const factor = const_cast<float*>(factors(l, start)) + row * l.blocks();
+    int32_t* const offset = const_cast<int32_t*>(offsets(l, start)) + row * l.blocks();
+    for (int64_t b = 0; b < l.blocks(); ++b) {
+      const float peak = largest(values + b * size, size);
+      factor[b] = l.block ? peak / 127 : peak + 1e-20f;
+      offset[b] = -128 * (l.block ? quantize_block(values, b * size, size, peak, to, stride)
+                                  : quantize_row(values, size, factor[b], to, stride));
+    }
+    for (int64_t i = l.blocks() * size; i < width(l); i += 8) std::memset(to + i / kChunk * stride + i % kChunk, 0, 8);
+  }
+
+  // A row of x after the activation and the rotation, with zeros up to the end of the last block or chunk.
+  static const float* prepared(const Linear8& l, int64_t row) {
+    const int64_t size = l.block ? l.blocks() * l.block : width(l);
     const float* x = l.x + row * l.cols;
+    float* const start = scratch<float, 10>(l.cols + kLanes);
+    if (l.activation != Activation::kNone) {
+      const float* const factor = l.factor ? l.factor + row * l.cols : nullptr;
+      if (l.activation == Activation::kSilu)
+        activate(x, factor, l.cols, start, [](Floats v) VLPACK_BODY { return silu(v); });
+      else
+        activate(x, factor, l.cols, start, [](Floats v) VLPACK_BODY { return gelu_tanh(v); });
+      x = start;
+    }
+    if (!l.rotation && size == l.cols) return x;
+    float* const values = scratch<float, 8>(width(l));
     if (l.rotation && l.core < l.group) {
-      float* const sums = scratch<float, 10>(l.cols);
-      add_halves(x, l.cols, l.group, l.core, sums);
-      x = sums;
+      add_halves(x, l.cols, l.group, l.core, start);
+      x = start;
     }
     if (l.rotation)
       rotate(x, l.cols, l.rotation, l.group, l.core, values);
     else
       std::memcpy(values, x, l.cols * sizeof(float));
-    std::fill(values + l.cols, values + width(l), 0.0f);
-    float* const factor = const_cast<float*>(factors(l, start)) + row * l.blocks();
-    int32_t* const offset = const_cast<int32_t*>(offsets(l, start)) + row * l.blocks();
-    const int64_t size = l.block ? l.block : width(l);
-    for (int64_t b = 0; b < l.blocks(); ++b) {
-      const float peak = largest(values + b * size, size);
-      if (l.block)
-        factor[b] = quantize_block(values + b * size, size, peak, codes + b * size);
-      else
-        factor[b] = quantize_row(values, size, peak, codes);
-      int32_t sum = 0;
-      for (int64_t i = b * size; i < (b + 1) * size; ++i) sum += codes[i];
-      offset[b] = -128 * sum;
-    }
-    if (l.block) std::memset(codes + l.blocks() * size, 0, width(l) - l.blocks() * size);
-    const int64_t first = row / tile(l) * tile(l), rows = std::min(tile(l), l.count - first);
-    char* to = start + first * width(l) + (row - first) * kChunk;
-    for (int64_t i = 0; i < width(l); i += kChunk, to += rows * kChunk) std::memcpy(to, codes + i, kChunk);
+    std::fill(values + l.cols, values + size, 0.0f);
+    return values;
   }
 
-  // The largest magnitude of `count` values, a multiple of 8; NaN if one of them is NaN.
+  // f(x) · factor, where factor may be null for 1; room for kLanes values more is needed.
+  template <class Function>
+  static VLPACK_INLINE void activate(
+      const float* x, const float* factor, int64_t count, float* to, const Function& f) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Floats y = f(load_some(x + i, count - i));
+      (factor ? y * load_some(factor + i, count - i) : y).store(to + i);
+    }
+  }
+
+  // The largest magnitude of `count` values, a multiple of 16; NaN if one of them is NaN.
   static VLPACK_INLINE float largest(const float* x, int64_t count) {
     uint32_t tops[16] = {};
     for (int64_t i = 0; i < count; i += 16)
@@ -161,28 +182,43 @@ struct Multiply8 {
     return peak;
   }
 
-  // Quantizes a row exactly as the nodes Abs, ReduceMax, Add, Div and QuantizeLinear do, and returns its factor. A
-  // product with the inverse differs from their quotients by less than 5e-5, so these are computed only near ties.
-  static float quantize_row(const float* x, int64_t count, float peak, int8_t* codes) {
-    peak += 1e-20f;
+  // Quantizes a row exactly as the nodes Div and QuantizeLinear do, and returns the sum of its codes. A product with the
+  // inverse differs from their quotients by less than 5e-5, so these are computed only near ties.
+  static int32_t quantize_row(const float* x, int64_t count, float peak, char* to, int64_t stride) {
+    constexpr int kVectors = kChunk / kLanes;
     const float inverse = 127 / peak;
     const Floats divisor = Floats::all(peak), step = Floats::all(kStep);
     const Floats steps = Floats::all(inverse), near = Floats::all(inverse < 3e38f ? 0.4999f : -1);
-    for (int64_t i = 0; i < count; i += kLanes) {
-      Floats code = Floats::load(x + i) * steps;
-      if (!all_within(Floats::fraction(code), near)) code = Floats::load(x + i) / divisor / step;
-      store_codes(code, codes + i);
+    Sums sum = Sums::all(0);
+    for (int64_t i = 0; i < count; i += kChunk, to += stride) {
+      Floats code[kVectors], farthest = Floats::all(0);
+      each<kVectors>([&](auto v) VLPACK_BODY {
+        code[v] = Floats::load(x + i + v * kLanes) * steps;
+        farthest = Floats::max(farthest, Floats::fraction(code[v]).abs());
+      });
+      if (!all_less(farthest, near))
+        each<kVectors>([&](auto v) VLPACK_BODY { code[v] = Floats::load(x + i + v * kLanes) / divisor / step; });
+      each<kVectors>([&](auto v) VLPACK_BODY {
+        const Sums whole = codes_of(code[v]);
+        sum = sum + whole;
+        store_codes(whole, to + v * kLanes);
+      });
     }
-    return peak;
+    return sum.total();
   }
 
-  // Quantizes a block to whole steps of peak / 127, and returns this step. If the peak is 0, infinite or NaN, so is
-  // the step, and the codes are arbitrary.
-  static float quantize_block(const float* x, int64_t count, float peak, int8_t* codes) {
+  // Quantizes a block, which begins at column `first` of x, to whole steps of peak / 127, and returns the sum of its
+  // codes. If the peak is 0, infinite or NaN, so is the step, and the codes are arbitrary.
+  static int32_t quantize_block(const float* x, int64_t first, int64_t count, float peak, char* to, int64_t stride) {
     const float inverse = 127 / peak;
     const Floats steps = Floats::all(inverse < 3e38f ? inverse : 0);
-    for (int64_t i = 0; i < count; i += kLanes) store_codes(Floats::load(x + i) * steps, codes + i);
-    return peak / 127;
+    Sums sum = Sums::all(0);
+    for (int64_t i = first; i < first + count; i += kLanes) {
+      const Sums whole = codes_of(Floats::load(x + i) * steps);
+      sum = sum + whole;
+      store_codes(whole, to + i / kChunk * stride + i % kChunk);
+    }
+    return sum.total();
   }
 
   static constexpr float kStep = static_cast<float>(1.0 / 127);
@@ -270,14 +306,17 @@ struct Multiply8 {
         });
     }
     each<Panels>([&](auto p) VLPACK_BODY {
-      const int64_t column = (panel + p) * kLanes, left = l.rows - column;
+      const int64_t column = (panel + p) * kLanes;
+      const Linear8::Part& part = l.part_of(column);
+      const int64_t left = part.end - column, stride = part.end - part.begin;
       const Floats bias = l.bias ? load_some(l.bias + column, left) : Floats::all(0);
       const Floats scale = kBlocks ? bias : load_some(l.scales + column, left) * Floats::all(kStep);
       each<Rows>([&](auto r) VLPACK_BODY {
         constexpr int i = r * Panels + p;
         Floats value = kBlocks ? y[i] : sum[i].floats() * scale * Floats::all(factor[r]);
         if (l.bias) value = value + bias;
-        store_some(value, l.y + (row + r) * l.rows + column, left);
+        if (l.residual) value = value + load_some(l.residual + (row + r) * l.rows + column, left);
+        store_some(value, part.y + (row + r) * stride + column - part.begin, left);
       });
     });
   }

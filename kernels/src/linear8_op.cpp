@@ -18,7 +18,11 @@ struct Product8 {
   Linear8 matrix{};
   Pages codes;
 
-  explicit Product8(const ort::Api& api) : api(api) {}
+  Product8(const ort::Api& api, const ort::KernelInfo* info) : api(api) {
+    const int64_t activation = api.int_attribute(info, "activation", 0);
+    if (activation < 0 || activation > 2) throw ort::Error{"activation must be 0, 1 (SiLU) or 2 (GELU with tanh)"};
+    matrix.activation = static_cast<Activation>(activation);
+  }
 
   const ort::Value* constant(const ort::KernelInfo* info, size_t index) const {
     const ort::Value* value = api.constant(info, index);
@@ -64,11 +68,15 @@ struct Product8 {
     return api.input_count(context) > index ? api.input(context, index) : nullptr;
   }
 
-  void multiply(ort::KernelContext* context, const float* scales, const float* bias) const {
+  // Computes outputs of `widths` columns; scales and the optional inputs after the rotation are in `l` already.
+  void multiply(ort::KernelContext* context, Rows& rows, Linear8& l, const int64_t (&widths)[3]) const {
     const Linear8Kernels& kernels = best_kernels()->linear8;
-    const Rows rows(api, context, matrix.cols, matrix.rows);
-    Linear8 l = matrix;
-    l.scales = scales, l.bias = bias, l.x = rows.x, l.y = rows.y, l.count = rows.count;
+    int64_t end = 0;
+    for (size_t i = 0; i < 3; ++i) {
+      l.parts[i] = {widths[i] ? rows.output(i, widths[i]) : nullptr, end, end + widths[i]};
+      end += widths[i];
+    }
+    l.x = rows.x, l.count = rows.count;
     if (const ort::Value* rotation = optional(context, 3)) {
       int64_t sizes[2];
       if (api.sizes(rotation, sizes, 2) != 2 || sizes[0] != sizes[1] || sizes[0] < 1 || l.cols % sizes[0])
@@ -88,24 +96,37 @@ struct Product8 {
 };
 
 struct Linear8Op : Product8 {
+  int64_t widths[3];
+
   static constexpr const char* kName = "Linear8";
-  static constexpr size_t kInputs = 5, kOutputs = 1;
+  static constexpr size_t kInputs = 7, kOutputs = 3, kRequiredOutputs = 1;
   static int input_type(size_t index) { return index == 1 ? ort::kInt8 : ort::kFloat; }
   static int presence(size_t index) { return index >= 3 ? ort::kOptional : ort::kRequired; }
 
-  Linear8Op(const ort::Api& api, const ort::KernelInfo* info) : Product8(api) {
+  Linear8Op(const ort::Api& api, const ort::KernelInfo* info) : Product8(api, info) {
     const ort::Value* given = constant(info, 1);
     int64_t sizes[2];
     if (api.sizes(given, sizes, 2) != 2) throw ort::Error{"codes must have two dimensions"};
     matrix.cols = sizes[0], matrix.rows = sizes[1];
     lay(static_cast<const uint8_t*>(api.data(given)), matrix.rows * matrix.cols);
     look_at_rotation(info);
+    const int64_t first = api.int_attribute(info, "first", matrix.rows);
+    const int64_t second = api.int_attribute(info, "second", matrix.rows - first);
+    widths[0] = first, widths[1] = second, widths[2] = matrix.rows - first - second;
+    const bool whole = first == matrix.rows || (first % 16 == 0 && (widths[2] == 0 || second % 16 == 0));
+    if (!whole || first < 1 || second < 0 || widths[2] < 0)
+      throw ort::Error{"first and second must be multiples of 16, and no larger than the product"};
   }
 
   void run(ort::KernelContext* context) const {
-    const float* all = array<float>(api, api.input(context, 2), matrix.rows);
-    const ort::Value* bias = optional(context, 4);
-    multiply(context, all, bias ? array<float>(api, bias, matrix.rows) : nullptr);
+    Rows rows(api, context, matrix.cols);
+    Linear8 l = matrix;
+    l.scales = array<float>(api, api.input(context, 2), l.rows);
+    if (const ort::Value* bias = optional(context, 4)) l.bias = array<float>(api, bias, l.rows);
+    if (const ort::Value* factor = optional(context, 5)) l.factor = array<float>(api, factor, rows.count * l.cols);
+    if (const ort::Value* residual = optional(context, 6))
+      l.residual = array<float>(api, residual, rows.count * l.rows);
+    multiply(context, rows, l, widths);
   }
 };
 
@@ -113,11 +134,11 @@ struct Linear8BlocksOp : Product8 {
   Pages laid_scales;
 
   static constexpr const char* kName = "Linear8Blocks";
-  static constexpr size_t kInputs = 4, kOutputs = 1;
+  static constexpr size_t kInputs = 5, kOutputs = 1;
   static int input_type(size_t index) { return index == 1 ? ort::kUint8 : ort::kFloat; }
-  static int presence(size_t index) { return index == 3 ? ort::kOptional : ort::kRequired; }
+  static int presence(size_t index) { return index >= 3 ? ort::kOptional : ort::kRequired; }
 
-  Linear8BlocksOp(const ort::Api& api, const ort::KernelInfo* info) : Product8(api) {
+  Linear8BlocksOp(const ort::Api& api, const ort::KernelInfo* info) : Product8(api, info) {
     matrix.cols = api.int_attribute(info, "K"), matrix.rows = api.int_attribute(info, "N");
     matrix.block = api.int_attribute(info, "block_size");
     if (matrix.block < 16 || matrix.block % 16) throw ort::Error{"block_size must be a multiple of 16"};
@@ -134,7 +155,10 @@ struct Linear8BlocksOp : Product8 {
   }
 
   void run(ort::KernelContext* context) const {
-    multiply(context, matrix.scales, nullptr);
+    Rows rows(api, context, matrix.cols);
+    Linear8 l = matrix;
+    if (const ort::Value* factor = optional(context, 4)) l.factor = array<float>(api, factor, rows.count * l.cols);
+    multiply(context, rows, l, {matrix.rows, 0, 0});
   }
 };
 

@@ -112,6 +112,15 @@ class Api {
     return value;
   }
 
+  // The same, or `otherwise` if the node does not have the attribute.
+  int64_t int_attribute(const KernelInfo* info, const char* name, int64_t otherwise) const {
+    int64_t value = 0;
+    Status* status = at<Status*(const KernelInfo*, const char*, int64_t*)>(kAttributeInt)(info, name, &value);
+    if (!status) return value;
+    at<void(Status*)>(kReleaseStatus)(status);
+    return otherwise;
+  }
+
   float float_attribute(const KernelInfo* info, const char* name) const {
     float value = 0;
     check(at<Status*(const KernelInfo*, const char*, float*)>(kAttributeFloat)(info, name, &value), name);

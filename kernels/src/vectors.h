@@ -33,6 +33,7 @@ struct Floats {
   VLPACK_INLINE Floats operator*(Floats o) const { return {_mm512_mul_ps(v, o.v)}; }
   VLPACK_INLINE Floats operator/(Floats o) const { return {_mm512_div_ps(v, o.v)}; }
   static VLPACK_INLINE Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+  VLPACK_INLINE Floats abs() const { return {_mm512_abs_ps(v)}; }
   static VLPACK_INLINE Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static VLPACK_INLINE bool any_less(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ) != 0; }
   // x where a < b, and y elsewhere
@@ -66,6 +67,7 @@ struct Floats {
   VLPACK_INLINE Floats operator*(Floats o) const { return {_mm256_mul_ps(v, o.v)}; }
   VLPACK_INLINE Floats operator/(Floats o) const { return {_mm256_div_ps(v, o.v)}; }
   static VLPACK_INLINE Floats max(Floats a, Floats b) { return {_mm256_max_ps(a.v, b.v)}; }
+  VLPACK_INLINE Floats abs() const { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), v)}; }
   static VLPACK_INLINE Floats fma(Floats a, Floats b, Floats c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static VLPACK_INLINE bool any_less(Floats a, Floats b) {
     return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)) != 0;

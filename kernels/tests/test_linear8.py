@@ -83,6 +83,32 @@ class Matrix(NamedTuple):
         return total + 1e-5 * np.abs(x) @ np.abs(self.numbers).T  # and sums in fp32
 
 
+def fused(
+    matrix: Matrix,
+    x: np.ndarray,
+    factor: np.ndarray | None = None,
+    residual: np.ndarray | None = None,
+    outputs: tuple[str, ...] = ("y",),
+    **attributes: int,
+) -> list[np.ndarray]:
+    """The outputs of the operator together with the nodes around the product."""
+    names = {**matrix.inputs(), "factor": factor}
+    if matrix.block:
+        rows, cols = matrix.numbers.shape
+        attributes |= {"K": cols, "N": rows, "block_size": matrix.block}
+    else:
+        names["residual"] = residual
+    made = session("Linear8Blocks" if matrix.block else "Linear8", ["x"], names, 2, outputs=outputs, **attributes)
+    return [np.asarray(y) for y in made.run(None, {"x": x})]
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(np.minimum(-x, 700)))
+
+
+ACTIVATIONS = {1: lambda x: x * sigmoid(x), 2: lambda x: x * sigmoid(np.sqrt(8 / np.pi) * (x + 0.044715 * x**3))}
+
+
 def stock(matrix: Matrix, x: np.ndarray) -> np.ndarray:
     """What the nodes of an int8 package compute."""
     given = matrix.arrays
@@ -205,6 +231,40 @@ def test_rows_that_are_not_finite_stay_alone(count: int, block: int) -> None:
     np.testing.assert_array_equal(np.delete(y, [2, 3, 4], 0), np.delete(clean, [2, 3, 4], 0))
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("group", [0, 20, 64])
+@pytest.mark.parametrize("block", [0, 32])
+@pytest.mark.parametrize("count", [1, 5, 40])
+def test_activations(count: int, block: int, group: int, gated: bool, activation: int) -> None:
+    """SiLU and GELU with tanh, perhaps times another value, before the rotation."""
+    matrix = Matrix.make(40, 320 if group else 333, block, group, bias=True)
+    x = 3 * rows_of(count, matrix.numbers.shape[1])
+    x[0, :4] = 0, -90, 90, -5
+    factor = rows_of(*x.shape, 1) if gated else None
+    activated = ACTIVATIONS[activation](x.astype(np.float64)) * (1 if factor is None else factor)
+    error = np.abs(fused(matrix, x, factor, activation=activation)[0] - matrix.exact(activated))
+    assert (error <= matrix.bound(activated)).all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_a_residual_is_added_last(count: int, bias: bool) -> None:
+    matrix = Matrix.make(100, 320, bias=bias)
+    x, residual = rows_of(count, 320), rows_of(count, 100, 1)
+    np.testing.assert_array_equal(fused(matrix, x, residual=residual)[0], stock(matrix, x) + residual)
+
+
+@pytest.mark.parametrize("sizes", [(96,), (32, 64), (16, 80), (48, 32, 16), (16, 16, 69), (64, 37)])
+@pytest.mark.parametrize("count", [1, 9, 40])
+def test_parts_of_the_product_are_outputs(count: int, sizes: tuple[int, ...]) -> None:
+    matrix, outputs = Matrix.make(sum(sizes), 100, bias=True), ("y", "z", "w")[: len(sizes)]
+    x = rows_of(count, 100).reshape(1, count, 100)
+    parts = fused(matrix, x, outputs=outputs, first=sizes[0], **({"second": sizes[1]} if len(sizes) > 1 else {}))
+    assert [part.shape for part in parts] == [(1, count, size) for size in sizes]
+    np.testing.assert_array_equal(np.concatenate(parts, axis=2)[0], stock(matrix, x[0]))
+
+
 def test_tiny_and_huge_rows() -> None:
     matrix = Matrix.make(20, 64)
     x = rows_of(4, 64)
@@ -230,14 +290,23 @@ def test_sizes_that_do_not_fit_are_errors() -> None:
         matrix.run(x[:, :63])
     for name in ("scales", "bias"):
         changed = matrix._replace(arrays={**matrix.arrays, name: matrix.arrays[name][:7]})
-        with pytest.raises(Exception, match="do not have the sizes"):
+        with pytest.raises(Exception, match="does not have the size"):
             changed.run(x)
     for shape in ((0, 0), (3, 3), (2, 4), (128, 128)):
         arrays = {**Matrix.make(8, 64).arrays, "rotation": np.zeros(shape, np.float32)}
         with pytest.raises(Exception, match="rotation must be"):
             session("Linear8", ["x"], arrays).run(None, {"x": x})
+    for name in ("factor", "residual"):
+        with pytest.raises(Exception, match="does not have the size"):
+            fused(matrix, x, **{name: np.zeros((1, 63), np.float32)}, activation=1)
+    with pytest.raises(Exception, match="activation must be"):
+        fused(matrix, x, activation=3)
+    wide = Matrix.make(64, 64)
+    for sizes in ({"first": 8}, {"first": 80}, {"first": -16}, {"first": 16, "second": 8}, {"first": 32, "second": 48}):
+        with pytest.raises(Exception, match="first and second must be"):
+            fused(wide, x, outputs=("y", "z", "w"), **sizes)
     blocks = Matrix.make(8, 64, 32)
     with pytest.raises(Exception, match="block_size must be"):
         session("Linear8Blocks", ["x"], blocks.arrays, K=64, N=8, block_size=24)
-    with pytest.raises(Exception, match="do not have the sizes"):
+    with pytest.raises(Exception, match="does not have the size"):
         session("Linear8Blocks", ["x"], blocks.arrays, K=96, N=8, block_size=32)

@@ -97,6 +97,111 @@ def test_parts_that_differ_stay(
     assert found == (DOMAIN, "Linear8", inputs, [output])
 
 
+SHAPE = ["batch", "tokens", 64]
+SILU: dict[str, tuple[str, ...]] = {"s": ("Sigmoid", "a"), "t": ("Mul", "a", "s")}
+
+
+def typed(model: onnx.ModelProto, **shapes: list[str | int] | None) -> onnx.ModelProto:
+    """The model with the shapes of values."""
+    for name, shape in shapes.items():
+        model.graph.value_info.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("before", "inputs", "activation"),
+    [
+        ({**SILU, "x": ("Mul", "t", "b")}, ["a", "b"], 1),
+        ({**SILU, "x": ("Mul", "b", "t")}, ["a", "b"], 1),
+        ({"s": SILU["s"], "x": ("Mul", "s", "a")}, ["a", ""], 1),
+        ({"x": ("Gelu", "a")}, ["a", ""], 2),
+        ({"t": ("Gelu", "a"), "x": ("Mul", "b", "t")}, ["a", "b"], 2),
+    ],
+    ids=["gate", "gate last", "silu", "gelu", "gelu gate"],
+)
+@pytest.mark.parametrize("rotated", [False, True])
+def test_activations_become_part_of_the_product(
+    before: dict[str, tuple[str, ...]], inputs: list[str], activation: int, rotated: bool
+) -> None:
+    rest = CHAIN if rotated else {name: CHAIN[name] for name in list(CHAIN)[list(CHAIN).index("size") :]}
+    chain = {**before, **rest, **({} if rotated else {"size": ("Abs", "x"), "divided": ("Div", "x", "peak")})}
+    model = typed(model_of(chain), t=SHAPE, b=SHAPE)
+    for node in model.graph.node:
+        if node.op_type == "Gelu":
+            node.attribute.append(helper.make_attribute("approximate", "tanh"))
+    assert use_kernels(model, FAST) == {"Linear8": 1}
+    wanted = [inputs[0], "codes", "scales", "rotation" if rotated else "", "bias", *([inputs[1]] if inputs[1] else [])]
+    assert nodes_of(model) == [(DOMAIN, "Linear8", wanted, ["y"])]
+    assert helper.get_attribute_value(model.graph.node[0].attribute[0]) == activation
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"x": ("Gelu", "a")}, {}),  # without tanh
+        ({"s": ("Sigmoid", "b"), "x": ("Mul", "a", "s")}, {}),
+        ({**SILU, "x": ("Mul", "t", "c")}, {}),  # a factor of another shape
+        ({**SILU, "x": ("Mul", "t", "t")}, {}),
+        ({"s": SILU["s"], "x": ("Mul", "a", "s")}, {"z": ("Neg", "x")}),
+    ],
+    ids=["erf", "sigmoid of another", "shape", "square", "use"],
+)
+def test_other_functions_stay(before: dict[str, tuple[str, ...]], after: dict[str, tuple[str, ...]]) -> None:
+    model = typed(model_of({**before, **CHAIN, **after}, outputs=("y", *after)), t=SHAPE, b=SHAPE, c=[64])
+    assert use_kernels(model, FAST) == {"Linear8": 1}
+    found = next(node for node in model.graph.node if node.op_type == "Linear8")
+    assert (found.input[0], len(found.input), list(found.attribute)) == ("x", 5, [])
+    assert {node.output[0] for node in model.graph.node} >= {*before, *after}
+
+
+@pytest.mark.parametrize("places", [("y", "r"), ("r", "y")])
+def test_a_residual_becomes_part_of_the_product(places: tuple[str, str]) -> None:
+    model = typed(model_of({**CHAIN, "z": ("Add", *places)}, outputs=("z",)), y=SHAPE, r=SHAPE)
+    assert use_kernels(model, FAST) == {"Linear8": 1}
+    assert nodes_of(model) == [(DOMAIN, "Linear8", ["x", "codes", "scales", "rotation", "bias", "", "r"], ["z"])]
+
+
+@pytest.mark.parametrize(
+    ("after", "shape"),
+    [
+        ({"z": ("Add", "y", "r")}, [1, "tokens", 64]),  # would be broadcast
+        ({"z": ("Add", "y", "r")}, None),
+        ({"z": ("Add", "y", "y")}, SHAPE),
+        ({"z": ("Add", "y", "r"), "w": ("Neg", "y")}, SHAPE),
+    ],
+    ids=["broadcast", "unknown", "twice", "use"],
+)
+def test_other_sums_stay(after: dict[str, tuple[str, ...]], shape: list[str | int] | None) -> None:
+    model = typed(model_of({**CHAIN, **after}, outputs=tuple(after)), y=SHAPE, r=shape)
+    assert use_kernels(model, FAST) == {"Linear8": 1}
+    assert nodes_of(model)[0] == (DOMAIN, "Linear8", ["x", "codes", "scales", "rotation", "bias"], ["y"])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axis", "attributes"),
+    [
+        ([32, 16, 16], -1, {"first": 32, "second": 16}),
+        ([16, 48], 2, {"first": 16, "second": 48}),
+        (2, -1, {"first": 32, "second": 32}),
+        ([40, 24], -1, {}),
+        ([16, 16, 16, 16], -1, {}),
+        ([32, 32], 1, {}),
+        (3, -1, {}),
+    ],
+    ids=["three", "two", "halves", "not 16", "four", "axis", "thirds"],
+)
+def test_a_split_becomes_part_of_the_product(sizes: list[int] | int, axis: int, attributes: dict[str, int]) -> None:
+    outputs = [f"y{place}" for place in range(sizes if isinstance(sizes, int) else len(sizes))]
+    inputs, counts = (["y"], {"num_outputs": sizes}) if isinstance(sizes, int) else (["y", "sizes"], {})
+    model = typed(model_of(CHAIN, {"sizes": np.array(sizes)}, tuple(outputs)), y=SHAPE)
+    model.graph.node.append(helper.make_node("Split", inputs, outputs, axis=axis, **counts))
+    assert use_kernels(model, FAST) == {"Linear8": 1}
+    node = model.graph.node[0]
+    assert {entry.name: entry.i for entry in node.attribute} == attributes
+    assert list(node.output) == (outputs if attributes else ["y"])
+    assert len(model.graph.node) == (1 if attributes else 2)
+
+
 def test_another_shape_is_no_rotation() -> None:
     model = model_of(CHAIN, {"parts": np.array([0, -1, 4, 16])})
     assert use_kernels(model, FAST) == {"Linear8": 1}

@@ -1,19 +1,21 @@
 """The replacement of products by 8-bit matrices, and of the nodes around them, by Linear8 and Linear8Blocks.
 
 `vlpack.layers.ops.integer_mat_mul` writes a product by an int8 matrix as a chain of nodes: rows are divided by their
-largest magnitudes, rounded, multiplied and multiplied back. The rotation of the input before the chain, and the bias
-after it, become part of the operator as well.
+largest magnitudes, rounded, multiplied and multiplied back. The activation function and the rotation of the input
+before the chain become part of the operator as well, and so do the bias and the sum with a residual after it, or the
+split of the result.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
+from vlpack.ort.links import Links, used_by
 from vlpack.quantize.channels import ZERO_POINT
 
 STEP = np.float32(1 / 127)
@@ -22,55 +24,11 @@ STEP = np.float32(1 / 127)
 SMALLEST = np.float32(1e-20)
 """The number that is added to a largest magnitude, so that rows of zeros are not divided by 0."""
 
+SILU, GELU_TANH = 1, 2
+"""Values of the operators' attribute ``activation``."""
 
-class Links:
-    """The links between the nodes of a graph.
-
-    Attributes:
-        made_by: the node that computes a value, by the value's name.
-        users: the nodes that use a value, by the value's name; outputs of the graph are not counted.
-    """
-
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self._constants = {tensor.name: tensor for tensor in graph.initializer}
-        self._kept = {port.name for port in graph.output}
-        self.made_by = {name: node for node in graph.node for name in node.output}
-        self.users: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
-            for name in _used_by(node):
-                self.users.setdefault(name, []).append(node)
-
-    def constant(self, name: str, kind: int, rank: int) -> onnx.TensorProto | None:
-        """The initializer of this name, if it has the data type and the number of dimensions."""
-        tensor = self._constants.get(name)
-        return tensor if tensor is not None and tensor.data_type == kind and len(tensor.dims) == rank else None
-
-    def equals(self, name: str, value: Any) -> bool:
-        """Whether a value is an initializer, stored in the graph itself, that equals an array in type and contents."""
-        tensor, wanted = self._constants.get(name), np.asarray(value)
-        if tensor is None or tensor.data_location == TensorProto.EXTERNAL or tuple(tensor.dims) != wanted.shape:
-            return False
-        found = numpy_helper.to_array(tensor)
-        return found.dtype == wanted.dtype and bool(np.array_equal(found, wanted))
-
-    def maker(self, name: str, operator: str) -> onnx.NodeProto | None:
-        """The node that computes a value, if it is one of this operator of ONNX."""
-        node = self.made_by.get(name)
-        return node if node is not None and (node.domain, node.op_type) == ("", operator) else None
-
-    def only_user(self, name: str, operator: str) -> onnx.NodeProto | None:
-        """The node that uses a value, if it is the only use of the value and one of this operator of ONNX."""
-        users = self.users.get(name, [])
-        if len(users) != 1 or name in self._kept or (users[0].domain, users[0].op_type) != ("", operator):
-            return None
-        return users[0]
-
-    def shape(self, name: str) -> list[int]:
-        """The contents of a constant shape that is stored in the graph itself; empty if a value is none."""
-        tensor = self.constant(name, TensorProto.INT64, 1)
-        if tensor is None or tensor.data_location == TensorProto.EXTERNAL:
-            return []
-        return [int(size) for size in numpy_helper.to_array(tensor)]
+MOST_OUTPUTS, OUTPUT_MULTIPLE = 3, 16
+"""A product can be split into so many outputs, whose sizes must be multiples of this number."""
 
 
 def use_linear8(model: onnx.ModelProto, domain: str) -> Counter[str]:
@@ -108,6 +66,27 @@ def _replacement(node: onnx.NodeProto, links: Links) -> tuple[onnx.NodeProto, li
     return None
 
 
+class _Input(NamedTuple):
+    """The input of a product, and what the operator does with it first.
+
+    Attributes:
+        x: the value.
+        activation: number of the function that is applied to it; 0 for none.
+        factor: the value of the same shape by which the result is multiplied; "" for none.
+        rotation: the matrix by which groups of its columns are multiplied; "" for none.
+    """
+
+    x: str
+    activation: int = 0
+    factor: str = ""
+    rotation: str = ""
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        """The operator's attributes; without an activation there are none."""
+        return {"activation": self.activation} if self.activation else {}
+
+
 def _channels(product: onnx.NodeProto, links: Links) -> tuple[onnx.NodeProto, list[str]] | None:
     """The operator Linear8 for a product by signed codes with a scale per channel."""
     if len(product.input) != 5:
@@ -123,14 +102,23 @@ def _channels(product: onnx.NodeProto, links: Links) -> tuple[onnx.NodeProto, li
     divided = links.maker(rounded.input[0], "Div")
     if divided is None or list(back.input) != [product.output[0], divided.input[1]] or not _by_peak(divided, links):
         return None
-    before, rotation = _rotated(divided.input[0], links)
-    inputs, replaced = [before, weight, scales, rotation], [product.output[0], back.output[0]]
+    given = _before(divided.input[0], ["Abs", "Div"], links)
+    inputs = [given.x, weight, scales, given.rotation, "", given.factor, ""]
+    replaced = [product.output[0], back.output[0]]
     add = links.only_user(back.output[0], "Add")
-    if add is not None:
-        bias = next(name for name in [*add.input, ""] if name != back.output[0])
-        if links.constant(bias, TensorProto.FLOAT, 1):
-            inputs, replaced = [*inputs, bias], [*replaced, add.output[0]]
-    return helper.make_node("Linear8", inputs, replaced[-1:], product.name), replaced
+    if add is not None and links.constant(_other(add, back.output[0]), TensorProto.FLOAT, 1):
+        inputs[4], replaced = _other(add, back.output[0]), [*replaced, add.output[0]]
+    outputs, attributes = replaced[-1:], given.attributes
+    parts = links.only_user(outputs[0], "Split")
+    sizes = _part_sizes(parts, links.dims(outputs[0]), links) if parts is not None else []
+    residual = links.only_user(outputs[0], "Add")
+    if parts is not None and sizes:
+        outputs, attributes = list(parts.output), {**attributes, "first": sizes[0], "second": sizes[1]}
+    elif residual is not None and links.same_shape(*residual.input):
+        inputs[6], outputs = _other(residual, outputs[0]), list(residual.output)
+    while not inputs[-1]:
+        inputs.pop()
+    return helper.make_node("Linear8", inputs, outputs, product.name, **attributes), [*replaced, outputs[0]]
 
 
 def _blocks(product: onnx.NodeProto, links: Links) -> tuple[onnx.NodeProto, list[str]] | None:
@@ -142,9 +130,10 @@ def _blocks(product: onnx.NodeProto, links: Links) -> tuple[onnx.NodeProto, list
     x, weight, scales = product.input
     if not links.constant(weight, TensorProto.UINT8, 3) or not links.constant(scales, TensorProto.FLOAT, 2):
         return None
-    before, rotation = _rotated(x, links)
-    inputs = [before, weight, scales, rotation]
-    return helper.make_node("Linear8Blocks", inputs, product.output, product.name, **sizes), list(product.output)
+    given = _before(x, ["MatMulNBits"], links)
+    inputs = [given.x, weight, scales, given.rotation, *([given.factor] if given.factor else [])]
+    made = helper.make_node("Linear8Blocks", inputs, product.output, product.name, **sizes, **given.attributes)
+    return made, list(product.output)
 
 
 def _by_peak(divided: onnx.NodeProto, links: Links) -> bool:
@@ -157,6 +146,55 @@ def _by_peak(divided: onnx.NodeProto, links: Links) -> bool:
     magnitude = links.maker(reduce.input[0], "Abs")
     keeps = {attribute.name: attribute.i for attribute in reduce.attribute} == {"keepdims": 1}
     return magnitude is not None and keeps and magnitude.input[0] == x
+
+
+def _other(node: onnx.NodeProto, name: str) -> str:
+    """The other input of a node of two; "" if both are the same."""
+    return next((given for given in node.input if given != name), "")
+
+
+def _part_sizes(split: onnx.NodeProto, dims: list[str | int], links: Links) -> list[int]:
+    """The sizes of two or three parts of the last dimension; empty if the operator cannot write them."""
+    attributes = {attribute.name: attribute.i for attribute in split.attribute}
+    count, whole = len(split.output), dims[-1] if dims else 0
+    if attributes.get("axis") not in (-1, len(dims) - 1) or not 1 < count <= MOST_OUTPUTS or not all(split.output):
+        return []
+    sizes = links.shape(split.input[1]) if len(split.input) > 1 else []
+    if len(split.input) == 1 and isinstance(whole, int) and whole % count == 0:
+        sizes = [whole // count] * count
+    return sizes if len(sizes) == count and not any(size % OUTPUT_MULTIPLE for size in sizes) else []
+
+
+def _before(name: str, users: list[str], links: Links) -> _Input:
+    """What the operator does before it rounds a value.
+
+    Args:
+        name: the value that is rounded.
+        users: the operators that use it for that.
+        links: the graph's.
+    """
+    x, rotation = _rotated(name, links)
+    if sorted(node.op_type for node in links.users[x]) != (["Reshape"] if rotation else users):
+        return _Input(x, rotation=rotation)  # another node needs the value, so it is computed in any case
+    found, product = _function(x, links), links.maker(x, "Mul")
+    if found is None and product is not None and links.same_shape(*product.input):
+        for given in product.input:
+            found = _function(given, links)
+            if found is not None:
+                return _Input(*found, _other(product, given), rotation)
+    return _Input(x, rotation=rotation) if found is None else _Input(*found, rotation=rotation)
+
+
+def _function(name: str, links: Links) -> tuple[str, int] | None:
+    """The argument of an activation function and the function's number; None if a value is none of these."""
+    gelu, product = links.maker(name, "Gelu"), links.maker(name, "Mul")
+    if gelu is not None and [helper.get_attribute_value(attribute) for attribute in gelu.attribute] == [b"tanh"]:
+        return gelu.input[0], GELU_TANH
+    for given in [] if product is None else product.input:
+        sigmoid = links.maker(given, "Sigmoid")
+        if product is not None and sigmoid is not None and _other(product, given) == sigmoid.input[0]:
+            return sigmoid.input[0], SILU
+    return None
 
 
 def _rotated(name: str, links: Links) -> tuple[str, str]:
@@ -180,15 +218,5 @@ def _without_unused(nodes: list[onnx.NodeProto], graph: onnx.GraphProto) -> list
     for node in reversed(nodes):
         if used.intersection(node.output):
             kept.append(node)
-            used.update(_used_by(node))
+            used.update(used_by(node))
     return kept[::-1]
-
-
-def _used_by(node: onnx.NodeProto) -> set[str]:
-    """The names of the values that a node uses, including those that the graphs in its attributes use."""
-    names = set(node.input)
-    for attribute in node.attribute:
-        for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-            names.update(port.name for port in graph.output)
-            names.update(name for inner in graph.node for name in _used_by(inner))
-    return names
