@@ -17,8 +17,6 @@ struct Bytes {
   static VLPACK_INLINE Bytes load(const void* p) { return {_mm512_loadu_si512(p)}; }
   VLPACK_INLINE void store(void* p) const { _mm512_storeu_si512(p, v); }
   static VLPACK_INLINE Bytes all(int8_t x) { return {_mm512_set1_epi8(x)}; }
-  static VLPACK_INLINE Bytes bits(Floats x) { return {_mm512_castps_si512(x.v)}; }
-  VLPACK_INLINE Bytes operator-(Bytes o) const { return {_mm512_sub_epi8(v, o.v)}; }
   VLPACK_INLINE Bytes low() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
   VLPACK_INLINE Bytes high() const { return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))}; }
 };
@@ -32,29 +30,11 @@ struct Sums {
   VLPACK_INLINE Sums add_exactly(Bytes a, Bytes b) const { return add(a, b); }
   VLPACK_INLINE Sums operator+(Sums o) const { return {_mm512_add_epi32(v, o.v)}; }
   VLPACK_INLINE void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
-  // Subtracts 128 times the sum of each of 1, 2, 4 or 8 equal parts from p[part], for the first `left` parts.
-  VLPACK_INLINE void subtract_parts(int parts, int64_t left, int32_t* p) const {
-    __m512i x = _mm512_slli_epi32(v, 7);
-    __mmask16 first = 0x5555;  // the lanes with sums
-    x = _mm512_add_epi32(x, _mm512_shuffle_epi32(x, _MM_PERM_CDAB));
-    if (parts <= 4) x = _mm512_add_epi32(x, _mm512_shuffle_epi32(x, _MM_PERM_BADC)), first = 0x1111;
-    if (parts <= 2) x = _mm512_add_epi32(x, _mm512_shuffle_i64x2(x, x, _MM_PERM_CDAB)), first = 0x0101;
-    if (parts == 1) x = _mm512_add_epi32(x, _mm512_shuffle_i64x2(x, x, _MM_PERM_BADC)), first = 0x0001;
-    const __m512i sums = _mm512_maskz_compress_epi32(first, x);
-    const __mmask16 some = (1u << (left < parts ? left : parts)) - 1;
-    _mm512_mask_storeu_epi32(p, some, _mm512_sub_epi32(_mm512_maskz_loadu_epi32(some, p), sums));
-  }
   VLPACK_INLINE Floats floats() const { return {_mm512_cvtepi32_ps(v)}; }
   VLPACK_INLINE int32_t total() const { return _mm512_reduce_add_epi32(v); }
 };
 
 VLPACK_INLINE Sums integers(Floats x) { return {_mm512_cvtps_epi32(x.v)}; }
-
-// Copies the lowest byte of each lane to all four bytes of the lane; the others must be 0.
-VLPACK_INLINE Sums repeat_bytes(Sums x) {
-  const __m512i two = _mm512_or_si512(x.v, _mm512_slli_epi32(x.v, 8));
-  return {_mm512_or_si512(two, _mm512_slli_epi32(two, 16))};
-}
 
 VLPACK_INLINE Bytes spread(const void* four) {
   int32_t x;
@@ -119,8 +99,6 @@ struct Bytes {
   static VLPACK_INLINE Bytes load(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
   VLPACK_INLINE void store(void* p) const { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
   static VLPACK_INLINE Bytes all(int8_t x) { return {_mm256_set1_epi8(x)}; }
-  static VLPACK_INLINE Bytes bits(Floats x) { return {_mm256_castps_si256(x.v)}; }
-  VLPACK_INLINE Bytes operator-(Bytes o) const { return {_mm256_sub_epi8(v, o.v)}; }
   VLPACK_INLINE Bytes low() const { return {_mm256_and_si256(v, _mm256_set1_epi8(15))}; }
   VLPACK_INLINE Bytes high() const { return {_mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15))}; }
 };
@@ -142,12 +120,6 @@ struct Sums {
   }
   VLPACK_INLINE Sums operator+(Sums o) const { return {_mm256_add_epi32(v, o.v)}; }
   VLPACK_INLINE void store(int32_t* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-  VLPACK_INLINE void subtract_parts(int parts, int64_t left, int32_t* p) const {
-    int32_t lanes[8];
-    store(lanes);
-    for (int part = 0; part < parts && part < left; ++part)
-      for (int i = 0; i < 8 / parts; ++i) p[part] -= 128 * lanes[part * (8 / parts) + i];
-  }
   VLPACK_INLINE Floats floats() const { return {_mm256_cvtepi32_ps(v)}; }
   VLPACK_INLINE int32_t total() const {
     int32_t lanes[8];
@@ -157,11 +129,6 @@ struct Sums {
 };
 
 VLPACK_INLINE Sums integers(Floats x) { return {_mm256_cvtps_epi32(x.v)}; }
-
-VLPACK_INLINE Sums repeat_bytes(Sums x) {
-  const __m256i two = _mm256_or_si256(x.v, _mm256_slli_epi32(x.v, 8));
-  return {_mm256_or_si256(two, _mm256_slli_epi32(two, 16))};
-}
 
 VLPACK_INLINE Bytes spread(const void* four) {
   int32_t x;

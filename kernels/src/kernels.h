@@ -23,15 +23,12 @@ struct Attention {
   bool narrow;                     // whether keys and values are bfloat16 numbers; never if `exact`
 };
 
-// The product y = x Wᵀ of fp32 rows x [count, cols] and a 4-bit matrix W [rows, cols].
-struct Linear4 {
+// A product by a 4-bit matrix.
+struct Linear4 : Product {
   const uint8_t* codes;  // in the layout of `linear4_lay`; the low nibble of a byte is the first of two columns
   const float* scales;   // [rows, blocks]
   const uint8_t* zeros;  // zero points [rows, ceil(blocks / 2)], low nibble first; null if all are 8
-  int64_t rows, cols, block, blocks;
-  const float* x;
-  float* y;
-  int64_t count;
+  int64_t block, blocks;
 };
 
 // The implementations for one instruction set.

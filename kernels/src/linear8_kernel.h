@@ -12,11 +12,8 @@
 #include <cstring>
 #include <utility>
 
-#include "activate.h"
-#include "bytes.h"
 #include "linear8.h"
-#include "rotate.h"
-#include "scratch.h"
+#include "rows.h"
 #include "unroll.h"
 
 namespace vlpack {
@@ -118,7 +115,7 @@ struct Multiply8 {
     const int64_t size = l.block ? l.block : width(l), first = row / tile(l) * tile(l);
     const int64_t stride = std::min(tile(l), l.count - first) * kChunk;
     char* const to = start + first * width(l) + (row - first) * kChunk;
-    const float* const values = prepared(l, row);
+    const float* const values = prepared(l, row, l.blocks() * size);
     float* const factor = const_cast<float*>(factors(l, start)) + row * l.blocks();
     int32_t* const offset = const_cast<int32_t*>(offsets(l, start)) + row * l.blocks();
     for (int64_t b = 0; b < l.blocks(); ++b) {
@@ -128,43 +125,6 @@ struct Multiply8 {
                                   : quantize_row(values, size, factor[b], to, stride));
     }
     for (int64_t i = l.blocks() * size; i < width(l); i += 8) std::memset(to + i / kChunk * stride + i % kChunk, 0, 8);
-  }
-
-  // A row of x after the activation and the rotation, with zeros up to the end of the last block or chunk.
-  static const float* prepared(const Linear8& l, int64_t row) {
-    const int64_t size = l.block ? l.blocks() * l.block : width(l);
-    const float* x = l.x + row * l.cols;
-    float* const start = scratch<float, 10>(l.cols + kLanes);
-    if (l.activation != Activation::kNone) {
-      const float* const factor = l.factor ? l.factor + row * l.cols : nullptr;
-      if (l.activation == Activation::kSilu)
-        activate(x, factor, l.cols, start, [](Floats v) VLPACK_BODY { return silu(v); });
-      else
-        activate(x, factor, l.cols, start, [](Floats v) VLPACK_BODY { return gelu_tanh(v); });
-      x = start;
-    }
-    if (!l.rotation && size == l.cols) return x;
-    float* const values = scratch<float, 8>(width(l));
-    if (l.rotation && l.core < l.group) {
-      add_halves(x, l.cols, l.group, l.core, start);
-      x = start;
-    }
-    if (l.rotation)
-      rotate(x, l.cols, l.rotation, l.group, l.core, values);
-    else
-      std::memcpy(values, x, l.cols * sizeof(float));
-    std::fill(values + l.cols, values + size, 0.0f);
-    return values;
-  }
-
-  // f(x) · factor, where factor may be null for 1; room for kLanes values more is needed.
-  template <class Function>
-  static VLPACK_INLINE void activate(
-      const float* x, const float* factor, int64_t count, float* to, const Function& f) {
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const Floats y = f(load_some(x + i, count - i));
-      (factor ? y * load_some(factor + i, count - i) : y).store(to + i);
-    }
   }
 
   // The largest magnitude of `count` values, a multiple of 16; NaN if one of them is NaN.
@@ -223,10 +183,8 @@ struct Multiply8 {
 
   static constexpr float kStep = static_cast<float>(1.0 / 127);
 
-  static int64_t tasks(const Linear8& l) {
-    const int64_t size = l.count <= kFew ? kFewPanels : kPanels;
-    return (panels(l) + size - 1) / size;
-  }
+  static int64_t task_panels(const Linear8& l) { return l.count <= kFew ? kFewPanels : kPanels; }
+  static int64_t tasks(const Linear8& l) { return (panels(l) + task_panels(l) - 1) / task_panels(l); }
 
   static void run(const Linear8& l, const void* room, int64_t task) {
     return l.block ? run_kind<true>(l, static_cast<const char*>(room), task)
@@ -267,7 +225,7 @@ struct Multiply8 {
     const char* const x = room + row * width(l);
     const float* const factor = factors(l, room) + row * blocks;
     const int32_t* const offset = offsets(l, room) + row * blocks;
-    const uint8_t* const codes = l.codes + panel * stride;
+    const uint8_t* const codes = l.codes + (panel - l.first) * stride;
     Sums sum[kUnroll * kCount];
     Floats y[kCount];
     if (kBlocks) each<kCount>([&](auto i) VLPACK_BODY { y[i] = Floats::all(0); });
@@ -301,22 +259,17 @@ struct Multiply8 {
       each<(kUnroll - 1) * kCount>([&](auto i) VLPACK_BODY { sum[i % kCount] = sum[i % kCount] + sum[i + kCount]; });
       if (kBlocks)
         each<kCount>([&](auto i) VLPACK_BODY {
-          const Floats scale = Floats::load(l.scales + ((panel + i % Panels) * blocks + block) * kLanes);
+          const Floats scale = Floats::load(l.scales + ((panel - l.first + i % Panels) * blocks + block) * kLanes);
           y[i] = Floats::fma(sum[i].floats(), scale * Floats::all(factor[i / Panels * blocks + block]), y[i]);
         });
     }
     each<Panels>([&](auto p) VLPACK_BODY {
       const int64_t column = (panel + p) * kLanes;
-      const Linear8::Part& part = l.part_of(column);
-      const int64_t left = part.end - column, stride = part.end - part.begin;
-      const Floats bias = l.bias ? load_some(l.bias + column, left) : Floats::all(0);
-      const Floats scale = kBlocks ? bias : load_some(l.scales + column, left) * Floats::all(kStep);
+      const Floats scale =
+          kBlocks ? Floats::all(0) : load_some(l.scales + column, l.rows - column) * Floats::all(kStep);
       each<Rows>([&](auto r) VLPACK_BODY {
         constexpr int i = r * Panels + p;
-        Floats value = kBlocks ? y[i] : sum[i].floats() * scale * Floats::all(factor[r]);
-        if (l.bias) value = value + bias;
-        if (l.residual) value = value + load_some(l.residual + (row + r) * l.rows + column, left);
-        store_some(value, part.y + (row + r) * stride + column - part.begin, left);
+        finish(l, row + r, column, kBlocks ? y[i] : sum[i].floats() * scale * Floats::all(factor[r]));
       });
     });
   }

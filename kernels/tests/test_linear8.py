@@ -48,7 +48,7 @@ class Matrix(NamedTuple):
         arrays = {"codes": codes, "scales": scales}
         if group:
             arrays["rotation"] = rotation
-        if bias and not block:
+        if bias:
             arrays["bias"] = random.standard_normal(rows).astype(np.float32)
         return cls(arrays, numbers, block)
 
@@ -60,9 +60,7 @@ class Matrix(NamedTuple):
 
     def inputs(self) -> dict[str, np.ndarray | None]:
         """The arrays in the order of the inputs; None for one that is not given."""
-        return {
-            name: self.arrays.get(name) for name in ("codes", "scales", "rotation", *([] if self.block else ["bias"]))
-        }
+        return {name: self.arrays.get(name) for name in ("codes", "scales", "rotation", "bias")}
 
     def turned(self, x: np.ndarray) -> np.ndarray:
         """Rotated rows, float64."""
@@ -92,12 +90,10 @@ def fused(
     **attributes: int,
 ) -> list[np.ndarray]:
     """The outputs of the operator together with the nodes around the product."""
-    names = {**matrix.inputs(), "factor": factor}
+    names = {**matrix.inputs(), "factor": factor, "residual": residual}
     if matrix.block:
         rows, cols = matrix.numbers.shape
         attributes |= {"K": cols, "N": rows, "block_size": matrix.block}
-    else:
-        names["residual"] = residual
     made = session("Linear8Blocks" if matrix.block else "Linear8", ["x"], names, 2, outputs=outputs, **attributes)
     return [np.asarray(y) for y in made.run(None, {"x": x})]
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import onnx
 from onnx import TensorProto, helper
 
 from vlpack.errors import PackageError
 from vlpack.ort.causal_attention import ATTENTION, narrowed_attention, replaced_attention
-from vlpack.ort.linear8 import use_linear8
+from vlpack.ort.products import use_products
 
 DOMAIN = "vlpack"
 """Domain of the library's operators in a graph."""
@@ -88,13 +87,10 @@ def use_kernels(model: onnx.ModelProto, available: Library | None) -> Counter[st
         used[node.op_type] += 1
     kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     for node in model.graph.node:
-        if node.domain == "com.microsoft" and kinds.get(node.output[0]) == TensorProto.FLOAT:
-            replace = _REPLACE.get(node.op_type)
-            if replace is not None and replace(node, available.instruction_set):
-                node.domain = DOMAIN
-                used[node.op_type] += 1
+        if kinds.get(node.output[0]) == TensorProto.FLOAT and _replaces_attention(node, available.instruction_set):
+            used[node.op_type] += 1
     if available.instruction_set != "avx2":  # products of bytes are faster with VNNI
-        used += use_linear8(model, DOMAIN)
+        used += use_products(model, DOMAIN)
     if used:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return used
@@ -109,38 +105,18 @@ def kernel_counts(graph: Path) -> dict[str, int]:
     return dict(use_kernels(read_graph(graph), library()))
 
 
-def _attention(node: onnx.NodeProto, instruction_set: str) -> bool:
+def _replaces_attention(node: onnx.NodeProto, instruction_set: str) -> bool:
     """Replaces MultiHeadAttention without a mask by Attention, which is faster where products are in bfloat16."""
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    scale = attributes.pop("scale", 0.0)
-    heads = attributes.pop("num_heads", 0)
-    if instruction_set != "avx512_bf16" or len(node.input) != 3 or len(node.output) != 1 or attributes or not heads:
+    scale, heads = float(attributes.pop("scale", 0.0)), attributes.pop("num_heads", 0)
+    plain = len(node.input) == 3 and len(node.output) == 1 and not attributes and heads
+    if (node.domain, node.op_type) != ("com.microsoft", "MultiHeadAttention") or not plain:
         return False
-    _rename(node, "Attention", num_heads=heads, scale=float(scale))
-    return True
-
-
-def _linear4(node: onnx.NodeProto, instruction_set: str) -> bool:
-    """Replaces MatMulNBits with 4-bit weights and 8-bit activations by Linear4, which is faster with VNNI."""
-    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    sizes = {name: attributes.pop(name, 0) for name in ("K", "N", "block_size")}
-    quantized = (attributes.pop("bits", 4), attributes.pop("accuracy_level", 0)) == (4, 4)
-    if instruction_set == "avx2" or not quantized or attributes or len(node.input) > 4:
+    if instruction_set != "avx512_bf16":
         return False
-    _rename(node, "Linear4", **sizes)
-    return True
-
-
-def _rename(node: onnx.NodeProto, operator: str, **attributes: Any) -> None:
-    """Changes the operator and all attributes of a node."""
-    node.op_type = operator
+    node.op_type, node.domain = "Attention", DOMAIN
     del node.attribute[:]
-    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
-
-
-_REPLACE: dict[str, Callable[[onnx.NodeProto, str], bool]] = {
-    "MultiHeadAttention": _attention,
-    "MatMulNBits": _linear4,
-}
-"""For each operator of com.microsoft that may be replaced: a function that edits a node in place and returns True, or
-leaves it unchanged and returns False."""
+    node.attribute.extend(
+        helper.make_attribute(name, value) for name, value in [("num_heads", heads), ("scale", scale)]
+    )
+    return True

@@ -59,6 +59,10 @@ class Links:
             return []
         return [int(size) for size in numpy_helper.to_array(tensor)]
 
+    def is_float(self, name: str) -> bool:
+        """Whether a value is known to be fp32."""
+        return name in self._types and self._types[name].elem_type == TensorProto.FLOAT
+
     def dims(self, name: str) -> list[str | int]:
         """The dimensions of a value, by name or size; empty if they are not known."""
         found = self._types.get(name)

@@ -1,9 +1,10 @@
-"""The replacement of products by 8-bit matrices, and of the nodes around them, by Linear8 and Linear8Blocks.
+"""The replacement of products by quantized matrices, and of the nodes around them, by operators of vlpack-kernels.
 
-`vlpack.layers.ops.integer_mat_mul` writes a product by an int8 matrix as a chain of nodes: rows are divided by their
-largest magnitudes, rounded, multiplied and multiplied back. The activation function and the rotation of the input
-before the chain become part of the operator as well, and so do the bias and the sum with a residual after it, or the
-split of the result.
+Linear8 replaces a product by an int8 matrix with a scale per channel, which `vlpack.layers.ops.integer_mat_mul` writes
+as a chain of nodes: rows are divided by their largest magnitudes, rounded, multiplied and multiplied back.
+Linear8Blocks and Linear4 replace MatMulNBits. The activation function and the rotation of the input before a product
+become part of the operator as well, and so do the bias and the sum with a residual after it, or the split of the
+result.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ MOST_OUTPUTS, OUTPUT_MULTIPLE = 3, 16
 """A product can be split into so many outputs, whose sizes must be multiples of this number."""
 
 
-def use_linear8(model: onnx.ModelProto, domain: str) -> Counter[str]:
-    """Replaces products by 8-bit matrices; weights stay in their files.
+def use_products(model: onnx.ModelProto, domain: str) -> Counter[str]:
+    """Replaces products by 8-bit and 4-bit matrices; weights stay in their files.
 
     Args:
         model: a graph as vlpack writes it; edited in place.
@@ -81,11 +82,6 @@ class _Input(NamedTuple):
     factor: str = ""
     rotation: str = ""
 
-    @property
-    def attributes(self) -> dict[str, int]:
-        """The operator's attributes; without an activation there are none."""
-        return {"activation": self.activation} if self.activation else {}
-
 
 def _channels(product: onnx.NodeProto, links: Links) -> tuple[onnx.NodeProto, list[str]] | None:
     """The operator Linear8 for a product by signed codes with a scale per channel."""
@@ -103,37 +99,66 @@ def _channels(product: onnx.NodeProto, links: Links) -> tuple[onnx.NodeProto, li
     if divided is None or list(back.input) != [product.output[0], divided.input[1]] or not _by_peak(divided, links):
         return None
     given = _before(divided.input[0], ["Abs", "Div"], links)
-    inputs = [given.x, weight, scales, given.rotation, "", given.factor, ""]
-    replaced = [product.output[0], back.output[0]]
-    add = links.only_user(back.output[0], "Add")
-    if add is not None and links.constant(_other(add, back.output[0]), TensorProto.FLOAT, 1):
-        inputs[4], replaced = _other(add, back.output[0]), [*replaced, add.output[0]]
-    outputs, attributes = replaced[-1:], given.attributes
-    parts = links.only_user(outputs[0], "Split")
-    sizes = _part_sizes(parts, links.dims(outputs[0]), links) if parts is not None else []
-    residual = links.only_user(outputs[0], "Add")
-    if parts is not None and sizes:
-        outputs, attributes = list(parts.output), {**attributes, "first": sizes[0], "second": sizes[1]}
-    elif residual is not None and links.same_shape(*residual.input):
-        inputs[6], outputs = _other(residual, outputs[0]), list(residual.output)
-    while not inputs[-1]:
-        inputs.pop()
-    return helper.make_node("Linear8", inputs, outputs, product.name, **attributes), [*replaced, outputs[0]]
+    return _with_ends("Linear8", given, [weight, scales], [product.output[0], back.output[0]], product.name, links)
 
 
 def _blocks(product: onnx.NodeProto, links: Links) -> tuple[onnx.NodeProto, list[str]] | None:
-    """The operator Linear8Blocks for a product by 8-bit codes with a scale per block."""
+    """The operator Linear8Blocks or Linear4 for a product by codes with a scale per block and 8-bit activations."""
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in product.attribute}
     sizes = {name: attributes.pop(name, 0) for name in ("K", "N", "block_size")}
-    if attributes != {"bits": 8, "accuracy_level": 4} or len(product.input) != 3:
+    x, weight, scales, *zeros = product.input
+    if attributes.pop("accuracy_level", 0) != 4 or len(zeros) > 1:
         return None
-    x, weight, scales = product.input
-    if not links.constant(weight, TensorProto.UINT8, 3) or not links.constant(scales, TensorProto.FLOAT, 2):
+    bits = attributes.pop("bits", 4)
+    if bits == 8:
+        constants = links.constant(weight, TensorProto.UINT8, 3), links.constant(scales, TensorProto.FLOAT, 2)
+        floats, operator, own = None not in constants, "Linear8Blocks", [weight, scales]
+    else:
+        floats, operator, own = links.is_float(product.output[0]), "Linear4", [weight, scales, *(zeros or [""])]
+    if attributes or not floats or bits not in (4, 8) or (bits == 8 and zeros):
         return None
     given = _before(x, ["MatMulNBits"], links)
-    inputs = [given.x, weight, scales, given.rotation, *([given.factor] if given.factor else [])]
-    made = helper.make_node("Linear8Blocks", inputs, product.output, product.name, **sizes, **given.attributes)
-    return made, list(product.output)
+    return _with_ends(operator, given, own, list(product.output), product.name, links, **sizes)
+
+
+def _with_ends(
+    operator: str, given: _Input, own: list[str], replaced: list[str], name: str, links: Links, **attributes: int
+) -> tuple[onnx.NodeProto, list[str]]:
+    """An operator together with the nodes after the product: the bias, and the residual or the split.
+
+    Args:
+        operator: name of the operator.
+        given: its input.
+        own: its inputs for the matrix.
+        replaced: outputs of the nodes that it replaces, of which the last one is the product.
+        name: name of the node.
+        links: the graph's.
+        attributes: the operator's own attributes.
+
+    Returns:
+        The node, and the outputs of all nodes that it replaces.
+    """
+    bias, residual, outputs = "", "", replaced[-1:]
+    add = links.only_user(outputs[0], "Add")
+    if add is not None and links.constant(_other(add, outputs[0]), TensorProto.FLOAT, 1):
+        bias, outputs = _other(add, outputs[0]), list(add.output)
+        replaced = [*replaced, *outputs]
+        add = links.only_user(outputs[0], "Add")
+    split = links.only_user(outputs[0], "Split")
+    parts = _part_sizes(split, links.dims(outputs[0]), links) if split is not None else []
+    if split is not None and parts:
+        outputs = list(split.output)
+        attributes |= {"first": parts[0], "second": parts[1]}
+    elif add is not None and links.same_shape(*add.input):
+        residual, outputs = _other(add, outputs[0]), list(add.output)
+    if given.activation:
+        attributes["activation"] = given.activation
+    inputs = [given.x, *own, given.rotation, bias, given.factor, residual]
+    while not inputs[-1]:
+        inputs.pop()
+    node = helper.make_node(operator, inputs, outputs, name)
+    node.attribute.extend(helper.make_attribute(key, value) for key, value in attributes.items())
+    return node, [*replaced, outputs[0]]
 
 
 def _by_peak(divided: onnx.NodeProto, links: Links) -> bool:
