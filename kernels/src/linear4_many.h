@@ -1,9 +1,9 @@
 // Products by 4-bit matrices and many rows, for the instruction set that the including file is compiled for.
 //
-// A task rounds some panels of the matrix to 8 bits, with a scale for each wide block of columns, and multiplies them
-// as an 8-bit matrix. A wide block has kWide columns, so this is coarser than 4 bits with a scale for each small block
-// only by a small part of what rounding to 4 bits has cost: a step is 1/127 of the largest number in a wide block. Rows
-// of x are quantized in wide blocks, too. A code has 16 values, which are rounded once for each block and then looked up.
+// A task turns some panels of the matrix into panels of an 8-bit matrix and multiplies by these. If blocks have less than
+// 128 columns, it rounds the matrix to 8 bits with a scale for each wide block of kWide columns: a step is 1/127 of the
+// largest number that a wide block can have, and small beside the steps of 4 bits. Rows of x are quantized in wide blocks
+// then, too. A code has 16 values, which are rounded once for each block and then looked up.
 #pragma once
 
 #include "linear4_few.h"
@@ -12,7 +12,7 @@
 namespace vlpack {
 namespace {
 
-constexpr int64_t kWide = 256;
+constexpr int64_t kWide = 256, kSmallestWide = 128;
 
 // The largest of each `count` = 1, 2, 4, 8 or 16 adjacent lanes, in all of these lanes. No lane is negative; NaN counts
 // as larger than all numbers.
@@ -89,7 +89,7 @@ struct Many {
   static Linear8 wide(const Linear4& l) {
     Linear8 w{};
     static_cast<Product&>(w) = l;
-    w.block = kWide;
+    w.block = l.block < kSmallestWide ? kWide : l.block;
     return w;
   }
 
@@ -108,14 +108,15 @@ struct Many {
     const int64_t last = std::min(Multiply8::panels(w), w.first + panels);
     for (int64_t panel = w.first; panel < last; ++panel) {
       const int64_t index = panel - w.first;
-      round_panel(l, panel, w.blocks(), codes + index * bytes, scales + index * w.blocks() * kLanes);
+      round_panel(l, panel, w, codes + index * bytes, scales + index * w.blocks() * kLanes);
     }
     Multiply8::run(w, room, task);
   }
 
-  // Rounds a panel of kLanes rows of the matrix: codes [wides · kWide / 4, kLanes, 4] and scales [wides, kLanes].
-  static void round_panel(const Linear4& l, int64_t panel, int64_t wides, uint8_t* codes, float* scales) {
-    const int64_t count = kWide / l.block, room = wides * count + kLanes;
+  // Turns kLanes rows of the matrix into a panel of an 8-bit matrix w: codes [columns / 4, kLanes, 4] and scales [wide
+  // blocks, kLanes]. If the blocks of w are those of l, this is exact.
+  static void round_panel(const Linear4& l, int64_t panel, const Linear8& w, uint8_t* codes, float* scales) {
+    const int64_t count = w.block / l.block, wides = w.blocks(), room = wides * count + kLanes;
     Blocks blocks;
     blocks.room = room;
     blocks.ratios = scratch<int32_t, 4>(2 * kLanes * room);
@@ -135,20 +136,21 @@ struct Many {
         alignas(64) float tops[kLanes];
         Floats top = largest_of(most(begin), count);  // of each wide block
         if (count > kLanes) top = Floats::max(top, largest_of(most(begin + kLanes), count));
-        top.store(tops);
+        (count == 1 ? scale(begin) : top).store(tops);
         const Floats inverse = Floats::all(127) / top, limit = Floats::all(3e38f);
         for (int64_t b = begin; b < begin + step; b += kLanes) {
           // 0 if the numbers of a wide block are all 0, too small to be inverted, or not finite
           const Floats none = Floats::all(0), ratios = scale(b) * inverse * Floats::all(kRatio);
           const Floats usable = Floats::where_less(inverse, limit, ratios, none);
-          twice(integers(Floats::where_less(top, limit, usable, none))).store(ratio + b);
+          const Floats exact = Floats::all(kRatio);
+          twice(integers(count == 1 ? exact : Floats::where_less(top, limit, usable, none))).store(ratio + b);
           twice(integers(zeros(b) * Floats::all(kCode))).store(zero + b);
         }
         for (int64_t i = 0; i < kLanes && begin + i < wides * count; i += count)
-          scales[(begin + i) / count * kLanes + lane] = tops[i] / 127;
+          scales[(begin + i) / count * kLanes + lane] = count == 1 ? tops[i] : tops[i] / 127;
       }
     }
-    for (int64_t chunk = 0; chunk < wides * kWide / kChunk4; ++chunk)
+    for (int64_t chunk = 0; chunk < wides * w.block / kChunk4; ++chunk)
       round_chunk(l, panel * kLanes, chunk, blocks, codes + chunk * kChunk4 * kLanes);
   }
 

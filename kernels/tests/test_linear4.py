@@ -11,7 +11,7 @@ import vlpack_kernels
 from conftest import session
 
 COUNTS = [1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 33, 49, 100]  # rows of x: both forms of the product, and all their ends
-WIDE = 256  # columns that have a scale in the form for many rows
+WIDE = 256  # columns that have a scale in the form for many rows, if blocks have less than 128
 
 
 class Matrix(NamedTuple):
@@ -47,10 +47,10 @@ class Matrix(NamedTuple):
     def bound(self, x: np.ndarray) -> np.ndarray:
         """The largest error that rounding can cause, [count, rows].
 
-        Each block of x is rounded to steps of peak / 127. In the form for many rows of x, blocks are wide, and the
-        matrix is rounded to steps of 1/127 of the largest number that a wide block can have.
+        Each block of x is rounded to steps of peak / 127. In the form for many rows of x, small blocks become wide, and
+        the matrix is rounded to steps of 1/127 of the largest number that a wide block can have.
         """
-        cols, few = self.numbers.shape[1], self.few(len(x))
+        cols, few = self.numbers.shape[1], self.few(len(x)) or self.block >= 128
         total, wide = np.full((len(x), len(self.numbers)), 1e-6), self.block if few else WIDE
         for first in range(0, cols, wide):
             part = slice(first, min(first + wide, cols))
