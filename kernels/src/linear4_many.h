@@ -1,9 +1,9 @@
 // Products by 4-bit matrices and many rows, for the instruction set that the including file is compiled for.
 //
 // A task turns some panels of the matrix into panels of an 8-bit matrix and multiplies by these. If blocks have less than
-// 128 columns, it rounds the matrix to 8 bits with a scale for each wide block of kWide columns: a step is 1/127 of the
-// largest number that a wide block can have, and small beside the steps of 4 bits. Rows of x are quantized in wide blocks
-// then, too. A code has 16 values, which are rounded once for each block and then looked up.
+// 128 columns, it rounds the matrix to 8 bits with a scale for each wide block: a step is 1/120 of the largest number
+// that a wide block can have, and small beside the steps of 4 bits. Rows of x are quantized in wide blocks then, too. A
+// code has 16 values, which are rounded once for each block and then looked up.
 #pragma once
 
 #include "linear4_few.h"
@@ -12,7 +12,8 @@
 namespace vlpack {
 namespace {
 
-constexpr int64_t kWide = 256, kSmallestWide = 128;
+// The number of columns of a wide block. More are faster and coarser; calibrated packages have blocks of 64 and more.
+constexpr int64_t wide_block(int64_t block) { return block >= 128 ? block : block == 64 ? 128 : 256; }
 
 // The largest of each `count` = 1, 2, 4, 8 or 16 adjacent lanes, in all of these lanes. No lane is negative; NaN counts
 // as larger than all numbers.
@@ -41,6 +42,10 @@ VLPACK_INLINE Sums twice(Sums x) {
   return {_mm256_or_si256(_mm256_slli_epi32(x.v, 16), _mm256_and_si256(x.v, _mm256_set1_epi32(0xffff)))};
 #endif
 }
+
+// The largest magnitude of a code. It is a multiple of 8, 10, 12 and 15, which the largest difference from a zero point
+// often is, so that the codes of the block with the largest numbers are exact: with 127, ties would be common.
+constexpr float kSteps = 120;
 
 // Ratios are stored in steps of 2⁻¹⁰ and 4-bit codes in steps of 2⁻⁵, so the upper half of a product, rounded, is a code.
 constexpr float kRatio = 1024;
@@ -89,7 +94,7 @@ struct Many {
   static Linear8 wide(const Linear4& l) {
     Linear8 w{};
     static_cast<Product&>(w) = l;
-    w.block = l.block < kSmallestWide ? kWide : l.block;
+    w.block = wide_block(l.block);
     return w;
   }
 
@@ -137,7 +142,7 @@ struct Many {
         Floats top = largest_of(most(begin), count);  // of each wide block
         if (count > kLanes) top = Floats::max(top, largest_of(most(begin + kLanes), count));
         (count == 1 ? scale(begin) : top).store(tops);
-        const Floats inverse = Floats::all(127) / top, limit = Floats::all(3e38f);
+        const Floats inverse = Floats::all(kSteps) / top, limit = Floats::all(3e38f);
         for (int64_t b = begin; b < begin + step; b += kLanes) {
           // 0 if the numbers of a wide block are all 0, too small to be inverted, or not finite
           const Floats none = Floats::all(0), ratios = scale(b) * inverse * Floats::all(kRatio);
@@ -147,7 +152,7 @@ struct Many {
           twice(integers(zeros(b) * Floats::all(kCode))).store(zero + b);
         }
         for (int64_t i = 0; i < kLanes && begin + i < wides * count; i += count)
-          scales[(begin + i) / count * kLanes + lane] = count == 1 ? tops[i] : tops[i] / 127;
+          scales[(begin + i) / count * kLanes + lane] = count == 1 ? tops[i] : tops[i] / kSteps;
       }
     }
     for (int64_t chunk = 0; chunk < wides * w.block / kChunk4; ++chunk)

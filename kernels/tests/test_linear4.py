@@ -11,7 +11,7 @@ import vlpack_kernels
 from conftest import session
 
 COUNTS = [1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 33, 49, 100]  # rows of x: both forms of the product, and all their ends
-WIDE = 256  # columns that have a scale in the form for many rows, if blocks have less than 128
+WIDE = {16: 256, 32: 256, 64: 128}  # columns that have a scale in the form for many rows, by those of a block
 
 
 class Matrix(NamedTuple):
@@ -48,17 +48,17 @@ class Matrix(NamedTuple):
         """The largest error that rounding can cause, [count, rows].
 
         Each block of x is rounded to steps of peak / 127. In the form for many rows of x, small blocks become wide, and
-        the matrix is rounded to steps of 1/127 of the largest number that a wide block can have.
+        the matrix is rounded to steps of 1/120 of the largest number that a wide block can have.
         """
-        cols, few = self.numbers.shape[1], self.few(len(x)) or self.block >= 128
-        total, wide = np.full((len(x), len(self.numbers)), 1e-6), self.block if few else WIDE
+        cols, few = self.numbers.shape[1], self.few(len(x)) or self.block not in WIDE
+        total, wide = np.full((len(x), len(self.numbers)), 1e-6), self.block if few else WIDE[self.block]
         for first in range(0, cols, wide):
             part = slice(first, min(first + wide, cols))
             step = np.abs(x[:, part]).max(1) / 127
             total += 0.501 * step[:, None] * np.abs(self.numbers[:, part]).sum(1)
             if not few:  # half a step, and what rounding a ratio of scales adds
-                total += 0.51 * np.abs(x[:, part]).sum(1)[:, None] * self.largest[:, part].max(1) / 127
-                total += 0.5 * step[:, None] * (part.stop - first) * self.largest[:, part].max(1) / 127
+                total += 0.51 * np.abs(x[:, part]).sum(1)[:, None] * self.largest[:, part].max(1) / 120
+                total += 0.5 * step[:, None] * (part.stop - first) * self.largest[:, part].max(1) / 120
         return total + 1e-5 * np.abs(x) @ np.abs(self.numbers).T  # and sums in fp32
 
     @property
