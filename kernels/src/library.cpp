@@ -6,6 +6,17 @@
 #include "linear8_op.h"
 #include "ort_api.h"
 
+namespace {
+
+// The number of the interface of the operators: their names, inputs, outputs and attributes. Every change of these
+// raises it, here and in vlpack.ort.kernels.
+constexpr int kInterface = 2;
+
+}  // namespace
+
+// Returns the number of the interface, which must be that of the vlpack that uses the library.
+VLPACK_EXPORT int VlpackKernelsInterface() { return kInterface; }
+
 // Returns the name of the instruction set in use; null if there are no kernels for this processor.
 VLPACK_EXPORT const char* VlpackKernelsInstructionSet() {
   const vlpack::Kernels* kernels = vlpack::best_kernels();

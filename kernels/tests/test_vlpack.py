@@ -12,7 +12,7 @@ import pytest
 import vlpack_kernels
 
 import vlpack
-from vlpack.ort.kernels import SWITCH
+from vlpack.ort.kernels import INTERFACE, SWITCH
 from vlpack.shipped import examples_folder
 
 
@@ -30,6 +30,10 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     else:
         monkeypatch.setenv(SWITCH, "0")
     return bool(request.param == "with")
+
+
+def test_it_has_the_interface_that_vlpack_needs() -> None:
+    assert vlpack_kernels.interface() == INTERFACE
 
 
 def test_inspect_names_the_operators(package: Path, kernels: bool) -> None:

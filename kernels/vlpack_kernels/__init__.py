@@ -10,12 +10,17 @@ import ctypes
 from functools import cache
 from pathlib import Path
 
-__all__ = ["instruction_set", "library"]
+__all__ = ["instruction_set", "interface", "library"]
 
 
 def library() -> Path:
     """The path of the shared library."""
     return Path(__file__).with_name("kernels.so")
+
+
+def interface() -> int:
+    """The number of the operators' interface (their names, inputs, outputs and attributes), which vlpack checks."""
+    return int(ctypes.CDLL(str(library())).VlpackKernelsInterface())
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from vlpack.ort.kernels import DOMAIN, SWITCH, Library, library, use_kernels
+import vlpack
+from samples import ANSWERS, DIGITS, IMAGES, READ
+from samples import vlpack as run_vlpack
+from vlpack.errors import PackageError
+from vlpack.ort.kernels import DOMAIN, INTERFACE, SWITCH, Library, library, use_kernels
+from vlpack.server.models import Models
+from vlpack.server.settings import Settings
 
 FAST = Library("kernels.so", "avx512_bf16")
 SLOW = Library("kernels.so", "avx512")
@@ -174,20 +181,87 @@ def test_without_the_library_nothing_is_replaced() -> None:
     assert not use_kernels(attention(), None)
 
 
-def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = ModuleType("vlpack_kernels")
-    fake.instruction_set = lambda: "avx512"  # type: ignore[attr-defined]
-    fake.library = lambda: Path("kernels.so")  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vlpack_kernels", fake)
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """A function that installs a module in place of vlpack-kernels, with an instruction set and an interface number.
+
+    A module of interface None is as old as the first one, which has no number.
+    """
+
+    def install(instruction_set: str | None = "avx512", interface: int | None = INTERFACE) -> None:
+        fake = ModuleType("vlpack_kernels")
+        fake.instruction_set = lambda: instruction_set  # type: ignore[attr-defined]
+        fake.library = lambda: Path("kernels.so")  # type: ignore[attr-defined]
+        if interface is not None:
+            fake.interface = lambda: interface  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "vlpack_kernels", fake)
+
     monkeypatch.delenv(SWITCH, raising=False)
+    return install
+
+
+def test_it_can_be_turned_off(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install()
     assert library() == Library("kernels.so", "avx512")
     monkeypatch.setenv(SWITCH, "0")
     assert library() is None
 
 
-def test_a_processor_without_kernels_has_no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = ModuleType("vlpack_kernels")
-    fake.instruction_set = lambda: None  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "vlpack_kernels", fake)
-    monkeypatch.delenv(SWITCH, raising=False)
+def test_a_processor_without_kernels_has_no_library(install: Install) -> None:
+    for interface in (INTERFACE, None):  # no kernels could be used, so their version does not matter
+        install(None, interface)
+        assert library() is None
+
+
+@pytest.mark.parametrize(
+    ("interface", "said"),
+    [(None, "older than this vlpack (interface 1 "), (1, "older "), (INTERFACE + 1, "newer ")],
+    ids=["none", "older", "newer"],
+)
+def test_another_interface_is_an_error(
+    interface: int | None, said: str, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(interface=interface)
+    with pytest.raises(PackageError) as caught:
+        library()
+    assert f"vlpack-kernels is {said}" in caught.value.message
+    assert "pip install ./kernels" in str(caught.value.hint)
+    monkeypatch.setenv(SWITCH, "0")
     assert library() is None
+
+
+def test_what_an_old_library_stops(
+    install: Install, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would use the library is refused with the sentence alone, inspect says it, and the stock runtime works."""
+    package, text, embedder = (tmp_path / name for name in ("package", "text", "embedder"))
+    vlpack.build(DIGITS, package, precision="int8")
+    vlpack.build(DIGITS, text, precision="int8", part="text")
+    vlpack.build(DIGITS, embedder, precision="int8", task="embedding")
+    install(interface=None)
+    sentence = "The installed vlpack-kernels is older than this vlpack"
+
+    for answer in (
+        ("run", package, READ),  # before an image is encoded
+        ("run", package, READ, "--image", IMAGES / "00.png"),
+        ("embed", embedder, "Hello"),
+    ):
+        done = run_vlpack(capsys, *answer)
+        assert done.code == 2
+        assert done.err.startswith(f"error: {sentence}"), done.err
+    for folder in (package, text):
+        with pytest.raises(PackageError, match=f"^{sentence}"):
+            vlpack.Engine(folder)
+        with pytest.raises(PackageError, match=f"^{sentence}"):  # at the start, not with the first request
+            Models({"name": folder}, Settings())
+
+    assert f"kernels cannot be used: {sentence}" in run_vlpack(capsys, "inspect", package).out
+    done = run_vlpack(capsys, "run", text, "Hello", "--max-tokens", "1", "--stats")
+    assert (done.code, "kernels" in done.err) == (0, False)
+    monkeypatch.setenv(SWITCH, "0")
+    assert "kernels" not in run_vlpack(capsys, "inspect", package).out
+    done = run_vlpack(capsys, "run", package, READ, "--image", IMAGES / "00.png")
+    assert done.out.split() == ANSWERS["00.png"]["read"].split()

@@ -228,8 +228,10 @@ def _kernels() -> str:
     """The end of the line of statistics: the operators of vlpack-kernels in the sessions of this process, if any."""
     from vlpack.ort.kernels import library, opened  # imports onnx, which takes a while
 
+    if not opened:  # before the library is looked at, which need not belong to this vlpack if nothing used it
+        return ""
     found = library()
-    if found is None or not opened:
+    if found is None:
         return ""
     return f" · kernels {found.instruction_set}: {', '.join(f'{count} {name}' for name, count in opened.items())}"
 
@@ -367,7 +369,10 @@ def _show_package(description: dict[str, Any]) -> None:
     total = sum(description["files"].values())
     checked = "hashes checked" if description["hashes_checked"] else "sizes checked"
     out.print(f"{len(description['files'])} files, {size(total)}, {checked}")
-    if kernels := description["kernels"]:
+    kernels = description["kernels"]
+    if kernels and kernels["problem"]:
+        print_plain(f"kernels cannot be used: {kernels['problem']}")
+    elif kernels:
         used = [
             f"{part}: " + ", ".join(f"{count} {name}" for name, count in counts.items())
             for part, counts in kernels["operators"].items()

@@ -24,6 +24,10 @@ DOMAIN = "vlpack"
 SWITCH = "VLPACK_KERNELS"
 """Environment variable that turns the library off if it is ``0``."""
 
+INTERFACE = 2
+"""Number of the operators' interface: their names, inputs, outputs and attributes. It must be that of the library
+(``kInterface`` in kernels/src/library.cpp), and every change of these raises both. A library without a number has 1."""
+
 
 opened: Counter[str] = Counter()
 """Number of nodes that operators of the library replaced in the sessions that this process has opened, by operator."""
@@ -42,7 +46,11 @@ class Library(NamedTuple):
 
 
 def library() -> Library | None:
-    """The operator library; None if it is not installed, is turned off or has no kernels for this processor."""
+    """The operator library; None if it is not installed, is turned off or has no kernels for this processor.
+
+    Raises:
+        PackageError: the library does not belong to this version of vlpack.
+    """
     if os.environ.get(SWITCH) == "0":
         return None
     try:
@@ -50,7 +58,17 @@ def library() -> Library | None:
     except ImportError:
         return None
     found = vlpack_kernels.instruction_set()
-    return None if found is None else Library(str(vlpack_kernels.library()), str(found))
+    if found is None:
+        return None
+    interface = getattr(vlpack_kernels, "interface", lambda: 1)()
+    if interface != INTERFACE:
+        raise PackageError(
+            f"The installed vlpack-kernels is {'older' if interface < INTERFACE else 'newer'} than this vlpack "
+            f"(interface {interface} of the operators; {INTERFACE} is needed).",
+            "Install it again from the source of this version of vlpack (pip install ./kernels), or turn it off with "
+            f"{SWITCH}=0 (on the command line also with vlpack --no-kernels).",
+        )
+    return Library(str(vlpack_kernels.library()), str(found))
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
@@ -100,7 +118,7 @@ def kernel_counts(graph: Path) -> dict[str, int]:
     """The number of nodes of a graph file that the library's operators replace on this machine, by operator.
 
     Raises:
-        PackageError: the file cannot be read.
+        PackageError: the file cannot be read, or the library does not belong to this version of vlpack.
     """
     return dict(use_kernels(read_graph(graph), library()))
 

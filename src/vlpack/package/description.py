@@ -26,7 +26,8 @@ def inspect_package(folder: Path, *, hashes: bool) -> dict[str, Any]:
         JSON-like data. ``problems`` has a sentence for each damaged file and each file that was added later; an added
         chat template, for example, would change the prompts of programs that read it. ``unlisted`` names all added
         files, also hidden ones (``.git``, ``.DS_Store``), which are no problem. ``kernels`` names the instruction set
-        of vlpack-kernels and counts its operators in each part; None if it is not installed or is turned off.
+        of vlpack-kernels and counts its operators in each part, or has a ``problem`` if the installed version cannot be
+        used; None if it is not installed or is turned off.
 
     Raises:
         PackageError: the folder is not a package, or its manifest is damaged.
@@ -94,8 +95,13 @@ def _without(entry: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _kernels(folder: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
     """The operators of vlpack-kernels that vlpack's own sessions use for a package on this machine."""
-    available = library()
-    if available is None or manifest["execution_provider"] != "cpu":
+    if manifest["execution_provider"] != "cpu":
+        return None
+    try:
+        available = library()
+    except PackageError as error:
+        return {"instruction_set": None, "operators": {}, "problem": f"{error.message} {error.hint}"}
+    if available is None:
         return None
     try:
         counts = {name: kernel_counts(folder / file) for name, file in graph_files(folder, manifest).items()}
@@ -104,6 +110,7 @@ def _kernels(folder: Path, manifest: dict[str, Any]) -> dict[str, Any] | None:
     return {
         "instruction_set": available.instruction_set,
         "operators": {n: found for n, found in counts.items() if found},
+        "problem": None,
     }
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from vlpack.checkpoint.files import quote
 from vlpack.errors import OptionError, PackageError, option
+from vlpack.ort.kernels import library
 from vlpack.package.loaded_files import LoadedFiles
 from vlpack.package.manifest import package_json
 from vlpack.package.validate import SECTIONS, check_config, weight_files
@@ -98,6 +99,7 @@ def vision_encoder(files: LoadedFiles, model: dict[str, Any], threads: int, aske
 
     Raises:
         OptionError: ``asked`` is not one of `VISION_PROVIDERS`, or cannot be used with the package.
+        PackageError: vlpack-kernels is installed, but does not belong to this version of vlpack.
     """
     folder = files.folder
     if asked is not None and asked not in VISION_PROVIDERS:
@@ -122,6 +124,7 @@ def vision_encoder(files: LoadedFiles, model: dict[str, Any], threads: int, aske
         )
     graph = folder / str(model["vision"]["filename"])
     opened = [graph.name, *weight_files(graph)]
+    library()  # raises an error now if the encoder could not be loaded with the first image
     return VisionEncoder(graph, *port, merge, threads, check=lambda: files.check(opened))
 
 

@@ -171,6 +171,8 @@ class Encoder(Loaded):
                 name: ort.InferenceSession(str(self.folder / file), options, providers=[provider])
                 for name, file in files.items()
             }
+        except PackageError:
+            raise
         except Exception as error:
             raise PackageError(f"onnxruntime cannot load {self.folder}: {str(error).strip()[:500]}") from None
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vlpack.engine import Counters, Engine
 from vlpack.errors import OptionError
+from vlpack.ort.kernels import library
 from vlpack.package.manifest import MANIFEST, whole_package
 from vlpack.runtime.load import load
 from vlpack.runtime.retrieval import Embedder, Reranker
@@ -108,10 +109,11 @@ class Models:
         settings: settings of the server.
 
     Raises:
-        PackageError: a folder is not a complete package.
+        PackageError: a folder is not a complete package, or vlpack-kernels does not belong to this version of vlpack.
     """
 
     def __init__(self, packages: Mapping[str, Path], settings: Settings) -> None:
+        library()  # raises an error now if packages could not be loaded when they are requested
         self._settings = settings
         self.served: dict[str, Served] = {}
         for name, folder in packages.items():
