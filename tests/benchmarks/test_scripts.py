@@ -13,6 +13,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from vlpack.ort.kernels import Library
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MACHINE = {"processor": "A <b>", "cores": 2, "memory": 8e9, "system": "Linux"}
 
@@ -38,9 +40,10 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Any:
     import page
     import plot
     import quiet
+    import roofline
 
-    yield {"compare": compare, "build": build, "page": page, "plot": plot, "quiet": quiet}
-    for name in ("compare", "build", "page", "plot", "quiet", "peers", "peers.make"):
+    yield {"compare": compare, "build": build, "page": page, "plot": plot, "quiet": quiet, "roofline": roofline}
+    for name in ("compare", "build", "page", "peak", "plot", "quiet", "roofline", "peers", "peers.make"):
         sys.modules.pop(name, None)
 
 
@@ -188,3 +191,30 @@ def test_processor_time_of_other_processes(scripts: Any) -> None:
     with scripts["quiet"].Others() as waiting:
         time.sleep(0.3)
     assert waiting.own < 0.2
+
+
+def test_the_roofline_measures_the_operators_that_it_names(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    roofline = scripts["roofline"]
+    monkeypatch.setattr(roofline, "COLD", 1 << 14)
+    products = [("Linear8", 64, 16, 0), ("Linear8", *roofline.VISION[0], 0), ("Linear4", 64, 16, 32)]
+    cases = [case for one in [*products, ("Linear8Blocks", 64, 16, 64)] for case in roofline.product(*one)]
+    for operator in ("GroupQueryAttention", "NarrowGroupQueryAttention"):
+        cases += roofline.causal(operator)
+    assert {case.copies for case in cases} > {1}
+    for case in cases:
+        made = roofline.replaced(case, Library("kernels.so", "avx512_bf16"))
+        assert [(node.domain, node.op_type) for node in made.graph.node] == [("vlpack", case.operator)] * case.copies
+
+
+def test_the_roofline_s_table(scripts: Any) -> None:
+    one = {"operator": "A", "sizes": "2 → 3", "stock": 0.002, "native": 0.001, "peak": 50.0, "share": 0.5}
+    results = [
+        {**one, "call": "1 row", "threads": 1, "limit": "reading"},
+        {**one, "call": "2 rows", "threads": 2, "limit": "int8"},
+    ]
+    lines = scripts["roofline"].table(results).splitlines()
+    assert lines[0] == "|  | 1 row | 2 rows |"
+    assert lines[2:] == [
+        "| A, 2 → 3, 1 thread | 1 (2), 25 GB/s 50% |  |",
+        "| A, 2 → 3, 2 threads |  | 1 (2), int8 50% |",
+    ]
