@@ -97,7 +97,7 @@ def test_parts_that_differ_stay(
     assert found == (DOMAIN, "Linear8", inputs, [output])
 
 
-SHAPE = ["batch", "tokens", 64]
+SHAPE: list[str | int] = ["batch", "tokens", 64]
 SILU: dict[str, tuple[str, ...]] = {"s": ("Sigmoid", "a"), "t": ("Mul", "a", "s")}
 
 
@@ -192,9 +192,12 @@ def test_other_sums_stay(after: dict[str, tuple[str, ...]], shape: list[str | in
 )
 def test_a_split_becomes_part_of_the_product(sizes: list[int] | int, axis: int, attributes: dict[str, int]) -> None:
     outputs = [f"y{place}" for place in range(sizes if isinstance(sizes, int) else len(sizes))]
-    inputs, counts = (["y"], {"num_outputs": sizes}) if isinstance(sizes, int) else (["y", "sizes"], {})
+    inputs = ["y"] if isinstance(sizes, int) else ["y", "sizes"]
     model = typed(model_of(CHAIN, {"sizes": np.array(sizes)}, tuple(outputs)), y=SHAPE)
-    model.graph.node.append(helper.make_node("Split", inputs, outputs, axis=axis, **counts))
+    split = helper.make_node("Split", inputs, outputs, axis=axis)
+    if isinstance(sizes, int):
+        split.attribute.append(helper.make_attribute("num_outputs", sizes))
+    model.graph.node.append(split)
     assert use_kernels(model, FAST) == {"Linear8": 1}
     node = model.graph.node[0]
     assert {entry.name: entry.i for entry in node.attribute} == attributes
