@@ -13,8 +13,8 @@ Each tool is compared with the best peer whose weights have as many bits. Peers 
 benchmarks/peers/make.py makes them and prints the options. The name of a peer's file ends with its kind: `-int8`,
 `-q4_0.gguf`.
 
-Usage: python benchmarks/compare.py --vlpack PACKAGE [PACKAGE ...] [--upstream FOLDER] [--llama FILE.gguf ... --node
-       FOLDER] [--openvino FOLDER ... --openvino-python PYTHON] [--works 512 2048 640x480 ...] [--rounds 3]
+Usage: python benchmarks/compare.py --vlpack PACKAGE [PACKAGE ...] [--engine] [--upstream FOLDER]
+       [--llama FILE.gguf ... --node FOLDER] [--openvino FOLDER ... --openvino-python PYTHON] [--works 512 2048 640x480 ...] [--rounds 3]
        [--threads N] [--processor-time] [--output result.json]
 """
 
@@ -67,6 +67,9 @@ def contenders(given: argparse.Namespace) -> dict[str, Contender]:
         command = [sys.executable, __file__, "--one", str(package), *options]
         sees = (package / "vision.onnx").is_file()
         made[f"vlpack {package.name}"] = Contender(command, package, sees=sees, bits=bits_of(package))
+        if given.engine:
+            command = [sys.executable, str(Path(__file__).with_name("engine_model.py")), str(package), *options]
+            made[f"vlpack {package.name}, engine"] = Contender(command, package, sees=sees, bits=bits_of(package))
     for folder in given.upstream:
         command = [given.upstream_python, str(PEERS / "upstream_model.py"), str(folder), *options]
         made[f"upstream {kind(folder)}"] = Contender(command, folder, sees=False, bits=bits(kind(folder)))
@@ -175,6 +178,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vlpack", type=Path, nargs="+", required=True)
+    parser.add_argument("--engine", action="store_true", help="measure vlpack's packages in vlpack.Engine as well")
     parser.add_argument("--upstream", type=Path, nargs="+", default=[])
     parser.add_argument("--upstream-python", default=sys.executable)
     parser.add_argument("--llama", type=Path, nargs="+", default=[])
