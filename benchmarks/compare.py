@@ -14,8 +14,8 @@ benchmarks/peers/make.py makes them and prints the options. The name of a peer's
 `-q4_0.gguf`.
 
 Usage: python benchmarks/compare.py --vlpack PACKAGE [PACKAGE ...] [--engine] [--upstream FOLDER]
-       [--llama FILE.gguf ... --node FOLDER] [--openvino FOLDER ... --openvino-python PYTHON] [--works 512 2048 640x480 ...] [--rounds 3]
-       [--threads N] [--processor-time] [--output result.json]
+       [--llama FILE.gguf ... --node FOLDER] [--openvino FOLDER ... --openvino-python PYTHON]
+       [--works 512 2048 640x480 ...] [--rounds 3] [--threads N] [--processor-time] [--output result.json]
 """
 
 from __future__ import annotations
