@@ -36,6 +36,31 @@ struct Sums {
 
 VLPACK_INLINE Sums integers(Floats x) { return {_mm512_cvtps_epi32(x.v)}; }
 
+// The larger magnitude; NaN if one of them is. Neither is negative.
+VLPACK_INLINE Floats larger(Floats a, Floats b) {
+  return {_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
+}
+
+// The lower half of each lane in both halves.
+VLPACK_INLINE Sums twice(Sums x) {
+  return {_mm512_or_si512(_mm512_slli_epi32(x.v, 16), _mm512_and_si512(x.v, _mm512_set1_epi32(0xffff)))};
+}
+
+// Multiplies 4-bit codes less a zero point by a ratio, both times powers of two that give 2¹⁵ together with the 2⁵ of
+// codes, and stores the nearest integers plus 128: of the lower halves of bytes first, and then of the upper halves.
+VLPACK_INLINE void round_codes(Bytes packed, Sums ratio, Sums zero, uint8_t* to) {
+  const __m512i x = packed.v, first = _mm512_set1_epi16(0x1e0);  // a code times 2⁵
+  const auto code = [&](__m512i shifted) VLPACK_BODY {
+    return _mm512_mulhrs_epi16(_mm512_sub_epi16(_mm512_and_si512(shifted, first), zero.v), ratio.v);
+  };
+  const auto store = [&](__m512i even, __m512i odd, uint8_t* place) VLPACK_BODY {
+    const __m512i both = _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, even, _mm512_slli_epi16(odd, 8));
+    _mm512_storeu_si512(place, _mm512_xor_si512(both, _mm512_set1_epi8(-128)));
+  };
+  store(code(_mm512_slli_epi16(x, 5)), code(_mm512_srli_epi16(x, 3)), to);
+  store(code(_mm512_slli_epi16(x, 1)), code(_mm512_srli_epi16(x, 7)), to + 64);
+}
+
 VLPACK_INLINE Bytes spread(const void* four) {
   int32_t x;
   std::memcpy(&x, four, sizeof x);
@@ -129,6 +154,27 @@ struct Sums {
 };
 
 VLPACK_INLINE Sums integers(Floats x) { return {_mm256_cvtps_epi32(x.v)}; }
+
+VLPACK_INLINE Floats larger(Floats a, Floats b) {
+  return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v)))};
+}
+
+VLPACK_INLINE Sums twice(Sums x) {
+  return {_mm256_or_si256(_mm256_slli_epi32(x.v, 16), _mm256_and_si256(x.v, _mm256_set1_epi32(0xffff)))};
+}
+
+VLPACK_INLINE void round_codes(Bytes packed, Sums ratio, Sums zero, uint8_t* to) {
+  const __m256i x = packed.v, first = _mm256_set1_epi16(0x1e0);
+  const auto code = [&](__m256i shifted) VLPACK_BODY {
+    return _mm256_mulhrs_epi16(_mm256_sub_epi16(_mm256_and_si256(shifted, first), zero.v), ratio.v);
+  };
+  const auto store = [&](__m256i even, __m256i odd, uint8_t* place) VLPACK_BODY {
+    const __m256i both = _mm256_blendv_epi8(even, _mm256_slli_epi16(odd, 8), _mm256_set1_epi16(-256));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(place), _mm256_xor_si256(both, _mm256_set1_epi8(-128)));
+  };
+  store(code(_mm256_slli_epi16(x, 5)), code(_mm256_srli_epi16(x, 3)), to);
+  store(code(_mm256_slli_epi16(x, 1)), code(_mm256_srli_epi16(x, 7)), to + 32);
+}
 
 VLPACK_INLINE Bytes spread(const void* four) {
   int32_t x;
