@@ -63,14 +63,6 @@ struct AttendFew {
     }
   }
 
-  // Starts to load elements of the next block, because the processor itself does not look beyond a page of memory.
-  template <class Key>
-  static VLPACK_INLINE void expect(const Key* from, int64_t count) {
-    const char* bytes = reinterpret_cast<const char*>(from);
-    for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(Key)); at += 64)
-      _mm_prefetch(bytes + at, _MM_HINT_T0);
-  }
-
   // Scores [Count, kBlock] of a block of keys; those after the last key repeat it.
   template <int Count, class Key>
   static VLPACK_INLINE void score(
@@ -172,14 +164,14 @@ struct AttendBest {
     return !few(a) && !a.exact && (a.narrow || a.queries * a.group >= kFastFrom);
   }
 
-  static int64_t room(const Attention& a) { return fast(a) ? Attend<Fast>::room(a) : 0; }
-  static int64_t packs(const Attention& a) { return fast(a) ? Attend<Fast>::packs(a) : 0; }
-  static void pack(const Attention& a, void* room, int64_t task) { Attend<Fast>::pack(a, room, task); }
+  static int64_t room(const Attention& a) { return fast(a) ? Fast::room(a) : 0; }
+  static int64_t packs(const Attention& a) { return fast(a) ? Fast::packs(a) : 0; }
+  static void pack(const Attention& a, void* room, int64_t task) { Fast::pack(a, room, task); }
 
   static int64_t tasks(const Attention& a) { return few(a) ? AttendFew::tasks(a) : Attend<Single>::tasks(a); }
   static void run(const Attention& a, const void* room, int64_t task) {
     if (few(a)) return AttendFew::run(a, task);
-    if (fast(a)) return Attend<Fast>::run(a, room, task);
+    if (fast(a)) return Fast::run(a, room, task);
     return Attend<Single>::run(a, room, task);
   }
 };

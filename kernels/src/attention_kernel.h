@@ -79,6 +79,14 @@ inline float* thread_memory(int64_t count) {
   return first + (64 - reinterpret_cast<uintptr_t>(first) % 64) % 64 / sizeof(float);
 }
 
+// Starts to load elements that are used later, because the processor itself does not look beyond a page of memory.
+template <class Element>
+VLPACK_INLINE void expect(const Element* from, int64_t count) {
+  const char* bytes = reinterpret_cast<const char*>(from);
+  for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(Element)); at += 64)
+    _mm_prefetch(bytes + at, _MM_HINT_T0);
+}
+
 // Distance in floats of a query of a key head from the first one. Queries are counted token by token.
 inline int64_t query_place(const Attention& a, int64_t query) {
   return query / a.group * a.q_row + query % a.group * a.q_head;

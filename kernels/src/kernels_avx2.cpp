@@ -6,7 +6,7 @@
 namespace vlpack {
 
 const Kernels& avx2_kernels() {
-  using Attend = AttendBest<Single>;
+  using Attend = AttendBest<Attend<Single>>;
   using Four = Multiply4;
   static const Kernels kernels = {
       "avx2",

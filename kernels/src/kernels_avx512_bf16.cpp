@@ -1,4 +1,5 @@
 // The kernels for AVX-512 with VNNI and bfloat16; CMakeLists.txt compiles this file with the options for these.
+#include "attention_brain.h"
 #include "attention_few.h"
 #include "linear4_kernel.h"
 #include "linear8_kernel.h"
@@ -16,7 +17,7 @@ void narrow_all(const float* from, uint16_t* to, int64_t count) {
 }  // namespace
 
 const Kernels& avx512_bf16_kernels() {
-  using Attend = AttendBest<Brain>;
+  using Attend = AttendBest<AttendBrain>;
   using Four = Multiply4;
   static const Kernels kernels = {
       "avx512_bf16",
