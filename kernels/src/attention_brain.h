@@ -1,8 +1,9 @@
 // Attention with products of bfloat16 numbers, which are summed in fp32, for many queries.
 //
 // It is the algorithm of attention_kernel.h, with two differences. A step of a product takes two elements of the
-// direction of the sum, so both operands hold pairs. And while a block's weighted values are summed, which keeps the
-// units for products busy, the exponentials of the next block are computed between the products by the other units.
+// direction of the sum, so both operands hold pairs. And the weighted values of a block are summed after the scores of
+// the next block: between these products, which keep the units for multiplication busy, other units compute the next
+// block's exponentials.
 #pragma once
 
 #ifdef __AVX512BF16__
@@ -11,7 +12,7 @@
 #include <cstring>
 #include <utility>
 
-#include "attention_kernel.h"
+#include "attention_brain_pack.h"
 #include "bytes.h"
 #include "transpose.h"
 #include "unroll.h"
@@ -19,77 +20,10 @@
 namespace vlpack {
 namespace {
 
-struct AttendBrain {
-  using Element = uint16_t;
-  static constexpr int kPairs = kBlock / 2;  // steps of a sum over the keys of a block
-  static constexpr int kPart = kPairs / 2;   // pairs of keys whose weights are computed during one tile of values
-  static constexpr int kTile = kRows * 2;    // elements of one step of a tile of values
-  static constexpr int kUnroll = 2;          // steps between two branches
-  static constexpr int64_t kAhead = 16;      // by how many rows keys and values are fetched in advance
-  static constexpr int64_t kPacked = 256;      // keys that one task packs; a multiple of kBlock
+struct AttendBrain : PackBrain {
   static constexpr int kMost = Floats::kColumns;  // vectors of queries of one task
-
-  static int64_t steps(const Attention& a) { return (a.size + 1) / 2; }           // of a sum over channels
-  static int64_t tiles(const Attention& a) { return (a.size + kRows - 1) / kRows; }  // of values
-
-  // Keys are packed to [keys, steps, 2], and values to [blocks of keys, tiles, kPairs, kRows, 2]. Keys that are in this
-  // form already are used where they are.
-  static bool packs_keys(const Attention& a) { return !a.narrow || a.size % 2; }
-  static int64_t key_room(const Attention& a) { return packs_keys(a) ? a.keys * steps(a) * 2 : 0; }
-  static int64_t value_room(const Attention& a) { return (a.keys + kBlock - 1) / kBlock * block_room(a); }
-  static int64_t block_room(const Attention& a) { return tiles(a) * kPairs * kTile; }
-  static int64_t room(const Attention& a) {
-    return a.batch * a.heads * (key_room(a) + value_room(a)) * static_cast<int64_t>(sizeof(Element));
-  }
-
-  static int64_t pack_tasks_per_head(const Attention& a) { return (a.keys + kPacked - 1) / kPacked; }
-  static int64_t packs(const Attention& a) { return a.batch * a.heads * pack_tasks_per_head(a); }
-
-  static void pack(const Attention& a, void* room, int64_t task) {
-    if (a.narrow) pack_from(a, static_cast<const uint16_t*>(a.k), static_cast<const uint16_t*>(a.v), room, task);
-    else pack_from(a, static_cast<const float*>(a.k), static_cast<const float*>(a.v), room, task);
-  }
-
-  // Sixteen numbers in bfloat16, or those that the mask has, and zeros.
-  static VLPACK_INLINE __m256i narrow(const float* p, __mmask16 some) {
-    return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, p));
-  }
-  static VLPACK_INLINE __m256i narrow(const uint16_t* p, __mmask16 some) { return _mm256_maskz_loadu_epi16(some, p); }
-  // The mask of the first `count` lanes.
-  static VLPACK_INLINE __mmask16 first(int64_t count) {
-    return count >= kLanes ? 0xffff : count > 0 ? (1u << count) - 1 : 0;
-  }
-
-  template <class Source>
-  static void pack_from(const Attention& a, const Source* keys, const Source* values, void* room, int64_t task) {
-    const int64_t per_head = pack_tasks_per_head(a), head = task / per_head, begin = task % per_head * kPacked;
-    const int64_t end = std::min(begin + kPacked, a.keys), width = steps(a) * 2, from = keys_place(a, head);
-    Element* k = static_cast<Element*>(room) + head * (key_room(a) + value_room(a));
-    Element* v = k + key_room(a);
-    if (packs_keys(a))
-      for (int64_t row = begin; row < end; ++row) {
-        const Source* source = keys + from + row * a.k_row;
-        expect(source + kAhead * a.k_row, a.size);
-        for (int64_t d = 0; d < width; d += kLanes)
-          _mm256_mask_storeu_epi16(k + row * width + d, first(width - d), narrow(source + d, first(a.size - d)));
-      }
-    for (int64_t row = begin; row < end; row += 2) {
-      const Source* even = values + from + row * a.k_row;
-      const Source* odd = row + 1 < a.keys ? even + a.k_row : nullptr;
-      expect(even + kAhead * a.k_row, a.size), expect(even + (kAhead + 1) * a.k_row, a.size);
-      Element* to = v + row / kBlock * block_room(a) + row % kBlock / 2 * kTile;
-      for (int64_t d = 0; d < a.size; d += kLanes) {
-        const __mmask16 some = first(a.size - d);
-        const __m512i low = _mm512_cvtepu16_epi32(narrow(even + d, some));
-        const __m512i high = odd ? _mm512_cvtepu16_epi32(narrow(odd + d, some)) : _mm512_setzero_si512();
-        const __m512i pairs = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-        Element* tile = to + d / kRows * kPairs * kTile;
-        _mm256_storeu_si256((__m256i*)tile, _mm512_castsi512_si256(pairs));
-        if (d + kRows < a.size)
-          _mm256_storeu_si256((__m256i*)(tile + kPairs * kTile), _mm512_extracti64x4_epi64(pairs, 1));
-      }
-    }
-  }
+  static constexpr int kPart = kPairs / 2;        // pairs of keys whose weights are computed during one tile of values
+  static constexpr int kUnroll = 2;               // steps between two branches
 
   static int64_t vectors(const Attention& a) { return (a.queries * a.group + kLanes - 1) / kLanes; }
   static int64_t blocks(const Attention& a) { return (vectors(a) + kMost - 1) / kMost; }
@@ -111,18 +45,20 @@ struct AttendBrain {
     const Attention& a;
     const Element *k, *v;           // of the key head
     int64_t k_row, count;           // distance of two keys; number of queries
+    int64_t back;                   // distance to the queries of the next task
     const float* q;                 // the first query of the key head, and its output
     float* out;
     int64_t place[kMost * kLanes];  // distances of the queries from it
     int64_t keys[kMost * kLanes];   // how many keys they attend to
 
     Task(const Attention& a, const void* room, int64_t head, int64_t begin) : a(a) {
-      const Element* packed = static_cast<const Element*>(room) + head * (key_room(a) + value_room(a));
+      const Element* packed = static_cast<const Element*>(room) + head * head_room(a);
       const int64_t first = begin * kLanes;
       k = packs_keys(a) ? packed : static_cast<const Element*>(a.k) + keys_place(a, head);
       v = packed + key_room(a), k_row = packs_keys(a) ? steps(a) * 2 : a.k_row;
       q = a.q + queries_place(a, head), out = a.out + queries_place(a, head);
       count = std::min<int64_t>(kMost * kLanes, a.queries * a.group - first);
+      back = first >= kMost * kLanes && kMost * kLanes % a.group == 0 ? kMost * kLanes / a.group * a.q_row : 0;
       int64_t token = first / a.group, member = first % a.group;  // divisions are slow, so there are only these
       for (int i = 0; i < kMost * kLanes; ++i) {
         place[i] = token * a.q_row + member * a.q_head, keys[i] = std::min(a.keys, a.visible + token);
@@ -161,54 +97,57 @@ struct AttendBrain {
     return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(bits), (__m512bh)pairs)};
   }
 
-  // One step of a tile of Count rows, whose pairs are `row` elements apart.
-  template <int Columns, int Count>
-  static VLPACK_INLINE void step(const Element* rows, int64_t row, const Element* packed, Floats (&sums)[Count][Columns]) {
-    __m512 operand[Columns];
-    each<Columns>([&](auto c) VLPACK_BODY { operand[c] = _mm512_loadu_ps(packed + c * kLanes * 2); });
+  // One step of a tile of Count rows, whose pairs are `row` elements apart, without the first Skip columns.
+  template <int Columns, int Skip, int Count>
+  static VLPACK_INLINE void step(
+      const Element* rows, int64_t row, const Element* packed, Floats (&sums)[Count][Columns - Skip]) {
+    __m512 operand[Columns - Skip];
+    each<Columns - Skip>([&](auto c) VLPACK_BODY { operand[c] = _mm512_loadu_ps(packed + (Skip + c) * kLanes * 2); });
     each<Count>([&](auto r) VLPACK_BODY {
-      each<Columns>([&](auto c) VLPACK_BODY { sums[r][c] = dot(rows + r * row, operand[c], sums[r][c]); });
+      each<Columns - Skip>([&](auto c) VLPACK_BODY { sums[r][c] = dot(rows + r * row, operand[c], sums[r][c]); });
     });
   }
 
   // Scores of Count keys, from row `at` of a block on; raises `top` to the largest.
-  template <int Columns, int Count>
-  static VLPACK_INLINE void score(const Task& t, const Scratch<Columns>& s, const Element* keys, int64_t at) {
-    const int64_t count = steps(t.a), row = t.k_row;
+  template <int Columns, int Skip, int Count>
+  static void score(const Task& t, const Scratch<Columns>& s, const Element* keys, int64_t at) {
+    constexpr int kStep = Columns * kLanes * 2;
+    const int64_t row = t.k_row;
     const Element *rows = keys + at * row, *queries = s.queries;
-    Floats sums[Count][Columns];
+    Floats sums[Count][Columns - Skip];
     each<Count>([&](auto r) VLPACK_BODY {
-      each<Columns>([&](auto c) VLPACK_BODY { sums[r][c] = Floats::all(0); });
+      each<Columns - Skip>([&](auto c) VLPACK_BODY { sums[r][c] = Floats::all(0); });
     });
-    int64_t left = count;
+    int64_t left = steps(t.a);
     for (; left >= kUnroll; left -= kUnroll) {
-      each<kUnroll>([&](auto i) VLPACK_BODY {
-        step<Columns, Count>(rows + i * 2, row, queries + i * Columns * kLanes * 2, sums);
-      });
-      rows += kUnroll * 2, queries += kUnroll * Columns * kLanes * 2;
+      each<kUnroll>([&](auto i) VLPACK_BODY { step<Columns, Skip>(rows + i * 2, row, queries + i * kStep, sums); });
+      rows += kUnroll * 2, queries += kUnroll * kStep;
     }
     for (; left > 0; --left) {
-      step<Columns, Count>(rows, row, queries, sums);
-      rows += 2, queries += Columns * kLanes * 2;
+      step<Columns, Skip>(rows, row, queries, sums);
+      rows += 2, queries += kStep;
     }
-    float* const scores = s.scores + at * kLanes;
-    each<Columns>([&](auto c) VLPACK_BODY {
-      Floats top = Floats::load(s.top + c * kLanes);
+    each<Columns - Skip>([&](auto c) VLPACK_BODY {
+      float *const scores = s.scores + ((Skip + c) * kBlock + at) * kLanes, *const place = s.top + (Skip + c) * kLanes;
+      Floats top = Floats::load(place);
       each<Count>([&](auto r) VLPACK_BODY {
-        sums[r][c].store(scores + c * kBlock * kLanes + r * kLanes);
+        sums[r][c].store(scores + r * kLanes);
         top = Floats::max(top, sums[r][c]);
       });
-      top.store(s.top + c * kLanes);
+      top.store(place);
     });
   }
 
   // The constants of `power`, in memory, because all registers are in use.
   struct alignas(64) Constants {
-    float table[16];   // 2^(i / 16), minus i << 19 as an integer
-    Element order[32]; // interleaves two vectors
-    float least, whole, slope;
+    float table[16];    // 2^(i / 16), minus i << 19 as an integer
+    Element order[32];  // interleaves two vectors
+    float least;        // power of which is 0
+    float whole;        // to which numbers are added to round them to sixteenths
+    float slope;        // ln(2)
   };
   static const Constants* constants() {
+    // in a function, because initialization while the library is loaded could need instructions that are missing
     static const Constants made = [] {
       Constants c;
       for (int i = 0; i < 16; ++i) {
@@ -223,7 +162,7 @@ struct AttendBrain {
       return c;
     }();
     const Constants* hidden = &made;
-    asm("" : "+r"(hidden));  // or the compiler would keep them in registers
+    asm("" : "+r"(hidden));  // so that the compiler does not load them before the loop
     return hidden;
   }
 
@@ -254,48 +193,58 @@ struct AttendBrain {
     template <int Columns>
     VLPACK_INLINE void next(const Constants* k) {
       const __m512 a = power(k, _mm512_sub_ps(_mm512_load_ps(scores), _mm512_load_ps(largest)));
-      const __m512 added = _mm512_add_ps(a, _mm512_load_ps(sum));
       const __m512 b = power(k, _mm512_sub_ps(_mm512_load_ps(scores + kLanes), _mm512_load_ps(largest)));
-      _mm512_store_ps(sum, _mm512_add_ps(added, b));
+      _mm512_store_ps(sum, _mm512_add_ps(_mm512_add_ps(a, b), _mm512_load_ps(sum)));
       const __m512i joined = (__m512i)_mm512_cvtne2ps_pbh(b, a);
       _mm512_store_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(k->order), joined));
       scores += 2 * kLanes, to += Columns * kLanes * 2;
     }
   };
 
-  // Adds to kRows channels of the weighted values those of `pairs` pairs of keys. If there is a part, of weights of the
-  // next block, there are kPairs, and it is computed meanwhile.
-  template <int Columns, class... Parts>
+  // Adds to kRows channels of the weighted values those of `pairs` pairs of keys, without the first Skip columns. If
+  // there is a part, of weights of the next block, there are kPairs, and it is computed meanwhile.
+  template <int Columns, int Skip, class... Parts>
   static VLPACK_INLINE void weigh(
       const Element* weights, const Element* v, int64_t pairs, float* values, Parts... part) {
     constexpr int kStep = Columns * kLanes * 2;
-    Floats sums[kRows][Columns];
+    Floats sums[kRows][Columns - Skip];
     each<kRows>([&](auto r) VLPACK_BODY {
-      each<Columns>([&](auto c) VLPACK_BODY { sums[r][c] = Floats::load(values + (r * Columns + c) * kLanes); });
+      each<Columns - Skip>(
+          [&](auto c) VLPACK_BODY { sums[r][c] = Floats::load(values + (r * Columns + Skip + c) * kLanes); });
     });
     if constexpr (sizeof...(part)) {
       const Constants* const k = constants();
       for (int i = 0; i < kPart; ++i) {
-        step<Columns, kRows>(v, 2, weights, sums);
+        step<Columns, Skip>(v, 2, weights, sums);
         (part.template next<Columns>(k), ...);
-        step<Columns, kRows>(v + kTile, 2, weights + kStep, sums);
+        step<Columns, Skip>(v + kTile, 2, weights + kStep, sums);
         v += 2 * kTile, weights += 2 * kStep;
       }
     } else {
       for (; pairs >= kUnroll; pairs -= kUnroll) {
-        each<kUnroll>([&](auto i) VLPACK_BODY { step<Columns, kRows>(v + i * kTile, 2, weights + i * kStep, sums); });
+        each<kUnroll>([&](auto i) VLPACK_BODY { step<Columns, Skip>(v + i * kTile, 2, weights + i * kStep, sums); });
         v += kUnroll * kTile, weights += kUnroll * kStep;
       }
       for (; pairs > 0; --pairs) {
-        step<Columns, kRows>(v, 2, weights, sums);
+        step<Columns, Skip>(v, 2, weights, sums);
         v += kTile, weights += kStep;
       }
     }
     each<kRows>([&](auto r) VLPACK_BODY {
-      each<Columns>([&](auto c) VLPACK_BODY { sums[r][c].store(values + (r * Columns + c) * kLanes); });
+      each<Columns - Skip>(
+          [&](auto c) VLPACK_BODY { sums[r][c].store(values + (r * Columns + Skip + c) * kLanes); });
     });
   }
 
+  // Starts to load the places of the outputs of a vector of queries, and the queries of the next task.
+  static void expect_queries(const Task& t, int64_t first, int64_t count) {
+    for (int64_t i = first; i < std::min<int64_t>(first + kLanes, count); ++i) {
+      expect<_MM_HINT_T1>(t.out + t.place[i], t.a.size);
+      expect<_MM_HINT_T1>(t.q + t.place[i] - t.back, t.a.size);
+    }
+  }
+
+  // Columns vectors of queries.
   template <int Columns>
   static void run_block(const Task& t) {
     constexpr int kWidth = Columns * kLanes;
@@ -308,36 +257,50 @@ struct AttendBrain {
 
     Element *weights = s.weights, *next = s.weights2;  // of the block before, and of this one
     const Element* v = t.v;                            // of the block before
-    auto tile_of = [&](int64_t tile) { return s.values + tile * kRows * kWidth; };
     for (int64_t start = 0; start < some; start += kBlock) {
       const int64_t keys = std::min<int64_t>(kBlock, some - start);
+      expect_queries(t, start / kBlock * kLanes, count);
       const bool rescale = score_block<Columns>(t, s, start, keys);
       const int halves = keys > kBlock / 2 ? 2 : 1, parts = Columns * halves;
       int part = 0;
+      auto next_part = [&] { return Part(s, part / halves, part % halves, next); };
       if (start > 0) {
-        int64_t tile = 0;
-        for (; tile < tiles(a) && part < parts; ++tile, ++part)
-          weigh<Columns>(weights, v + tile * kPairs * kTile, kPairs, tile_of(tile),
-                         Part(s, part / halves, part % halves, next));
-        for (; tile < tiles(a); ++tile) weigh<Columns>(weights, v + tile * kPairs * kTile, kPairs, tile_of(tile));
-        v += block_room(a);
+        float* values = s.values;
+        for (int64_t tile = 0; tile < tiles(a); ++tile, v += kPairs * kTile, values += kRows * kWidth)
+          if (part < parts) weigh<Columns, 0>(weights, v, kPairs, values, next_part()), ++part;
+          else weigh<Columns, 0>(weights, v, kPairs, values);
+        if (rescale) shrink<Columns>(t, s);
       }
       for (; part < parts; ++part) {
-        Part rest(s, part / halves, part % halves, next);
-        for (int i = 0; i < kPart; ++i) rest.template next<Columns>(constants());
+        Part rest = next_part();
+        const Constants* const k = constants();
+        for (int i = 0; i < kPart; ++i) rest.template next<Columns>(k);
       }
-      if (rescale && start > 0)
-        for (int64_t d = 0; d < a.size; ++d)
-          for (int c = 0; c < kWidth; c += kLanes) {
-            float* const value = s.values + d * kWidth + c;
-            (Floats::load(value) * Floats::load(s.shrink + c)).store(value);
-          }
       std::swap(weights, next);
     }
-    const int64_t left = some - (some - 1) / kBlock * kBlock;  // keys of the last block
-    for (int64_t tile = 0; some > 0 && tile < tiles(a); ++tile)
-      weigh<Columns>(weights, v + tile * kPairs * kTile, (left + 1) / 2, tile_of(tile));
+    // of the last block, every column has as many keys as its last query attends to
+    const int64_t start = (some - 1) / kBlock * kBlock;
+    for (int64_t tile = 0; some > 0 && tile < tiles(a); ++tile, v += kPairs * kTile) {
+      float* const values = s.values + tile * kRows * kWidth;
+      int64_t done = 0;
+      each<Columns>([&](auto c) VLPACK_BODY {
+        const int64_t pairs = (std::min(t.keys[c * kLanes + kLanes - 1], some) - start + 1) / 2;
+        if (pairs <= done) return;
+        weigh<Columns, c>(weights + done * kWidth * 2, v + done * kTile, pairs - done, values);
+        done = pairs;
+      });
+    }
     write<Columns>(t, s, count, some > 0);
+  }
+
+  // Rescales the weighted values.
+  template <int Columns>
+  static void shrink(const Task& t, const Scratch<Columns>& s) {
+    for (int64_t d = 0; d < t.a.size; ++d)
+      for (int c = 0; c < Columns * kLanes; c += kLanes) {
+        float* const value = s.values + d * Columns * kLanes + c;
+        (Floats::load(value) * Floats::load(s.shrink + c)).store(value);
+      }
   }
 
   // The scores of a block of keys, and the new largest ones. Whether values have to be rescaled.
@@ -346,9 +309,16 @@ struct AttendBrain {
     const Element* const these = t.k + start * t.k_row;
     std::memcpy(s.top, s.largest, sizeof(float) * Columns * kLanes);
     int64_t row = 0;
-    for (; row + kRows <= keys; row += kRows) score<Columns, kRows>(t, s, these, row);
-    if (row < keys && keys >= kRows) score<Columns, kRows>(t, s, these, keys - kRows);
-    else for (; row < keys; ++row) score<Columns, 1>(t, s, these, row);
+    // columns of which no query attends to a row are skipped
+    each<Columns>([&](auto c) VLPACK_BODY {
+      const int64_t end = std::min(keys, c + 1 < Columns ? t.keys[c * kLanes + kLanes - 1] - start : keys);
+      for (; row < end && row + kRows <= keys; row += kRows) score<Columns, c, kRows>(t, s, these, row);
+    });
+    if (row < keys && keys >= kRows) {  // the last rows again, together with those that are left
+      score<Columns, 0, kRows>(t, s, these, keys - kRows);
+      row = keys;
+    }
+    for (; row < keys; ++row) score<Columns, 0, 1>(t, s, these, row);
     for (int c = 0; c < Columns; ++c)  // pads the block with keys that get no weight
       for (row = keys; row < kBlock; ++row) Floats::all(kHidden).store(s.scores + (c * kBlock + row) * kLanes);
     if (start + keys > t.keys[0]) hide<Columns>(t, s, start, std::max<int64_t>(t.keys[0] - start, 0), keys);
@@ -365,8 +335,8 @@ struct AttendBrain {
     return rescale;
   }
 
-  // Hides rows from … keys of a block of scores from the queries that do not attend to them, finds the largest of the
-  // others again.
+  // Hides rows from … keys of a block of scores from the queries that do not attend to them, and finds the largest of the
+  // others.
   template <int Columns>
   static void hide(const Task& t, const Scratch<Columns>& s, int64_t start, int64_t from, int64_t keys) {
     for (int c = 0; c < Columns; ++c) {
@@ -396,8 +366,9 @@ struct AttendBrain {
           const int64_t query = c * kLanes + i;
           if (query >= count) continue;
           const float* const from = t.q + t.place[query] + d;
-          const Floats low = load_some(from, a.size - d) * factor;
-          const Floats high = a.size - d > kLanes ? load_some(from + kLanes, a.size - d - kLanes) * factor : Floats::all(0);
+          const int64_t left = a.size - d;
+          const Floats low = load_some(from, left) * factor;
+          const Floats high = left > kLanes ? load_some(from + kLanes, left - kLanes) * factor : Floats::all(0);
           rows[i] = (__m512)_mm512_cvtne2ps_pbh(high.v, low.v);
         }
         transpose(rows);

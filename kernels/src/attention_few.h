@@ -168,11 +168,13 @@ struct AttendBest {
   static int64_t packs(const Attention& a) { return fast(a) ? Fast::packs(a) : 0; }
   static void pack(const Attention& a, void* room, int64_t task) { Fast::pack(a, room, task); }
 
-  static int64_t tasks(const Attention& a) { return few(a) ? AttendFew::tasks(a) : Attend<Single>::tasks(a); }
+  static int64_t tasks(const Attention& a) {
+    return few(a) ? AttendFew::tasks(a) : fast(a) ? Fast::tasks(a) : Attend::tasks(a);
+  }
   static void run(const Attention& a, const void* room, int64_t task) {
     if (few(a)) return AttendFew::run(a, task);
     if (fast(a)) return Fast::run(a, room, task);
-    return Attend<Single>::run(a, room, task);
+    return Attend::run(a, room, task);
   }
 };
 

@@ -6,11 +6,11 @@
 namespace vlpack {
 
 const Kernels& avx512_kernels() {
-  using Attend = AttendBest<Attend<Single>>;
+  using Best = AttendBest<Attend>;
   using Four = Multiply4;
   static const Kernels kernels = {
       "avx512",
-      Attend::room, Attend::packs, Attend::pack, Attend::tasks, Attend::run, nullptr,
+      Best::room, Best::packs, Best::pack, Best::tasks, Best::run, nullptr,
       laid_bytes, lay,
       Four::room, Four::packs, Four::pack, Four::tasks, Four::run,
       kLinear8,

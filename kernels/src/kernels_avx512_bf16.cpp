@@ -17,11 +17,11 @@ void narrow_all(const float* from, uint16_t* to, int64_t count) {
 }  // namespace
 
 const Kernels& avx512_bf16_kernels() {
-  using Attend = AttendBest<AttendBrain>;
+  using Best = AttendBest<AttendBrain>;
   using Four = Multiply4;
   static const Kernels kernels = {
       "avx512_bf16",
-      Attend::room, Attend::packs, Attend::pack, Attend::tasks, Attend::run, narrow_all,
+      Best::room, Best::packs, Best::pack, Best::tasks, Best::run, narrow_all,
       laid_bytes, lay,
       Four::room, Four::packs, Four::pack, Four::tasks, Four::run,
       kLinear8,
