@@ -13,7 +13,6 @@
 #include <utility>
 
 #include "attention_brain_pack.h"
-#include "bytes.h"
 #include "transpose.h"
 #include "unroll.h"
 
@@ -44,8 +43,7 @@ struct AttendBrain : PackBrain {
   struct Task {
     const Attention& a;
     const Element *k, *v;           // of the key head
-    int64_t k_row, count;           // distance of two keys; number of queries
-    int64_t back;                   // distance to the queries of the next task
+    int64_t k_row;                  // distance of two keys
     const float* q;                 // the first query of the key head, and its output
     float* out;
     int64_t place[kMost * kLanes];  // distances of the queries from it
@@ -57,11 +55,11 @@ struct AttendBrain : PackBrain {
       k = packs_keys(a) ? packed : static_cast<const Element*>(a.k) + keys_place(a, head);
       v = packed + key_room(a), k_row = packs_keys(a) ? steps(a) * 2 : a.k_row;
       q = a.q + queries_place(a, head), out = a.out + queries_place(a, head);
-      count = std::min<int64_t>(kMost * kLanes, a.queries * a.group - first);
-      back = first >= kMost * kLanes && kMost * kLanes % a.group == 0 ? kMost * kLanes / a.group * a.q_row : 0;
+      const int64_t count = a.queries * a.group - first;
       int64_t token = first / a.group, member = first % a.group;  // divisions are slow, so there are only these
       for (int i = 0; i < kMost * kLanes; ++i) {
         place[i] = token * a.q_row + member * a.q_head, keys[i] = std::min(a.keys, a.visible + token);
+        if (i + 1 >= count) continue;  // the last query is repeated, so that vectors are full
         if (++member == a.group) ++token, member = 0;
       }
     }
@@ -236,22 +234,14 @@ struct AttendBrain : PackBrain {
     });
   }
 
-  // Starts to load the places of the outputs of a vector of queries, and the queries of the next task.
-  static void expect_queries(const Task& t, int64_t first, int64_t count) {
-    for (int64_t i = first; i < std::min<int64_t>(first + kLanes, count); ++i) {
-      expect<_MM_HINT_T1>(t.out + t.place[i], t.a.size);
-      expect<_MM_HINT_T1>(t.q + t.place[i] - t.back, t.a.size);
-    }
-  }
-
   // Columns vectors of queries.
   template <int Columns>
   static void run_block(const Task& t) {
     constexpr int kWidth = Columns * kLanes;
     const Attention& a = t.a;
-    const int64_t count = std::min<int64_t>(kWidth, t.count), some = t.keys[count - 1];
+    const int64_t some = t.keys[kWidth - 1];  // keys of the last query
     const Scratch<Columns> s(a);
-    turn_queries<Columns>(t, s, count);
+    turn_queries<Columns>(t, s);
     std::memset(s.values, 0, sizeof(float) * tiles(a) * kRows * kWidth);
     for (int i = 0; i < kWidth; ++i) s.largest[i] = kHidden, s.sum[i] = 0;
 
@@ -259,7 +249,6 @@ struct AttendBrain : PackBrain {
     const Element* v = t.v;                            // of the block before
     for (int64_t start = 0; start < some; start += kBlock) {
       const int64_t keys = std::min<int64_t>(kBlock, some - start);
-      expect_queries(t, start / kBlock * kLanes, count);
       const bool rescale = score_block<Columns>(t, s, start, keys);
       const int halves = keys > kBlock / 2 ? 2 : 1, parts = Columns * halves;
       int part = 0;
@@ -284,13 +273,13 @@ struct AttendBrain : PackBrain {
       float* const values = s.values + tile * kRows * kWidth;
       int64_t done = 0;
       each<Columns>([&](auto c) VLPACK_BODY {
-        const int64_t pairs = (std::min(t.keys[c * kLanes + kLanes - 1], some) - start + 1) / 2;
+        const int64_t pairs = (t.keys[c * kLanes + kLanes - 1] - start + 1) / 2;
         if (pairs <= done) return;
         weigh<Columns, c>(weights + done * kWidth * 2, v + done * kTile, pairs - done, values);
         done = pairs;
       });
     }
-    write<Columns>(t, s, count, some > 0);
+    write<Columns>(t, s, some > 0);
   }
 
   // Rescales the weighted values.
@@ -311,7 +300,7 @@ struct AttendBrain : PackBrain {
     int64_t row = 0;
     // columns of which no query attends to a row are skipped
     each<Columns>([&](auto c) VLPACK_BODY {
-      const int64_t end = std::min(keys, c + 1 < Columns ? t.keys[c * kLanes + kLanes - 1] - start : keys);
+      const int64_t end = std::min(keys, t.keys[c * kLanes + kLanes - 1] - start);
       for (; row < end && row + kRows <= keys; row += kRows) score<Columns, c, kRows>(t, s, these, row);
     });
     if (row < keys && keys >= kRows) {  // the last rows again, together with those that are left
@@ -355,41 +344,38 @@ struct AttendBrain : PackBrain {
 
   // Transposes queries, scaled so that differences of scores are exponents of base 2, and rounds them.
   template <int Columns>
-  static void turn_queries(const Task& t, const Scratch<Columns>& s, int64_t count) {
-    const Attention& a = t.a;
-    const Floats factor = Floats::all(a.scale * 1.44269504f);
+  static void turn_queries(const Task& t, const Scratch<Columns>& s) {
+    const __m512 factor = _mm512_set1_ps(t.a.scale * 1.44269504f);
     for (int c = 0; c < Columns; ++c)
-      for (int64_t d = 0; d < a.size; d += 2 * kLanes) {
+      for (int64_t d = 0; d < t.a.size; d += 2 * kLanes) {
+        const __mmask16 low = lanes(t.a.size - d), high = lanes(t.a.size - d - kLanes);
         __m512 rows[kLanes];
-        for (int i = 0; i < kLanes; ++i) {
-          rows[i] = _mm512_setzero_ps();
-          const int64_t query = c * kLanes + i;
-          if (query >= count) continue;
-          const float* const from = t.q + t.place[query] + d;
-          const int64_t left = a.size - d;
-          const Floats low = load_some(from, left) * factor;
-          const Floats high = left > kLanes ? load_some(from + kLanes, left - kLanes) * factor : Floats::all(0);
-          rows[i] = (__m512)_mm512_cvtne2ps_pbh(high.v, low.v);
-        }
+        each<kLanes>([&](auto i) VLPACK_BODY {
+          const float* const from = t.q + t.place[c * kLanes + i] + d;
+          const __m512 left = _mm512_mul_ps(_mm512_maskz_loadu_ps(low, from), factor);
+          const __m512 right = _mm512_mul_ps(_mm512_maskz_loadu_ps(high, from + kLanes), factor);
+          rows[i] = (__m512)_mm512_cvtne2ps_pbh(right, left);
+        });
         transpose(rows);
         Element* const to = s.queries + (d / 2 * Columns + c) * kLanes * 2;
-        for (int i = 0; i < kLanes; ++i) _mm512_store_ps(to + i * Columns * kLanes * 2, rows[i]);
+        each<kLanes>([&](auto i) VLPACK_BODY { _mm512_store_ps(to + i * Columns * kLanes * 2, rows[i]); });
       }
   }
 
   // Divides values by the sums of weights, and transposes them to the output.
   template <int Columns>
-  static void write(const Task& t, const Scratch<Columns>& s, int64_t count, bool any) {
-    const Attention& a = t.a;
+  static void write(const Task& t, const Scratch<Columns>& s, bool any) {
     for (int c = 0; c < Columns; ++c) {
       const Floats factor = Floats::all(1) / (any ? Floats::load(s.sum + c * kLanes) : Floats::all(1));
-      for (int64_t d = 0; d < a.size; d += kLanes) {
+      for (int64_t d = 0; d < t.a.size; d += kLanes) {
+        const __mmask16 some = lanes(t.a.size - d);
+        const float* const from = s.values + (d * Columns + c) * kLanes;
         __m512 rows[kLanes];
-        for (int i = 0; i < kLanes; ++i)
-          rows[i] = (Floats::load(s.values + ((d + i) * Columns + c) * kLanes) * factor).v;
+        each<kLanes>([&](auto i) VLPACK_BODY { rows[i] = (Floats::load(from + i * Columns * kLanes) * factor).v; });
         transpose(rows);
-        for (int i = 0; i < kLanes && c * kLanes + i < count; ++i)
-          store_some({rows[i]}, t.out + t.place[c * kLanes + i] + d, a.size - d);
+        each<kLanes>([&](auto i) VLPACK_BODY {
+          _mm512_mask_storeu_ps(t.out + t.place[c * kLanes + i] + d, some, rows[i]);
+        });
       }
     }
   }

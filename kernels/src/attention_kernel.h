@@ -37,11 +37,11 @@ inline float* thread_memory(int64_t count) {
 }
 
 // Starts to load elements that are used later, because the processor itself does not look beyond a page of memory.
-template <_mm_hint kCache = _MM_HINT_T0, class Element>
+template <class Element>
 VLPACK_INLINE void expect(const Element* from, int64_t count) {
   const char* bytes = reinterpret_cast<const char*>(from);
   for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(Element)); at += 64)
-    _mm_prefetch(bytes + at, kCache);
+    _mm_prefetch(bytes + at, _MM_HINT_T0);
 }
 
 // Distance in floats of a query of a key head from the first one. Queries are counted token by token.
