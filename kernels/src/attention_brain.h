@@ -70,7 +70,7 @@ struct AttendBrain : PackBrain {
   struct Scratch {
     Element* queries;             // [steps, Columns, kLanes, 2]
     float* scores;                // [Columns, kBlock, kLanes]
-    Element *weights, *weights2;  // exponentials of two blocks, [kPairs, Columns, kLanes, 2]
+    Element *weights, *spare;     // exponentials of two blocks, [kPairs, Columns, kLanes, 2]
     float* values;                // weighted sums, [channels, Columns, kLanes]
     float *top, *largest, *sum, *shrink;  // [Columns, kLanes]
 
@@ -82,7 +82,7 @@ struct AttendBrain : PackBrain {
       queries = reinterpret_cast<Element*>(take(kWidth * query_room));
       scores = take(kWidth * kBlock);
       weights = reinterpret_cast<Element*>(take(kWidth * kPairs));
-      weights2 = reinterpret_cast<Element*>(take(kWidth * kPairs));
+      spare = reinterpret_cast<Element*>(take(kWidth * kPairs));
       values = take(kWidth * (channels + kLanes));
       top = take(kWidth), largest = take(kWidth), sum = take(kWidth), shrink = take(kWidth);
     }
@@ -245,7 +245,7 @@ struct AttendBrain : PackBrain {
     std::memset(s.values, 0, sizeof(float) * tiles(a) * kRows * kWidth);
     for (int i = 0; i < kWidth; ++i) s.largest[i] = kHidden, s.sum[i] = 0;
 
-    Element *weights = s.weights, *next = s.weights2;  // of the block before, and of this one
+    Element *weights = s.weights, *next = s.spare;  // of the block before, and of this one
     const Element* v = t.v;                            // of the block before
     for (int64_t start = 0; start < some; start += kBlock) {
       const int64_t keys = std::min<int64_t>(kBlock, some - start);
@@ -255,10 +255,15 @@ struct AttendBrain : PackBrain {
       auto next_part = [&] { return Part(s, part / halves, part % halves, next); };
       if (start > 0) {
         float* values = s.values;
-        for (int64_t tile = 0; tile < tiles(a); ++tile, v += kPairs * kTile, values += kRows * kWidth)
-          if (part < parts) weigh<Columns, 0>(weights, v, kPairs, values, next_part()), ++part;
-          else weigh<Columns, 0>(weights, v, kPairs, values);
-        if (rescale) shrink<Columns>(t, s);
+        for (int64_t tile = 0; tile < tiles(a); ++tile, v += kPairs * kTile, values += kRows * kWidth) {
+          if (part < parts) {
+            weigh<Columns, 0>(weights, v, kPairs, values, next_part());
+            ++part;
+          } else {
+            weigh<Columns, 0>(weights, v, kPairs, values);
+          }
+        }
+        if (rescale) rescale_values<Columns>(t, s);
       }
       for (; part < parts; ++part) {
         Part rest = next_part();
@@ -284,7 +289,7 @@ struct AttendBrain : PackBrain {
 
   // Rescales the weighted values.
   template <int Columns>
-  static void shrink(const Task& t, const Scratch<Columns>& s) {
+  static void rescale_values(const Task& t, const Scratch<Columns>& s) {
     for (int64_t d = 0; d < t.a.size; ++d)
       for (int c = 0; c < Columns * kLanes; c += kLanes) {
         float* const value = s.values + d * Columns * kLanes + c;
@@ -324,8 +329,8 @@ struct AttendBrain : PackBrain {
     return rescale;
   }
 
-  // Hides rows from … keys of a block of scores from the queries that do not attend to them, and finds the largest of the
-  // others.
+  // Hides rows from … keys of a block of scores from the queries that do not attend to them, and finds the largest of
+  // the others.
   template <int Columns>
   static void hide(const Task& t, const Scratch<Columns>& s, int64_t start, int64_t from, int64_t keys) {
     for (int c = 0; c < Columns; ++c) {
@@ -335,7 +340,8 @@ struct AttendBrain : PackBrain {
       float* const scores = s.scores + c * kBlock * kLanes;
       for (int64_t row = from; row < keys; ++row)
         Floats::where_less(Floats::all(static_cast<float>(row)), limit, Floats::load(scores + row * kLanes),
-                           Floats::all(kHidden)).store(scores + row * kLanes);
+                           Floats::all(kHidden))
+            .store(scores + row * kLanes);
       Floats top = Floats::load(s.largest + c * kLanes);
       for (int64_t row = 0; row < keys; ++row) top = Floats::max(top, Floats::load(scores + row * kLanes));
       top.store(s.top + c * kLanes);

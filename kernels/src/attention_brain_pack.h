@@ -10,8 +10,8 @@
 namespace vlpack {
 namespace {
 
-// A step of a product takes two elements of the direction of the sum. So keys are packed to [keys, steps, 2], and values
-// to [blocks of keys, tiles, kPairs, kRows, 2], which is the order in which they are read. Keys that are in this form
+// A step of a product takes two elements of the direction of the sum. So keys are packed to [keys, steps, 2], and
+// values to [blocks of keys, tiles, kPairs, kRows, 2], which is the order in which they are read. Keys that are in this form
 // already are used where they are.
 struct PackBrain {
   using Element = uint16_t;
