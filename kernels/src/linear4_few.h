@@ -52,7 +52,10 @@ struct Few {
     constexpr int kUnroll = 2;                                // a block has an even number of steps
     Floats y[Rows];
     each<Rows>([&](auto r) VLPACK_BODY { y[r] = Floats::all(0); });
+    // the scales of the next panel, of which a line of the cache is fetched with each block
+    const float* const next = l.scales + (panel + 1) * kLanes * l.blocks;
     for (int64_t block = 0; block < l.blocks; ++block) {
+      _mm_prefetch(reinterpret_cast<const char*>(next + block * kLanes), _MM_HINT_T0);
       Sums sum[Rows * kSums];
       each<Rows * kSums>([&](auto i) VLPACK_BODY { sum[i] = Sums::all(0); });
       for (int64_t step = block * steps; step < (block + 1) * steps; step += kUnroll)
