@@ -322,7 +322,7 @@ struct AttendBrain : PackBrain {
       const Floats largest = Floats::load(s.largest + c), above = largest + Floats::all(kSlack);
       const Floats top = Floats::load(s.top + c);
       rescale |= Floats::any_less(above, top);
-      const Floats chosen = Floats::where_less(above, top, top, largest), shrink = exp2<6>(largest - chosen);
+      const Floats chosen = Floats::where_less(above, top, top, largest), shrink = exp2(largest - chosen);
       chosen.store(s.largest + c), shrink.store(s.shrink + c);
       (Floats::load(s.sum + c) * shrink).store(s.sum + c);
     }

@@ -104,10 +104,10 @@ struct AttendFew {
     float most = lanes[0];
     for (int n = 1; n < kLanes; ++n) most = std::max(most, lanes[n]);
     top = Floats::all(most);
-    const Floats shrink = exp2<6>(largest - top);
+    const Floats shrink = exp2(largest - top);
     sum = sum * shrink;
     for (int n = 0; n < kBlock; n += kLanes) {
-      const Floats weight = exp2<6>(Floats::load(scores + n) - top);
+      const Floats weight = exp2(Floats::load(scores + n) - top);
       weight.store(scores + n);
       sum = sum + weight;
     }

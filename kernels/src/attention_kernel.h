@@ -204,10 +204,10 @@ struct Attend {
       const Floats above = largest[c] + Floats::all(kSlack);
       const bool rescale = Floats::any_less(above, top);
       top = Floats::where_less(above, top, top, largest[c]);
-      const Floats shrink = exp2<6>(largest[c] - top);
+      const Floats shrink = exp2(largest[c] - top);
       Floats total = sum[c] * shrink;
       for (int64_t row = 0; row < keys; ++row) {
-        const Floats weight = exp2<6>(Floats::load(scores + row * kWidth) - top);
+        const Floats weight = exp2(Floats::load(scores + row * kWidth) - top);
         weight.store(scores + row * kWidth);
         total = total + weight;
       }

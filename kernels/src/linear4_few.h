@@ -13,7 +13,7 @@ namespace {
 
 struct Few {
   static constexpr int kLanes = kLanes4;
-  static constexpr int kMost = kLanes == 16 ? 12 : 4;  // largest number of rows of x
+  static constexpr int kMost = kLanes == 16 ? 16 : 4;  // largest number of rows of x
   static constexpr int kTaskPanels = 64 / kLanes;
   static constexpr int64_t kAhead = 8192;  // bytes of the matrix that are fetched in advance
 

@@ -11,8 +11,8 @@
 namespace vlpack {
 namespace {
 
-// The number of columns of a wide block. More are faster and coarser; calibrated packages have blocks of 64 and more.
-constexpr int64_t wide_block(int64_t block) { return block >= 128 ? block : block == 64 ? 128 : 256; }
+// The number of columns of a wide block. (256 are 4% faster, but bring the KL divergence up by as much as 2%.)
+constexpr int64_t wide_block(int64_t block) { return block < 128 ? 128 : block; }
 
 // The largest magnitude of a code. It is a multiple of 8, 10, 12 and 15, which the largest difference from a zero point
 // often is, so that the codes of the block with the largest numbers are exact: with 127, ties would be common.

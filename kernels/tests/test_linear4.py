@@ -11,7 +11,7 @@ import vlpack_kernels
 from conftest import session
 
 COUNTS = [1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 33, 49, 100]  # rows of x: both forms of the product, and all their ends
-WIDE = {16: 256, 32: 256, 64: 128}  # columns that have a scale in the form for many rows, by those of a block
+WIDE = 128  # columns that have a scale in the form for many rows, if blocks are smaller
 
 
 class Matrix(NamedTuple):
@@ -40,9 +40,10 @@ class Matrix(NamedTuple):
         made = session("Linear4", ["x"], self.arrays, threads, K=cols, N=rows, block_size=self.block)
         return np.asarray(made.run(None, {"x": x})[0])
 
-    def few(self, count: int) -> bool:
+    @staticmethod
+    def few(count: int) -> bool:
         """Whether the form for few rows of x computes so many rows."""
-        return count <= (8 if self.block < (128 if vlpack_kernels.instruction_set() != "avx2" else 64) else 12)
+        return count <= (4 if vlpack_kernels.instruction_set() == "avx2" else 16)
 
     def bound(self, x: np.ndarray) -> np.ndarray:
         """The largest error that rounding can cause, [count, rows].
@@ -50,8 +51,8 @@ class Matrix(NamedTuple):
         Each block of x is rounded to steps of peak / 127. In the form for many rows of x, small blocks become wide, and
         the matrix is rounded to steps of 1/120 of the largest number that a wide block can have.
         """
-        cols, few = self.numbers.shape[1], self.few(len(x)) or self.block not in WIDE
-        total, wide = np.full((len(x), len(self.numbers)), 1e-6), self.block if few else WIDE[self.block]
+        cols, few = self.numbers.shape[1], self.few(len(x)) or self.block >= WIDE
+        total, wide = np.full((len(x), len(self.numbers)), 1e-6), self.block if few else WIDE
         for first in range(0, cols, wide):
             part = slice(first, min(first + wide, cols))
             step = np.abs(x[:, part]).max(1) / 127
