@@ -239,8 +239,10 @@ def test_activations(count: int, block: int, group: int, gated: bool, activation
     x[0, :4] = 0, -90, 90, -5
     factor = rows_of(*x.shape, 1) if gated else None
     activated = ACTIVATIONS[activation](x.astype(np.float64)) * (1 if factor is None else factor)
-    error = np.abs(fused(matrix, x, factor, activation=activation)[0] - matrix.exact(activated))
-    assert (error <= matrix.bound(activated)).all()
+    y = fused(matrix, x, factor, activation=activation)[0]
+    assert (np.abs(y - matrix.exact(activated)) <= matrix.bound(activated)).all()
+    alone = matrix.run(activated.astype(np.float32))  # differs only where the last bits decide how a value is rounded
+    assert np.linalg.norm(y - alone) <= 1e-3 * np.linalg.norm(alone)
 
 
 @pytest.mark.parametrize("bias", [False, True])
