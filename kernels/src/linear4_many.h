@@ -57,27 +57,26 @@ struct Many {
   static void round_panel(const Linear4& l, int64_t panel, const Linear8& w, uint8_t* codes, float* scales) {
     const Blocks4 blocks(l, panel);
     const uint8_t* from = l.codes + panel * panel_bytes4(l);
-    const Floats none = Floats::all(0), limit = Floats::all(3e38f);
     for (int64_t wide = 0, block = 0; wide < w.blocks(); ++wide, scales += kLanes) {
       const int64_t last = std::min(l.blocks, block + w.block / l.block);
-      Floats top = none;  // the largest magnitude that a number can have
+      Floats top = Floats::all(0);  // the largest magnitude that a number can have
       for (int64_t b = block; b < last; ++b) {
         const Floats zero = blocks.zero(b);
         top = larger(top, blocks.scale(b).abs() * Floats::max(zero, Floats::all(15) - zero));
       }
       const bool exact = w.block == l.block;
       (exact ? blocks.scale(block) : top / Floats::all(kSteps)).store(scales);
-      // 0 if the numbers of the wide block are all 0, too small to be inverted, or not finite
+      // If the numbers of the wide block are all 0, too small to be inverted, or not finite, ratios become -2³¹, whose
+      // lower half is 0, and so are all codes.
       const Floats inverse = Floats::all(kSteps * kRatio) / top;
-      const Floats usable = Floats::where_less(inverse, limit, Floats::where_less(top, limit, inverse, none), none);
-      uint8_t* const end = codes + w.block * kLanes;
+      uint8_t* const end = codes + w.block * kLanes;  // columns that do not exist keep any codes, as x is 0 there
       for (; block < last; ++block) {
-        const Floats ratio = exact ? Floats::all(kRatio) : blocks.scale(block) * usable;
+        const Floats ratio = exact ? Floats::all(kRatio) : blocks.scale(block) * inverse;
         const Sums ratios = twice(integers(ratio)), zeros = twice(integers(blocks.zero(block) * Floats::all(kCode)));
         for (int64_t step = 0; step < l.block / kColumns4; ++step, from += Bytes::kCount, codes += 2 * Bytes::kCount)
           round_codes(Bytes::load(from), ratios, zeros, codes);
       }
-      for (; codes < end; codes += Bytes::kCount) Bytes::all(-128).store(codes);
+      codes = end;
     }
   }
 };

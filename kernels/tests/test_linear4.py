@@ -126,6 +126,13 @@ def test_its_error_beside_that_of_4_bits() -> None:
     assert np.linalg.norm(error) <= 0.15 * np.linalg.norm(rounding)
 
 
+@pytest.mark.parametrize("block", [128, 256])
+def test_large_blocks_give_the_same_bits_in_both_forms(block: int) -> None:
+    matrix = Matrix.make(50, 700, block, zeros=True)
+    x = np.random.default_rng(11).standard_normal((40, 700)).astype(np.float32)
+    np.testing.assert_array_equal(matrix.run(x), np.concatenate([matrix.run(row[None]) for row in x]))
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-39, 1e-30, 1e30])
 @pytest.mark.parametrize("count", [2, 20])
 def test_blocks_of_very_different_scales(count: int, scale: float) -> None:
