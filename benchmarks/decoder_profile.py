@@ -31,6 +31,7 @@ KINDS = {
     "MatMulNBits": "products",
     "Linear4": "products",
     "Linear8": "products",
+    "Linear8Blocks": "products",
     "RMSNormalization": "RMS norms",
     "SimplifiedLayerNormalization": "RMS norms",
     "SkipSimplifiedLayerNormalization": "RMS norms",

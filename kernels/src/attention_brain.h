@@ -355,16 +355,16 @@ struct AttendBrain : PackBrain {
     for (int c = 0; c < Columns; ++c)
       for (int64_t d = 0; d < t.a.size; d += 2 * kLanes) {
         const __mmask16 low = lanes(t.a.size - d), high = lanes(t.a.size - d - kLanes);
-        __m512 rows[kLanes];
+        Floats rows[kLanes];
         each<kLanes>([&](auto i) VLPACK_BODY {
           const float* const from = t.q + t.place[c * kLanes + i] + d;
           const __m512 left = _mm512_mul_ps(_mm512_maskz_loadu_ps(low, from), factor);
           const __m512 right = _mm512_mul_ps(_mm512_maskz_loadu_ps(high, from + kLanes), factor);
-          rows[i] = (__m512)_mm512_cvtne2ps_pbh(right, left);
+          rows[i] = {(__m512)_mm512_cvtne2ps_pbh(right, left)};
         });
         transpose(rows);
         Element* const to = s.queries + (d / 2 * Columns + c) * kLanes * 2;
-        each<kLanes>([&](auto i) VLPACK_BODY { _mm512_store_ps(to + i * Columns * kLanes * 2, rows[i]); });
+        each<kLanes>([&](auto i) VLPACK_BODY { _mm512_store_ps(to + i * Columns * kLanes * 2, rows[i].v); });
       }
   }
 
@@ -376,11 +376,11 @@ struct AttendBrain : PackBrain {
       for (int64_t d = 0; d < t.a.size; d += kLanes) {
         const __mmask16 some = lanes(t.a.size - d);
         const float* const from = s.values + (d * Columns + c) * kLanes;
-        __m512 rows[kLanes];
-        each<kLanes>([&](auto i) VLPACK_BODY { rows[i] = (Floats::load(from + i * Columns * kLanes) * factor).v; });
+        Floats rows[kLanes];
+        each<kLanes>([&](auto i) VLPACK_BODY { rows[i] = Floats::load(from + i * Columns * kLanes) * factor; });
         transpose(rows);
         each<kLanes>([&](auto i) VLPACK_BODY {
-          _mm512_mask_storeu_ps(t.out + t.place[c * kLanes + i] + d, some, rows[i]);
+          _mm512_mask_storeu_ps(t.out + t.place[c * kLanes + i] + d, some, rows[i].v);
         });
       }
     }

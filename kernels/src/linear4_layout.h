@@ -9,7 +9,7 @@
 
 #include "kernels.h"
 #include "rows.h"
-#include "unroll.h"
+#include "transpose.h"
 
 namespace vlpack {
 namespace {
@@ -39,39 +39,6 @@ inline void lay(const Linear4& l, const uint8_t* codes, uint8_t* to) {
       }
 }
 
-// Transposes kLanes vectors and stores them one after the other.
-VLPACK_INLINE void store_transposed(const Floats (&rows)[kLanes4], float* to) {
-#ifdef __AVX512F__
-  __m512 pairs[16], fours[16];
-  each<8>([&](auto i) VLPACK_BODY {
-    pairs[2 * i] = _mm512_unpacklo_ps(rows[2 * i].v, rows[2 * i + 1].v);
-    pairs[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i].v, rows[2 * i + 1].v);
-  });
-  each<4>([&](auto i) VLPACK_BODY {  // fours[4 i + k]: lanes k, 4 + k, 8 + k, 12 + k of the rows 4 i … 4 i + 3
-    fours[4 * i] = _mm512_shuffle_ps(pairs[4 * i], pairs[4 * i + 2], 0x44);
-    fours[4 * i + 1] = _mm512_shuffle_ps(pairs[4 * i], pairs[4 * i + 2], 0xee);
-    fours[4 * i + 2] = _mm512_shuffle_ps(pairs[4 * i + 1], pairs[4 * i + 3], 0x44);
-    fours[4 * i + 3] = _mm512_shuffle_ps(pairs[4 * i + 1], pairs[4 * i + 3], 0xee);
-  });
-  each<4>([&](auto k) VLPACK_BODY {
-    const __m512 a = _mm512_shuffle_f32x4(fours[k], fours[4 + k], 0x44);
-    const __m512 b = _mm512_shuffle_f32x4(fours[k], fours[4 + k], 0xee);
-    const __m512 c = _mm512_shuffle_f32x4(fours[8 + k], fours[12 + k], 0x44);
-    const __m512 d = _mm512_shuffle_f32x4(fours[8 + k], fours[12 + k], 0xee);
-    _mm512_storeu_ps(to + 16 * k, _mm512_shuffle_f32x4(a, c, 0x88));
-    _mm512_storeu_ps(to + 16 * (4 + k), _mm512_shuffle_f32x4(a, c, 0xdd));
-    _mm512_storeu_ps(to + 16 * (8 + k), _mm512_shuffle_f32x4(b, d, 0x88));
-    _mm512_storeu_ps(to + 16 * (12 + k), _mm512_shuffle_f32x4(b, d, 0xdd));
-  });
-#else
-  for (int row = 0; row < kLanes4; ++row) {
-    float line[kLanes4];
-    rows[row].store(line);
-    for (int lane = 0; lane < kLanes4; ++lane) to[lane * kLanes4 + row] = line[lane];
-  }
-#endif
-}
-
 // The scales and zero points of the blocks of a panel, [blocks, kLanes]; those of rows that do not exist are 0.
 struct Blocks4 {
   const float *scales, *zeros;  // zeros is null if all zero points are 8
@@ -81,12 +48,12 @@ struct Blocks4 {
     const int64_t size = (l.blocks + kLanes4 - 1) / kLanes4 * kLanes4;
     float* const all = scratch<float, 4>(2 * size * kLanes4);
     scales = all;
-    transpose(l, rows, all, [&](int64_t row, int64_t block) VLPACK_BODY {
+    lay_panel(l, rows, all, [&](int64_t row, int64_t block) VLPACK_BODY {
       return load_some(l.scales + (first + row) * l.blocks + block, std::min<int64_t>(kLanes4, l.blocks - block));
     });
     if (!l.zeros) return;
     zeros = all + size * kLanes4;
-    transpose(l, rows, all + size * kLanes4, [&](int64_t row, int64_t block) VLPACK_BODY {
+    lay_panel(l, rows, all + size * kLanes4, [&](int64_t row, int64_t block) VLPACK_BODY {
       return nibbles(l.zeros + (first + row) * ((l.blocks + 1) / 2) + block / 2, l.blocks - block);
     });
   }
@@ -98,11 +65,12 @@ struct Blocks4 {
 
  private:
   template <class Load>
-  static VLPACK_INLINE void transpose(const Linear4& l, int64_t rows, float* to, const Load& load) {
+  static VLPACK_INLINE void lay_panel(const Linear4& l, int64_t rows, float* to, const Load& load) {
     for (int64_t block = 0; block < l.blocks; block += kLanes4) {
       Floats lines[kLanes4];
       for (int64_t row = 0; row < kLanes4; ++row) lines[row] = row < rows ? load(row, block) : Floats::all(0);
-      store_transposed(lines, to + block * kLanes4);
+      transpose(lines);
+      for (int64_t i = 0; i < kLanes4; ++i) lines[i].store(to + (block + i) * kLanes4);
     }
   }
 };
