@@ -10,7 +10,8 @@ namespace {
 VLPACK_INLINE Floats logistic(Floats x) {
   constexpr float kLog2OfE = 1.44269504f;
   const Floats zero = Floats::all(0), one = Floats::all(1);
-  const Floats power = exp2(Floats::where_less(x, zero, x, zero - x) * Floats::all(kLog2OfE));
+  const Floats exponent = Floats::where_less(x, zero, x, zero - x) * Floats::all(kLog2OfE);
+  const Floats power = exp2(Floats::max(Floats::all(-200), exponent));  // 0 below; the second operand if it is NaN
   const Floats positive = one / (one + power);
   return Floats::where_less(x, zero, power * positive, positive);
 }

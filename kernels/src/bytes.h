@@ -15,8 +15,6 @@ struct Bytes {
   __m512i v;
 
   static VLPACK_INLINE Bytes load(const void* p) { return {_mm512_loadu_si512(p)}; }
-  VLPACK_INLINE void store(void* p) const { _mm512_storeu_si512(p, v); }
-  static VLPACK_INLINE Bytes all(int8_t x) { return {_mm512_set1_epi8(x)}; }
   VLPACK_INLINE Bytes low() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
   VLPACK_INLINE Bytes high() const { return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))}; }
 };
@@ -29,7 +27,6 @@ struct Sums {
   VLPACK_INLINE Sums add(Bytes a, Bytes b) const { return {_mm512_dpbusd_epi32(v, a.v, b.v)}; }
   VLPACK_INLINE Sums add_exactly(Bytes a, Bytes b) const { return add(a, b); }
   VLPACK_INLINE Sums operator+(Sums o) const { return {_mm512_add_epi32(v, o.v)}; }
-  VLPACK_INLINE void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
   VLPACK_INLINE Floats floats() const { return {_mm512_cvtepi32_ps(v)}; }
   VLPACK_INLINE int32_t total() const { return _mm512_reduce_add_epi32(v); }
 };
@@ -65,17 +62,6 @@ VLPACK_INLINE Bytes spread(const void* four) {
   int32_t x;
   std::memcpy(&x, four, sizeof x);
   return {_mm512_set1_epi32(x)};
-}
-
-// The vector whose lane i is p[i · count / kLanes]: each of `count` = 1, 2, 4 or 8 values is repeated. Values from
-// index `left` on are not read.
-VLPACK_INLINE Floats repeat(const float* p, int count, int64_t left) {
-  if (count == 1) return Floats::all(*p);
-  const int many = static_cast<int>(left < count ? left : count);
-  const __m512 some = _mm512_maskz_loadu_ps((1u << many) - 1, p);
-  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const int shift = count == 2 ? 3 : count == 4 ? 2 : 1;
-  return {_mm512_permutexvar_ps(_mm512_srl_epi32(lanes, _mm_cvtsi32_si128(shift)), some)};
 }
 
 VLPACK_INLINE float total(Floats x) { return _mm512_reduce_add_ps(x.v); }
@@ -122,8 +108,6 @@ struct Bytes {
   __m256i v;
 
   static VLPACK_INLINE Bytes load(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
-  VLPACK_INLINE void store(void* p) const { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
-  static VLPACK_INLINE Bytes all(int8_t x) { return {_mm256_set1_epi8(x)}; }
   VLPACK_INLINE Bytes low() const { return {_mm256_and_si256(v, _mm256_set1_epi8(15))}; }
   VLPACK_INLINE Bytes high() const { return {_mm256_and_si256(_mm256_srli_epi16(v, 4), _mm256_set1_epi8(15))}; }
 };
@@ -180,13 +164,6 @@ VLPACK_INLINE Bytes spread(const void* four) {
   int32_t x;
   std::memcpy(&x, four, sizeof x);
   return {_mm256_set1_epi32(x)};
-}
-
-VLPACK_INLINE Floats repeat(const float* p, int count, int64_t left) {
-  if (count == 1) return Floats::all(*p);
-  alignas(32) float some[8];
-  for (int i = 0; i < 8; ++i) some[i] = i * count / 8 < left ? p[i * count / 8] : 0;
-  return Floats::load(some);
 }
 
 VLPACK_INLINE float total(Floats x) {

@@ -25,7 +25,7 @@ struct Attention {
 
 // A product by a 4-bit matrix.
 struct Linear4 : Product {
-  const uint8_t* codes;  // in the layout of `linear4_lay`; the low nibble of a byte is the first of two columns
+  const uint8_t* codes;  // in the layout of `linear4_lay`
   const float* scales;   // [rows, blocks]
   const uint8_t* zeros;  // zero points [rows, ceil(blocks / 2)], low nibble first; null if all are 8
   int64_t block, blocks;
@@ -51,7 +51,8 @@ struct Kernels {
   int64_t (*linear4_bytes)(const Linear4&);
   void (*linear4_lay)(const Linear4&, const uint8_t* codes, uint8_t* to);
 
-  // Products by 4-bit matrices have two steps, too; the first quantizes rows of x to 8 bits, with a scale per block.
+  // Products by 4-bit matrices have two steps, too; the first quantizes rows of x to 8 bits, with a scale
+  // per block or wide block.
   int64_t (*linear4_room)(const Linear4&);
   int64_t (*linear4_packs)(const Linear4&);
   void (*linear4_pack)(const Linear4&, void* room, int64_t task);

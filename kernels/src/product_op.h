@@ -85,6 +85,7 @@ struct ProductOp {
     };
     p.bias = given(1, p.rows);
     p.factor = given(2, p.count * p.cols);
+    if (p.factor && activation == Activation::kNone) throw ort::Error{"factor needs an activation"};
     p.residual = given(3, p.count * p.rows);
   }
 };

@@ -245,6 +245,18 @@ def test_activations(count: int, block: int, group: int, gated: bool, activation
     assert np.linalg.norm(y - alone) <= 1e-3 * np.linalg.norm(alone)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_of_very_large_values(activation: int) -> None:
+    matrix = Matrix.make(20, 64)
+    x = np.zeros((4, 64), np.float32)
+    x[0, 5], x[1, 5], x[2, 5], x[3, 5] = 1e20, -1e20, np.inf, np.nan
+    y = fused(matrix, x, activation=activation)[0]
+    np.testing.assert_allclose(y[0], matrix.numbers[:, 5] * 1e20, rtol=0.01)
+    assert not y[1].any()
+    assert not np.isfinite(y[2]).any()
+    assert np.isnan(y[3]).all()
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("count", [1, 7, 40])
 def test_a_residual_is_added_last(count: int, bias: bool) -> None:
@@ -297,6 +309,8 @@ def test_sizes_that_do_not_fit_are_errors() -> None:
     for name in ("factor", "residual"):
         with pytest.raises(Exception, match="does not have the size"):
             fused(matrix, x, **{name: np.zeros((1, 63), np.float32)}, activation=1)
+    with pytest.raises(Exception, match="factor needs an activation"):
+        fused(matrix, x, np.ones((1, 64), np.float32))
     with pytest.raises(Exception, match="activation must be"):
         fused(matrix, x, activation=3)
     wide = Matrix.make(64, 64)

@@ -161,6 +161,19 @@ def test_a_residual_becomes_part_of_the_product(places: tuple[str, str]) -> None
     assert nodes_of(model) == [(DOMAIN, "Linear8", ["x", "codes", "scales", "rotation", "bias", "", "r"], ["z"])]
 
 
+def test_two_products_that_meet_in_a_sum() -> None:
+    """The sum becomes part of one of them; the other one is still computed."""
+    second = {"product2": ("MatMulIntegerToFloat", *CHAIN["product"][1:]), "back2": ("Mul", "product2", "peak")}
+    first = {name: CHAIN[name] for name in CHAIN if name != "y"}
+    model = typed(model_of({**first, **second, "z": ("Add", "back", "back2")}, outputs=("z",)), back=SHAPE, back2=SHAPE)
+    assert use_kernels(model, FAST) == {"Linear8": 1}
+    made = {name for node in model.graph.node for name in node.output}
+    constants = {tensor.name for tensor in model.graph.initializer}
+    used = {name for node in model.graph.node for name in node.input if name}
+    assert used - made - constants == {"x"}
+    assert "z" in made
+
+
 @pytest.mark.parametrize(
     ("after", "shape"),
     [
@@ -187,8 +200,9 @@ def test_other_sums_stay(after: dict[str, tuple[str, ...]], shape: list[str | in
         ([16, 16, 16, 16], -1, {}),
         ([32, 32], 1, {}),
         (3, -1, {}),
+        ([0, 64], -1, {}),
     ],
-    ids=["three", "two", "halves", "not 16", "four", "axis", "thirds"],
+    ids=["three", "two", "halves", "not 16", "four", "axis", "thirds", "empty"],
 )
 def test_a_split_becomes_part_of_the_product(sizes: list[int] | int, axis: int, attributes: dict[str, int]) -> None:
     outputs = [f"y{place}" for place in range(sizes if isinstance(sizes, int) else len(sizes))]
@@ -205,8 +219,15 @@ def test_a_split_becomes_part_of_the_product(sizes: list[int] | int, axis: int, 
     assert len(model.graph.node) == (1 if attributes else 2)
 
 
-def test_another_shape_is_no_rotation() -> None:
-    model = model_of(CHAIN, {"parts": np.array([0, -1, 4, 16])})
+def test_a_bias_that_is_broadcast_stays() -> None:
+    model = model_of(CHAIN, {"bias": np.ones(1, np.float32)})
+    assert use_kernels(model, FAST) == {"Linear8": 1}
+    assert [node.op_type for node in model.graph.node] == ["Linear8", "Add"]
+
+
+@pytest.mark.parametrize("shapes", [{"parts": np.array([0, -1, 4, 16])}, {"whole": np.array([1, -1, 64])}])
+def test_another_shape_is_no_rotation(shapes: dict[str, Any]) -> None:
+    model = model_of(CHAIN, shapes)
     assert use_kernels(model, FAST) == {"Linear8": 1}
     assert [node.op_type for node in model.graph.node] == ["Reshape", "MatMul", "Reshape", "Linear8"]
 

@@ -215,6 +215,8 @@ def _open(path: Path, threads: int) -> Any:
     """Opens the session of a graph that is not edited."""
     try:
         return kernel_session(path, threads)
+    except PackageError:
+        raise
     except Exception as error:
         raise _failed_to_load(path, error) from error
 

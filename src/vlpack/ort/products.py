@@ -45,12 +45,13 @@ def use_products(model: onnx.ModelProto, domain: str) -> Counter[str]:
     links, made, removed = Links(model.graph), dict[str, onnx.NodeProto](), set[str]()
     for node in model.graph.node:
         found = _replacement(node, links)
-        if found is not None:
+        if found is not None and found[0].output[0] not in made:  # two products can meet in one sum
             found[0].domain = domain
             made[found[0].output[0]] = found[0]
             removed.update(found[1])
     # an operator takes the place of the last node of its chain, whose output it has
-    nodes = [made.get(node.output[0], node) for node in model.graph.node if node.output[0] not in removed - set(made)]
+    gone = removed - set(made)
+    nodes = [made.get(node.output[0], node) for node in model.graph.node if node.output[0] not in gone]
     if made:
         kept = _without_unused(nodes, model.graph)
         del model.graph.node[:]
@@ -93,13 +94,15 @@ def _channels(product: onnx.NodeProto, links: Links) -> tuple[onnx.NodeProto, li
         return None
     if not links.equals(step, STEP) or not links.equals(zero, np.uint8(ZERO_POINT)):
         return None
-    if not links.constant(weight, TensorProto.INT8, 2) or not links.constant(scales, TensorProto.FLOAT, 1):
+    codes_of, scale = links.constant(weight, TensorProto.INT8, 2), links.constant(scales, TensorProto.FLOAT, 1)
+    if codes_of is None or scale is None:
         return None
     divided = links.maker(rounded.input[0], "Div")
     if divided is None or list(back.input) != [product.output[0], divided.input[1]] or not _by_peak(divided, links):
         return None
     given = _before(divided.input[0], ["Abs", "Div"], links)
-    return _with_ends("Linear8", given, [weight, scales], [product.output[0], back.output[0]], product.name, links)
+    replaced = [product.output[0], back.output[0]]
+    return _with_ends("Linear8", given, [weight, scales], codes_of.dims[1], replaced, product.name, links)
 
 
 def _blocks(product: onnx.NodeProto, links: Links) -> tuple[onnx.NodeProto, list[str]] | None:
@@ -118,11 +121,18 @@ def _blocks(product: onnx.NodeProto, links: Links) -> tuple[onnx.NodeProto, list
     if attributes or not floats or bits not in (4, 8) or (bits == 8 and zeros):
         return None
     given = _before(x, ["MatMulNBits"], links)
-    return _with_ends(operator, given, own, list(product.output), product.name, links, **sizes)
+    return _with_ends(operator, given, own, sizes["N"], list(product.output), product.name, links, **sizes)
 
 
 def _with_ends(
-    operator: str, given: _Input, own: list[str], replaced: list[str], name: str, links: Links, **attributes: int
+    operator: str,
+    given: _Input,
+    own: list[str],
+    size: int,
+    replaced: list[str],
+    name: str,
+    links: Links,
+    **attributes: int,
 ) -> tuple[onnx.NodeProto, list[str]]:
     """An operator together with the nodes after the product: the bias, and the residual or the split.
 
@@ -130,6 +140,7 @@ def _with_ends(
         operator: name of the operator.
         given: its input.
         own: its inputs for the matrix.
+        size: number of columns of the product.
         replaced: outputs of the nodes that it replaces, of which the last one is the product.
         name: name of the node.
         links: the graph's.
@@ -140,7 +151,8 @@ def _with_ends(
     """
     bias, residual, outputs = "", "", replaced[-1:]
     add = links.only_user(outputs[0], "Add")
-    if add is not None and links.constant(_other(add, outputs[0]), TensorProto.FLOAT, 1):
+    constant = None if add is None else links.constant(_other(add, outputs[0]), TensorProto.FLOAT, 1)
+    if add is not None and constant is not None and constant.dims[0] == size:
         bias, outputs = _other(add, outputs[0]), list(add.output)
         replaced = [*replaced, *outputs]
         add = links.only_user(outputs[0], "Add")
@@ -187,7 +199,8 @@ def _part_sizes(split: onnx.NodeProto, dims: list[str | int], links: Links) -> l
     sizes = links.shape(split.input[1]) if len(split.input) > 1 else []
     if len(split.input) == 1 and isinstance(whole, int) and whole % count == 0:
         sizes = [whole // count] * count
-    return sizes if len(sizes) == count and not any(size % OUTPUT_MULTIPLE for size in sizes) else []
+    fit = len(sizes) == count and all(size > 0 and size % OUTPUT_MULTIPLE == 0 for size in sizes)
+    return sizes if fit else []
 
 
 def _before(name: str, users: list[str], links: Links) -> _Input:
@@ -232,7 +245,7 @@ def _rotated(name: str, links: Links) -> tuple[str, str]:
         return name, ""
     size, parts, whole = matrix.dims[0], links.shape(split.input[1]), links.shape(back.input[1])
     # zeros stand for sizes that stay as they are
-    if not whole or whole[-1] < 1 or parts != [*[0] * (len(whole) - 1), whole[-1] // size, size]:
+    if not whole or whole[-1] < 1 or any(whole[:-1]) or parts != [*[0] * (len(whole) - 1), whole[-1] // size, size]:
         return name, ""
     return (split.input[0], turn.input[1]) if whole[-1] % size == 0 else (name, "")
 
