@@ -31,7 +31,7 @@ struct AttendBrain : PackBrain {
   static void run(const Attention& a, const void* room, int64_t task) {
     // later blocks attend to more keys, so they come first
     const int64_t per_head = blocks(a), head = task / per_head, block = per_head - 1 - task % per_head;
-    // a last vector shares four with the block before, because a single one is slow
+    // a single last vector is slow, so the last two tasks have two vectors each, and not three and one
     const bool shares = vectors(a) % kMost == 1 && per_head > 1;
     const int64_t begin = block * kMost - (shares && block == per_head - 1);
     const int64_t count = shares && block >= per_head - 2 ? 2 : std::min<int64_t>(kMost, vectors(a) - begin);
