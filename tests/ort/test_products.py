@@ -154,6 +154,13 @@ def test_other_functions_stay(before: dict[str, tuple[str, ...]], after: dict[st
     assert {node.output[0] for node in model.graph.node} >= {*before, *after}
 
 
+def test_gelu_with_the_error_function_stays() -> None:
+    model = model_of({"x": ("Gelu", "a"), **CHAIN})
+    model.graph.node[0].attribute.append(helper.make_attribute("approximate", "none"))
+    assert use_kernels(model, FAST) == {"Linear8": 1}
+    assert [node.op_type for node in model.graph.node] == ["Gelu", "Linear8"]
+
+
 @pytest.mark.parametrize("places", [("y", "r"), ("r", "y")])
 def test_a_residual_becomes_part_of_the_product(places: tuple[str, str]) -> None:
     model = typed(model_of({**CHAIN, "z": ("Add", *places)}, outputs=("z",)), y=SHAPE, r=SHAPE)
