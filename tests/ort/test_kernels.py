@@ -16,7 +16,7 @@ import vlpack
 from samples import ANSWERS, DIGITS, IMAGES, READ
 from samples import vlpack as run_vlpack
 from vlpack.errors import PackageError
-from vlpack.ort.kernels import DOMAIN, INTERFACE, SWITCH, Library, library, use_kernels
+from vlpack.ort.kernels import CHOICE, DOMAIN, INTERFACE, SWITCH, Library, library, use_kernels
 from vlpack.server.models import Models
 from vlpack.server.settings import Settings
 
@@ -200,6 +200,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
         monkeypatch.setitem(sys.modules, "vlpack_kernels", fake)
 
     monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.delenv(CHOICE, raising=False)
     return install
 
 
@@ -214,6 +215,13 @@ def test_a_processor_without_kernels_has_no_library(install: Install) -> None:
     for interface in (INTERFACE, None):  # no kernels could be used, so their version does not matter
         install(None, interface)
         assert library() is None
+
+
+def test_an_instruction_set_without_kernels_is_an_error(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(None)
+    monkeypatch.setenv(CHOICE, "neon")
+    with pytest.raises(PackageError, match="no kernels for VLPACK_KERNELS_ISA=neon"):
+        library()
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,9 @@ DOMAIN = "vlpack"
 SWITCH = "VLPACK_KERNELS"
 """Environment variable that turns the library off if it is ``0``."""
 
+CHOICE = "VLPACK_KERNELS_ISA"
+"""Environment variable that chooses one of the library's instruction sets."""
+
 INTERFACE = 2
 """Number of the operators' interface: their names, inputs, outputs and attributes. It must be that of the library
 (``kInterface`` in kernels/src/library.cpp), and every change of these raises both. A library without a number has 1."""
@@ -49,7 +52,8 @@ def library() -> Library | None:
     """The operator library; None if it is not installed, is turned off or has no kernels for this processor.
 
     Raises:
-        PackageError: the library does not belong to this version of vlpack.
+        PackageError: the library does not belong to this version of vlpack, or has no kernels for the instruction set
+            that `CHOICE` names on this processor.
     """
     if os.environ.get(SWITCH) == "0":
         return None
@@ -58,6 +62,11 @@ def library() -> Library | None:
     except ImportError:
         return None
     found = vlpack_kernels.instruction_set()
+    if found is None and os.environ.get(CHOICE):
+        raise PackageError(
+            f"vlpack-kernels has no kernels for {CHOICE}={os.environ[CHOICE]} on this processor.",
+            f"Give avx512_bf16, avx512 or avx2, whichever the processor has, or remove {CHOICE}.",
+        )
     if found is None:
         return None
     interface = getattr(vlpack_kernels, "interface", lambda: 1)()
