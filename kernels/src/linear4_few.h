@@ -18,12 +18,7 @@ struct Few {
   static constexpr int64_t kAhead = 8192;  // bytes of the matrix that are fetched in advance
 
   // The quantized rows of x are those of an 8-bit matrix with the same blocks.
-  static Linear8 same(const Linear4& l) {
-    Linear8 w{};
-    static_cast<Product&>(w) = l;
-    w.block = l.block;
-    return w;
-  }
+  static Linear8 same(const Linear4& l) { return in_8_bits(l, l.block); }
 
   static int64_t room(const Linear4& l) { return Multiply8::room(same(l)); }
   static int64_t packs(const Linear4& l) { return l.count; }

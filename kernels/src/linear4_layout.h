@@ -39,6 +39,14 @@ inline void lay(const Linear4& l, const uint8_t* codes, uint8_t* to) {
       }
 }
 
+// The product as one by an 8-bit matrix with blocks of `block` columns, still without the matrix.
+VLPACK_INLINE Linear8 in_8_bits(const Linear4& l, int64_t block) {
+  Linear8 w{};
+  static_cast<Product&>(w) = l;
+  w.block = block;
+  return w;
+}
+
 // The scales and zero points of the blocks of a panel, [blocks, kLanes]; those of rows that do not exist are 0.
 struct Blocks4 {
   const float *scales, *zeros;  // zeros is null if all zero points are 8

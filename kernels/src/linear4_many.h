@@ -24,13 +24,7 @@ constexpr float kRatio = 1024, kCode = 32;
 struct Many {
   static constexpr int kLanes = kLanes4;
 
-  // The product as one by an 8-bit matrix, still without the matrix.
-  static Linear8 wide(const Linear4& l) {
-    Linear8 w{};
-    static_cast<Product&>(w) = l;
-    w.block = wide_block(l.block);
-    return w;
-  }
+  static Linear8 wide(const Linear4& l) { return in_8_bits(l, wide_block(l.block)); }
 
   static int64_t room(const Linear4& l) { return Multiply8::room(wide(l)); }
   static int64_t packs(const Linear4& l) { return Multiply8::packs(wide(l)); }

@@ -94,15 +94,15 @@ def _channels(product: onnx.NodeProto, links: Links) -> tuple[onnx.NodeProto, li
         return None
     if not links.equals(step, STEP) or not links.equals(zero, np.uint8(ZERO_POINT)):
         return None
-    codes_of, scale = links.constant(weight, TensorProto.INT8, 2), links.constant(scales, TensorProto.FLOAT, 1)
-    if codes_of is None or scale is None:
+    matrix = links.constant(weight, TensorProto.INT8, 2)
+    if matrix is None or not links.constant(scales, TensorProto.FLOAT, 1):
         return None
     divided = links.maker(rounded.input[0], "Div")
     if divided is None or list(back.input) != [product.output[0], divided.input[1]] or not _by_peak(divided, links):
         return None
     given = _before(divided.input[0], ["Abs", "Div"], links)
     replaced = [product.output[0], back.output[0]]
-    return _with_ends("Linear8", given, [weight, scales], codes_of.dims[1], replaced, product.name, links)
+    return _with_ends("Linear8", given, [weight, scales], matrix.dims[1], replaced, product.name, links)
 
 
 def _blocks(product: onnx.NodeProto, links: Links) -> tuple[onnx.NodeProto, list[str]] | None:
@@ -115,10 +115,11 @@ def _blocks(product: onnx.NodeProto, links: Links) -> tuple[onnx.NodeProto, list
     bits = attributes.pop("bits", 4)
     if bits == 8:
         constants = links.constant(weight, TensorProto.UINT8, 3), links.constant(scales, TensorProto.FLOAT, 2)
-        floats, operator, own = None not in constants, "Linear8Blocks", [weight, scales]
+        suits, operator, own = None not in constants and not zeros, "Linear8Blocks", [weight, scales]
     else:
-        floats, operator, own = links.is_float(product.output[0]), "Linear4", [weight, scales, *(zeros or [""])]
-    if attributes or not floats or bits not in (4, 8) or (bits == 8 and zeros):
+        suits = bits == 4 and links.is_float(product.output[0])
+        operator, own = "Linear4", [weight, scales, *(zeros or [""])]
+    if attributes or not suits:
         return None
     given = _before(x, ["MatMulNBits"], links)
     return _with_ends(operator, given, own, sizes["N"], list(product.output), product.name, links, **sizes)

@@ -46,7 +46,7 @@ def kernel_session(graph: Path, threads: int, edit: Callable[[onnx.ModelProto], 
         edit: function that edits the graph in memory after the operators were replaced.
 
     Raises:
-        PackageError: the graph cannot be read, or the library does not belong to this version of vlpack.
+        PackageError: the graph cannot be read, or the installed library cannot be used.
     """
     options, available = session_options(threads), library()
     if available is None and edit is None:

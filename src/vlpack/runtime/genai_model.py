@@ -99,7 +99,7 @@ def vision_encoder(files: LoadedFiles, model: dict[str, Any], threads: int, aske
 
     Raises:
         OptionError: ``asked`` is not one of `VISION_PROVIDERS`, or cannot be used with the package.
-        PackageError: vlpack-kernels is installed, but does not belong to this version of vlpack.
+        PackageError: the installed vlpack-kernels cannot be used.
     """
     folder = files.folder
     if asked is not None and asked not in VISION_PROVIDERS:
@@ -124,7 +124,7 @@ def vision_encoder(files: LoadedFiles, model: dict[str, Any], threads: int, aske
         )
     graph = folder / str(model["vision"]["filename"])
     opened = [graph.name, *weight_files(graph)]
-    library()  # raises an error now if the encoder could not be loaded with the first image
+    library()  # an unsuitable vlpack-kernels is an error now, and not with the first image
     return VisionEncoder(graph, *port, merge, threads, check=lambda: files.check(opened))
 
 

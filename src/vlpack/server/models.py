@@ -109,11 +109,11 @@ class Models:
         settings: settings of the server.
 
     Raises:
-        PackageError: a folder is not a complete package, or vlpack-kernels does not belong to this version of vlpack.
+        PackageError: a folder is not a complete package, or the installed vlpack-kernels cannot be used.
     """
 
     def __init__(self, packages: Mapping[str, Path], settings: Settings) -> None:
-        library()  # raises an error now if packages could not be loaded when they are requested
+        library()  # an unsuitable vlpack-kernels is an error now, and not with the first request
         self._settings = settings
         self.served: dict[str, Served] = {}
         for name, folder in packages.items():
